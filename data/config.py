@@ -1,0 +1,79 @@
+"""The ``data`` block of a run's config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from settings import Strict
+
+
+class TokenizerConfig(Strict):
+    """SentencePiece training. Everything that would change ids after export is fixed in code, not here."""
+
+    vocab_size: int = Field(32_000, ge=300, le=2**31 - 1)
+    """Number of pieces, the 256 byte pieces and the four special ones included."""
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    """Only ``bpe`` keeps ids exactly the same after conversion to Hugging Face."""
+    train_bytes: int = Field(100_000_000, ge=10_000)
+    """How many bytes of text to train on, taken evenly from the sources by their weights."""
+
+
+class SourceConfig(Strict):
+    """One named corpus: local files or a dataset on the Hub, in any format that ``datasets`` reads."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Folder name of its shards, and its name in metrics."""
+    files: list[str] = []
+    """Paths or glob patterns (``**`` allowed), read in sorted order; compressed ones (.gz .xz .zst) too."""
+    hub: str | None = None
+    """Instead of files: a dataset's name on the Hub."""
+    hub_config: str | None = None
+    """With hub: the dataset's configuration."""
+    split: str = "train"
+    """With hub: the split."""
+    format: Literal["text", "json", "parquet", "csv"] | None = None
+    """With files: their format; by default told from the file name. ``text`` makes one document a file."""
+    text_field: str = "text"
+    """The field or column that holds a document's text (json, parquet, csv, hub)."""
+    weight: float = Field(1.0, gt=0)
+    """Share of samples drawn from this source, relative to the others; 1 each means equal shares, not natural ones."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if bool(self.files) == bool(self.hub):
+            raise ValueError(f"source '{self.name}' must give either files or hub, not both and not neither")
+        return self
+
+
+class DataConfig(Strict):
+    """From raw text to batches."""
+
+    dir: str
+    """Folder of the tokenizer and the shards: ``tokenizer.model``, ``train/NAME/``, ``validation/NAME/``."""
+    sequence_tokens: int = Field(gt=1)
+    """Window length, in tokens: what one sample predicts."""
+    sources: list[SourceConfig] = Field(min_length=1)
+    """What to train on."""
+    validation: list[SourceConfig] = []
+    """Named validation sets, evaluated apart."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """How to train the tokenizer."""
+    shard_tokens: int = Field(100_000_000, ge=1_000)
+    """Most tokens in one shard file."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the global shuffle."""
+    confine_attention: bool = False
+    """Attention stays within its document, and no loss is taken on predictions across a document's end."""
+    restart_positions: bool = False
+    """Rotary positions start from 0 at every document's start."""
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> DataConfig:
+        for group, sources in (("sources", self.sources), ("validation", self.validation)):
+            names = [source.name for source in sources]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"data.{group}: the names {', '.join(twice)} stand twice; every name must be unique")
+        return self

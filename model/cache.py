@@ -1,0 +1,63 @@
+"""The KV cache of token-by-token decoding.
+
+Every layer writes keys and values of every token, skipped or not: a skipped token is still attended to by later
+ones (Zeng et al. 2023), so the cache of a routed model is as full as a dense one's.
+
+Dimension letters: B batch, S capacity in tokens, T new tokens, G key/value heads, K head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, in buffers of fixed size.
+
+    Args:
+        config: the model's sizes.
+        batch: B.
+        capacity_tokens: S; appending beyond it raises ``ValueError``.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity_tokens: int, device: torch.device, dtype: torch.dtype
+    ):
+        shape = (config.layers, batch, config.kv_heads, capacity_tokens, config.head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.documents = torch.zeros(batch, capacity_tokens, dtype=torch.int64, device=device)
+        self.capacity_tokens = capacity_tokens
+        self.has_documents = False
+        self.length = 0
+
+    def reserve(self, tokens: int) -> None:
+        """Refuse, before anything is written, a step that would not fit."""
+        if self.length + tokens > self.capacity_tokens:
+            raise ValueError(
+                f"the KV cache holds {self.capacity_tokens} tokens, {self.length} are taken and {tokens} more do not "
+                "fit; make the cache larger or the prompt shorter"
+            )
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write a layer's new keys and values [B, G, T, K]; return all of them so far [B, G, length + T, K]."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def append_documents(self, documents: Tensor) -> Tensor:
+        """Note the new tokens' documents [B, T]; return those of all keys so far [B, length + T]."""
+        if self.length and not self.has_documents:
+            raise ValueError("the cache was started without documents, so new tokens cannot have any")
+        self.has_documents = True
+        end = self.length + documents.shape[1]
+        self.documents[:, self.length : end] = documents
+        return self.documents[:, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` as seen, once every layer has appended them."""
+        self.length += tokens

@@ -1,0 +1,193 @@
+"""The ``model`` block of a run's config: the decoder's sizes and its ``router`` block.
+
+Typed data beside its owner. A dense model is a model without a ``router`` block; that block is the only difference
+between ``configs/dense_160m.yaml`` and ``configs/skip_160m.yaml``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Block(BaseModel):
+    """A frozen config block that refuses unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class Ramp(Block):
+    """A value that moves in a straight line from ``start`` to ``end`` over a part of the run, then stays."""
+
+    start: float
+    """Value at the first step."""
+    end: float
+    """Value from ``until`` on."""
+    until: float = Field(gt=0, le=1)
+    """Where the line ends, as a share of all training steps."""
+
+    def at(self, progress: float) -> float:
+        """The value at ``progress``, the share of training steps done (0 to 1)."""
+        return self.start + (self.end - self.start) * min(progress / self.until, 1.0)
+
+
+class RopeScaling(Block):
+    """How rotary frequencies are stretched to reach beyond the length that a model was trained at."""
+
+    kind: Literal["linear", "llama3"]
+    """``linear`` divides every frequency; ``llama3`` divides only the low ones (as Llama 3.1 does)."""
+    factor: float = Field(gt=0)
+    """By how much the reach grows."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """llama3: wavelengths above original_positions / this are divided by factor."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """llama3: wavelengths below original_positions / this stay as they are."""
+    original_positions: int = Field(8192, gt=0)
+    """llama3: the context length, in tokens, before scaling."""
+
+
+class BudgetConfig(Block):
+    """What makes the router keep to its density: a price, in nats per unit of density, on every routed site.
+
+    See ``model/budget.py`` for the formulas. The paper's setting is ``per_layer``, coefficient 0.1, no warm-up,
+    ``fixed``.
+    """
+
+    kind: Literal["per_layer", "global"] = "per_layer"
+    """``per_layer`` holds every site at the target (Zeng et al.); ``global`` only their FLOP-weighted mean."""
+    coefficient: float = Field(0.1, ge=0)
+    """Weight of the squared density error in the loss."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """``adaptive`` adds an integral term, so that the target is met whatever the coefficient."""
+    adaptive_rate: float = Field(0.01, gt=0)
+    """adaptive: how far the price moves in one step, in nats per unit of density error."""
+    dense_until: float = Field(0.0, ge=0, lt=1)
+    """The target stays at 1 (every token executed) for this share of the training steps."""
+    reach_by: float = Field(0.0, ge=0, le=1)
+    """The target then falls in a straight line to ``router.density``, reached at this share of the steps."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> BudgetConfig:
+        if self.reach_by < self.dense_until:
+            raise ValueError(
+                f"budget.reach_by ({self.reach_by}) must not lie before budget.dense_until ({self.dense_until})"
+            )
+        return self
+
+
+class RouterConfig(Block):
+    """Which tokens a layer executes. ``learned`` is the method; the other kinds are baselines at the same density."""
+
+    kind: Literal["learned", "random", "stride", "expert_choice"] = "learned"
+    """``expert_choice`` (Raposo et al. 2024) looks at the whole sequence: not causal, refused for generation."""
+    density: float = Field(gt=0, le=1)
+    """Target share of tokens that a routed site executes: the paper's P."""
+    granularity: Literal["layer", "module"] = "layer"
+    """One decision a layer, or one for its attention and one for its feed-forward."""
+    input: Literal["normed", "raw"] = "normed"
+    """What the learned router reads: the layer's RMS-normed input, or the residual stream as in the paper."""
+    always_on_first: int = Field(0, ge=0)
+    """How many first layers have no router and execute every token."""
+    always_on_last: int = Field(0, ge=0)
+    """How many last layers have no router and execute every token."""
+    noise: Ramp = Ramp(start=1.0, end=0.0, until=0.6)
+    """Scale of the Gumbel noise on the logits in training; 1 throughout is the paper's."""
+    temperature: Ramp = Ramp(start=1.0, end=1.0, until=1.0)
+    """Temperature of the soft gate whose gradient the hard gate borrows."""
+    execution: Literal["sparse", "reference"] = "sparse"
+    """``sparse`` gathers the executed tokens; ``reference`` computes all tokens and masks (slow, same results)."""
+    gate_gradient: Literal["executed", "all"] = "executed"
+    """Which tokens' gates learn from the language-model loss; ``all`` (textbook straight-through) needs
+    ``execution: reference``, because a skipped token's layer output must be computed for it."""
+    budget: BudgetConfig = BudgetConfig()
+    """How the learned router is held at its density."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RouterConfig:
+        if self.gate_gradient == "all" and self.execution == "sparse":
+            raise ValueError(
+                "router.gate_gradient 'all' needs the layer output of skipped tokens, which router.execution 'sparse' "
+                "does not compute; set router.execution: reference, or gate_gradient: executed"
+            )
+        for name in ("noise", "temperature"):
+            ramp = getattr(self, name)
+            if min(ramp.start, ramp.end) < 0 or (name == "temperature" and min(ramp.start, ramp.end) == 0):
+                raise ValueError(f"router.{name} must stay positive, got {ramp.start} to {ramp.end}")
+        return self
+
+
+class ModelConfig(Block):
+    """Sizes of the decoder (a Llama-family one: RMSNorm, rotary, grouped-query attention, SwiGLU)."""
+
+    vocab_size: int = Field(gt=1)
+    """Number of token ids."""
+    layers: int = Field(gt=0)
+    """Number of decoder layers."""
+    width: int = Field(gt=0)
+    """Width of the residual stream."""
+    heads: int = Field(gt=0)
+    """Query heads."""
+    kv_heads: int = Field(gt=0)
+    """Key/value heads; fewer than ``heads`` is grouped-query attention."""
+    head_width: int | None = Field(None, gt=0)
+    """Width of one head; width / heads unless given."""
+    ffn_width: int = Field(gt=0)
+    """Inner width of the SwiGLU feed-forward."""
+    max_positions: int = Field(4096, gt=0)
+    """Longest context, in tokens; written to exports and the size of a full KV cache."""
+    rope_theta: float = Field(10_000.0, gt=0)
+    """Base of the rotary wavelengths."""
+    rope_scaling: RopeScaling | None = None
+    """Stretched rotary frequencies; none unless given."""
+    norm_epsilon: float = Field(1e-5, gt=0)
+    """Added to the mean square in every RMSNorm."""
+    qk_norm: bool = False
+    """RMS-norm queries and keys per head before the rotation."""
+    tied_head: bool = False
+    """Share one matrix between the token embedding and the LM head."""
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of freshly drawn weights; see the table in ``model/init.py``."""
+    router: RouterConfig | None = None
+    """Which tokens each layer executes; every token in every layer (dense) unless given."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def routed_layers(self) -> range:
+        """The layers that have a router; empty for a dense model."""
+        if self.router is None:
+            return range(0)
+        return range(self.router.always_on_first, self.layers - self.router.always_on_last)
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the routed sites in order: ``layer-03``, or ``attention-03`` and ``ffn-03`` for module routers."""
+        if self.router is None:
+            return []
+        modules = ("layer",) if self.router.granularity == "layer" else ("attention", "ffn")
+        return [f"{module}-{layer:02d}" for layer in self.routed_layers for module in modules]
+
+    @model_validator(mode="after")
+    def _possible_sizes(self) -> ModelConfig:
+        problems = []
+        if self.head_width is None and self.width % self.heads:
+            problems.append(
+                f"model.width ({self.width}) must be divisible by model.heads ({self.heads}), or give model.head_width"
+            )
+        elif self.head_dim % 2:
+            problems.append(f"the head width ({self.head_dim}) must be even, rotary turns pairs of its entries")
+        if self.heads % self.kv_heads:
+            problems.append(f"model.heads ({self.heads}) must be divisible by model.kv_heads ({self.kv_heads})")
+        if self.router is not None and not self.routed_layers:
+            problems.append(
+                f"router.always_on_first ({self.router.always_on_first}) + always_on_last "
+                f"({self.router.always_on_last}) leave none of the {self.layers} layers to route; lower them, or "
+                "leave out the router block for a dense model"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self

@@ -1,0 +1,160 @@
+"""The decoder: embedding, layers, final norm, LM head, and the record of what was routed.
+
+Module names follow Hugging Face's Llama without the ``model.`` prefix, so that an export is a rename.
+
+Dimension letters: B batch, T tokens, D width, V vocabulary, S routed sites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.attention import Visibility
+from model.block import Block, PassInputs
+from model.cache import KVCache
+from model.config import ModelConfig
+from model.head import LMHead, LossSums
+from model.norm import RMSNorm
+from model.rotary import rotation
+from model.router import Gate, RoutingInputs
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """What the routed sites of one forward pass did; counted, not assumed.
+
+    Attributes:
+        density: fp32 [S], each site's mean gate value, with the straight-through gradient to its router.
+        executed_tokens: int64 [S], tokens that executed.
+        attended_keys: int64 [S], keys that those tokens saw, summed over them.
+        visible_keys: int64 scalar, keys that all B x T tokens see in a layer without a router.
+        executed: bool [S, B, T], the decisions themselves.
+    """
+
+    density: Tensor
+    executed_tokens: Tensor
+    attended_keys: Tensor
+    visible_keys: Tensor
+    executed: Tensor
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """Logits [B, T, V] or, where targets were given, loss sums over them; and the routing record."""
+
+    logits: Tensor | None
+    loss: LossSums | None
+    routing: RoutingRecord
+
+
+class Decoder(nn.Module):
+    """A decoder-only language model in which tokens may skip layers.
+
+    Args:
+        config: sizes and router.
+        seed: of the routing noise; weights are drawn by ``model.init.initialise``.
+        recompute: activation checkpointing per layer.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0, recompute: bool = False):
+        super().__init__()
+        self.config, self.seed, self.recompute = config, seed, recompute
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
+        sites_per_layer = len(config.sites) // max(len(config.routed_layers), 1)
+        first = config.routed_layers.start
+        self.layers = nn.ModuleList(
+            Block(config, layer, (layer - first) * sites_per_layer) for layer in range(config.layers)
+        )
+        self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.lm_head = LMHead(config.width, config.vocab_size)
+        if config.tied_head:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        sample_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        noise_scale: Tensor | float = 1.0,
+        temperature: Tensor | float = 1.0,
+        z_coefficient: float = 0.0,
+        cache: KVCache | None = None,
+    ) -> DecoderOutput:
+        """Run the model.
+
+        Args:
+            tokens: int64 [B, T].
+            targets: int64 [B, T], -100 where no loss is taken; without them logits are returned.
+            sample_ids: int64 [B], the samples' global numbers for the routing noise; zeros unless given.
+            documents: int64 [B, T]; attention stays within equal numbers. One document unless given.
+            positions: int64 [B, T], rotary positions; counted from the cache's length unless given.
+            noise_scale: scale of the routers' Gumbel noise; used in training mode only.
+            temperature: of the soft gate; used in training mode only.
+            z_coefficient: weight of the z-loss.
+            cache: KV cache to read and extend.
+
+        Raises:
+            ValueError: for a cache with a router that is not causal, or a full cache.
+        """
+        batch, length = tokens.shape
+        past = 0 if cache is None else cache.length
+        steps = torch.arange(past, past + length, device=tokens.device)
+        x = self.embed_tokens(tokens)
+        if cache is not None:
+            documents = self._open_cache(cache, length, documents)
+        cos, sin = rotation(self.config, steps[None] if positions is None else positions, x.dtype)
+        if sample_ids is None:
+            sample_ids = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
+        routing = RoutingInputs(
+            sample_ids, steps, _scalar(noise_scale, tokens), _scalar(temperature, tokens), self.seed
+        )
+        visibility = Visibility(length, past, documents, tokens.device)
+        inputs = PassInputs(cos, sin, visibility, routing, cache, self.recompute)
+        gates: list[Gate] = []
+        for layer in self.layers:
+            x, decided = layer(x, inputs)
+            gates += decided
+        if cache is not None:
+            cache.advance(length)
+        out = self.lm_head(self.norm(x), targets, z_coefficient)
+        record = _record(gates, visibility, batch, length)
+        return DecoderOutput(*((out, None) if targets is None else (None, out)), record)
+
+    def _open_cache(self, cache: KVCache, length: int, documents: Tensor | None) -> Tensor | None:
+        router = self.config.router
+        if router is not None and router.kind == "expert_choice":
+            raise ValueError(
+                "router.kind expert_choice picks tokens by looking at later ones, so it cannot generate token by "
+                "token; use a causal kind: learned, random or stride"
+            )
+        cache.reserve(length)
+        if documents is None:
+            if not cache.has_documents:
+                return None
+            raise ValueError("the cache was started with documents; give the new tokens' documents too")
+        return cache.append_documents(documents)
+
+
+def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=like.device)
+
+
+def _record(gates: list[Gate], visibility: Visibility, batch: int, length: int) -> RoutingRecord:
+    counts = visibility.counts().expand(batch, length)
+    if not gates:
+        none = counts.new_zeros(0)
+        return RoutingRecord(none.float(), none, none, counts.sum(), none.bool().reshape(0, batch, length))
+    executed = torch.stack([gate.executed for gate in gates])
+    return RoutingRecord(
+        density=torch.stack([gate.value.mean() for gate in gates]),
+        executed_tokens=executed.sum((1, 2)),
+        attended_keys=(executed * counts).sum((1, 2)),
+        visible_keys=counts.sum(),
+        executed=executed,
+    )

@@ -1,0 +1,100 @@
+"""Parameter and FLOP counts that follow the measured routing.
+
+Counted: matrix products, two FLOPs a multiply-add, and the attention's two products over the keys that each query
+really saw. A routed site always pays for its keys and values and for its router; queries, output projection,
+attention and feed-forward are paid for by the tokens that executed.
+
+Left out, as is usual: norms, rotary, softmax, activations, the embedding lookup, the optimiser, and what activation
+checkpointing computes a second time. Training costs three times the forward pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import ModelConfig
+
+TRAINING_FACTOR = 3
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part: ``embedding``, ``layers``, ``routers``, ``norms``, ``head`` (0 if tied) and ``total``."""
+    d, k = config.width, config.head_dim
+    attention = d * k * (2 * config.heads + 2 * config.kv_heads)
+    counts = {
+        "embedding": config.vocab_size * d,
+        "layers": config.layers * (attention + 3 * d * config.ffn_width),
+        "routers": len(config.sites) * 2 * d if _has_weights(config) else 0,
+        "norms": (2 * config.layers + 1) * d + (2 * k * config.layers if config.qk_norm else 0),
+        "head": 0 if config.tied_head else config.vocab_size * d,
+    }
+    return {**counts, "total": sum(counts.values())}
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Counts of what ran, summed over some tokens (a batch, a step, a run).
+
+    Attributes:
+        tokens: how many tokens passed through the model.
+        visible_keys: keys that they would see in one layer without a router.
+        executed_tokens: per routed site, tokens that executed.
+        attended_keys: per routed site, keys that those tokens saw.
+    """
+
+    tokens: float
+    visible_keys: float
+    executed_tokens: list[float]
+    attended_keys: list[float]
+
+
+def executed_flops(config: ModelConfig, counts: Routed) -> float:
+    """Forward FLOPs that were spent on ``counts``."""
+    cost = _Costs(config)
+    plain_layers = config.layers - len(config.routed_layers)
+    total = counts.tokens * (cost.head + config.layers * cost.keys_values)
+    total += plain_layers * (counts.tokens * (cost.attention + cost.ffn) + counts.visible_keys * cost.per_key)
+    if _has_weights(config):
+        total += counts.tokens * len(config.sites) * cost.router
+    for site, executed, keys in zip(config.sites, counts.executed_tokens, counts.attended_keys, strict=True):
+        if not site.startswith("ffn"):
+            total += executed * cost.attention + keys * cost.per_key
+        if not site.startswith("attention"):
+            total += executed * cost.ffn
+    return total
+
+
+def dense_flops(config: ModelConfig, tokens: float, visible_keys: float) -> float:
+    """Forward FLOPs of the same tokens in the model of the same size without routers."""
+    dense = config.model_copy(update={"router": None})
+    return executed_flops(dense, Routed(tokens, visible_keys, [], []))
+
+
+def site_shares(config: ModelConfig, sequence_tokens: int) -> list[float]:
+    """What each routed site's skippable FLOPs are of all sites' together, at full windows; sums to 1."""
+    cost = _Costs(config)
+    keys = (sequence_tokens + 1) / 2
+    weights = {
+        "attention": cost.attention + keys * cost.per_key,
+        "ffn": cost.ffn,
+        "layer": cost.attention + keys * cost.per_key + cost.ffn,
+    }
+    costs = [weights[site.split("-")[0]] for site in config.sites]
+    return [c / sum(costs) for c in costs]
+
+
+class _Costs:
+    """Forward FLOPs of the parts, per token (``per_key``: per pair of query and key)."""
+
+    def __init__(self, config: ModelConfig):
+        d, k = config.width, config.head_dim
+        self.head = 2 * d * config.vocab_size
+        self.keys_values = 2 * d * 2 * config.kv_heads * k
+        self.attention = 2 * d * config.heads * k * 2
+        self.per_key = 2 * 2 * config.heads * k
+        self.ffn = 2 * 3 * d * config.ffn_width
+        self.router = 2 * 2 * d
+
+
+def _has_weights(config: ModelConfig) -> bool:
+    return config.router is not None and config.router.kind in ("learned", "expert_choice")

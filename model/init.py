@@ -1,0 +1,64 @@
+"""Initialisation: one table, one generator per parameter.
+
+Every parameter is drawn in fp32 on the CPU from a generator keyed by the seed and the parameter's name. So the values
+do not depend on the order of construction, the number of ranks or the ZeRO stage, and adding a router changes no
+other weight: ``dense`` and ``skip`` runs with one seed start from the same backbone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+
+
+def init_std(name: str, config: ModelConfig) -> float | None:
+    """Standard deviation of the normal distribution that parameter ``name`` is drawn from; None for ones.
+
+    ===================================  =============================================================
+    norms                                ones
+    ``o_proj``, ``down_proj``            init_std / sqrt(2 x layers): 2 x layers of them add to the residual stream
+    routers                              init_std: logits spread by about init_std x sqrt(width) on normed input
+    embedding, head, everything else     init_std
+    ===================================  =============================================================
+    """
+    if "norm" in name:
+        return None
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return config.init_std / math.sqrt(2 * config.layers)
+    return config.init_std
+
+
+def initialise(
+    model: nn.Module,
+    config: ModelConfig,
+    seed: int,
+    gather: Callable[[Tensor], AbstractContextManager[object]] = lambda _: nullcontext(),
+) -> None:
+    """Draw all weights of ``model`` in place.
+
+    Args:
+        model: a ``Decoder``.
+        config: its config.
+        seed: the run's seed.
+        gather: context manager that makes a partitioned parameter whole and writes it back (ZeRO 3); called once
+            per parameter, so only one is whole at a time.
+    """
+    for name, parameter in model.named_parameters():
+        std = init_std(name, config)
+        with gather(parameter), torch.no_grad():
+            if parameter.numel() == 0:
+                continue  # partitioned, and this rank does not write
+            if std is None:
+                parameter.fill_(1.0)
+                continue
+            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+            values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
+            parameter.copy_(values)

@@ -1,0 +1,7 @@
+"""YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
+
+from settings.load import load, to_yaml
+from settings.strict import Strict
+from settings.user_errors import user_errors
+
+__all__ = ["Strict", "load", "to_yaml", "user_errors"]

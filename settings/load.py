@@ -1,0 +1,138 @@
+"""Load a config: defaults < YAML file < ``key.sub=value`` on the command line.
+
+Three rules. Unknown keys are errors that name the key and the nearest valid one. Every problem that pydantic finds
+is told in one message, each with its key and the value it got. What was loaded can be written back with
+:func:`to_yaml` and loaded again as it is.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """A YAML loader that refuses a key written twice, which plain YAML would resolve silently."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            key = str(self.construct_object(key_node, deep=True))
+            if key in seen:
+                raise ValueError(f"key '{key}' is written twice{key_node.start_mark}; keep one of the two")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block: str | None = None) -> Schema:
+    """Read ``path``, apply ``overrides`` and validate against ``schema``.
+
+    Args:
+        path: a YAML file whose top level is a mapping.
+        overrides: ``key.sub=value`` strings; values are parsed as YAML. Later ones win.
+        schema: the pydantic model to validate against.
+        block: validate only this top-level block (``data.*`` commands read only ``data`` of a run's config).
+
+    Raises:
+        ValueError: with one sentence a problem: missing file, bad YAML, unknown key, bad value.
+    """
+    path = Path(path)
+    raw = _read_yaml(path)
+    for override in overrides:
+        _apply_override(raw, override)
+    if block is not None:
+        if block not in raw:
+            raise ValueError(f"{path} has no '{block}:' block; this command reads only that block, so add one")
+        raw = raw[block]
+    prefix = f"{block}." if block else ""
+    unknown = _unknown_keys(raw, schema, prefix)
+    if unknown:
+        raise ValueError(f"{path}: " + "; ".join(unknown))
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_sentence(e, prefix) for e in error.errors())) from None
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The resolved config as YAML that :func:`load` accepts unchanged."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f"; files there: {', '.join(there)}" if there else ""
+        raise ValueError(f"config file {path} does not exist{hint}")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} must hold a mapping of blocks (model, data, train, deepspeed), got {type(raw).__name__}")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        raise ValueError(f"override '{override}' must look like key.sub=value, for example train.steps=100")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeyLoader)
+    except yaml.YAMLError:
+        raise ValueError(f"override '{override}': the value is not valid YAML; quote it") from None
+    *parents, last = key.split(".")
+    here = raw
+    for depth, name in enumerate(parents):
+        if here.get(name) is None:
+            here[name] = {}
+        here = here[name]
+        if not isinstance(here, dict):
+            raise ValueError(f"override '{override}': '{'.'.join(parents[: depth + 1])}' holds no keys")
+    here[last] = value
+
+
+def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str) -> list[str]:
+    """Every key below ``raw`` that the schema does not have, each as a sentence with the nearest valid key."""
+    if not isinstance(raw, dict):
+        return []
+    problems = []
+    for key, value in raw.items():
+        field = schema.model_fields.get(str(key))
+        if field is None:
+            near = difflib.get_close_matches(str(key), schema.model_fields, n=1, cutoff=0.5)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"valid keys: {', '.join(schema.model_fields)}"
+            problems.append(f"unknown key '{prefix}{key}'; {hint}")
+            continue
+        for nested in _nested_schemas(field.annotation):
+            items = value if isinstance(value, list) else [value]
+            for number, item in enumerate(items):
+                place = f"{prefix}{key}[{number}]." if isinstance(value, list) else f"{prefix}{key}."
+                problems += _unknown_keys(item, nested, place)
+    return problems
+
+
+def _nested_schemas(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [schema for part in typing.get_args(annotation) for schema in _nested_schemas(part)]
+
+
+def _sentence(error: Any, prefix: str) -> str:
+    """One pydantic error as 'key: rule, got value'; our own cross-field sentences pass through as written."""
+    key = prefix + ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":
+        sentence = str(error["ctx"]["error"])
+        return f"{key.rstrip('.')}: {sentence}" if error["loc"] else sentence
+    if error["type"] == "missing":
+        return f"key '{key}' is required but missing"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: {message}, got {error['input']!r}"
