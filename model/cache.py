@@ -23,9 +23,7 @@ class KVCache:
         capacity_tokens: S; appending beyond it raises ``ValueError``.
     """
 
-    def __init__(
-        self, config: ModelConfig, batch: int, capacity_tokens: int, device: torch.device, dtype: torch.dtype
-    ):
+    def __init__(self, config: ModelConfig, batch: int, capacity_tokens: int, device: torch.device, dtype: torch.dtype):
         shape = (config.layers, batch, config.kv_heads, capacity_tokens, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)

@@ -124,7 +124,7 @@ class Decoder(nn.Module):
             cache.advance(length)
         out = self.lm_head(self.norm(x), targets, z_coefficient)
         record = _record(gates, visibility, batch, length)
-        return DecoderOutput(*((out, None) if targets is None else (None, out)), record)
+        return DecoderOutput(out, None, record) if targets is None else DecoderOutput(None, out, record)
 
     def _open_cache(self, cache: KVCache, length: int, documents: Tensor | None) -> Tensor | None:
         router = self.config.router

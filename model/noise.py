@@ -9,7 +9,6 @@ Dimension letters: B batch, T tokens.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 # The mixing constants of SplitMix64 (Steele, Lea and Flood 2014), as signed 64-bit integers.

@@ -56,11 +56,12 @@ class RoutingInputs:
     seed: int
 
 
-class LearnedRouter(nn.Linear):
+class LearnedRouter(nn.Module):
     """Zeng et al. 2023: ``d_model -> 2`` logits (skip, execute), straight-through Gumbel-softmax."""
 
     def __init__(self, config: RouterConfig, width: int, site: int):
-        super().__init__(width, 2, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, width))
         self.site = site
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
@@ -106,7 +107,7 @@ class StrideRouter(nn.Module):
         return Gate(executed, executed.float())
 
 
-class ExpertChoiceRouter(nn.Linear):
+class ExpertChoiceRouter(nn.Module):
     """Raposo et al. 2024: the P x T tokens of the sequence with the highest scores, output weighted by the score.
 
     Not causal: whether a token executes depends on later ones. A baseline for training and perplexity, refused for
@@ -114,7 +115,8 @@ class ExpertChoiceRouter(nn.Linear):
     """
 
     def __init__(self, config: RouterConfig, width: int, site: int):
-        super().__init__(width, 2, bias=False)
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(2, width))
         self.density = config.density
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:

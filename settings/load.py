@@ -77,7 +77,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a mapping of blocks (model, data, train, deepspeed), got {type(raw).__name__}")
+        raise ValueError(f"{path} must hold blocks (model, data, train, deepspeed), got a {type(raw).__name__}")
     return raw
 
 

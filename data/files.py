@@ -1,0 +1,65 @@
+"""Files that are either whole or absent: everything is written beside its name, synced to disk, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, BinaryIO
+
+TEMPORARY = ".tmp"
+"""Suffix of a file being written. Whatever carries it is left over from a killed command and may be deleted."""
+
+
+def temporary_name(path: Path) -> Path:
+    """Where ``path`` is written until it is whole."""
+    return path.with_name(path.name + TEMPORARY)
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Close ``file``, which was written under ``temporary_name(path)``, and give it its name, durably."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(temporary_name(path), path)
+    # The rename itself lives in the folder: without this a power cut can bring the old name back.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Put ``content`` at ``path``; a reader sees the old file or the whole new one."""
+    file = temporary_name(path).open("wb")
+    file.write(content)
+    publish(file, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file is not JSON, or holds something else than an object.
+        OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); it is damaged, so restore it or prepare again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; restore it or prepare again")
+    return content
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
