@@ -25,7 +25,7 @@ class SourceConfig(Strict):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Folder name of its shards, and its name in metrics."""
-    files: list[str] = []
+    files: list[str] = Field(default_factory=list)
     """Paths or glob patterns (``**`` allowed), read in sorted order; compressed ones (.gz .xz .zst) too."""
     hub: str | None = None
     """Instead of files: a dataset's name on the Hub."""
@@ -56,7 +56,7 @@ class DataConfig(Strict):
     """Window length, in tokens: what one sample predicts."""
     sources: list[SourceConfig] = Field(min_length=1)
     """What to train on."""
-    validation: list[SourceConfig] = []
+    validation: list[SourceConfig] = Field(default_factory=list)
     """Named validation sets, evaluated apart."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How to train the tokenizer."""
@@ -64,6 +64,8 @@ class DataConfig(Strict):
     """Most tokens in one shard file."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the global shuffle."""
+    skip_ranges: list[tuple[int, int]] = Field(default_factory=list)
+    """Samples to pass over, as [first, end) sample numbers: what to set after going back before a loss spike."""
     confine_attention: bool = False
     """Attention stays within its document, and no loss is taken on predictions across a document's end."""
     restart_positions: bool = False
@@ -76,4 +78,16 @@ class DataConfig(Strict):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"data.{group}: the names {', '.join(twice)} stand twice; every name must be unique")
+        return self
+
+    @model_validator(mode="after")
+    def _ranges_in_order(self) -> DataConfig:
+        last_end = 0
+        for first, end in self.skip_ranges:
+            if not last_end <= first < end:
+                raise ValueError(
+                    f"data.skip_ranges: [{first}, {end}) is empty, negative or begins before the end of the one before "
+                    f"it ({last_end}); give ascending ranges [first, end) that do not overlap"
+                )
+            last_end = end
         return self

@@ -16,7 +16,6 @@ import io
 import json
 import lzma
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +86,7 @@ class Source:
         number = min(cursor.file, len(self.files) - 1)
         return f"{self.files[number].name} ({number + 1} of {len(self.files)})"
 
-    def documents(self, start: Cursor = Cursor(0, 0)) -> Iterator[Document]:
+    def documents(self, start: Cursor) -> Iterator[Document]:
         """Every document from ``start`` on, the ones without text included.
 
         Raises:
@@ -124,12 +123,12 @@ class Source:
 def open_raw(path: Path) -> io.BufferedIOBase:
     """A file's decompressed bytes; the compression is told from the name."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb")
     if path.suffix == ".xz":
         return lzma.open(path, "rb")
     if path.suffix == ".zst":
         reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader, 1 << 20)  # type: ignore[arg-type]
+        return io.BufferedReader(reader, 1 << 20)
     return path.open("rb")
 
 
@@ -262,20 +261,13 @@ def _hub_revision(config: SourceConfig) -> str | None:
 
 def _require_whole_zstd(path: Path) -> None:
     """Refuse a cut-off .zst: unlike gzip and xz, its reader ends quietly where the bytes end."""
-    inflate = zstandard.ZstdDecompressor().decompressobj()
+    frame = None
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            inflate.decompress(chunk)
-            while inflate.eof and inflate.unused_data:
-                rest = inflate.unused_data
-                inflate = zstandard.ZstdDecompressor().decompressobj()
-                inflate.decompress(rest)
-            if inflate.eof:
-                inflate = zstandard.ZstdDecompressor().decompressobj()
-                continue
-    raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class Sample:
-    """placeholder"""
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                frame.decompress(chunk)
+                chunk = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise ValueError("the compressed file is cut off")

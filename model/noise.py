@@ -31,8 +31,8 @@ def uniform(seed: int, sample_ids: Tensor, site: int, positions: Tensor) -> Tens
     """
     key = _mix(_mix(sample_ids * _STEP + seed) + site)
     bits = _mix(key[:, None] + positions[None, :] * _STEP)
-    # 24 bits fill a fp32 mantissa; half a step keeps 0 and 1 out.
-    return (_shift_right(bits, 40).float() + 0.5) * 2.0**-24
+    # Half a step keeps 0 and 1 out. 23 bits, not 24: fp32 would round the largest number of 24 bits and a half up to 1.
+    return (_shift_right(bits, 41).float() + 0.5) * 2.0**-23
 
 
 def _mix(z: Tensor) -> Tensor:

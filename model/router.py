@@ -101,8 +101,10 @@ class StrideRouter(nn.Module):
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D], read for nothing but its batch size."""
-        line = inputs.positions.double() * self.density + self.phase
-        executed = torch.floor(line + self.density) > torch.floor(line)
+        steps = inputs.positions.double()
+        # Both ends of a token's step by the same formula: "start + density" rounds apart from the next start.
+        start, end = steps * self.density + self.phase, (steps + 1) * self.density + self.phase
+        executed = torch.floor(end) > torch.floor(start)
         executed = executed.expand(x.shape[0], -1)
         return Gate(executed, executed.float())
 

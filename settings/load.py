@@ -25,9 +25,12 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<: *anchor" may be overridden by keys beside it
+                continue
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
-                raise ValueError(f"key '{key}' is written twice{key_node.start_mark}; keep one of the two")
+                line = key_node.start_mark.line + 1
+                raise ValueError(f"key '{key}' is written twice, again in line {line}; keep one of the two")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -76,6 +79,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold blocks (model, data, train, deepspeed), got a {type(raw).__name__}")
     return raw
@@ -89,6 +94,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_UniqueKeyLoader)
     except yaml.YAMLError:
         raise ValueError(f"override '{override}': the value is not valid YAML; quote it") from None
+    except ValueError as error:
+        raise ValueError(f"override '{override}': {error}") from None
     *parents, last = key.split(".")
     here = raw
     for depth, name in enumerate(parents):

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+_OTHER_RANKS_WAIT_S = 5.0
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn ``ValueError`` and ``OSError`` raised inside into ``error: <sentence>`` on stderr and exit status 1."""
+    """Turn ``ValueError`` and ``OSError`` raised inside into ``error: <sentence>`` on stderr and exit status 1.
+
+    Under a launcher most mistakes hit every rank alike. Ranks other than 0 wait a little before they speak: the
+    launcher ends them when rank 0 fails, and the reader is spared as many copies as there are ranks.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(_OTHER_RANKS_WAIT_S)
+        print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

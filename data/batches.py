@@ -1,0 +1,258 @@
+"""Batches for training and evaluation. B: samples in a batch, T: tokens in a window (``data.sequence_tokens``).
+
+A run's data position is one number, the samples consumed. Which samples a rank takes in a step follows from it
+(:func:`step_sample_ids`), and which tokens a sample holds follows from its number (:mod:`data.order`)::
+
+    step s, global batch G, 2 ranks, 2 micro-steps of m samples: G = 4 m
+    sample   sG .. sG+m-1 | sG+m .. sG+2m-1 | sG+2m .. sG+3m-1 | sG+3m .. sG+4m-1
+    taken by rank 0, 1st  | rank 1, 1st     | rank 0, 2nd      | rank 1, 2nd micro-step
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.config import DataConfig
+from data.order import ORDER_VERSION, Order
+from data.store import TokenStore, train_folder, validation_folder
+from data.tokenizer import tokenizer_sha256
+
+NO_TARGET = -100
+"""A target on which no loss is taken."""
+NO_SAMPLE = -1
+"""The number of a row that only fills up a batch."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B samples of T tokens, on the CPU."""
+
+    tokens: Tensor
+    """int64 [B, T], the inputs."""
+    targets: Tensor
+    """int64 [B, T], the token after each input; -100 where no loss is taken."""
+    sample_ids: Tensor
+    """int64 [B]; -1 for a row that only fills up a validation batch."""
+    documents: Tensor | None
+    """int64 [B, T], number of the document within the window, from 0, never falling; None unless confine_attention."""
+    positions: Tensor | None
+    """int64 [B, T], 0 at every document's and every window's start; None unless restart_positions."""
+
+
+@dataclass(frozen=True)
+class SourceSummary:
+    """What one source has, and how much of the training it is."""
+
+    name: str
+    tokens: int
+    windows: int
+    """Samples in one epoch."""
+    tokens_per_epoch: int
+    """Tokens predicted in one epoch: ``windows * T``; at most T tokens fewer than ``tokens``."""
+    share: float
+    """Of all samples."""
+
+    def epochs(self, samples: int) -> float:
+        """How often this source is gone through in ``samples`` samples of the whole mixture."""
+        return samples * self.share / self.windows
+
+
+class TrainingData:
+    """All sources, mixed and shuffled."""
+
+    def __init__(self, config: DataConfig, pin_memory: bool = False) -> None:
+        """Open every source; batches are in pinned memory if asked.
+
+        Raises:
+            ValueError: a source is missing, damaged, shorter than one window, or made with another tokenizer than
+                the data folder's (so two tokenizers never mix).
+        """
+        self._config = config
+        self._pin_memory = pin_memory
+        names = [source.name for source in config.sources]
+        self._tokenizer_sha256 = tokenizer_sha256(config.dir)
+        self._stores = [_open(train_folder(config, name), self._tokenizer_sha256, config) for name in names]
+        windows = [store.windows(config.sequence_tokens) for store in self._stores]
+        self._order = Order(names, windows, [source.weight for source in config.sources], config.seed)
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token id is below it."""
+        return self._stores[0].manifest.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        """The id that closes every document."""
+        return self._stores[0].manifest.eos_id
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which tokens sample i holds; a run resumes exactly only if it is the same.
+
+        ``skip_ranges`` is left out: it is meant to be changed on the way. ``confine_attention`` and
+        ``restart_positions`` are left out too: they change what the model sees of the tokens, not the tokens.
+        """
+        sources = [
+            {
+                "name": source.name,
+                "weight": source.weight,
+                "files": [{name: file.sha256 for name, file in shard.files.items()} for shard in store.manifest.shards],
+            }
+            for source, store in zip(self._config.sources, self._stores, strict=True)
+        ]
+        decisive = {
+            "order_version": ORDER_VERSION,
+            "tokenizer": self._tokenizer_sha256,
+            "seed": self._config.seed,
+            "sequence_tokens": self._config.sequence_tokens,
+            "sources": sources,
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> list[SourceSummary]:
+        """One entry a source."""
+        length = self._config.sequence_tokens
+        return [
+            SourceSummary(
+                name=source.name,
+                tokens=store.tokens,
+                windows=store.windows(length),
+                tokens_per_epoch=store.windows(length) * length,
+                share=float(share),
+            )
+            for source, store, share in zip(self._config.sources, self._stores, self._order.mixture.shares, strict=True)
+        ]
+
+    def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source number, epoch and window of samples: int64 [N] -> three int64 [N]."""
+        return self._order.locate(sample_ids)
+
+    def batch(self, consumed: Sequence[int] | range) -> Batch:
+        """The samples at these places of the run: ``consumed`` counts from 0 what the run took before each.
+
+        With ``skip_ranges`` set, ``Batch.sample_ids`` runs ahead of ``consumed`` by the samples passed over.
+        """
+        sample_ids = pass_over(np.asarray(consumed, np.int64), self._config.skip_ranges)
+        sources, _, windows = self._order.locate(sample_ids)
+        rows = [
+            self._stores[source].window(window, self._config.sequence_tokens)
+            for source, window in zip(sources.tolist(), windows.tolist(), strict=True)
+        ]
+        return _batch(rows, sample_ids, self._config, self._pin_memory)
+
+
+class ValidationSet:
+    """One named validation set: its windows in order, the same every time."""
+
+    def __init__(self, config: DataConfig, name: str, pin_memory: bool = False) -> None:
+        """Open ``name``, one of ``config.validation``.
+
+        Raises:
+            ValueError: as for :class:`TrainingData`.
+        """
+        self.name = name
+        self._config = config
+        self._pin_memory = pin_memory
+        self._store = _open(validation_folder(config, name), tokenizer_sha256(config.dir), config)
+
+    @property
+    def samples(self) -> int:
+        """Number of windows."""
+        return self._store.windows(self._config.sequence_tokens)
+
+    def batches(
+        self, rank: int, world_size: int, batch_samples: int, limit_samples: int | None = None
+    ) -> Iterator[Batch]:
+        """This rank's batches; every rank gets the same number of them, each of ``batch_samples`` rows.
+
+        All ranks together see the first ``limit_samples`` windows (all of them if None) once each. Rows beyond those
+        hold zeros, have sample id -1 and only -100 as targets.
+        """
+        assert 0 <= rank < world_size and batch_samples >= 1
+        samples = self.samples if limit_samples is None else min(limit_samples, self.samples)
+        length = self._config.sequence_tokens
+        nothing = (np.zeros(length + 1, np.int64), np.zeros(0, np.int64))
+        for first in range(
+            rank * batch_samples, _round_up(samples, world_size * batch_samples), world_size * batch_samples
+        ):
+            ids = np.arange(first, first + batch_samples)
+            rows = [self._store.window(number, length) if number < samples else nothing for number in ids.tolist()]
+            yield _batch(rows, np.where(ids < samples, ids, NO_SAMPLE), self._config, self._pin_memory)
+
+
+def step_sample_ids(
+    step: int, global_batch: int, rank: int, world_size: int, micro_batch: int, accumulation: int
+) -> list[range]:
+    """What ``rank`` takes in ``step`` (from 0): one range of ``micro_batch`` samples for each micro-step.
+
+    Together the ranks take ``step * global_batch`` up to the next step's first, so that the samples of a step are the
+    same at any world size and micro-batch.
+
+    Raises:
+        ValueError: the three numbers do not multiply to ``global_batch``.
+    """
+    if micro_batch * accumulation * world_size != global_batch:
+        raise ValueError(
+            f"micro_batch {micro_batch} x accumulation {accumulation} x world size {world_size} = "
+            f"{micro_batch * accumulation * world_size}, but the global batch is {global_batch}; make them equal"
+        )
+    first = [step * global_batch + (micro_step * world_size + rank) * micro_batch for micro_step in range(accumulation)]
+    return [range(start, start + micro_batch) for start in first]
+
+
+def pass_over(consumed: np.ndarray, skip_ranges: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Sample ids, int64 [N], when the samples in ``skip_ranges`` (ascending, [first, end)) are never taken."""
+    sample_ids = consumed
+    for first, end in skip_ranges:
+        sample_ids = np.where(sample_ids >= first, sample_ids + (end - first), sample_ids)
+    return sample_ids
+
+
+def _open(folder: Path, expected_tokenizer: str, config: DataConfig) -> TokenStore:
+    store = TokenStore(folder, expected_tokenizer)
+    if not store.windows(config.sequence_tokens):
+        raise ValueError(
+            f"{folder} holds {store.tokens} tokens, but one window takes data.sequence_tokens + 1 = "
+            f"{config.sequence_tokens + 1}; add text or lower sequence_tokens"
+        )
+    return store
+
+
+def _round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _batch(
+    rows: list[tuple[np.ndarray, np.ndarray]], sample_ids: np.ndarray, config: DataConfig, pin_memory: bool
+) -> Batch:
+    """Put windows (tokens [T+1], document ends [E]) together; a row with sample id -1 gets no targets."""
+    tokens = np.stack([row for row, _ in rows])
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
+    targets[sample_ids == NO_SAMPLE] = NO_TARGET
+    places = np.arange(config.sequence_tokens)
+    numbers = [np.searchsorted(ends, places, side="right") for _, ends in rows]
+    if config.confine_attention:
+        for row, (_, ends) in enumerate(rows):
+            targets[row, ends - 1] = NO_TARGET
+    # A row's document d > 0 starts at its end number d - 1; what began before the window starts with it.
+    starts = [np.concatenate([[0], ends])[number] for (_, ends), number in zip(rows, numbers, strict=True)]
+
+    def tensor(array: np.ndarray) -> Tensor:
+        made = torch.from_numpy(np.ascontiguousarray(array, np.int64))
+        return made.pin_memory() if pin_memory else made
+
+    return Batch(
+        tokens=tensor(inputs),
+        targets=tensor(targets),
+        sample_ids=tensor(sample_ids),
+        documents=tensor(np.stack(numbers)) if config.confine_attention else None,
+        positions=tensor(places - np.stack(starts)) if config.restart_positions else None,
+    )

@@ -1,0 +1,131 @@
+"""A prepared source, read through ``numpy.memmap``. T: tokens in a window."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.config import DataConfig
+from data.files import sha256_of
+from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, read_model
+
+
+def train_folder(config: DataConfig, name: str) -> Path:
+    """Where the shards of source ``name`` lie."""
+    return Path(config.dir) / "train" / name
+
+
+def validation_folder(config: DataConfig, name: str) -> Path:
+    """Where the shards of validation set ``name`` lie."""
+    return Path(config.dir) / "validation" / name
+
+
+class TokenStore:
+    """All shards of one source as one long row of tokens. Never writes."""
+
+    def __init__(self, folder: str | Path, tokenizer_sha256: str | None = None) -> None:
+        """Open ``folder`` and compare every file's size with the manifest.
+
+        Args:
+            folder: what ``data.prepare`` wrote.
+            tokenizer_sha256: refuse shards made with another tokenizer; None takes any.
+
+        Raises:
+            ValueError: a file is missing, cut, damaged or of another format or tokenizer; the sentence names it.
+        """
+        self.folder = Path(folder)
+        path = self.folder / MANIFEST_NAME
+        self.manifest = read_model(path, Manifest)
+        if tokenizer_sha256 is not None and self.manifest.tokenizer_sha256 != tokenizer_sha256:
+            raise ValueError(
+                f"{path}: the shards were made with tokenizer {self.manifest.tokenizer_sha256[:12]}, but this "
+                f"data folder's tokenizer.model is {tokenizer_sha256[:12]}; restore that tokenizer or prepare again"
+            )
+        self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self._check_files()
+        counts = [shard.tokens for shard in self.manifest.shards]
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        if self._starts[-1] != self.manifest.tokens:
+            raise ValueError(
+                f"{path} is damaged: it counts {self.manifest.tokens} tokens, its shards hold {self._starts[-1]}; "
+                "restore it or prepare again"
+            )
+        # Opened at first use: a large source has thousands, of which one rank's start-up needs none.
+        self._maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(counts)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all shards, the documents' EOS included."""
+        return self.manifest.tokens
+
+    def windows(self, length: int) -> int:
+        """How many windows of T = ``length`` tokens there are; fewer than T tokens at the end belong to none."""
+        return (self.tokens - 1) // length
+
+    def window(self, number: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Window ``number`` of T = ``length`` tokens, and the token after it.
+
+        Returns:
+            Tokens, int64 [T+1]: the store's ``number * T`` to ``number * T + T``, so the last one is also the
+            first of the next window. And the document ends inside, int64 [E], ascending, in 1..T: an end e means that
+            a document's last token stands at e - 1.
+        """
+        assert 0 <= number < self.windows(length), f"window {number} of {self.windows(length)} in {self.folder}"
+        first = number * length
+        last = first + length + 1
+        tokens = np.empty(length + 1, np.int64)
+        ends: list[np.ndarray] = []
+        shard = int(np.searchsorted(self._starts, first, side="right")) - 1
+        while shard < len(self._maps) and self._starts[shard] < last:
+            offset = int(self._starts[shard])
+            shard_tokens, shard_ends = self._shard(shard)
+            a, b = max(first - offset, 0), min(last - offset, len(shard_tokens))
+            tokens[offset + a - first : offset + b - first] = shard_tokens[a:b]
+            # Ends strictly after the window's first position and at most T after it.
+            low, high = np.searchsorted(shard_ends, [max(first - offset + 1, 0), first - offset + length + 1])
+            ends.append(shard_ends[low:high].astype(np.int64) + (offset - first))
+            shard += 1
+        return tokens, np.concatenate(ends)
+
+    def verify(self) -> None:
+        """Compare every file with its SHA-256; reads everything.
+
+        Raises:
+            ValueError: naming the first file that differs.
+        """
+        for shard in self.manifest.shards:
+            for name, file in shard.files.items():
+                if sha256_of(self.folder / name) != file.sha256:
+                    raise ValueError(
+                        f"{self.folder / name} is damaged: its SHA-256 differs from {MANIFEST_NAME}; restore it, or "
+                        f"remove {self.folder} and prepare again"
+                    )
+
+    def _check_files(self) -> None:
+        for shard in self.manifest.shards:
+            sizes = {
+                f"{shard.name}.bin": shard.tokens * self._dtype.itemsize,
+                f"{shard.name}.ends": shard.documents * ENDS_DTYPE.itemsize,
+            }
+            for name, size in sizes.items():
+                path = self.folder / name
+                again = f"restore it, or remove {self.folder} and prepare again"
+                if not path.is_file():
+                    raise ValueError(f"{path} is missing; {again}")
+                there = path.stat().st_size
+                if there != size or name not in shard.files or shard.files[name].bytes != size:
+                    raise ValueError(f"{path} has {there} bytes, the manifest counts {size}; {again}")
+
+    def _shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids [N] and document ends [D] of one shard, mapped."""
+        maps = self._maps[number]
+        if maps is None:
+            name = self.manifest.shards[number].name
+            maps = (self._map(f"{name}.bin", self._dtype), self._map(f"{name}.ends", ENDS_DTYPE))
+            self._maps[number] = maps
+        return maps
+
+    def _map(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
+        return np.memmap(self.folder / name, dtype, mode="r")

@@ -1,0 +1,258 @@
+"""Preparing shards: the same bytes whatever happens, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from data.config import DataConfig
+from data.prepare import main, prepare, verify
+from data.shards import Manifest, read_model
+from data.tokenizer import load_tokenizer, train_tokenizer
+from tests.data.helpers import config_of, contents, documents, prepared, write_jsonl
+
+ROOT = Path(__file__).parents[2]
+
+
+def folder_of(config: DataConfig) -> Path:
+    return Path(config.dir) / "train" / "main"
+
+
+def test_shards_hold_the_documents(tmp_path: Path) -> None:
+    texts = [*documents(100), "", "  ", *documents(50, seed=1), ""]
+    config = prepared(tmp_path, texts, shard_tokens=1000)
+    manifest = read_model(folder_of(config) / "manifest.json", Manifest)
+    tokenizer = load_tokenizer(config.dir)
+    read: list[str] = []
+    for shard in manifest.shards:
+        tokens = np.fromfile(folder_of(config) / f"{shard.name}.bin", "<u2")
+        ends = np.fromfile(folder_of(config) / f"{shard.name}.ends", "<u8").astype(int)
+        assert len(tokens) == shard.tokens == ends[-1]
+        for start, end in zip([0, *ends[:-1]], ends, strict=True):
+            assert tokens[end - 1] == manifest.eos_id == 2
+            read.append(tokenizer.decode(tokens[start : end - 1].tolist()))
+    kept = [text for text in texts if text]
+    assert read == kept
+    assert len(manifest.shards) > 3 and max(shard.tokens for shard in manifest.shards) <= 1000
+    assert manifest.empty_documents == 2 and manifest.documents == len(kept)
+    assert manifest.text_bytes == sum(len(text.encode()) for text in kept)
+    assert sorted(path.suffix for path in folder_of(config).iterdir() if path.suffix not in (".bin", ".ends")) == [
+        ".json"
+    ], "only the manifest stays"
+
+
+def test_a_document_longer_than_a_shard_stays_whole(tmp_path: Path) -> None:
+    config = prepared(tmp_path, [*documents(20), "long words here " * 2000, *documents(20, seed=1)])
+    manifest = read_model(folder_of(config) / "manifest.json", Manifest)
+    assert [shard.documents for shard in manifest.shards if shard.tokens > 1000] == [1]
+
+
+def test_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.prepare.token_dtype", lambda _: np.dtype("<u4"))
+    config = prepared(tmp_path)
+    manifest = read_model(folder_of(config) / "manifest.json", Manifest)
+    assert manifest.dtype == "uint32"
+    assert manifest.shards[0].files["shard-00000.bin"].bytes == 4 * manifest.shards[0].tokens
+    verify(config)
+
+
+def test_same_bytes_with_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.prepare.BATCH_BYTES", 2000)
+    write_jsonl(tmp_path / "raw.jsonl", documents(300))
+    config = config_of(tmp_path)
+    train_tokenizer(config)
+    prepare(config, workers=1)
+    alone = contents(Path(config.dir))
+    shutil.rmtree(folder_of(config))
+    prepare(config, workers=3)
+    assert contents(Path(config.dir)) == alone
+
+
+def test_killed_and_started_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    texts = documents(6000, longest=200)
+    texts[::7] = [""] * len(texts[::7])  # documents without text are counted the same, too
+    write_jsonl(tmp_path / "raw.jsonl", texts)
+    config = config_of(tmp_path, shard_tokens=20_000)
+    train_tokenizer(config)
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump({"data": config.model_dump(mode="json")}))
+    command = [sys.executable, "-m", "data.prepare", str(run), "--workers", "2"]
+
+    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    folder = folder_of(config)
+    deadline_s = time.monotonic() + 60
+    while len(list(folder.glob("shard-*.json"))) < 3 and started.poll() is None and time.monotonic() < deadline_s:
+        time.sleep(0.002)
+    children = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    started.send_signal(signal.SIGKILL)
+    started.wait()
+    finished = len(list(folder.glob("shard-*.json")))
+    assert finished >= 3 and not (folder / "manifest.json").exists(), "the kill came too early or too late"
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*.bin")}
+
+    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"going on after {finished} finished shards" in resumed.stdout
+    for name in sorted(kept)[:finished]:
+        assert (folder / name).stat().st_mtime_ns == kept[name], "a finished shard was written again"
+    resumed_bytes = contents(Path(config.dir))
+    shutil.rmtree(folder)
+    prepare(config, workers=1)
+    assert contents(Path(config.dir)) == resumed_bytes
+    assert not [pid for pid in children if _alive(int(pid))], "tokenizing processes outlived their parent"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.parametrize("stop_after", range(12))
+def test_stopped_at_any_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_after: int) -> None:
+    """Each file that gets its name is a point where a kill may fall: what lies there then must be enough."""
+    whole = prepared(tmp_path, documents(60))
+    expected = contents(Path(whole.dir))
+    shutil.rmtree(folder_of(whole))
+    renames = 0
+    rename = os.replace
+
+    def stop(old: Path, new: Path) -> None:
+        nonlocal renames
+        if renames == stop_after:
+            raise KeyboardInterrupt
+        renames += 1
+        rename(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", stop)
+        try:
+            prepare(whole, workers=1)
+        except KeyboardInterrupt:
+            assert not (folder_of(whole) / "manifest.json").exists()
+    prepare(whole, workers=1)
+    assert contents(Path(whole.dir)) == expected
+
+
+def test_complete_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = prepared(tmp_path)
+    (folder_of(config) / "shard-00099.bin.tmp").write_bytes(b"left over")
+    before = contents(Path(config.dir))
+    prepare(config, workers=1)
+    assert "complete already" in capsys.readouterr().out
+    assert before.keys() - contents(Path(config.dir)).keys() == {"train/main/shard-00099.bin.tmp"}
+
+
+def test_touched_sources_are_the_same_but_edited_ones_are_not(tmp_path: Path) -> None:
+    config = prepared(tmp_path)
+    os.utime(tmp_path / "raw.jsonl", (1, 1))
+    prepare(config, workers=1)
+    write_jsonl(tmp_path / "raw.jsonl", documents(201))
+    with pytest.raises(ValueError, match=r"train/main was prepared from something else.*1 source files.*raw\.jsonl"):
+        prepare(config, workers=1)
+
+
+def test_changes_since_an_interrupted_run_are_refused(tmp_path: Path) -> None:
+    config = prepared(tmp_path)
+    folder = folder_of(config)
+    manifest = read_model(folder / "manifest.json", Manifest)
+    for shard in manifest.shards[:2]:
+        (folder / f"{shard.name}.json").write_text(shard.model_dump_json())
+    (folder / "manifest.json").unlink()
+    (folder / "progress.json").write_text(json.dumps(manifest.made_from))
+    with pytest.raises(ValueError, match=r"settings \(.*'shard_tokens': 1000.* -> .*'shard_tokens': 2000"):
+        prepare(config_of(tmp_path, shard_tokens=2000), workers=1)
+    (Path(config.dir) / "tokenizer.model").unlink()
+    train_tokenizer(config_of(tmp_path, tokenizer={"vocab_size": 330, "train_bytes": 20_000}))
+    with pytest.raises(ValueError, match="changed since: the tokenizer"):
+        prepare(config, workers=1)
+
+
+def test_a_finished_shard_whose_file_was_lost_is_made_again(tmp_path: Path) -> None:
+    config = prepared(tmp_path)
+    expected = contents(Path(config.dir))
+    folder = folder_of(config)
+    manifest = read_model(folder / "manifest.json", Manifest)
+    for shard in manifest.shards[:3]:
+        (folder / f"{shard.name}.json").write_text(shard.model_dump_json())
+    (folder / "progress.json").write_text(json.dumps(manifest.made_from))
+    (folder / "manifest.json").unlink()
+    (folder / "shard-00001.bin").write_bytes(b"cut")
+    prepare(config, workers=1)
+    assert contents(Path(config.dir)) == expected
+
+
+def test_refusals(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "raw.jsonl", documents(200))
+    config = config_of(tmp_path)
+    with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
+        prepare(config, workers=1)
+    train_tokenizer(config)
+    write_jsonl(tmp_path / "raw.jsonl", ["", ""])
+    with pytest.raises(ValueError, match="train/main: the source has no document with text"):
+        prepare(config, workers=1)
+    (tmp_path / "raw.jsonl").unlink()
+    with pytest.raises(ValueError, match="source 'main': no file matches"):
+        prepare(config, workers=1)
+
+
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    write_jsonl(tmp_path / "raw.jsonl", [*documents(100), ""])
+    (tmp_path / "bad.txt").write_bytes(b"words and \xff" * 20)
+    config = config_of(tmp_path, validation=[{"name": "held", "files": [str(tmp_path / "bad.txt")]}])
+    train_tokenizer(config)
+    run = tmp_path / "run.yaml"
+    run.write_text(yaml.safe_dump({"data": config.model_dump(mode="json")}))
+    monkeypatch.setattr("sys.argv", ["data.prepare", str(run), "--workers", "1"])
+    main()
+    said = capsys.readouterr().out
+    assert "train/main: " in said and "100 documents" in said and "left out 1 documents" in said
+    assert "validation/held: replaced invalid Unicode by U+FFFD in 1 documents" in said
+
+    monkeypatch.setattr("sys.argv", ["data.prepare", str(run), "--verify"])
+    main()
+    assert "verified" in capsys.readouterr().out
+    path = Path(config.dir) / "validation" / "held" / "shard-00000.bin"
+    path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    for arguments, message in (
+        ([str(run), "--verify"], "held/shard-00000.bin is damaged: its SHA-256 differs"),
+        ([str(run), "--workers", "0"], "--workers must be at least 1, got 0"),
+        ([str(run), "data.shard_token=5"], "did you mean 'data.shard_tokens'?"),
+    ):
+        monkeypatch.setattr("sys.argv", ["data.prepare", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 1
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_a_killed_worker_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "raw.jsonl", documents(50))
+    config = config_of(tmp_path)
+    train_tokenizer(config)
+    monkeypatch.setattr("data.encode._encode", os.kill)  # pickled by name: the worker runs os.kill(...)
+    monkeypatch.setattr("data.encode._end_with_parent", os.abort)
+    with pytest.raises(ValueError, match="a tokenizing process was killed"):
+        prepare(config, workers=2)
+
+
+def test_plain_lines_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("data.progress.LOG_EVERY_S", 0.0)
+    prepared(tmp_path)
+    said = capsys.readouterr()
+    assert "tokens/s, reading raw.jsonl (1 of 1)" in said.out
+    assert "\r" not in said.out + said.err

@@ -1,0 +1,117 @@
+"""Opening prepared sources: windows across shards, and every kind of damage named by its file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.batches import TrainingData
+from data.store import TokenStore
+from data.tokenizer import tokenizer_sha256, train_tokenizer
+from tests.data.helpers import config_of, documents, prepared
+
+
+def everything(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """All tokens and all document ends of a source, read the simple way."""
+    tokens = [np.fromfile(path, "<u2").astype(np.int64) for path in sorted(folder.glob("*.bin"))]
+    offsets = np.cumsum([0, *[len(part) for part in tokens]])
+    ends = [
+        np.fromfile(path, "<u8").astype(np.int64) + o
+        for path, o in zip(sorted(folder.glob("*.ends")), offsets[:-1], strict=True)
+    ]
+    return np.concatenate(tokens), np.concatenate(ends)
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A source of several shards; tests that damage it take a copy."""
+    return Path(prepared(tmp_path_factory.mktemp("pristine"), shard_tokens=1000).dir) / "train" / "main"
+
+
+@pytest.mark.parametrize("length", [2, 16, 999, 1000, 2500])
+def test_windows_are_slices_of_all_shards(pristine: Path, length: int) -> None:
+    store = TokenStore(pristine)
+    tokens, ends = everything(store.folder)
+    assert store.tokens == len(tokens) and store.windows(length) == (len(tokens) - 1) // length
+    assert len(tokens) - store.windows(length) * length <= length, "more than the tail is left out"
+    for number in range(store.windows(length)):
+        first = number * length
+        window, inside = store.window(number, length)
+        assert window.dtype == np.int64
+        np.testing.assert_array_equal(window, tokens[first : first + length + 1])
+        np.testing.assert_array_equal(inside, [e - first for e in ends if 1 <= e - first <= length])
+
+
+def edit_manifest(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return edit
+
+
+def cut(name: str, keep: int) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:keep])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut("shard-00001.bin", 10), r"shard-00001\.bin has 10 bytes, the manifest counts"),
+        (cut("shard-00000.ends", 0), r"shard-00000\.ends has 0 bytes"),
+        (lambda folder: (folder / "shard-00001.bin").unlink(), r"shard-00001\.bin is missing"),
+        (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json does not exist; prepare"),
+        (cut("manifest.json", 100), r"manifest\.json is not valid JSON"),
+        (cut("manifest.json", 0), r"manifest\.json is not valid JSON"),
+        (lambda folder: (folder / "manifest.json").write_text("[]"), r"manifest\.json must hold a JSON object"),
+        (edit_manifest(lambda m: m.update(format_version=9)), r"manifest\.json has format version 9"),
+        (edit_manifest(lambda m: m.update(dtype="int8")), r"manifest\.json is damaged: dtype"),
+        (edit_manifest(lambda m: m.pop("shards")), r"manifest\.json is damaged: shards"),
+        (edit_manifest(lambda m: m.update(tokens=5)), r"manifest\.json is damaged: it counts 5 tokens"),
+        (edit_manifest(lambda m: m["shards"][0].update(tokens=5)), r"shard-00000\.bin has .* the manifest counts 10"),
+        (edit_manifest(lambda m: m["shards"].pop(0)), r"manifest\.json is damaged: it counts"),
+        (edit_manifest(lambda m: m["shards"][0]["files"].clear()), r"shard-00000\.bin has"),
+    ],
+)
+def test_damage_is_named(pristine: Path, tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
+    folder = shutil.copytree(pristine, tmp_path / "copy")
+    damage(folder)
+    with pytest.raises(ValueError, match=message):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.bin", "shard-00000.ends"])
+def test_a_flipped_byte_is_found_by_verify(pristine: Path, tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(pristine, tmp_path / "copy")
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    store = TokenStore(folder)
+    with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256"):
+        store.verify()
+
+
+def test_other_tokenizer_and_mixed_tokenizers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one = prepared(tmp_path / "one")
+    two = prepared(tmp_path / "two", documents(200, seed=5), tokenizer={"vocab_size": 330, "train_bytes": 20_000})
+    (Path(two.dir) / "train" / "main").rename(Path(one.dir) / "train" / "other")
+    mixed = one.model_copy(
+        update={"sources": [*one.sources, one.sources[0].model_copy(update={"name": "other"})]},
+    )
+    with pytest.raises(ValueError, match=r"train/other/manifest\.json: the shards were made with tokenizer"):
+        TrainingData(mixed)
+    (Path(one.dir) / "tokenizer.model").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
+        TrainingData(one)
+    train_tokenizer(config_of(tmp_path / "one", tokenizer={"vocab_size": 330, "train_bytes": 20_000}))
+    assert tokenizer_sha256(one.dir)
+    with pytest.raises(ValueError, match=r"train/main/manifest\.json: the shards were made with tokenizer"):
+        TrainingData(one)

@@ -1,0 +1,75 @@
+"""Attention of the executed tokens against a loop over queries, and the masks by themselves."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.attention import Attention, Visibility
+from model.rotary import rotate, rotation
+from model.selection import Selection
+from tests.model.tiny import VARIANTS, assert_close, config
+
+BATCH, TOKENS = 2, 9
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 7]])
+
+
+def sees(row: int, query: int, documents: Tensor | None) -> list[int]:
+    return [k for k in range(query + 1) if documents is None or documents[row, k] == documents[row, query]]
+
+
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("past", [0, 4])
+def test_visibility(documents: Tensor | None, past: int) -> None:
+    visibility = Visibility(TOKENS - past, past, documents, torch.device("cpu"))
+    expected = torch.zeros(BATCH, TOKENS - past, TOKENS, dtype=torch.bool)
+    for row in range(BATCH):
+        for query in range(past, TOKENS):
+            expected[row, query - past, sees(row, query, documents)] = True
+    assert torch.equal(visibility.mask.expand(BATCH, -1, -1), expected)
+    assert torch.equal(visibility.counts().expand(BATCH, -1), expected.sum(-1))
+    assert visibility.plain_causal == (past == 0 and documents is None)
+
+    chosen = torch.rand(BATCH, TOKENS - past, generator=torch.Generator().manual_seed(0)) < 0.6
+    selection = Selection.of(chosen)
+    rows = visibility.mask_of(selection)
+    for row in range(BATCH):
+        assert torch.equal(rows[row, : int(chosen[row].sum())], expected[row][chosen[row]])
+    assert rows.any(-1).all()  # a padded query without any key would give NaN
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one-document", "documents"])
+@pytest.mark.parametrize("everything", [False, True])
+def test_against_a_loop(variant: str, documents: Tensor | None, everything: bool) -> None:
+    cfg = config("dense", variant)
+    torch.manual_seed(0)
+    attention = Attention(cfg)
+    if cfg.qk_norm:
+        with torch.no_grad():
+            attention.q_norm.weight.uniform_(0.5, 2)
+            attention.k_norm.weight.uniform_(0.5, 2)
+    h = torch.randn(BATCH, TOKENS, cfg.width)
+    chosen = torch.rand(BATCH, TOKENS) < (1.1 if everything else 0.5)
+    selection = Selection.everything(BATCH, TOKENS) if everything else Selection.of(chosen)
+    cos, sin = rotation(cfg, torch.arange(TOKENS)[None], torch.float32)
+    keys, values = attention.keys_values(h, cos, sin)
+    turns = (selection.gather(t.expand(BATCH, TOKENS, -1)) for t in (cos, sin))
+    visibility = Visibility(TOKENS, 0, documents, h.device)
+    found = attention(selection.gather(h), keys, values, *turns, selection, visibility)
+
+    group = cfg.heads // cfg.kv_heads
+    expected = []
+    for row, query in chosen.nonzero().tolist():
+        q = attention.q_proj(h[row, query]).view(cfg.heads, cfg.head_dim)
+        q = rotate(q if attention.q_norm is None else attention.q_norm(q), cos[0, query], sin[0, query])
+        seen = sees(row, query, documents)
+        heads = []
+        for head in range(cfg.heads):
+            k, v = keys[row, head // group, seen], values[row, head // group, seen]
+            heads.append(torch.softmax(k @ q[head] / math.sqrt(cfg.head_dim), 0) @ v)
+        expected.append(attention.o_proj(torch.cat(heads)))
+    assert_close(found, torch.stack(expected))

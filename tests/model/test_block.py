@@ -1,0 +1,288 @@
+"""Invariant 3: sparse execution equals computing everything and masking, in outputs and in gradients."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.decoder import Decoder, DecoderOutput
+from model.head import IGNORED
+from model.router import Gate
+from tests.model.tiny import (
+    LENGTH,
+    VARIANTS,
+    assert_close,
+    config,
+    decoder,
+    documents_of,
+    force,
+    gradients,
+    random_targets,
+    random_tokens,
+)
+
+BATCH = 3
+KINDS = ["learned", "random", "stride", "expert_choice"]
+granular = pytest.mark.parametrize("granularity", ["layer", "module"])
+executions = pytest.mark.parametrize("execution", ["sparse", "reference"])
+
+
+def step(model: Decoder, confined: bool = False) -> tuple[DecoderOutput, dict[str, Tensor]]:
+    """One forward and backward pass with a price on density, as the trainer does it."""
+    documents, positions = documents_of(9, 16, 8) if confined else (None, None)
+    out = model(
+        random_tokens(),
+        random_targets(),
+        sample_ids=torch.tensor([11, 5, 2]),
+        documents=documents,
+        positions=positions,
+        noise_scale=0.7,
+        temperature=0.8,
+        z_coefficient=1e-3,
+    )
+    prices = torch.linspace(-3, 5, len(out.routing.density))
+    loss = out.loss.loss + (prices * out.routing.density).sum()
+    loss.backward()
+    return out, gradients(model)
+
+
+def masks(name: str, sites: int) -> Tensor:
+    """bool [S, B, T] of a named pattern."""
+    found = torch.rand(sites, BATCH, LENGTH, generator=torch.Generator().manual_seed(3)) < 0.5
+    if name == "empty row":
+        found[:, 1] = False
+    elif name == "empty layer":
+        found[sites // 2] = False
+    elif name == "all empty":
+        found[:] = False
+    elif name == "all executed":
+        found[:] = True
+    elif name == "one token":
+        found[:] = False
+        found[:, 2, 20] = True
+    return found
+
+
+def assert_same_step(first: Decoder, second: Decoder, confined: bool = False) -> None:
+    (a, a_gradients), (b, b_gradients) = step(first, confined), step(second, confined)
+    assert torch.equal(a.routing.executed, b.routing.executed)
+    for name in ("loss", "nll", "z"):
+        assert_close(getattr(a.loss, name), getattr(b.loss, name))
+    assert_close(a.routing.density, b.routing.density)
+    for name in ("executed_tokens", "attended_keys", "visible_keys"):
+        assert torch.equal(getattr(a.routing, name), getattr(b.routing, name))
+    for name, gradient in b_gradients.items():
+        assert_close(a_gradients[name], gradient)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@granular
+@pytest.mark.parametrize("confined", [False, True], ids=["one-document", "documents"])
+def test_sparse_equals_reference(kind: str, granularity: str, confined: bool) -> None:
+    pair = [decoder(config(kind, granularity=granularity, execution=e)) for e in ("sparse", "reference")]
+    assert_same_step(*pair, confined=confined)
+    with torch.no_grad():
+        logits = [model.eval()(random_tokens()).logits for model in pair]
+    assert_close(logits[0], logits[1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("input_kind", ["normed", "raw"])
+@granular
+def test_sparse_equals_reference_in_every_variant(variant: str, input_kind: str, granularity: str) -> None:
+    made = {"granularity": granularity, "input": input_kind, "always_on_first": 1}
+    pair = [decoder(config("learned", variant, execution=e, **made)) for e in ("sparse", "reference")]
+    assert_same_step(*pair)
+
+
+@pytest.mark.parametrize("pattern", ["mixed", "empty row", "empty layer", "all empty", "all executed", "one token"])
+@granular
+@pytest.mark.parametrize("confined", [False, True], ids=["one-document", "documents"])
+def test_sparse_equals_reference_whatever_is_executed(pattern: str, granularity: str, confined: bool) -> None:
+    pair = []
+    for execution in ("sparse", "reference"):
+        cfg = config("learned", granularity=granularity, execution=execution)
+        pair.append(force(decoder(cfg), masks(pattern, len(cfg.sites))))
+    assert_same_step(*pair, confined=confined)
+
+
+@granular
+@executions
+@pytest.mark.parametrize("recompute", [False, True])
+def test_nothing_executed_still_gives_every_parameter_a_gradient(
+    granularity: str, execution: str, recompute: bool
+) -> None:
+    """Under ZeRO every rank must produce a gradient for every parameter, of zeros if need be."""
+    cfg = config("learned", "mha-qk-norm", granularity=granularity, execution=execution)
+    model = force(decoder(cfg, recompute=recompute), masks("all empty", len(cfg.sites)))
+    out, found = step(model)
+    assert out.routing.executed_tokens.sum() == 0
+    for name, gradient in found.items():
+        if "self_attn" in name or "mlp" in name:
+            assert not gradient.any(), f"{name} of layers that ran no token must get zeros"
+        if "router" in name or name.startswith(("embed", "norm", "lm_head")):
+            assert gradient.any(), f"{name} learns from the price or the loss all the same"
+
+
+@pytest.mark.parametrize("pattern", ["all executed"])
+@granular
+@executions
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_everything_executed_is_the_dense_model(pattern: str, granularity: str, execution: str, variant: str) -> None:
+    cfg = config("learned", variant, granularity=granularity, execution=execution)
+    routed = force(decoder(cfg), masks(pattern, len(cfg.sites)))
+    dense = decoder(config("dense", variant))
+    for name in ("self_attn.q_proj.weight", "mlp.down_proj.weight"):
+        assert torch.equal(routed.get_parameter(f"layers.1.{name}"), dense.get_parameter(f"layers.1.{name}"))
+    with torch.no_grad():
+        assert_close(routed(random_tokens()).logits, dense(random_tokens()).logits)
+
+
+@pytest.mark.parametrize("kind", ["random", "stride"])
+def test_density_one_is_the_dense_model(kind: str) -> None:
+    with torch.no_grad():
+        logits = decoder(config(kind, density=1.0))(random_tokens()).logits
+        assert_close(logits, decoder(config("dense"))(random_tokens()).logits)
+
+
+def test_a_token_skipped_everywhere_keeps_its_embedding() -> None:
+    """The skipped token passes unchanged: what the final norm sees of it is its embedding."""
+    cfg = config("learned")
+    model = force(decoder(cfg), masks("empty row", 3))
+    seen = []
+    model.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    tokens = random_tokens()
+    with torch.no_grad():
+        model(tokens)
+        assert torch.equal(seen[0][1], model.embed_tokens(tokens)[1])
+        assert not torch.equal(seen[0][0], model.embed_tokens(tokens)[0])
+
+
+def test_sparse_execution_computes_executed_tokens_only() -> None:
+    cfg = config("learned")
+    rows: list[tuple[str, int]] = []
+    for execution in ("sparse", "reference"):
+        model = decoder(cfg.model_copy(update={"router": cfg.router.model_copy(update={"execution": execution})}))
+        for name, module in model.named_modules():
+            if name.endswith(("q_proj", "k_proj", "o_proj", "gate_proj")):
+                key = (execution, name.split(".")[-1])
+                module.register_forward_pre_hook(
+                    lambda _, args, key=key: rows.append((*key, args[0].shape[:-1].numel()))
+                )
+        executed = model(random_tokens()).routing.executed_tokens.tolist()
+    everything = [BATCH * LENGTH] * cfg.layers
+    for name in ("q_proj", "o_proj", "gate_proj"):
+        assert [n for e, p, n in rows if (e, p) == ("sparse", name)] == executed
+        assert [n for e, p, n in rows if (e, p) == ("reference", name)] == everything
+    assert [n for e, p, n in rows if (e, p) == ("sparse", "k_proj")] == everything
+
+
+def last_gate(model: Decoder) -> list[Gate]:
+    """Where the last layer's gate will be found, its value keeping its gradient."""
+    kept: list[Gate] = []
+
+    def keep(module: torch.nn.Module, args: object, gate: Gate) -> None:
+        gate.value.retain_grad()
+        kept.append(gate)
+
+    model.layers[-1].router.register_forward_hook(keep)
+    return kept
+
+
+def test_gate_gradients_differ_for_skipped_tokens_only() -> None:
+    """The one difference by design: with ``all`` a skipped token's gate learns what its layer would have added.
+
+    Only the last layer is routed, so that nothing above it differs: the loss's gradient at its output is the same.
+    """
+    found: dict[str, tuple[Gate, dict[str, Tensor]]] = {}
+    for name, execution in (("all", "reference"), ("executed", "reference"), ("executed", "sparse")):
+        model = decoder(config("learned", always_on_first=2, gate_gradient=name, execution=execution))
+        gates = last_gate(model)
+        found[f"{name} {execution}"] = (gates, step(model)[1])
+    (textbook, *_), textbook_gradients = found["all reference"]
+    for name in ("executed reference", "executed sparse"):
+        (gate, *_), its_gradients = found[name]
+        assert torch.equal(gate.executed, textbook.executed)
+        assert_close(gate.value.grad[gate.executed], textbook.value.grad[gate.executed])
+        price = gate.value.grad[~gate.executed]  # the budget's share is all that a skipped token's gate gets
+        assert torch.equal(price, torch.full_like(price, -3 / gate.value.numel()))
+        skipped = textbook.value.grad[~gate.executed & (random_targets() != IGNORED)]
+        assert (skipped - price[0]).abs().min() > 0
+
+        for weight, gradient in textbook_gradients.items():
+            in_last = weight.startswith("layers.2.") and not weight.endswith(
+                ("router.weight", "input_layernorm.weight")
+            )
+            same = in_last or weight.startswith(("norm.", "lm_head."))
+            difference = (gradient - its_gradients[weight]).abs().max()
+            assert difference < 1e-4 if same else difference > 1e-3, (name, weight, float(difference))
+
+
+def test_a_skipped_gates_gradient_is_what_the_layer_would_have_added() -> None:
+    """``all``: d loss / d gate of every token is <what the layer computes for it, d loss / d output> + the price."""
+    model = decoder(config("learned", always_on_first=2, gate_gradient="all", execution="reference"))
+    gates, outputs, updates = last_gate(model), [], []
+    last = model.layers[-1]
+
+    def keep(module: torch.nn.Module, args: object, out: tuple[Tensor, list[Gate]]) -> None:
+        out[0].retain_grad()
+        outputs.append(out[0])
+
+    last.register_forward_hook(keep)
+    last.mlp.register_forward_hook(lambda module, args, out: updates.append(out.detach()))
+    last.self_attn.register_forward_hook(lambda module, args, out: updates.append(out.detach()))
+    step(model)
+    added = (updates[0] + updates[1]).view_as(outputs[0])
+    expected = (added * outputs[0].grad).sum(-1) - 3 / gates[0].value.numel()
+    assert_close(gates[0].value.grad, expected)
+
+
+def test_with_everything_executed_both_gate_gradients_are_one() -> None:
+    pair = []
+    for gate_gradient in ("all", "executed"):
+        cfg = config("learned", gate_gradient=gate_gradient, execution="reference")
+        pair.append(step(force(decoder(cfg), masks("all executed", 3)))[1])
+    for name in pair[0]:
+        assert torch.equal(pair[0][name], pair[1][name]), name
+
+
+@pytest.mark.parametrize("kind", ["dense", *KINDS])
+@granular
+@executions
+def test_recomputation_changes_no_bit(kind: str, granularity: str, execution: str) -> None:
+    found = []
+    for recompute in (False, True):
+        model = decoder(config(kind, granularity=granularity, execution=execution), recompute=recompute)
+        calls = []
+        model.layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        found.append(step(model))
+        assert len(calls) == 1 + recompute
+    (a, a_gradients), (b, b_gradients) = found
+    assert torch.equal(a.loss.loss, b.loss.loss) and torch.equal(a.routing.executed, b.routing.executed)
+    for name in a_gradients:
+        assert torch.equal(a_gradients[name], b_gradients[name]), name
+
+
+def test_record_counts_keys_by_hand() -> None:
+    """Executed queries 1 and 4 of documents a a b b b see 2 and 3 keys; all five see 1 + 2 + 1 + 2 + 3."""
+    documents = torch.tensor([[0, 0, 1, 1, 1]])
+    mask = torch.tensor([[[False, True, False, False, True]]])
+    model = force(decoder(config("learned", always_on_first=2)), mask)
+    with torch.no_grad():
+        routing = model(random_tokens(1, 5), documents=documents).routing
+        free = model(random_tokens(1, 5)).routing
+    assert (routing.executed_tokens.item(), routing.attended_keys.item(), routing.visible_keys.item()) == (2, 5, 9)
+    assert (free.executed_tokens.item(), free.attended_keys.item(), free.visible_keys.item()) == (2, 7, 15)
+    assert routing.density.item() == pytest.approx(2 / 5)
+
+
+def test_sites_are_numbered_apart() -> None:
+    """Every routed site draws noise of its own, with always-on layers left out of the count."""
+    model = decoder(config("random", granularity="module", always_on_first=1))
+    routers = [r for layer in model.layers[1:] for r in (layer.attention_router, layer.ffn_router)]
+    assert [router.site for router in routers] == [0, 1, 2, 3]
+    executed = model(random_tokens()).routing.executed
+    assert not any(torch.equal(a, b) for a, b in pairwise(executed))

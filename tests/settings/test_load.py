@@ -1,0 +1,251 @@
+"""Loading a config: precedence, unknown keys, overrides and the sentences that a user reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import Field, model_validator
+
+from settings import Strict, load, to_yaml
+
+
+class Source(Strict):
+    """A list item."""
+
+    name: str
+    """Name."""
+    weight: float = Field(1.0, gt=0)
+    """Share."""
+
+
+class Data(Strict):
+    """A nested block."""
+
+    sources: list[Source] = []
+    """Items."""
+    shuffle: bool = True
+    """A flag."""
+
+
+class Train(Strict):
+    """A block with a cross-field rule."""
+
+    steps: int = Field(gt=0)
+    """Steps."""
+    warmup: int = 0
+    """Steps."""
+    rate: float = 1e-3
+    """Learning rate."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Train:
+        if self.warmup > self.steps:
+            raise ValueError(f"train.warmup ({self.warmup}) must not exceed train.steps ({self.steps})")
+        return self
+
+
+class Run(Strict):
+    """A run."""
+
+    train: Train
+    """Training."""
+    data: Data | None = None
+    """Data."""
+    name: str = "größe"
+    """Name."""
+
+
+GOOD = "train: {steps: 10, rate: 2e-4}\ndata:\n  sources: [{name: a}, {name: b, weight: 3}]\n"
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def sentence(path: Path, *overrides: str, block: str | None = None) -> str:
+    with pytest.raises(ValueError) as caught:
+        load(path, overrides, Run, block)
+    message = str(caught.value)
+    assert type(caught.value) is ValueError and "\n" not in message
+    return message
+
+
+def test_defaults_then_file_then_command_line(write) -> None:
+    path = write(GOOD)
+    run = load(path, [], Run)
+    assert (run.train.steps, run.train.rate, run.train.warmup) == (10, 2e-4, 0)
+    assert [source.weight for source in run.data.sources] == [1.0, 3.0]
+    run = load(path, ["train.steps=20", "train.warmup=3", "train.steps=30"], Run)
+    assert (run.train.steps, run.train.warmup, run.train.rate) == (30, 3, 2e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("name=x", "x"),
+        ("name='10'", "10"),
+        ("name=a=b", "a=b"),
+        ("name='a: b'", "a: b"),
+    ],
+)
+def test_override_values_are_yaml(write, override: str, value: str) -> None:
+    assert load(write(GOOD), [override], Run).name == value
+
+
+def test_overrides_of_other_forms(write) -> None:
+    path = write(GOOD)
+    assert load(path, ["data.shuffle=false"], Run).data.shuffle is False
+    assert load(path, ["train.rate=1e-5"], Run).train.rate == 1e-5
+    assert load(path, ["data=null"], Run).data is None
+    assert [s.name for s in load(path, ["data.sources=[{name: z}]"], Run).data.sources] == ["z"]
+    assert load(write("train: {steps: 10}\ndata:\n"), ["data.shuffle=false"], Run).data.shuffle is False
+    assert load(write("name: x\n"), ["train.steps=5"], Run).train.steps == 5
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "--steps=3", ""])
+def test_malformed_override(write, override: str) -> None:
+    assert sentence(write(GOOD), override).startswith(f"override '{override}' must look like key.sub=value")
+
+
+def test_override_with_bad_value(write) -> None:
+    assert sentence(write(GOOD), "train.steps=[1") == (
+        "override 'train.steps=[1': the value is not valid YAML; quote it"
+    )
+    assert "override 'train={steps: 1, steps: 2}': key 'steps' is written twice" in sentence(
+        write(GOOD), "train={steps: 1, steps: 2}"
+    )
+    assert sentence(write(GOOD), "name.first=3") == "override 'name.first=3': 'name' holds no keys"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        ("trian: {steps: 10}", [], "unknown key 'trian'; did you mean 'train'?"),
+        ("train: {stepps: 10}", [], "unknown key 'train.stepps'; did you mean 'train.steps'?"),
+        (GOOD, ["train.warm_up=3"], "unknown key 'train.warm_up'; did you mean 'train.warmup'?"),
+        ("train: {zzz: 10}", [], "unknown key 'train.zzz'; valid keys: steps, warmup, rate"),
+        (
+            "train: {steps: 1}\ndata: {sources: [{name: a}, {nam: b}]}",
+            [],
+            "unknown key 'data.sources[1].nam'; did you mean 'data.sources[1].name'?",
+        ),
+        ("train: {steps: 1}\n3: 4", [], "unknown key '3'; valid keys: train, data, name"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(write, text: str, overrides: list[str], expected: str) -> None:
+    path = write(text)
+    assert sentence(path, *overrides) == f"{path}: {expected}"
+
+
+def test_every_unknown_key_is_told(write) -> None:
+    message = sentence(write("train: {stepps: 10}\nnme: x\n"))
+    assert "'train.stepps'" in message and "'nme'" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: x", "key 'train' is required but missing"),
+        ("train: {rate: 1}", "key 'train.steps' is required but missing"),
+        ("train: {steps: many}", "train.steps: input should be a valid integer, unable to parse string as an integer"),
+        ("train: {steps: 0}", "train.steps: input should be greater than 0, got 0"),
+        ("train: {steps: 1, rate: .nan}", "train.rate: input should be a finite number, got nan"),
+        ("train: {steps: 1, warmup: 5}", "train: train.warmup (5) must not exceed train.steps (1)"),
+        ("train: 5", "train: input should be a valid dictionary or instance of Train, got 5"),
+        (
+            "train: {steps: 1}\ndata: {sources: [{name: a}, {name: b, weight: -1}]}",
+            "data.sources.1.weight: input should be greater than 0, got -1",
+        ),
+    ],
+)
+def test_bad_values(write, text: str, expected: str) -> None:
+    path = write(text)
+    assert sentence(path).startswith(f"{path}: {expected}")
+
+
+def test_every_bad_value_is_told(write) -> None:
+    message = sentence(write("train: {steps: 0, rate: x}\n"))
+    assert "train.steps:" in message and "train.rate:" in message and "got 'x'" in message
+
+
+@pytest.mark.parametrize("text", ["train: {steps: 1}\nname: x\ntrain: {steps: 2}\n", "train:\n  rate: 1\n  rate: 1\n"])
+def test_a_key_written_twice(write, text: str) -> None:
+    path = write(text)
+    key = "train" if text.startswith("train: {") else "rate"
+    assert sentence(path) == f"{path}: key '{key}' is written twice, again in line 3; keep one of the two"
+
+
+def test_merged_mappings_may_be_overridden(write) -> None:
+    text = "train: {steps: 1}\ndata:\n  sources:\n  - &a {name: a, weight: 2}\n  - {<<: *a, name: b}\n"
+    assert [(s.name, s.weight) for s in load(write(text), [], Run).data.sources] == [("a", 2.0), ("b", 2.0)]
+
+
+def test_missing_file_lists_what_is_there(write, tmp_path: Path) -> None:
+    write(GOOD)
+    (tmp_path / "other.yml").write_text(GOOD)
+    (tmp_path / "notes.txt").write_text("")
+    path = tmp_path / "rnu.yaml"
+    assert sentence(path) == f"config file {path} does not exist; files there: other.yml, run.yaml"
+    nowhere = tmp_path / "no" / "run.yaml"
+    assert sentence(nowhere) == f"config file {nowhere} does not exist"
+    assert sentence(tmp_path).startswith(f"config file {tmp_path} does not exist")
+
+
+@pytest.mark.parametrize("text", ["train: {steps: 1", "a: b: c", "? [1, 2]\n: 3", "a: !!python/object:os.system {}"])
+def test_bad_yaml(write, text: str) -> None:
+    path = write(text)
+    assert sentence(path).startswith(f"{path} is not valid YAML: ")
+
+
+def test_not_text(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"name: \xff\xfe")
+    assert sentence(path).startswith(f"{path} is not valid YAML: ")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", "NoneType"), ("- a\n", "list"), ("hello", "str")])
+def test_not_a_mapping(write, text: str, kind: str) -> None:
+    path = write(text)
+    assert sentence(path) == f"{path} must hold blocks (model, data, train, deepspeed), got a {kind}"
+
+
+def test_one_block(write) -> None:
+    path = write(GOOD + "nonsense: 1\n")  # other blocks are another command's business
+    train = load(path, ["train.steps=7"], Train, block="train")
+    assert train.steps == 7
+    with pytest.raises(ValueError, match=r"unknown key 'train\.stepps'; did you mean 'train\.steps'"):
+        load(path, ["train.stepps=7"], Train, block="train")
+    with pytest.raises(ValueError, match=r"train\.steps: input should be greater"):
+        load(path, ["train.steps=0"], Train, block="train")
+    with pytest.raises(ValueError, match="no 'tokenizer:' block; this command reads only that block"):
+        load(path, [], Train, block="tokenizer")
+
+
+def test_resolved_config_loads_again_as_it_is(write) -> None:
+    run = load(write(GOOD), ["train.rate=1e-7", "data.shuffle=false", "name='10'"], Run)
+    text = to_yaml(run)
+    assert load(write(text), [], Run) == run
+    assert text.index("train:") < text.index("data:") < text.index("name:")  # in the schema's order
+    assert "warmup: 0" in text  # defaults are written out
+    default = load(write(GOOD), [], Run)
+    assert "größe" in to_yaml(default) and load(write(to_yaml(default)), [], Run) == default
+
+
+def test_loading_does_not_change_the_file(write) -> None:
+    path = write(GOOD)
+    load(path, ["train.steps=3"], Run)
+    assert path.read_text() == GOOD
+
+
+def test_strict_takes_descriptions_and_freezes(write) -> None:
+    assert Train.model_fields["steps"].description == "Steps."
+    run = load(write(GOOD), [], Run)
+    with pytest.raises(ValueError, match="frozen"):
+        run.name = "y"

@@ -1,0 +1,41 @@
+"""A user's mistake is one sentence and status 1; anything else keeps its traceback."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from settings import user_errors
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, PermissionError])
+def test_one_sentence_and_status_one(kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, user_errors():
+        raise kind("train.steps must be positive, got 0")
+    assert caught.value.code == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: train.steps must be positive, got 0\n")
+
+
+@pytest.mark.parametrize("kind", [AssertionError, KeyError, RuntimeError, KeyboardInterrupt])
+def test_our_own_mistakes_pass_through(kind: type[BaseException]) -> None:
+    with pytest.raises(kind), user_errors():
+        raise kind("bug")
+
+
+def test_no_error_no_exit(capsys: pytest.CaptureFixture[str]) -> None:
+    with user_errors():
+        print("done")
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_as_a_command(tmp_path: Path) -> None:
+    """What a shell sees: status 1, no traceback."""
+    program = "from settings import Strict, load, user_errors\nwith user_errors():\n    load('no.yaml', [], Strict)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == "error: config file no.yaml does not exist\n"

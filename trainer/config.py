@@ -1,0 +1,225 @@
+"""A run's config: one YAML with the blocks ``model``, ``data``, ``train`` and ``deepspeed``.
+
+Every quantity is said once. The DeepSpeed JSON (batch sizes, precision, clipping, ZeRO) is generated from these
+fields by ``trainer/deepspeed_config.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from settings import Strict
+
+
+class OptimizerConfig(Strict):
+    """The optimiser and its parameter groups: matrices (decayed), norms (not decayed), routers (own rate)."""
+
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """``adafactor`` has the settings of Zeng et al. 2023; ``muon`` is DeepSpeed's, AdamW for embedding, head, norms."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """adamw, and muon's AdamW part: decay of the first and second moments."""
+    eps: float = Field(1e-8, gt=0)
+    """adamw, and muon's AdamW part: added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay of matrices."""
+    router_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of routers, relative to ``lr``."""
+    router_weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of routers."""
+    adafactor_beta2: float = Field(0.99, gt=0, lt=1)
+    """adafactor: decay of the factored second moment."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """muon: momentum."""
+    muon_lr_ratio: float = Field(10.0, gt=0)
+    """muon: learning rate of the orthogonalised updates, relative to ``lr``."""
+
+
+class ScheduleConfig(Strict):
+    """Learning rate over the run: a linear warm-up, then one of four shapes."""
+
+    kind: Literal["cosine", "warmup_stable_decay", "inverse_sqrt", "constant"] = "cosine"
+    """``inverse_sqrt`` stays at the peak up to ``inverse_sqrt_from`` steps, then falls with 1 / sqrt(step)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises from 0 to its peak."""
+    final_ratio: float = Field(0.1, ge=0, le=1)
+    """cosine, warmup_stable_decay: rate at the last step, relative to the peak."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """warmup_stable_decay: the last share of all steps in which the rate falls, in a straight line."""
+    inverse_sqrt_from: int = Field(10_000, gt=0)
+    """inverse_sqrt: the step at which the rate starts to fall."""
+
+
+class EvaluationConfig(Strict):
+    """Losses on the named validation sets."""
+
+    every_steps: int = Field(500, gt=0)
+    """Evaluate after every this many steps, and before the first and after the last."""
+    samples: int = Field(64, gt=0)
+    """Windows of each validation set to use: the first ones, always the same."""
+    with_noise: bool = True
+    """Also measure the loss with the routers' training noise; how far greedy routing is from trained routing."""
+
+
+class CheckpointConfig(Strict):
+    """What is saved, when, and what a start picks up."""
+
+    every_steps: int = Field(1000, gt=0)
+    """Save after every this many steps, and after the last."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest whole checkpoints stay; older ones are removed once a newer one is whole."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Checkpoints at multiples of this stay for ever; 0 keeps none for ever."""
+    resume: Literal["never", "auto", "required"] = "never"
+    """``never`` refuses a run folder that holds checkpoints, ``auto`` resumes if it does, ``required`` must."""
+
+
+class LogConfig(Strict):
+    """Metrics: ``metrics.jsonl``, TensorBoard and the progress line."""
+
+    every_steps: int = Field(10, gt=0)
+    """Steps between two metric lines; figures are means over them."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one device in TFLOP/s, for MFU; measured with a matrix product at the start unless given."""
+    images: bool = True
+    """Draw the routing heat map at every evaluation."""
+
+
+class TrainConfig(Strict):
+    """How to train."""
+
+    run_dir: str
+    """Folder of this run: configs, metrics, logs, checkpoints."""
+    seed: int = Field(0, ge=0, lt=2**62)
+    """Of the weights and the routing noise. The data's order has its own."""
+    steps: int = Field(gt=0)
+    """Optimiser steps of the whole run."""
+    global_batch_samples: int = Field(gt=0)
+    """Windows in one optimiser step, over all ranks and micro-batches."""
+    micro_batch_samples: int = Field(gt=0)
+    """Windows in one forward pass of one rank."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of weights and activations in the step; master weights and optimiser state are fp32."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimiser."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Largest norm of the gradient over all parameters; 0 does not clip."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log-partition (PaLM uses 1e-4)."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's inside in the backward pass instead of holding it."""
+    max_bad_steps: int = Field(5, gt=0)
+    """Stop the run after this many steps in a row with a loss or gradient that is not finite."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """How long a collective may wait for the other ranks."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    log: LogConfig = LogConfig()
+    """Metrics."""
+
+
+class DeepSpeedSettings(Strict):
+    """What DeepSpeed does with the model's state."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What is partitioned over the ranks: nothing, optimiser state, + gradients, + parameters."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in CPU memory: optimiser state (stages 1 to 3), and parameters too (stage 3)."""
+    persistence_threshold: int = Field(100_000, ge=0)
+    """stage 3: parameters with fewer elements stay whole on every rank."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Merged into the generated DeepSpeed JSON as it is; must not contradict what is generated."""
+
+
+class RunConfig(Strict):
+    """A stage-one run."""
+
+    model: ModelConfig
+    """The decoder."""
+    data: DataConfig
+    """Text, tokenizer, shards, order."""
+    train: TrainConfig
+    """Optimisation, evaluation, checkpoints, metrics."""
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    """ZeRO."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RunConfig:
+        problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._schedule()]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _model_against_data(self) -> list[str]:
+        problems = []
+        if self.model.vocab_size != self.data.tokenizer.vocab_size:
+            problems.append(
+                f"model.vocab_size ({self.model.vocab_size}) must equal data.tokenizer.vocab_size "
+                f"({self.data.tokenizer.vocab_size}); set both to the same number"
+            )
+        if self.data.sequence_tokens > self.model.max_positions:
+            problems.append(
+                f"data.sequence_tokens ({self.data.sequence_tokens}) must not exceed model.max_positions "
+                f"({self.model.max_positions}); raise max_positions or shorten the windows"
+            )
+        return problems
+
+    def _optimizer_against_zero(self) -> list[str]:
+        kind, stage, offload = self.train.optimizer.kind, self.deepspeed.zero_stage, self.deepspeed.offload
+        problems = []
+        if kind == "adafactor" and (stage > 0 or self.train.precision != "fp32"):
+            problems.append(
+                "train.optimizer.kind adafactor needs deepspeed.zero_stage 0 and train.precision fp32, because ZeRO "
+                f"flattens the matrices whose rows and columns it averages over; got stage {stage}, "
+                f"{self.train.precision}; change these, or take adamw"
+            )
+        if kind == "muon" and self.train.clip_norm > 0:
+            problems.append(
+                f"train.clip_norm ({self.train.clip_norm}) must be 0 with train.optimizer.kind muon, because DeepSpeed "
+                "clips after the orthogonalisation, which shrinks every update"
+            )
+        if kind == "muon" and offload != "none":
+            problems.append("train.optimizer.kind muon needs deepspeed.offload none; take adamw to offload")
+        if offload != "none" and stage == 0:
+            problems.append(f"deepspeed.offload {offload} needs deepspeed.zero_stage 1, 2 or 3, got 0")
+        if offload == "all" and stage != 3:
+            problems.append(f"deepspeed.offload all moves parameters, which needs deepspeed.zero_stage 3, got {stage}")
+        return problems
+
+    def _schedule(self) -> list[str]:
+        train, problems = self.train, []
+        if train.schedule.warmup_steps > train.steps:
+            problems.append(
+                f"train.schedule.warmup_steps ({train.schedule.warmup_steps}) must not exceed train.steps "
+                f"({train.steps})"
+            )
+        if train.global_batch_samples % train.micro_batch_samples:
+            problems.append(
+                f"train.global_batch_samples ({train.global_batch_samples}) must be divisible by "
+                f"train.micro_batch_samples ({train.micro_batch_samples})"
+            )
+        return problems
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank in one optimiser step.
+
+        Raises:
+            ValueError: if the global batch does not divide over ``world_size`` ranks.
+        """
+        one_pass = self.train.micro_batch_samples * world_size
+        if self.train.global_batch_samples % one_pass:
+            raise ValueError(
+                f"train.global_batch_samples ({self.train.global_batch_samples}) must be divisible by "
+                f"micro_batch_samples x ranks ({self.train.micro_batch_samples} x {world_size} = {one_pass}); "
+                "change one of them"
+            )
+        return self.train.global_batch_samples // one_pass

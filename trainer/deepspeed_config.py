@@ -1,0 +1,91 @@
+"""The DeepSpeed JSON, generated: every quantity in it is said once, in the run's config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer.config import RunConfig
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize`` on ``world_size`` ranks.
+
+    Raises:
+        ValueError: where ``deepspeed.extra`` contradicts a generated key, or the batch does not divide.
+    """
+    train, zero = config.train, config.deepspeed
+    accumulation = config.accumulation(world_size)
+    generated: dict[str, Any] = {
+        "train_batch_size": train.global_batch_samples,
+        "train_micro_batch_size_per_gpu": train.micro_batch_samples,
+        "gradient_accumulation_steps": accumulation,
+        # Stage 0 in fp32 clips without telling the norm and steps on NaN; trainer/step.py does both there itself.
+        "gradient_clipping": 0.0 if owns_clipping(config) else train.clip_norm,
+        "zero_optimization": _zero(config),
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if train.precision == "bf16":
+        generated["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        if zero.zero_stage > 1 and accumulation > 1:
+            # By default bf16 gradients are summed over micro-batches in bf16, which loses the small ones. Stage 1
+            # would switch to another optimiser class and file format for it, stage 0 cannot.
+            generated["data_types"] = {"grad_accum_dtype": "fp32"}
+    if train.precision == "fp16":
+        generated["fp16"] = {"enabled": True, "initial_scale_power": 12}
+    if train.optimizer.kind == "muon":
+        generated["optimizer"] = _muon(config)
+    return _merge(generated, zero.extra, "deepspeed.extra")
+
+
+def owns_clipping(config: RunConfig) -> bool:
+    """True where the trainer, not DeepSpeed, computes the gradient norm, clips, and skips a bad step."""
+    return config.deepspeed.zero_stage == 0 and config.train.precision == "fp32"
+
+
+def _zero(config: RunConfig) -> dict[str, Any]:
+    settings = config.deepspeed
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = settings.persistence_threshold
+        if config.train.optimizer.kind == "muon":
+            zero["reduce_scatter"] = False  # DeepSpeed refuses Muon at stage 3 otherwise
+    if settings.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if settings.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return zero
+
+
+def _muon(config: RunConfig) -> dict[str, Any]:
+    optimizer = config.train.optimizer
+    return {
+        "type": "Muon",
+        "params": {
+            "lr": optimizer.lr,
+            "muon_lr": optimizer.lr * optimizer.muon_lr_ratio,
+            "adam_lr": optimizer.lr,
+            "momentum": optimizer.muon_momentum,
+            "betas": list(optimizer.betas),
+            "eps": optimizer.eps,
+            "weight_decay": optimizer.weight_decay,
+            "torch_adam": True,
+        },
+    }
+
+
+def _merge(generated: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
+    """``extra`` laid over ``generated``; a key that both set to different values is an error."""
+    merged = dict(generated)
+    for key, value in extra.items():
+        here = merged.get(key)
+        if isinstance(here, dict) and isinstance(value, dict):
+            merged[key] = _merge(here, value, f"{path}.{key}")
+        elif key in merged and here != value:
+            raise ValueError(
+                f"{path}.{key} ({value!r}) contradicts the generated value ({here!r}); set the field of the run's "
+                "config that it comes from, and leave it out of deepspeed.extra"
+            )
+        else:
+            merged[key] = value
+    return merged

@@ -1,0 +1,51 @@
+"""What a run says of itself when it starts and when it ends."""
+
+from __future__ import annotations
+
+from data.batches import TrainingData
+from model.flops import parameter_counts
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.evaluate import Evaluation
+
+
+def describe_start(config: RunConfig, data: TrainingData, world: World) -> str:
+    """Model, routing, data and machine, a line each."""
+    model, train, router = config.model, config.train, config.model.router
+    counts = parameter_counts(model)
+    samples = train.steps * train.global_batch_samples
+    lines = [
+        f"model     {counts['total']:,} parameters ({counts['layers']:,} in {model.layers} layers, "
+        f"{counts['embedding'] + counts['head']:,} in embedding and head)",
+        "routing   none, every token runs every layer"
+        if router is None
+        else f"routing   {router.kind}, {len(model.sites)} sites, density {router.density}, {router.execution}",
+        f"training  {train.steps:,} steps of {train.global_batch_samples * config.data.sequence_tokens:,} tokens, "
+        f"{samples * config.data.sequence_tokens:,} in all",
+    ]
+    for source in data.summary():
+        lines.append(
+            f"data      {source.name}: {source.tokens:,} tokens, {source.share:.0%} of samples, "
+            f"{source.epochs(samples):.2f} epochs"
+        )
+    lines.append(
+        f"machine   {world.size} ranks on {world.device.type}, {train.precision}, ZeRO {config.deepspeed.zero_stage}, "
+        f"{config.accumulation(world.size)} micro-batches of {train.micro_batch_samples} samples a step and rank"
+    )
+    return "\n".join(lines)
+
+
+def describe_end(config: RunConfig, before: list[Evaluation] | None, after: list[Evaluation] | None) -> str:
+    """Run folder, validation losses before and after, densities reached against their target."""
+    lines = [f"run folder       {config.train.run_dir}"]
+    for number, evaluation in enumerate(after or []):
+        start = f"{before[number].greedy.loss:.4f} -> " if before else ""
+        lines.append(f"validation loss  {evaluation.name}: {start}{evaluation.greedy.loss:.4f} nats per token")
+    if after and config.model.router is not None:
+        density = after[0].greedy.density
+        mean = sum(density) / len(density)
+        lines.append(
+            f"density          {mean:.3f} in greedy evaluation against a target of {config.model.router.density:.3f} "
+            f"(sites from {min(density):.3f} to {max(density):.3f})"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,144 @@
+"""Ranks: who we are, how we meet, and the few collectives that the trainer makes itself.
+
+Works under the ``deepspeed`` launcher, ``torchrun``, ``srun python -m`` and plain ``python`` (one process). SLURM sets
+none of the variables that the rendezvous needs, so they are derived from its own here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    Attributes:
+        rank, size: number of this process and how many there are.
+        local_rank, local_size: the same within this machine.
+        device: where this rank computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that prints and writes shared files."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Elementwise sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """``value`` of every rank, in rank order, on every rank."""
+        values: list[Any] = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Rank 0's ``value``, on every rank."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(timeout_s: float) -> World:
+    """Meet the other ranks and bind this one to its device."""
+    _from_slurm()
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, alone in environment.items():
+        os.environ.setdefault(name, alone)
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+    os.environ.setdefault("LOCAL_SIZE", str(local_size))
+    if size == 1 and os.environ["MASTER_PORT"] == "0":
+        os.environ["MASTER_PORT"] = str(random.SystemRandom().randint(20_000, 60_000))
+    deepspeed = import_deepspeed()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # Without this every rank takes all cores and they fight over them.
+            torch.set_num_threads(max((os.cpu_count() or 1) // local_size, 1))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+    return World(rank, size, local_rank, local_size, device)
+
+
+def leave() -> None:
+    """Tear the process group down, so that a finished run ends without warnings."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed quietly, without the op that it would compile on a CPU for nothing.
+
+    On a CPU ``init_distributed`` compiles a shared-memory op for over a minute, which only inference uses.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _from_slurm() -> None:
+    """Under ``srun`` fill in RANK and its kin; what a launcher has set already stays."""
+    if "SLURM_PROCID" not in os.environ or "RANK" in os.environ:
+        return
+    os.environ["RANK"] = os.environ["SLURM_PROCID"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+    os.environ.setdefault("LOCAL_WORLD_SIZE", _first_count(os.environ.get("SLURM_TASKS_PER_NODE", "1")))
+    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_JOB_NODELIST"]))
+    os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 40_000))
+
+
+def _first_count(tasks_per_node: str) -> str:
+    """``4(x2),3`` -> ``4``."""
+    return tasks_per_node.split(",")[0].split("(")[0]
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: ``gpu[03-05,9],login`` -> ``gpu03``."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]
+
+
+def mean_over_ranks(world: World, sums: Sequence[float]) -> list[float]:
+    """Means of per-rank figures, on every rank."""
+    values = torch.tensor(list(sums), dtype=torch.float64, device=world.device)
+    return (world.sum(values) / world.size).tolist()

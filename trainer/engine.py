@@ -1,0 +1,106 @@
+"""The model and its optimiser inside a DeepSpeed engine, the same for every ZeRO stage."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from model.decoder import Decoder
+from model.init import initialise
+from trainer.adafactor import Adafactor
+from trainer.config import OptimizerConfig, RunConfig
+from trainer.deepspeed_config import deepspeed_config
+from trainer.distributed import World, import_deepspeed
+
+
+def build_engine(config: RunConfig, world: World) -> Any:
+    """A ``DeepSpeedEngine`` around a freshly initialised decoder.
+
+    Under ZeRO 3 the model is built partitioned, so that no rank ever holds all of it; weights are the same at every
+    stage and world size (see ``model/init.py``).
+
+    Raises:
+        ValueError: for a config that DeepSpeed cannot run here.
+    """
+    deepspeed = import_deepspeed()
+    if config.train.precision == "fp16" and world.device.type == "cpu":
+        raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    json = deepspeed_config(config, world.size)
+    partitioned = config.deepspeed.zero_stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=json) if partitioned else nullcontext():
+        model = Decoder(config.model, seed=config.train.seed, recompute=config.train.activation_checkpointing)
+
+    def gather(parameter: torch.Tensor) -> Any:
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
+
+    initialise(model, config.model, config.train.seed, gather)
+    groups = parameter_groups(model, config.train.optimizer)
+    optimizer = _optimizer(config, groups, world.device)
+    before = [p.detach().clone() for p in model.parameters()] if _steps_when_built(config) else []
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=optimizer,
+        model_parameters=groups if optimizer is None else None,
+        config=json,
+        dist_init_required=False,
+    )
+    if before:
+        _undo_first_step(engine, before)
+    for group in engine.optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+    return engine
+
+
+def set_learning_rate(engine: Any, ratio: float) -> None:
+    """Set every parameter group's rate to ``ratio`` times its peak."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * ratio
+
+
+def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices, norms and routers, each with its rate and weight decay; empty groups are left out."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    routers = [p for name, p in named if "router" in name]
+    norms = [p for name, p in named if "norm" in name]
+    matrices = [p for name, p in named if "router" not in name and "norm" not in name]
+    groups = [
+        {"params": matrices, "lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
+        {"params": norms, "lr": optimizer.lr, "weight_decay": 0.0},
+        {
+            "params": routers,
+            "lr": optimizer.lr * optimizer.router_lr_ratio,
+            "weight_decay": optimizer.router_weight_decay,
+        },
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer(config: RunConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer | None:
+    """The optimiser to hand to DeepSpeed; None where DeepSpeed builds its own (Muon)."""
+    optimizer = config.train.optimizer
+    if optimizer.kind == "muon":
+        return None
+    if optimizer.kind == "adafactor":
+        return Adafactor(groups, lr=optimizer.lr, beta2=optimizer.adafactor_beta2)
+    # PyTorch's fused AdamW needs no compiler at run time, on CPU and on CUDA.
+    return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
+
+
+def _steps_when_built(config: RunConfig) -> bool:
+    """True where DeepSpeed takes one optimiser step on zero gradients at construction (stage 0 with bf16 or fp16)."""
+    return config.deepspeed.zero_stage == 0 and config.train.precision != "fp32"
+
+
+def _undo_first_step(engine: Any, before: list[torch.Tensor]) -> None:
+    """Put back what that step did: weights decayed once, and an optimiser that believes one step is behind it."""
+    optimizer = engine.optimizer
+    shadow = dict(zip(engine.module.parameters(), before, strict=True))
+    for low, master in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        for parameter, copy in zip(low, master, strict=True):
+            original = shadow[parameter].to(parameter.device)
+            parameter.data.copy_(original)
+            copy.data.copy_(parameter.data)
+    optimizer.optimizer.state.clear()

@@ -1,0 +1,70 @@
+"""Losses and densities on the named validation sets, the same windows every time, on every rank equally many."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+
+from data.batches import Batch, ValidationSet
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.step import Counter, Tally, forward
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One validation set's result.
+
+    Attributes:
+        name: of the validation set.
+        greedy: counts with greedy routing, as in generation.
+        noisy: counts with the routers' training noise; None where there is no learned router or it was not asked for.
+        executed: bool [S, T], greedy decisions on the set's first window, for the heat map; None without routers.
+    """
+
+    name: str
+    greedy: Tally
+    noisy: Tally | None
+    executed: torch.Tensor | None
+
+
+def evaluate(engine: Any, sets: list[ValidationSet], config: RunConfig, world: World, step: int) -> list[Evaluation]:
+    """Evaluate after ``step`` optimiser steps."""
+    router = config.model.router
+    noisy = config.train.evaluation.with_noise and router is not None and router.kind == "learned"
+    results = []
+    for validation_set in sets:
+        greedy, executed = _pass(engine, validation_set, config, world, step, training=False)
+        with_noise = _pass(engine, validation_set, config, world, step, training=True)[0] if noisy else None
+        results.append(Evaluation(validation_set.name, greedy, with_noise, executed))
+    engine.train()
+    return results
+
+
+@torch.no_grad()
+def _pass(
+    engine: Any, validation_set: ValidationSet, config: RunConfig, world: World, step: int, training: bool
+) -> tuple[Tally, torch.Tensor | None]:
+    engine.train(training)
+    counter = Counter(len(config.model.sites), world.device)
+    executed = None
+    train = config.train
+    for batch in validation_set.batches(world.rank, world.size, train.micro_batch_samples, train.evaluation.samples):
+        # Rows that only fill up are left out; where all are, one still runs, because under ZeRO every rank must.
+        real = int((batch.sample_ids >= 0).sum())
+        batch = _first_rows(batch, max(real, 1))
+        output = forward(engine, batch, config, step / train.steps, world.device)
+        if not real:
+            continue
+        counter.add(output, batch.targets.to(world.device))
+        if executed is None and output.routing.executed.numel():
+            executed = output.routing.executed[:, 0].cpu()
+    world.sum(counter.sums)
+    return counter.tally(), executed
+
+
+def _first_rows(batch: Batch, rows: int) -> Batch:
+    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: None if part is None else part[:rows] for name, part in parts.items()})

@@ -1,0 +1,250 @@
+"""Metrics: one line of JSON a logged step, the same figures in TensorBoard, a progress line for people.
+
+Names are ``group/name``; docs/training.md has the table with units. Only rank 0 writes; every figure is already one
+of all ranks. A resumed run drops the lines after its checkpoint, so that ``metrics.jsonl`` has each step once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from data.files import write_atomically
+from model.budget import Budget
+from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.evaluate import Evaluation
+from trainer.heatmap import routing_figure
+from trainer.run_folder import RunFolder
+from trainer.step import StepResult
+
+
+class Metrics:
+    """Collects a run's figures and writes them.
+
+    Args:
+        config: the run's config.
+        run: its folder.
+        world: this process; only rank 0 writes.
+        resumed_at: optimiser steps done before this start; None for a fresh one.
+        peak_flops: FLOP/s that one device reaches, for MFU.
+    """
+
+    def __init__(self, config: RunConfig, run: RunFolder, world: World, resumed_at: int | None, peak_flops: float):
+        self.config, self.run, self.world, self.peak_flops = config, run, world, peak_flops
+        self.sites = config.model.sites
+        self._since_log: list[StepResult] = []
+        self._clock = time.perf_counter()
+        self._waited_s = 0.0
+        self._history: list[tuple[int, list[float]]] = []
+        self._writer: SummaryWriter | None = None
+        self._bar: tqdm | None = None
+        step = resumed_at or 0
+        if world.is_main:
+            self._keep_lines_up_to(-1 if resumed_at is None else step)
+            self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+            self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+            if sys.stdout.isatty():
+                self._bar = tqdm(total=config.train.steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def log_step(self, step: int, result: StepResult, lr: float, budget: Budget, waited_s: float) -> None:
+        """Take in the step that made it ``step``; every ``log.every_steps`` write the means since the last line."""
+        self._since_log.append(result)
+        if self._bar is not None:
+            self._bar.update()
+        if step % self.config.train.log.every_steps and step != self.config.train.steps:
+            return
+        now = time.perf_counter()
+        elapsed_s, self._clock = now - self._clock, now
+        waited_s, self._waited_s = waited_s - self._waited_s, waited_s
+        line = self._training_line(step, lr, budget, elapsed_s, waited_s)
+        self._since_log = []
+        self._write(step, line)
+        self._tell(step, line)
+
+    def log_evaluation(self, step: int, evaluations: list[Evaluation]) -> None:
+        """Write validation losses and densities, and draw the routing."""
+        line: dict[str, Any] = {}
+        for evaluation in evaluations:
+            prefix = f"validation/{evaluation.name}"
+            line[f"{prefix}/loss"] = evaluation.greedy.loss
+            if evaluation.noisy is not None:
+                line[f"{prefix}/loss_with_noise"] = evaluation.noisy.loss
+                line[f"{prefix}/loss_greedy_minus_noisy"] = evaluation.greedy.loss - evaluation.noisy.loss
+            if self.sites:
+                line[f"{prefix}/density"] = _mean(evaluation.greedy.density)
+                line |= {f"{prefix}/density/{s}": d for s, d in zip(self.sites, evaluation.greedy.density, strict=True)}
+            line[f"{prefix}/flops_per_token"] = self._forward_flops(evaluation.greedy.routed)
+        self._write(step, line)
+        for evaluation in evaluations:
+            self.tell(_validation_sentence(step, evaluation))
+        if evaluations and evaluations[0].executed is not None:
+            self._draw(step, evaluations[0])
+        self._clock = time.perf_counter()  # evaluation time is not training time
+
+    def restart_clock(self) -> None:
+        """Leave out of the next line's step time what has passed until now (saving, evaluating)."""
+        self._clock = time.perf_counter()
+
+    def tell(self, sentence: str) -> None:
+        """Print a line on rank 0 without breaking the progress bar."""
+        if self.world.is_main:
+            tqdm.write(sentence) if self._bar is not None else print(sentence, flush=True)
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None:
+            self._writer.close()
+            self._file.close()
+
+    def _training_line(self, step: int, lr: float, budget: Budget, elapsed_s: float, waited_s: float) -> dict[str, Any]:
+        good = [r for r in self._since_log if r.applied]
+        config, count = self.config, len(self._since_log)
+        routed = _add([r.tally.routed for r in self._since_log])
+        executed = TRAINING_FACTOR * executed_flops(config.model, routed)
+        dense = TRAINING_FACTOR * dense_flops(config.model, routed.tokens, routed.visible_keys)
+        targets = sum(r.tally.targets for r in good)
+        norms = [r.grad_norm for r in good if r.grad_norm is not None]
+        peak = self.peak_flops * self.world.size * elapsed_s
+        line: dict[str, Any] = {
+            "train/loss": sum(r.tally.nll for r in good) / targets if targets else math.nan,
+            "train/z": sum(r.tally.z for r in good) / targets if targets else math.nan,
+            "train/tokens": step * config.train.global_batch_samples * config.data.sequence_tokens,
+            "train/skipped_steps": count - len(good),
+            "optimizer/lr": lr,
+            "optimizer/grad_norm": _mean(norms) if norms else math.nan,
+            "flops/executed_per_token": executed / routed.tokens,
+            "flops/dense_per_token": dense / routed.tokens,
+            "speed/tokens_per_s": routed.tokens / elapsed_s,
+            "speed/step_s": elapsed_s / count,
+            "speed/mfu_executed": executed / peak,
+            "speed/mfu_dense_equivalent": dense / peak,
+            "speed/data_wait_share": waited_s / elapsed_s,
+            "memory/peak_bytes": _peak_bytes(),
+        }
+        if self.sites:
+            progress = (step - 1) / config.train.steps
+            density = [tokens / routed.tokens for tokens in routed.executed_tokens]
+            line["budget/penalty"] = _mean([r.penalty for r in good]) if good else math.nan
+            line["budget/target"] = budget.target(progress)
+            line["density/mean"] = _mean(density)
+            line |= {f"density/{site}": value for site, value in zip(self.sites, density, strict=True)}
+            prices = budget.prices().tolist()
+            line |= {f"budget/price/{site}": value for site, value in zip(self.sites, prices, strict=True)}
+        return line
+
+    def _forward_flops(self, routed: Routed) -> float:
+        return executed_flops(self.config.model, routed) / routed.tokens
+
+    def _write(self, step: int, line: dict[str, Any]) -> None:
+        if self._writer is None:
+            return
+        # JSON has no NaN: a figure that is not one is null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._file.write(json.dumps({"step": step, **clean}) + "\n")
+        self._file.flush()
+        for name, value in clean.items():
+            if value is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def _tell(self, step: int, line: dict[str, Any]) -> None:
+        density = f"  density {line['density/mean']:.3f}" if self.sites else ""
+        self.tell(
+            f"step {step:>6,}  loss {line['train/loss']:.4f}{density}  lr {line['optimizer/lr']:.2e}  "
+            f"{line['speed/tokens_per_s']:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {line['train/loss']:.3f}{density}")
+
+    def _draw(self, step: int, evaluation: Evaluation) -> None:
+        self._history.append((step, evaluation.greedy.density))
+        if self._writer is None or not self.config.train.log.images:
+            return
+        assert self.config.model.router is not None and evaluation.executed is not None
+        steps, densities = zip(*self._history, strict=True)
+        target = self.config.model.router.density
+        figure = routing_figure(self.sites, steps, densities, evaluation.executed, target)
+        figure.savefig(self.run.path / "routing.png", dpi=110)
+        self._writer.add_figure("routing", figure, step)
+
+    def _keep_lines_up_to(self, step: int) -> None:
+        """Drop what a run that was killed logged after the checkpoint it resumes from; read the densities back."""
+        if not self.run.metrics.exists():
+            return
+        kept = []
+        for text in self.run.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # the line that the kill cut in half
+            if line["step"] <= step:
+                kept.append(text)
+                self._remember(line)
+        write_atomically(self.run.metrics, "".join(f"{text}\n" for text in kept).encode())
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        if not self.config.data.validation:
+            return
+        prefix = f"validation/{self.config.data.validation[0].name}/density/"
+        densities = [line[prefix + site] for site in self.sites if prefix + site in line]
+        if densities and len(densities) == len(self.sites):
+            self._history.append((line["step"], densities))
+
+
+def measure_peak_flops(world: World, precision: str) -> float:
+    """FLOP/s of one device in a large matrix product of the training dtype, the mean over ranks measuring at once."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size = 8192 if world.device.type == "cuda" else 768
+    a = torch.randn(size, size, device=world.device, dtype=dtype)
+    best_s = math.inf
+    for _ in range(6):
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ a
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - start)
+    own = torch.tensor([2 * size**3 / best_s], dtype=torch.float64, device=world.device)
+    return float(world.sum(own)) / world.size
+
+
+def _validation_sentence(step: int, evaluation: Evaluation) -> str:
+    sentence = f"step {step:>6,}  validation {evaluation.name}: loss {evaluation.greedy.loss:.4f}"
+    if evaluation.noisy is not None:
+        sentence += f" (with routing noise {evaluation.noisy.loss:.4f})"
+    if evaluation.greedy.density:
+        density = evaluation.greedy.density
+        sentence += f", density {_mean(density):.3f} ({min(density):.2f} to {max(density):.2f})"
+    return sentence
+
+
+def _add(parts: list[Routed]) -> Routed:
+    return Routed(
+        sum(p.tokens for p in parts),
+        sum(p.visible_keys for p in parts),
+        [sum(site) for site in zip(*(p.executed_tokens for p in parts), strict=True)],
+        [sum(site) for site in zip(*(p.attended_keys for p in parts), strict=True)],
+    )
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _peak_bytes() -> int:
+    """Most memory held so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,24 @@
+"""The learning rate as a pure function of the step: nothing to save, nothing to resume."""
+
+from __future__ import annotations
+
+import math
+
+from trainer.config import ScheduleConfig
+
+
+def lr_ratio(schedule: ScheduleConfig, step: int, steps: int) -> float:
+    """Learning rate of optimiser step ``step`` (0 is the first) of ``steps``, relative to its peak."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    if schedule.kind == "constant":
+        return 1.0
+    if schedule.kind == "inverse_sqrt":
+        return min(1.0, math.sqrt(schedule.inverse_sqrt_from / (step + 1)))
+    if schedule.kind == "cosine":
+        span = max(steps - 1 - schedule.warmup_steps, 1)
+        done = min((step - schedule.warmup_steps) / span, 1.0)
+        return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
+    decay_steps = max(round(schedule.decay_share * steps), 1)
+    left = min(max(steps - 1 - step, 0) / decay_steps, 1.0)
+    return schedule.final_ratio + (1 - schedule.final_ratio) * left

@@ -1,0 +1,128 @@
+"""What both stages hold while they train: engine, budget, run folder, metrics, and what to do with them.
+
+A session is opened on a config, resumes from a checkpoint if the config says so, and then knows how to save, to
+validate and to take in a step. The loop itself is the stage's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data.batches import TrainingData, ValidationSet
+from model.budget import Budget
+from trainer import checkpoint
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.engine import build_engine, set_learning_rate
+from trainer.evaluate import Evaluation, evaluate
+from trainer.guards import StopRequest, too_many_bad_steps
+from trainer.metrics import Metrics, measure_peak_flops
+from trainer.run_folder import RunFolder, logger_for
+from trainer.schedules import lr_ratio
+from trainer.step import StepResult
+
+
+class Session:
+    """A run in progress.
+
+    Args:
+        config: the run's config.
+        config_path: the file it was read from, copied into the run folder.
+        data: the opened training data.
+        world: this process among all.
+
+    Raises:
+        ValueError: if the run folder, the data or a checkpoint do not fit the config.
+    """
+
+    def __init__(self, config: RunConfig, config_path: Path, data: TrainingData, world: World):
+        self.config, self.world, self.fingerprint = config, world, data.fingerprint
+        _refuse_other_vocabulary(config, data)
+        self.run = RunFolder(config.train.run_dir, world.rank)
+        self.step = 0
+        found = checkpoint.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
+        self.validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
+        self.engine = build_engine(config, world)
+        self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
+        if found is not None:
+            state = checkpoint.load(self.engine, found, self.fingerprint, config, world)
+            self.step = state["step"]
+            self.budget.load_state_dict(state["budget"])
+        if world.is_main:
+            self.run.create(config, config_path)
+        world.barrier()
+        self.log = logger_for(self.run, world)
+        peak_tflops = config.train.log.peak_tflops
+        peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(world, config.train.precision)
+        self.metrics = Metrics(config, self.run, world, self.step if found else None, peak_flops)
+        if found is not None:
+            self.metrics.tell(f"resumed from {found} at step {self.step:,}")
+        self.stop = StopRequest()
+        self._bad_in_a_row = 0
+
+    def begin_step(self) -> float:
+        """Heartbeat and learning rate of the step to come; returns the rate."""
+        self.run.beat(self.step, "training")
+        ratio = lr_ratio(self.config.train.schedule, self.step, self.config.train.steps)
+        set_learning_rate(self.engine, ratio)
+        return self.config.train.optimizer.lr * ratio
+
+    def end_step(self, result: StepResult, lr: float, waited_s: float) -> None:
+        """Count the step, log it, and stop the run if too many in a row went bad.
+
+        Raises:
+            ValueError: after ``train.max_bad_steps`` bad steps in a row.
+        """
+        self.step += 1
+        self.metrics.log_step(self.step, result, lr, self.budget, waited_s)
+        if result.applied:
+            self._bad_in_a_row = 0
+            return
+        self._bad_in_a_row += 1
+        if self.world.is_main:
+            self.log.warning(self._describe_bad_step(result))
+        if self._bad_in_a_row >= self.config.train.max_bad_steps:
+            raise ValueError(too_many_bad_steps(self._bad_in_a_row, self.step, self.run.checkpoints))
+
+    def save(self) -> None:
+        """Write a checkpoint, then remove those that are no longer kept."""
+        self.run.beat(self.step, "saving")
+        state = {"step": self.step, "budget": self.budget.state_dict()}
+        checkpoint.save(self.engine, self.run.checkpoints, self.step, state, self.fingerprint, self.config, self.world)
+        checkpoint.prune(self.run.checkpoints, self.config.train.checkpoint, self.world)
+        self.metrics.restart_clock()
+
+    def validate(self) -> list[Evaluation]:
+        """Evaluate every validation set and log it."""
+        self.run.beat(self.step, "evaluating")
+        results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
+        self.metrics.log_evaluation(self.step, results)
+        return results
+
+    def close(self) -> None:
+        """Flush the metrics and say that this rank is done."""
+        self.run.beat(self.step, "done")
+        self.metrics.close()
+
+    def _describe_bad_step(self, result: StepResult) -> str:
+        first = (self.step - 1) * self.config.train.global_batch_samples
+        samples = f"samples {first} to {first + self.config.train.global_batch_samples - 1}"
+        if not result.bad_ranks:
+            where = f"the gradient ({samples}) was not finite, the loss was finite on every rank"
+        else:
+            who = "; ".join(f"rank {rank} (its samples {_span(ids)})" for rank, ids in result.bad_ranks[:8])
+            where = f"the loss was not finite on {who}"
+        return f"step {self.step}: {where}; the update was left out and training goes on with the next batch"
+
+
+def _span(ids: list[int]) -> str:
+    return ", ".join(str(i) for i in ids) if len(ids) <= 8 else f"{ids[0]} to {ids[-1]}, {len(ids)} of them"
+
+
+def _refuse_other_vocabulary(config: RunConfig, data: TrainingData) -> None:
+    if data.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"the shards in {config.data.dir} have a vocabulary of {data.vocab_size}, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {data.vocab_size}, or "
+            "prepare the data again"
+        )

@@ -1,0 +1,192 @@
+"""One optimiser step: micro-batches forward and backward, one all-reduce of counts, one update.
+
+The loss is (sum over valid targets) / (number of valid targets), both over all ranks and micro-batches, plus the
+budget's price per routed site times its density. So it does not depend on how the batch is split.
+
+Nothing that is not finite reaches the weights. A loss that is not finite turns its own gradient into NaN, which every
+ZeRO stage then sees in its norm and skips; stage 0 in fp32, where DeepSpeed has no such check, is checked here.
+
+Dimension letters: B micro-batch, T tokens, S routed sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batches import Batch
+from model.budget import Budget
+from model.decoder import DecoderOutput
+from model.flops import Routed
+from model.head import IGNORED
+from trainer.config import RunConfig
+from trainer.deepspeed_config import owns_clipping
+from trainer.distributed import World
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the tokens of all ranks and micro-batches of a step or an evaluation.
+
+    Attributes:
+        nll, z: summed over valid targets, in nats.
+        targets: number of valid targets.
+        stop: ranks that were asked to stop.
+        routed: what ran.
+        bad_micro_batches: forward passes whose loss was not finite.
+    """
+
+    nll: float
+    z: float
+    targets: int
+    stop: int
+    routed: Routed
+    bad_micro_batches: int
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, nats per valid target."""
+        return self.nll / max(self.targets, 1)
+
+    @property
+    def density(self) -> list[float]:
+        """Share of tokens that each routed site executed."""
+        return [executed / self.routed.tokens for executed in self.routed.executed_tokens]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        tally: counts over the whole batch.
+        penalty: the budget regulariser's value, nats.
+        grad_norm: norm of the gradient before clipping; None where DeepSpeed does not tell it.
+        applied: False where the update was left out because something was not finite.
+        bad_ranks: then, the ranks whose loss was not finite, with their sample ids.
+    """
+
+    tally: Tally
+    penalty: float
+    grad_norm: float | None
+    applied: bool
+    bad_ranks: list[tuple[int, list[int]]]
+
+
+class Counter:
+    """Adds up forward passes on the device; one all-reduce makes a :class:`Tally`."""
+
+    _SCALARS = 7  # nll, z, targets, tokens, visible keys, stop, bad micro-batches
+
+    def __init__(self, sites: int, device: torch.device):
+        self.sites = sites
+        self.sums = torch.zeros(self._SCALARS + 2 * sites, dtype=torch.float64, device=device)
+
+    def add(self, output: DecoderOutput, targets: Tensor) -> None:
+        """Count one forward pass over ``targets`` [B, T]."""
+        assert output.loss is not None
+        bad = ~torch.isfinite(output.loss.loss)
+        valid = (targets != IGNORED).sum()
+        routing = output.routing
+        scalars = [output.loss.nll, output.loss.z, valid, valid.new_tensor(targets.numel()), routing.visible_keys]
+        sums = torch.stack([s.double() for s in (*scalars, torch.zeros_like(bad), bad)])
+        self.sums += torch.cat((sums, routing.executed_tokens.double(), routing.attended_keys.double()))
+
+    def ask_to_stop(self) -> None:
+        """Count this rank among those that were asked to stop."""
+        self.sums[5] += 1
+
+    def density(self) -> Tensor:
+        """Share of tokens that each site executed, fp32 [S], on the device."""
+        return (self.sums[self._SCALARS : self._SCALARS + self.sites] / self.sums[3]).float()
+
+    def tally(self) -> Tally:
+        """The sums on the host."""
+        nll, z, targets, tokens, visible, stop, bad, *sites = self.sums.tolist()
+        routed = Routed(tokens, visible, sites[: self.sites], sites[self.sites :])
+        return Tally(nll, z, int(targets), int(stop), routed, int(bad))
+
+
+def forward(engine: Any, batch: Batch, config: RunConfig, progress: float, device: torch.device) -> DecoderOutput:
+    """Run the engine on a batch, with the routers' noise and temperature as they are at ``progress``."""
+    router = config.model.router
+
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, non_blocking=True)
+
+    return engine(
+        move(batch.tokens),
+        move(batch.targets),
+        sample_ids=move(batch.sample_ids),
+        documents=move(batch.documents),
+        positions=move(batch.positions),
+        # Plain numbers: DeepSpeed would cast fp32 tensors to the model's dtype on the way in.
+        noise_scale=0.0 if router is None else router.noise.at(progress),
+        temperature=1.0 if router is None else router.temperature.at(progress),
+        z_coefficient=config.train.z_loss,
+    )
+
+
+def train_step(
+    engine: Any,
+    micro_batches: Sequence[Batch],
+    budget: Budget,
+    config: RunConfig,
+    world: World,
+    step: int,
+    stop_requested: bool = False,
+) -> StepResult:
+    """Take optimiser step number ``step`` (0 is the first) on this rank's micro-batches."""
+    engine.train()
+    progress = step / config.train.steps
+    prices = budget.prices()
+    targets = torch.tensor(_count_targets(micro_batches), dtype=torch.float64, device=world.device)
+    # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
+    per_target = world.size / world.sum(targets).clamp(min=1)
+    counter = Counter(budget.sites, world.device)
+    for number, batch in enumerate(micro_batches):
+        output = forward(engine, batch, config, progress, world.device)
+        assert output.loss is not None
+        loss = output.loss.loss * per_target.float()
+        loss = loss + (prices * output.routing.density).sum() / len(micro_batches)
+        loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
+        engine.backward(loss, scale_wrt_gas=False)
+        counter.add(output, batch.targets.to(world.device))
+        if number + 1 < len(micro_batches):
+            engine.step()
+    if stop_requested:
+        counter.ask_to_stop()
+    own_bad = bool(counter.sums[6] > 0)
+    world.sum(counter.sums)
+    norm, applied = _update(engine, config)
+    if applied:
+        penalty = float(budget.penalty(counter.density(), progress))
+        budget.observe(counter.density(), progress)
+        return StepResult(counter.tally(), penalty, norm, True, [])
+    ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
+    bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if own_bad else None) if entry]
+    return StepResult(counter.tally(), float("nan"), norm, False, bad_ranks)
+
+
+def _update(engine: Any, config: RunConfig) -> tuple[float | None, bool]:
+    """Clip and step, unless the gradient is not finite; the norm before clipping and whether it was applied."""
+    if owns_clipping(config):
+        limit = config.train.clip_norm or float("inf")
+        norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
+        if norm != norm or norm == float("inf"):
+            engine.zero_grad()
+            engine.micro_steps += 1  # what engine.step() would have counted
+            return norm, False
+        engine.step()
+        return norm, True
+    engine.step()
+    told = engine.get_global_grad_norm()
+    return None if told is None else float(told), bool(engine.was_step_applied())
+
+
+def _count_targets(batches: Iterable[Batch]) -> int:
+    return sum(int((batch.targets != IGNORED).sum()) for batch in batches)
