@@ -15,7 +15,7 @@ from typing import Any
 
 from data.config import DataConfig, SourceConfig
 from data.encode import Encoder
-from data.files import read_json, write_json
+from data.files import only_writer, read_json, write_json
 from data.progress import Progress
 from data.shards import (
     FORMAT_VERSION,
@@ -41,11 +41,12 @@ def prepare(config: DataConfig, workers: int) -> list[tuple[str, Manifest]]:
     """Prepare everything in ``config``; returns the manifest of each source and validation set.
 
     Raises:
-        ValueError: no tokenizer, an empty or unreadable source, or sources changed since an earlier preparation.
+        ValueError: no tokenizer, an empty or unreadable source, sources changed since an earlier preparation, or
+            another preparation running in the same folder.
     """
     load_tokenizer(config.dir)  # before the processes start, so that its absence is told once
     made: list[tuple[str, Manifest]] = []
-    with Encoder(config.dir, workers) as encoder:
+    with only_writer(Path(config.dir)), Encoder(config.dir, workers) as encoder:
         for source, folder in _all_folders(config):
             manifest = _prepare_source(config, source, folder, encoder)
             made.append((str(folder.relative_to(config.dir)), manifest))
@@ -160,6 +161,11 @@ def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
     return "\n".join(lines)
 
 
+def _cores() -> int:
+    """Cores this process may use: in a cluster job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
@@ -171,7 +177,7 @@ def main() -> None:
     parser.add_argument(
         "--workers",
         type=int,
-        default=os.cpu_count() or 1,
+        default=_cores(),
         help="tokenizing processes (default: all cores, %(default)s)",
     )
     parser.add_argument("--verify", action="store_true", help="write nothing; check the SHA-256 of every prepared file")

@@ -1,6 +1,11 @@
-"""RMSNorm (Zhang and Sennrich 2019): scale by the root mean square, no mean, no bias."""
+"""RMSNorm (Zhang and Sennrich 2019): scale by the root mean square, no mean, no bias.
+
+Dimension letters: D width.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,5 +26,32 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [..., width] -> [..., width], same dtype."""
+        """x: [..., D] -> [..., D], same dtype."""
+        if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
+            return _LeanNorm.apply(x, self.weight, self.epsilon)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
+
+
+class _LeanNorm(torch.autograd.Function):
+    """The same for fp32 on the CPU, where torch has no kernel and its chain of small operations takes thrice as long.
+
+    With r = 1 / rms(x) and g the output's gradient, per row:
+
+        dx = r (g * weight) - x r^3 sum(g * weight * x) / D        dweight = sum over rows of r (g * x)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, weight, r)
+        return (x * r).mul_(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, r = ctx.saved_tensors
+        product = grad * x
+        slope = (product @ weight)[..., None] * r**3 / x.shape[-1]
+        grad_weight = r.flatten() @ product.flatten(0, -2)
+        return (grad * weight).mul_(r).addcmul_(x, slope, value=-1), grad_weight, None

@@ -34,13 +34,16 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 
 
 def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for ``positions`` [B or 1, T]: two tensors [B or 1, T, K] of ``dtype``."""
+    """Cosines and sines for ``positions`` [B or 1, T]: two tensors [B or 1, T, K] of ``dtype``.
+
+    The sines of the first half are negative, which is what :func:`rotate` wants.
+    """
     angles = positions[..., None].float() * inverse_frequencies(config, positions.device)
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the heads of ``x`` [..., H, K] by ``cos`` and ``sin`` [..., K] of the same leading shape (or 1)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(-2) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(-2)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2))

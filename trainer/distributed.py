@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -103,12 +103,16 @@ def import_deepspeed() -> Any:
 
     On a CPU ``init_distributed`` compiles a shared-memory op for over a minute, which only inference uses.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find out by itself, with a warning
+    # DeepSpeed 0.19 calls a collective by a name that torch 2.13 deprecates, once per step.
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
+    if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -137,8 +141,3 @@ def first_host(nodelist: str) -> str:
         return head.split(",")[0]
     return head + rest.split("]")[0].split(",")[0].split("-")[0]
 
-
-def mean_over_ranks(world: World, sums: Sequence[float]) -> list[float]:
-    """Means of per-rank figures, on every rank."""
-    values = torch.tensor(list(sums), dtype=torch.float64, device=world.device)
-    return (world.sum(values) / world.size).tolist()

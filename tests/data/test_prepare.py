@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from data.config import DataConfig
+from data.files import only_writer
 from data.prepare import main, prepare, verify
 from data.shards import Manifest, read_model
 from data.tokenizer import load_tokenizer, train_tokenizer
@@ -191,6 +192,13 @@ def test_a_finished_shard_whose_file_was_lost_is_made_again(tmp_path: Path) -> N
     (folder / "shard-00001.bin").write_bytes(b"cut")
     prepare(config, workers=1)
     assert contents(Path(config.dir)) == expected
+
+
+def test_two_commands_at_once_are_refused(tmp_path: Path) -> None:
+    config = prepared(tmp_path)
+    with only_writer(Path(config.dir)), pytest.raises(ValueError, match=r"another command is writing to .*data"):
+        prepare(config, workers=1)
+    prepare(config, workers=1)
 
 
 def test_refusals(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ class Source(Strict):
 class Data(Strict):
     """A nested block."""
 
-    sources: list[Source] = []
+    sources: list[Source] = Field(default_factory=list)
     """Items."""
     shuffle: bool = True
     """A flag."""
@@ -121,7 +121,7 @@ def test_override_with_bad_value(write) -> None:
     assert "override 'train={steps: 1, steps: 2}': key 'steps' is written twice" in sentence(
         write(GOOD), "train={steps: 1, steps: 2}"
     )
-    assert sentence(write(GOOD), "name.first=3") == "override 'name.first=3': 'name' holds no keys"
+    assert sentence(write(GOOD), "train.steps.x=3") == "override 'train.steps.x=3': 'train.steps' holds no keys"
 
 
 @pytest.mark.parametrize(

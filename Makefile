@@ -1,0 +1,33 @@
+# make setup   .venv with everything            make test    all tests that need no GPU
+# make demo    text to trained model            make check   format, lint, types
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROCESSES ?= 2
+DEMO := configs/demo.yaml
+
+.PHONY: setup demo test check clean
+
+setup: $(VENV)/.installed
+
+# The stamp is renewed when the requirements change. DeepSpeed builds from source and must see the same torch.
+$(VENV)/.installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hopscotch needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+demo: setup
+	$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
+
+test: setup
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

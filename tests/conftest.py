@@ -1,0 +1,90 @@
+"""Fixtures that several folders share: a tiny prepared corpus and a tiny run's config."""
+
+from __future__ import annotations
+
+import copy
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data.config import DataConfig
+from data.prepare import prepare
+from data.tokenizer import train_tokenizer
+
+VOCAB = 400
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip, with a reason, what this machine cannot or should not run."""
+    import torch
+
+    chosen = config.getoption("-m")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        if "slow" in item.keywords and "slow" not in chosen:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The ``data`` block of a prepared corpus: a few files of the standard library, 400 pieces, windows of 32."""
+    folder = tmp_path_factory.mktemp("corpus")
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    block = {
+        "dir": str(folder),
+        "sequence_tokens": 32,
+        "tokenizer": {"vocab_size": VOCAB, "train_bytes": 100_000},
+        "sources": [{"name": "code", "format": "text", "files": [str(stdlib / n) for n in ("argparse.py", "ast.py")]}],
+        "validation": [{"name": "code", "format": "text", "files": [str(stdlib / "bisect.py")]}],
+    }
+    config = DataConfig.model_validate(block)
+    train_tokenizer(config)
+    prepare(config, workers=1)
+    return block
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, corpus: dict[str, Any]) -> dict[str, Any]:
+    """A run's config as a dictionary: 3 routed layers, 8 windows a step, 4 steps, everything logged."""
+    return {
+        "model": {
+            "vocab_size": VOCAB,
+            "layers": 3,
+            "width": 32,
+            "heads": 2,
+            "kv_heads": 1,
+            "ffn_width": 48,
+            "max_positions": 128,
+            "router": {"density": 0.5},
+        },
+        "data": copy.deepcopy(corpus),
+        "train": {
+            "run_dir": str(tmp_path / "run"),
+            "steps": 4,
+            "global_batch_samples": 8,
+            "micro_batch_samples": 2,
+            "precision": "fp32",
+            "optimizer": {"lr": 0.003},
+            "evaluation": {"every_steps": 2, "samples": 5},
+            "checkpoint": {"every_steps": 2},
+            "log": {"every_steps": 1, "peak_tflops": 1.0},
+        },
+        "deepspeed": {"zero_stage": 2, "persistence_threshold": 0},
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[[dict[str, Any]], str]:
+    """Write a config dictionary to a YAML file and return its path."""
+
+    def write(config: dict[str, Any], name: str = "run.yaml") -> str:
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(config))
+        return str(path)
+
+    return write

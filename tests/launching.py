@@ -1,0 +1,67 @@
+"""Start the project's commands as a user does: real processes, real launchers, one thread a rank."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+
+def command(module: str, *arguments: str, processes: int = 1, launcher: str = "python") -> list[str]:
+    """The command line that starts ``module`` under ``launcher``: python (one process), deepspeed or torchrun."""
+    if launcher == "python":
+        assert processes == 1
+        return [sys.executable, "-m", module, *arguments]
+    if launcher == "torchrun":
+        return [str(BIN / "torchrun"), f"--nproc-per-node={processes}", f"--master-port={free_port()}", "-m", module, *arguments]  # fmt: skip  # noqa: E501
+    port = ["--master_port", str(free_port())]
+    return [
+        str(BIN / "deepspeed"), "--num_gpus", str(processes), *port, "--log_level", "warning", "--module", module, *arguments,
+    ]  # fmt: skip  # noqa: E501
+
+
+def environment() -> dict[str, str]:
+    """This process's environment with the threads pinned, so that two ranks do not fight and sums are repeatable."""
+    threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in ranks} | threads
+
+
+def run(
+    module: str, *arguments: str, processes: int = 1, launcher: str = "python", timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end; stdout and stderr together in ``stdout``."""
+    return subprocess.run(
+        command(module, *arguments, processes=processes, launcher=launcher),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout_s,
+    )
+
+
+def start(module: str, *arguments: str, processes: int = 1, launcher: str = "python") -> subprocess.Popen[str]:
+    """Start in a process group of its own, so that a test can kill all of it."""
+    return subprocess.Popen(
+        command(module, *arguments, processes=processes, launcher=launcher),
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def free_port() -> int:
+    """A TCP port that nothing listens on right now."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])

@@ -1,0 +1,128 @@
+"""Same losses, same weights, no hang and no harm, at 1 and 2 ranks, ZeRO 0 to 3, and however the batch is split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import run
+
+STAGES = (0, 1, 2, 3)
+
+
+def _cases() -> list[dict[str, Any]]:
+    cases = []
+    for stage in STAGES:
+        zero = f"deepspeed.zero_stage={stage}"
+        whole, split = "train.micro_batch_samples=4", "train.micro_batch_samples=1"
+        cases += [
+            {"name": f"plain-{stage}", "rule": "plain", "overrides": [zero, whole]},
+            {"name": f"split-{stage}", "rule": "plain", "overrides": [zero, split]},
+            {"name": f"starved-{stage}", "rule": "starved", "overrides": [zero, whole]},
+            {"name": f"bf16-{stage}", "rule": "plain", "overrides": [zero, whole, "train.precision=bf16"]},
+            {"name": f"bad_loss-{stage}", "rule": "bad_loss", "overrides": [zero, whole]},
+            {"name": f"bad_loss-bf16-{stage}", "rule": "bad_loss", "overrides": [zero, whole, "train.precision=bf16"]},
+            {"name": f"bad_gradient-{stage}", "rule": "bad_gradient", "overrides": [zero, whole]},
+        ]
+    modules = ["model.router.granularity=module", "model.router.budget.kind=global", "train.activation_checkpointing=true"]
+    cases.append({"name": "modules-3", "rule": "starved", "overrides": ["deepspeed.zero_stage=3", *modules]})
+    return cases
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Results of all cases by number of ranks."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("ranks")
+    config = {
+        "model": {
+            "vocab_size": 400, "layers": 3, "width": 32, "heads": 2, "kv_heads": 1, "ffn_width": 48,
+            "router": {"density": 0.5},
+        },
+        "data": corpus,
+        "train": {
+            "run_dir": str(folder / "run"), "steps": 10, "global_batch_samples": 8, "micro_batch_samples": 4,
+            "precision": "fp32", "optimizer": {"lr": 0.003}, "clip_norm": 0.5, "z_loss": 1e-4,
+        },
+        "deepspeed": {"persistence_threshold": 0},
+    }  # fmt: skip
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    (folder / "cases.json").write_text(json.dumps(_cases()))
+    results = {}
+    for ranks, launcher in ((1, "python"), (2, "deepspeed")):
+        out = folder / f"{ranks}.json"
+        done = run(
+            "tests.trainer.ranks_worker", str(folder / "run.yaml"), str(folder / "cases.json"), str(out),
+            processes=ranks, launcher=launcher, timeout_s=400,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout[-4000:]
+        results[ranks] = json.loads(out.read_text())
+    return results
+
+
+@pytest.fixture
+def reference(outcomes: dict[int, dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    """One rank, stage 0: what plain PyTorch would do."""
+    return lambda name: outcomes[1][name]
+
+
+def _agree(one: dict[str, Any], other: dict[str, Any], relative: float) -> None:
+    assert other["losses"] == pytest.approx(one["losses"], rel=relative)
+    assert other["norms"] == pytest.approx(one["norms"], rel=max(relative * 20, 1e-4))
+    assert other["densities"] == [pytest.approx(d, abs=1e-9) for d in one["densities"]]
+    assert list(other["end"]) == list(one["end"])
+    for name, sums in one["end"].items():
+        assert other["end"][name] == pytest.approx(sums, rel=relative * 10, abs=1e-5), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_and_weights_do_not_depend_on_ranks_stage_or_split(outcomes, reference, ranks, stage):
+    """Invariant 5: eight windows a step, as 8, 4 + 4, or one by one; the loss falls, so there is something to agree."""
+    one = reference("plain-0")
+    assert one["losses"][-1] < one["losses"][0] - 0.05
+    _agree(one, outcomes[ranks][f"plain-{stage}"], 2e-5)
+    _agree(one, outcomes[ranks][f"split-{stage}"], 2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_that_keeps_no_token_neither_hangs_nor_diverges(outcomes, reference, stage):
+    """Invariant 4, and DeepSpeed's stale gradient: in one step no rank executes the site at all."""
+    one = reference("starved-0")
+    assert one["densities"][0][1] < 0.3 and one["densities"][1][1] == 0.0
+    assert one["losses"] != reference("plain-0")["losses"]
+    _agree(one, outcomes[1][f"starved-{stage}"], 2e-5)
+    _agree(one, outcomes[2][f"starved-{stage}"], 2e-5)
+
+
+def test_module_routers_with_a_global_budget_and_checkpointing_agree_too(outcomes):
+    _agree(outcomes[1]["modules-3"], outcomes[2]["modules-3"], 2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_starts_from_the_same_weights_and_learns_the_same(outcomes, reference, stage):
+    """Also that stage 0 keeps nothing of the step it takes at construction: it shrinks weights by lr x decay = 3e-4."""
+    one, other = reference("plain-0"), outcomes[2][f"bf16-{stage}"]
+    norm = {name: sums[0] for name, sums in one["start"].items()}
+    assert other["start"]["embed_tokens.weight"][0] == pytest.approx(norm["embed_tokens.weight"], rel=5e-5)
+    assert other["losses"] == pytest.approx(one["losses"], rel=5e-3)
+    assert other["losses"] == pytest.approx(outcomes[2]["bf16-1"]["losses"], rel=2e-3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["bad_loss", "bad_loss-bf16", "bad_gradient"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_not_finite_never_reaches_the_weights(outcomes, ranks, name, stage):
+    got = outcomes[ranks][f"{name}-{stage}"]
+    assert got["applied"] == [True, False, True, True]
+    assert got["unchanged"] and got["moved_after"] and got["finite"]
+    if name == "bad_gradient":
+        assert got["bad_ranks"] == []
+    else:
+        samples = {1: list(range(8, 16)), 2: list(range(12, 16))}[ranks]
+        assert got["bad_ranks"] == [[ranks - 1, samples]]
