@@ -26,7 +26,8 @@ class SourceConfig(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Folder name of its shards, and its name in metrics."""
     files: list[str] = Field(default_factory=list)
-    """Paths or glob patterns (``**`` allowed), read in sorted order; compressed ones (.gz .xz .zst) too."""
+    """Paths or glob patterns (``**`` allowed), read in sorted order; compressed ones (.gz .xz .zst) too.
+    ``{stdlib}`` stands for the folder of the running Python's standard library."""
     hub: str | None = None
     """Instead of files: a dataset's name on the Hub."""
     hub_config: str | None = None

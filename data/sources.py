@@ -15,6 +15,7 @@ import hashlib
 import io
 import json
 import lzma
+import sysconfig
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -135,7 +136,7 @@ def open_raw(path: Path) -> io.BufferedIOBase:
 def _matching_files(config: SourceConfig) -> list[Path]:
     found: set[str] = set()
     for pattern in config.files:
-        wide = str(Path(pattern).expanduser())
+        wide = str(Path(pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])).expanduser())
         # A name that exists is taken as it is: "a[1].txt" would match nothing as a pattern.
         names = [wide] if Path(wide).is_file() else [n for n in glob.glob(wide, recursive=True) if Path(n).is_file()]
         if not names:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from settings import load, user_errors
-from trainer.config import RunConfig
+from settings import user_errors
+from trainer.config import load_run
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="ranks on this machine (at most one a GPU)")
     arguments = parser.parse_args()
     with user_errors():
-        run_dir = Path(load(arguments.config, [], RunConfig).train.run_dir)
+        run_dir = Path(str(load_run(arguments.config).train.run_dir))
     processes = arguments.processes
     if torch.cuda.is_available():
         processes = min(processes, torch.cuda.device_count())
@@ -38,7 +38,7 @@ def main() -> int:
     started = time.monotonic()
     for command in commands(str(arguments.config), processes):
         print(f"\n$ {shlex.join(['python', *command[1:]] if command[0] == sys.executable else command)}", flush=True)
-        status = subprocess.run(command).returncode
+        status = subprocess.run(command, check=False).returncode
         if status:
             return status
     print(f"\ndemo done in {time.monotonic() - started:.0f} s; look at it with: tensorboard --logdir {run_dir}")

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, nn
 
 IGNORED = -100
-_CHUNK_LOGITS = 2**24  # logits held at once: 64 MiB in fp32
+# Logits held at once, in fp32 entries. On the CPU a chunk should stay in the cache between the passes over it (8 MiB);
+# on a GPU (256 MiB) few chunks matter more, because each one reads and writes the weight's fp32 gradient.
+_CHUNK_LOGITS = {"cpu": 2**21, "other": 2**26}
+_CHUNK_ROWS_MIN = 256  # with fewer, the products wait for the weight to be read
 
 
 class LossSums(NamedTuple):
@@ -59,7 +62,8 @@ class LMHead(nn.Linear):
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_coefficient: float) -> tuple[Tensor, ...]:
-        rows = max(_CHUNK_LOGITS // weight.shape[0], 1)
+        chunk_logits = _CHUNK_LOGITS["cpu" if hidden.is_cpu else "other"]
+        rows = max(chunk_logits // weight.shape[0], _CHUNK_ROWS_MIN)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         nll_sum = hidden.new_zeros((), dtype=torch.float32)
@@ -69,21 +73,23 @@ class _ChunkedLoss(torch.autograd.Function):
             valid = t != IGNORED
             t = torch.where(valid, t, 0)[:, None]
             logits = (h @ weight.T).float()
-            log_total = torch.logsumexp(logits, dim=-1)
-            nll_sum += ((log_total - logits.gather(1, t).squeeze(1)) * valid).sum()
+            target_logits = logits.gather(1, t).squeeze(1)
+            top = logits.amax(dim=-1, keepdim=True)
+            exponentials = logits.sub_(top).exp_()  # the logits' memory, as every step down to grad
+            total = exponentials.sum(dim=-1, keepdim=True)
+            log_total = (top + total.log()).squeeze(1)
+            nll_sum += ((log_total - target_logits) * valid).sum()
             z_sum += (log_total.square() * valid).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d logits = softmax * (1 + 2 z_coefficient logsumexp) - onehot, zero in ignored rows
-            grad = logits.sub_(log_total[:, None]).exp_()
-            if z_coefficient:
-                grad *= (1 + 2 * z_coefficient * log_total)[:, None]
-            grad.scatter_add_(1, t, grad.new_full(t.shape, -1.0))
-            grad = grad.mul_(valid[:, None]).to(hidden.dtype)
+            factor = valid * (1 + 2 * z_coefficient * log_total)
+            grad = exponentials.mul_(factor[:, None] / total)
+            grad = grad.scatter_add_(1, t, -valid[:, None].float()).to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[start : start + rows] = grad @ weight
+                torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                grad_weight += grad.T @ h
+                _accumulate(grad_weight, grad.T, h)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll_sum, z_sum)
@@ -97,3 +103,11 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, inside the product where the dtypes allow it."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

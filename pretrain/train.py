@@ -17,8 +17,8 @@ from pathlib import Path
 
 from data.batches import Batch, TrainingData, step_sample_ids
 from data.prefetch import prefetch
-from settings import load, user_errors
-from trainer.config import RunConfig
+from settings import user_errors
+from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
 from trainer.distributed import World, join, leave
 from trainer.guards import EXIT_PREEMPTED
@@ -41,7 +41,9 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
         config.train.evaluation.every_steps,
     )
 
-    before = session.validate() if session.step == 0 else None
+    # The starting point, or what a kill between save and evaluation left undone.
+    due = session.step % evaluate_every == 0 and not session.metrics.has_evaluation(session.step)
+    before = session.validate() if due else None
     after = None
     with prefetch(micro_batches(data, config, world, session.step), depth=2) as loader:
         for batches in loader:
@@ -93,7 +95,7 @@ def main() -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_intermixed_args()
     with user_errors():
-        config = load(arguments.config, arguments.overrides, RunConfig)
+        config = load_run(arguments.config, arguments.overrides)
         world = join(config.train.timeout_s)
         status = train(config, arguments.config, world)
         leave()

@@ -17,12 +17,13 @@ def command(module: str, *arguments: str, processes: int = 1, launcher: str = "p
     if launcher == "python":
         assert processes == 1
         return [sys.executable, "-m", module, *arguments]
+    port = str(free_port())
     if launcher == "torchrun":
-        return [str(BIN / "torchrun"), f"--nproc-per-node={processes}", f"--master-port={free_port()}", "-m", module, *arguments]  # fmt: skip  # noqa: E501
-    port = ["--master_port", str(free_port())]
-    return [
-        str(BIN / "deepspeed"), "--num_gpus", str(processes), *port, "--log_level", "warning", "--module", module, *arguments,
-    ]  # fmt: skip  # noqa: E501
+        start = [str(BIN / "torchrun"), f"--nproc-per-node={processes}", "--master-port", port, "-m"]
+    else:
+        start = [str(BIN / "deepspeed"), "--num_gpus", str(processes), "--master_port", port]
+        start += ["--log_level", "warning", "--module"]
+    return [*start, module, *arguments]
 
 
 def environment() -> dict[str, str]:
@@ -38,6 +39,7 @@ def run(
     """Run to the end; stdout and stderr together in ``stdout``."""
     return subprocess.run(
         command(module, *arguments, processes=processes, launcher=launcher),
+        check=False,
         cwd=ROOT,
         env=environment(),
         text=True,

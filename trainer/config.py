@@ -6,13 +6,15 @@ fields by ``trainer/deepspeed_config.py``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from data.config import DataConfig
 from model.config import ModelConfig
-from settings import Strict
+from settings import Strict, load
 
 
 class OptimizerConfig(Strict):
@@ -93,8 +95,8 @@ class LogConfig(Strict):
 class TrainConfig(Strict):
     """How to train."""
 
-    run_dir: str
-    """Folder of this run: configs, metrics, logs, checkpoints."""
+    run_dir: str | None = None
+    """Folder of this run: configs, metrics, logs, checkpoints; ``runs/`` and the config file's name unless given."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Of the weights and the routing noise. The data's order has its own."""
     steps: int = Field(gt=0)
@@ -223,3 +225,16 @@ class RunConfig(Strict):
                 "change one of them"
             )
         return self.train.global_batch_samples // one_pass
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run's config from its file and the command line, with the run folder's name filled in.
+
+    Raises:
+        ValueError: with one sentence for each mistake.
+    """
+    config = load(path, overrides, RunConfig)
+    if config.train.run_dir is not None:
+        return config
+    train = config.train.model_copy(update={"run_dir": f"runs/{Path(path).stem}"})
+    return config.model_copy(update={"train": train})

@@ -140,4 +140,3 @@ def first_host(nodelist: str) -> str:
     if not bracket or "," in head:
         return head.split(",")[0]
     return head + rest.split("]")[0].split(",")[0].split("-")[0]
-

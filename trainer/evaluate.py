@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -66,5 +66,5 @@ def _pass(
 
 
 def _first_rows(batch: Batch, rows: int) -> Batch:
-    parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return replace(batch, **{name: None if part is None else part[:rows] for name, part in parts.items()})
+    parts: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return Batch(**{name: None if part is None else part[:rows] for name, part in parts.items()})

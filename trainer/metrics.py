@@ -46,6 +46,7 @@ class Metrics:
         self._clock = time.perf_counter()
         self._waited_s = 0.0
         self._history: list[tuple[int, list[float]]] = []
+        self._evaluated_at: set[int] = set()
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
         step = resumed_at or 0
@@ -90,6 +91,10 @@ class Metrics:
         if evaluations and evaluations[0].executed is not None:
             self._draw(step, evaluations[0])
         self._clock = time.perf_counter()  # evaluation time is not training time
+
+    def has_evaluation(self, step: int) -> bool:
+        """True if ``step`` was evaluated before a resume; known on every rank."""
+        return bool(self.world.broadcast_object(step in self._evaluated_at))
 
     def restart_clock(self) -> None:
         """Leave out of the next line's step time what has passed until now (saving, evaluating)."""
@@ -191,6 +196,8 @@ class Metrics:
             if line["step"] <= step:
                 kept.append(text)
                 self._remember(line)
+                if any(name.startswith("validation/") for name in line):
+                    self._evaluated_at.add(line["step"])
         write_atomically(self.run.metrics, "".join(f"{text}\n" for text in kept).encode())
 
     def _remember(self, line: dict[str, Any]) -> None:

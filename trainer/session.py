@@ -38,7 +38,7 @@ class Session:
     def __init__(self, config: RunConfig, config_path: Path, data: TrainingData, world: World):
         self.config, self.world, self.fingerprint = config, world, data.fingerprint
         _refuse_other_vocabulary(config, data)
-        self.run = RunFolder(config.train.run_dir, world.rank)
+        self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
         found = checkpoint.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
         self.validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]

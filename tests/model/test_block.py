@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -286,3 +287,27 @@ def test_sites_are_numbered_apart() -> None:
     assert [router.site for router in routers] == [0, 1, 2, 3]
     executed = model(random_tokens()).routing.executed
     assert not any(torch.equal(a, b) for a, b in pairwise(executed))
+
+
+@pytest.mark.parametrize("input_kind", ["normed", "raw"])
+@granular
+def test_what_the_router_reads(input_kind: str, granularity: str) -> None:
+    """The site's RMS-normed input, or the residual stream itself."""
+    model = decoder(config("learned", granularity=granularity, input=input_kind))
+    layer, seen = model.layers[1], {}
+
+    def note(name: str, module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen[name] = args[0].detach()
+
+    for name, module in layer.named_modules():
+        if not name.endswith("_proj"):
+            module.register_forward_pre_hook(partial(note, name))
+    model(random_tokens())
+    sites = {"router": "input_layernorm"}
+    if granularity == "module":
+        sites = {"attention_router": "input_layernorm", "ffn_router": "post_attention_layernorm"}
+    for router, norm in sites.items():
+        raw = seen[norm]
+        expected = raw if input_kind == "raw" else layer.get_submodule(norm)(raw)
+        assert torch.equal(seen[router], expected), router
+    assert torch.equal(seen["input_layernorm"], seen[""])  # the layer's own input

@@ -26,6 +26,12 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[LMHead, Tensor, Tensor]:
     return head.to(dtype), hidden, targets
 
 
+def small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Make the head hold ``rows`` rows of logits at once."""
+    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", dict.fromkeys(("cpu", "other"), rows * VOCABULARY))
+    monkeypatch.setattr(head_module, "_CHUNK_ROWS_MIN", 1)
+
+
 def full_logits(head: LMHead, hidden: Tensor, targets: Tensor, z: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, nll and z as torch computes them, in fp32."""
     logits = F.linear(hidden.float(), head.weight.float()).flatten(0, 1)
@@ -37,7 +43,7 @@ def full_logits(head: LMHead, hidden: Tensor, targets: Tensor, z: float) -> tupl
 @pytest.mark.parametrize("z", [0.0, 0.01])
 @pytest.mark.parametrize("chunk_rows", [1, 7, 16, ROWS, 1000])
 def test_equals_cross_entropy(z: float, chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", chunk_rows * VOCABULARY)
+    small_chunks(monkeypatch, chunk_rows)
     head, hidden, targets = inputs()
     expected = full_logits(head, hidden, targets, z)
     wanted = torch.autograd.grad(expected[0] / 7, (hidden, head.weight))
@@ -52,7 +58,7 @@ def test_equals_cross_entropy(z: float, chunk_rows: int, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("z", [0.0, 0.01])
 def test_bf16(z: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 16 * VOCABULARY)
+    small_chunks(monkeypatch, 16)
     head, hidden, targets = inputs(torch.bfloat16)
     expected = full_logits(head, hidden, targets, z)
     wanted = torch.autograd.grad(expected[0] / 7, (hidden, head.weight))
@@ -110,12 +116,12 @@ class Watch(TorchDispatchMode):
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, Tensor):
                 self.largest = max(self.largest, tensor.numel())
-        self.products += func.overloadpacket is torch.ops.aten.mm
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
         return out
 
 
 def test_never_holds_tokens_times_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", 8 * VOCABULARY)
+    small_chunks(monkeypatch, 8)
     head, hidden, targets = inputs()
     with Watch() as watch:
         head(hidden, targets, 0.01).loss.backward()

@@ -1,4 +1,4 @@
-"""Rotary angles and RMSNorm by their formulas; agreement with transformers is in test_decoder.py."""
+"""Rotary angles by their formulas; agreement with transformers is in test_decoder.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.norm import RMSNorm
 from model.rotary import inverse_frequencies, rotate, rotation
 from tests.model.tiny import SIZES, assert_close
 
@@ -49,13 +48,3 @@ def test_llama3_keeps_short_waves_and_divides_long_ones() -> None:
     torch.testing.assert_close(scaled[long], plain[long] / 8)
     between = ~short & ~long
     assert ((scaled[between] < plain[between]) & (scaled[between] > plain[between] / 8)).all()
-
-
-def test_rms_norm() -> None:
-    norm = RMSNorm(16, 1e-2)
-    with torch.no_grad():
-        norm.weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
-    x = 0.1 * torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
-    expected = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-2) * norm.weight
-    assert_close(norm(x), expected, 1e-6)
-    assert norm.bfloat16()(x.bfloat16()).dtype == torch.bfloat16

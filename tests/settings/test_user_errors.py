@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from settings import user_errors
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher, whatever the tests themselves were started with."""
+    monkeypatch.delenv("RANK", raising=False)
 
 
 @pytest.mark.parametrize("kind", [ValueError, FileNotFoundError, PermissionError])
@@ -30,6 +37,21 @@ def test_no_error_no_exit(capsys: pytest.CaptureFixture[str]) -> None:
     with user_errors():
         print("done")
     assert capsys.readouterr().out == "done\n"
+
+
+def test_other_ranks_wait_and_say_who_they_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher ends them while they wait, so that a mistake common to all ranks is told once."""
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as caught, user_errors():
+            raise ValueError("no data")
+        assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: no data\nrank 3: error: no data\n"
+    assert len(waited) == 1 and waited[0] > 1
 
 
 def test_as_a_command(tmp_path: Path) -> None:

@@ -106,7 +106,9 @@ RULES: dict[str, Callable[[RunConfig, World], dict[str, Any]]] = {
 }
 
 
-def _train(config: RunConfig, world: World, after: Callable[[int, Any, StepResult], None] | None = None) -> dict[str, Any]:
+def _train(
+    config: RunConfig, world: World, after: Callable[[int, Any, StepResult], None] | None = None
+) -> dict[str, Any]:
     engine = build_engine(config, world)
     budget = Budget(config.model, config.data.sequence_tokens, world.device)
     data = TrainingData(config.data)
@@ -120,7 +122,13 @@ def _train(config: RunConfig, world: World, after: Callable[[int, Any, StepResul
         densities.append(result.tally.density)
         if after is not None:
             after(step, engine, result)
-    outcome = {"losses": losses, "norms": norms, "densities": densities, "start": _sums(start), "end": _sums(_weights(engine))}
+    outcome = {
+        "losses": losses,
+        "norms": norms,
+        "densities": densities,
+        "start": _sums(start),
+        "end": _sums(_weights(engine)),
+    }
     engine.destroy()
     return outcome
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,7 +27,11 @@ def _cases() -> list[dict[str, Any]]:
             {"name": f"bad_loss-bf16-{stage}", "rule": "bad_loss", "overrides": [zero, whole, "train.precision=bf16"]},
             {"name": f"bad_gradient-{stage}", "rule": "bad_gradient", "overrides": [zero, whole]},
         ]
-    modules = ["model.router.granularity=module", "model.router.budget.kind=global", "train.activation_checkpointing=true"]
+    modules = [
+        "model.router.granularity=module",
+        "model.router.budget.kind=global",
+        "train.activation_checkpointing=true",
+    ]
     cases.append({"name": "modules-3", "rule": "starved", "overrides": ["deepspeed.zero_stage=3", *modules]})
     return cases
 

@@ -1,0 +1,171 @@
+"""The command itself, in real processes: it finishes, resumes bit by bit, stops when asked, survives kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import run, start
+
+TRAIN = "pretrain.train"
+
+
+def _metrics(run_dir: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _exact(run_dir: str) -> dict[int, dict[str, Any]]:
+    """What must be the same bit by bit, by step: all but the clock's and the memory's figures."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in _metrics(run_dir):
+        kept = {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
+        steps.setdefault(line["step"], {}).update(kept)
+    return steps
+
+
+def _wait_for(path: Path, timeout_s: float = 120) -> None:
+    end = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} never came"
+        time.sleep(0.002)
+
+
+def _kill_all(process: Any) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_two_ranks_finish_and_leave_a_run_folder_that_can_be_run_again(tiny, write_config):
+    run_dir = Path(tiny["train"]["run_dir"])
+    done = run(TRAIN, write_config(tiny), processes=2, launcher="deepspeed")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"run folder       {run_dir}" in done.stdout and "against a target of 0.500" in done.stdout
+    assert "FutureWarning" not in done.stdout and "Traceback" not in done.stdout
+
+    steps = _exact(str(run_dir))
+    assert sorted(steps) == [0, 1, 2, 3, 4]
+    assert steps[4]["validation/code/loss"] < steps[0]["validation/code/loss"]
+    assert 0 < steps[4]["flops/executed_per_token"] < steps[4]["flops/dense_per_token"]
+    assert list((run_dir / "tensorboard").glob("events*")) and (run_dir / "routing.png").stat().st_size > 10_000
+    for rank in (0, 1):
+        beat = json.loads((run_dir / f"heartbeat/rank-{rank}.json").read_text())
+        assert (beat["step"], beat["phase"]) == (4, "done")
+    manifest = json.loads((run_dir / "checkpoints/step-00000004/manifest.json").read_text())
+    assert manifest["world_size"] == 2 and "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt" in manifest["files"]
+
+    again = run(TRAIN, str(run_dir / "config.yaml"), f"train.run_dir={run_dir}-2", processes=2, launcher="torchrun")
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert _exact(f"{run_dir}-2") == steps
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_twenty_steps_are_ten_and_a_kill_and_ten_more_bit_by_bit(tiny, write_config, stage):
+    """Invariant 6, with two micro-batches a step, an adaptive budget and annealed noise."""
+    tiny["train"] |= {"steps": 20, "checkpoint": {"every_steps": 10}, "evaluation": {"every_steps": 10, "samples": 5}}
+    tiny["model"]["router"]["budget"] = {"controller": "adaptive", "dense_until": 0.1, "reach_by": 0.4}
+    tiny["deepspeed"]["zero_stage"] = stage
+    config, run_dir = write_config(tiny), tiny["train"]["run_dir"]
+    straight = run(TRAIN, config, f"train.run_dir={run_dir}-straight", processes=2, launcher="deepspeed")
+    assert straight.returncode == 0, straight.stdout[-3000:]
+
+    killed = start(TRAIN, config, processes=2, launcher="deepspeed")
+    _wait_for(Path(run_dir) / "checkpoints/step-00000010/manifest.json")
+    _kill_all(killed)
+    refused = run(TRAIN, config, processes=1)
+    assert refused.returncode == 1 and "already holds step-00000010" in refused.stdout
+
+    resumed = run(TRAIN, config, "train.checkpoint.resume=required", processes=2, launcher="deepspeed")
+    assert resumed.returncode == 0, resumed.stdout[-3000:]
+    assert "at step 10" in resumed.stdout
+    one, other = _exact(f"{run_dir}-straight"), _exact(run_dir)
+    assert sorted(one) == list(range(21))
+    assert other == one
+
+
+def test_a_signal_is_agreed_on_saved_and_resumed_from(tiny, write_config):
+    tiny["train"] |= {"steps": 2000, "log": {"every_steps": 1, "peak_tflops": 1.0, "images": False}}
+    tiny["train"] |= {"checkpoint": {"every_steps": 1000}, "evaluation": {"every_steps": 1000, "samples": 2}}
+    config, run_dir = write_config(tiny), Path(tiny["train"]["run_dir"])
+    process = start(TRAIN, config, processes=2, launcher="torchrun")
+    _wait_for(run_dir / "heartbeat/rank-1.json")
+    _wait_for(run_dir / "metrics.jsonl")
+    while len(_metrics(str(run_dir))) < 4:
+        time.sleep(0.05)
+    beat = json.loads((run_dir / "heartbeat/rank-1.json").read_text())
+    os.kill(beat["pid"], signal.SIGUSR1)  # one rank only: all must agree
+    output, _ = process.communicate(timeout=60)
+    saved = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+    assert len(saved) == 1 and saved[0].startswith("step-"), output[-2000:]
+    assert "asked to stop" in output and "75" in output  # torchrun itself exits with 1 and tells the rank's status
+
+    step = int(saved[0][5:])
+    more = [f"train.steps={step + 2}", "train.checkpoint.resume=auto"]
+    resumed = run(TRAIN, config, *more, processes=2, launcher="torchrun")
+    assert resumed.returncode == 0 and f"at step {step}" in resumed.stdout, resumed.stdout[-2000:]
+
+
+def test_one_process_stops_with_the_documented_status(tiny, write_config):
+    tiny["train"] |= {"steps": 2000}
+    process = start(TRAIN, write_config(tiny))
+    _wait_for(Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000002/manifest.json")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output[-2000:]
+
+
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(tiny, write_config):
+    tiny["train"] |= {"steps": 8, "evaluation": {"every_steps": 100, "samples": 2}}
+    config, checkpoints = write_config(tiny), Path(tiny["train"]["run_dir"]) / "checkpoints"
+    process = start(TRAIN, config)
+    _wait_for(checkpoints / "step-00000004.partial")
+    _kill_all(process)
+    assert (checkpoints / "step-00000004.partial").exists() and not (checkpoints / "step-00000004").exists()
+    resumed = run(TRAIN, config, "train.checkpoint.resume=auto")
+    assert resumed.returncode == 0, resumed.stdout[-2000:]
+    assert "passed over: step-00000004.partial was never finished" in resumed.stdout
+    assert "step-00000002 at step 2" in resumed.stdout
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000006", "step-00000008"]
+
+
+def test_a_torn_checkpoint_is_passed_over_and_nothing_whole_is_an_error(tiny, write_config):
+    config, run_dir = write_config(tiny), Path(tiny["train"]["run_dir"])
+    nothing = run(TRAIN, config, "train.checkpoint.resume=required")
+    assert nothing.returncode == 1 and "cannot resume from" in nothing.stdout and "no checkpoint" in nothing.stdout
+    assert not (run_dir / "metrics.jsonl").exists()
+
+    assert run(TRAIN, config).returncode == 0
+    weights = run_dir / "checkpoints/step-00000004/deepspeed/mp_rank_00_model_states.pt"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # same size, one bit
+    resumed = run(TRAIN, config, "train.checkpoint.resume=auto")
+    assert resumed.returncode == 0 and "step-00000004 is torn" in resumed.stdout and "at step 2" in resumed.stdout
+
+    for folder in (run_dir / "checkpoints").iterdir():
+        (folder / "trainer.pt").unlink()
+    none = run(TRAIN, config, "train.checkpoint.resume=auto")
+    assert none.returncode == 1 and "none of step-00000002, step-00000004 is whole" in none.stdout
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["train.stepz=3"], "unknown key 'train.stepz'; did you mean 'train.steps'?"),
+        (["model.heads=3"], "model.width (32) must be divisible by model.heads (3)"),
+        (["train.global_batch_samples=7"], "must be divisible by train.micro_batch_samples"),
+        (["data.dir=nowhere"], "nowhere"),
+        (["model.vocab_size=500", "data.tokenizer.vocab_size=500"], "have a vocabulary of 400, model.vocab_size is 500"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_1(tiny, write_config, overrides, sentence):
+    done = run(TRAIN, write_config(tiny), *overrides)
+    assert done.returncode == 1, done.stdout[-2000:]
+    errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and sentence in errors[0], done.stdout[-2000:]
+    assert "Traceback" not in done.stdout
+    assert not Path(tiny["train"]["run_dir"]).exists()
