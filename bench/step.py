@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from bench.timing import Matmul, Spread, ratios, take_turns
@@ -130,20 +131,19 @@ def peer_contestant(config: ModelConfig, weights: dict[str, Tensor], tokens: Ten
         raise ValueError(
             "the peer needs the transformers package; install it with: pip install -r requirements-dev.txt"
         ) from None
-    llama: Any = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.width,
-            intermediate_size=config.ffn_width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=config.max_positions,
-            rms_norm_eps=config.norm_epsilon,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": config.max_positions,
+        "rms_norm_eps": config.norm_epsilon,
+        "use_cache": False,
+        "attn_implementation": "sdpa",
+    }
+    llama: Any = LlamaForCausalLM(LlamaConfig(**sizes))
     llama.load_state_dict({k if k.startswith("lm_head") else f"model.{k}": v for k, v in weights.items()})
     llama.to(tokens.device, dtype).train()
     return Contestant(llama, lambda: llama(input_ids=tokens, labels=tokens).loss, _optimizer(llama))
@@ -155,16 +155,20 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 def model_config(options: argparse.Namespace, density: float | None) -> ModelConfig:
     """The benchmark's model; dense where ``density`` is None."""
-    return ModelConfig(
-        vocab_size=options.vocab,
-        layers=options.layers,
-        width=options.width,
-        heads=options.heads,
-        kv_heads=options.kv_heads,
-        ffn_width=options.ffn_width,
-        max_positions=options.tokens,
-        router=None if density is None else RouterConfig(kind="learned", density=density),
-    )
+    try:
+        return ModelConfig(
+            vocab_size=options.vocab,
+            layers=options.layers,
+            width=options.width,
+            heads=options.heads,
+            kv_heads=options.kv_heads,
+            ffn_width=options.ffn_width,
+            max_positions=options.tokens,
+            router=None if density is None else RouterConfig(kind="learned", density=density),
+        )
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+        raise ValueError("; ".join(problem.removeprefix("Value error, ") for problem in problems)) from None
 
 
 def build(options: argparse.Namespace) -> dict[str, Contestant]:
@@ -278,8 +282,15 @@ def _refuse(options: argparse.Namespace, on_cuda: bool) -> None:
         least = 2 if name == "tokens" else 1
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be at least {least}, got {getattr(options, name)}")
+    for density in options.densities:
+        if not 0 < density <= 1:
+            raise ValueError(f"--densities must lie above 0 and not above 1, got {density:g}")
     if len(set(options.densities)) < len(options.densities):
         raise ValueError(f"--densities must differ from each other, got {options.densities}")
+    if not on_cuda and options.device != "cpu":
+        raise ValueError(f"--device must be cpu or cuda (or cuda:N), got {options.device}")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ValueError(f"--json {options.json}: the folder {options.json.parent} does not exist; create it first")
     if on_cuda and not torch.cuda.is_available():
         raise ValueError(f"--device {options.device} asks for a CUDA device and there is none; use --device cpu")
 
@@ -300,7 +311,9 @@ def header(options: argparse.Namespace, peak: float) -> str:
 
 def table(rows: list[dict[str, Any]], to_dense: dict[str, Spread]) -> str:
     """The rows for reading; ratios with their quartiles."""
-    lines = [f"{'':12} {'density':>7} {'step s':>8} {'to dense (quartiles)':>23} {'FLOP bound':>10} {'MFU':>6} {'GiB':>6}"]
+    lines = [
+        f"{'':12} {'density':>7} {'step s':>8} {'to dense (quartiles)':>23} {'FLOP bound':>10} {'MFU':>6} {'GiB':>6}"
+    ]
     for row in rows:
         spread = to_dense[row["name"]]
         memory = row["peak_memory_bytes"]

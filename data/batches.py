@@ -173,8 +173,9 @@ class ValidationSet:
     ) -> Iterator[Batch]:
         """This rank's batches; every rank gets the same number of them, each of ``batch_samples`` rows.
 
-        All ranks together see the first ``limit_samples`` windows (all of them if None) once each. Rows beyond those
-        hold zeros, have sample id -1 and only -100 as targets.
+        All ranks together see ``limit_samples`` windows (all of them if None) once each, evenly spread over the set:
+        its first ones would be one document's. Rows beyond those hold zeros, have sample id -1 and only -100 as
+        targets.
         """
         assert 0 <= rank < world_size and batch_samples >= 1
         samples = self.samples if limit_samples is None else min(limit_samples, self.samples)
@@ -183,9 +184,10 @@ class ValidationSet:
         for first in range(
             rank * batch_samples, _round_up(samples, world_size * batch_samples), world_size * batch_samples
         ):
-            ids = np.arange(first, first + batch_samples)
-            rows = [self._store.window(number, length) if number < samples else nothing for number in ids.tolist()]
-            yield _batch(rows, np.where(ids < samples, ids, NO_SAMPLE), self._config, self._pin_memory)
+            places = np.arange(first, first + batch_samples)
+            ids = np.where(places < samples, places * self.samples // samples, NO_SAMPLE)
+            rows = [self._store.window(number, length) if number >= 0 else nothing for number in ids.tolist()]
+            yield _batch(rows, ids, self._config, self._pin_memory)
 
 
 def step_sample_ids(

@@ -79,7 +79,8 @@ class Budget:
             return
         assert self.router is not None
         self._error = self._errors(density.detach().float(), progress)
-        if self.router.budget.controller == "adaptive":
+        # Not before the target stands still: while it is 1, noise keeps the density below it and I would wind up.
+        if self.router.budget.controller == "adaptive" and progress >= self.router.budget.reach_by:
             self._integral = self._integral + self.router.budget.adaptive_rate * self._error
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -46,6 +46,15 @@ class RopeScaling(Block):
     original_positions: int = Field(8192, gt=0)
     """llama3: the context length, in tokens, before scaling."""
 
+    @model_validator(mode="after")
+    def _a_band_between(self) -> RopeScaling:
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"rope_scaling.high_freq_factor ({self.high_freq_factor}) must be larger than low_freq_factor "
+                f"({self.low_freq_factor}); Llama 3.1 has 4 and 1"
+            )
+        return self
+
 
 class BudgetConfig(Block):
     """What makes the router keep to its density: a price, in nats per unit of density, on every routed site.

@@ -63,7 +63,7 @@ class EvaluationConfig(Strict):
     every_steps: int = Field(500, gt=0)
     """Evaluate after every this many steps, and before the first and after the last."""
     samples: int = Field(64, gt=0)
-    """Windows of each validation set to use: the first ones, always the same."""
+    """Windows of each validation set to use: evenly spread over it, always the same."""
     with_noise: bool = True
     """Also measure the loss with the routers' training noise; how far greedy routing is from trained routing."""
 

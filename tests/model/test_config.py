@@ -33,6 +33,10 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"router": ROUTER | {"budget": {"dense_until": 0.5, "reach_by": 0.25}}},
         r"budget.reach_by \(0.25\) must not lie before budget.dense_until \(0.5\)",
     ),
+    "no band between the rope factors": (
+        {"rope_scaling": {"kind": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+        r"high_freq_factor \(4.0\) must be larger than low_freq_factor \(4.0\)",
+    ),
     "negative noise": (
         {"router": ROUTER | {"noise": {"start": 1.0, "end": -0.5, "until": 1.0}}},
         r"router.noise must stay positive, got 1.0 to -0.5",

@@ -70,6 +70,16 @@ def test_bf16(z: float, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (value - right).float().norm() < 0.01 * right.float().norm()
 
 
+def test_bf16_weight_gradient_is_summed_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row at a time: in bf16 the sum of the small remainders would be lost in the large ones."""
+    head, hidden, targets = inputs(torch.bfloat16)
+    (whole,) = torch.autograd.grad(head(hidden, targets).loss, head.weight)
+    small_chunks(monkeypatch, 1)
+    (pieces,) = torch.autograd.grad(head(hidden, targets).loss, head.weight)
+    error = float((pieces - whole).float().norm() / whole.float().norm())
+    assert error < 0.0035  # 0.0022 with an fp32 sum, 0.0053 with one in bf16
+
+
 def test_bf16_gradients_are_scaled_in_fp32() -> None:
     """The trainer's 1 / valid tokens is no bf16 number: rounded to one, every gradient would be off by 0.1 % here."""
     head, hidden, targets = inputs(torch.bfloat16)

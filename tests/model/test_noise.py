@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ def test_independent_over(name: str) -> None:
     limit = 4 / math.sqrt(u.numel())
     assert abs(correlation(u, other)) < limit
     assert abs(correlation((u - 0.5).abs(), (other - 0.5).abs())) < limit  # and not mirrored either
+
+
+def test_no_two_steps_lead_to_the_same_place() -> None:
+    """One sample on is not one site on, nor one position or one seed."""
+    draws = [draw(**other) for other in OTHERS.values()]
+    for first, second in combinations(draws, 2):
+        assert abs(correlation(first, second)) < 4 / math.sqrt(first.numel())
 
 
 @pytest.mark.parametrize("lag", [1, 2, 64])

@@ -159,7 +159,10 @@ def test_a_torn_checkpoint_is_passed_over_and_nothing_whole_is_an_error(tiny, wr
         (["model.heads=3"], "model.width (32) must be divisible by model.heads (3)"),
         (["train.global_batch_samples=7"], "must be divisible by train.micro_batch_samples"),
         (["data.dir=nowhere"], "nowhere"),
-        (["model.vocab_size=500", "data.tokenizer.vocab_size=500"], "have a vocabulary of 400, model.vocab_size is 500"),
+        (
+            ["model.vocab_size=500", "data.tokenizer.vocab_size=500"],
+            "have a vocabulary of 400, model.vocab_size is 500",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_1(tiny, write_config, overrides, sentence):
