@@ -3,8 +3,8 @@
 A run's data position is one number, the samples consumed. Which samples a rank takes in a step follows from it
 (:func:`step_sample_ids`), and which tokens a sample holds follows from its number (:mod:`data.order`)::
 
-    step s, global batch G, 2 ranks, 2 micro-steps of m samples: G = 4 m
-    sample   sG .. sG+m-1 | sG+m .. sG+2m-1 | sG+2m .. sG+3m-1 | sG+3m .. sG+4m-1
+    s samples consumed, global batch G, 2 ranks, 2 micro-steps of m samples: G = 4 m
+    sample   s .. s+m-1   | s+m .. s+2m-1   | s+2m .. s+3m-1   | s+3m .. s+4m-1
     taken by rank 0, 1st  | rank 1, 1st     | rank 0, 2nd      | rank 1, 2nd micro-step
 """
 
@@ -191,12 +191,12 @@ class ValidationSet:
 
 
 def step_sample_ids(
-    step: int, global_batch: int, rank: int, world_size: int, micro_batch: int, accumulation: int
+    consumed: int, global_batch: int, rank: int, world_size: int, micro_batch: int, accumulation: int
 ) -> list[range]:
-    """What ``rank`` takes in ``step`` (from 0): one range of ``micro_batch`` samples for each micro-step.
+    """What ``rank`` takes in the step that comes after ``consumed`` samples: ``micro_batch`` samples a micro-step.
 
-    Together the ranks take ``step * global_batch`` up to the next step's first, so that the samples of a step are the
-    same at any world size and micro-batch.
+    Together the ranks take ``consumed`` up to ``consumed + global_batch``, so that the samples of a step are the same
+    at any world size and micro-batch.
 
     Raises:
         ValueError: the three numbers do not multiply to ``global_batch``.
@@ -206,7 +206,7 @@ def step_sample_ids(
             f"micro_batch {micro_batch} x accumulation {accumulation} x world size {world_size} = "
             f"{micro_batch * accumulation * world_size}, but the global batch is {global_batch}; make them equal"
         )
-    first = [step * global_batch + (micro_step * world_size + rank) * micro_batch for micro_step in range(accumulation)]
+    first = [consumed + (micro_step * world_size + rank) * micro_batch for micro_step in range(accumulation)]
     return [range(start, start + micro_batch) for start in first]
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.config import DataConfig
 from data.files import sha256_of
-from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, read_model
+from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, read_model, shard_name
 
 
 def train_folder(config: DataConfig, name: str) -> Path:
@@ -82,7 +82,14 @@ class TokenStore:
             offset = int(self._starts[shard])
             shard_tokens, shard_ends = self._shard(shard)
             a, b = max(first - offset, 0), min(last - offset, len(shard_tokens))
-            tokens[offset + a - first : offset + b - first] = shard_tokens[a:b]
+            part = shard_tokens[a:b]
+            if len(part) and int(part.max()) >= self.manifest.vocab_size:
+                # An id that no embedding has would be an anonymous crash on a GPU.
+                raise ValueError(
+                    f"{self.folder / shard_name(shard)}.bin is damaged: it holds the token id {int(part.max())}, the "
+                    f"vocabulary has {self.manifest.vocab_size}; restore it, or remove {self.folder} and prepare again"
+                )
+            tokens[offset + a - first : offset + b - first] = part
             # Ends strictly after the window's first position and at most T after it.
             low, high = np.searchsorted(shard_ends, [max(first - offset + 1, 0), first - offset + length + 1])
             ends.append(shard_ends[low:high].astype(np.int64) + (offset - first))

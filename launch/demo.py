@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -34,7 +33,7 @@ def main() -> int:
         processes = min(processes, torch.cuda.device_count())
     if run_dir.exists():
         # A demo starts afresh; every other command refuses to run over an earlier run.
-        shutil.rmtree(run_dir)
+        run_dir.rename(run_dir.with_name(f"{run_dir.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
     started = time.monotonic()
     for command in commands(str(arguments.config), processes):
         print(f"\n$ {shlex.join(['python', *command[1:]] if command[0] == sys.executable else command)}", flush=True)

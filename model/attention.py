@@ -122,5 +122,9 @@ class Attention(nn.Module):
             out = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
         else:
             mask = visibility.mask_of(selection)[:, None]
+            if grouped and not queries.is_cpu:
+                # No fused CUDA kernel takes a mask together with grouped heads; the plain one would hold [B, H, C, S].
+                keys, values = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (keys, values))
+                grouped = False
             out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
         return self.o_proj(selection.unpad(out.transpose(1, 2)).flatten(1))

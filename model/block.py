@@ -135,7 +135,7 @@ class Block(nn.Module):
         Decisions are taken outside, so that the recomputation sees the same executed tokens.
         """
         if inputs.recompute and torch.is_grad_enabled():
-            return checkpoint(part, *args, inputs, use_reentrant=False)
+            return checkpoint(part, *args, inputs, use_reentrant=False, preserve_rng_state=False)
         return part(*args, inputs)
 
 

@@ -142,7 +142,9 @@ class Decoder(nn.Module):
 
 
 def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=like.device)
+    if isinstance(value, Tensor):
+        return value.to(like.device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
 def _record(gates: list[Gate], visibility: Visibility, batch: int, length: int) -> RoutingRecord:

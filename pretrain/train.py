@@ -34,7 +34,7 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     """
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
     session = Session(config, config_path, data, world)
-    session.metrics.tell(describe_start(config, data, world))
+    session.log.info(describe_start(config, data, world))
     steps, save_every, evaluate_every = (
         config.train.steps,
         config.train.checkpoint.every_steps,
@@ -42,10 +42,10 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     )
 
     # The starting point, or what a kill between save and evaluation left undone.
-    due = session.step % evaluate_every == 0 and not session.metrics.has_evaluation(session.step)
-    before = session.validate() if due else None
-    after = None
-    with prefetch(micro_batches(data, config, world, session.step), depth=2) as loader:
+    due = session.step % evaluate_every == 0 or session.step == steps
+    evaluated = session.validate() if due and not session.metrics.has_evaluation(session.step) else None
+    before, after = (evaluated, None) if session.step < steps else (None, evaluated)
+    with prefetch(micro_batches(data, config, world, session.step, session.samples), depth=2) as loader:
         for batches in loader:
             lr = session.begin_step()
             result = train_step(
@@ -59,23 +59,25 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
             if last or stopping or session.step % save_every == 0:
                 session.save()
             if stopping:
-                session.metrics.tell(f"asked to stop: step {session.step:,} is saved; start again with resume=auto")
+                session.log.info(f"asked to stop: step {session.step:,} is saved; start again with resume=auto")
                 session.close()
                 return EXIT_PREEMPTED
             if last or session.step % evaluate_every == 0:
                 after = session.validate()
 
-    session.metrics.tell(describe_end(config, before, after))
+    session.log.info(describe_end(config, before, after))
     session.close()
     return 0
 
 
-def micro_batches(data: TrainingData, config: RunConfig, world: World, first_step: int) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of every step from ``first_step`` on."""
+def micro_batches(
+    data: TrainingData, config: RunConfig, world: World, step: int, samples: int
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of every step from ``step`` on, ``samples`` windows into the data."""
     accumulation = config.accumulation(world.size)
-    for step in range(first_step, config.train.steps):
+    for number in range(config.train.steps - step):
         ids = step_sample_ids(
-            step,
+            samples + number * config.train.global_batch_samples,
             config.train.global_batch_samples,
             world.rank,
             world.size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ def user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
+        logging.getLogger("hopscotch").debug("ended by an error", exc_info=True)  # goes to a run's log file, if any
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(_OTHER_RANKS_WAIT_S)

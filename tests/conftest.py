@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from data.prepare import prepare
 from data.tokenizer import train_tokenizer
 
 VOCAB = 400
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a GPU machine, too: only tests marked gpu use it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

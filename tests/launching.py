@@ -29,8 +29,8 @@ def command(module: str, *arguments: str, processes: int = 1, launcher: str = "p
 def environment() -> dict[str, str]:
     """This process's environment with the threads pinned, so that two ranks do not fight and sums are repeatable."""
     threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in ranks} | threads
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_")
+    return {k: v for k, v in os.environ.items() if not k.startswith(ranks)} | threads
 
 
 def run(

@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/
       deepspeed/            the engine's own files: weights, optimiser state, per rank under ZeRO
-      trainer.pt            step, samples consumed, budget prices, counts
+      trainer.pt            step, samples consumed, budget prices
       rng-00000.pt          random-number generators of rank 0, and so on
       config.yaml           the run's config
       manifest.json         written last: size and SHA-256 of every file, world size, ZeRO stage, data fingerprint
@@ -14,26 +14,23 @@ manifest is written and the folder renamed. Resume takes the newest folder whose
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import random
+import pickle
+import re
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
 
-from data.files import write_json
 from settings import to_yaml
+from trainer import manifest
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.distributed import World
-
-FORMAT = 1
-_MANIFEST = "manifest.json"
+from trainer.rng import rng_state, set_rng_state
 
 
 def save(
@@ -53,37 +50,32 @@ def save(
     """
     name = f"step-{step:08d}"
     partial, final = folder / f"{name}.partial", folder / name
+    if world.is_main:
+        for stale in (*folder.glob("*.partial"), *folder.glob("*.removed")):
+            shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
     _check_space(engine, folder, name, world)
     if world.is_main:
-        for stale in folder.glob("*.partial"):
-            shutil.rmtree(stale)
         partial.mkdir(parents=True)
     world.barrier()
     try:
         engine.save_checkpoint(str(partial), tag="deepspeed", save_latest=False)
-        torch.save(_rng_state(), partial / f"rng-{world.rank:05d}.pt")
+        torch.save(rng_state(), partial / _rng_name(world.rank))
         if world.is_main:
             torch.save(state, partial / "trainer.pt")
             (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         world.barrier()
-        hashes = _hash_share(partial, sorted(_files_in(partial)), world)
+        facts = {"step": step, **_conditions(config, world), "data_fingerprint": fingerprint}
+        expected = ["config.yaml", "trainer.pt", *(_rng_name(rank) for rank in range(world.size))]
+        manifest.write(partial, facts, expected, world)
         if world.is_main:
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "world_size": world.size,
-                "zero_stage": config.deepspeed.zero_stage,
-                "precision": config.train.precision,
-                "data_fingerprint": fingerprint,
-                "files": hashes,
-            }
-            write_json(partial / _MANIFEST, manifest)
-            if final.exists():  # a run that was rewound and came here again
-                shutil.rmtree(final)
+            if final.exists():  # a torn one, or a run that was rewound and came here again
+                _remove(final)
             partial.rename(final)
-            _sync_folder(folder)
+            os.sync()
     except (OSError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, RuntimeError) and "write" not in str(error):
+            raise  # torch's file writer says so; anything else is no matter of the disk
+        reason = str(error).splitlines()[0]
         raise ValueError(
             f"checkpoint {name} could not be written to {folder} ({reason}); make room there and resume: "
             f"{newest_name(folder)}"
@@ -92,17 +84,18 @@ def save(
     return final
 
 
-def prune(folder: Path, config: CheckpointConfig, world: World) -> None:
-    """Remove checkpoints beyond the newest ``keep``, sparing multiples of ``keep_every_steps`` (rank 0 does)."""
+def prune(folder: Path, newest: Path, config: CheckpointConfig, world: World) -> None:
+    """Remove checkpoints older than ``newest`` (just written, so whole) beyond the ``keep`` newest; rank 0 does.
+
+    Those at multiples of ``keep_every_steps`` stay. Torn ones with a higher step do not count: a run that went back
+    behind them must not lose what it went back to.
+    """
     if not world.is_main:
         return
-    for old in _newest_first(folder)[config.keep :]:
-        if config.keep_every_steps and _step_of(old) % config.keep_every_steps == 0:
-            continue
-        # Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint.
-        doomed = old.with_name(old.name + ".partial")
-        old.rename(doomed)
-        shutil.rmtree(doomed)
+    mine = [found for found in _newest_first(folder) if _step_of(found) <= _step_of(newest)]
+    for old in mine[config.keep :]:
+        if not config.keep_every_steps or _step_of(old) % config.keep_every_steps:
+            _remove(old)
 
 
 def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
@@ -114,7 +107,7 @@ def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
     candidates = world.broadcast_object(_newest_first(folder) if world.is_main else None)
     torn = world.broadcast_object(torn)
     for candidate in candidates:
-        problem = _problem(candidate, world)
+        problem = manifest.problem_of(candidate, world)
         if problem is None:
             return candidate, torn
         torn.append(f"{candidate.name} is torn: {problem}")
@@ -131,11 +124,11 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     Raises:
         ValueError: where a silent start from step 0 would throw away or overwrite work.
     """
-    there = world.broadcast_object(sorted(p.name for p in folder.glob("step-*")) if world.is_main else None)
+    there = world.broadcast_object([p.name for p in _newest_first(folder)] if world.is_main else None)
     if resume == "never":
         if there:
             raise ValueError(
-                f"{folder} already holds {there[-1]}; set train.checkpoint.resume=auto to go on with that run, or "
+                f"{folder} already holds {there[0]}; set train.checkpoint.resume=auto to go on with that run, or "
                 "give another train.run_dir"
             )
         return None
@@ -158,45 +151,58 @@ def load(engine: Any, checkpoint: Path, fingerprint: str, config: RunConfig, wor
     Raises:
         ValueError: if the run's config, data or number of ranks do not fit the checkpoint.
     """
-    _check_fit(json.loads((checkpoint / _MANIFEST).read_text()), checkpoint, fingerprint, config, world)
-    with _only_tensors():
+    _check_fit(manifest.read(checkpoint, world), checkpoint, fingerprint, config, world)
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    with _only_tensors(checkpoint):
         path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-        rng = torch.load(checkpoint / f"rng-{world.rank:05d}.pt", map_location="cpu", weights_only=True)
+        rng = torch.load(checkpoint / _rng_name(world.rank), map_location="cpu", weights_only=True)
     if path is None:
         raise ValueError(f"DeepSpeed found nothing to load in {checkpoint}; the checkpoint is not one of this project")
-    _set_rng_state(rng)
+    # With an optimiser's state come the checkpoint's rates and decays; this run's are those of its config.
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    set_rng_state(rng)
     return state
 
 
-def _check_fit(manifest: dict[str, Any], checkpoint: Path, fingerprint: str, config: RunConfig, world: World) -> None:
-    here = {
+def _conditions(config: RunConfig, world: World) -> dict[str, Any]:
+    """What must be the same for an exact resume, besides the data and the model."""
+    return {
         "world_size": world.size,
         "zero_stage": config.deepspeed.zero_stage,
         "precision": config.train.precision,
+        "optimizer": config.train.optimizer.kind,
+        "seed": config.train.seed,
     }
-    differ = [f"{name} {manifest[name]} there, {value} here" for name, value in here.items() if manifest[name] != value]
+
+
+def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: RunConfig, world: World) -> None:
+    here = _conditions(config, world)
+    differ = [f"{name} {written[name]} there, {value} here" for name, value in here.items() if written[name] != value]
     if differ:
         raise ValueError(
             f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same number of "
-            "ranks, ZeRO stage and precision"
+            "ranks, ZeRO stage, precision, optimizer and seed"
         )
-    if manifest["data_fingerprint"] != fingerprint:
+    if written["data_fingerprint"] != fingerprint:
         raise ValueError(
             f"{checkpoint} was trained on other data or another order (its data fingerprint is "
-            f"{manifest['data_fingerprint'][:12]}, this config's is {fingerprint[:12]}); resume with the same shards, "
+            f"{written['data_fingerprint'][:12]}, this config's is {fingerprint[:12]}); resume with the same shards, "
             "data.seed, sequence_tokens and weights, or start a new run_dir"
         )
-    written = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
+    model = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
     sizes = config.model.model_dump(mode="json")
     changed = [
-        f"model.{key} {written.get(key)} there, {value} here"
+        f"model.{key} {model.get(key)} there, {value} here"
         for key, value in sizes.items()
-        if key != "router" and written.get(key) != value
+        if key != "router" and model.get(key) != value
     ]
-    sites = (written["router"] or {}).get("granularity"), (sizes["router"] or {}).get("granularity")
-    if sites[0] != sites[1]:
-        changed.append(f"router granularity {sites[0]} there, {sites[1]} here")
+    routers = model["router"] or {}, sizes["router"] or {}
+    for key in ("granularity", "kind", "input", "always_on_first", "always_on_last"):
+        then, now = (router.get(key) for router in routers)
+        if then != now:
+            changed.append(f"router {key} {then} there, {now} here")
     if changed:
         raise ValueError(f"{checkpoint} holds another model ({'; '.join(changed)}); resume with the same model block")
 
@@ -222,50 +228,7 @@ def _check_space(engine: Any, folder: Path, name: str, world: World) -> None:
 def newest_name(folder: Path) -> str:
     """Which checkpoint a run could go on from, as half a sentence."""
     names = [p.name for p in _newest_first(folder)]
-    return f"{names[0]} is whole" if names else "no earlier checkpoint was written"
-
-
-def _problem(checkpoint: Path, world: World) -> str | None:
-    """Why a checkpoint cannot be trusted, or None; the same answer on every rank."""
-    try:
-        manifest = json.loads((checkpoint / _MANIFEST).read_text())
-        files = manifest["files"]
-        if manifest["format"] != FORMAT:
-            return f"its format is {manifest['format']}, this version reads {FORMAT}"
-    except (OSError, ValueError, KeyError) as error:
-        return f"its {_MANIFEST} cannot be read ({error})"
-    own = None
-    for name in sorted(files)[world.rank :: world.size]:
-        path = checkpoint / name
-        if not path.is_file():
-            own = f"{name} is missing"
-        elif path.stat().st_size != files[name]["bytes"]:
-            own = f"{name} has {path.stat().st_size} bytes instead of {files[name]['bytes']}"
-        elif _sha256(path) != files[name]["sha256"]:
-            own = f"the contents of {name} do not match its SHA-256"
-        if own:
-            break
-    return next((problem for problem in world.gather_objects(own) if problem), None)
-
-
-def _hash_share(folder: Path, names: list[str], world: World) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file, each rank doing its share and flushing it to disk."""
-    own = {}
-    for name in names[world.rank :: world.size]:
-        path = folder / name
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-        own[name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    return {name: entry for part in world.gather_objects(own) for name, entry in part.items()}
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _files_in(folder: Path) -> list[str]:
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
+    return f"the newest checkpoint is {names[0]}" if names else "no earlier checkpoint was written"
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -273,23 +236,29 @@ def _newest_first(folder: Path) -> list[Path]:
     return sorted(found, key=_step_of, reverse=True)
 
 
+def _remove(checkpoint: Path) -> None:
+    """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint."""
+    doomed = checkpoint.with_name(checkpoint.name + ".removed")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _rng_name(rank: int) -> str:
+    return f"rng-{rank:05d}.pt"
+
+
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 @contextmanager
-def _only_tensors() -> Any:
+def _only_tensors(checkpoint: Path) -> Iterator[None]:
     """Let ``torch.load`` build tensors, plain containers and four DeepSpeed types, and nothing else.
 
     DeepSpeed itself asks for unrestricted unpickling, which would run whatever code a checkpoint holds.
+
+    Raises:
+        ValueError: for anything else in ``checkpoint``.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -301,31 +270,14 @@ def _only_tensors() -> Any:
     try:
         with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
             yield
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{checkpoint} holds more than tensors and numbers ({what[1] if what else 'an unknown object'}), which "
+            "could run code when read; it was not written by this project or was changed since, so do not use it"
+        ) from error
     finally:
         if before is None:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def _rng_state() -> dict[str, Any]:
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # a tuple: the legacy form
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(words), gauss],
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    kind, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

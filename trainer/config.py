@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -24,7 +24,7 @@ class OptimizerConfig(Strict):
     """``adafactor`` has the settings of Zeng et al. 2023; ``muon`` is DeepSpeed's, AdamW for embedding, head, norms."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     """adamw, and muon's AdamW part: decay of the first and second moments."""
     eps: float = Field(1e-8, gt=0)
     """adamw, and muon's AdamW part: added to the root of the second moment."""
@@ -178,11 +178,15 @@ class RunConfig(Strict):
     def _optimizer_against_zero(self) -> list[str]:
         kind, stage, offload = self.train.optimizer.kind, self.deepspeed.zero_stage, self.deepspeed.offload
         problems = []
-        if kind == "adafactor" and (stage > 0 or self.train.precision != "fp32"):
+        if kind == "adafactor" and stage > 0:
             problems.append(
-                "train.optimizer.kind adafactor needs deepspeed.zero_stage 0 and train.precision fp32, because ZeRO "
-                f"flattens the matrices whose rows and columns it averages over; got stage {stage}, "
-                f"{self.train.precision}; change these, or take adamw"
+                "train.optimizer.kind adafactor needs deepspeed.zero_stage 0, because ZeRO flattens the matrices whose "
+                f"rows and columns it averages over; got stage {stage}; take stage 0, or adamw"
+            )
+        if self.train.precision == "fp16" and stage == 0:
+            problems.append(
+                "train.precision fp16 needs deepspeed.zero_stage 1, 2 or 3, because at stage 0 DeepSpeed does not "
+                "scale the loss but unscales the gradient; got 0"
             )
         if kind == "muon" and self.train.clip_norm > 0:
             problems.append(

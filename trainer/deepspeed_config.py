@@ -23,8 +23,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": 0.0 if owns_clipping(config) else train.clip_norm,
         "zero_optimization": _zero(config),
         "zero_allow_untested_optimizer": True,
+        # With offloading DeepSpeed insists on its own Adam, which needs a compiler; PyTorch's fused one is at hand.
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+    generated["bf16"] = generated["fp16"] = {"enabled": False}  # said, so that extra cannot turn them on unseen
     if train.precision == "bf16":
         generated["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if zero.zero_stage > 1 and accumulation > 1:
@@ -62,9 +65,7 @@ def _muon(config: RunConfig) -> dict[str, Any]:
     return {
         "type": "Muon",
         "params": {
-            "lr": optimizer.lr,
-            "muon_lr": optimizer.lr * optimizer.muon_lr_ratio,
-            "adam_lr": optimizer.lr,
+            "lr": optimizer.lr,  # every group brings its own; see trainer/engine.py
             "momentum": optimizer.muon_momentum,
             "betas": list(optimizer.betas),
             "eps": optimizer.eps,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import re
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -79,7 +80,11 @@ def join(timeout_s: float) -> World:
     if size == 1 and os.environ["MASTER_PORT"] == "0":
         os.environ["MASTER_PORT"] = str(random.SystemRandom().randint(20_000, 60_000))
     deepspeed = import_deepspeed()
-    if torch.cuda.is_available():
+    if uses_cuda():
+        # With one GPU visible to each task, every task's GPU is its number 0.
+        if local_rank >= torch.cuda.device_count():
+            local_rank %= torch.cuda.device_count()
+            os.environ["LOCAL_RANK"] = str(local_rank)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -90,6 +95,11 @@ def join(timeout_s: float) -> World:
     backend = "nccl" if device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     return World(rank, size, local_rank, local_size, device)
+
+
+def uses_cuda() -> bool:
+    """True on a CUDA machine, unless DeepSpeed was told to use the CPU (``DS_ACCELERATOR=cpu``)."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
 
 
 def leave() -> None:
@@ -103,11 +113,11 @@ def import_deepspeed() -> Any:
 
     On a CPU ``init_distributed`` compiles a shared-memory op for over a minute, which only inference uses.
     """
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not uses_cuda()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find out by itself, with a warning
-    # DeepSpeed 0.19 calls a collective by a name that torch 2.13 deprecates, once per step.
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once per step.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
     import deepspeed
     import deepspeed.ops
 
@@ -118,14 +128,18 @@ def import_deepspeed() -> Any:
 
 
 def _from_slurm() -> None:
-    """Under ``srun`` fill in RANK and its kin; what a launcher has set already stays."""
-    if "SLURM_PROCID" not in os.environ or "RANK" in os.environ:
+    """Under ``srun`` fill in RANK and its kin from the step's own variables; what a launcher has set already stays.
+
+    Only ``srun`` sets the step's task count: a script or shell inside an allocation is one process, whatever the job's
+    size, and a step may have fewer tasks and hosts than its job.
+    """
+    if "SLURM_STEP_NUM_TASKS" not in os.environ or "RANK" in os.environ:
         return
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
-    os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+    os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-    os.environ.setdefault("LOCAL_WORLD_SIZE", _first_count(os.environ.get("SLURM_TASKS_PER_NODE", "1")))
-    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_JOB_NODELIST"]))
+    os.environ.setdefault("LOCAL_WORLD_SIZE", _first_count(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")))
+    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 40_000))
 
 
@@ -135,8 +149,7 @@ def _first_count(tasks_per_node: str) -> str:
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list: ``gpu[03-05,9],login`` -> ``gpu03``."""
-    head, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in head:
-        return head.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]
+    """The first host of a SLURM node list: ``gpu[03-05,9],login`` -> ``gpu03``, ``rack[0-1]n[2-4]`` -> ``rack0n2``."""
+    entry = re.match(r"(\[[^]]*\]|[^,\[])*", nodelist)
+    assert entry is not None
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", entry.group())

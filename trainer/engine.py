@@ -50,7 +50,8 @@ def build_engine(config: RunConfig, world: World) -> Any:
     if before:
         _undo_first_step(engine, before)
     for group in engine.optimizer.param_groups:
-        group["peak_lr"] = group["lr"]
+        ratio = config.train.optimizer.muon_lr_ratio if group.get("use_muon") else 1.0
+        group["peak_lr"] = group["lr"] * ratio
     return engine
 
 

@@ -10,7 +10,7 @@ import torch
 from data.batches import Batch, ValidationSet
 from trainer.config import RunConfig
 from trainer.distributed import World
-from trainer.step import Counter, Tally, forward
+from trainer.step import Counter, Tally, forward, to_device
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ def _pass(
         # Rows that only fill up are left out; where all are, one still runs, because under ZeRO every rank must.
         real = int((batch.sample_ids >= 0).sum())
         batch = _first_rows(batch, max(real, 1))
-        output = forward(engine, batch, config, step / train.steps, world.device)
+        (batch,) = to_device([batch], world.device)
+        output = forward(engine, batch, config, step / train.steps)
         if not real:
             continue
-        counter.add(output, batch.targets.to(world.device))
+        counter.add(output, batch.targets)
         if executed is None and output.routing.executed.numel():
             executed = output.routing.executed[:, 0].cpu()
     world.sum(counter.sums)
@@ -66,5 +67,6 @@ def _pass(
 
 
 def _first_rows(batch: Batch, rows: int) -> Batch:
-    parts: dict[str, Any] = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return Batch(**{name: None if part is None else part[:rows] for name, part in parts.items()})
+    whole = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    parts: dict[str, Any] = {name: None if part is None else part[:rows] for name, part in whole.items()}
+    return Batch(**parts)

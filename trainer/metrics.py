@@ -7,10 +7,13 @@ of all ranks. A resumed run drops the lines after its checkpoint, so that ``metr
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.heatmap import routing_figure
-from trainer.run_folder import RunFolder
+from trainer.run_folder import LOGGER, RunFolder
 from trainer.step import StepResult
 
 
@@ -41,6 +44,7 @@ class Metrics:
 
     def __init__(self, config: RunConfig, run: RunFolder, world: World, resumed_at: int | None, peak_flops: float):
         self.config, self.run, self.world, self.peak_flops = config, run, world, peak_flops
+        self.log = logging.getLogger(LOGGER)
         self.sites = config.model.sites
         self._since_log: list[StepResult] = []
         self._clock = time.perf_counter()
@@ -57,17 +61,23 @@ class Metrics:
             if sys.stdout.isatty():
                 self._bar = tqdm(total=config.train.steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def log_step(self, step: int, result: StepResult, lr: float, budget: Budget, waited_s: float) -> None:
-        """Take in the step that made it ``step``; every ``log.every_steps`` write the means since the last line."""
+    def log_step(self, step: int, samples: int, result: StepResult, lr: float, budget: Budget, waited_s: float) -> None:
+        """Take in the step that made it ``step`` steps and ``samples`` windows.
+
+        Every ``log.every_steps``, at the last step and when the run was asked to stop, write the means since the last
+        line.
+        """
         self._since_log.append(result)
         if self._bar is not None:
             self._bar.update()
-        if step % self.config.train.log.every_steps and step != self.config.train.steps:
+        ends = step == self.config.train.steps or result.tally.stop > 0
+        if step % self.config.train.log.every_steps and not ends:
             return
         now = time.perf_counter()
         elapsed_s, self._clock = now - self._clock, now
         waited_s, self._waited_s = waited_s - self._waited_s, waited_s
         line = self._training_line(step, lr, budget, elapsed_s, waited_s)
+        line["train/tokens"] = samples * self.config.data.sequence_tokens
         self._since_log = []
         self._write(step, line)
         self._tell(step, line)
@@ -87,23 +97,20 @@ class Metrics:
             line[f"{prefix}/flops_per_token"] = self._forward_flops(evaluation.greedy.routed)
         self._write(step, line)
         for evaluation in evaluations:
-            self.tell(_validation_sentence(step, evaluation))
+            self.log.info(_validation_sentence(step, evaluation))
         if evaluations and evaluations[0].executed is not None:
             self._draw(step, evaluations[0])
-        self._clock = time.perf_counter()  # evaluation time is not training time
 
     def has_evaluation(self, step: int) -> bool:
         """True if ``step`` was evaluated before a resume; known on every rank."""
         return bool(self.world.broadcast_object(step in self._evaluated_at))
 
-    def restart_clock(self) -> None:
-        """Leave out of the next line's step time what has passed until now (saving, evaluating)."""
-        self._clock = time.perf_counter()
-
-    def tell(self, sentence: str) -> None:
-        """Print a line on rank 0 without breaking the progress bar."""
-        if self.world.is_main:
-            tqdm.write(sentence) if self._bar is not None else print(sentence, flush=True)
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside (saving, evaluating) out of the step time."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
 
     def close(self) -> None:
         """Flush everything to disk."""
@@ -125,7 +132,6 @@ class Metrics:
         line: dict[str, Any] = {
             "train/loss": sum(r.tally.nll for r in good) / targets if targets else math.nan,
             "train/z": sum(r.tally.z for r in good) / targets if targets else math.nan,
-            "train/tokens": step * config.train.global_batch_samples * config.data.sequence_tokens,
             "train/skipped_steps": count - len(good),
             "optimizer/lr": lr,
             "optimizer/grad_norm": _mean(norms) if norms else math.nan,
@@ -153,7 +159,7 @@ class Metrics:
         return executed_flops(self.config.model, routed) / routed.tokens
 
     def _write(self, step: int, line: dict[str, Any]) -> None:
-        if self._writer is None:
+        if self._writer is None or not line:
             return
         # JSON has no NaN: a figure that is not one is null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -165,7 +171,7 @@ class Metrics:
 
     def _tell(self, step: int, line: dict[str, Any]) -> None:
         density = f"  density {line['density/mean']:.3f}" if self.sites else ""
-        self.tell(
+        self.log.info(
             f"step {step:>6,}  loss {line['train/loss']:.4f}{density}  lr {line['optimizer/lr']:.2e}  "
             f"{line['speed/tokens_per_s']:,.0f} tokens/s"
         )

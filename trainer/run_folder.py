@@ -12,6 +12,7 @@ runs/NAME/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -20,10 +21,16 @@ import sys
 import time
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data.files import write_atomically
 from settings import to_yaml
 from trainer.config import RunConfig
 from trainer.distributed import World
+
+LOGGER = "hopscotch"
+"""Name of the logger that every rank writes to."""
+_BEAT_EVERY_S = 1.0
 
 
 class RunFolder:
@@ -36,6 +43,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
         self.heartbeat = self.path / "heartbeat" / f"rank-{rank}.json"
+        self._phase, self._beat_s = "", 0.0
         self.log = self.path / "logs" / f"rank-{rank}.log"
 
     def create(self, config: RunConfig, original: str | Path) -> None:
@@ -48,25 +56,38 @@ class RunFolder:
             shutil.copyfile(original, copy)
 
     def beat(self, step: int, phase: str) -> None:
-        """Say that this rank is alive: what it does, at which step, since when."""
-        beat = {"rank": self.rank, "step": step, "phase": phase, "time": time.time(), "pid": os.getpid()}
+        """Say that this rank is alive: what it does and at which step; at most every second unless the phase is new."""
+        now = time.time()
+        if phase == self._phase and now - self._beat_s < _BEAT_EVERY_S:
+            return
+        self._phase, self._beat_s = phase, now
+        beat = {"rank": self.rank, "step": step, "phase": phase, "time": now, "pid": os.getpid()}
         # No fsync: a heartbeat that a power cut loses says nothing wrong.
         temporary = self.heartbeat.with_suffix(".tmp")
-        temporary.write_text(json.dumps(beat))
-        temporary.replace(self.heartbeat)
+        with contextlib.suppress(OSError):  # a full disk is the checkpoint's business, not the heartbeat's
+            temporary.write_text(json.dumps(beat))
+            temporary.replace(self.heartbeat)
 
 
-def logger_for(run: RunFolder, world: World) -> logging.Logger:
-    """Every rank logs to its own file; rank 0 to the terminal too, the others only warnings."""
-    logger = logging.getLogger("hopscotch")
+class _Terminal(logging.Handler):
+    """Prints lines above the progress bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def open_log(run: RunFolder, world: World) -> logging.Logger:
+    """Every rank logs to its own file, tracebacks included; rank 0 to the terminal too."""
+    logger = logging.getLogger(LOGGER)
     logger.handlers.clear()
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.DEBUG)
     logger.propagate = False
     file = logging.FileHandler(run.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    terminal = logging.StreamHandler(sys.stdout)
-    terminal.setLevel(logging.INFO if world.is_main else logging.WARNING)
-    terminal.setFormatter(logging.Formatter("%(message)s" if world.is_main else f"rank {world.rank}: %(message)s"))
     logger.addHandler(file)
-    logger.addHandler(terminal)
+    if world.is_main:
+        terminal = _Terminal(logging.INFO)
+        terminal.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(terminal)
     return logger

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data.batches import TrainingData, ValidationSet
+import numpy as np
+
+from data.batches import TrainingData, ValidationSet, pass_over
 from model.budget import Budget
 from trainer import checkpoint
 from trainer.config import RunConfig
@@ -17,7 +19,7 @@ from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, evaluate
 from trainer.guards import StopRequest, too_many_bad_steps
 from trainer.metrics import Metrics, measure_peak_flops
-from trainer.run_folder import RunFolder, logger_for
+from trainer.run_folder import RunFolder, open_log
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult
 
@@ -40,23 +42,24 @@ class Session:
         _refuse_other_vocabulary(config, data)
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
+        self.samples = 0
         found = checkpoint.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
         self.validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
         self.engine = build_engine(config, world)
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         if found is not None:
             state = checkpoint.load(self.engine, found, self.fingerprint, config, world)
-            self.step = state["step"]
+            self.step, self.samples = state["step"], state["samples"]
             self.budget.load_state_dict(state["budget"])
         if world.is_main:
             self.run.create(config, config_path)
         world.barrier()
-        self.log = logger_for(self.run, world)
+        self.log = open_log(self.run, world)
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(world, config.train.precision)
         self.metrics = Metrics(config, self.run, world, self.step if found else None, peak_flops)
         if found is not None:
-            self.metrics.tell(f"resumed from {found} at step {self.step:,}")
+            self.log.info(f"resumed from {found} at step {self.step:,}")
         self.stop = StopRequest()
         self._bad_in_a_row = 0
 
@@ -74,39 +77,44 @@ class Session:
             ValueError: after ``train.max_bad_steps`` bad steps in a row.
         """
         self.step += 1
-        self.metrics.log_step(self.step, result, lr, self.budget, waited_s)
-        if result.applied:
+        self.samples += self.config.train.global_batch_samples
+        self.metrics.log_step(self.step, self.samples, result, lr, self.budget, waited_s)
+        # In fp16 a gradient that overflows where every loss was finite only lowers the loss scale.
+        if result.applied or (self.config.train.precision == "fp16" and not result.bad_ranks):
             self._bad_in_a_row = 0
             return
         self._bad_in_a_row += 1
-        if self.world.is_main:
-            self.log.warning(self._describe_bad_step(result))
+        self.log.warning(self._describe_bad_step(result))
         if self._bad_in_a_row >= self.config.train.max_bad_steps:
+            self.close()
             raise ValueError(too_many_bad_steps(self._bad_in_a_row, self.step, self.run.checkpoints))
 
     def save(self) -> None:
         """Write a checkpoint, then remove those that are no longer kept."""
         self.run.beat(self.step, "saving")
-        state = {"step": self.step, "budget": self.budget.state_dict()}
-        checkpoint.save(self.engine, self.run.checkpoints, self.step, state, self.fingerprint, self.config, self.world)
-        checkpoint.prune(self.run.checkpoints, self.config.train.checkpoint, self.world)
-        self.metrics.restart_clock()
+        folder, config, world = self.run.checkpoints, self.config, self.world
+        state = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        with self.metrics.paused():
+            saved = checkpoint.save(self.engine, folder, self.step, state, self.fingerprint, config, world)
+            checkpoint.prune(folder, saved, config.train.checkpoint, world)
 
     def validate(self) -> list[Evaluation]:
         """Evaluate every validation set and log it."""
         self.run.beat(self.step, "evaluating")
-        results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
-        self.metrics.log_evaluation(self.step, results)
+        with self.metrics.paused():
+            results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
+            self.metrics.log_evaluation(self.step, results)
         return results
 
     def close(self) -> None:
-        """Flush the metrics and say that this rank is done."""
-        self.run.beat(self.step, "done")
+        """Flush the metrics and say that this rank has ended."""
+        self.run.beat(self.step, "ended")
         self.metrics.close()
 
     def _describe_bad_step(self, result: StepResult) -> str:
-        first = (self.step - 1) * self.config.train.global_batch_samples
-        samples = f"samples {first} to {first + self.config.train.global_batch_samples - 1}"
+        ends = np.array([self.samples - self.config.train.global_batch_samples, self.samples - 1])
+        first, last = pass_over(ends, self.config.data.skip_ranges).tolist()
+        samples = f"samples {first} to {last}"
         if not result.bad_ranks:
             where = f"the gradient ({samples}) was not finite, the loss was finite on every rank"
         else:

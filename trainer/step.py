@@ -11,8 +11,8 @@ Dimension letters: B micro-batch, T tokens, S routed sites.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -89,12 +89,12 @@ class Counter:
     def add(self, output: DecoderOutput, targets: Tensor) -> None:
         """Count one forward pass over ``targets`` [B, T]."""
         assert output.loss is not None
-        bad = ~torch.isfinite(output.loss.loss)
-        valid = (targets != IGNORED).sum()
-        routing = output.routing
-        scalars = [output.loss.nll, output.loss.z, valid, valid.new_tensor(targets.numel()), routing.visible_keys]
-        sums = torch.stack([s.double() for s in (*scalars, torch.zeros_like(bad), bad)])
-        self.sums += torch.cat((sums, routing.executed_tokens.double(), routing.attended_keys.double()))
+        loss, routing = output.loss, output.routing
+        self.sums[3] += targets.numel()  # a number of the host: no copy, no wait
+        for place, value in ((0, loss.nll), (1, loss.z), (2, (targets != IGNORED).sum()), (4, routing.visible_keys)):
+            self.sums[place] += value
+        self.sums[6] += ~torch.isfinite(loss.loss)
+        self.sums[self._SCALARS :] += torch.cat((routing.executed_tokens, routing.attended_keys))
 
     def ask_to_stop(self) -> None:
         """Count this rank among those that were asked to stop."""
@@ -111,19 +111,23 @@ class Counter:
         return Tally(nll, z, int(targets), int(stop), routed, int(bad))
 
 
-def forward(engine: Any, batch: Batch, config: RunConfig, progress: float, device: torch.device) -> DecoderOutput:
-    """Run the engine on a batch, with the routers' noise and temperature as they are at ``progress``."""
+def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """The batches with their tensors on ``device``; copies from pinned memory do not wait."""
+    for batch in batches:
+        parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        moved: dict[str, Any] = {n: None if p is None else p.to(device, non_blocking=True) for n, p in parts.items()}
+        yield Batch(**moved)
+
+
+def forward(engine: Any, batch: Batch, config: RunConfig, progress: float) -> DecoderOutput:
+    """Run the engine on a batch on its device, with the routers' noise and temperature as they are at ``progress``."""
     router = config.model.router
-
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, non_blocking=True)
-
     return engine(
-        move(batch.tokens),
-        move(batch.targets),
-        sample_ids=move(batch.sample_ids),
-        documents=move(batch.documents),
-        positions=move(batch.positions),
+        batch.tokens,
+        batch.targets,
+        sample_ids=batch.sample_ids,
+        documents=batch.documents,
+        positions=batch.positions,
         # Plain numbers: DeepSpeed would cast fp32 tensors to the model's dtype on the way in.
         noise_scale=0.0 if router is None else router.noise.at(progress),
         temperature=1.0 if router is None else router.temperature.at(progress),
@@ -148,19 +152,19 @@ def train_step(
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)
     counter = Counter(budget.sites, world.device)
-    for number, batch in enumerate(micro_batches):
-        output = forward(engine, batch, config, progress, world.device)
+    for number, batch in enumerate(to_device(micro_batches, world.device)):
+        output = forward(engine, batch, config, progress)
         assert output.loss is not None
         loss = output.loss.loss * per_target.float()
         loss = loss + (prices * output.routing.density).sum() / len(micro_batches)
         loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
         engine.backward(loss, scale_wrt_gas=False)
-        counter.add(output, batch.targets.to(world.device))
+        counter.add(output, batch.targets)
         if number + 1 < len(micro_batches):
             engine.step()
     if stop_requested:
         counter.ask_to_stop()
-    own_bad = bool(counter.sums[6] > 0)
+    own_bad = counter.sums[6].clone()  # before the sum makes it everybody's; read only if the step went bad
     world.sum(counter.sums)
     norm, applied = _update(engine, config)
     if applied:
@@ -168,7 +172,7 @@ def train_step(
         budget.observe(counter.density(), progress)
         return StepResult(counter.tally(), penalty, norm, True, [])
     ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
-    bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if own_bad else None) if entry]
+    bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if own_bad > 0 else None) if entry]
     return StepResult(counter.tally(), float("nan"), norm, False, bad_ranks)
 
 

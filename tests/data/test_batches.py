@@ -85,7 +85,9 @@ def test_same_tokens_at_any_world_size_micro_batch_and_after_a_resume(folder: Pa
             seen: dict[int, torch.Tensor] = {}
             for rank in range(world_size):
                 data = TrainingData(config)  # a fresh process at every step: nothing is remembered
-                for ids in step_sample_ids(step, global_batch, rank, world_size, micro_batch, accumulation):
+                for ids in step_sample_ids(
+                    step * global_batch, global_batch, rank, world_size, micro_batch, accumulation
+                ):
                     batch = data.batch(ids)
                     assert batch.sample_ids.tolist() == list(ids) and len(ids) == micro_batch
                     seen |= dict(zip(ids, batch.tokens, strict=True))

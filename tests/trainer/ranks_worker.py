@@ -114,7 +114,7 @@ def _train(
     data = TrainingData(config.data)
     losses, norms, densities = [], [], []
     start = _weights(engine)
-    for step, batches in zip(range(STEPS), micro_batches(data, config, world, 0), strict=False):
+    for step, batches in zip(range(STEPS), micro_batches(data, config, world, 0, 0), strict=False):
         set_learning_rate(engine, 1.0)
         result = train_step(engine, batches, budget, config, world, step)
         losses.append(result.tally.loss)

@@ -1,0 +1,83 @@
+"""The demo is the commands that a user would type; that they work is ``make demo``'s business."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from launch import demo
+from tests.launching import ROOT, run
+
+
+def test_commands_in_order_with_this_environments_programs() -> None:
+    python, deepspeed = sys.executable, str(Path(sys.executable).with_name("deepspeed"))
+    assert demo.commands("configs/demo.yaml", 2) == [
+        [python, "-m", "data.tokenizer", "configs/demo.yaml"],
+        [python, "-m", "data.prepare", "configs/demo.yaml"],
+        [deepspeed, "--num_gpus", "2", "--log_level", "warning", "--module", "pretrain.train", "configs/demo.yaml"],
+    ]
+    assert Path(deepspeed).exists()
+    for *_, module, _ in demo.commands("x", 1):
+        assert (ROOT / (module.replace(".", "/") + ".py")).exists()
+
+
+def test_a_missing_config_is_one_sentence_and_status_1() -> None:
+    done = run("launch.demo", "configs/no-such.yaml")
+    assert done.returncode == 1
+    assert done.stdout.strip().splitlines()[-1].startswith("error: config file configs/no-such.yaml does not exist")
+    assert "demo.yaml" in done.stdout and "Traceback" not in done.stdout
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Commands that the demo ran; the third one fails with status 7."""
+    commands: list[list[str]] = []
+
+    def fake(command: list[str], check: bool) -> Any:
+        commands.append(command)
+        return SimpleNamespace(returncode=7 if "pretrain.train" in command else 0)
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    return commands
+
+
+def test_it_starts_afresh_and_ends_with_the_status_of_what_failed(
+    ran: list[list[str]],
+    tiny: dict[str, Any],
+    write_config: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config, run_dir = write_config(tiny), Path(tiny["train"]["run_dir"])
+    (run_dir / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(sys, "argv", ["launch.demo", config, "--processes", "3"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert demo.main() == 7
+    assert not run_dir.exists()
+    assert ran == demo.commands(config, 3)
+    printed = capsys.readouterr().out
+    assert f"$ python -m data.tokenizer {config}" in printed and "demo done" not in printed
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    demo.main()
+    assert ran[-1][2] == "1"  # a rank more than there are GPUs would only wait
+
+
+def test_the_end_says_where_things_lie(
+    tiny: dict[str, Any],
+    write_config: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch.demo", write_config(tiny)])
+    monkeypatch.setattr(demo, "commands", lambda config, processes: [[sys.executable, "-c", ""]])
+    assert demo.main() == 0
+    assert f"tensorboard --logdir {tiny['train']['run_dir']}" in capsys.readouterr().out

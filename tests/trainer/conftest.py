@@ -1,0 +1,72 @@
+"""One rank in the test's own process, and configs made from the tiny run."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pretrain.train import train
+from settings import user_errors
+from settings.load import _apply_override
+from trainer import session
+from trainer.config import RunConfig, load_run
+from trainer.distributed import World, join, leave
+from trainer.engine import build_engine
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """This process as the only rank; joined once for all tests."""
+    before = dict(os.environ)
+    yield join(60.0)
+    leave()
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def configure(tiny: dict[str, Any]) -> Callable[..., RunConfig]:
+    """The tiny run's config with ``key.sub=value`` overrides, which change ``tiny`` itself too."""
+
+    def make(*overrides: str) -> RunConfig:
+        for override in overrides:
+            _apply_override(tiny, override)
+        return RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(tiny)))
+
+    return make
+
+
+@pytest.fixture
+def train_here(
+    world: World, write_config: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., int]]:
+    """Stage one in this process: takes a config and overrides, returns the exit status as the command would."""
+    engines: list[Any] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def build(*arguments: Any) -> Any:
+        engines.append(build_engine(*arguments))
+        return engines[-1]
+
+    def run(config: dict[str, Any], *overrides: str) -> int:
+        path = write_config(config)
+        try:
+            with user_errors():
+                return train(load_run(path, overrides), Path(path), world)
+        except SystemExit as end:
+            return int(str(end.code))
+        finally:
+            for engine in engines:
+                engine.destroy()
+            engines.clear()
+
+    monkeypatch.setattr(session, "build_engine", build)
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,50 @@
+"""Engines and steps in the test's own process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from data.batches import TrainingData
+from model.budget import Budget
+from pretrain.train import micro_batches
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.engine import build_engine, set_learning_rate
+from trainer.step import StepResult, train_step
+
+
+@contextmanager
+def engine_for(config: RunConfig, world: World) -> Iterator[Any]:
+    """A fresh engine, destroyed at the end so that the next one finds no hooks of it."""
+    engine = build_engine(config, world)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def take_steps(engine: Any, config: RunConfig, world: World, count: int, first: int = 0) -> list[StepResult]:
+    """``count`` steps at the peak rate, from step ``first`` on."""
+    budget = Budget(config.model, config.data.sequence_tokens, world.device)
+    results = []
+    steps = range(first, first + count)
+    for step, batches in zip(steps, micro_batches(TrainingData(config.data), config, world, first), strict=False):
+        set_learning_rate(engine, 1.0)
+        results.append(train_step(engine, batches, budget, config, world, step))
+    assert len(results) == count
+    return results
+
+
+def losses(config: RunConfig, world: World, count: int) -> list[float]:
+    """The losses of the first ``count`` steps of a fresh engine."""
+    with engine_for(config, world) as engine:
+        return [result.tally.loss for result in take_steps(engine, config, world, count)]
+
+
+def weights(engine: Any) -> dict[str, Tensor]:
+    """Every parameter, whole, in the precision of the forward pass; not for ZeRO 3."""
+    return {name: p.detach().clone() for name, p in engine.module.named_parameters()}

@@ -1,0 +1,97 @@
+"""Rules between fields: each mistake is one sentence with the fields, the values and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import RunConfig, load_run
+
+Configure = Callable[..., RunConfig]
+
+REFUSED = [
+    (["model.vocab_size=401"], "model.vocab_size (401) must equal data.tokenizer.vocab_size (400)"),
+    (["model.max_positions=31"], "data.sequence_tokens (32) must not exceed model.max_positions (31)"),
+    (
+        ["train.optimizer.kind=adafactor", "deepspeed.zero_stage=1"],
+        "adafactor needs deepspeed.zero_stage 0 and train.precision fp32",
+    ),
+    (
+        ["train.optimizer.kind=adafactor", "deepspeed.zero_stage=0", "train.precision=bf16"],
+        "got stage 0, bf16; change these, or take adamw",
+    ),
+    (["train.optimizer.kind=muon"], "train.clip_norm (1.0) must be 0 with train.optimizer.kind muon"),
+    (
+        ["train.optimizer.kind=muon", "train.clip_norm=0", "deepspeed.offload=optimizer"],
+        "train.optimizer.kind muon needs deepspeed.offload none",
+    ),
+    (
+        ["deepspeed.zero_stage=0", "deepspeed.offload=optimizer"],
+        "deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3, got 0",
+    ),
+    (["deepspeed.offload=all"], "deepspeed.offload all moves parameters, which needs deepspeed.zero_stage 3, got 2"),
+    (["train.schedule.warmup_steps=5"], "train.schedule.warmup_steps (5) must not exceed train.steps (4)"),
+    (
+        ["train.micro_batch_samples=3"],
+        "train.global_batch_samples (8) must be divisible by train.micro_batch_samples (3)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "sentence"), REFUSED)
+def test_what_does_not_fit_together_is_refused(write_config, tiny, overrides, sentence):
+    with pytest.raises(ValueError) as error:
+        load_run(write_config(tiny), overrides)
+    assert sentence in str(error.value)
+    assert str(error.value).count("; ") <= 2 and "\n" not in str(error.value)
+
+
+ALLOWED = [
+    ["data.sequence_tokens=32", "model.max_positions=32"],
+    ["train.optimizer.kind=adafactor", "deepspeed.zero_stage=0"],
+    ["train.optimizer.kind=muon", "train.clip_norm=0"],
+    ["deepspeed.zero_stage=1", "deepspeed.offload=optimizer"],
+    ["deepspeed.zero_stage=3", "deepspeed.offload=all"],
+    ["train.schedule.warmup_steps=4"],
+    ["train.micro_batch_samples=8"],
+]
+
+
+@pytest.mark.parametrize("overrides", ALLOWED)
+def test_the_borders_of_those_rules_are_allowed(configure: Configure, overrides: list[str]) -> None:
+    configure(*overrides)
+
+
+def test_all_problems_are_told_at_once(write_config: Callable[..., str], tiny: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"vocab_size.*max_positions.*offload.*warmup_steps"):
+        load_run(
+            write_config(tiny),
+            [
+                "model.vocab_size=401",
+                "model.max_positions=31",
+                "deepspeed.offload=all",
+                "train.schedule.warmup_steps=5",
+            ],
+        )
+
+
+def test_accumulation_is_what_is_left_of_the_global_batch(configure: Configure) -> None:
+    config = configure()
+    assert [config.accumulation(ranks) for ranks in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ValueError, match=r"\(8\) must be divisible by micro_batch_samples x ranks \(2 x 3 = 6\)"):
+        config.accumulation(3)
+    with pytest.raises(ValueError, match=r"\(2 x 8 = 16\)"):
+        config.accumulation(8)
+
+
+def test_run_dir_is_the_config_files_name_unless_given(write_config: Callable[..., str], tiny: dict[str, Any]) -> None:
+    given = tiny["train"]["run_dir"]
+    assert load_run(write_config(tiny)).train.run_dir == given
+    del tiny["train"]["run_dir"]
+    path = write_config(tiny, "my-run.yaml")
+    assert load_run(path).train.run_dir == "runs/my-run"
+    assert load_run(path, ["train.run_dir=elsewhere"]).train.run_dir == "elsewhere"
+    assert not Path("runs/my-run").exists()  # loading makes nothing

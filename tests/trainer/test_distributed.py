@@ -1,0 +1,102 @@
+"""Who we are under each launcher, and the collectives of a world of one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from trainer.distributed import World, _from_slurm, first_host
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_TASKS_PER_NODE": "4(x2)",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "123456",
+}
+RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """An environment that no launcher has touched."""
+    for name in [*RANKS, *(n for n in os.environ if n.startswith("SLURM_"))]:
+        monkeypatch.setenv(name, "")  # so that what _from_slurm sets is undone, too
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def _ranks() -> dict[str, str]:
+    return {name: os.environ[name] for name in RANKS if name in os.environ}
+
+
+def test_srun_gives_ranks_and_a_place_to_meet(bare: pytest.MonkeyPatch) -> None:
+    for name, value in SLURM.items():
+        bare.setenv(name, value)
+    _from_slurm()
+    expected = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "gpu07"}
+    assert _ranks() == {**expected, "MASTER_PORT": str(20_000 + 123456 % 40_000)}
+
+
+def test_every_rank_of_a_job_meets_at_the_same_port_and_two_jobs_do_not(bare: pytest.MonkeyPatch) -> None:
+    ports = []
+    for job, rank in (("17", "0"), ("17", "7"), ("18", "0")):
+        for name, value in {**SLURM, "SLURM_PROCID": rank, "SLURM_JOB_ID": job}.items():
+            bare.setenv(name, value)
+        for name in RANKS:
+            bare.delenv(name, raising=False)
+        _from_slurm()
+        ports.append(int(os.environ["MASTER_PORT"]))
+    assert ports[0] == ports[1] != ports[2] and all(1024 < port < 65536 for port in ports)
+
+
+def test_what_a_launcher_has_set_stays(bare: pytest.MonkeyPatch) -> None:
+    for name, value in {**SLURM, "RANK": "0", "MASTER_ADDR": "here"}.items():
+        bare.setenv(name, value)
+    _from_slurm()
+    assert _ranks() == {"RANK": "0", "MASTER_ADDR": "here"}
+
+
+def test_a_meeting_place_that_the_user_gave_stays(bare: pytest.MonkeyPatch) -> None:
+    for name, value in {**SLURM, "MASTER_ADDR": "ib-host", "MASTER_PORT": "29500"}.items():
+        bare.setenv(name, value)
+    _from_slurm()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]) == ("ib-host", "29500", "5")
+
+
+def test_without_slurm_nothing_is_set(bare: pytest.MonkeyPatch) -> None:
+    _from_slurm()
+    assert _ranks() == {}
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [
+        ("gpu07", "gpu07"),
+        ("gpu07,gpu09", "gpu07"),
+        ("gpu[03-05,9],login", "gpu03"),
+        ("gpu[9]", "gpu9"),
+        ("gpu[9,11-12]", "gpu9"),
+        ("login,gpu[03-05]", "login"),
+        ("a-1,b-2", "a-1"),
+        ("p4d-dy-node-[1-16]", "p4d-dy-node-1"),
+        ("node[001-128].cluster", "node001.cluster"),
+        ("rack[0-1]n[02-04]", "rack0n02"),
+        ("n[1-2]-ib,m[3-4]", "n1-ib"),
+    ],
+)
+def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
+    assert first_host(nodelist) == host
+
+
+def test_a_world_of_one_answers_itself(world: World) -> None:
+    value: Any = {"a": 1}
+    assert (world.rank, world.size, world.local_rank, world.local_size, world.is_main) == (0, 1, 0, 1, True)
+    assert world.gather_objects(value) == [value] and world.broadcast_object(value) is value
+    numbers = torch.tensor([1.0, 2.0])
+    assert world.sum(numbers) is numbers and numbers.tolist() == [1.0, 2.0]
+    world.barrier()

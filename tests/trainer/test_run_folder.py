@@ -1,0 +1,113 @@
+"""The run folder, what is said into it, and what a run says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from data.batches import TrainingData
+from model.decoder import Decoder
+from model.flops import Routed
+from trainer.config import RunConfig, load_run
+from trainer.describe import describe_end, describe_start
+from trainer.distributed import World
+from trainer.evaluate import Evaluation
+from trainer.run_folder import RunFolder, logger_for
+from trainer.session import Session
+from trainer.step import StepResult, Tally
+
+Configure = Callable[..., RunConfig]
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def run(configure: Configure, write_config: Write, tiny: dict[str, Any]) -> RunFolder:
+    made = RunFolder(tiny["train"]["run_dir"], 0)
+    made.create(configure(), write_config(tiny))
+    return made
+
+
+def test_the_saved_config_is_the_run_and_can_be_started_from(
+    run: RunFolder, configure: Configure, write_config: Write, tiny: dict[str, Any]
+) -> None:
+    assert (run.path / "config.original.yaml").read_text() == Path(write_config(tiny)).read_text()
+    assert load_run(run.path / "config.yaml") == configure()
+    for name in ("config.yaml", "config.original.yaml"):  # resumed from its own folder
+        run.create(load_run(run.path / name), run.path / name)
+        assert load_run(run.path / name) == configure()
+    folders = {p.name for p in run.path.iterdir() if p.is_dir()}
+    assert folders == {"checkpoints", "heartbeat", "logs", "tensorboard"}
+
+
+def test_a_heartbeat_says_who_where_and_when(run: RunFolder) -> None:
+    run.beat(3, "training")
+    run.beat(4, "saving")
+    beat = json.loads(run.heartbeat.read_text())
+    assert (beat["rank"], beat["step"], beat["phase"], beat["pid"]) == (0, 4, "saving", os.getpid())
+    assert abs(time.time() - beat["time"]) < 60
+    assert [p.name for p in run.heartbeat.parent.iterdir()] == ["rank-0.json"]
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(0, ["to all", "careful"]), (1, ["rank 1: careful"])])
+def test_every_rank_logs_to_its_file_and_only_rank_0_to_the_terminal(
+    run: RunFolder, world: World, rank: int, shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = logger_for(RunFolder(run.path, rank), World(rank, 2, rank, 2, world.device))
+    logger.info("to all")
+    logger.warning("careful")
+    assert capsys.readouterr().out.splitlines() == shown
+    text = (run.path / f"logs/rank-{rank}.log").read_text()
+    assert "INFO to all" in text and "WARNING careful" in text
+
+
+def _tally(density: list[float], loss: float) -> Tally:
+    return Tally(100 * loss, 0.0, 100, 0, Routed(100, 1, [100 * d for d in density], [1.0] * len(density)), 0)
+
+
+def test_the_start_tells_sizes_that_are_true(configure: Configure, world: World) -> None:
+    config = configure()
+    told = describe_start(config, TrainingData(config.data), world)
+    counted = sum(p.numel() for p in Decoder(config.model).parameters())
+    assert f"model     {counted:,} parameters" in told
+    assert "routing   learned, 3 sites, density 0.5, sparse" in told
+    assert "training  4 steps of 256 tokens, 1,024 in all" in told
+    assert "data      code: " in told and "100% of samples" in told
+    assert "machine   1 ranks on " in told and "fp32, ZeRO 2, 4 micro-batches of 2 samples" in told
+    dense = configure("model.router=null")
+    assert "routing   none, every token runs every layer" in describe_start(dense, TrainingData(dense.data), world)
+
+
+def test_the_end_tells_losses_and_densities(configure: Configure) -> None:
+    config = configure()
+    before = [Evaluation("code", _tally([0.9, 0.9], 6.0), None, None)]
+    after = [Evaluation("code", _tally([0.25, 0.5], 4.5), None, None)]
+    assert describe_end(config, before, after).splitlines() == [
+        f"run folder       {config.train.run_dir}",
+        "validation loss  code: 6.0000 -> 4.5000 nats per token",
+        "density          0.375 in greedy evaluation against a target of 0.500 (sites from 0.250 to 0.500)",
+    ]
+    assert "validation loss  code: 4.5000 nats" in describe_end(config, None, after)  # a resumed run has no start
+    assert "density" not in describe_end(configure("model.router=null"), before, after)
+    assert describe_end(config, None, None).splitlines() == [f"run folder       {config.train.run_dir}"]
+
+
+def test_a_bad_step_names_ranks_and_samples(configure: Configure) -> None:
+    result = StepResult(_tally([0.5], 1.0), 0.0, None, False, [(1, [8, 9]), (3, list(range(20, 32)))])
+
+    def describe(result: StepResult, *overrides: str) -> str:
+        return Session._describe_bad_step(SimpleNamespace(step=2, config=configure(*overrides)), result)  # type: ignore[arg-type]
+
+    told = describe(result)
+    assert told.startswith("step 2: the loss was not finite on rank 1 (its samples 8, 9); rank 3 (its samples 20 to 31")
+    gradient = dataclasses.replace(result, bad_ranks=[])
+    assert "step 2: the gradient (samples 8 to 15) was not finite" in describe(gradient)
+    # With samples passed over before, the numbers are still those that data.skip_ranges takes.
+    assert "(samples 18 to 25)" in describe(gradient, "data.skip_ranges=[[0, 10]]")

@@ -1,0 +1,99 @@
+"""What makes a checkpoint whole: a manifest with the size and SHA-256 of every file, written last.
+
+Every function here is collective: the files are shared out over the ranks, and all ranks get the same answer. Only rank
+0 lists folders and reads manifests, because on a shared file system others may see them late.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from data.files import read_json, sha256_of, write_json
+from trainer.distributed import World
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+def write(folder: Path, facts: dict[str, Any], expected: list[str], world: World) -> None:
+    """Hash everything below ``folder`` and write its manifest with ``facts``.
+
+    Args:
+        folder: what the ranks have just written, each its files.
+        facts: further entries.
+        expected: files that must be there.
+
+    Raises:
+        OSError: if one of ``expected`` is not there.
+    """
+    if world.local_rank == 0:
+        os.sync()  # every machine flushes what its ranks wrote, before anything vouches for it
+    world.barrier()
+    names = world.broadcast_object(_files_in(folder) if world.is_main else None)
+    missing = sorted(set(expected) - set(names))
+    if missing:
+        raise OSError(f"{', '.join(missing)} did not arrive in {folder}; is it on a disk that all ranks share?")
+    files = hash_files(folder, names, world)
+    if world.is_main:
+        write_json(folder / NAME, {"format": FORMAT, **facts, "files": files})
+
+
+def read(folder: Path, world: World) -> dict[str, Any]:
+    """The manifest of ``folder``, read by rank 0.
+
+    Raises:
+        ValueError: if it cannot be read or has another format; on every rank.
+    """
+    manifest, problem = world.broadcast_object(_read(folder) if world.is_main else None)
+    if problem:
+        raise ValueError(problem)
+    return manifest
+
+
+def problem_of(folder: Path, world: World) -> str | None:
+    """Why the files below ``folder`` cannot be trusted, or None if each has its size and SHA-256."""
+    try:
+        files = read(folder, world)["files"]
+    except ValueError as error:
+        return str(error)
+    own = None
+    for name in sorted(files)[world.rank :: world.size]:
+        own = _file_problem(folder, name, files[name])
+        if own:
+            break
+    return next((problem for problem in world.gather_objects(own) if problem), None)
+
+
+def hash_files(folder: Path, names: list[str], world: World) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 by name; each rank hashes its share of ``names``, the same list on every rank."""
+    own = {}
+    for name in names[world.rank :: world.size]:
+        path = folder / name
+        own[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return {name: entry for part in world.gather_objects(own) for name, entry in part.items()}
+
+
+def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    try:
+        manifest = read_json(folder / NAME)
+        known = manifest["format"] == FORMAT and isinstance(manifest["files"], dict)
+    except (OSError, ValueError, KeyError) as error:
+        return None, f"its {NAME} cannot be read ({error})"
+    if not known:
+        return None, f"its format is {manifest['format']}, this version reads {FORMAT}"
+    return manifest, None
+
+
+def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+    return None if sha256_of(path) == entry["sha256"] else f"the contents of {name} do not match its SHA-256"
+
+
+def _files_in(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
