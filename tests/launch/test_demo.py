@@ -57,10 +57,13 @@ def test_it_starts_afresh_and_ends_with_the_status_of_what_failed(
 ) -> None:
     config, run_dir = write_config(tiny), Path(tiny["train"]["run_dir"])
     (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "metrics.jsonl").write_text("the run before")
     monkeypatch.setattr(sys, "argv", ["launch.demo", config, "--processes", "3"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert demo.main() == 7
     assert not run_dir.exists()
+    (kept,) = run_dir.parent.glob("run-before-*")
+    assert (kept / "metrics.jsonl").read_text() == "the run before"
     assert ran == demo.commands(config, 3)
     printed = capsys.readouterr().out
     assert f"$ python -m data.tokenizer {config}" in printed and "demo done" not in printed

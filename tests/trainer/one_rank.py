@@ -31,8 +31,9 @@ def take_steps(engine: Any, config: RunConfig, world: World, count: int, first: 
     """``count`` steps at the peak rate, from step ``first`` on."""
     budget = Budget(config.model, config.data.sequence_tokens, world.device)
     results = []
-    steps = range(first, first + count)
-    for step, batches in zip(steps, micro_batches(TrainingData(config.data), config, world, first), strict=False):
+    samples = first * config.train.global_batch_samples
+    data = micro_batches(TrainingData(config.data), config, world, first, samples)
+    for step, batches in zip(range(first, first + count), data, strict=False):
         set_learning_rate(engine, 1.0)
         results.append(train_step(engine, batches, budget, config, world, step))
     assert len(results) == count

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.trainer.one_rank import engine_for, take_steps, weights
-from trainer import checkpoint
+from trainer import checkpoint, manifest
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.distributed import World
 
@@ -29,13 +29,13 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def fake(folder: Path, step: int, **manifest: Any) -> Path:
+def fake(folder: Path, step: int) -> Path:
     """A whole checkpoint with one file in it, as far as ``find`` can tell."""
     made = folder / f"step-{step:08d}"
     (made / "deepspeed").mkdir(parents=True)
     (made / "deepspeed" / "weights.pt").write_bytes(b"weights of step %d" % step)
     entry = manifest.hash_files(made, ["deepspeed/weights.pt"], World(0, 1, 0, 1, torch.device("cpu")))
-    (made / "manifest.json").write_text(json.dumps({"format": checkpoint.FORMAT, "files": entry} | manifest))
+    (made / "manifest.json").write_text(json.dumps({"format": manifest.FORMAT, "files": entry}))
     return made
 
 
@@ -57,6 +57,7 @@ TEARS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half a manifest": (lambda p: (p / "manifest.json").write_text('{"format": 1, "fi'), "cannot be read"),
     "not an object": (lambda p: (p / "manifest.json").write_text("[]"), "cannot be read"),
     "no files": (lambda p: (p / "manifest.json").write_text('{"format": 1}'), "cannot be read ('files')"),
+    "no format": (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "cannot be read ('format')"),
     "other format": (
         lambda p: (p / "manifest.json").write_text('{"format": 99, "files": {}}'),
         "its format is 99, this version reads 1",
@@ -97,16 +98,19 @@ def test_what_a_start_does_with_what_is_there(
             start()
     else:
         assert start() is None
-    whole = fake(folder, 3)
     (folder / "step-00000004.partial").mkdir()
+    if resume != "required":
+        assert start() is None  # a kill in the first save left nothing that could be lost
+        capsys.readouterr()
+    whole = fake(folder, 3)
     if resume == "never":
-        with pytest.raises(ValueError, match=r"already holds .*; set train\.checkpoint\.resume=auto"):
+        with pytest.raises(ValueError, match=r"already holds step-00000003; set train\.checkpoint\.resume=auto"):
             start()
         return
     assert start() == whole
     assert "passed over: step-00000004.partial was never finished" in capsys.readouterr().out
     (whole / "deepspeed/weights.pt").unlink()
-    with pytest.raises(ValueError, match=r"none of step-00000003, step-00000004\.partial is whole"):
+    with pytest.raises(ValueError, match="none of step-00000003 is whole"):
         start()
 
 
@@ -114,12 +118,21 @@ def test_prune_keeps_the_newest_and_the_milestones(folder: Path, world: World) -
     for step in range(10, 80, 10):
         fake(folder, step)
     config = CheckpointConfig.model_validate({"keep": 2, "keep_every_steps": 30})
-    checkpoint.prune(folder, config, World(1, 2, 1, 2, world.device))
+    newest = folder / "step-00000070"
+    checkpoint.prune(folder, newest, config, World(1, 2, 1, 2, world.device))
     assert len(_names(folder)) == 7  # rank 1 leaves it to rank 0
-    checkpoint.prune(folder, config, world)
+    checkpoint.prune(folder, newest, config, world)
     assert _names(folder) == [f"step-{step:08d}" for step in (30, 60, 70)]
-    checkpoint.prune(folder, CheckpointConfig.model_validate({"keep": 1}), world)
+    checkpoint.prune(folder, newest, CheckpointConfig.model_validate({"keep": 1}), world)
     assert _names(folder) == ["step-00000070"]
+
+
+def test_prune_does_not_count_what_a_run_went_back_behind(folder: Path, world: World) -> None:
+    """Steps 50 and 60 are torn and were passed over; 20 is what the run was resumed from, 30 what it has just saved."""
+    for step in (10, 20, 30, 50, 60):
+        fake(folder, step)
+    checkpoint.prune(folder, folder / "step-00000030", CheckpointConfig.model_validate({"keep": 2}), world)
+    assert _names(folder) == [f"step-{step:08d}" for step in (20, 30, 50, 60)]
 
 
 def test_a_kill_during_the_removal_leaves_nothing_that_looks_whole(
@@ -133,8 +146,9 @@ def test_a_kill_during_the_removal_leaves_nothing_that_looks_whole(
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(folder, CheckpointConfig.model_validate({"keep": 1}), world)
-    assert _names(folder) == ["step-00000001.partial", "step-00000002"]
+        checkpoint.prune(folder, folder / "step-00000002", CheckpointConfig.model_validate({"keep": 1}), world)
+    assert _names(folder) == ["step-00000001.removed", "step-00000002"]
+    assert checkpoint.find(folder, world) == (folder / "step-00000002", [])
 
 
 def _save(engine: Any, folder: Path, step: int, config: RunConfig, world: World) -> Path:
@@ -152,13 +166,13 @@ def test_save_and_load_put_everything_back(
         take_steps(engine, config, world, 2)
         saved = _save(engine, folder, 2, config, world)
         straight = [r.tally.loss for r in take_steps(engine, config, world, 3, first=2)]
-    manifest = json.loads((saved / "manifest.json").read_text())
-    assert {k: v for k, v in manifest.items() if k != "files"} == {
-        "format": 1, "step": 2, "world_size": 1, "zero_stage": stage, "precision": precision,
-        "data_fingerprint": FINGERPRINT,
+    written = json.loads((saved / "manifest.json").read_text())
+    assert {k: v for k, v in written.items() if k != "files"} == {
+        "format": 1, "step": 2, "world_size": 1, "zero_stage": stage, "precision": precision, "optimizer": "adamw",
+        "seed": 0, "data_fingerprint": FINGERPRINT,
     }  # fmt: skip
     on_disk = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
-    assert set(manifest["files"]) == on_disk - {"manifest.json"}
+    assert set(written["files"]) == on_disk - {"manifest.json"}
     assert {"trainer.pt", "rng-00000.pt", "config.yaml"} < on_disk
     with engine_for(config, world) as engine:
         assert checkpoint.load(engine, saved, FINGERPRINT, config, world) == {"step": 2, "note": [1.5, "x"]}
@@ -205,12 +219,15 @@ MISFITS = [
     (["deepspeed.zero_stage=1"], {}, "zero_stage 2 there, 1 here); resume it with the same number of ranks, ZeRO"),
     (["train.precision=bf16"], {}, "precision fp32 there, bf16 here"),
     ([], {"size": 2}, "world_size 1 there, 2 here"),
+    (["train.seed=3"], {}, "seed 0 there, 3 here"),
+    (["train.optimizer.kind=muon", "train.clip_norm=0"], {}, "optimizer adamw there, muon here"),
     ([], {"fingerprint": "0" * 64}, "its data fingerprint is ffffffffffff, this config's is 000000000000"),
     (["model.ffn_width=64"], {}, "holds another model (model.ffn_width 48 there, 64 here)"),
     (["model.layers=2", "model.tied_head=true"], {}, "model.layers 3 there, 2 here; model.tied_head False there, True"),
     (["model.router.granularity=module"], {}, "router granularity layer there, module here"),
     (["model.router=null"], {}, "router granularity layer there, None here"),
     (["model.router.always_on_first=1"], {}, "router always_on_first 0 there, 1 here"),
+    (["model.router.input=raw"], {}, "router input normed there, raw here"),
     (["model.router.kind=random"], {}, "router kind learned there, random here"),
 ]
 
@@ -250,7 +267,8 @@ def test_saving_a_step_again_replaces_it(configure: Configure, world: World, sav
     """A run that was rewound with data.skip_ranges comes to the same steps again, with other weights."""
     config = configure()
     before = (saved / "deepspeed" / "mp_rank_00_model_states.pt").read_bytes()
-    (folder / "step-00000009.partial").mkdir()  # left by a kill
+    for left_by_a_kill in ("step-00000009.partial", "step-00000008.removed"):
+        (folder / left_by_a_kill).mkdir()
     with engine_for(config, world) as engine:
         take_steps(engine, config, world, 1, first=2)
         assert _save(engine, folder, 1, config, world) == saved

@@ -15,6 +15,7 @@ from tests.trainer.one_rank import engine_for, take_steps
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.distributed import World
+from trainer.manifest import hash_files
 
 STATES = "deepspeed/mp_rank_00_model_states.pt"
 OPTIMIZER = "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -41,7 +42,7 @@ def plant(file: Path, mark: Path) -> None:
     name = str(file.relative_to(manifest.parent))
     assert name in parsed["files"]
     alone = World(0, 1, 0, 1, torch.device("cpu"))
-    parsed["files"] |= manifest.hash_files(manifest.parent, [name], alone)
+    parsed["files"] |= hash_files(manifest.parent, [name], alone)
     manifest.write_text(json.dumps(parsed))
 
 

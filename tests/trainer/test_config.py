@@ -17,12 +17,11 @@ REFUSED = [
     (["model.max_positions=31"], "data.sequence_tokens (32) must not exceed model.max_positions (31)"),
     (
         ["train.optimizer.kind=adafactor", "deepspeed.zero_stage=1"],
-        "adafactor needs deepspeed.zero_stage 0 and train.precision fp32",
+        "train.optimizer.kind adafactor needs deepspeed.zero_stage 0, because ZeRO flattens the matrices",
     ),
-    (
-        ["train.optimizer.kind=adafactor", "deepspeed.zero_stage=0", "train.precision=bf16"],
-        "got stage 0, bf16; change these, or take adamw",
-    ),
+    (["train.precision=fp16", "deepspeed.zero_stage=0"], "train.precision fp16 needs deepspeed.zero_stage 1, 2 or 3"),
+    (["train.optimizer.betas=[0.9,1.0]"], "train.optimizer.betas.1: input should be less than 1, got 1.0"),
+    (["train.optimizer.betas=[-0.1,0.9]"], "train.optimizer.betas.0: input should be greater than or equal to 0"),
     (["train.optimizer.kind=muon"], "train.clip_norm (1.0) must be 0 with train.optimizer.kind muon"),
     (
         ["train.optimizer.kind=muon", "train.clip_norm=0", "deepspeed.offload=optimizer"],
@@ -52,6 +51,8 @@ def test_what_does_not_fit_together_is_refused(write_config, tiny, overrides, se
 ALLOWED = [
     ["data.sequence_tokens=32", "model.max_positions=32"],
     ["train.optimizer.kind=adafactor", "deepspeed.zero_stage=0"],
+    ["train.optimizer.kind=adafactor", "deepspeed.zero_stage=0", "train.precision=bf16"],
+    ["train.precision=fp16", "deepspeed.zero_stage=1"],
     ["train.optimizer.kind=muon", "train.clip_norm=0"],
     ["deepspeed.zero_stage=1", "deepspeed.offload=optimizer"],
     ["deepspeed.zero_stage=3", "deepspeed.offload=all"],

@@ -12,11 +12,15 @@ from trainer.distributed import World, _from_slurm, first_host
 
 SLURM = {
     "SLURM_PROCID": "5",
-    "SLURM_NTASKS": "8",
     "SLURM_LOCALID": "1",
-    "SLURM_TASKS_PER_NODE": "4(x2)",
-    "SLURM_JOB_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
     "SLURM_JOB_ID": "123456",
+    # The job is larger than the step.
+    "SLURM_NTASKS": "12",
+    "SLURM_TASKS_PER_NODE": "4(x3)",
+    "SLURM_JOB_NODELIST": "gpu[06-08]",
 }
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -66,6 +70,15 @@ def test_a_meeting_place_that_the_user_gave_stays(bare: pytest.MonkeyPatch) -> N
         bare.setenv(name, value)
     _from_slurm()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], os.environ["RANK"]) == ("ib-host", "29500", "5")
+
+
+def test_a_batch_script_is_one_process_whatever_the_size_of_its_job(bare: pytest.MonkeyPatch) -> None:
+    """SLURM sets SLURM_PROCID and the job's task count there, too."""
+    for name, value in {**SLURM, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}.items():
+        if not name.startswith("SLURM_STEP"):
+            bare.setenv(name, value)
+    _from_slurm()
+    assert _ranks() == {}
 
 
 def test_without_slurm_nothing_is_set(bare: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ def test_the_sentence_names_the_checkpoint_to_go_on_from(tmp_path: Path) -> None
     (tmp_path / "step-00000010").mkdir()
     sentence = too_many_bad_steps(3, 17, tmp_path)
     assert sentence.startswith("3 steps in a row up to step 17 had a loss or gradient that is not finite")
-    assert "train.max_bad_steps" in sentence and sentence.endswith("step-00000010 is whole")
+    assert "train.max_bad_steps" in sentence and sentence.endswith("the newest checkpoint is step-00000010")
 
 
 def test_a_run_that_blows_up_ends_with_the_steps_samples_and_a_whole_checkpoint(
@@ -50,12 +50,13 @@ def test_a_run_that_blows_up_ends_with_the_steps_samples_and_a_whole_checkpoint(
     assert bad == [(str(s), ", ".join(str(i) for i in range(8 * s - 8, 8 * s))) for s in (4, 5, 6)]
     errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "3 steps in a row up to step 6" in errors[0]
-    assert errors[0].endswith("step-00000002 is whole")
+    assert errors[0].endswith("the newest checkpoint is step-00000002")
     assert checkpoint.find(run_dir / "checkpoints", world) == (run_dir / "checkpoints/step-00000002", [])
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     skipped = {r["step"]: (r["train/skipped_steps"], r["train/loss"]) for r in logged if "train/loss" in r}
     assert [skipped[step] for step in (4, 5, 6)] == [(1, None)] * 3 and skipped[3][0] == 0
     assert "step 6" in (run_dir / "logs/rank-0.log").read_text()
+    assert json.loads((run_dir / "heartbeat/rank-0.json").read_text())["phase"] == "ended"
 
     # A lower rate, as the sentence advises, and the run goes on from there.
     assert train_here(tiny, "train.steps=4", "train.checkpoint.resume=required") == 0

@@ -128,7 +128,7 @@ def test_a_resume_keeps_the_lines_up_to_its_step(
 ) -> None:
     made = Metrics(configure(), folder, world, resumed_at, 1e12)
     assert made.has_evaluation(2) == (2 in kept) and not made.has_evaluation(4) and not made.has_evaluation(3)
-    made.log_evaluation(9, [])
+    made.log_evaluation(9, [_evaluation([0.5, 0.5, 0.5])])
     made.close()
     assert [line["step"] for line in _lines(folder.path)] == [*kept, 9]
 
@@ -182,7 +182,6 @@ def test_only_rank_0_writes(configure: Callable[..., RunConfig], folder: RunFold
     before = folder.metrics.read_bytes()
     made = Metrics(configure(), folder, World(1, 2, 1, 2, world.device), 3, 1e12)
     made.log_evaluation(4, [_evaluation([0.7, 0.6, 0.5])])
-    made.tell("nothing")
     made.close()
     assert folder.metrics.read_bytes() == before and not list(folder.tensorboard.iterdir())
 

@@ -16,11 +16,12 @@ import pytest
 from data.batches import TrainingData
 from model.decoder import Decoder
 from model.flops import Routed
+from settings import user_errors
 from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
-from trainer.run_folder import RunFolder, logger_for
+from trainer.run_folder import RunFolder, open_log
 from trainer.session import Session
 from trainer.step import StepResult, Tally
 
@@ -56,16 +57,38 @@ def test_a_heartbeat_says_who_where_and_when(run: RunFolder) -> None:
     assert [p.name for p in run.heartbeat.parent.iterdir()] == ["rank-0.json"]
 
 
-@pytest.mark.parametrize(("rank", "shown"), [(0, ["to all", "careful"]), (1, ["rank 1: careful"])])
+def test_heartbeats_come_at_most_every_second_but_a_new_phase_is_told_at_once(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    seen = []
+    for wait_s, step, phase in ((0, 1, "training"), (0.5, 2, "training"), (0.6, 3, "training"), (0, 3, "saving")):
+        now[0] += wait_s
+        run.beat(step, phase)
+        seen.append(json.loads(run.heartbeat.read_text())["step"])
+    assert seen == [1, 1, 3, 3] and json.loads(run.heartbeat.read_text())["phase"] == "saving"
+
+
+def test_a_heartbeat_that_cannot_be_written_stops_nothing(run: RunFolder) -> None:
+    run.heartbeat.parent.rmdir()
+    run.beat(1, "training")
+    assert not run.heartbeat.exists()
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(0, ["to all", "careful"]), (1, [])])
 def test_every_rank_logs_to_its_file_and_only_rank_0_to_the_terminal(
     run: RunFolder, world: World, rank: int, shown: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = logger_for(RunFolder(run.path, rank), World(rank, 2, rank, 2, world.device))
+    logger = open_log(RunFolder(run.path, rank), World(rank, 2, rank, 2, world.device))
     logger.info("to all")
     logger.warning("careful")
+    with pytest.raises(SystemExit), user_errors():
+        raise ValueError("a mistake")
     assert capsys.readouterr().out.splitlines() == shown
     text = (run.path / f"logs/rank-{rank}.log").read_text()
     assert "INFO to all" in text and "WARNING careful" in text
+    assert "Traceback" in text and "ValueError: a mistake" in text  # kept for whoever looks for a bug
 
 
 def _tally(density: list[float], loss: float) -> Tally:
@@ -103,7 +126,7 @@ def test_a_bad_step_names_ranks_and_samples(configure: Configure) -> None:
     result = StepResult(_tally([0.5], 1.0), 0.0, None, False, [(1, [8, 9]), (3, list(range(20, 32)))])
 
     def describe(result: StepResult, *overrides: str) -> str:
-        return Session._describe_bad_step(SimpleNamespace(step=2, config=configure(*overrides)), result)  # type: ignore[arg-type]
+        return Session._describe_bad_step(SimpleNamespace(step=2, samples=16, config=configure(*overrides)), result)  # type: ignore[arg-type]
 
     told = describe(result)
     assert told.startswith("step 2: the loss was not finite on rank 1 (its samples 8, 9); rank 3 (its samples 20 to 31")
