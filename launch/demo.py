@@ -8,6 +8,7 @@ Tokenizer, shards, stage one under DeepSpeed: each step is the command that a us
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -31,12 +32,14 @@ def main() -> int:
     processes = arguments.processes
     if torch.cuda.is_available():
         processes = min(processes, torch.cuda.device_count())
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out by itself, with warnings
     if run_dir.exists():
         # A demo starts afresh; every other command refuses to run over an earlier run.
         run_dir.rename(run_dir.with_name(f"{run_dir.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
     started = time.monotonic()
     for command in commands(str(arguments.config), processes):
-        print(f"\n$ {shlex.join(['python', *command[1:]] if command[0] == sys.executable else command)}", flush=True)
+        print(f"\n$ {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
         status = subprocess.run(command, check=False).returncode
         if status:
             return status
@@ -50,7 +53,7 @@ def commands(config: str, processes: int) -> list[list[str]]:
     return [
         [sys.executable, "-m", "data.tokenizer", config],
         [sys.executable, "-m", "data.prepare", config],
-        [deepspeed, "--num_gpus", str(processes), "--log_level", "warning", "--module", "pretrain.train", config],
+        [deepspeed, "--num_gpus", str(processes), "--log_level", "error", "--module", "pretrain.train", config],
     ]
 
 

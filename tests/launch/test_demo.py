@@ -21,7 +21,7 @@ def test_commands_in_order_with_this_environments_programs() -> None:
     assert demo.commands("configs/demo.yaml", 2) == [
         [python, "-m", "data.tokenizer", "configs/demo.yaml"],
         [python, "-m", "data.prepare", "configs/demo.yaml"],
-        [deepspeed, "--num_gpus", "2", "--log_level", "warning", "--module", "pretrain.train", "configs/demo.yaml"],
+        [deepspeed, "--num_gpus", "2", "--log_level", "error", "--module", "pretrain.train", "configs/demo.yaml"],
     ]
     assert Path(deepspeed).exists()
     for *_, module, _ in demo.commands("x", 1):

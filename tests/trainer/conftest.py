@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pretrain.train import train
@@ -22,10 +23,16 @@ from trainer.engine import build_engine
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    """This process as the only rank; joined once for all tests."""
-    before = dict(os.environ)
-    yield join(60.0)
+    """This process as the only rank, with one thread; joined once for all tests.
+
+    These models are so small that a second thread only waits for the first: a hundred times slower on a busy machine.
+    """
+    before, threads = dict(os.environ), torch.get_num_threads()
+    joined = join(60.0)
+    torch.set_num_threads(1)
+    yield joined
     leave()
+    torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)
 
