@@ -26,22 +26,27 @@ def command(module: str, *arguments: str, processes: int = 1, launcher: str = "p
     return [*start, module, *arguments]
 
 
-def environment() -> dict[str, str]:
+def environment(device: str = "cpu") -> dict[str, str]:
     """This process's environment with the threads pinned, so that two ranks do not fight and sums are repeatable."""
-    threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1"}
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_")
     return {k: v for k, v in os.environ.items() if not k.startswith(ranks)} | threads
 
 
 def run(
-    module: str, *arguments: str, processes: int = 1, launcher: str = "python", timeout_s: float = 240
+    module: str,
+    *arguments: str,
+    processes: int = 1,
+    launcher: str = "python",
+    device: str = "cpu",
+    timeout_s: float = 240,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; stdout and stderr together in ``stdout``."""
     return subprocess.run(
         command(module, *arguments, processes=processes, launcher=launcher),
         check=False,
         cwd=ROOT,
-        env=environment(),
+        env=environment(device),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -57,8 +57,9 @@ def test_no_noisy_loss_where_there_is_no_noise_or_none_is_wanted(
     assert (result.executed is None) == (override == "model.router=null") == (result.greedy.density == [])
 
 
-def test_an_evaluation_leaves_the_engine_as_it_was(configure: Configure, world: World) -> None:
-    config = configure()
+@pytest.mark.parametrize("with_noise", ["true", "false"])
+def test_an_evaluation_leaves_the_engine_as_it_was(configure: Configure, world: World, with_noise: str) -> None:
+    config = configure(f"train.evaluation.with_noise={with_noise}")
     sets = [ValidationSet(config.data, "code")]
     with engine_for(config, world) as engine:
         before: dict[str, Any] = weights(engine)
