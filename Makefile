@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
 
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 check: setup
 	$(BIN)/ruff format --check .

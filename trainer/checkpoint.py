@@ -73,8 +73,8 @@ def save(
             partial.rename(final)
             os.sync()
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "write" not in str(error):
-            raise  # torch's file writer says so; anything else is no matter of the disk
+        if isinstance(error, RuntimeError) and not re.search("write|iostream|inline_container", str(error)):
+            raise  # that is what torch's file writer says of a full disk; anything else is no matter of the disk
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"checkpoint {name} could not be written to {folder} ({reason}); make room there and resume: "

@@ -77,7 +77,7 @@ def test_a_torn_checkpoint_is_told_and_the_one_before_taken(folder: Path, world:
 
 
 def test_the_newest_is_the_highest_step_and_partial_ones_do_not_count(folder: Path, world: World) -> None:
-    for step in (9, 10, 100_000_000):  # nine digits sort before eight as text
+    for step in (9, 99_999_999, 100_000_000):  # as text the second is the largest
         fake(folder, step)
     (folder / "step-00000011.partial").mkdir()
     (folder / "step-notes").mkdir()
@@ -149,6 +149,15 @@ def test_a_kill_during_the_removal_leaves_nothing_that_looks_whole(
         checkpoint.prune(folder, folder / "step-00000002", CheckpointConfig.model_validate({"keep": 1}), world)
     assert _names(folder) == ["step-00000001.removed", "step-00000002"]
     assert checkpoint.find(folder, world) == (folder / "step-00000002", [])
+
+
+def test_a_file_that_another_machine_wrote_elsewhere_is_missed(folder: Path, world: World) -> None:
+    """The folder is not on a disk that all ranks share: rank 1's file never comes."""
+    written = fake(folder, 1)
+    (written / "manifest.json").unlink()
+    with pytest.raises(OSError, match=r"rng-00001\.pt did not arrive in .*; is it on a disk that all ranks share"):
+        manifest.write(written, {}, ["deepspeed/weights.pt", "rng-00001.pt"], world)
+    assert not (written / "manifest.json").exists()
 
 
 def _save(engine: Any, folder: Path, step: int, config: RunConfig, world: World) -> Path:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from trainer import distributed
 from trainer.distributed import World, _from_slurm, first_host
 
 SLURM = {
@@ -113,3 +116,20 @@ def test_a_world_of_one_answers_itself(world: World) -> None:
     numbers = torch.tensor([1.0, 2.0])
     assert world.sum(numbers) is numbers and numbers.tolist() == [1.0, 2.0]
     world.barrier()
+
+
+@pytest.mark.parametrize(("visible", "device"), [(4, 3), (1, 0), (2, 1)])
+def test_a_rank_takes_its_gpu_or_the_only_one_it_sees(bare: pytest.MonkeyPatch, visible: int, device: int) -> None:
+    """No GPU is needed: who would be bound to what."""
+    calls: list[Any] = []
+    bare.setattr(distributed, "uses_cuda", lambda: True)
+    bare.setattr(torch.cuda, "device_count", lambda: visible)
+    bare.setattr(torch.cuda, "set_device", calls.append)
+    fake = SimpleNamespace(init_distributed=lambda backend, timeout, verbose: calls.append((backend, timeout)))
+    bare.setattr(distributed, "import_deepspeed", lambda: fake)
+    for name, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}.items():
+        bare.setenv(name, value)
+    bare.setenv("LOCAL_SIZE", "4")
+    assert distributed.join(90.0) == World(7, 8, device, 4, torch.device("cuda", device))
+    assert calls == [torch.device("cuda", device), ("nccl", timedelta(seconds=90))]
+    assert os.environ["LOCAL_RANK"] == str(device)  # DeepSpeed reads it, too

@@ -5,19 +5,25 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from model.budget import Budget
+from model.flops import Routed
 from tests.launching import ROOT
 from trainer import metrics
 from trainer.config import RunConfig
 from trainer.distributed import World
+from trainer.evaluate import Evaluation
 from trainer.metrics import Metrics, measure_peak_flops
 from trainer.run_folder import RunFolder
+from trainer.step import StepResult, Tally
 
 Train = Callable[..., int]
 
@@ -153,11 +159,7 @@ def test_an_evaluation_of_before_the_resume_is_drawn_again(
     assert executed.shape == (3, 8) and (folder.path / "routing.png").stat().st_size > 5000
 
 
-def _evaluation(density: list[float]) -> Any:
-    from model.flops import Routed
-    from trainer.evaluate import Evaluation
-    from trainer.step import Tally
-
+def _evaluation(density: list[float]) -> Evaluation:
     routed = Routed(10, 55, [10 * d for d in density], [20.0] * len(density))
     return Evaluation("code", Tally(20.0, 0.0, 10, 0, routed, 0), None, torch.ones(len(density), 8, dtype=torch.bool))
 
@@ -167,6 +169,36 @@ def test_images_can_be_turned_off(configure: Callable[..., RunConfig], world: Wo
     made.log_evaluation(4, [_evaluation([0.7, 0.6, 0.5])])
     made.close()
     assert not (folder.path / "routing.png").exists()
+
+
+def _step(stop: int = 0) -> StepResult:
+    return StepResult(replace(_evaluation([0.5] * 3).greedy, stop=stop), 0.0, 1.0, True, [])
+
+
+def test_saving_and_evaluating_are_not_step_time(
+    configure: Callable[..., RunConfig], world: World, folder: RunFolder
+) -> None:
+    config = configure()
+    made = Metrics(config, folder, world, 0, 1e12)
+    with made.paused():
+        time.sleep(0.5)
+    made.log_step(1, 8, _step(), 0.1, Budget(config.model, 32), 0.0)
+    time.sleep(0.5)
+    made.log_step(2, 16, _step(), 0.1, Budget(config.model, 32), 0.0)
+    made.close()
+    first, second = (line["speed/step_s"] for line in _lines(folder.path))
+    assert first < 0.25 and second >= 0.5
+
+
+def test_a_run_that_is_asked_to_stop_logs_what_it_has(
+    configure: Callable[..., RunConfig], world: World, folder: RunFolder
+) -> None:
+    config = configure("train.log.every_steps=100", "train.steps=1000")
+    made = Metrics(config, folder, world, 0, 1e12)
+    for step in (1, 2, 3):
+        made.log_step(step, 8 * step, _step(stop=step == 3), 0.1, Budget(config.model, 32), 0.0)
+    made.close()
+    assert [(line["step"], line["train/tokens"]) for line in _lines(folder.path)] == [(3, 3 * 8 * 32)]
 
 
 def test_what_is_not_a_number_is_null(configure: Callable[..., RunConfig], world: World, folder: RunFolder) -> None:
