@@ -44,7 +44,7 @@ class SourceConfig(Strict):
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:
         if bool(self.files) == bool(self.hub):
-            raise ValueError(f"source '{self.name}' must give either files or hub, not both and not neither")
+            raise ValueError(f"source '{self.name}' must give files or hub, exactly one of them")
         return self
 
 

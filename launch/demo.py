@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import socket
 import subprocess
 import sys
 import time
@@ -36,25 +37,36 @@ def main() -> int:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out by itself, with warnings
     if run_dir.exists():
         # A demo starts afresh; every other command refuses to run over an earlier run.
-        run_dir.rename(run_dir.with_name(f"{run_dir.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
+        earlier = run_dir.with_name(f"{run_dir.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+        run_dir.rename(earlier)
+        print(f"{run_dir} of an earlier demo is now {earlier}; remove it when you like")
     started = time.monotonic()
-    for command in commands(str(arguments.config), processes):
+    for command in commands(str(arguments.config), processes, _free_port()):
         print(f"\n$ {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
         status = subprocess.run(command, check=False).returncode
         if status:
             return status
-    print(f"\ndemo done in {time.monotonic() - started:.0f} s; look at it with: tensorboard --logdir {run_dir}")
+    took_s = time.monotonic() - started
+    print(f"\ndemo done in {took_s:.0f} s; look at it with: .venv/bin/tensorboard --logdir {run_dir}")
     return 0
 
 
-def commands(config: str, processes: int) -> list[list[str]]:
-    """The demo's commands, in order."""
-    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+def commands(config: str, processes: int, port: int) -> list[list[str]]:
+    """The demo's commands, in order; the ranks meet at ``port``."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
+    launcher += ["--num_gpus", str(processes), "--master_port", str(port)]
     return [
         [sys.executable, "-m", "data.tokenizer", config],
         [sys.executable, "-m", "data.prepare", config],
-        [deepspeed, "--num_gpus", str(processes), "--log_level", "error", "--module", "pretrain.train", config],
+        [*launcher, "--module", "pretrain.train", config],
     ]
+
+
+def _free_port() -> int:
+    """A TCP port for the ranks to meet at that nothing listens on right now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 8 -m pretrain.train configs/skip_160m.yaml
     srun python -m pretrain.train configs/skip_1b.yaml train.checkpoint.resume=auto
 
-Exit status: 0 when all steps are done; 75 when SIGTERM or SIGUSR1 asked to stop and the state was saved (start again
-with train.checkpoint.resume=auto); 1 on an error.
+Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1 or Ctrl-C asked to stop and the state was saved (start
+again with train.checkpoint.resume=auto); 1 on an error.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     due = session.step % evaluate_every == 0 or session.step == steps
     evaluated = session.validate() if due and not session.metrics.has_evaluation(session.step) else None
     before, after = (evaluated, None) if session.step < steps else (None, evaluated)
+    session.metrics.open_bar()
     with prefetch(micro_batches(data, config, world, session.step, session.samples), depth=2) as loader:
         for batches in loader:
             lr = session.begin_step()
@@ -65,6 +66,9 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
             if last or session.step % evaluate_every == 0:
                 after = session.validate()
 
+    session.metrics.close_bar()
+    if after is None:
+        session.log.info(f"all {steps:,} steps were done already; raise train.steps to go on")
     session.log.info(describe_end(config, before, after))
     session.close()
     return 0
@@ -95,7 +99,7 @@ def main() -> int:
     parser.add_argument("config", type=Path, help="YAML of the run, for example configs/demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_intermixed_args()
+    arguments = parser.parse_args()
     with user_errors():
         config = load_run(arguments.config, arguments.overrides)
         world = join(config.train.timeout_s)

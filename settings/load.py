@@ -81,6 +81,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if raw is None:
+        raise ValueError(f"{path} is empty; it must hold blocks: model, data, train, deepspeed")
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold blocks (model, data, train, deepspeed), got a {type(raw).__name__}")
     return raw

@@ -16,11 +16,16 @@ _OTHER_RANKS_WAIT_S = 5.0
 def user_errors() -> Iterator[None]:
     """Turn ``ValueError`` and ``OSError`` raised inside into ``error: <sentence>`` on stderr and exit status 1.
 
+    Ctrl-C is one word and status 130.
+
     Under a launcher most mistakes hit every rank alike. Ranks other than 0 wait a little before they speak: the
     launcher ends them when rank 0 fails, and the reader is spared as many copies as there are ranks.
     """
     try:
         yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         logging.getLogger("hopscotch").debug("ended by an error", exc_info=True)  # goes to a run's log file, if any
         rank = os.environ.get("RANK", "0")

@@ -206,12 +206,12 @@ class RunConfig(Strict):
         if train.schedule.warmup_steps > train.steps:
             problems.append(
                 f"train.schedule.warmup_steps ({train.schedule.warmup_steps}) must not exceed train.steps "
-                f"({train.steps})"
+                f"({train.steps}); set both"
             )
         if train.global_batch_samples % train.micro_batch_samples:
             problems.append(
                 f"train.global_batch_samples ({train.global_batch_samples}) must be divisible by "
-                f"train.micro_batch_samples ({train.micro_batch_samples})"
+                f"train.micro_batch_samples ({train.micro_batch_samples}); change one of them"
             )
         return problems
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data.batches import TrainingData
-from model.flops import parameter_counts
+from model.flops import dense_flops, executed_flops, parameter_counts
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
@@ -48,4 +48,7 @@ def describe_end(config: RunConfig, before: list[Evaluation] | None, after: list
             f"density          {mean:.3f} in greedy evaluation against a target of {config.model.router.density:.3f} "
             f"(sites from {min(density):.3f} to {max(density):.3f})"
         )
+        routed = after[0].greedy.routed
+        share = executed_flops(config.model, routed) / dense_flops(config.model, routed.tokens, routed.visible_keys)
+        lines.append(f"compute          {share:.0%} of the FLOPs of the same tokens without routers, head included")
     return "\n".join(lines)

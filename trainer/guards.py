@@ -13,7 +13,7 @@ EXIT_PREEMPTED = 75
 
 
 class StopRequest:
-    """Remembers SIGTERM and SIGUSR1 until the ranks can agree on them.
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the ranks can agree on them; a second Ctrl-C ends at once.
 
     The handler only sets a flag: launchers deliver the signal to one rank after the other, so a collective inside a
     handler would wait for ranks that never got it. The flag travels in the step's own all-reduce.
@@ -21,11 +21,13 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def too_many_bad_steps(count: int, step: int, checkpoints: Path) -> str:

@@ -53,13 +53,23 @@ class Metrics:
         self._evaluated_at: set[int] = set()
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
-        step = resumed_at or 0
+        step = self._first_step = resumed_at or 0
         if world.is_main:
             self._keep_lines_up_to(-1 if resumed_at is None else step)
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
             self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-            if sys.stdout.isatty():
-                self._bar = tqdm(total=config.train.steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def open_bar(self) -> None:
+        """Show a progress bar from here on, if rank 0 writes to a terminal."""
+        if self.world.is_main and sys.stdout.isatty():
+            total, done = self.config.train.steps, self._first_step
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False, file=sys.stdout)
+
+    def close_bar(self) -> None:
+        """Take the progress bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def log_step(self, step: int, samples: int, result: StepResult, lr: float, budget: Budget, waited_s: float) -> None:
         """Take in the step that made it ``step`` steps and ``samples`` windows.
@@ -114,8 +124,7 @@ class Metrics:
 
     def close(self) -> None:
         """Flush everything to disk."""
-        if self._bar is not None:
-            self._bar.close()
+        self.close_bar()
         if self._writer is not None:
             self._writer.close()
             self._file.close()

@@ -6,6 +6,7 @@ validate and to take in a step. The loop itself is the stage's own.
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ class Session:
             self.step, self.samples = state["step"], state["samples"]
             self.budget.load_state_dict(state["budget"])
         if world.is_main:
-            self.run.create(config, config_path)
+            _create(self.run, config, config_path)
         world.barrier()
         self.log = open_log(self.run, world)
         peak_tflops = config.train.log.peak_tflops
@@ -94,9 +95,11 @@ class Session:
         self.run.beat(self.step, "saving")
         folder, config, world = self.run.checkpoints, self.config, self.world
         state = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        start = time.perf_counter()
         with self.metrics.paused():
             saved = checkpoint.save(self.engine, folder, self.step, state, self.fingerprint, config, world)
             checkpoint.prune(folder, saved, config.train.checkpoint, world)
+        self.log.info(f"step {self.step:>6,}  saved {saved} in {time.perf_counter() - start:.1f} s")
 
     def validate(self) -> list[Evaluation]:
         """Evaluate every validation set and log it."""
@@ -125,6 +128,15 @@ class Session:
 
 def _span(ids: list[int]) -> str:
     return ", ".join(str(i) for i in ids) if len(ids) <= 8 else f"{ids[0]} to {ids[-1]}, {len(ids)} of them"
+
+
+def _create(run: RunFolder, config: RunConfig, config_path: Path) -> None:
+    try:
+        run.create(config, config_path)
+    except OSError as error:
+        raise ValueError(
+            f"train.run_dir {run.path} cannot be written ({error.strerror}); give a folder that can"
+        ) from error
 
 
 def _refuse_other_vocabulary(config: RunConfig, data: TrainingData) -> None:

@@ -18,13 +18,14 @@ from tests.launching import ROOT, run
 
 def test_commands_in_order_with_this_environments_programs() -> None:
     python, deepspeed = sys.executable, str(Path(sys.executable).with_name("deepspeed"))
-    assert demo.commands("configs/demo.yaml", 2) == [
+    launcher = [deepspeed, "--log_level", "error", "--num_gpus", "2", "--master_port", "29123"]
+    assert demo.commands("configs/demo.yaml", 2, 29123) == [
         [python, "-m", "data.tokenizer", "configs/demo.yaml"],
         [python, "-m", "data.prepare", "configs/demo.yaml"],
-        [deepspeed, "--num_gpus", "2", "--log_level", "error", "--module", "pretrain.train", "configs/demo.yaml"],
+        [*launcher, "--module", "pretrain.train", "configs/demo.yaml"],
     ]
     assert Path(deepspeed).exists()
-    for *_, module, _ in demo.commands("x", 1):
+    for *_, module, _ in demo.commands("x", 1, 29123):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists()
 
 
@@ -64,14 +65,15 @@ def test_it_starts_afresh_and_ends_with_the_status_of_what_failed(
     assert not run_dir.exists()
     (kept,) = run_dir.parent.glob("run-before-*")
     assert (kept / "metrics.jsonl").read_text() == "the run before"
-    assert ran == demo.commands(config, 3)
+    port = int(ran[-1][ran[-1].index("--master_port") + 1])
+    assert port >= 1024 and ran == demo.commands(config, 3, port)
     printed = capsys.readouterr().out
     assert f"$ python -m data.tokenizer {config}" in printed and "demo done" not in printed
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     demo.main()
-    assert ran[-1][2] == "1"  # a rank more than there are GPUs would only wait
+    assert ran[-1][ran[-1].index("--num_gpus") + 1] == "1"  # a rank more than there are GPUs would only wait
 
 
 def test_the_end_says_where_things_lie(
@@ -81,6 +83,6 @@ def test_the_end_says_where_things_lie(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["launch.demo", write_config(tiny)])
-    monkeypatch.setattr(demo, "commands", lambda config, processes: [[sys.executable, "-c", ""]])
+    monkeypatch.setattr(demo, "commands", lambda config, processes, port: [[sys.executable, "-c", ""]])
     assert demo.main() == 0
     assert f"tensorboard --logdir {tiny['train']['run_dir']}" in capsys.readouterr().out

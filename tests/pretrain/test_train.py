@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launching import run, start
+from tests.launching import ROOT, command, environment, run, start
 
 TRAIN = "pretrain.train"
 
@@ -172,3 +174,37 @@ def test_a_mistake_is_one_sentence_and_status_1(tiny, write_config, overrides, s
     assert len(errors) == 1 and sentence in errors[0], done.stdout[-2000:]
     assert "Traceback" not in done.stdout
     assert not Path(tiny["train"]["run_dir"]).exists()
+
+
+def test_a_finished_run_says_so(tiny, write_config):
+    config = write_config(tiny)
+    assert run(TRAIN, config).returncode == 0
+    again = run(TRAIN, config, "train.checkpoint.resume=auto")
+    assert again.returncode == 0 and "all 4 steps were done already; raise train.steps" in again.stdout
+
+
+def test_a_port_that_is_taken_is_one_sentence(tiny, write_config):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            command(TRAIN, write_config(tiny)),
+            cwd=ROOT,
+            env=environment() | one_rank,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"the ranks cannot meet at 127.0.0.1:{port}" in done.stderr and "--master_port N" in done.stderr
+
+
+def test_ctrl_c_saves_and_stops(tiny, write_config):
+    tiny["train"] |= {"steps": 2000}
+    process = start(TRAIN, write_config(tiny))
+    _wait_for(Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000002/manifest.json")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "Traceback" not in output, output[-2000:]

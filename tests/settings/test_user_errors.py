@@ -27,10 +27,17 @@ def test_one_sentence_and_status_one(kind: type[Exception], capsys: pytest.Captu
     assert (out, err) == ("", "error: train.steps must be positive, got 0\n")
 
 
-@pytest.mark.parametrize("kind", [AssertionError, KeyError, RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", [AssertionError, KeyError, RuntimeError])
 def test_our_own_mistakes_pass_through(kind: type[BaseException]) -> None:
     with pytest.raises(kind), user_errors():
         raise kind("bug")
+
+
+def test_ctrl_c_is_one_word_and_status_130(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, user_errors():
+        raise KeyboardInterrupt
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 def test_no_error_no_exit(capsys: pytest.CaptureFixture[str]) -> None:

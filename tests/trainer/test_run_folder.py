@@ -15,7 +15,7 @@ import pytest
 
 from data.batches import TrainingData
 from model.decoder import Decoder
-from model.flops import Routed
+from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
 from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
@@ -110,12 +110,15 @@ def test_the_start_tells_sizes_that_are_true(configure: Configure, world: World)
 
 def test_the_end_tells_losses_and_densities(configure: Configure) -> None:
     config = configure()
-    before = [Evaluation("code", _tally([0.9, 0.9], 6.0), None, None)]
-    after = [Evaluation("code", _tally([0.25, 0.5], 4.5), None, None)]
+    before = [Evaluation("code", _tally([0.9, 0.9, 0.9], 6.0), None, None)]
+    after = [Evaluation("code", _tally([0.25, 0.375, 0.5], 4.5), None, None)]
+    share = executed_flops(config.model, after[0].greedy.routed) / dense_flops(config.model, 100, 1)
+    assert 0.5 < share < 1
     assert describe_end(config, before, after).splitlines() == [
         f"run folder       {config.train.run_dir}",
         "validation loss  code: 6.0000 -> 4.5000 nats per token",
         "density          0.375 in greedy evaluation against a target of 0.500 (sites from 0.250 to 0.500)",
+        f"compute          {share:.0%} of the FLOPs of the same tokens without routers, head included",
     ]
     assert "validation loss  code: 4.5000 nats" in describe_end(config, None, after)  # a resumed run has no start
     assert "density" not in describe_end(configure("model.router=null"), before, after)
