@@ -22,8 +22,8 @@ from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
 from trainer.distributed import World, join, leave
 from trainer.guards import EXIT_PREEMPTED
-from trainer.session import Session
 from trainer.step import train_step
+from trainer.trainer import Trainer
 
 
 def train(config: RunConfig, config_path: Path, world: World) -> int:
@@ -33,8 +33,8 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
         ValueError: for anything that the user can mend; what was saved stays.
     """
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
-    session = Session(config, config_path, data, world)
-    session.log.info(describe_start(config, data, world))
+    trainer = Trainer(config, config_path, data, world)
+    trainer.log.info(describe_start(config, data, world))
     steps, save_every, evaluate_every = (
         config.train.steps,
         config.train.checkpoint.every_steps,
@@ -42,35 +42,35 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     )
 
     # The starting point, or what a kill between save and evaluation left undone.
-    due = session.step % evaluate_every == 0 or session.step == steps
-    evaluated = session.validate() if due and not session.metrics.has_evaluation(session.step) else None
-    before, after = (evaluated, None) if session.step < steps else (None, evaluated)
-    session.metrics.open_bar()
-    with prefetch(micro_batches(data, config, world, session.step, session.samples), depth=2) as loader:
+    due = trainer.step % evaluate_every == 0 or trainer.step == steps
+    evaluated = trainer.validate() if due and not trainer.metrics.has_evaluation(trainer.step) else None
+    before, after = (evaluated, None) if trainer.step < steps else (None, evaluated)
+    trainer.metrics.open_bar()
+    with prefetch(micro_batches(data, config, world, trainer.step, trainer.samples), depth=2) as loader:
         for batches in loader:
-            lr = session.begin_step()
+            lr = trainer.begin_step()
             result = train_step(
-                session.engine, batches, session.budget, config, world, session.step, session.stop.requested
+                trainer.engine, batches, trainer.budget, config, world, trainer.step, trainer.stop.requested
             )
-            session.end_step(result, lr, loader.waited_s)
+            trainer.end_step(result, lr, loader.waited_s)
 
             # Save first, then evaluate: an evaluation that dies must not take the step with it.
-            last = session.step == steps
+            last = trainer.step == steps
             stopping = result.tally.stop > 0 and not last
-            if last or stopping or session.step % save_every == 0:
-                session.save()
+            if last or stopping or trainer.step % save_every == 0:
+                trainer.save()
             if stopping:
-                session.log.info(f"asked to stop: step {session.step:,} is saved; start again with resume=auto")
-                session.close()
+                trainer.log.info(f"asked to stop: step {trainer.step:,} is saved; start again with resume=auto")
+                trainer.close()
                 return EXIT_PREEMPTED
-            if last or session.step % evaluate_every == 0:
-                after = session.validate()
+            if last or trainer.step % evaluate_every == 0:
+                after = trainer.validate()
 
-    session.metrics.close_bar()
+    trainer.metrics.close_bar()
     if after is None:
-        session.log.info(f"all {steps:,} steps were done already; raise train.steps to go on")
-    session.log.info(describe_end(config, before, after))
-    session.close()
+        trainer.log.info(f"all {steps:,} steps were done already; raise train.steps to go on")
+    trainer.log.info(describe_end(config, before, after))
+    trainer.close()
     return 0
 
 

@@ -15,7 +15,7 @@ import yaml
 from pretrain.train import train
 from settings import user_errors
 from settings.load import _apply_override
-from trainer import session
+from trainer import trainer
 from trainer.config import RunConfig, load_run
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine
@@ -73,7 +73,7 @@ def train_here(
                 engine.destroy()
             engines.clear()
 
-    monkeypatch.setattr(session, "build_engine", build)
+    monkeypatch.setattr(trainer, "build_engine", build)
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)

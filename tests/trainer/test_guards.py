@@ -18,8 +18,8 @@ from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.guards import StopRequest, too_many_bad_steps
-from trainer.session import Session
 from trainer.step import StepResult, Tally
+from trainer.trainer import Trainer
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -73,14 +73,14 @@ def test_good_steps_in_between_start_the_count_again(
     tiny: dict[str, Any], train_here: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two bad, one good, two bad: never three in a row."""
-    end_step = Session.end_step
+    end_step = Trainer.end_step
     seen: list[bool] = []
 
     def some_bad(self: Any, result: StepResult, lr: float, waited_s: float) -> None:
         seen.append(len(seen) not in (2, 5))
         end_step(self, StepResult(result.tally, result.penalty, None, not seen[-1], []), lr, waited_s)
 
-    monkeypatch.setattr(Session, "end_step", some_bad)
+    monkeypatch.setattr(Trainer, "end_step", some_bad)
     tiny["train"] |= {"max_bad_steps": 3, "checkpoint": {"every_steps": 100}, "evaluation": {"every_steps": 100}}
     assert train_here(tiny, "train.steps=6") == 0
     assert seen == [True, True, False, True, True, False]
@@ -90,15 +90,15 @@ def test_good_steps_in_between_start_the_count_again(
 @pytest.mark.parametrize(("bad_ranks", "ends"), [([], False), ([(0, [1])], True)])
 def test_in_fp16_only_a_bad_loss_counts(configure: Callable[..., RunConfig], bad_ranks: Any, ends: bool) -> None:
     """A gradient that overflows there is how the loss scale is found."""
-    session = object.__new__(Session)
-    session.config = configure("train.precision=fp16", "train.max_bad_steps=2")
-    session.step, session.samples, session._bad_in_a_row = 0, 0, 0
-    session.metrics = session.log = session.run = session.budget = MagicMock()
+    trainer = object.__new__(Trainer)
+    trainer.config = configure("train.precision=fp16", "train.max_bad_steps=2")
+    trainer.step, trainer.samples, trainer._bad_in_a_row = 0, 0, 0
+    trainer.metrics = trainer.log = trainer.run = trainer.budget = MagicMock()
     tally = Tally(1.0, 0.0, 1, 0, Routed(1, 1, [], []), 0)
     result = StepResult(tally, 0.0, None, False, bad_ranks)
-    session.end_step(result, 0.1, 0.0)
+    trainer.end_step(result, 0.1, 0.0)
     if not ends:
-        session.end_step(result, 0.1, 0.0)
+        trainer.end_step(result, 0.1, 0.0)
         return
     with pytest.raises(ValueError, match="2 steps in a row up to step 2"):
-        session.end_step(result, 0.1, 0.0)
+        trainer.end_step(result, 0.1, 0.0)

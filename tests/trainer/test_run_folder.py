@@ -22,8 +22,8 @@ from trainer.describe import describe_end, describe_start
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.run_folder import RunFolder, open_log
-from trainer.session import Session
 from trainer.step import StepResult, Tally
+from trainer.trainer import Trainer
 
 Configure = Callable[..., RunConfig]
 Write = Callable[..., str]
@@ -129,7 +129,7 @@ def test_a_bad_step_names_ranks_and_samples(configure: Configure) -> None:
     result = StepResult(_tally([0.5], 1.0), 0.0, None, False, [(1, [8, 9]), (3, list(range(20, 32)))])
 
     def describe(result: StepResult, *overrides: str) -> str:
-        return Session._describe_bad_step(SimpleNamespace(step=2, samples=16, config=configure(*overrides)), result)  # type: ignore[arg-type]
+        return Trainer._describe_bad_step(SimpleNamespace(step=2, samples=16, config=configure(*overrides)), result)  # type: ignore[arg-type]
 
     told = describe(result)
     assert told.startswith("step 2: the loss was not finite on rank 1 (its samples 8, 9); rank 3 (its samples 20 to 31")

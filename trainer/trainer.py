@@ -1,6 +1,6 @@
 """What both stages hold while they train: engine, budget, run folder, metrics, and what to do with them.
 
-A session is opened on a config, resumes from a checkpoint if the config says so, and then knows how to save, to
+A trainer is opened on a config, resumes from a checkpoint if the config says so, and then knows how to save, to
 validate and to take in a step. The loop itself is the stage's own.
 """
 
@@ -25,7 +25,7 @@ from trainer.schedules import lr_ratio
 from trainer.step import StepResult
 
 
-class Session:
+class Trainer:
     """A run in progress.
 
     Args:
