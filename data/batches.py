@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,12 @@ class Batch:
     """int64 [B, T], number of the document within the window, from 0, never falling; None unless confine_attention."""
     positions: Tensor | None
     """int64 [B, T], 0 at every document's and every window's start; None unless restart_positions."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with ``change`` applied to each of its tensors."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in parts.items()}
+        return Batch(**changed)
 
 
 @dataclass(frozen=True)

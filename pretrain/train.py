@@ -44,7 +44,8 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     # The starting point, or what a kill between save and evaluation left undone.
     due = trainer.step % evaluate_every == 0 or trainer.step == steps
     evaluated = trainer.validate() if due and not trainer.metrics.has_evaluation(trainer.step) else None
-    before, after = (evaluated, None) if trainer.step < steps else (None, evaluated)
+    before = evaluated if trainer.step == 0 else None
+    after = evaluated if trainer.step == steps else None
     trainer.metrics.open_bar()
     with prefetch(micro_batches(data, config, world, trainer.step, trainer.samples), depth=2) as loader:
         for batches in loader:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -54,8 +54,7 @@ def _pass(
     for batch in validation_set.batches(world.rank, world.size, train.micro_batch_samples, train.evaluation.samples):
         # Rows that only fill up are left out; where all are, one still runs, because under ZeRO every rank must.
         real = int((batch.sample_ids >= 0).sum())
-        batch = _first_rows(batch, max(real, 1))
-        (batch,) = to_device([batch], world.device)
+        batch = to_device(_first_rows(batch, max(real, 1)), world.device)
         output = forward(engine, batch, config, step / train.steps)
         if not real:
             continue
@@ -67,6 +66,4 @@ def _pass(
 
 
 def _first_rows(batch: Batch, rows: int) -> Batch:
-    whole = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    parts: dict[str, Any] = {name: None if part is None else part[:rows] for name, part in whole.items()}
-    return Batch(**parts)
+    return batch.map(lambda tensor: tensor[:rows])

@@ -11,8 +11,8 @@ Dimension letters: B micro-batch, T tokens, S routed sites.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -111,12 +111,9 @@ class Counter:
         return Tally(nll, z, int(targets), int(stop), routed, int(bad))
 
 
-def to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """The batches with their tensors on ``device``; copies from pinned memory do not wait."""
-    for batch in batches:
-        parts = {field.name: getattr(batch, field.name) for field in fields(batch)}
-        moved: dict[str, Any] = {n: None if p is None else p.to(device, non_blocking=True) for n, p in parts.items()}
-        yield Batch(**moved)
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``; copies from pinned memory do not wait."""
+    return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def forward(engine: Any, batch: Batch, config: RunConfig, progress: float) -> DecoderOutput:
@@ -152,7 +149,8 @@ def train_step(
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)
     counter = Counter(budget.sites, world.device)
-    for number, batch in enumerate(to_device(micro_batches, world.device)):
+    for number, host_batch in enumerate(micro_batches):
+        batch = to_device(host_batch, world.device)
         output = forward(engine, batch, config, progress)
         assert output.loss is not None
         loss = output.loss.loss * per_target.float()
@@ -168,8 +166,9 @@ def train_step(
     world.sum(counter.sums)
     norm, applied = _update(engine, config)
     if applied:
-        penalty = float(budget.penalty(counter.density(), progress))
-        budget.observe(counter.density(), progress)
+        density = counter.density()
+        penalty = float(budget.penalty(density, progress))
+        budget.observe(density, progress)
         return StepResult(counter.tally(), penalty, norm, True, [])
     ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
     bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if own_bad > 0 else None) if entry]
