@@ -14,18 +14,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention, Visibility
+from model.attention import Attention
 from model.cache import KVCache
 from model.config import ModelConfig, RouterConfig
 from model.norm import RMSNorm
 from model.router import ROUTERS, Gate, RoutingInputs
 from model.selection import Selection
+from model.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,12 @@ class PassInputs:
     """What every layer of one forward pass shares.
 
     Attributes:
-        cos, sin: rotation of the tokens, [B or 1, T, K].
+        cos, sin: rotation of the tokens, [B, T, K].
         visibility: which keys each query sees.
         routing: what routers read; None for a dense model.
         cache: the KV cache to append to, if any.
         recompute: activation checkpointing: recompute a layer's inside in the backward pass.
+        capacity_tokens: most tokens of a row that a routed site executes; None for no limit.
     """
 
     cos: Tensor
@@ -46,6 +49,21 @@ class PassInputs:
     routing: RoutingInputs | None
     cache: KVCache | None
     recompute: bool
+    capacity_tokens: int | None = None
+
+
+class Decision(NamedTuple):
+    """What a router asked for and what was done.
+
+    Attributes:
+        gate: the router's answer.
+        executed: bool [B, T], tokens that execute: the gate's, less those beyond the capacity.
+        selection: the tokens that are computed.
+    """
+
+    gate: Gate
+    executed: Tensor
+    selection: Selection
 
 
 class FeedForward(nn.Module):
@@ -81,7 +99,7 @@ class Block(nn.Module):
                 self.attention_router = make(self.routed, config.width, first_site)
                 self.ffn_router = make(self.routed, config.width, first_site + 1)
 
-    def forward(self, x: Tensor, inputs: PassInputs) -> tuple[Tensor, list[Gate]]:
+    def forward(self, x: Tensor, inputs: PassInputs) -> tuple[Tensor, list[Decision]]:
         """x: [B, T, D] -> [B, T, D] and the decisions of this layer's routed sites, in site order."""
         if self.routed is None:
             return self._run(inputs, self._dense, x), []
@@ -90,29 +108,34 @@ class Block(nn.Module):
         return self._module_routed(x, inputs, self.routed)
 
     def _dense(self, x: Tensor, inputs: PassInputs) -> Tensor:
-        everything = Selection.everything(*x.shape[:2])
-        h = self.input_layernorm(x)
-        return everything.add(x, self._layer_update(x, h, everything, inputs))
+        selection = Selection.everything(*x.shape[:2])
+        update = self._layer_update(x, self.input_layernorm(x), selection, inputs)
+        return selection.add(x, update)
 
-    def _layer_routed(self, x: Tensor, inputs: PassInputs, config: RouterConfig) -> tuple[Tensor, list[Gate]]:
+    def _layer_routed(self, x: Tensor, inputs: PassInputs, config: RouterConfig) -> tuple[Tensor, list[Decision]]:
         h = self.input_layernorm(x)
-        gate = self.router(h if config.input == "normed" else x, inputs.routing)
-        selection = _select(gate, config)
-        update = self._run(inputs, self._layer_update, x, h, selection)
-        return selection.add(x, _weigh(update, gate, selection, config)), [gate]
+        decision = _decide(self.router(h if config.input == "normed" else x, inputs.routing), config, inputs)
+        if _nothing_to_do(decision, inputs):
+            self._keys_values(h, inputs)
+            return x, [decision]
+        update = self._run(inputs, self._layer_update, x, h, decision.selection)
+        return decision.selection.add(x, _weigh(update, decision, config)), [decision]
 
-    def _module_routed(self, x: Tensor, inputs: PassInputs, config: RouterConfig) -> tuple[Tensor, list[Gate]]:
+    def _module_routed(self, x: Tensor, inputs: PassInputs, config: RouterConfig) -> tuple[Tensor, list[Decision]]:
         h = self.input_layernorm(x)
-        attention_gate = self.attention_router(h if config.input == "normed" else x, inputs.routing)
-        selection = _select(attention_gate, config)
-        update = self._run(inputs, self._attention_update, h, selection)
-        x = selection.add(x, _weigh(update, attention_gate, selection, config))
+        attention = _decide(self.attention_router(h if config.input == "normed" else x, inputs.routing), config, inputs)
+        if _nothing_to_do(attention, inputs):
+            self._keys_values(h, inputs)
+        else:
+            update = self._run(inputs, self._attention_update, h, attention.selection)
+            x = attention.selection.add(x, _weigh(update, attention, config))
 
         h = self.post_attention_layernorm(x)
-        ffn_gate = self.ffn_router(h if config.input == "normed" else x, inputs.routing)
-        selection = _select(ffn_gate, config)
-        update = self._run(inputs, self._ffn_update, h, selection)
-        return selection.add(x, _weigh(update, ffn_gate, selection, config)), [attention_gate, ffn_gate]
+        ffn = _decide(self.ffn_router(h if config.input == "normed" else x, inputs.routing), config, inputs)
+        if not _nothing_to_do(ffn, inputs):
+            update = self._run(inputs, self._ffn_update, h, ffn.selection)
+            x = ffn.selection.add(x, _weigh(update, ffn, config))
+        return x, [attention, ffn]
 
     def _layer_update(self, x: Tensor, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
         """What attention and feed-forward together add to the selected tokens, [N, D]."""
@@ -120,11 +143,14 @@ class Block(nn.Module):
         return attended + self.mlp(self.post_attention_layernorm(selection.gather(x) + attended))
 
     def _attention_update(self, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
-        keys, values = self.self_attn.keys_values(h, inputs.cos, inputs.sin)
-        if inputs.cache is not None:
-            keys, values = inputs.cache.append(self.layer, keys, values)
-        cos, sin = (selection.gather(t.expand(*h.shape[:2], -1)) for t in (inputs.cos, inputs.sin))
+        keys, values = self._keys_values(h, inputs)
+        cos, sin = selection.gather(inputs.cos), selection.gather(inputs.sin)
         return self.self_attn(selection.gather(h), keys, values, cos, sin, selection, inputs.visibility)
+
+    def _keys_values(self, h: Tensor, inputs: PassInputs) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens, the cached ones included, [B, S, G, K] each."""
+        keys, values = self.self_attn.keys_values(h, inputs.cos, inputs.sin)
+        return (keys, values) if inputs.cache is None else inputs.cache.append(self.layer, keys, values)
 
     def _ffn_update(self, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
         return self.mlp(selection.gather(h))
@@ -139,15 +165,25 @@ class Block(nn.Module):
         return part(*args, inputs)
 
 
-def _select(gate: Gate, config: RouterConfig) -> Selection:
+def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
     if config.execution == "reference":
-        return Selection.everything(*gate.executed.shape)
-    return Selection.of(gate.executed)
+        return Decision(gate, gate.executed, Selection.everything(*gate.executed.shape))
+    if inputs.capacity_tokens is not None:
+        selection, executed = Selection.capped(gate.executed, inputs.capacity_tokens)
+        return Decision(gate, executed, selection)
+    # A token at a time there is nothing to round up, and whether anything runs at all is worth waiting for.
+    round_to = 1 if gate.executed.shape[1] == 1 else None
+    return Decision(gate, gate.executed, Selection.of(gate.executed, round_to))
 
 
-def _weigh(update: Tensor, gate: Gate, selection: Selection, config: RouterConfig) -> Tensor:
+def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
+    """True where generation may leave a site out. In training its modules run on no rows, for ZeRO's collectives."""
+    return inputs.cache is not None and decision.selection.size == 0
+
+
+def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
     """Multiply an update [N, D] by its tokens' gate values, letting gradients through as ``gate_gradient`` says."""
-    value = gate.value
+    value = decision.gate.value
     if config.gate_gradient == "executed":
-        value = torch.where(gate.executed, value, value.detach())
-    return update * selection.gather(value)[:, None].to(update.dtype)
+        value = torch.where(decision.executed, value, value.detach())
+    return update * decision.selection.gather(value)[:, None].to(update.dtype)

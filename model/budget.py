@@ -11,7 +11,9 @@ with f_s the site's share of the skippable FLOPs and S the number of sites. The 
 
 The r in the price is the density of the optimiser step before, over all ranks and micro-batches, not that of the
 micro-batch in hand. So the error is that of the global batch whatever the number of ranks and the accumulation split,
-and the forward pass needs no collective. Density moves by a few thousandths a step; the first step is free.
+and the forward pass needs no collective. Density moves by a few thousandths a step; the first step is free. Tokens
+that a router wants to execute and for which a capacity had no room are counted in r: the budget brings the router down
+to its density, the capacity only bounds the cost until then.
 
 ``controller: adaptive`` adds an integral term to the price, ``I += rate (r - P)`` after every step: dual ascent on
 the constraint r = P, which ends at the price that meets the target, whatever c is.
@@ -33,12 +35,12 @@ class Budget:
 
     Args:
         config: the model's config. A budget of a dense model, or of routers without weights, never asks a price.
-        sequence_tokens: window length, for the sites' FLOP shares.
+        sequence_tokens: window length, for the sites' FLOP shares and the capacity.
         device: where prices live.
     """
 
     def __init__(self, config: ModelConfig, sequence_tokens: int, device: torch.device | str = "cpu"):
-        self.router = config.router
+        self.router, self.sequence_tokens = config.router, sequence_tokens
         self.sites = len(config.sites)
         self.active = self.router is not None and self.router.kind == "learned"
         shares = site_shares(config, sequence_tokens) if self.sites else []
@@ -58,6 +60,12 @@ class Budget:
         done = (progress - budget.dense_until) / (budget.reach_by - budget.dense_until)
         return 1.0 + (self.router.density - 1.0) * done
 
+    def capacity_tokens(self, progress: float, device_type: str) -> int | None:
+        """Most tokens of a window that a site may execute at ``progress`` on that device; None where all may."""
+        if self.router is None:
+            return None
+        return self.router.capacity_tokens(self.sequence_tokens, self.target(progress), device_type)
+
     def prices(self) -> Tensor:
         """Nats per unit of density for this step, fp32 [S]; the gradient of the penalty at the last step's density."""
         if not self.active:
@@ -66,7 +74,7 @@ class Budget:
         return self._scale() * (2 * self.router.budget.coefficient * self._error + self._integral)
 
     def penalty(self, density: Tensor, progress: float) -> Tensor:
-        """The regulariser's value for the densities [S] of a whole step, in nats: a scalar, for the log."""
+        """The regulariser's value for the wanted densities [S] of a whole step, in nats: a scalar, for the log."""
         if not self.active:
             return torch.zeros((), device=density.device)
         assert self.router is not None
@@ -74,7 +82,7 @@ class Budget:
         return self.router.budget.coefficient * (self._scale() * error.square()).sum()
 
     def observe(self, density: Tensor, progress: float) -> None:
-        """Take in the densities [S] of the step just done, averaged over all ranks and micro-batches."""
+        """Take in the wanted densities [S] of the step just done, averaged over all ranks and micro-batches."""
         if not self.active:
             return
         assert self.router is not None

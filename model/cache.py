@@ -24,7 +24,7 @@ class KVCache:
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity_tokens: int, device: torch.device, dtype: torch.dtype):
-        shape = (config.layers, batch, config.kv_heads, capacity_tokens, config.head_dim)
+        shape = (config.layers, batch, capacity_tokens, config.kv_heads, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.documents = torch.zeros(batch, capacity_tokens, dtype=torch.int64, device=device)
@@ -41,11 +41,11 @@ class KVCache:
             )
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values [B, G, T, K]; return all of them so far [B, G, length + T, K]."""
-        end = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : end] = keys
-        self.values[layer, :, :, self.length : end] = values
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        """Write a layer's new keys and values [B, T, G, K]; return all of them so far [B, length + T, G, K]."""
+        end = self.length + keys.shape[1]
+        self.keys[layer, :, self.length : end] = keys
+        self.values[layer, :, self.length : end] = values
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def append_documents(self, documents: Tensor) -> Tensor:
         """Note the new tokens' documents [B, T]; return those of all keys so far [B, length + T]."""

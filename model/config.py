@@ -6,6 +6,7 @@ between ``configs/dense_160m.yaml`` and ``configs/skip_160m.yaml``.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -104,8 +105,12 @@ class RouterConfig(Block):
     """Scale of the Gumbel noise on the logits in training; 1 throughout is the paper's."""
     temperature: Ramp = Ramp(start=1.0, end=1.0, until=1.0)
     """Temperature of the soft gate whose gradient the hard gate borrows."""
-    execution: Literal["sparse", "reference"] = "sparse"
-    """``sparse`` gathers the executed tokens; ``reference`` computes all tokens and masks (slow, same results)."""
+    execution: Literal["auto", "rounded", "capacity", "reference"] = "auto"
+    """How executed tokens are computed in training: ``rounded`` gathers them all, ``capacity`` a fixed number a window
+    (static shapes, overflow dropped), ``reference`` computes every token and masks (slow). ``auto``: capacity on a GPU,
+    rounded on the CPU. Evaluation and generation never drop."""
+    capacity_factor: float = Field(1.25, ge=1)
+    """capacity: room for this times the target density, rounded up to whole blocks of 128 tokens a window."""
     gate_gradient: Literal["executed", "all"] = "executed"
     """Which tokens' gates learn from the language-model loss; ``all`` (textbook straight-through) needs
     ``execution: reference``, because a skipped token's layer output must be computed for it."""
@@ -114,16 +119,29 @@ class RouterConfig(Block):
 
     @model_validator(mode="after")
     def _consistent(self) -> RouterConfig:
-        if self.gate_gradient == "all" and self.execution == "sparse":
+        if self.gate_gradient == "all" and self.execution != "reference":
             raise ValueError(
-                "router.gate_gradient 'all' needs the layer output of skipped tokens, which router.execution 'sparse' "
-                "does not compute; set router.execution: reference, or gate_gradient: executed"
+                "router.gate_gradient 'all' needs the layer output of skipped tokens, which only router.execution "
+                f"'reference' computes, got {self.execution!r}; set router.execution: reference, or gate_gradient: "
+                "executed"
             )
         for name in ("noise", "temperature"):
             ramp = getattr(self, name)
             if min(ramp.start, ramp.end) < 0 or (name == "temperature" and min(ramp.start, ramp.end) == 0):
                 raise ValueError(f"router.{name} must stay positive, got {ramp.start} to {ramp.end}")
         return self
+
+    def execution_on(self, device_type: str) -> str:
+        """``execution`` with ``auto`` resolved for ``cpu`` or ``cuda``."""
+        if self.execution != "auto":
+            return self.execution
+        return "rounded" if device_type == "cpu" else "capacity"
+
+    def capacity_tokens(self, tokens: int, target: float, device_type: str) -> int | None:
+        """How many of a window's ``tokens`` a site may execute at density ``target``; None where there is no limit."""
+        if self.execution_on(device_type) != "capacity":
+            return None
+        return min(math.ceil(target * self.capacity_factor * tokens / 128) * 128, tokens)
 
 
 class ModelConfig(Block):

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.attention import Visibility
-from model.block import Block, PassInputs
+from model.block import Block, Decision, PassInputs
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.head import LMHead, LossSums
 from model.norm import RMSNorm
 from model.rotary import rotation
-from model.router import Gate, RoutingInputs
+from model.router import RoutingInputs
+from model.visibility import Visibility
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,20 @@ class RoutingRecord:
     Attributes:
         density: fp32 [S], each site's mean gate value, with the straight-through gradient to its router.
         executed_tokens: int64 [S], tokens that executed.
+        overflow_tokens: int64 [S], tokens whose gate said execute and for which the capacity had no room.
         attended_keys: int64 [S], keys that those tokens saw, summed over them.
         visible_keys: int64 scalar, keys that all B x T tokens see in a layer without a router.
-        executed: bool [S, B, T], the decisions themselves.
+        executed: bool [S, B, T], the tokens that executed.
+        margins: fp32 [S, B, T], execute logit minus skip logit; of learned routers in evaluation mode, else None.
     """
 
     density: Tensor
     executed_tokens: Tensor
+    overflow_tokens: Tensor
     attended_keys: Tensor
     visible_keys: Tensor
     executed: Tensor
+    margins: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,8 @@ class Decoder(nn.Module):
         temperature: Tensor | float = 1.0,
         z_coefficient: float = 0.0,
         cache: KVCache | None = None,
+        capacity_tokens: int | None = None,
+        thresholds: Tensor | None = None,
     ) -> DecoderOutput:
         """Run the model.
 
@@ -92,15 +98,19 @@ class Decoder(nn.Module):
             tokens: int64 [B, T].
             targets: int64 [B, T], -100 where no loss is taken; without them logits are returned.
             sample_ids: int64 [B], the samples' global numbers for the routing noise; zeros unless given.
-            documents: int64 [B, T]; attention stays within equal numbers. One document unless given.
+            documents: int64 [B, T]; attention stays within a run of equal numbers. One document unless given.
             positions: int64 [B, T], rotary positions; counted from the cache's length unless given.
             noise_scale: scale of the routers' Gumbel noise; used in training mode only.
             temperature: of the soft gate; used in training mode only.
             z_coefficient: weight of the z-loss.
             cache: KV cache to read and extend.
+            capacity_tokens: most tokens of a row that a routed site executes, first come first served along the row;
+                no limit unless given. Used in training mode only.
+            thresholds: fp32 [S]; a learned router executes a token whose margin (execute logit minus skip logit)
+                reaches its site's; 0 unless given. Used in evaluation mode only.
 
         Raises:
-            ValueError: for a cache with a router that is not causal, or a full cache.
+            ValueError: for a cache with a router that is not causal, a full cache, or thresholds of another model.
         """
         batch, length = tokens.shape
         past = 0 if cache is None else cache.length
@@ -108,23 +118,41 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)
         if cache is not None:
             documents = self._open_cache(cache, length, documents)
-        cos, sin = rotation(self.config, steps[None] if positions is None else positions, x.dtype)
+        positions = (steps[None] if positions is None else positions).expand(batch, -1)
+        cos, sin = rotation(self.config, positions, x.dtype)
         if sample_ids is None:
             sample_ids = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
-        routing = RoutingInputs(
-            sample_ids, steps, _scalar(noise_scale, tokens), _scalar(temperature, tokens), self.seed
-        )
+        noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
+        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, self._checked(thresholds))
         visibility = Visibility(length, past, documents, tokens.device)
-        inputs = PassInputs(cos, sin, visibility, routing, cache, self.recompute)
-        gates: list[Gate] = []
+        capacity = capacity_tokens if self.training else None
+        inputs = PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity)
+        decisions: list[Decision] = []
         for layer in self.layers:
             x, decided = layer(x, inputs)
-            gates += decided
+            decisions += decided
         if cache is not None:
             cache.advance(length)
         out = self.lm_head(self.norm(x), targets, z_coefficient)
-        record = _record(gates, visibility, batch, length)
+        record = _record(decisions, visibility, batch, length)
         return DecoderOutput(out, None, record) if targets is None else DecoderOutput(None, out, record)
+
+    def compile_layers(self) -> None:
+        """Have torch.compile fuse each layer from the next call on; state dict and results stay the same.
+
+        All layers share one graph, and a count of executed tokens that changes is one symbol in it: nothing is
+        compiled again as densities drift.
+        """
+        for layer in self.layers:
+            layer.compile(dynamic=None)
+
+    def _checked(self, thresholds: Tensor | None) -> Tensor | None:
+        if thresholds is not None and thresholds.shape != (len(self.config.sites),):
+            raise ValueError(
+                f"thresholds must hold one number for each of the {len(self.config.sites)} routed sites, got a tensor "
+                f"of shape {list(thresholds.shape)}"
+            )
+        return thresholds
 
     def _open_cache(self, cache: KVCache, length: int, documents: Tensor | None) -> Tensor | None:
         router = self.config.router
@@ -147,16 +175,21 @@ def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=like.device)
 
 
-def _record(gates: list[Gate], visibility: Visibility, batch: int, length: int) -> RoutingRecord:
+def _record(decisions: list[Decision], visibility: Visibility, batch: int, length: int) -> RoutingRecord:
     counts = visibility.counts().expand(batch, length)
-    if not gates:
+    if not decisions:
         none = counts.new_zeros(0)
-        return RoutingRecord(none.float(), none, none, counts.sum(), none.bool().reshape(0, batch, length))
-    executed = torch.stack([gate.executed for gate in gates])
+        return RoutingRecord(none.float(), none, none, none, counts.sum(), none.bool().reshape(0, batch, length))
+    gates = [decision.gate for decision in decisions]
+    executed = torch.stack([decision.executed for decision in decisions])
+    executed_tokens = executed.sum((1, 2))
+    margins = [gate.margin for gate in gates if gate.margin is not None]
     return RoutingRecord(
         density=torch.stack([gate.value.mean() for gate in gates]),
-        executed_tokens=executed.sum((1, 2)),
+        executed_tokens=executed_tokens,
+        overflow_tokens=torch.stack([gate.executed.sum() for gate in gates]) - executed_tokens,
         attended_keys=(executed * counts).sum((1, 2)),
         visible_keys=counts.sum(),
         executed=executed,
+        margins=torch.stack(margins) if margins else None,
     )

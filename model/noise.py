@@ -17,7 +17,7 @@ _MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MIX_2 = 0x94D049BB133111EB - 2**64
 
 
-def uniform(seed: int, sample_ids: Tensor, site: int, positions: Tensor) -> Tensor:
+def uniform(seed: int, sample_ids: Tensor, site: Tensor | int, positions: Tensor) -> Tensor:
     """Numbers in the open interval (0, 1), fp32.
 
     Args:

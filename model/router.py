@@ -31,10 +31,12 @@ class Gate(NamedTuple):
         executed: bool [B, T].
         value: fp32 [B, T], what an executed token's output is multiplied by: exactly 1 where executed and 0 elsewhere
             for causal kinds, with the soft gate's gradient; expert choice weighs by its score.
+        margin: fp32 [B, T], execute logit minus skip logit; only of a learned router in evaluation mode.
     """
 
     executed: Tensor
     value: Tensor
+    margin: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class RoutingInputs:
         noise_scale: fp32 scalar tensor, the Gumbel noise's scale; read in training mode only.
         temperature: fp32 scalar tensor of the soft gate; read in training mode only.
         seed: the run's seed.
+        thresholds: fp32 [S]; in evaluation mode a learned router executes a token whose margin reaches its site's
+            threshold, 0 unless given.
     """
 
     sample_ids: Tensor
@@ -54,22 +58,33 @@ class RoutingInputs:
     noise_scale: Tensor
     temperature: Tensor
     seed: int
+    thresholds: Tensor | None = None
 
 
-class LearnedRouter(nn.Module):
-    """Zeng et al. 2023: ``d_model -> 2`` logits (skip, execute), straight-through Gumbel-softmax."""
+class Router(nn.Module):
+    """A router of one site. The site's number is a tensor, so that compiled code is the same for all sites."""
+
+    site: Tensor
 
     def __init__(self, config: RouterConfig, width: int, site: int):
         super().__init__()
+        self.config, self.width = config, width
+        self.register_buffer("site", torch.tensor(site), persistent=False)
+
+
+class LearnedRouter(Router):
+    """Zeng et al. 2023: ``d_model -> 2`` logits (skip, execute), straight-through Gumbel-softmax."""
+
+    def __init__(self, config: RouterConfig, width: int, site: int):
+        super().__init__(config, width, site)
         self.weight = nn.Parameter(torch.empty(2, width))
-        self.site = site
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D] -> decisions [B, T]."""
         margin = _margin(x, self.weight)
         if not self.training:
-            executed = margin >= 0
-            return Gate(executed, executed.float())
+            executed = margin >= (0.0 if inputs.thresholds is None else inputs.thresholds[self.site])
+            return Gate(executed, executed.float(), margin)
         u = noise.uniform(inputs.seed, inputs.sample_ids, self.site, inputs.positions)
         margin = margin + inputs.noise_scale * torch.logit(u)
         executed = margin >= 0
@@ -78,38 +93,30 @@ class LearnedRouter(nn.Module):
         return Gate(executed, executed.float() + (soft - soft.detach()))
 
 
-class RandomRouter(nn.Module):
+class RandomRouter(Router):
     """Every token executes with probability P, by the hash of its place: the same in every epoch and evaluation."""
-
-    def __init__(self, config: RouterConfig, width: int, site: int):
-        super().__init__()
-        self.density, self.site = config.density, site
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D], read for nothing but its batch size."""
         u = noise.uniform(inputs.seed, inputs.sample_ids, self.site, inputs.positions)
-        executed = u < self.density
+        executed = u < self.config.density
         return Gate(executed, executed.float())
 
 
-class StrideRouter(nn.Module):
+class StrideRouter(Router):
     """Evenly spaced tokens, exactly P of them, with another phase at every site."""
-
-    def __init__(self, config: RouterConfig, width: int, site: int):
-        super().__init__()
-        self.density, self.phase = config.density, (site * 0.6180339887498949) % 1.0
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D], read for nothing but its batch size."""
-        steps = inputs.positions.double()
+        steps, phase, density = inputs.positions.double(), self.site.double() * 0.6180339887498949, self.config.density
         # Both ends of a token's step by the same formula: "start + density" rounds apart from the next start.
-        start, end = steps * self.density + self.phase, (steps + 1) * self.density + self.phase
+        start, end = steps * density + phase, (steps + 1) * density + phase
         executed = torch.floor(end) > torch.floor(start)
         executed = executed.expand(x.shape[0], -1)
         return Gate(executed, executed.float())
 
 
-class ExpertChoiceRouter(nn.Module):
+class ExpertChoiceRouter(Router):
     """Raposo et al. 2024: the P x T tokens of the sequence with the highest scores, output weighted by the score.
 
     Not causal: whether a token executes depends on later ones. A baseline for training and perplexity, refused for
@@ -117,19 +124,18 @@ class ExpertChoiceRouter(nn.Module):
     """
 
     def __init__(self, config: RouterConfig, width: int, site: int):
-        super().__init__()
+        super().__init__(config, width, site)
         self.weight = nn.Parameter(torch.empty(2, width))
-        self.density = config.density
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D] -> decisions [B, T]."""
         margin = _margin(x, self.weight)
-        chosen = margin.topk(max(round(self.density * margin.shape[1]), 1), dim=1).indices
+        chosen = margin.topk(max(round(self.config.density * margin.shape[1]), 1), dim=1).indices
         executed = torch.zeros_like(margin, dtype=torch.bool).scatter(1, chosen, True)
         return Gate(executed, torch.where(executed, torch.sigmoid(margin), 0.0))
 
 
-ROUTERS: dict[str, type[nn.Module]] = {
+ROUTERS: dict[str, type[Router]] = {
     "learned": LearnedRouter,
     "random": RandomRouter,
     "stride": StrideRouter,

@@ -1,60 +1,138 @@
 """Routed execution: which tokens of a [B, T] grid a site executes, and how they get there and back.
 
 Everything downstream of a routing decision works on a :class:`Selection`: ``gather`` takes the executed tokens out of
-the grid, ``add`` puts their results back, and ``pad``/``unpad`` give attention the rectangle it wants. A selection of
-everything makes each of these a reshape, so dense layers, the masking reference and routed layers are one code path.
+the grid and ``add`` puts their results back. A selection of everything makes both a reshape, so dense layers, the
+masking reference and routed layers are one code path.
 
-    mask      1 0 1 1        index   0 2 3 | 4 6         (flat positions of the executed tokens, N = 5)
-              1 0 1 0        slots   0 1 2 | 3 4         (their place in a [B, C] rectangle, C = 3: the longest row)
+    mask      1 0 1 1        index    0 2 3 | 4 6        flat positions of the executed tokens, N = 5
+              1 0 1 0        columns  0 2 3 | 0 2 3      the same as a rectangle for attention kernels that want one:
+                             slots    0 1 2 | 3 4        C = 3, the longest row; ends of short rows are filled up
+
+Two ways to choose, same results where nothing overflows:
+
+    of       as many tokens as the mask holds, rounded up to a multiple. Nothing is dropped; the host waits to learn
+             the count, and shapes differ from step to step.
+    capped   a fixed number a row, filled first come first served along the row, which is causal. Static shapes and no
+             wait; executed tokens beyond the capacity are dropped.
+
+Both may take in **fillers**, tokens that were to be skipped, to make up the number. Their gate is 0, so what is
+computed for them is multiplied away.
 
 An empty selection still runs every module, on zero rows: under ZeRO each rank must call the same modules in the same
 order and produce a gradient (of zeros) for each parameter, whatever its tokens chose.
 
-Dimension letters: B batch, T tokens, N executed tokens, C columns of the padded rectangle, D width.
+Dimension letters: B batch, T tokens, N selected tokens, C columns of the rectangle, D width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+# Shapes that differ by a few rows cost a GPU new kernel choices and memory blocks; the CPU takes any number.
+_ROUND_TO = {"cpu": 1, "other": 128}
+
+
+@dataclass(frozen=True)
+class Rectangle:
+    """Selected tokens row by row, the short rows filled up.
+
+    Attributes:
+        columns: int64 [B, C], column in the grid of every place, rising along a row; fill has the last column, T - 1.
+        slots: int64 [N], flat place in the rectangle of every selected token; None where there is no fill.
+    """
+
+    columns: Tensor
+    slots: Tensor | None
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """[N, ...] -> [B, C, ...], zeros in the filled places."""
+        if self.slots is None:
+            return rows.unflatten(0, self.columns.shape)
+        rectangle = rows.new_zeros(self.columns.numel(), *rows.shape[1:])
+        return rectangle.index_copy(0, self.slots, rows).unflatten(0, self.columns.shape)
+
+    def unpad(self, rectangle: Tensor) -> Tensor:
+        """[B, C, ...] -> [N, ...], the inverse of :meth:`pad`."""
+        flat = rectangle.flatten(0, 1)
+        return flat if self.slots is None else flat.index_select(0, self.slots)
+
 
 @dataclass(frozen=True)
 class Selection:
-    """The executed tokens. Build one with :meth:`everything` or :meth:`of`.
+    """The tokens to compute. Build one with :meth:`everything`, :meth:`of` or :meth:`capped`.
 
     Attributes:
         batch: B.
-        columns: C, the padded rectangle's width; T for everything.
+        tokens: T.
         index: int64 [N], flat positions in the grid in rising order; None for everything.
-        slots: int64 [N], flat places in the padded rectangle; None for everything.
-        queries: int64 [B, C], column in the grid of every place of the rectangle, 0 where padded; None for everything.
+        row_tokens: selected tokens of every row, where it is the same number for all.
     """
 
     batch: int
-    columns: int
+    tokens: int
     index: Tensor | None = None
-    slots: Tensor | None = None
-    queries: Tensor | None = None
+    row_tokens: int | None = None
 
     @staticmethod
     def everything(batch: int, tokens: int) -> Selection:
         """All B x T tokens."""
-        return Selection(batch, tokens)
+        return Selection(batch, tokens, None, tokens)
 
     @staticmethod
-    def of(mask: Tensor) -> Selection:
-        """The tokens where the bool ``mask`` [B, T] is set. Reads the counts on the host."""
+    @torch.compiler.disable
+    def of(mask: Tensor, round_to: int | None = None) -> Selection:
+        """The tokens where the bool ``mask`` [B, T] is set, and fillers up to a multiple of ``round_to``.
+
+        Waits for the device to count them. ``round_to`` is 1 on the CPU and 128 elsewhere unless given.
+        """
         batch, tokens = mask.shape
-        index = mask.flatten().nonzero().squeeze(-1)
-        rank = mask.cumsum(dim=1) - 1  # place within its row
-        columns = max(int(rank[:, -1].max()) + 1, 1)
-        slots = (rank + columns * torch.arange(batch, device=mask.device)[:, None]).flatten()[index]
-        queries = torch.zeros(batch * columns, dtype=torch.int64, device=mask.device)
-        queries[slots] = index % tokens
-        return Selection(batch, columns, index, slots, queries.view(batch, columns))
+        flat = mask.flatten()
+        round_to = round_to or _ROUND_TO["cpu" if mask.is_cpu else "other"]
+        if round_to == 1:
+            return Selection(batch, tokens, flat.nonzero().squeeze(-1))
+        count = int(flat.sum())
+        size = min(max(-(-count // round_to), 1) * round_to, flat.numel())
+        return Selection(batch, tokens, _first(_fill(flat, size - count), size))
+
+    @staticmethod
+    def capped(mask: Tensor, capacity: int) -> tuple[Selection, Tensor]:
+        """In every row the first ``capacity`` tokens of ``mask`` [B, T], and fillers where there are fewer.
+
+        Returns the selection and the part of ``mask`` that is in it, bool [B, T].
+        """
+        batch, tokens = mask.shape
+        capacity = min(capacity, tokens)
+        if capacity == tokens:
+            return Selection.everything(batch, tokens), mask
+        kept = mask & (mask.cumsum(dim=1) <= capacity)
+        chosen = _fill(kept, capacity - kept.sum(dim=1, keepdim=True))
+        return Selection(batch, tokens, _first(chosen.flatten(), batch * capacity), capacity), kept
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.batch * self.tokens if self.index is None else len(self.index)
+
+    @cached_property
+    def rectangle(self) -> Rectangle:
+        """The selected tokens row by row; waits for the device where rows differ in length."""
+        assert self.index is not None, "everything is a rectangle as it is"
+        columns = self.index % self.tokens
+        if self.row_tokens is not None:
+            return Rectangle(columns.view(self.batch, self.row_tokens), None)
+        row = self.index // self.tokens
+        counts = torch.bincount(row, minlength=self.batch)
+        width = max(int(counts.max()), 1)
+        begins = counts.cumsum(0) - counts  # place of each row's first token among the selected
+        moved = torch.arange(0, self.batch * width, width, device=row.device) - begins
+        slots = torch.arange(len(row), device=row.device) + moved[row]
+        filled = columns.new_full((self.batch * width,), self.tokens - 1)
+        filled[slots] = columns
+        return Rectangle(filled.view(self.batch, width), slots)
 
     def gather(self, x: Tensor) -> Tensor:
         """[B, T, ...] -> [N, ...]."""
@@ -67,14 +145,13 @@ class Selection:
             return x + update.view_as(x)
         return x.flatten(0, 1).index_add(0, self.index, update).view_as(x)
 
-    def pad(self, rows: Tensor) -> Tensor:
-        """[N, ...] -> [B, C, ...], zeros in the empty places."""
-        if self.slots is None:
-            return rows.unflatten(0, (self.batch, self.columns))
-        rectangle = rows.new_zeros(self.batch * self.columns, *rows.shape[1:])
-        return rectangle.index_copy(0, self.slots, rows).unflatten(0, (self.batch, self.columns))
 
-    def unpad(self, rectangle: Tensor) -> Tensor:
-        """[B, C, ...] -> [N, ...], the inverse of :meth:`pad`."""
-        flat = rectangle.flatten(0, 1)
-        return flat if self.slots is None else flat.index_select(0, self.slots)
+def _fill(mask: Tensor, missing: Tensor | int) -> Tensor:
+    """``mask`` [..., T] with the first ``missing`` unset entries of each row set as well."""
+    unset = ~mask
+    return mask | (unset & (unset.cumsum(dim=-1) <= missing))
+
+
+def _first(mask: Tensor, size: int) -> Tensor:
+    """Positions of the ``size`` set entries of the flat ``mask``, in rising order, without counting them."""
+    return torch.nonzero_static(mask, size=size).squeeze(-1)

@@ -117,6 +117,8 @@ class TrainConfig(Strict):
     """Weight of the squared log-partition (PaLM uses 1e-4)."""
     activation_checkpointing: bool = False
     """Recompute each layer's inside in the backward pass instead of holding it."""
+    compile: bool = False
+    """Compile each layer with torch.compile (needs a C++ compiler on the CPU, Triton on a GPU). Stages 0 to 2."""
     max_bad_steps: int = Field(5, gt=0)
     """Stop the run after this many steps in a row with a loss or gradient that is not finite."""
     timeout_s: float = Field(1800.0, gt=0)
@@ -199,6 +201,11 @@ class RunConfig(Strict):
             problems.append(f"deepspeed.offload {offload} needs deepspeed.zero_stage 1, 2 or 3, got 0")
         if offload == "all" and stage != 3:
             problems.append(f"deepspeed.offload all moves parameters, which needs deepspeed.zero_stage 3, got {stage}")
+        if self.train.compile and stage == 3:
+            problems.append(
+                "train.compile needs deepspeed.zero_stage 0, 1 or 2, because stage 3 fetches parameters in hooks that "
+                "torch.compile does not see; got 3"
+            )
         return problems
 
     def _schedule(self) -> list[str]:

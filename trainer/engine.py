@@ -37,6 +37,8 @@ def build_engine(config: RunConfig, world: World) -> Any:
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
 
     initialise(model, config.model, config.train.seed, gather)
+    if config.train.compile:
+        model.compile_layers()
     groups = parameter_groups(model, config.train.optimizer)
     optimizer = _optimizer(config, groups, world.device)
     before = [p.detach().clone() for p in model.parameters()] if _steps_when_built(config) else []

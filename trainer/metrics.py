@@ -159,6 +159,7 @@ class Metrics:
             line["budget/penalty"] = _mean([r.penalty for r in good]) if good else math.nan
             line["budget/target"] = budget.target(progress)
             line["density/mean"] = _mean(density)
+            line["density/overflow"] = _mean([r.tally.overflow for r in self._since_log])
             line |= {f"density/{site}": value for site, value in zip(self.sites, density, strict=True)}
             prices = budget.prices().tolist()
             line |= {f"budget/price/{site}": value for site, value in zip(self.sites, prices, strict=True)}

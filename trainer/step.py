@@ -38,6 +38,7 @@ class Tally:
         stop: ranks that were asked to stop.
         routed: what ran.
         bad_micro_batches: forward passes whose loss was not finite.
+        overflow_tokens: per routed site, tokens whose gate said execute and for which the capacity had no room.
     """
 
     nll: float
@@ -46,6 +47,7 @@ class Tally:
     stop: int
     routed: Routed
     bad_micro_batches: int
+    overflow_tokens: list[float]
 
     @property
     def loss(self) -> float:
@@ -56,6 +58,11 @@ class Tally:
     def density(self) -> list[float]:
         """Share of tokens that each routed site executed."""
         return [executed / self.routed.tokens for executed in self.routed.executed_tokens]
+
+    @property
+    def overflow(self) -> float:
+        """Share of all decisions that were to execute and for which the capacity had no room."""
+        return sum(self.overflow_tokens) / max(self.routed.tokens * len(self.overflow_tokens), 1)
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Counter:
 
     def __init__(self, sites: int, device: torch.device):
         self.sites = sites
-        self.sums = torch.zeros(self._SCALARS + 2 * sites, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(self._SCALARS + 3 * sites, dtype=torch.float64, device=device)
 
     def add(self, output: DecoderOutput, targets: Tensor) -> None:
         """Count one forward pass over ``targets`` [B, T]."""
@@ -94,21 +101,25 @@ class Counter:
         for place, value in ((0, loss.nll), (1, loss.z), (2, (targets != IGNORED).sum()), (4, routing.visible_keys)):
             self.sums[place] += value
         self.sums[6] += ~torch.isfinite(loss.loss)
-        self.sums[self._SCALARS :] += torch.cat((routing.executed_tokens, routing.attended_keys))
+        self.sums[self._SCALARS :] += torch.cat(
+            (routing.executed_tokens, routing.attended_keys, routing.overflow_tokens)
+        )
 
     def ask_to_stop(self) -> None:
         """Count this rank among those that were asked to stop."""
         self.sums[5] += 1
 
-    def density(self) -> Tensor:
-        """Share of tokens that each site executed, fp32 [S], on the device."""
-        return (self.sums[self._SCALARS : self._SCALARS + self.sites] / self.sums[3]).float()
+    def wanted_density(self) -> Tensor:
+        """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
+        executed, _, overflow = self.sums[self._SCALARS :].view(3, self.sites)
+        return ((executed + overflow) / self.sums[3]).float()
 
     def tally(self) -> Tally:
         """The sums on the host."""
         nll, z, targets, tokens, visible, stop, bad, *sites = self.sums.tolist()
-        routed = Routed(tokens, visible, sites[: self.sites], sites[self.sites :])
-        return Tally(nll, z, int(targets), int(stop), routed, int(bad))
+        n = self.sites
+        routed = Routed(tokens, visible, sites[:n], sites[n : 2 * n])
+        return Tally(nll, z, int(targets), int(stop), routed, int(bad), sites[2 * n :])
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -116,8 +127,13 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def forward(engine: Any, batch: Batch, config: RunConfig, progress: float) -> DecoderOutput:
-    """Run the engine on a batch on its device, with the routers' noise and temperature as they are at ``progress``."""
+def forward(
+    engine: Any, batch: Batch, config: RunConfig, progress: float, capacity_tokens: int | None = None
+) -> DecoderOutput:
+    """Run the engine on a batch on its device, with the routers' noise and temperature as they are at ``progress``.
+
+    In training ``capacity_tokens`` is the most tokens of a window that a routed site executes.
+    """
     router = config.model.router
     return engine(
         batch.tokens,
@@ -129,6 +145,7 @@ def forward(engine: Any, batch: Batch, config: RunConfig, progress: float) -> De
         noise_scale=0.0 if router is None else router.noise.at(progress),
         temperature=1.0 if router is None else router.temperature.at(progress),
         z_coefficient=config.train.z_loss,
+        capacity_tokens=capacity_tokens,
     )
 
 
@@ -149,9 +166,10 @@ def train_step(
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)
     counter = Counter(budget.sites, world.device)
+    capacity_tokens = budget.capacity_tokens(progress, world.device.type)
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, world.device)
-        output = forward(engine, batch, config, progress)
+        output = forward(engine, batch, config, progress, capacity_tokens)
         assert output.loss is not None
         loss = output.loss.loss * per_target.float()
         loss = loss + (prices * output.routing.density).sum() / len(micro_batches)
@@ -166,7 +184,7 @@ def train_step(
     world.sum(counter.sums)
     norm, applied = _update(engine, config)
     if applied:
-        density = counter.density()
+        density = counter.wanted_density()
         penalty = float(budget.penalty(density, progress))
         budget.observe(density, progress)
         return StepResult(counter.tally(), penalty, norm, True, [])

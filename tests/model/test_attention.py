@@ -1,4 +1,4 @@
-"""Attention of the executed tokens against a loop over queries, and the masks by themselves."""
+"""Attention of the executed tokens, projections included, against a loop over queries."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import Attention, Visibility
+from model.attention import Attention
 from model.rotary import rotate, rotation
 from model.selection import Selection
+from model.visibility import Visibility
 from tests.model.tiny import VARIANTS, assert_close, config
 
 BATCH, TOKENS = 2, 9
@@ -19,26 +20,6 @@ DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 
 
 def sees(row: int, query: int, documents: Tensor | None) -> list[int]:
     return [k for k in range(query + 1) if documents is None or documents[row, k] == documents[row, query]]
-
-
-@pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one-document", "documents"])
-@pytest.mark.parametrize("past", [0, 4])
-def test_visibility(documents: Tensor | None, past: int) -> None:
-    visibility = Visibility(TOKENS - past, past, documents, torch.device("cpu"))
-    expected = torch.zeros(BATCH, TOKENS - past, TOKENS, dtype=torch.bool)
-    for row in range(BATCH):
-        for query in range(past, TOKENS):
-            expected[row, query - past, sees(row, query, documents)] = True
-    assert torch.equal(visibility.mask.expand(BATCH, -1, -1), expected)
-    assert torch.equal(visibility.counts().expand(BATCH, -1), expected.sum(-1))
-    assert visibility.plain_causal == (past == 0 and documents is None)
-
-    chosen = torch.rand(BATCH, TOKENS - past, generator=torch.Generator().manual_seed(0)) < 0.6
-    selection = Selection.of(chosen)
-    rows = visibility.mask_of(selection)
-    for row in range(BATCH):
-        assert torch.equal(rows[row, : int(chosen[row].sum())], expected[row][chosen[row]])
-    assert rows.any(-1).all()  # a padded query without any key would give NaN
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -55,9 +36,9 @@ def test_against_a_loop(variant: str, documents: Tensor | None, everything: bool
     h = torch.randn(BATCH, TOKENS, cfg.width)
     chosen = torch.rand(BATCH, TOKENS) < (1.1 if everything else 0.5)
     selection = Selection.everything(BATCH, TOKENS) if everything else Selection.of(chosen)
-    cos, sin = rotation(cfg, torch.arange(TOKENS)[None], torch.float32)
+    cos, sin = rotation(cfg, torch.arange(TOKENS).expand(BATCH, -1), torch.float32)
     keys, values = attention.keys_values(h, cos, sin)
-    turns = (selection.gather(t.expand(BATCH, TOKENS, -1)) for t in (cos, sin))
+    turns = (selection.gather(t) for t in (cos, sin))
     visibility = Visibility(TOKENS, 0, documents, h.device)
     found = attention(selection.gather(h), keys, values, *turns, selection, visibility)
 
@@ -69,7 +50,7 @@ def test_against_a_loop(variant: str, documents: Tensor | None, everything: bool
         seen = sees(row, query, documents)
         heads = []
         for head in range(cfg.heads):
-            k, v = keys[row, head // group, seen], values[row, head // group, seen]
+            k, v = keys[row, seen, head // group], values[row, seen, head // group]
             heads.append(torch.softmax(k @ q[head] / math.sqrt(cfg.head_dim), 0) @ v)
         expected.append(attention.o_proj(torch.cat(heads)))
     assert_close(found, torch.stack(expected))

@@ -28,7 +28,7 @@ from tests.model.tiny import (
 BATCH = 3
 KINDS = ["learned", "random", "stride", "expert_choice"]
 granular = pytest.mark.parametrize("granularity", ["layer", "module"])
-executions = pytest.mark.parametrize("execution", ["sparse", "reference"])
+executions = pytest.mark.parametrize("execution", ["rounded", "reference"])
 
 
 def step(model: Decoder, confined: bool = False) -> tuple[DecoderOutput, dict[str, Tensor]]:
@@ -83,7 +83,7 @@ def assert_same_step(first: Decoder, second: Decoder, confined: bool = False) ->
 @granular
 @pytest.mark.parametrize("confined", [False, True], ids=["one-document", "documents"])
 def test_sparse_equals_reference(kind: str, granularity: str, confined: bool) -> None:
-    pair = [decoder(config(kind, granularity=granularity, execution=e)) for e in ("sparse", "reference")]
+    pair = [decoder(config(kind, granularity=granularity, execution=e)) for e in ("rounded", "reference")]
     assert_same_step(*pair, confined=confined)
     with torch.no_grad():
         logits = [model.eval()(random_tokens()).logits for model in pair]
@@ -95,7 +95,7 @@ def test_sparse_equals_reference(kind: str, granularity: str, confined: bool) ->
 @granular
 def test_sparse_equals_reference_in_every_variant(variant: str, input_kind: str, granularity: str) -> None:
     made = {"granularity": granularity, "input": input_kind, "always_on_first": 1}
-    pair = [decoder(config("learned", variant, execution=e, **made)) for e in ("sparse", "reference")]
+    pair = [decoder(config("learned", variant, execution=e, **made)) for e in ("rounded", "reference")]
     assert_same_step(*pair)
 
 
@@ -104,7 +104,7 @@ def test_sparse_equals_reference_in_every_variant(variant: str, input_kind: str,
 @pytest.mark.parametrize("confined", [False, True], ids=["one-document", "documents"])
 def test_sparse_equals_reference_whatever_is_executed(pattern: str, granularity: str, confined: bool) -> None:
     pair = []
-    for execution in ("sparse", "reference"):
+    for execution in ("rounded", "reference"):
         cfg = config("learned", granularity=granularity, execution=execution)
         pair.append(force(decoder(cfg), masks(pattern, len(cfg.sites))))
     assert_same_step(*pair, confined=confined)
@@ -165,7 +165,7 @@ def test_a_token_skipped_everywhere_keeps_its_embedding() -> None:
 def test_sparse_execution_computes_executed_tokens_only() -> None:
     cfg = config("learned")
     rows: list[tuple[str, int]] = []
-    for execution in ("sparse", "reference"):
+    for execution in ("rounded", "reference"):
         model = decoder(cfg.model_copy(update={"router": cfg.router.model_copy(update={"execution": execution})}))
         for name, module in model.named_modules():
             if name.endswith(("q_proj", "k_proj", "o_proj", "gate_proj")):
@@ -176,9 +176,9 @@ def test_sparse_execution_computes_executed_tokens_only() -> None:
         executed = model(random_tokens()).routing.executed_tokens.tolist()
     everything = [BATCH * LENGTH] * cfg.layers
     for name in ("q_proj", "o_proj", "gate_proj"):
-        assert [n for e, p, n in rows if (e, p) == ("sparse", name)] == executed
+        assert [n for e, p, n in rows if (e, p) == ("rounded", name)] == executed
         assert [n for e, p, n in rows if (e, p) == ("reference", name)] == everything
-    assert [n for e, p, n in rows if (e, p) == ("sparse", "k_proj")] == everything
+    assert [n for e, p, n in rows if (e, p) == ("rounded", "k_proj")] == everything
 
 
 def last_gate(model: Decoder) -> list[Gate]:
@@ -199,12 +199,12 @@ def test_gate_gradients_differ_for_skipped_tokens_only() -> None:
     Only the last layer is routed, so that nothing above it differs: the loss's gradient at its output is the same.
     """
     found: dict[str, tuple[Gate, dict[str, Tensor]]] = {}
-    for name, execution in (("all", "reference"), ("executed", "reference"), ("executed", "sparse")):
+    for name, execution in (("all", "reference"), ("executed", "reference"), ("executed", "rounded")):
         model = decoder(config("learned", always_on_first=2, gate_gradient=name, execution=execution))
         gates = last_gate(model)
         found[f"{name} {execution}"] = (gates, step(model)[1])
     (textbook, *_), textbook_gradients = found["all reference"]
-    for name in ("executed reference", "executed sparse"):
+    for name in ("executed reference", "executed rounded"):
         (gate, *_), its_gradients = found[name]
         assert torch.equal(gate.executed, textbook.executed)
         assert_close(gate.value.grad[gate.executed], textbook.value.grad[gate.executed])

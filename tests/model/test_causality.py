@@ -26,7 +26,7 @@ SAMPLES = torch.tensor([11, 5, 2])
 CAUSAL = ["learned", "random", "stride"]
 routed = pytest.mark.parametrize("kind", CAUSAL)
 granular = pytest.mark.parametrize("granularity", ["layer", "module"])
-executions = pytest.mark.parametrize("execution", ["sparse", "reference"])
+executions = pytest.mark.parametrize("execution", ["rounded", "reference"])
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
 
@@ -37,12 +37,12 @@ def changed(tokens: Tensor, where: Tensor | slice) -> Tensor:
     return other
 
 
-def run(model: Decoder, tokens: Tensor, **arguments: Tensor | None) -> DecoderOutput:
+def run(model: Decoder, tokens: Tensor, **arguments: Tensor | int | None) -> DecoderOutput:
     with torch.no_grad():
         return model(tokens, sample_ids=SAMPLES, noise_scale=0.7, **arguments)
 
 
-def assert_past_untouched(model: Decoder, cut: int, **arguments: Tensor | None) -> None:
+def assert_past_untouched(model: Decoder, cut: int, **arguments: Tensor | int | None) -> None:
     """Change tokens from ``cut`` on: logits, decisions and loss before it stay, and something after it moves."""
     tokens, targets = random_tokens(), random_targets()
     targets[:, cut:] = IGNORED
@@ -68,6 +68,15 @@ def test_future_reaches_nothing(kind: str, granularity: str, execution: str, tra
     documents, positions = documents_of(9, 20, 4) if confined else (None, None)
     for cut in (1, 16, LENGTH - 1):
         assert_past_untouched(model, cut, documents=documents, positions=positions)
+
+
+@routed
+@granular
+def test_future_reaches_nothing_under_a_capacity(kind: str, granularity: str) -> None:
+    model = decoder(config(kind, granularity=granularity))
+    assert run(model, random_tokens(), capacity_tokens=10).routing.overflow_tokens.sum() > 0
+    for cut in (1, 16, LENGTH - 1):
+        assert_past_untouched(model, cut, capacity_tokens=10)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -25,9 +25,9 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"router": ROUTER | {"always_on_first": 9}},
         r"always_on_first \(9\) \+ always_on_last \(0\) leave none of the 3 layers",
     ),
-    "gate gradient of skipped tokens in sparse execution": (
+    "gate gradient of skipped tokens that are not computed": (
         {"router": ROUTER | {"gate_gradient": "all"}},
-        "gate_gradient 'all'.*execution 'sparse'.*set router.execution: reference",
+        "gate_gradient 'all'.*only router.execution 'reference' computes, got 'auto'; set router.execution: reference",
     ),
     "budget reached before it begins": (
         {"router": ROUTER | {"budget": {"dense_until": 0.5, "reach_by": 0.25}}},
@@ -104,9 +104,21 @@ def test_ramp() -> None:
     assert (rising.at(0.25), rising.at(1.0)) == (0.5, 2.0)
 
 
+def test_execution_and_capacity_by_device() -> None:
+    auto = RouterConfig(density=0.5)
+    assert (auto.execution_on("cpu"), auto.execution_on("cuda")) == ("rounded", "capacity")
+    assert RouterConfig(density=0.5, execution="rounded").execution_on("cuda") == "rounded"
+    assert auto.capacity_tokens(2048, 0.5, "cpu") is None
+    assert auto.capacity_tokens(2048, 0.5, "cuda") == 1280  # 0.5 x 1.25 x 2048, whole blocks of 128
+    assert auto.capacity_tokens(2048, 0.51, "cuda") == 1408
+    assert auto.capacity_tokens(2048, 0.9, "cuda") == auto.capacity_tokens(2048, 1.0, "cuda") == 2048
+    assert RouterConfig(density=0.5, capacity_factor=1.0).capacity_tokens(2048, 0.5, "cuda") == 1024
+    assert auto.capacity_tokens(100, 0.25, "cuda") == 100
+
+
 def test_defaults_are_the_papers_where_the_method_says_so() -> None:
     router = RouterConfig(density=0.5)
-    assert (router.kind, router.granularity, router.execution) == ("learned", "layer", "sparse")
+    assert (router.kind, router.granularity, router.execution) == ("learned", "layer", "auto")
     assert (router.budget.kind, router.budget.coefficient, router.budget.controller) == ("per_layer", 0.1, "fixed")
     assert (router.noise.at(0.0), router.noise.at(0.3), router.noise.at(0.6)) == (1.0, 0.5, 0.0)
 

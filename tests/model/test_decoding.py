@@ -15,7 +15,7 @@ KINDS = ["dense", "learned", "random", "stride"]
 CHUNKS = {"prefill": [LENGTH], "chunked": [14, 1, 18], "token-by-token": [1] * LENGTH}
 kinds = pytest.mark.parametrize("kind", KINDS)
 granular = pytest.mark.parametrize("granularity", ["layer", "module"])
-executions = pytest.mark.parametrize("execution", ["sparse", "reference"])
+executions = pytest.mark.parametrize("execution", ["rounded", "reference"])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Gathering executed tokens and putting them back."""
+"""Gathering executed tokens and putting them back; fillers, capacity, the rectangle."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ EXAMPLE = torch.tensor([[1, 0, 1, 1], [1, 0, 1, 0]], dtype=torch.bool)
 def test_the_example_of_the_docstring() -> None:
     selection = Selection.of(EXAMPLE)
     assert selection.index.tolist() == [0, 2, 3, 4, 6]
-    assert selection.slots.tolist() == [0, 1, 2, 3, 4]
-    assert selection.columns == 3
-    assert selection.queries.tolist() == [[0, 2, 3], [0, 2, 0]]
+    assert selection.rectangle.columns.tolist() == [[0, 2, 3], [0, 2, 3]]
+    assert selection.rectangle.slots.tolist() == [0, 1, 2, 3, 4]
 
 
 def mask(name: str) -> Tensor:
@@ -34,34 +33,89 @@ masks = pytest.mark.parametrize("name", ["example", "none", "all", "mixed", "emp
 
 
 @masks
-def test_gather_pad_unpad_add(name: str) -> None:
+def test_gather_and_add(name: str) -> None:
+    chosen = mask(name)
+    batch, tokens = chosen.shape
+    selection = Selection.of(chosen)
+    assert selection.size == int(chosen.sum())
+    grid = torch.arange(1.0, batch * tokens * 2 + 1).view(batch, tokens, 2)
+    rows = selection.gather(grid)
+    assert torch.equal(rows, grid[chosen])
+    before = grid.clone()
+    assert torch.equal(selection.add(grid, 10 * rows), grid + 10 * grid * chosen[..., None])
+    assert torch.equal(grid, before)  # a new tensor
+
+
+@masks
+def test_the_rectangle(name: str) -> None:
     chosen = mask(name)
     batch, tokens = chosen.shape
     selection = Selection.of(chosen)
     grid = torch.arange(1.0, batch * tokens * 2 + 1).view(batch, tokens, 2)
-    rows = selection.gather(grid)
-    assert torch.equal(rows, grid[chosen])
-
-    rectangle = selection.pad(rows)
-    assert rectangle.shape == (batch, selection.columns, 2)
-    assert selection.columns == max(int(chosen.sum(1).max()), 1)
+    rows, shape = selection.gather(grid), selection.rectangle
+    padded = shape.pad(rows)
+    width = max(int(chosen.sum(1).max()), 1)
+    assert padded.shape == (batch, width, 2)
+    assert torch.equal(shape.unpad(padded), rows)
     for row in range(batch):
         count = int(chosen[row].sum())
-        assert torch.equal(rectangle[row, :count], grid[row][chosen[row]])
-        assert not rectangle[row, count:].any()
-        assert torch.equal(selection.queries[row, :count], chosen[row].nonzero()[:, 0])
-        assert not selection.queries[row, count:].any()
-    assert torch.equal(selection.unpad(rectangle), rows)
-
-    before = grid.clone()
-    assert torch.equal(selection.add(grid, 10 * rows), grid + 10 * grid * chosen[..., None])
-    assert torch.equal(grid, before)  # a new tensor
+        assert torch.equal(padded[row, :count], grid[row][chosen[row]])
+        assert not padded[row, count:].any()
+        assert torch.equal(shape.columns[row, :count], chosen[row].nonzero()[:, 0])
+        assert (shape.columns[row, count:] == tokens - 1).all()  # rising along the row to its end
 
 
 def test_everything_is_a_reshape() -> None:
     selection = Selection.everything(3, 7)
     grid = torch.randn(3, 7, 2)
     rows = selection.gather(grid)
-    assert torch.equal(rows, grid.view(21, 2))
-    assert torch.equal(selection.pad(rows), grid) and torch.equal(selection.unpad(grid), rows)
+    assert torch.equal(rows, grid.view(21, 2)) and selection.size == 21
     assert torch.equal(selection.add(grid, rows), 2 * grid)
+
+
+@masks
+@pytest.mark.parametrize("round_to", [1, 4, 8, 64])
+def test_rounding_takes_in_the_first_skipped_tokens(name: str, round_to: int) -> None:
+    chosen = mask(name)
+    selection = Selection.of(chosen, round_to)
+    count, size = int(chosen.sum()), chosen.numel()
+    expected = count if round_to == 1 else min(max(-(-count // round_to), 1) * round_to, size)
+    assert selection.size == expected
+    assert (selection.index.diff() > 0).all()
+    flat = chosen.flatten()
+    taken = torch.zeros_like(flat)
+    taken[selection.index] = True
+    assert taken[flat].all()  # nothing is dropped
+    fillers = (~flat).nonzero().squeeze(-1)[: expected - count]
+    assert torch.equal((taken & ~flat).nonzero().squeeze(-1), fillers)
+
+
+@masks
+@pytest.mark.parametrize("capacity", [1, 2, 3, 6, 7, 100])
+def test_a_capacity_is_filled_first_come_first_served(name: str, capacity: int) -> None:
+    chosen = mask(name)
+    batch, tokens = chosen.shape
+    selection, kept = Selection.capped(chosen, capacity)
+    room = min(capacity, tokens)
+    assert selection.size == batch * room
+    taken = torch.zeros(batch * tokens, dtype=torch.bool)
+    taken[slice(None) if selection.index is None else selection.index] = True
+    taken = taken.view(batch, tokens)
+    for row in range(batch):
+        wanted = chosen[row].nonzero().squeeze(-1)
+        assert torch.equal(kept[row].nonzero().squeeze(-1), wanted[:room])
+        assert int(taken[row].sum()) == room and taken[row][kept[row]].all()
+        assert not (taken[row] & chosen[row] & ~kept[row]).any()  # what overflowed is not computed as filler
+    if selection.index is not None:
+        shape = selection.rectangle
+        assert shape.slots is None and torch.equal(shape.columns.flatten(), selection.index % tokens)
+
+
+def test_what_comes_later_takes_no_room_from_what_came_before() -> None:
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.rand(4, 50, generator=generator) < 0.6
+    changed = chosen.clone()
+    changed[:, 30:] = torch.rand(4, 20, generator=generator) < 0.6
+    for capacity in (5, 15, 20, 40):
+        (_, kept), (_, again) = Selection.capped(chosen, capacity), Selection.capped(changed, capacity)
+        assert torch.equal(kept[:, :30], again[:, :30])

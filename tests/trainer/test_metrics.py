@@ -161,7 +161,12 @@ def test_an_evaluation_of_before_the_resume_is_drawn_again(
 
 def _evaluation(density: list[float]) -> Evaluation:
     routed = Routed(10, 55, [10 * d for d in density], [20.0] * len(density))
-    return Evaluation("code", Tally(20.0, 0.0, 10, 0, routed, 0), None, torch.ones(len(density), 8, dtype=torch.bool))
+    return Evaluation(
+        "code",
+        Tally(20.0, 0.0, 10, 0, routed, 0, [0.0] * len(density)),
+        None,
+        torch.ones(len(density), 8, dtype=torch.bool),
+    )
 
 
 def test_images_can_be_turned_off(configure: Callable[..., RunConfig], world: World, folder: RunFolder) -> None:

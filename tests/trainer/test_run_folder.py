@@ -92,7 +92,15 @@ def test_every_rank_logs_to_its_file_and_only_rank_0_to_the_terminal(
 
 
 def _tally(density: list[float], loss: float) -> Tally:
-    return Tally(100 * loss, 0.0, 100, 0, Routed(100, 1, [100 * d for d in density], [1.0] * len(density)), 0)
+    return Tally(
+        100 * loss,
+        0.0,
+        100,
+        0,
+        Routed(100, 1, [100 * d for d in density], [1.0] * len(density)),
+        0,
+        [0.0] * len(density),
+    )
 
 
 def test_the_start_tells_sizes_that_are_true(configure: Configure, world: World) -> None:
@@ -100,7 +108,7 @@ def test_the_start_tells_sizes_that_are_true(configure: Configure, world: World)
     told = describe_start(config, TrainingData(config.data), world)
     counted = sum(p.numel() for p in Decoder(config.model).parameters())
     assert f"model     {counted:,} parameters" in told
-    assert "routing   learned, 3 sites, density 0.5, sparse" in told
+    assert "routing   learned, 3 sites, density 0.5, rounded execution" in told
     assert "training  4 steps of 256 tokens, 1,024 in all" in told
     assert "data      code: " in told and "100% of samples" in told
     assert "machine   1 ranks on " in told and "fp32, ZeRO 2, 4 micro-batches of 2 samples" in told

@@ -1,0 +1,121 @@
+"""Attention of gathered queries over all keys, by the kernel that the device has for it.
+
+    training, prefill   CPU   scaled_dot_product_attention, block of queries by block of queries
+                        CUDA  FlexAttention on the flat grid (model/flex.py)
+    one new token       both  scaled_dot_product_attention over the KV cache
+
+Queries of a block lie together in the sequence, because a selection is sorted: so a block is given only the keys from
+the first to the last that any of its queries sees. That halves the work of a causal pass, which PyTorch's CPU kernel
+does not do by itself, with its causal flag or without.
+
+Dimension letters: B batch, T new tokens, S keys (T and the cached ones), N selected tokens, C columns of the
+selection's rectangle, H query heads, G key/value heads, R = H / G, K head width.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.flex import flex_attend
+from model.selection import Selection
+from model.visibility import Visibility, mask
+
+_BLOCK_QUERIES = 64  # smaller blocks skip more of the keys that are not seen, and pay more for starting a kernel
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, visibility: Visibility) -> Tensor:
+    """Softmax attention, scaled by 1 / sqrt(K).
+
+    Args:
+        queries: of the selected tokens, [N, H, K].
+        keys, values: of all tokens, [B, S, G, K].
+        selection: which tokens of the [B, T] grid ask.
+        visibility: which keys each of them sees.
+
+    Returns:
+        [N, H, K].
+    """
+    if selection.tokens == 1:
+        return _attend_one(queries, keys, values, selection, visibility)
+    if queries.is_cuda:
+        return flex_attend(queries, keys, values, selection, visibility)
+    return attend_by_blocks(queries, keys, values, selection, visibility)
+
+
+@torch.compiler.disable
+def attend_by_blocks(
+    queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, visibility: Visibility
+) -> Tensor:
+    """:func:`attend` on the selection's rectangle with ``scaled_dot_product_attention``."""
+    batch = selection.batch
+    if selection.index is None:
+        rectangle, columns = None, torch.arange(selection.tokens, device=queries.device)[None]
+        columns = columns if visibility.first is None else columns.expand(batch, -1)
+        q = queries.unflatten(0, (batch, selection.tokens))
+    else:
+        rectangle = selection.rectangle
+        columns = rectangle.columns
+        q = rectangle.pad(queries)
+    first, last = visibility.bounds(columns)
+    edges, seen = _blocks(first, last)
+    blocks = zip(
+        q.split([e - s for s, e in pairwise(edges)], dim=1), _Runs.apply(keys, seen), _Runs.apply(values, seen),
+        pairwise(edges), seen, strict=True,
+    )  # fmt: skip
+    outs = []
+    for q, k, v, (begin, end), (lowest, highest) in blocks:
+        m = mask(None if first is None else first[:, begin:end], last[:, begin:end], lowest, highest)[:, None]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # [B, H or G, columns or keys of the block, K]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=m, enable_gqa=q.shape[1] != k.shape[1])
+        outs.append(out.transpose(1, 2))
+    out = torch.cat(outs, dim=1)  # [B, C, H, K]
+    return out.flatten(0, 1) if rectangle is None else rectangle.unpad(out)
+
+
+def _blocks(first: Tensor | None, last: Tensor) -> tuple[list[int], list[tuple[int, int]]]:
+    """Where blocks of columns begin and end, and the keys that each block's queries see: from, up to.
+
+    ``first`` and ``last`` are [B or 1, C]; a short last block is joined to the one before.
+    """
+    columns = last.shape[1]
+    edges = [*range(0, max(columns - _BLOCK_QUERIES // 4, 1), _BLOCK_QUERIES), columns]
+    ends = (last[:, [e - 1 for e in edges[1:]]].amax(0) + 1).tolist()
+    starts = [0] * len(ends) if first is None else first[:, edges[:-1]].amin(0).tolist()
+    return edges, list(zip(starts, ends, strict=True))
+
+
+class _Runs(torch.autograd.Function):
+    """Overlapping runs of x [B, S, ...]; their gradients are added up in one tensor, not in one for each run."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, runs: list[tuple[int, int]]) -> tuple[Tensor, ...]:
+        ctx.runs, ctx.shape = runs, x.shape
+        return tuple(x[:, start:end] for start, end in runs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].new_zeros(ctx.shape)
+        for (start, end), grad in zip(ctx.runs, grads, strict=True):
+            total[:, start:end] += grad
+        return total, None
+
+
+def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, visibility: Visibility) -> Tensor:
+    """:func:`attend` where every row has one new token, the last of its keys; the heads of a group ask together."""
+    groups = keys.shape[2]
+    q = queries.unflatten(1, (groups, -1))  # [N, G, R, K]
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)  # [B, G, S, K]
+    m = None
+    if visibility.first is not None:
+        m = mask(visibility.first, visibility.last, 0, visibility.keys)[:, None]  # [B, 1, 1, S]
+    if selection.index is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=m)
+    else:
+        k, v = k[selection.index], v[selection.index]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if m is None else m[selection.index])
+    return out.flatten(1, 2)

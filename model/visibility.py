@@ -1,0 +1,66 @@
+"""Which keys a query sees: a run of them, from the first key of its document to its own position.
+
+    keys        0 1 2 3 4        documents a a b b b
+    query 1     x x . . .        first 0, last 1
+    query 3     . . x x .        first 2, last 3
+    query 4     . . x x x        first 2, last 4
+
+Two numbers a query say it all, so no mask over pairs is ever kept: a mask is made where a kernel wants one, for the
+queries and keys that it is about to work on.
+
+Dimension letters: B batch, T new tokens, S keys (T and the cached ones), C queries of a block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Visibility:
+    """First and last visible key of every query of a forward pass; shared by all layers.
+
+    Args:
+        tokens: T.
+        past: tokens in the KV cache before these.
+        documents: int64 [B, past + T], a number for every key that is equal within a document and differs from its
+            neighbours'; None where there is only one document.
+        device: of the tensors.
+
+    Attributes:
+        last: int64 [T], the last key that each query sees: its own place among the keys.
+        first: int64 [B, T], the first one; None where that is key 0 for all.
+        keys: S.
+    """
+
+    def __init__(self, tokens: int, past: int, documents: Tensor | None, device: torch.device):
+        self.keys = past + tokens
+        self.last = torch.arange(past, self.keys, device=device)
+        self.first: Tensor | None = None
+        if documents is not None:
+            self.first = _starts(documents)[:, past:]
+
+    def bounds(self, queries: Tensor) -> tuple[Tensor | None, Tensor]:
+        """First (None: 0) and last visible keys of ``queries``, columns of the grid, int64 [B, C]: both [B, C]."""
+        last = self.last[queries]
+        return (None if self.first is None else self.first.gather(1, queries)), last
+
+    def counts(self) -> Tensor:
+        """Number of keys each query sees, int64 [B or 1, T]."""
+        counts = (self.last + 1)[None]
+        return counts if self.first is None else counts - self.first
+
+
+def mask(first: Tensor | None, last: Tensor, start: int, end: int) -> Tensor:
+    """bool [B, C, end - start]: which of the keys from ``start`` up to ``end`` lie within ``first`` to ``last``."""
+    keys = torch.arange(start, end, device=last.device)
+    seen = keys <= last[..., None]
+    return seen if first is None else seen & (keys >= first[..., None])
+
+
+def _starts(documents: Tensor) -> Tensor:
+    """The first key of every key's document, int64 [B, S]."""
+    places = torch.arange(documents.shape[1], device=documents.device)
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return torch.where(begins, places, 0).cummax(dim=1).values

@@ -1,0 +1,49 @@
+"""Compiled layers: same results, and nothing is compiled again as densities drift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.model.tiny import assert_close, config, decoder, gradients, random_targets, random_tokens
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("capacity_tokens", [None, 20], ids=["rounded", "capacity"])
+def test_layers_are_compiled_once_for_all_layers_and_densities(capacity_tokens: int | None) -> None:
+    cfg = config("learned")
+    compiled, plain = decoder(cfg), decoder(cfg)
+    compiled.compile_layers()
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    executed = set()
+    for number in range(5):
+        if number == 2:
+            torch.compiler.set_stance("fail_on_recompile")
+        found = []
+        for model in (compiled, plain):
+            model.zero_grad()
+            out = model(
+                random_tokens(seed=number),
+                random_targets(),
+                sample_ids=torch.arange(3) + number,
+                noise_scale=1.0,
+                capacity_tokens=capacity_tokens,
+            )
+            (out.loss.loss + out.routing.density.sum()).backward()
+            found.append((out, gradients(model)))
+        (a, a_gradients), (b, b_gradients) = found
+        assert torch.equal(a.routing.executed, b.routing.executed)
+        assert_close(a.loss.loss, b.loss.loss)
+        for name, gradient in b_gradients.items():
+            assert_close(a_gradients[name], gradient)
+        executed.add(tuple(a.routing.executed_tokens.tolist()))
+    assert len(executed) == 5  # the counts did drift
