@@ -114,8 +114,15 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, selection: Select
     if visibility.first is not None:
         m = mask(visibility.first, visibility.last, 0, visibility.keys)[:, None]  # [B, 1, 1, S]
     if selection.index is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=m)
-    else:
-        k, v = k[selection.index], v[selection.index]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if m is None else m[selection.index])
-    return out.flatten(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=m).flatten(1, 2)
+    # The cache is read where it lies: a copy of the rows that ask would cost more than what the others save.
+    if not queries.is_cpu:
+        every = q.new_zeros(selection.batch, *q.shape[1:]).index_copy(0, selection.index, q)
+        out = F.scaled_dot_product_attention(every, k, v, attn_mask=m).index_select(0, selection.index)
+        return out.flatten(1, 2)
+    outs = [queries.new_zeros(0, *queries.shape[1:])]
+    for place, row in enumerate(selection.index.tolist()):
+        row_mask = None if m is None else m[row : row + 1]
+        one = F.scaled_dot_product_attention(q[place : place + 1], k[row : row + 1], v[row : row + 1], row_mask)
+        outs.append(one.flatten(1, 2))
+    return torch.cat(outs)

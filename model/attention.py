@@ -60,7 +60,7 @@ class Attention(nn.Module):
         """Attend from the selected tokens.
 
         Args:
-            h: their normed inputs, [N, D].
+            h: normed inputs of all tokens, [B, T, D].
             keys, values: of all tokens, [B, S, G, K].
             cos, sin: rotation of the selected tokens, [N, K].
             selection: which tokens of the grid they are.
@@ -69,7 +69,10 @@ class Attention(nn.Module):
         Returns:
             [N, D].
         """
-        queries = self.q_proj(h).unflatten(-1, (self.heads, self.head_dim))
+        rows = selection.gather(h)
+        with selection.kept_as_index(rows, h):
+            queries = self.q_proj(rows)
+        queries = queries.unflatten(-1, (self.heads, self.head_dim))
         if self.q_norm is not None:
             queries = self.q_norm(queries)
         out = attend(rotate(queries, cos, sin), keys, values, selection, visibility)

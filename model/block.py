@@ -116,7 +116,7 @@ class Block(nn.Module):
         h = self.input_layernorm(x)
         decision = _decide(self.router(h if config.input == "normed" else x, inputs.routing), config, inputs)
         if _nothing_to_do(decision, inputs):
-            self._keys_values(h, inputs)
+            self._write_keys_values(h, inputs)
             return x, [decision]
         update = self._run(inputs, self._layer_update, x, h, decision.selection)
         return decision.selection.add(x, _weigh(update, decision, config)), [decision]
@@ -125,7 +125,7 @@ class Block(nn.Module):
         h = self.input_layernorm(x)
         attention = _decide(self.attention_router(h if config.input == "normed" else x, inputs.routing), config, inputs)
         if _nothing_to_do(attention, inputs):
-            self._keys_values(h, inputs)
+            self._write_keys_values(h, inputs)
         else:
             update = self._run(inputs, self._attention_update, h, attention.selection)
             x = attention.selection.add(x, _weigh(update, attention, config))
@@ -145,12 +145,18 @@ class Block(nn.Module):
     def _attention_update(self, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
         keys, values = self._keys_values(h, inputs)
         cos, sin = selection.gather(inputs.cos), selection.gather(inputs.sin)
-        return self.self_attn(selection.gather(h), keys, values, cos, sin, selection, inputs.visibility)
+        return self.self_attn(h, keys, values, cos, sin, selection, inputs.visibility)
 
     def _keys_values(self, h: Tensor, inputs: PassInputs) -> tuple[Tensor, Tensor]:
         """Keys and values of all tokens, the cached ones included, [B, S, G, K] each."""
-        keys, values = self.self_attn.keys_values(h, inputs.cos, inputs.sin)
-        return (keys, values) if inputs.cache is None else inputs.cache.append(self.layer, keys, values)
+        if inputs.cache is None:
+            return self.self_attn.keys_values(h, inputs.cos, inputs.sin)
+        self._write_keys_values(h, inputs)
+        return inputs.cache.read(self.layer, h.shape[1])
+
+    def _write_keys_values(self, h: Tensor, inputs: PassInputs) -> None:
+        assert inputs.cache is not None
+        inputs.cache.write(self.layer, *self.self_attn.keys_values(h, inputs.cos, inputs.sin))
 
     def _ffn_update(self, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
         return self.mlp(selection.gather(h))
@@ -167,13 +173,13 @@ class Block(nn.Module):
 
 def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
     if config.execution == "reference":
-        return Decision(gate, gate.executed, Selection.everything(*gate.executed.shape))
+        return Decision(
+            gate, gate.executed, Selection.everything(gate.executed.shape[0], gate.executed.shape[1], exact=False)
+        )
     if inputs.capacity_tokens is not None:
         selection, executed = Selection.capped(gate.executed, inputs.capacity_tokens)
         return Decision(gate, executed, selection)
-    # A token at a time there is nothing to round up, and whether anything runs at all is worth waiting for.
-    round_to = 1 if gate.executed.shape[1] == 1 else None
-    return Decision(gate, gate.executed, Selection.of(gate.executed, round_to))
+    return Decision(gate, gate.executed, Selection.of(gate.executed))
 
 
 def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
@@ -183,6 +189,8 @@ def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
 
 def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
     """Multiply an update [N, D] by its tokens' gate values, letting gradients through as ``gate_gradient`` says."""
+    if decision.selection.exact and config.kind != "expert_choice" and not torch.is_grad_enabled():
+        return update  # every one of these values is 1
     value = decision.gate.value
     if config.gate_gradient == "executed":
         value = torch.where(decision.executed, value, value.detach())

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.rotary import rotation
 
 
 class KVCache:
@@ -28,6 +29,8 @@ class KVCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.documents = torch.zeros(batch, capacity_tokens, dtype=torch.int64, device=device)
+        positions = torch.arange(capacity_tokens, device=device)
+        self._cos, self._sin = rotation(config, positions.expand(batch, -1), dtype)
         self.capacity_tokens = capacity_tokens
         self.has_documents = False
         self.length = 0
@@ -40,12 +43,21 @@ class KVCache:
                 "fit; make the cache larger or the prompt shorter"
             )
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Write a layer's new keys and values [B, T, G, K]; return all of them so far [B, length + T, G, K]."""
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Put down a layer's new keys and values [B, T, G, K]."""
         end = self.length + keys.shape[1]
         self.keys[layer, :, self.length : end] = keys
         self.values[layer, :, self.length : end] = values
+
+    def read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values so far, those of the ``tokens`` new ones included: [B, length + tokens, G, K]."""
+        end = self.length + tokens
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def rotation(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of the ``tokens`` next positions, [B, tokens, K] each; see ``model/rotary.py``."""
+        new = slice(self.length, self.length + tokens)
+        return self._cos[:, new], self._sin[:, new]
 
     def append_documents(self, documents: Tensor) -> Tensor:
         """Note the new tokens' documents [B, T]; return those of all keys so far [B, length + T]."""
@@ -57,5 +69,5 @@ class KVCache:
         return self.documents[:, :end]
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` as seen, once every layer has appended them."""
+        """Count ``tokens`` as seen, once every layer has written them."""
         self.length += tokens

@@ -2,7 +2,7 @@
 
 Module names follow Hugging Face's Llama without the ``model.`` prefix, so that an export is a rename.
 
-Dimension letters: B batch, T tokens, D width, V vocabulary, S routed sites.
+Dimension letters: B batch, T tokens, V vocabulary, S routed sites.
 """
 
 from __future__ import annotations
@@ -17,32 +17,10 @@ from model.cache import KVCache
 from model.config import ModelConfig
 from model.head import LMHead, LossSums
 from model.norm import RMSNorm
+from model.record import RoutingRecord
 from model.rotary import rotation
 from model.router import RoutingInputs
 from model.visibility import Visibility
-
-
-@dataclass(frozen=True)
-class RoutingRecord:
-    """What the routed sites of one forward pass did; counted, not assumed.
-
-    Attributes:
-        density: fp32 [S], each site's mean gate value, with the straight-through gradient to its router.
-        executed_tokens: int64 [S], tokens that executed.
-        overflow_tokens: int64 [S], tokens whose gate said execute and for which the capacity had no room.
-        attended_keys: int64 [S], keys that those tokens saw, summed over them.
-        visible_keys: int64 scalar, keys that all B x T tokens see in a layer without a router.
-        executed: bool [S, B, T], the tokens that executed.
-        margins: fp32 [S, B, T], execute logit minus skip logit; of learned routers in evaluation mode, else None.
-    """
-
-    density: Tensor
-    executed_tokens: Tensor
-    overflow_tokens: Tensor
-    attended_keys: Tensor
-    visible_keys: Tensor
-    executed: Tensor
-    margins: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,8 +96,11 @@ class Decoder(nn.Module):
         x = self.embed_tokens(tokens)
         if cache is not None:
             documents = self._open_cache(cache, length, documents)
-        positions = (steps[None] if positions is None else positions).expand(batch, -1)
-        cos, sin = rotation(self.config, positions, x.dtype)
+        if positions is None and cache is not None:
+            cos, sin = cache.rotation(length)
+        else:
+            positions = (steps[None] if positions is None else positions).expand(batch, -1)
+            cos, sin = rotation(self.config, positions, x.dtype)
         if sample_ids is None:
             sample_ids = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
@@ -134,7 +115,7 @@ class Decoder(nn.Module):
         if cache is not None:
             cache.advance(length)
         out = self.lm_head(self.norm(x), targets, z_coefficient)
-        record = _record(decisions, visibility, batch, length)
+        record = RoutingRecord(decisions, visibility, batch)
         return DecoderOutput(out, None, record) if targets is None else DecoderOutput(None, out, record)
 
     def compile_layers(self) -> None:
@@ -173,23 +154,3 @@ def _scalar(value: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(like.device, torch.float32)
     return torch.full((), value, dtype=torch.float32, device=like.device)
-
-
-def _record(decisions: list[Decision], visibility: Visibility, batch: int, length: int) -> RoutingRecord:
-    counts = visibility.counts().expand(batch, length)
-    if not decisions:
-        none = counts.new_zeros(0)
-        return RoutingRecord(none.float(), none, none, none, counts.sum(), none.bool().reshape(0, batch, length))
-    gates = [decision.gate for decision in decisions]
-    executed = torch.stack([decision.executed for decision in decisions])
-    executed_tokens = executed.sum((1, 2))
-    margins = [gate.margin for gate in gates if gate.margin is not None]
-    return RoutingRecord(
-        density=torch.stack([gate.value.mean() for gate in gates]),
-        executed_tokens=executed_tokens,
-        overflow_tokens=torch.stack([gate.executed.sum() for gate in gates]) - executed_tokens,
-        attended_keys=(executed * counts).sum((1, 2)),
-        visible_keys=counts.sum(),
-        executed=executed,
-        margins=torch.stack(margins) if margins else None,
-    )

@@ -12,7 +12,7 @@ from model.cache import KVCache
 from model.decoder import Decoder
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(
     decoder: Decoder,
     prompt: Tensor,

@@ -28,7 +28,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., D] -> [..., D], same dtype."""
         if x.is_cpu and x.dtype == self.weight.dtype == torch.float32:
-            return _LeanNorm.apply(x, self.weight, self.epsilon)
+            if torch.is_grad_enabled():
+                return _LeanNorm.apply(x, self.weight, self.epsilon)
+            return (x * _inverse_rms(x, self.epsilon)).mul_(self.weight)
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.epsilon)
 
 
@@ -42,8 +44,7 @@ class _LeanNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        r = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        r = _inverse_rms(x, epsilon)
         ctx.save_for_backward(x, weight, r)
         return (x * r).mul_(weight)
 
@@ -55,3 +56,9 @@ class _LeanNorm(torch.autograd.Function):
         slope = (product @ weight)[..., None] * r**3 / x.shape[-1]
         grad_weight = r.flatten() @ product.flatten(0, -2)
         return (grad * weight).mul_(r).addcmul_(x, slope, value=-1), grad_weight, None
+
+
+def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:
+    """[..., D] -> [..., 1]."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()

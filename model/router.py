@@ -145,6 +145,8 @@ ROUTERS: dict[str, type[Router]] = {
 
 def _margin(x: Tensor, weight: Tensor) -> Tensor:
     """Execute logit minus skip logit, fp32 [B, T]."""
-    with torch.autocast(x.device.type, enabled=False):
-        logits = F.linear(x.float(), weight.float())
-    return logits[..., 1] - logits[..., 0]
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return _margin(x, weight)
+    skip, execute = F.linear(x.float(), weight.float()).unbind(-1)
+    return execute - skip

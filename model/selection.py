@@ -26,14 +26,17 @@ Dimension letters: B batch, T tokens, N selected tokens, C columns of the rectan
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-# Shapes that differ by a few rows cost a GPU new kernel choices and memory blocks; the CPU takes any number.
-_ROUND_TO = {"cpu": 1, "other": 128}
+# Shapes that differ by a few rows cost a GPU new kernel choices and memory blocks; the CPU takes any number of many
+# rows, but multiplies 4 or 5 rows no faster than 8.
+_ROUND_TO = {"cpu": 1, "other": 128, "one": 8}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Rectangle:
         if self.slots is None:
             return rows.unflatten(0, self.columns.shape)
         rectangle = rows.new_zeros(self.columns.numel(), *rows.shape[1:])
-        return rectangle.index_copy(0, self.slots, rows).unflatten(0, self.columns.shape)
+        return _AddRows.apply(rectangle, self.slots, rows).unflatten(0, self.columns.shape)
 
     def unpad(self, rectangle: Tensor) -> Tensor:
         """[B, C, ...] -> [N, ...], the inverse of :meth:`pad`."""
@@ -69,34 +72,43 @@ class Selection:
         batch: B.
         tokens: T.
         index: int64 [N], flat positions in the grid in rising order; None for everything.
+        exact: no fillers among them.
         row_tokens: selected tokens of every row, where it is the same number for all.
     """
 
     batch: int
     tokens: int
     index: Tensor | None = None
+    exact: bool = True
     row_tokens: int | None = None
 
     @staticmethod
-    def everything(batch: int, tokens: int) -> Selection:
+    def everything(batch: int, tokens: int, exact: bool = True) -> Selection:
         """All B x T tokens."""
-        return Selection(batch, tokens, None, tokens)
+        return Selection(batch, tokens, None, exact, tokens)
 
     @staticmethod
     @torch.compiler.disable
     def of(mask: Tensor, round_to: int | None = None) -> Selection:
         """The tokens where the bool ``mask`` [B, T] is set, and fillers up to a multiple of ``round_to``.
 
-        Waits for the device to count them. ``round_to`` is 1 on the CPU and 128 elsewhere unless given.
+        Waits for the device to count them. Unless given, ``round_to`` is 1 on the CPU and 128 elsewhere, and 8 for one
+        token a row (T = 1). No token at all is rounded up too, but for T = 1, where that saves the whole site.
         """
         batch, tokens = mask.shape
         flat = mask.flatten()
-        round_to = round_to or _ROUND_TO["cpu" if mask.is_cpu else "other"]
-        if round_to == 1:
-            return Selection(batch, tokens, flat.nonzero().squeeze(-1))
-        count = int(flat.sum())
-        size = min(max(-(-count // round_to), 1) * round_to, flat.numel())
-        return Selection(batch, tokens, _first(_fill(flat, size - count), size))
+        if round_to is None:
+            round_to = _ROUND_TO["one" if tokens == 1 else "cpu" if mask.is_cpu else "other"]
+        index = flat.nonzero().squeeze(-1)
+        count = len(index)
+        size = -(-count // round_to) * round_to
+        if size == 0 and min(tokens, round_to) > 1:
+            size = round_to
+        if size >= len(flat):
+            return Selection.everything(batch, tokens, exact=count == len(flat))
+        if size > count:
+            index = _first(_fill(flat, size - count), size)
+        return Selection(batch, tokens, index, exact=size == count)
 
     @staticmethod
     def capped(mask: Tensor, capacity: int) -> tuple[Selection, Tensor]:
@@ -107,10 +119,11 @@ class Selection:
         batch, tokens = mask.shape
         capacity = min(capacity, tokens)
         if capacity == tokens:
-            return Selection.everything(batch, tokens), mask
+            return Selection.everything(batch, tokens, exact=False), mask
         kept = mask & (mask.cumsum(dim=1) <= capacity)
         chosen = _fill(kept, capacity - kept.sum(dim=1, keepdim=True))
-        return Selection(batch, tokens, _first(chosen.flatten(), batch * capacity), capacity), kept
+        index = _first(chosen.flatten(), batch * capacity)
+        return Selection(batch, tokens, index, exact=False, row_tokens=capacity), kept
 
     @property
     def size(self) -> int:
@@ -139,11 +152,40 @@ class Selection:
         flat = x.flatten(0, 1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
+    def kept_as_index(self, rows: Tensor, x: Tensor) -> AbstractContextManager[object]:
+        """Inside, autograd keeps no copy of ``rows``, gathered from ``x`` [B, T, D], and gathers them again backward.
+
+        For operations on the rows of an ``x`` that is kept anyway.
+        """
+        index = self.index
+        if index is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nullcontext()
+        flat, identity = x.detach().flatten(0, 1), id(rows)  # what the hooks refer to stays in memory: not the rows
+
+        def unpack(kept: Tensor | None) -> Tensor:
+            return flat.index_select(0, index) if kept is None else kept
+
+        return torch.autograd.graph.saved_tensors_hooks(lambda kept: None if id(kept) == identity else kept, unpack)
+
     def add(self, x: Tensor, update: Tensor) -> Tensor:
         """``x`` [B, T, D] with ``update`` [N, D] added at the selected tokens; a new tensor."""
         if self.index is None:
             return x + update.view_as(x)
-        return x.flatten(0, 1).index_add(0, self.index, update).view_as(x)
+        return _AddRows.apply(x.flatten(0, 1), self.index, update).view_as(x)
+
+
+class _AddRows(torch.autograd.Function):
+    """``x.index_add(0, index, rows)``; PyTorch's own keeps ``rows``, of which the backward pass needs nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        return x.index_add(0, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        (index,) = ctx.saved_tensors
+        return grad, None, grad.index_select(0, index)
 
 
 def _fill(mask: Tensor, missing: Tensor | int) -> Tensor:

@@ -153,7 +153,7 @@ def load(engine: Any, checkpoint: Path, fingerprint: str, config: RunConfig, wor
     """
     _check_fit(manifest.read(checkpoint, world), checkpoint, fingerprint, config, world)
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-    with _only_tensors(checkpoint):
+    with only_tensors(checkpoint):
         path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
         rng = torch.load(checkpoint / _rng_name(world.rank), map_location="cpu", weights_only=True)
@@ -252,7 +252,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _only_tensors(checkpoint: Path) -> Iterator[None]:
+def only_tensors(checkpoint: Path) -> Iterator[None]:
     """Let ``torch.load`` build tensors, plain containers and four DeepSpeed types, and nothing else.
 
     DeepSpeed itself asks for unrestricted unpickling, which would run whatever code a checkpoint holds.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -51,6 +53,9 @@ def test_the_rectangle(name: str) -> None:
     chosen = mask(name)
     batch, tokens = chosen.shape
     selection = Selection.of(chosen)
+    if name == "all":
+        assert selection == Selection.everything(batch, tokens)
+        return
     grid = torch.arange(1.0, batch * tokens * 2 + 1).view(batch, tokens, 2)
     rows, shape = selection.gather(grid), selection.rectangle
     padded = shape.pad(rows)
@@ -81,6 +86,10 @@ def test_rounding_takes_in_the_first_skipped_tokens(name: str, round_to: int) ->
     count, size = int(chosen.sum()), chosen.numel()
     expected = count if round_to == 1 else min(max(-(-count // round_to), 1) * round_to, size)
     assert selection.size == expected
+    assert selection.exact == (expected == count), (expected, count)
+    if selection.index is None:
+        assert expected == size
+        return
     assert (selection.index.diff() > 0).all()
     flat = chosen.flatten()
     taken = torch.zeros_like(flat)
@@ -88,6 +97,15 @@ def test_rounding_takes_in_the_first_skipped_tokens(name: str, round_to: int) ->
     assert taken[flat].all()  # nothing is dropped
     fillers = (~flat).nonzero().squeeze(-1)[: expected - count]
     assert torch.equal((taken & ~flat).nonzero().squeeze(-1), fillers)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 8, 9, 16, 17, 20])
+def test_one_token_a_row_is_rounded_up_to_eight_but_not_from_none(rows: int) -> None:
+    chosen = (torch.arange(20) < rows)[:, None]
+    selection = Selection.of(chosen)
+    assert selection.size == {0: 0, 1: 8, 8: 8, 9: 16, 16: 16, 17: 20, 20: 20}[rows]
+    assert selection.exact == (selection.size == rows)
+    assert Selection.of(chosen[:1]).size == min(rows, 1)
 
 
 @masks
@@ -119,3 +137,28 @@ def test_what_comes_later_takes_no_room_from_what_came_before() -> None:
     for capacity in (5, 15, 20, 40):
         (_, kept), (_, again) = Selection.capped(chosen, capacity), Selection.capped(changed, capacity)
         assert torch.equal(kept[:, :30], again[:, :30])
+
+
+def test_the_backward_pass_keeps_indices_and_not_rows() -> None:
+    """What a routed layer saves by skipping, it must not hold again in copies."""
+    selection = Selection.of(EXAMPLE)
+    x = torch.randn(2, 4, 8, requires_grad=True) * 1
+    weight = torch.randn(8, 8, requires_grad=True)
+    rows = selection.gather(x)
+    expected = torch.autograd.grad((rows @ weight).square().sum(), (x, weight))
+
+    rows = selection.gather(x)
+    with selection.kept_as_index(rows, x):
+        product = rows @ weight
+    alive = weakref.ref(rows)
+    del rows
+    assert alive() is None
+    found = torch.autograd.grad(product.square().sum(), (x, weight))
+    for gradient, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, truth)
+
+    update = torch.randn(5, 8, requires_grad=True) * 1
+    alive = weakref.ref(update)
+    out = selection.add(x, update)
+    del update
+    assert alive() is None and out.requires_grad

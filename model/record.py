@@ -1,0 +1,75 @@
+"""What the routed sites of one forward pass did; counted, not assumed, and only when somebody asks.
+
+Dimension letters: B batch, T tokens, S routed sites.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from model.block import Decision
+from model.visibility import Visibility
+
+
+class RoutingRecord:
+    """Counts of a forward pass.
+
+    Args:
+        decisions: of the S sites, in order.
+        visibility: which keys each token sees.
+        batch: B.
+    """
+
+    def __init__(self, decisions: list[Decision], visibility: Visibility, batch: int):
+        self._decisions, self._visibility, self._batch = decisions, visibility, batch
+
+    @cached_property
+    def density(self) -> Tensor:
+        """fp32 [S], each site's mean gate value, with the straight-through gradient to its router."""
+        if not self._decisions:
+            return torch.zeros(0, device=self._keys.device)
+        return torch.stack([decision.gate.value for decision in self._decisions]).mean((1, 2))
+
+    @cached_property
+    def executed(self) -> Tensor:
+        """bool [S, B, T], the tokens that executed."""
+        if not self._decisions:
+            return self._keys.new_zeros((0, *self._keys.shape), dtype=torch.bool)
+        return torch.stack([decision.executed for decision in self._decisions])
+
+    @cached_property
+    def executed_tokens(self) -> Tensor:
+        """int64 [S], tokens that executed."""
+        return self.executed.sum((1, 2))
+
+    @cached_property
+    def overflow_tokens(self) -> Tensor:
+        """int64 [S], tokens whose gate said execute and for which the capacity had no room."""
+        if all(decision.executed is decision.gate.executed for decision in self._decisions):
+            return torch.zeros_like(self.executed_tokens)
+        wanted = torch.stack([decision.gate.executed for decision in self._decisions])
+        return wanted.sum((1, 2)) - self.executed_tokens
+
+    @cached_property
+    def attended_keys(self) -> Tensor:
+        """int64 [S], keys that the executed tokens saw, summed over them."""
+        return (self.executed * self._keys).sum((1, 2))
+
+    @cached_property
+    def visible_keys(self) -> Tensor:
+        """int64 scalar, keys that all B x T tokens see in a layer without a router."""
+        return self._keys.sum()
+
+    @cached_property
+    def margins(self) -> Tensor | None:
+        """fp32 [S, B, T], execute logit minus skip logit; None but for learned routers in evaluation mode."""
+        margins = [d.gate.margin for d in self._decisions if d.gate.margin is not None]
+        return torch.stack(margins) if margins else None
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        """Keys that each token sees, int64 [B, T]."""
+        return self._visibility.counts().expand(self._batch, -1)
