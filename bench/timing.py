@@ -46,7 +46,7 @@ def take_turns(
         for number in range(WARM_UP_ROUNDS + rounds):
             for name, call in contestants.items():
                 bar.set_postfix_str(name, refresh=False)
-                elapsed_s = _seconds(call, device)
+                elapsed_s = seconds_of(call, device)
                 if number >= WARM_UP_ROUNDS:
                     seconds[name].append(elapsed_s)
                 bar.update()
@@ -76,7 +76,8 @@ class Matmul:
         torch.mm(self.left, self.right, out=self.out)
 
 
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``call`` takes, until ``device`` has done what it was given."""
     _wait(device)
     start_s = time.perf_counter()
     call()

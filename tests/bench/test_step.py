@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import math
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
 
 from bench import step
+from bench.report import Row
+from bench.timing import Spread
+from tests.bench.toy import BATCH, MODEL, RUN, refused, rows_of
 
-SIZES = {"layers": 2, "width": 64, "heads": 4, "kv-heads": 2, "ffn-width": 96, "vocab": 128, "tokens": 32, "samples": 2}
-TOY = ["--device=cpu", "--repeats=2", *(f"--{name}={size}" for name, size in SIZES.items())]
-KEYS = ["name", "density", "device", "dtype", "tokens", "step_s", "ratio_to_dense", "flop_bound_ratio", "mfu_executed"]
-KEYS += ["peak_memory_bytes"]
+TOY = [*RUN, *MODEL, *BATCH]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float]]:
-    path: Path = tmp_path_factory.mktemp("bench") / "step.json"
-    step.main([*TOY, "--json", str(path)])
-    return {row["name"]: row for row in json.loads(path.read_text())}
+def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return rows_of(step.main, TOY, tmp_path_factory.mktemp("bench") / "step.json", "step_s")
 
 
-def test_rows_have_the_promised_keys(rows: dict[str, dict[str, float]]) -> None:
+def test_all_contestants_have_whole_rows(rows: dict[str, Any]) -> None:
     assert list(rows) == ["dense", "hf_llama", "routed_1", "routed_0.5", "routed_0.25"]
     for row in rows.values():
-        assert list(row) == KEYS
-        assert (row["device"], row["dtype"], row["tokens"], row["peak_memory_bytes"]) == ("cpu", "fp32", 64, None)
-        assert all(row[key] > 0 and math.isfinite(row[key]) for key in ("step_s", "ratio_to_dense", "mfu_executed"))
+        assert row["tokens"] == 64
+        assert None not in row.values()
 
 
-def test_density_and_flops_are_measured(rows: dict[str, dict[str, float]]) -> None:
+def test_density_and_flops_are_measured(rows: dict[str, Any]) -> None:
     assert rows["dense"]["ratio_to_dense"] == 1.0
     for name in ("dense", "hf_llama"):
         assert rows[name]["density"] == rows[name]["flop_bound_ratio"] == 1.0
@@ -42,30 +37,61 @@ def test_density_and_flops_are_measured(rows: dict[str, dict[str, float]]) -> No
     assert 0.35 < rows["routed_0.5"]["density"] < 0.65
     assert 0.1 < rows["routed_0.25"]["density"] < 0.4
     assert rows["routed_0.25"]["flop_bound_ratio"] < rows["routed_0.5"]["flop_bound_ratio"] < 1.0
+    assert rows["routed_0.25"]["peak_memory_bytes"] < rows["routed_1"]["peak_memory_bytes"]
 
 
-def test_held_routers_pay_for_their_gradient() -> None:
-    options = step.parse([*TOY, "--densities", "0.5"])
-    routed = step.build(options)["routed_0.5"]
-    for name, parameter in routed.model.named_parameters():
-        if "router" in name:
-            assert parameter.grad is not None and float(parameter.grad.abs().sum()) > 0, name
+def test_the_limits_get_times_to_dense_memory_to_dense_and_the_dense_mfu() -> None:
+    def row(ratio: float, mfu: float, memory: int) -> Row:
+        return Row("any", 1.0, "cpu", "fp32", 64, 1.0, Spread(0.0, ratio, 9.0), 1.0, mfu, memory)
+
+    found = step.promised({"dense": row(1.0, 0.7, 400), "routed_0.5": row(0.6, 0.65, 300)})
+    assert found.pop("step/dense") == found.pop("step/memory_dense") == 1.0
+    assert found == {"step/dense_mfu": 0.7, "step/routed_0.5": 0.6, "step/memory_routed_0.5": 0.75}
 
 
-def test_check_fails_for_an_impossible_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_check_judges_what_was_measured_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    """A toy model is nowhere near the promised utilisation."""
     with pytest.raises(SystemExit) as exit_info:
-        step.main([*TOY, "--densities", "--check", "0.0001"])
+        step.main([*TOY, "--densities", "0.5", "--check"])
     assert exit_info.value.code == 1
-    assert "more than the 0.0001 allowed" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    judged = [line.split()[1] for line in out.splitlines() if line.startswith(("ok ", "MISSED "))]
+    assert set(judged) == {"step/routed_0.5", "step/dense_to_peer", "step/dense_mfu", "step/memory_routed_0.5"}
+    assert "these differ: layers=2, width=64" in out
+    assert "of 4 limits missed" in err and "step/dense_mfu is" in err
+
+
+def test_checkpointing_and_execution_reach_the_models() -> None:
+    options = step.parse([*TOY, "--densities", "0.5", "--checkpointing", "--execution", "reference"])
+    assert not options.compile
+    contestants = step.build(options)
+    routed = contestants["routed_0.5"]
+    assert routed.config.router is not None and routed.config.router.execution == "reference"
+    assert contestants["dense"].model.recompute and routed.model.recompute
+    assert contestants["hf_llama"].model.is_activation_checkpointing
+
+
+def test_compiled_layers_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[object] = []
+
+    def note(decoder: object) -> None:
+        compiled.append(decoder)
+
+    monkeypatch.setattr("model.decoder.Decoder.compile_layers", note)
+    contestants = step.build(step.parse([*TOY, "--densities", "0.5", "--compile"]))
+    assert compiled == [contestants["dense"].model, contestants["routed_0.5"].model]
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        (["--tokens", "1"], "--tokens must be at least 2, got 1"),
+        (["--samples", "0"], "--samples must be at least 1, got 0"),
         (["--densities", "0.5", "0.5"], "--densities must differ"),
         (["--densities", "1.5"], "--densities must lie above 0 and not above 1, got 1.5"),
         (["--heads", "3"], "must be divisible by"),
+        (["--layers", "0"], "layers Input should be greater than 0"),
         (["--device", "tpu"], "--device must be cpu or cuda"),
         (["--json", "no/such/folder/step.json"], "--json"),
     ],
@@ -73,7 +99,4 @@ def test_check_fails_for_an_impossible_ratio(capsys: pytest.CaptureFixture[str])
 def test_a_bad_argument_is_one_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        step.main([*TOY, *arguments])
-    assert exit_info.value.code == 1
-    assert sentence in capsys.readouterr().err
+    assert sentence in refused(step.main, [*TOY, *arguments], capsys)

@@ -1,0 +1,315 @@
+"""Time token-by-token decoding from a KV cache: our dense decoder, routed ones, and Hugging Face's Llama.
+
+    python -m bench.decode                                 # CPU: 22M parameters; CUDA: 1B; batches of 1 and 8
+    python -m bench.decode --batches 1 --densities 0.5 --repeats 30 --json decode.json
+    python -m bench.decode --check                         # exit 1 if a limit of bench/limits.py is missed
+
+Every contestant reads the prompt once. A round then puts its cache back to the prompt's length and takes ``--steps``
+greedy steps of one token for every row of the batch, the most likely one each time: what ``model/generate.py`` does.
+``token_s`` is the time of one such step, prompt not included. Ours and the peer, which has our weights copied in, must
+produce the same tokens (fp32) before anything is timed.
+
+The peer decodes with its own ``DynamicCache``, as it comes; on CUDA also with its ``StaticCache`` and
+``torch.compile``, where that works. Routers pay for their logits, and their decisions are drawn, one for every row,
+place and site, so that each row executes exactly the share asked for: see ``bench/contestants.py``.
+
+``FLOP bound`` and ``MFU`` count the forward pass of the steps, from what the routers really did. At batch 1 decoding
+waits for weights to be read rather than for products, so MFU is low. ``GiB`` is weights, cache and what a step needs
+on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bench.contestants import (
+    DENSE,
+    PEER,
+    draw,
+    held_decoder,
+    held_llama,
+    model_config,
+    random_tokens,
+    routed_name,
+)
+from bench.memory import peak_bytes, tensor_bytes
+from bench.options import (
+    CPU_SIZES,
+    CUDA_SIZES,
+    DTYPES,
+    MODEL,
+    add_densities,
+    add_numbers,
+    add_run,
+    parser,
+    refuse,
+    resolve,
+)
+from bench.report import Result, Row, spread, tell
+from bench.timing import Matmul, Spread, ratios, take_turns
+from model.cache import KVCache
+from model.decoder import Decoder
+from model.flops import Routed, dense_flops, executed_flops
+from settings import user_errors
+
+PEAK = "matmul"
+SECONDS = "token_s"
+STATIC_PEER = f"{PEER}_static"
+
+
+class Decoding(Protocol):
+    """A model that has read a prompt and decodes from there, the same every time."""
+
+    peak_bytes: int
+
+    def run(self) -> Tensor:
+        """Go back to the prompt's end and decode; int64 [B, steps]."""
+
+
+class Ours:
+    """Our decoder behind a prompt.
+
+    Args:
+        decoder: in evaluation mode.
+        prompt: int64 [B, T].
+        steps: tokens to decode for every row.
+    """
+
+    def __init__(self, decoder: Decoder, prompt: Tensor, steps: int):
+        self.decoder, self.prompt, self.steps = decoder, prompt, steps
+        weight = decoder.embed_tokens.weight
+        batch, length = prompt.shape
+        self.cache = KVCache(decoder.config, batch, length + steps, weight.device, weight.dtype)
+        self.first = _likeliest(decoder(prompt, cache=self.cache).logits)
+        held = [*decoder.parameters(), *decoder.buffers(), self.cache.keys, self.cache.values]
+        self.peak_bytes = tensor_bytes(held) + peak_bytes(self.run, prompt.device)
+
+    def run(self) -> Tensor:
+        """Go back to the prompt's end and decode; int64 [B, steps]."""
+        self.cache.length = self.prompt.shape[1]
+        token, tokens = self.first, []
+        for _ in range(self.steps):
+            token = _likeliest(self.decoder(token, cache=self.cache).logits)
+            tokens.append(token)
+        return torch.cat(tokens, dim=1)
+
+    def counts(self) -> Routed:
+        """What the steps execute, all of them together."""
+        sites = torch.zeros(2, len(self.decoder.config.sites), dtype=torch.int64, device=self.prompt.device)
+        visible = 0.0
+        self.cache.length = self.prompt.shape[1]
+        token = self.first
+        for _ in range(self.steps):
+            out = self.decoder(token, cache=self.cache)
+            token = _likeliest(out.logits)
+            sites += torch.stack((out.routing.executed_tokens, out.routing.attended_keys))
+            visible += float(out.routing.visible_keys)
+        executed, attended = sites.tolist()
+        return Routed(len(self.prompt) * self.steps, visible, executed, attended)
+
+
+class Peer:
+    """Hugging Face's Llama behind a prompt, with the cache that it makes itself.
+
+    Args:
+        llama: in evaluation mode.
+        prompt: int64 [B, T].
+        steps: tokens to decode for every row.
+    """
+
+    def __init__(self, llama: Any, prompt: Tensor, steps: int):
+        from transformers import DynamicCache
+
+        self.llama, self.steps = llama, steps
+        self.cache: Any = DynamicCache(config=llama.config)
+        self.first = _likeliest(self._forward(prompt))
+        # Growing makes new tensors and leaves these as they are.
+        self.after_prompt = [(layer.keys, layer.values) for layer in _layers(self.cache)]
+        held = [*llama.parameters(), *llama.buffers(), *(t for pair in self.after_prompt for t in pair)]
+        self.peak_bytes = tensor_bytes(held) + peak_bytes(self.run, prompt.device)
+
+    def run(self) -> Tensor:
+        """Go back to the prompt's end and decode; int64 [B, steps]."""
+        for layer, (keys, values) in zip(_layers(self.cache), self.after_prompt, strict=True):
+            layer.keys, layer.values = keys, values
+        token, tokens = self.first, []
+        for _ in range(self.steps):
+            token = _likeliest(self._forward(token))
+            tokens.append(token)
+        return torch.cat(tokens, dim=1)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        return self.llama(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+
+
+class StaticPeer:
+    """Hugging Face's Llama behind a prompt, with its cache of fixed size, the step compiled where asked for.
+
+    Args:
+        llama: in evaluation mode.
+        prompt: int64 [B, T].
+        steps: tokens to decode for every row.
+        compiled: by ``torch.compile`` with CUDA graphs.
+    """
+
+    def __init__(self, llama: Any, prompt: Tensor, steps: int, compiled: bool):
+        from transformers import StaticCache
+
+        self.prompt_tokens, self.steps = prompt.shape[1], steps
+        self.cache: Any = StaticCache(config=llama.config, max_cache_len=self.prompt_tokens + steps)
+        self.call: Callable[..., Any] = llama
+        self.first = _likeliest(self._forward(prompt))
+        if compiled:
+            self.call = torch.compile(llama, mode="reduce-overhead", dynamic=False)
+        for _ in range(3):  # the first runs compile and record
+            self.run()
+        held = [*llama.parameters(), *llama.buffers()]
+        held += [t for layer in _layers(self.cache) for t in (layer.keys, layer.values)]
+        self.peak_bytes = tensor_bytes(held) + peak_bytes(self.run, prompt.device)
+
+    def run(self) -> Tensor:
+        """Go back to the prompt's end and decode; int64 [B, steps]."""
+        for layer in _layers(self.cache):
+            layer.cumulative_length.fill_(self.prompt_tokens)
+        token, tokens = self.first, []
+        for _ in range(self.steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            token = _likeliest(self._forward(token))
+            tokens.append(token)
+        return torch.cat(tokens, dim=1)
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        return self.call(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+
+
+def _layers(cache: Any) -> list[Any]:
+    """The layers of a cache of Hugging Face's."""
+    return cache.layers
+
+
+def _likeliest(logits: Tensor) -> Tensor:
+    """Logits [B, T, V] -> the most likely id after the last token, int64 [B, 1]."""
+    return logits[:, -1].argmax(-1, keepdim=True)
+
+
+def models(options: argparse.Namespace) -> tuple[dict[str, Decoder], Any]:
+    """Our decoders, dense first, and the peer with the dense one's weights; in evaluation mode."""
+    device, dtype = torch.device(options.device), DTYPES[options.dtype]
+    context = options.prompt + options.steps
+    decoders = {}
+    for density in (None, *options.densities):
+        config = model_config(options, density, context)
+        name = DENSE if density is None else routed_name(density)
+        decoders[name] = held_decoder(config, device, dtype).eval()
+        draw(decoders[name], max(options.batches), context, exact_from=options.prompt)
+    dense = decoders[DENSE]
+    llama, _ = held_llama(dense.config, dense.state_dict(), device, dtype)
+    return decoders, llama.eval()
+
+
+def behind_prompt(
+    options: argparse.Namespace, decoders: Mapping[str, Decoder], llama: Any, batch: int
+) -> tuple[dict[str, Decoding], list[str]]:
+    """All contestants at one batch size, and what there is to say about them."""
+    device = torch.device(options.device)
+    prompt = random_tokens(batch, options.prompt, options.vocab, device)
+    decodings: dict[str, Decoding] = {n: Ours(decoder, prompt, options.steps) for n, decoder in decoders.items()}
+    decodings[PEER] = Peer(llama, prompt, options.steps)
+    if options.dtype == "fp32":  # in bf16 the likeliest token is often a tie of two roundings
+        assert torch.equal(decodings[DENSE].run(), decodings[PEER].run())
+    notes = []
+    if device.type == "cuda":
+        try:
+            decodings[STATIC_PEER] = StaticPeer(llama, prompt, options.steps, compiled=True)
+        except Exception as error:  # whatever a compiler may raise; the peer must not end our run
+            notes.append(f"batch {batch}: no {STATIC_PEER}, torch.compile failed with {type(error).__name__}")
+    return decodings, notes
+
+
+@torch.inference_mode()
+def measure(options: argparse.Namespace) -> Result:
+    """Build, take turns at every batch size, count."""
+    device = torch.device(options.device)
+    decoders, llama = models(options)
+    matmul = Matmul(device, DTYPES[options.dtype])
+    taken: dict[int, tuple[dict[str, Decoding], dict[str, list[float]]]] = {}
+    notes: list[str] = []
+    peak = 0.0
+    for batch in options.batches:
+        decodings, said = behind_prompt(options, decoders, llama, batch)
+        notes += said
+        calls: dict[str, Callable[[], object]] = {name: decoding.run for name, decoding in decodings.items()}
+        seconds = take_turns({**calls, PEAK: matmul}, options.repeats, device)
+        peak = max(peak, matmul.flops / min(seconds.pop(PEAK)))
+        taken[batch] = decodings, seconds
+    rows: list[Row] = []
+    measured, findings = {}, []
+    for batch, (decodings, seconds) in taken.items():
+        found = {name: _row(name, batch, decodings, seconds, options, peak) for name in decodings}
+        rows += found.values()
+        for name, row in found.items():
+            assert row.to_dense is not None
+            measured[f"decode/batch_{batch}/{name}"] = row.to_dense.median
+        findings.append(f"batch {batch}, {DENSE} / {PEER}: {spread(ratios(seconds[DENSE], seconds[PEER]))}")
+    return Result(rows, peak, measured, notes, findings)
+
+
+def _row(
+    name: str,
+    batch: int,
+    decodings: Mapping[str, Decoding],
+    seconds: Mapping[str, list[float]],
+    options: argparse.Namespace,
+    peak: float,
+) -> Row:
+    decoding = decodings[name] if isinstance(decodings[name], Ours) else decodings[DENSE]
+    assert isinstance(decoding, Ours)
+    counts, config = decoding.counts(), decoding.decoder.config
+    executed, dense = executed_flops(config, counts), dense_flops(config, counts.tokens, counts.visible_keys)
+    run_s = Spread.of(seconds[name]).median
+    return Row(
+        name=f"batch_{batch}/{name}",
+        density=sum(counts.executed_tokens) / (counts.tokens * len(config.sites)) if config.sites else 1.0,
+        device=options.device,
+        dtype=options.dtype,
+        tokens=batch * options.steps,
+        seconds=run_s / options.steps,
+        to_dense=ratios(seconds[name], seconds[DENSE]),
+        flop_bound_ratio=executed / dense,
+        mfu_executed=executed / run_s / peak,
+        peak_memory_bytes=decodings[name].peak_bytes,
+    )
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Command-line options, with the device's defaults filled in."""
+    options_parser = parser("bench.decode", __doc__)
+    add_numbers(options_parser, MODEL)
+    add_densities(options_parser)
+    options_parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
+    options_parser.add_argument("--steps", type=int, default=32, help="tokens decoded a round (default: %(default)s)")
+    options_parser.add_argument(
+        "--batches", type=int, nargs="+", default=[1, 8], help="rows decoded together (default: %(default)s)"
+    )
+    add_run(options_parser, repeats=10)
+    options = options_parser.parse_args(arguments)
+    resolve(options, CPU_SIZES, CUDA_SIZES)
+    refuse(options, {"prompt": 1, "steps": 1, "batches": 1})
+    model_config(options, None, options.prompt + options.steps)
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, print, write, and judge if asked to."""
+    with user_errors():
+        options = parse(arguments)
+        tell(options, measure(options), [*MODEL, "prompt", "steps", "batches"], SECONDS)
+
+
+if __name__ == "__main__":
+    main()

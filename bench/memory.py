@@ -1,0 +1,126 @@
+"""Peak memory of a call, in bytes that tensors ask for, apart from any timing.
+
+    bytes alive    before | call: + + - + + + - - ... |      peak = the highest point above "before"
+
+On CUDA the allocator keeps the peak itself. On the CPU it does not, but the profiler notes every allocation and every
+release of torch's CPU allocator, temporary ones inside an operator included; adding them up address by address has
+the peak, exact to the byte. What other libraries allocate on their own (a matrix product's scratch, the interpreter) is
+not in it, nor is it on CUDA.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.autograd.profiler import profile
+
+# The profiler's library would print a line at every start and stop. It reads this once, at the first of them.
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that ``tensors`` hold; shared storage counts once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Most bytes that were alive on ``device`` at once during ``call``, beyond those alive when it began.
+
+    Releases of what was alive before are not seen on the CPU: drop such things (old gradients) first.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(profile_memory=True) as profiled:
+        call()
+    assert profiled.kineto_results is not None
+    return _highest(_allocations(profiled.kineto_results.experimental_event_tree()))
+
+
+def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
+    """Time in ns, address and bytes (negative: released) of every allocation in the profiler's tree, oldest first."""
+    found, waiting = [], list(tree)
+    for event in waiting:  # grows on the way
+        waiting += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    return sorted(found, key=lambda change: change[0])
+
+
+def _highest(changes: Iterable[tuple[int, int, int]]) -> int:
+    """Highest number of bytes alive at once, of what was allocated among ``changes``.
+
+    Releases of other addresses are passed over: the profiler remembers blocks of an earlier profile whose release it
+    did not see, and takes whatever is released at their address for them.
+    """
+    alive: dict[int, int] = {}
+    total = highest = 0
+    for _, address, size in changes:
+        if size > 0:
+            alive[address] = size
+            total += size
+            highest = max(highest, total)
+        else:
+            total -= alive.pop(address, 0)
+    return highest
+
+
+@contextmanager
+def held_to_free_memory(device: torch.device) -> Iterator[None]:
+    """Let a CPU allocation that does not fit into free memory fail, instead of the whole process being killed.
+
+    Nothing to do on CUDA, where it fails by itself, nor where the system does not tell what is free.
+    """
+    free, data = free_bytes(), _status_bytes(Path("/proc/self/status"), "VmData")
+    if device.type == "cuda" or free is None or data is None:
+        yield
+        return
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = int(data + 0.9 * free)
+    if before[0] != resource.RLIM_INFINITY:
+        limit = min(limit, before[0])
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for what torch raises when an allocation fails, on either kind of device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def free_bytes() -> int | None:
+    """Main memory that can still be taken, by the system's and the container's account; None where neither tells."""
+    known = []
+    available = _status_bytes(Path("/proc/meminfo"), "MemAvailable")
+    if available is not None:
+        known.append(available)
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+        known.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(known) if known else None
+
+
+def _status_bytes(path: Path, name: str) -> int | None:
+    """A figure of a ``/proc`` file with lines like ``VmData:  1234 kB``."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
