@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "pretrain": {"settings", "data", "model", "trainer"},
     "launch": {"settings", "data", "model", "trainer"},
     "bench": {"settings", "data", "model", "trainer"},
+    "evals": {"settings", "data", "model", "trainer"},
 }
 
 
