@@ -38,7 +38,7 @@ def routed_name(density: float) -> str:
 
 
 def model_config(
-    options: argparse.Namespace, density: float | None, positions: int, execution: str = "auto"
+    options: argparse.Namespace, density: float | None, positions: int, execution: str = "rounded"
 ) -> ModelConfig:
     """The benchmark's model for contexts of ``positions`` tokens; dense where ``density`` is None.
 
@@ -245,7 +245,7 @@ class Ours(Contestant):
         self._sample_ids = torch.arange(len(tokens), device=tokens.device)
         router = self.config.router
         if router is not None:
-            self._capacity_tokens = router.capacity_tokens(tokens.shape[1], router.density, tokens.device.type)
+            self._capacity_tokens = router.capacity_tokens(tokens.shape[1], router.density)
 
     def loss(self) -> Tensor:
         """Mean loss over the batch, a scalar tensor."""

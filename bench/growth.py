@@ -172,6 +172,8 @@ def measure(options: argparse.Namespace) -> tuple[dict[Pair, list[Row] | None], 
             found[pair] = None
             continue
         found[pair], pair_peak = result
+        said = ", ".join(f"{row.name.partition('/')[2]} {row.seconds:.3f} s" for row in result[0])
+        print(f"{pair}: {said}", flush=True)  # a later pair may take minutes
         peak = max(peak, pair_peak)
     if not any(found.values()):
         raise ValueError(f"none of --pairs {' '.join(map(str, options.pairs))} fits into memory; give smaller ones")
@@ -192,7 +194,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options_parser.add_argument(
         "--execution",
         choices=EXECUTIONS,
-        default="auto",
+        default="rounded",
         help="how routed layers compute executed tokens, the router's setting of that name (default: %(default)s)",
     )
     options_parser.add_argument("--markdown", type=Path, help="write the table of ratios to this file")

@@ -177,7 +177,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_run(options_parser, repeats=10)
     options = options_parser.parse_args(arguments)
-    both = {"checkpointing": False, "execution": "auto"}
+    both = {"checkpointing": False, "execution": "rounded"}
     resolve(
         options,
         cpu=CPU_SIZES | CPU_BATCH | both | {"compile": False},

@@ -25,7 +25,9 @@ from model.flex import flex_attend
 from model.selection import Selection
 from model.visibility import Visibility, mask
 
-_BLOCK_QUERIES = 64  # smaller blocks skip more of the keys that are not seen, and pay more for starting a kernel
+# Smaller blocks skip more of the keys that are not seen, and pay more for starting a kernel; and every block holds a
+# gradient of the keys that it was given until all have one.
+_BLOCK_QUERIES_MIN, _BLOCKS_MAX = 64, 8
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, visibility: Visibility) -> Tensor:
@@ -83,7 +85,8 @@ def _blocks(first: Tensor | None, last: Tensor) -> tuple[list[int], list[tuple[i
     ``first`` and ``last`` are [B or 1, C]; a short last block is joined to the one before.
     """
     columns = last.shape[1]
-    edges = [*range(0, max(columns - _BLOCK_QUERIES // 4, 1), _BLOCK_QUERIES), columns]
+    block = max(_BLOCK_QUERIES_MIN, -(-columns // _BLOCKS_MAX))
+    edges = [*range(0, max(columns - block // 4, 1), block), columns]
     ends = (last[:, [e - 1 for e in edges[1:]]].amax(0) + 1).tolist()
     starts = [0] * len(ends) if first is None else first[:, edges[:-1]].amin(0).tolist()
     return edges, list(zip(starts, ends, strict=True))
@@ -99,10 +102,10 @@ class _Runs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].new_zeros(ctx.shape)
+        total = grads[0].new_zeros(ctx.shape, dtype=torch.float32)
         for (start, end), grad in zip(ctx.runs, grads, strict=True):
             total[:, start:end] += grad
-        return total, None
+        return total.to(grads[0].dtype), None
 
 
 def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, visibility: Visibility) -> Tensor:

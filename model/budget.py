@@ -60,11 +60,11 @@ class Budget:
         done = (progress - budget.dense_until) / (budget.reach_by - budget.dense_until)
         return 1.0 + (self.router.density - 1.0) * done
 
-    def capacity_tokens(self, progress: float, device_type: str) -> int | None:
-        """Most tokens of a window that a site may execute at ``progress`` on that device; None where all may."""
+    def capacity_tokens(self, progress: float) -> int | None:
+        """Most tokens of a window that a site may execute at ``progress``; None where all may."""
         if self.router is None:
             return None
-        return self.router.capacity_tokens(self.sequence_tokens, self.target(progress), device_type)
+        return self.router.capacity_tokens(self.sequence_tokens, self.target(progress))
 
     def prices(self) -> Tensor:
         """Nats per unit of density for this step, fp32 [S]; the gradient of the penalty at the last step's density."""

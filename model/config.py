@@ -105,10 +105,10 @@ class RouterConfig(Block):
     """Scale of the Gumbel noise on the logits in training; 1 throughout is the paper's."""
     temperature: Ramp = Ramp(start=1.0, end=1.0, until=1.0)
     """Temperature of the soft gate whose gradient the hard gate borrows."""
-    execution: Literal["auto", "rounded", "capacity", "reference"] = "auto"
+    execution: Literal["rounded", "capacity", "reference"] = "rounded"
     """How executed tokens are computed in training: ``rounded`` gathers them all, ``capacity`` a fixed number a window
-    (static shapes, overflow dropped), ``reference`` computes every token and masks (slow). ``auto``: capacity on a GPU,
-    rounded on the CPU. Evaluation and generation never drop."""
+    (static shapes, overflow dropped), ``reference`` computes every token and masks (slow). Evaluation and generation
+    never drop."""
     capacity_factor: float = Field(1.25, ge=1)
     """capacity: room for this times the target density, rounded up to whole blocks of 128 tokens a window."""
     gate_gradient: Literal["executed", "all"] = "executed"
@@ -125,21 +125,20 @@ class RouterConfig(Block):
                 f"'reference' computes, got {self.execution!r}; set router.execution: reference, or gate_gradient: "
                 "executed"
             )
+        if self.execution == "capacity" and self.budget.kind == "global":
+            raise ValueError(
+                "router.execution 'capacity' gives every site the same room, and router.budget.kind 'global' lets "
+                "sites differ; set execution: rounded, or budget.kind: per_layer"
+            )
         for name in ("noise", "temperature"):
             ramp = getattr(self, name)
             if min(ramp.start, ramp.end) < 0 or (name == "temperature" and min(ramp.start, ramp.end) == 0):
                 raise ValueError(f"router.{name} must stay positive, got {ramp.start} to {ramp.end}")
         return self
 
-    def execution_on(self, device_type: str) -> str:
-        """``execution`` with ``auto`` resolved for ``cpu`` or ``cuda``."""
-        if self.execution != "auto":
-            return self.execution
-        return "rounded" if device_type == "cpu" else "capacity"
-
-    def capacity_tokens(self, tokens: int, target: float, device_type: str) -> int | None:
+    def capacity_tokens(self, tokens: int, target: float) -> int | None:
         """How many of a window's ``tokens`` a site may execute at density ``target``; None where there is no limit."""
-        if self.execution_on(device_type) != "capacity":
+        if self.execution != "capacity":
             return None
         return min(math.ceil(target * self.capacity_factor * tokens / 128) * 128, tokens)
 

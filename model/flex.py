@@ -32,11 +32,20 @@ BLOCK = 128  # queries and keys of a block: what FlexAttention's kernels are tun
 def flex_attend(queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, visibility: Visibility) -> Tensor:
     """:func:`model.attend.attend` by FlexAttention; same arguments and result."""
     q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys.flatten(0, 1), values.flatten(0, 1)))
-    blocks = block_mask(*flat_bounds(selection, visibility), keys=k.shape[2])
-    out = _kernel()(q, k, v, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])  # [1, H, N, K]
+    blocks = visibility.dense_blocks if selection.index is None else None
+    if blocks is None:
+        blocks = block_mask(*flat_bounds(selection, visibility), keys=k.shape[2])
+    if selection.index is None:
+        visibility.dense_blocks = blocks
+    # Without the option, torch 2.13 takes a decoding kernel for fewer than 128 queries, which finds no valid tiling
+    # where a power of two of query heads shares a key head.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    grouped = q.shape[1] != k.shape[1]
+    out = _kernel()(q, k, v, block_mask=blocks, enable_gqa=grouped, kernel_options=options)  # [1, H, N, K]
     return out[0].transpose(0, 1)
 
 
+@torch.compiler.disable
 def flat_bounds(selection: Selection, visibility: Visibility) -> tuple[Tensor, Tensor]:
     """First and last visible key of every selected token on the flat grid, int64 [N] each, both rising."""
     batch, tokens, keys = selection.batch, selection.tokens, visibility.keys
@@ -46,6 +55,7 @@ def flat_bounds(selection: Selection, visibility: Visibility) -> tuple[Tensor, T
     return selection.gather(first), selection.gather(last)
 
 
+@torch.compiler.disable
 def block_mask(first: Tensor, last: Tensor, keys: int) -> BlockMask:
     """The block mask of queries that see the keys ``first`` to ``last`` (int64 [N], both rising) of ``keys``."""
     needed, full = needed_blocks(first, last, keys)

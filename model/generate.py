@@ -12,7 +12,6 @@ from model.cache import KVCache
 from model.decoder import Decoder
 
 
-@torch.inference_mode()
 def generate(
     decoder: Decoder,
     prompt: Tensor,
@@ -21,6 +20,7 @@ def generate(
     top_p: float = 1.0,
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
+    thresholds: Tensor | None = None,
 ) -> Tensor:
     """Continue ``prompt``.
 
@@ -32,6 +32,7 @@ def generate(
         top_p: sample only from the most likely tokens that together hold this probability.
         eos_id: a row that produced it is continued with it; generation ends when all rows have.
         generator: of the sampling.
+        thresholds: fp32 [S], the compute dial: see :class:`model.decoder.Decoder`.
 
     Returns:
         int64 [B, T + new], the prompt and its continuation.
@@ -41,12 +42,27 @@ def generate(
     """
     if prompt.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token, for example the BOS id")
+    with torch.inference_mode():
+        tokens = _continue(decoder, prompt, max_new_tokens, temperature, top_p, eos_id, generator, thresholds)
+    return tokens.clone()  # outside, so that it is an ordinary tensor
+
+
+def _continue(
+    decoder: Decoder,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    eos_id: int | None,
+    generator: torch.Generator | None,
+    thresholds: Tensor | None,
+) -> Tensor:
     weight = decoder.embed_tokens.weight
     cache = KVCache(decoder.config, len(prompt), prompt.shape[1] + max_new_tokens, weight.device, weight.dtype)
     tokens, step = prompt, prompt
     ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):
-        logits = decoder(step, cache=cache).logits
+        logits = decoder(step, cache=cache, thresholds=thresholds).logits
         assert logits is not None
         step = _pick(logits[:, -1].float(), temperature, top_p, generator)
         if eos_id is not None:

@@ -13,6 +13,7 @@ Dimension letters: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -83,7 +84,9 @@ class LearnedRouter(Router):
         """x: [B, T, D] -> decisions [B, T]."""
         margin = _margin(x, self.weight)
         if not self.training:
-            executed = margin >= (0.0 if inputs.thresholds is None else inputs.thresholds[self.site])
+            executed = margin >= (
+                0.0 if inputs.thresholds is None else inputs.thresholds.index_select(0, self.site.view(1))
+            )
             return Gate(executed, executed.float(), margin)
         u = noise.uniform(inputs.seed, inputs.sample_ids, self.site, inputs.positions)
         margin = margin + inputs.noise_scale * torch.logit(u)
@@ -148,5 +151,22 @@ def _margin(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _margin(x, weight)
-    skip, execute = F.linear(x.float(), weight.float()).unbind(-1)
+    wide = x.float()
+    with _kept_as(wide, x):
+        skip, execute = F.linear(wide, weight.float()).unbind(-1)
     return execute - skip
+
+
+def _kept_as(wide: Tensor, x: Tensor) -> AbstractContextManager[object]:
+    """Inside, autograd keeps ``x``, which the layer keeps anyway, for ``wide``, its fp32 copy, and casts it again."""
+    if wide is x or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return nullcontext()
+    low, place = x.detach(), wide.data_ptr()
+
+    def pack(kept: Tensor) -> Tensor | torch.Size:
+        return kept.shape if kept.data_ptr() == place else kept
+
+    def unpack(kept: Tensor | torch.Size) -> Tensor:
+        return kept if isinstance(kept, Tensor) else low.float().view(kept)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

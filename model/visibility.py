@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 
 class Visibility:
@@ -31,10 +32,12 @@ class Visibility:
         last: int64 [T], the last key that each query sees: its own place among the keys.
         first: int64 [B, T], the first one; None where that is key 0 for all.
         keys: S.
+        dense_blocks: FlexAttention's block mask for all tokens as queries, once somebody has built it.
     """
 
     def __init__(self, tokens: int, past: int, documents: Tensor | None, device: torch.device):
         self.keys = past + tokens
+        self.dense_blocks: BlockMask | None = None
         self.last = torch.arange(past, self.keys, device=device)
         self.first: Tensor | None = None
         if documents is not None:

@@ -20,7 +20,7 @@ def describe_start(config: RunConfig, data: TrainingData, world: World) -> str:
         "routing   none, every token runs every layer"
         if router is None
         else f"routing   {router.kind}, {len(model.sites)} sites, density {router.density}, "
-        f"{router.execution_on(world.device.type)} execution",
+        f"{router.execution} execution",
         f"training  {train.steps:,} steps of {train.global_batch_samples * config.data.sequence_tokens:,} tokens, "
         f"{samples * config.data.sequence_tokens:,} in all",
     ]

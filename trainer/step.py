@@ -166,7 +166,7 @@ def train_step(
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)
     counter = Counter(budget.sites, world.device)
-    capacity_tokens = budget.capacity_tokens(progress, world.device.type)
+    capacity_tokens = budget.capacity_tokens(progress)
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, world.device)
         output = forward(engine, batch, config, progress, capacity_tokens)

@@ -33,11 +33,11 @@ SIZES = {"layers": 3, "width": 64, "heads": 4, "kv_heads": 2, "ffn_width": 96, "
 TOKENS = random_tokens(4, 64, 128, CPU)
 
 
-def _config(density: float | None, execution: str = "auto", **sizes: int) -> Any:
+def _config(density: float | None, execution: str = "rounded", **sizes: int) -> Any:
     return model_config(argparse.Namespace(**{**SIZES, **sizes}), density, 64, execution)
 
 
-def _ours(density: float | None, execution: str = "auto", recompute: bool = False) -> Ours:
+def _ours(density: float | None, execution: str = "rounded", recompute: bool = False) -> Ours:
     ours = Ours(held_decoder(_config(density, execution), CPU, torch.float32, recompute))
     ours.feed(TOKENS)
     return ours
@@ -135,8 +135,8 @@ def test_a_peer_that_does_not_compile_runs_as_it_comes(monkeypatch: pytest.Monke
 def test_capacity_holds_every_row_to_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, float, str]] = []
 
-    def ten(_: object, tokens: int, target: float, device_type: str) -> int:
-        asked.append((tokens, target, device_type))
+    def ten(_: object, tokens: int, target: float) -> int:
+        asked.append((tokens, target))
         return 10
 
     monkeypatch.setattr(RouterConfig, "capacity_tokens", ten)

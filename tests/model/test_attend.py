@@ -127,15 +127,16 @@ def test_blocks_skip_keys_that_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> N
 
 @names
 @confined
+@pytest.mark.parametrize("past", [0, 45])
 @pytest.mark.parametrize("tokens", [50, 333])
-def test_flex_block_mask_is_the_dense_mask(name: str, confined: bool, tokens: int) -> None:
+def test_flex_block_mask_is_the_dense_mask(name: str, confined: bool, past: int, tokens: int) -> None:
     selection = selections(3, tokens)[name]
     if selection.size == 0:
         pytest.skip("on a GPU a selection is filled up to at least one block of queries")
-    documents = documents_of(3, tokens) if confined else None
-    keys = 3 * tokens
-    first, last = flat_bounds(selection, Visibility(tokens, 0, documents, CPU))
-    seen = dense_mask(selection, 0, documents, tokens)
+    documents = documents_of(3, past + tokens) if confined else None
+    keys = 3 * (past + tokens)
+    first, last = flat_bounds(selection, Visibility(tokens, past, documents, CPU))
+    seen = dense_mask(selection, past, documents, past + tokens)
     place = torch.arange(keys)
     assert torch.equal((first[:, None] <= place) & (place <= last[:, None]), seen)
 

@@ -1,4 +1,4 @@
-"""Invariant 3: sparse execution equals computing everything and masking, in outputs and in gradients."""
+"""Invariant 3: gathering the executed tokens equals computing everything and masking, in outputs and in gradients."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def assert_same_step(first: Decoder, second: Decoder, confined: bool = False) ->
 @pytest.mark.parametrize("kind", KINDS)
 @granular
 @pytest.mark.parametrize("confined", [False, True], ids=["one-document", "documents"])
-def test_sparse_equals_reference(kind: str, granularity: str, confined: bool) -> None:
+def test_rounded_equals_reference(kind: str, granularity: str, confined: bool) -> None:
     pair = [decoder(config(kind, granularity=granularity, execution=e)) for e in ("rounded", "reference")]
     assert_same_step(*pair, confined=confined)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_sparse_equals_reference(kind: str, granularity: str, confined: bool) ->
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("input_kind", ["normed", "raw"])
 @granular
-def test_sparse_equals_reference_in_every_variant(variant: str, input_kind: str, granularity: str) -> None:
+def test_rounded_equals_reference_in_every_variant(variant: str, input_kind: str, granularity: str) -> None:
     made = {"granularity": granularity, "input": input_kind, "always_on_first": 1}
     pair = [decoder(config("learned", variant, execution=e, **made)) for e in ("rounded", "reference")]
     assert_same_step(*pair)
@@ -102,7 +102,7 @@ def test_sparse_equals_reference_in_every_variant(variant: str, input_kind: str,
 @pytest.mark.parametrize("pattern", ["mixed", "empty row", "empty layer", "all empty", "all executed", "one token"])
 @granular
 @pytest.mark.parametrize("confined", [False, True], ids=["one-document", "documents"])
-def test_sparse_equals_reference_whatever_is_executed(pattern: str, granularity: str, confined: bool) -> None:
+def test_rounded_equals_reference_whatever_is_executed(pattern: str, granularity: str, confined: bool) -> None:
     pair = []
     for execution in ("rounded", "reference"):
         cfg = config("learned", granularity=granularity, execution=execution)
@@ -162,7 +162,7 @@ def test_a_token_skipped_everywhere_keeps_its_embedding() -> None:
         assert not torch.equal(seen[0][0], model.embed_tokens(tokens)[0])
 
 
-def test_sparse_execution_computes_executed_tokens_only() -> None:
+def test_rounded_execution_computes_executed_tokens_only() -> None:
     cfg = config("learned")
     rows: list[tuple[str, int]] = []
     for execution in ("rounded", "reference"):

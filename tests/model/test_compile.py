@@ -19,9 +19,10 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("capacity_tokens", [None, 20], ids=["rounded", "capacity"])
-def test_layers_are_compiled_once_for_all_layers_and_densities(capacity_tokens: int | None) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_are_compiled_once_for_all_layers_and_densities(capacity_tokens: int | None, recompute: bool) -> None:
     cfg = config("learned")
-    compiled, plain = decoder(cfg), decoder(cfg)
+    compiled, plain = decoder(cfg, recompute=recompute), decoder(cfg)
     compiled.compile_layers()
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     executed = set()

@@ -27,7 +27,11 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "gate gradient of skipped tokens that are not computed": (
         {"router": ROUTER | {"gate_gradient": "all"}},
-        "gate_gradient 'all'.*only router.execution 'reference' computes, got 'auto'; set router.execution: reference",
+        "gate_gradient 'all'.*only router.execution 'reference' computes, got 'rounded'; set router.execution: ref",
+    ),
+    "one capacity for sites that may differ": (
+        {"router": ROUTER | {"execution": "capacity", "budget": {"kind": "global"}}},
+        "execution 'capacity' gives every site the same room.*set execution: rounded, or budget.kind: per_layer",
     ),
     "budget reached before it begins": (
         {"router": ROUTER | {"budget": {"dense_until": 0.5, "reach_by": 0.25}}},
@@ -104,21 +108,19 @@ def test_ramp() -> None:
     assert (rising.at(0.25), rising.at(1.0)) == (0.5, 2.0)
 
 
-def test_execution_and_capacity_by_device() -> None:
-    auto = RouterConfig(density=0.5)
-    assert (auto.execution_on("cpu"), auto.execution_on("cuda")) == ("rounded", "capacity")
-    assert RouterConfig(density=0.5, execution="rounded").execution_on("cuda") == "rounded"
-    assert auto.capacity_tokens(2048, 0.5, "cpu") is None
-    assert auto.capacity_tokens(2048, 0.5, "cuda") == 1280  # 0.5 x 1.25 x 2048, whole blocks of 128
-    assert auto.capacity_tokens(2048, 0.51, "cuda") == 1408
-    assert auto.capacity_tokens(2048, 0.9, "cuda") == auto.capacity_tokens(2048, 1.0, "cuda") == 2048
-    assert RouterConfig(density=0.5, capacity_factor=1.0).capacity_tokens(2048, 0.5, "cuda") == 1024
-    assert auto.capacity_tokens(100, 0.25, "cuda") == 100
+def test_capacity_in_whole_blocks() -> None:
+    router = RouterConfig(density=0.5, execution="capacity")
+    assert router.capacity_tokens(2048, 0.5) == 1280  # 0.5 x 1.25 x 2048, whole blocks of 128
+    assert router.capacity_tokens(2048, 0.51) == 1408
+    assert router.capacity_tokens(2048, 0.9) == router.capacity_tokens(2048, 1.0) == 2048
+    assert router.capacity_tokens(100, 0.25) == 100
+    assert RouterConfig(density=0.5, execution="capacity", capacity_factor=1.0).capacity_tokens(2048, 0.5) == 1024
+    assert RouterConfig(density=0.5).capacity_tokens(2048, 0.5) is None
 
 
 def test_defaults_are_the_papers_where_the_method_says_so() -> None:
     router = RouterConfig(density=0.5)
-    assert (router.kind, router.granularity, router.execution) == ("learned", "layer", "auto")
+    assert (router.kind, router.granularity, router.execution) == ("learned", "layer", "rounded")
     assert (router.budget.kind, router.budget.coefficient, router.budget.controller) == ("per_layer", 0.1, "fixed")
     assert (router.noise.at(0.0), router.noise.at(0.3), router.noise.at(0.6)) == (1.0, 0.5, 0.0)
 

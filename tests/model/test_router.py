@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import noise
 from model.config import RouterConfig
-from model.router import ROUTERS, Gate, RoutingInputs
+from model.router import ROUTERS, Gate, RoutingInputs, _margin
 
 BATCH, TOKENS, WIDTH, SITE = 4, 50, 16, 3
 SEED = 9
@@ -130,3 +130,16 @@ def test_expert_choice_takes_the_best(density: float, count: int) -> None:
         assert not (~gate.executed[row]).any() or worst_in > scores[row][~gate.executed[row]].max()
     torch.testing.assert_close(gate.value, torch.sigmoid(scores) * gate.executed)
     assert gate.value.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_margins_gradient_without_an_fp32_copy_of_the_input(dtype: torch.dtype) -> None:
+    """Two rows of width 4: as many entries as the weight has, which must not be taken for the input."""
+    x = torch.randn(1, 2, 4, dtype=dtype, requires_grad=True)
+    weight = torch.randn(2, 4, dtype=dtype, requires_grad=True)
+    found = torch.autograd.grad(_margin(x, weight).square().sum(), (x, weight))
+    margin = x.float() @ (weight[1].float() - weight[0].float())
+    expected = torch.autograd.grad(margin.square().sum(), (x, weight))
+    for gradient, truth in zip(found, expected, strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient, truth, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)

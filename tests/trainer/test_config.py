@@ -32,6 +32,7 @@ REFUSED = [
         "deepspeed.offload optimizer needs deepspeed.zero_stage 1, 2 or 3, got 0",
     ),
     (["deepspeed.offload=all"], "deepspeed.offload all moves parameters, which needs deepspeed.zero_stage 3, got 2"),
+    (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile needs deepspeed.zero_stage 0, 1 or 2, because"),
     (["train.schedule.warmup_steps=5"], "train.schedule.warmup_steps (5) must not exceed train.steps (4)"),
     (
         ["train.micro_batch_samples=3"],

@@ -1,0 +1,52 @@
+"""Ways of executing the same run: static capacity, compiled layers."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launching import run
+
+TRAIN = "pretrain.train"
+
+
+def _lines(config: dict[str, Any]) -> list[dict[str, Any]]:
+    text = (Path(config["train"]["run_dir"]) / "metrics.jsonl").read_text()
+    return [line for line in map(json.loads, text.splitlines()) if "train/loss" in line]
+
+
+def test_a_capacity_holds_in_training_and_its_overflow_is_logged(tiny, write_config):
+    tiny["data"]["sequence_tokens"] = tiny["model"]["max_positions"] = 256
+    tiny["model"]["router"] |= {"execution": "capacity", "capacity_factor": 1.0}
+    done = run(TRAIN, write_config(tiny), processes=2, launcher="deepspeed")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "capacity execution" in done.stdout
+    lines = _lines(tiny)
+    assert len(lines) == 4 and lines[0]["density/overflow"] > 0
+    for line in lines:
+        densities = [line[f"density/layer-{layer:02d}"] for layer in range(3)]
+        assert max(densities) <= 0.5  # 128 of 256 tokens of every window
+    rounded = copy.deepcopy(tiny)
+    rounded["train"]["run_dir"] += "-rounded"
+    rounded["model"]["router"]["execution"] = "rounded"
+    done = run(TRAIN, write_config(rounded), processes=2, launcher="deepspeed")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert all(line["density/overflow"] == 0 for line in _lines(rounded))
+    assert lines[0]["density/layer-00"] < _lines(rounded)[0]["density/layer-00"]  # the same weights, less room
+
+
+def test_compiled_layers_train_as_plain_ones_do(tiny, write_config):
+    tiny["train"]["evaluation"]["every_steps"] = 4
+    losses = []
+    for compiled in (False, True):
+        config = copy.deepcopy(tiny)
+        config["train"]["compile"] = compiled
+        config["train"]["run_dir"] += f"-{compiled}"
+        done = run(TRAIN, write_config(config), processes=2, launcher="deepspeed", timeout_s=500)
+        assert done.returncode == 0, done.stdout[-3000:]
+        losses.append([line["train/loss"] for line in _lines(config)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
