@@ -133,7 +133,7 @@ def test_a_peer_that_does_not_compile_runs_as_it_comes(monkeypatch: pytest.Monke
 
 
 def test_capacity_holds_every_row_to_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, float, str]] = []
+    asked: list[tuple[int, float]] = []
 
     def ten(_: object, tokens: int, target: float) -> int:
         asked.append((tokens, target))
@@ -142,7 +142,7 @@ def test_capacity_holds_every_row_to_its_room(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(RouterConfig, "capacity_tokens", ten)
     ours = _ours(0.5, "capacity")
     ours.step()
-    assert asked == [(64, 0.5, "cpu")]
+    assert asked == [(64, 0.5)]
     assert ours.counts().executed_tokens == [4 * 10] * 3  # what did not find room is not counted
 
 
