@@ -92,11 +92,7 @@ class Ours:
     def run(self) -> Tensor:
         """Go back to the prompt's end and decode; int64 [B, steps]."""
         self.cache.length = self.prompt.shape[1]
-        token, tokens = self.first, []
-        for _ in range(self.steps):
-            token = _likeliest(self.decoder(token, cache=self.cache).logits)
-            tokens.append(token)
-        return torch.cat(tokens, dim=1)
+        return _greedy(self.first, self.steps, lambda token: self.decoder(token, cache=self.cache).logits)
 
     def counts(self) -> Routed:
         """What the steps execute, all of them together."""
@@ -137,11 +133,7 @@ class Peer:
         """Go back to the prompt's end and decode; int64 [B, steps]."""
         for layer, (keys, values) in zip(_layers(self.cache), self.after_prompt, strict=True):
             layer.keys, layer.values = keys, values
-        token, tokens = self.first, []
-        for _ in range(self.steps):
-            token = _likeliest(self._forward(token))
-            tokens.append(token)
-        return torch.cat(tokens, dim=1)
+        return _greedy(self.first, self.steps, self._forward)
 
     def _forward(self, tokens: Tensor) -> Tensor:
         return self.llama(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
@@ -185,6 +177,15 @@ class StaticPeer:
 
     def _forward(self, tokens: Tensor) -> Tensor:
         return self.call(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+
+
+def _greedy(token: Tensor, steps: int, forward: Callable[[Tensor], Tensor]) -> Tensor:
+    """The ``steps`` most likely tokens after ``token`` [B, 1], one by one: int64 [B, steps]."""
+    tokens = []
+    for _ in range(steps):
+        token = _likeliest(forward(token))
+        tokens.append(token)
+    return torch.cat(tokens, dim=1)
 
 
 def _layers(cache: Any) -> list[Any]:

@@ -6,7 +6,7 @@
 
 Queries of a block lie together in the sequence, because a selection is sorted: so a block is given only the keys from
 the first to the last that any of its queries sees. That halves the work of a causal pass, which PyTorch's CPU kernel
-does not do by itself, with its causal flag or without.
+does not do by itself in windows of up to 512 tokens, with its causal flag or without (LOG.md).
 
 Dimension letters: B batch, T new tokens, S keys (T and the cached ones), N selected tokens, C columns of the
 selection's rectangle, H query heads, G key/value heads, R = H / G, K head width.

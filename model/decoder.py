@@ -99,15 +99,14 @@ class Decoder(nn.Module):
         if positions is None and cache is not None:
             cos, sin = cache.rotation(length)
         else:
-            positions = (steps[None] if positions is None else positions).expand(batch, -1)
-            cos, sin = rotation(self.config, positions, x.dtype)
+            cos, sin = rotation(self.config, (steps if positions is None else positions).expand(batch, -1), x.dtype)
         if sample_ids is None:
             sample_ids = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
         routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, self._checked(thresholds))
         visibility = Visibility(length, past, documents, tokens.device)
-        capacity = capacity_tokens if self.training else None
-        inputs = PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity)
+        room = capacity_tokens if self.training else None
+        inputs = PassInputs(cos, sin, visibility, routing, cache, self.recompute, room)
         decisions: list[Decision] = []
         for layer in self.layers:
             x, decided = layer(x, inputs)

@@ -16,6 +16,7 @@ key/value heads, K head width.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -98,12 +99,7 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return count[None, None], order[None, None]
 
 
-_compiled: Any = None
-
-
+@cache
 def _kernel() -> Any:
     """FlexAttention compiled, once for all shapes: uncompiled it would hold all pairs of queries and keys."""
-    global _compiled
-    if _compiled is None:
-        _compiled = torch.compile(flex_attention, dynamic=True)
-    return _compiled
+    return torch.compile(flex_attention, dynamic=True)

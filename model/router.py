@@ -69,7 +69,7 @@ class Router(nn.Module):
 
     def __init__(self, config: RouterConfig, width: int, site: int):
         super().__init__()
-        self.config, self.width = config, width
+        self.config = config
         self.register_buffer("site", torch.tensor(site), persistent=False)
 
 
