@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from bench.memory import peak_bytes, tensor_bytes
 from model import noise
+from model.chunks import IGNORED
 from model.config import ModelConfig, RouterConfig
 from model.decoder import Decoder, RoutingRecord
 from model.flops import Routed, dense_flops, executed_flops
-from model.head import IGNORED
 from model.init import initialise
 from model.router import Gate, LearnedRouter, RoutingInputs
 

@@ -46,11 +46,13 @@ class Batch:
     """int64 [B, T], number of the document within the window, from 0, never falling; None unless confine_attention."""
     positions: Tensor | None
     """int64 [B, T], 0 at every document's and every window's start; None unless restart_positions."""
+    scored_targets: int | None = None
+    """How many targets are not -100, where those are few: the head then runs on their tokens only."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``change`` applied to each of its tensors."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        changed: dict[str, Any] = {name: None if part is None else change(part) for name, part in parts.items()}
+        changed: dict[str, Any] = {n: change(part) if isinstance(part, Tensor) else part for n, part in parts.items()}
         return Batch(**changed)
 
 

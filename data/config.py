@@ -48,13 +48,34 @@ class SourceConfig(Strict):
         return self
 
 
-class DataConfig(Strict):
+class StreamConfig(Strict):
+    """What the data of both stages have: windows of one length in a seeded order, addressed by sample number."""
+
+    sequence_tokens: int = Field(gt=1)
+    """Window length, in tokens: what one sample predicts."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of the global shuffle."""
+    skip_ranges: list[tuple[int, int]] = Field(default_factory=list)
+    """Samples to pass over, as [first, end) sample numbers: what to set after going back before a loss spike."""
+
+    @model_validator(mode="after")
+    def _ranges_in_order(self) -> StreamConfig:
+        last_end = 0
+        for first, end in self.skip_ranges:
+            if not last_end <= first < end:
+                raise ValueError(
+                    f"data.skip_ranges: [{first}, {end}) is empty, negative or begins before the end of the one before "
+                    f"it ({last_end}); give ascending ranges [first, end) that do not overlap"
+                )
+            last_end = end
+        return self
+
+
+class DataConfig(StreamConfig):
     """From raw text to batches."""
 
     dir: str
     """Folder of the tokenizer and the shards: ``tokenizer.model``, ``train/NAME/``, ``validation/NAME/``."""
-    sequence_tokens: int = Field(gt=1)
-    """Window length, in tokens: what one sample predicts."""
     sources: list[SourceConfig] = Field(min_length=1)
     """What to train on."""
     validation: list[SourceConfig] = Field(default_factory=list)
@@ -63,10 +84,6 @@ class DataConfig(Strict):
     """How to train the tokenizer."""
     shard_tokens: int = Field(100_000_000, ge=1_000)
     """Most tokens in one shard file."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Seed of the global shuffle."""
-    skip_ranges: list[tuple[int, int]] = Field(default_factory=list)
-    """Samples to pass over, as [first, end) sample numbers: what to set after going back before a loss spike."""
     confine_attention: bool = False
     """Attention stays within its document, and no loss is taken on predictions across a document's end."""
     restart_positions: bool = False
@@ -79,16 +96,4 @@ class DataConfig(Strict):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"data.{group}: the names {', '.join(twice)} stand twice; every name must be unique")
-        return self
-
-    @model_validator(mode="after")
-    def _ranges_in_order(self) -> DataConfig:
-        last_end = 0
-        for first, end in self.skip_ranges:
-            if not last_end <= first < end:
-                raise ValueError(
-                    f"data.skip_ranges: [{first}, {end}) is empty, negative or begins before the end of the one before "
-                    f"it ({last_end}); give ascending ranges [first, end) that do not overlap"
-                )
-            last_end = end
         return self

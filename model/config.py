@@ -143,6 +143,33 @@ class RouterConfig(Block):
         return min(math.ceil(target * self.capacity_factor * tokens / 128) * 128, tokens)
 
 
+class EnsembleConfig(Block):
+    """The last layers vote on the next token, each through its own norm (Luo and Specia 2024); stage two only."""
+
+    layers: int = Field(3, ge=1)
+    """How many last layers vote: the paper's k."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the softmax over layers; above 1 spreads the weights."""
+    top: int | None = Field(None, ge=1)
+    """Only this many layers with the largest weights vote on a token; all of them unless given."""
+    final_weight: float = Field(0.99, gt=0, le=1)
+    """Weight of the final layer at step 0, the rest shared by the others; 1 starts as the base model, to rounding."""
+    balance: float = Field(0.0, ge=0)
+    """Weight of the load-balancing term, which is least where all layers vote equally often."""
+    distillation: float = Field(0.1, ge=0)
+    """Weight of the KL divergence of each late layer's distribution from the final layer's: the paper's lambda."""
+    distillation_temperature: float = Field(1.0, gt=0)
+    """Both distributions are taken at this temperature, the loss times its square (Hinton et al. 2015)."""
+
+    @model_validator(mode="after")
+    def _top_of_layers(self) -> EnsembleConfig:
+        if self.top is not None and self.top > self.layers:
+            raise ValueError(
+                f"ensemble.top ({self.top}) must not exceed ensemble.layers ({self.layers}); lower top, or leave it out"
+            )
+        return self
+
+
 class ModelConfig(Block):
     """Sizes of the decoder (a Llama-family one: RMSNorm, rotary, grouped-query attention, SwiGLU)."""
 

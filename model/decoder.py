@@ -2,11 +2,12 @@
 
 Module names follow Hugging Face's Llama without the ``model.`` prefix, so that an export is a rename.
 
-Dimension letters: B batch, T tokens, V vocabulary, S routed sites.
+Dimension letters: B batch, T tokens, N scored tokens, V vocabulary, S routed sites, D width, k late layers.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,10 @@ from torch import Tensor, nn
 
 from model.block import Block, Decision, PassInputs
 from model.cache import KVCache
-from model.config import ModelConfig
-from model.head import LMHead, LossSums
+from model.chunks import IGNORED
+from model.config import EnsembleConfig, ModelConfig
+from model.ensemble import LateLayers, Vote, VoteSums, vote_sums
+from model.head import LMHead, LossSums, Scores, Teaching
 from model.norm import RMSNorm
 from model.record import RoutingRecord
 from model.rotary import rotation
@@ -25,11 +28,17 @@ from model.visibility import Visibility
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """Logits [B, T, V] or, where targets were given, loss sums over them; and the routing record."""
+    """Logits [B, T, V] or, where targets were given, loss sums over them or scores; and what was decided on the way."""
 
     logits: Tensor | None
     loss: LossSums | None
     routing: RoutingRecord
+    scores: Scores | None = None
+    """With ``score``: each late layer alone, the final one last, then the ensemble; C = k + 1, or 1 without it."""
+    vote: Vote | None = None
+    """The late layers' vote, on the scored tokens only where their number was given."""
+    vote_sums: VoteSums | None = None
+    """The same, summed over tokens with a target."""
 
 
 class Decoder(nn.Module):
@@ -51,9 +60,22 @@ class Decoder(nn.Module):
             Block(config, layer, (layer - first) * sites_per_layer) for layer in range(config.layers)
         )
         self.norm = RMSNorm(config.width, config.norm_epsilon)
+        self.ensemble: LateLayers | None = None
         self.lm_head = LMHead(config.width, config.vocab_size)
         if config.tied_head:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def add_ensemble(self, config: EnsembleConfig) -> None:
+        """Let the last layers vote from now on; the norms begin as copies of the final one.
+
+        Raises:
+            ValueError: if there are fewer layers.
+        """
+        if config.layers > len(self.layers):
+            raise ValueError(
+                f"ensemble.layers ({config.layers}) must not exceed the decoder's {len(self.layers)} layers; lower it"
+            )
+        self.ensemble = LateLayers(config, self.norm)
 
     def forward(
         self,
@@ -69,6 +91,9 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         capacity_tokens: int | None = None,
         thresholds: Tensor | None = None,
+        scored_targets: int | None = None,
+        vote_prices: Tensor | None = None,
+        score: bool = False,
     ) -> DecoderOutput:
         """Run the model.
 
@@ -86,6 +111,10 @@ class Decoder(nn.Module):
                 no limit unless given. Used in training mode only.
             thresholds: fp32 [S]; a learned router executes a token whose margin (execute logit minus skip logit)
                 reaches its site's; 0 unless given. Used in evaluation mode only.
+            scored_targets: N, how many of the targets are not -100; given where they are few, so that norm and head run
+                on those tokens alone.
+            vote_prices: fp32 [k], of the ensemble's load balancing: see :class:`model.ensemble.Balance`.
+            score: score every late layer and the ensemble on each token, instead of a loss; needs ``scored_targets``.
 
         Raises:
             ValueError: for a cache with a router that is not causal, a full cache, or thresholds of another model.
@@ -108,14 +137,52 @@ class Decoder(nn.Module):
         room = capacity_tokens if self.training else None
         inputs = PassInputs(cos, sin, visibility, routing, cache, self.recompute, room)
         decisions: list[Decision] = []
+        late: deque[Tensor] = deque(maxlen=1 if self.ensemble is None else self.ensemble.config.layers)
         for layer in self.layers:
             x, decided = layer(x, inputs)
             decisions += decided
+            late.append(x)
         if cache is not None:
             cache.advance(length)
-        out = self.lm_head(self.norm(x), targets, z_coefficient)
         record = RoutingRecord(decisions, visibility, batch)
-        return DecoderOutput(out, None, record) if targets is None else DecoderOutput(None, out, record)
+        if targets is None:
+            hidden, vote = self._read_out(list(late))
+            return DecoderOutput(self.lm_head(hidden), None, record, vote=vote)
+        states = list(late)
+        if scored_targets is not None:
+            index = torch.nonzero_static(targets.flatten() != IGNORED, size=scored_targets).squeeze(1)
+            states = [state.flatten(0, 1).index_select(0, index) for state in states]
+            targets = targets.flatten().index_select(0, index)
+        hidden, vote = self._read_out(states)
+        if score:
+            candidates = [hidden] if vote is None else [*vote.normed, hidden]
+            return DecoderOutput(None, None, record, self.lm_head(hidden, targets, candidates=candidates), vote)
+        if vote is None:
+            return DecoderOutput(None, self.lm_head(hidden, targets, z_coefficient), record)
+        return self._ensemble_loss(vote, targets, z_coefficient, vote_prices, record)
+
+    def _read_out(self, late: list[Tensor]) -> tuple[Tensor, Vote | None]:
+        """What the head reads, [..., D], from the last layers' residual streams; and the vote, if there is one."""
+        if self.ensemble is None:
+            return self.norm(late[-1]), None
+        vote = self.ensemble(late, self.norm)
+        return vote.mixed, vote
+
+    def _ensemble_loss(
+        self, vote: Vote, targets: Tensor, z_coefficient: float, prices: Tensor | None, record: RoutingRecord
+    ) -> DecoderOutput:
+        """Loss of the ensemble, with distillation and balancing."""
+        assert self.ensemble is not None
+        config = self.ensemble.config
+        teaching = None
+        if config.distillation:
+            teaching = Teaching(vote.normed[:-1], vote.normed[-1], config.distillation_temperature)
+        sums = self.lm_head(vote.mixed, targets, z_coefficient, teaching)
+        votes = vote_sums(vote.weights, targets)
+        loss = sums.loss + config.distillation * sums.distillation
+        if prices is not None:
+            loss = loss + (prices * votes.weights).sum()
+        return DecoderOutput(None, sums._replace(loss=loss), record, vote=vote, vote_sums=votes)
 
     def compile_layers(self) -> None:
         """Have torch.compile fuse each layer from the next call on; state dict and results stay the same.

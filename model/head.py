@@ -15,55 +15,103 @@ Dimension letters: N tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
-# Logits held at once, in fp32 entries. On the CPU a chunk should stay in the cache between the passes over it (8 MiB);
-# on a GPU (256 MiB) few chunks matter more, because each one reads and writes the weight's fp32 gradient.
-_CHUNK_LOGITS = {"cpu": 2**21, "other": 2**26}
-_CHUNK_ROWS_MIN = 256  # with fewer, the products wait for the weight to be read
+from model.chunks import IGNORED, accumulate, chunk_rows
+from model.distillation import distillation
 
 
 class LossSums(NamedTuple):
-    """Sums over valid targets, fp32 scalars; only ``loss`` carries a gradient."""
+    """Sums over valid targets, fp32 scalars; only ``loss`` and ``distillation`` carry a gradient."""
 
     loss: Tensor
     nll: Tensor
     z: Tensor
+    distillation: Tensor
+    """KL divergences of the students from the teacher, not part of ``loss``; nought without students."""
+
+
+class Scores(NamedTuple):
+    """Each token on its own, for each of C sets of hidden states."""
+
+    nll: Tensor
+    """Negative log-likelihood of the target, fp32 [C, N]."""
+    hit: Tensor
+    """Whether the target is the likeliest token, bool [C, N]."""
+
+
+class Teaching(NamedTuple):
+    """Who learns from whom: see :mod:`model.distillation`."""
+
+    students: list[Tensor]
+    """[..., D] each."""
+    teacher: Tensor
+    """[..., D], gets no gradient."""
+    temperature: float
 
 
 class LMHead(nn.Linear):
-    """Bias-free map from hidden states to logits, which can also return the loss directly."""
+    """Bias-free map from hidden states to logits, which can also return losses directly.
+
+    Whatever needs the weight goes through :meth:`forward`, where ZeRO 3 makes it whole.
+    """
 
     def __init__(self, width: int, vocab_size: int):
         super().__init__(width, vocab_size, bias=False)
 
     def forward(  # type: ignore[override]
-        self, hidden: Tensor, targets: Tensor | None = None, z_coefficient: float = 0.0
-    ) -> Tensor | LossSums:
-        """Logits [..., V], or with ``targets`` the loss sums.
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        z_coefficient: float = 0.0,
+        teaching: Teaching | None = None,
+        candidates: Sequence[Tensor] = (),
+    ) -> Tensor | LossSums | Scores:
+        """Logits [..., V]; with ``targets`` the loss sums; with ``candidates`` as well the scores of each of them.
 
         Args:
             hidden: [..., D].
             targets: int64 [...], ``IGNORED`` (-100) where no loss is taken.
             z_coefficient: weight of the z-loss.
+            teaching: distillation between hidden states of the same tokens.
+            candidates: C hidden states [N, D] to score against targets [N], all of them valid.
         """
         if targets is None:
             return super().forward(hidden)
-        hidden, weight = hidden.flatten(0, -2), self.weight
+        if candidates:
+            return self._score(candidates, targets)
+        flat, weight = hidden.flatten(0, -2), self.weight
         if not torch.is_grad_enabled():  # the function itself sees only requires_grad, and would compute gradients
-            hidden, weight = hidden.detach(), weight.detach()
-        return LossSums(*_ChunkedLoss.apply(hidden, weight, targets.flatten(), z_coefficient))
+            flat, weight = flat.detach(), weight.detach()
+        loss, nll, z = _ChunkedLoss.apply(flat, weight, targets.flatten(), z_coefficient)
+        if teaching is None:
+            return LossSums(loss, nll, z, torch.zeros_like(nll))
+        students, teacher, temperature = teaching
+        return LossSums(loss, nll, z, distillation(students, teacher, self.weight, targets, temperature))
+
+    @torch.no_grad()
+    def _score(self, candidates: Sequence[Tensor], targets: Tensor) -> Scores:
+        nll = candidates[0].new_empty((len(candidates), len(targets)), dtype=torch.float32)
+        hit = torch.empty_like(nll, dtype=torch.bool)
+        rows = chunk_rows(self.weight)
+        for number, hidden in enumerate(candidates):
+            for start in range(0, len(targets), rows):
+                part = slice(start, start + rows)
+                logits = super().forward(hidden[part]).float()
+                nll[number, part] = F.cross_entropy(logits, targets[part], reduction="none")
+                hit[number, part] = logits.argmax(dim=-1) == targets[part]
+        return Scores(nll, hit)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_coefficient: float) -> tuple[Tensor, ...]:
-        chunk_logits = _CHUNK_LOGITS["cpu" if hidden.is_cpu else "other"]
-        rows = max(chunk_logits // weight.shape[0], _CHUNK_ROWS_MIN)
+        rows = chunk_rows(weight)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         nll_sum = hidden.new_zeros((), dtype=torch.float32)
@@ -89,7 +137,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 torch.mm(grad, weight, out=grad_hidden[start : start + rows])
             if grad_weight is not None:
-                _accumulate(grad_weight, grad.T, h)
+                accumulate(grad_weight, grad.T, h)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll_sum, z_sum)
@@ -103,11 +151,3 @@ class _ChunkedLoss(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * scale).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
-
-
-def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, inside the product where the dtypes allow it."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right

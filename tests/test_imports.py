@@ -14,9 +14,11 @@ MAY_IMPORT = {
     "data": {"settings"},
     "trainer": {"settings", "data", "model"},
     "pretrain": {"settings", "data", "model", "trainer"},
+    "convert": {"settings", "data", "model", "trainer"},
+    "tune": {"settings", "data", "model", "trainer"},
     "launch": {"settings", "data", "model", "trainer"},
     "bench": {"settings", "data", "model", "trainer"},
-    "evals": {"settings", "data", "model", "trainer"},
+    "evals": {"settings", "data", "model", "trainer", "tune"},
 }
 
 

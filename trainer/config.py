@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from data.config import DataConfig
+from data.config import DataConfig, StreamConfig
 from model.config import ModelConfig
 from settings import Strict, load
 
@@ -144,38 +144,32 @@ class DeepSpeedSettings(Strict):
     """Merged into the generated DeepSpeed JSON as it is; must not contradict what is generated."""
 
 
-class RunConfig(Strict):
-    """A stage-one run."""
+class StageConfig(Strict):
+    """What the configs of both stages have, and how its blocks must fit together."""
 
     model: ModelConfig
     """The decoder."""
-    data: DataConfig
-    """Text, tokenizer, shards, order."""
+    data: StreamConfig
+    """Text and its order."""
     train: TrainConfig
     """Optimisation, evaluation, checkpoints, metrics."""
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     """ZeRO."""
 
     @model_validator(mode="after")
-    def _fits_together(self) -> RunConfig:
+    def _fits_together(self) -> StageConfig:
         problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._schedule()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
 
     def _model_against_data(self) -> list[str]:
-        problems = []
-        if self.model.vocab_size != self.data.tokenizer.vocab_size:
-            problems.append(
-                f"model.vocab_size ({self.model.vocab_size}) must equal data.tokenizer.vocab_size "
-                f"({self.data.tokenizer.vocab_size}); set both to the same number"
-            )
-        if self.data.sequence_tokens > self.model.max_positions:
-            problems.append(
-                f"data.sequence_tokens ({self.data.sequence_tokens}) must not exceed model.max_positions "
-                f"({self.model.max_positions}); raise max_positions or shorten the windows"
-            )
-        return problems
+        if self.data.sequence_tokens <= self.model.max_positions:
+            return []
+        return [
+            f"data.sequence_tokens ({self.data.sequence_tokens}) must not exceed model.max_positions "
+            f"({self.model.max_positions}); raise max_positions or shorten the windows"
+        ]
 
     def _optimizer_against_zero(self) -> list[str]:
         kind, stage, offload = self.train.optimizer.kind, self.deepspeed.zero_stage, self.deepspeed.offload
@@ -236,6 +230,23 @@ class RunConfig(Strict):
                 "change one of them"
             )
         return self.train.global_batch_samples // one_pass
+
+
+class RunConfig(StageConfig):
+    """A stage-one run."""
+
+    data: DataConfig
+    """Text, tokenizer, shards, order."""
+
+    def _model_against_data(self) -> list[str]:
+        problems = super()._model_against_data()
+        if self.model.vocab_size != self.data.tokenizer.vocab_size:
+            problems.insert(
+                0,
+                f"model.vocab_size ({self.model.vocab_size}) must equal data.tokenizer.vocab_size "
+                f"({self.data.tokenizer.vocab_size}); set both to the same number",
+            )
+        return problems
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

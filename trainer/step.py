@@ -20,9 +20,9 @@ from torch import Tensor
 
 from data.batches import Batch
 from model.budget import Budget
+from model.chunks import IGNORED
 from model.decoder import DecoderOutput
 from model.flops import Routed
-from model.head import IGNORED
 from trainer.config import RunConfig
 from trainer.deepspeed_config import owns_clipping
 from trainer.distributed import World

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.chunks import IGNORED
 from model.decoder import Decoder, DecoderOutput
-from model.head import IGNORED
 from model.router import Gate
 from tests.model.tiny import (
     LENGTH,

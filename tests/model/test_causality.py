@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from model.cache import KVCache
+from model.chunks import IGNORED
 from model.decoder import Decoder, DecoderOutput
 from model.generate import generate
-from model.head import IGNORED
 from tests.model.tiny import (
     LENGTH,
     VARIANTS,

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import model.head as head_module
-from model.head import IGNORED, LMHead
+import model.chunks as chunks_module
+from model.chunks import IGNORED
+from model.head import LMHead
 
 ROWS, WIDTH, VOCABULARY = 48, 16, 101
 
@@ -28,8 +29,8 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[LMHead, Tensor, Tensor]:
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     """Make the head hold ``rows`` rows of logits at once."""
-    monkeypatch.setattr(head_module, "_CHUNK_LOGITS", dict.fromkeys(("cpu", "other"), rows * VOCABULARY))
-    monkeypatch.setattr(head_module, "_CHUNK_ROWS_MIN", 1)
+    monkeypatch.setattr(chunks_module, "_CHUNK_LOGITS", dict.fromkeys(("cpu", "other"), rows * VOCABULARY))
+    monkeypatch.setattr(chunks_module, "_CHUNK_ROWS_MIN", 1)
 
 
 def full_logits(head: LMHead, hidden: Tensor, targets: Tensor, z: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.chunks import IGNORED
 from model.config import ModelConfig
 from model.decoder import Decoder
-from model.head import IGNORED
 from model.init import initialise
 from model.router import Gate, RoutingInputs
 

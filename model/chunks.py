@@ -1,0 +1,29 @@
+"""Logits a chunk of tokens at a time: how many tokens that is, and what the losses over chunks share.
+
+Dimension letters: V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+IGNORED = -100
+"""A target on which no loss is taken."""
+# Logits held at once, in fp32 entries. On the CPU a chunk should stay in the cache between the passes over it (8 MiB);
+# on a GPU (256 MiB) few chunks matter more, because each one reads and writes the weight's fp32 gradient.
+_CHUNK_LOGITS = {"cpu": 2**21, "other": 2**26}
+_CHUNK_ROWS_MIN = 256  # with fewer, the products wait for the weight to be read
+
+
+def chunk_rows(weight: Tensor) -> int:
+    """How many tokens' logits to hold at once with a head of ``weight`` [V, D]."""
+    chunk_logits = _CHUNK_LOGITS["cpu" if weight.is_cpu else "other"]
+    return max(chunk_logits // weight.shape[0], _CHUNK_ROWS_MIN)
+
+
+def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, inside the product where the dtypes allow it."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right

@@ -1,0 +1,176 @@
+"""A stage-two run's config: ``base``, ``ensemble``, ``adapter``, ``data``, ``train`` and ``deepspeed`` in one YAML.
+
+The ``model`` block is the base's. It is filled in when the run starts, so that the saved config says all of it and can
+be run again as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from data.config import StreamConfig
+from model.config import EnsembleConfig, ModelConfig
+from settings import Strict
+from trainer.config import DeepSpeedSettings, StageConfig, TrainConfig
+
+Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class BaseConfig(Strict):
+    """What is tuned."""
+
+    path: str
+    """A stage-one run (its newest whole checkpoint), one of its checkpoints, or what ``convert.from_hf`` wrote."""
+    routers: Literal["frozen", "tuned"] = "frozen"
+    """Skip routers stay as they are and decide greedily, or learn on under the budget, their schedules at the end."""
+
+
+class AdapterConfig(Strict):
+    """Which weights of the decoder are trained, and how. The ensemble's norms and router always are."""
+
+    kind: Literal["full", "lora", "dora", "none"] = "lora"
+    """``full``: all weights. ``lora`` (Hu et al. 2021), ``dora`` (Liu et al. 2024): low-rank updates, through PEFT.
+    ``none``: the backbone stays frozen, which needs an ensemble."""
+    rank: int = Field(8, ge=1)
+    """lora, dora: rank of an update."""
+    alpha: float = Field(16.0, gt=0)
+    """lora, dora: an update is scaled by alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """lora, dora: share of an adapter's inputs that are dropped in training."""
+    targets: list[Projection] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+    """lora, dora: the projections that carry an adapter."""
+    layers: Literal["all", "early"] = "all"
+    """lora, dora: in every layer, or only in those before the ensemble's (the paper's parameter-saving variant)."""
+
+
+class ChatConfig(Strict):
+    """How a list of messages becomes text: each message as its role's text, then its content, then ``end``."""
+
+    system: str = "System: "
+    """Before a system message."""
+    user: str = "User: "
+    """Before a user's message."""
+    assistant: str = "Assistant:"
+    """Before an assistant's message, of which the content is learned."""
+    before_response: str = " "
+    """Before an assistant's content, learned with it."""
+    end: str = "\n"
+    """After every message; not learned, the end-of-document token is."""
+
+
+class ExampleSource(Strict):
+    """One named set of examples: JSON lines (.jsonl, compressed or not) or plain text files."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Its name in metrics."""
+    files: list[str] = Field(min_length=1)
+    """Paths or glob patterns (``**`` allowed), read in sorted order."""
+    format: Literal["response", "chat", "text"] = "response"
+    """``response``: a prompt and a response a line. ``chat``: a list of messages a line, with ``role`` and ``content``.
+    ``text``: documents, all of which is learned; cut into windows where they are longer."""
+    prompt_field: str = "prompt"
+    """response: the field with the prompt."""
+    response_field: str = "response"
+    """response: the field with the response."""
+    messages_field: str = "messages"
+    """chat: the field with the messages."""
+    text_field: str = "text"
+    """text: the field with the document, in JSON lines; a file of another kind is one document."""
+    choices: list[str] = Field(default_factory=list)
+    """response, in evaluation: the possible responses; the most likely one is compared with the right one."""
+    weight: float = Field(1.0, gt=0)
+    """Share of samples drawn from this source, relative to the others."""
+
+
+class ExamplesConfig(StreamConfig):
+    """From examples to batches: packed into windows, attention confined to its example, loss on responses only."""
+
+    sources: list[ExampleSource] = Field(min_length=1)
+    """What to tune on."""
+    validation: list[ExampleSource] = Field(default_factory=list)
+    """Named sets, evaluated at ``train.evaluation.every_steps``."""
+    test: list[ExampleSource] = Field(default_factory=list)
+    """Named sets, evaluated after the last step only, all of each."""
+    tokenizer: str | None = None
+    """Folder of ``tokenizer.model`` or ``tokenizer.json``; the base's unless given."""
+    pack: bool = True
+    """Several examples in one window; otherwise one, and the rest is filling."""
+    too_long: Literal["refuse", "leave_out"] = "refuse"
+    """An example that does not fit into a window: end with an error, or leave it out and say how many were."""
+    chat: ChatConfig = ChatConfig()
+    """How messages are written out."""
+
+    @model_validator(mode="after")
+    def _unique_names(self) -> ExamplesConfig:
+        for group, sources in (("sources", self.sources), ("validation", self.validation), ("test", self.test)):
+            names = [source.name for source in sources]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"data.{group}: the names {', '.join(twice)} stand twice; every name must be unique")
+        return self
+
+
+class TuneFile(Strict):
+    """A stage-two run as written: :class:`TuneConfig`, but for the model, which may be left to the base."""
+
+    base: BaseConfig
+    """What is tuned."""
+    model: ModelConfig | None = None
+    """The base's, unless given; must be the same then."""
+    ensemble: EnsembleConfig | None = None
+    """The late-layer ensemble; the final layer alone unless given."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Which weights are trained, and how."""
+    data: ExamplesConfig
+    """Examples and their order."""
+    train: TrainConfig
+    """Optimisation, evaluation, checkpoints, metrics."""
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    """ZeRO."""
+
+
+class TuneConfig(StageConfig):
+    """A stage-two run, resolved."""
+
+    base: BaseConfig
+    """What is tuned."""
+    ensemble: EnsembleConfig | None = None
+    """The late-layer ensemble; the final layer alone unless given."""
+    adapter: AdapterConfig = AdapterConfig()
+    """Which weights are trained, and how."""
+    data: ExamplesConfig
+    """Examples and their order."""
+
+    @model_validator(mode="after")
+    def _possible_method(self) -> TuneConfig:
+        problems = []
+        ensemble, adapter, layers = self.ensemble, self.adapter, self.model.layers
+        if ensemble is not None and ensemble.layers > layers:
+            problems.append(
+                f"ensemble.layers ({ensemble.layers}) must not exceed the base's {layers} layers; lower it to at most "
+                f"{layers}"
+            )
+        if ensemble is None and adapter.kind == "none" and self.base.routers == "frozen":
+            problems.append(
+                "adapter.kind none without an ensemble and with frozen routers trains nothing; add an ensemble block, "
+                "or set adapter.kind to lora, dora or full"
+            )
+        if adapter.layers == "early" and (ensemble is None or ensemble.layers >= layers):
+            problems.append(
+                "adapter.layers early means the layers before the ensemble's, and there are none; add an ensemble "
+                f"block with fewer layers than the base's {layers}, or set adapter.layers: all"
+            )
+        if adapter.dropout and self.train.activation_checkpointing:
+            problems.append(
+                f"adapter.dropout ({adapter.dropout}) must be 0 with train.activation_checkpointing, which would draw "
+                "other values when it recomputes; set one of them to 0 or false"
+            )
+        if self.base.routers == "tuned" and not self.model.sites:
+            problems.append("base.routers tuned needs skip routers, and the base is a dense model; set it to frozen")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
