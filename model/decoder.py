@@ -92,7 +92,6 @@ class Decoder(nn.Module):
         capacity_tokens: int | None = None,
         thresholds: Tensor | None = None,
         scored_targets: int | None = None,
-        vote_prices: Tensor | None = None,
         score: bool = False,
     ) -> DecoderOutput:
         """Run the model.
@@ -113,7 +112,6 @@ class Decoder(nn.Module):
                 reaches its site's; 0 unless given. Used in evaluation mode only.
             scored_targets: N, how many of the targets are not -100; given where they are few, so that norm and head run
                 on those tokens alone.
-            vote_prices: fp32 [k], of the ensemble's load balancing: see :class:`model.ensemble.Balance`.
             score: score every late layer and the ensemble on each token, instead of a loss; needs ``scored_targets``.
 
         Raises:
@@ -159,7 +157,7 @@ class Decoder(nn.Module):
             return DecoderOutput(None, None, record, self.lm_head(hidden, targets, candidates=candidates), vote)
         if vote is None:
             return DecoderOutput(None, self.lm_head(hidden, targets, z_coefficient), record)
-        return self._ensemble_loss(vote, targets, z_coefficient, vote_prices, record)
+        return self._ensemble_loss(vote, targets, z_coefficient, record)
 
     def _read_out(self, late: list[Tensor]) -> tuple[Tensor, Vote | None]:
         """What the head reads, [..., D], from the last layers' residual streams; and the vote, if there is one."""
@@ -168,21 +166,16 @@ class Decoder(nn.Module):
         vote = self.ensemble(late, self.norm)
         return vote.mixed, vote
 
-    def _ensemble_loss(
-        self, vote: Vote, targets: Tensor, z_coefficient: float, prices: Tensor | None, record: RoutingRecord
-    ) -> DecoderOutput:
-        """Loss of the ensemble, with distillation and balancing."""
+    def _ensemble_loss(self, vote: Vote, targets: Tensor, z_coefficient: float, record: RoutingRecord) -> DecoderOutput:
+        """Loss of the ensemble, distillation included."""
         assert self.ensemble is not None
         config = self.ensemble.config
         teaching = None
         if config.distillation:
             teaching = Teaching(vote.normed[:-1], vote.normed[-1], config.distillation_temperature)
         sums = self.lm_head(vote.mixed, targets, z_coefficient, teaching)
-        votes = vote_sums(vote.weights, targets)
-        loss = sums.loss + config.distillation * sums.distillation
-        if prices is not None:
-            loss = loss + (prices * votes.weights).sum()
-        return DecoderOutput(None, sums._replace(loss=loss), record, vote=vote, vote_sums=votes)
+        sums = sums._replace(loss=sums.loss + config.distillation * sums.distillation)
+        return DecoderOutput(None, sums, record, vote=vote, vote_sums=vote_sums(vote.weights, targets))
 
     def compile_layers(self) -> None:
         """Have torch.compile fuse each layer from the next call on; state dict and results stay the same.

@@ -131,7 +131,7 @@ class Balance:
         self._shares = torch.full((self.layers,), 1 / max(self.layers, 1), dtype=torch.float32, device=device)
 
     def prices(self) -> Tensor:
-        """Nats per unit of a layer's mean weight for this step, fp32 [k]."""
+        """Nats per unit of a layer's weight on a token with a target, fp32 [k]."""
         return self.coefficient * self.layers * self._shares
 
     def observe(self, largest: Tensor) -> None:

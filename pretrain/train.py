@@ -12,17 +12,15 @@ again with train.checkpoint.resume=auto); 1 on an error.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 
-from data.batches import Batch, TrainingData, step_sample_ids
-from data.prefetch import prefetch
+from data.batches import TrainingData, ValidationSet
 from settings import user_errors
 from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
 from trainer.distributed import World, join, leave
 from trainer.guards import EXIT_PREEMPTED
-from trainer.step import train_step
+from trainer.loop import run
 from trainer.trainer import Trainer
 
 
@@ -33,63 +31,28 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
         ValueError: for anything that the user can mend; what was saved stays.
     """
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
-    trainer = Trainer(config, config_path, data, world)
+    _refuse_other_vocabulary(config, data)
+    validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
+    trainer = Trainer(config, config_path, data.fingerprint, validation_sets, world)
     trainer.log.info(describe_start(config, data, world))
-    steps, save_every, evaluate_every = (
-        config.train.steps,
-        config.train.checkpoint.every_steps,
-        config.train.evaluation.every_steps,
-    )
-
-    # The starting point, or what a kill between save and evaluation left undone.
-    due = trainer.step % evaluate_every == 0 or trainer.step == steps
-    evaluated = trainer.validate() if due and not trainer.metrics.has_evaluation(trainer.step) else None
-    before = evaluated if trainer.step == 0 else None
-    after = evaluated if trainer.step == steps else None
-    trainer.metrics.open_bar()
-    with prefetch(micro_batches(data, config, world, trainer.step, trainer.samples), depth=2) as loader:
-        for batches in loader:
-            lr = trainer.begin_step()
-            result = train_step(
-                trainer.engine, batches, trainer.budget, config, world, trainer.step, trainer.stop.requested
-            )
-            trainer.end_step(result, lr, loader.waited_s)
-
-            # Save first, then evaluate: an evaluation that dies must not take the step with it.
-            last = trainer.step == steps
-            stopping = result.tally.stop > 0 and not last
-            if last or stopping or trainer.step % save_every == 0:
-                trainer.save()
-            if stopping:
-                trainer.log.info(f"asked to stop: step {trainer.step:,} is saved; start again with resume=auto")
-                trainer.close()
-                return EXIT_PREEMPTED
-            if last or trainer.step % evaluate_every == 0:
-                after = trainer.validate()
-
-    trainer.metrics.close_bar()
-    if after is None:
-        trainer.log.info(f"all {steps:,} steps were done already; raise train.steps to go on")
-    trainer.log.info(describe_end(config, before, after))
+    resumed_at = trainer.step
+    if not run(trainer, data):
+        trainer.close()
+        return EXIT_PREEMPTED
+    if resumed_at == config.train.steps:
+        trainer.log.info(f"all {config.train.steps:,} steps were done already; raise train.steps to go on")
+    trainer.log.info(describe_end(config, trainer.evaluations))
     trainer.close()
     return 0
 
 
-def micro_batches(
-    data: TrainingData, config: RunConfig, world: World, step: int, samples: int
-) -> Iterator[list[Batch]]:
-    """This rank's micro-batches of every step from ``step`` on, ``samples`` windows into the data."""
-    accumulation = config.accumulation(world.size)
-    for number in range(config.train.steps - step):
-        ids = step_sample_ids(
-            samples + number * config.train.global_batch_samples,
-            config.train.global_batch_samples,
-            world.rank,
-            world.size,
-            config.train.micro_batch_samples,
-            accumulation,
+def _refuse_other_vocabulary(config: RunConfig, data: TrainingData) -> None:
+    if data.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"the shards in {config.data.dir} have a vocabulary of {data.vocab_size}, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {data.vocab_size}, or "
+            "prepare the data again"
         )
-        yield [data.batch(part) for part in ids]
 
 
 def main() -> int:

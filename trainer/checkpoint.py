@@ -28,13 +28,13 @@ import yaml
 
 from settings import to_yaml
 from trainer import manifest
-from trainer.config import CheckpointConfig, RunConfig
+from trainer.config import CheckpointConfig, StageConfig
 from trainer.distributed import World
 from trainer.rng import rng_state, set_rng_state
 
 
 def save(
-    engine: Any, folder: Path, step: int, state: dict[str, Any], fingerprint: str, config: RunConfig, world: World
+    engine: Any, folder: Path, step: int, state: dict[str, Any], fingerprint: str, config: StageConfig, world: World
 ) -> Path:
     """Save step ``step`` below ``folder``; collective.
 
@@ -145,7 +145,7 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     return found
 
 
-def load(engine: Any, checkpoint: Path, fingerprint: str, config: RunConfig, world: World) -> dict[str, Any]:
+def load(engine: Any, checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> dict[str, Any]:
     """Put everything back and return the trainer's ``state``; collective.
 
     Raises:
@@ -166,7 +166,7 @@ def load(engine: Any, checkpoint: Path, fingerprint: str, config: RunConfig, wor
     return state
 
 
-def _conditions(config: RunConfig, world: World) -> dict[str, Any]:
+def _conditions(config: StageConfig, world: World) -> dict[str, Any]:
     """What must be the same for an exact resume, besides the data and the model."""
     return {
         "world_size": world.size,
@@ -177,7 +177,7 @@ def _conditions(config: RunConfig, world: World) -> dict[str, Any]:
     }
 
 
-def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: RunConfig, world: World) -> None:
+def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> None:
     here = _conditions(config, world)
     differ = [f"{name} {written[name]} there, {value} here" for name, value in here.items() if written[name] != value]
     if differ:

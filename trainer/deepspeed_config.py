@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.config import RunConfig
+from trainer.config import StageConfig
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+def deepspeed_config(config: StageConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize`` on ``world_size`` ranks.
 
     Raises:
@@ -41,12 +41,12 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return _merge(generated, zero.extra, "deepspeed.extra")
 
 
-def owns_clipping(config: RunConfig) -> bool:
+def owns_clipping(config: StageConfig) -> bool:
     """True where the trainer, not DeepSpeed, computes the gradient norm, clips, and skips a bad step."""
     return config.deepspeed.zero_stage == 0 and config.train.precision == "fp32"
 
 
-def _zero(config: RunConfig) -> dict[str, Any]:
+def _zero(config: StageConfig) -> dict[str, Any]:
     settings = config.deepspeed
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.zero_stage == 3:
@@ -60,7 +60,7 @@ def _zero(config: RunConfig) -> dict[str, Any]:
     return zero
 
 
-def _muon(config: RunConfig) -> dict[str, Any]:
+def _muon(config: StageConfig) -> dict[str, Any]:
     optimizer = config.train.optimizer
     return {
         "type": "Muon",

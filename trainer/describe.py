@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from data.batches import TrainingData
 from model.flops import dense_flops, executed_flops, parameter_counts
-from trainer.config import RunConfig
+from trainer.config import RunConfig, StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 
@@ -36,8 +38,12 @@ def describe_start(config: RunConfig, data: TrainingData, world: World) -> str:
     return "\n".join(lines)
 
 
-def describe_end(config: RunConfig, before: list[Evaluation] | None, after: list[Evaluation] | None) -> str:
-    """Run folder, validation losses before and after, densities reached against their target."""
+def describe_end(config: StageConfig, evaluations: Mapping[int, list[Evaluation]]) -> str:
+    """Run folder, validation losses before and after, densities reached against their target.
+
+    ``evaluations`` by step, of this start of the run.
+    """
+    before, after = evaluations.get(0), evaluations.get(config.train.steps)
     lines = [f"run folder       {config.train.run_dir}"]
     for number, evaluation in enumerate(after or []):
         start = f"{before[number].greedy.loss:.4f} -> " if before else ""

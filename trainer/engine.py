@@ -11,16 +11,20 @@ from torch import nn
 from model.decoder import Decoder
 from model.init import initialise
 from trainer.adafactor import Adafactor
-from trainer.config import OptimizerConfig, RunConfig
+from trainer.config import OptimizerConfig, StageConfig
 from trainer.deepspeed_config import deepspeed_config
 from trainer.distributed import World, import_deepspeed
 
 
-def build_engine(config: RunConfig, world: World) -> Any:
-    """A ``DeepSpeedEngine`` around a freshly initialised decoder.
+def build_engine(config: StageConfig, world: World, decoder: Decoder | None = None) -> Any:
+    """A ``DeepSpeedEngine`` around a decoder; those of its parameters that require a gradient are trained.
 
-    Under ZeRO 3 the model is built partitioned, so that no rank ever holds all of it; weights are the same at every
-    stage and world size (see ``model/init.py``).
+    Args:
+        config: the run's config.
+        world: this process among all.
+        decoder: whole on every rank; a freshly initialised one unless given. That one is built partitioned under ZeRO
+            3, so that no rank ever holds all of it; its weights are the same at every stage and world size (see
+            ``model/init.py``).
 
     Raises:
         ValueError: for a config that DeepSpeed cannot run here.
@@ -29,14 +33,8 @@ def build_engine(config: RunConfig, world: World) -> Any:
     if config.train.precision == "fp16" and world.device.type == "cpu":
         raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     json = deepspeed_config(config, world.size)
-    partitioned = config.deepspeed.zero_stage == 3
-    with deepspeed.zero.Init(config_dict_or_path=json) if partitioned else nullcontext():
-        model = Decoder(config.model, seed=config.train.seed, recompute=config.train.activation_checkpointing)
-
-    def gather(parameter: torch.Tensor) -> Any:
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
-
-    initialise(model, config.model, config.train.seed, gather)
+    model = _new_decoder(config, json) if decoder is None else decoder
+    model.recompute = config.train.activation_checkpointing
     if config.train.compile:
         model.compile_layers()
     groups = parameter_groups(model, config.train.optimizer)
@@ -55,6 +53,19 @@ def build_engine(config: RunConfig, world: World) -> Any:
         ratio = config.train.optimizer.muon_lr_ratio if group.get("use_muon") else 1.0
         group["peak_lr"] = group["lr"] * ratio
     return engine
+
+
+def _new_decoder(config: StageConfig, json: dict[str, Any]) -> Decoder:
+    deepspeed = import_deepspeed()
+    partitioned = config.deepspeed.zero_stage == 3
+    with deepspeed.zero.Init(config_dict_or_path=json) if partitioned else nullcontext():
+        model = Decoder(config.model, seed=config.train.seed)
+
+    def gather(parameter: torch.Tensor) -> Any:
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
+
+    initialise(model, config.model, config.train.seed, gather)
+    return model
 
 
 def set_learning_rate(engine: Any, ratio: float) -> None:
@@ -81,7 +92,7 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
-def _optimizer(config: RunConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer | None:
+def _optimizer(config: StageConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer | None:
     """The optimiser to hand to DeepSpeed; None where DeepSpeed builds its own (Muon)."""
     optimizer = config.train.optimizer
     if optimizer.kind == "muon":
@@ -92,7 +103,7 @@ def _optimizer(config: RunConfig, groups: list[dict[str, Any]], device: torch.de
     return torch.optim.AdamW(groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True)
 
 
-def _steps_when_built(config: RunConfig) -> bool:
+def _steps_when_built(config: StageConfig) -> bool:
     """True where DeepSpeed takes one optimiser step on zero gradients at construction (stage 0 with bf16 or fp16)."""
     return config.deepspeed.zero_stage == 0 and config.train.precision != "fp32"
 

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from data.batches import Batch, ValidationSet
-from trainer.config import RunConfig
+from data.batches import Batch
+from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.step import Counter, Tally, forward, to_device
+from trainer.step import Counter, Tally, forward, late_layers, to_device
+
+
+class ValidationStream(Protocol):
+    """A named validation set, the same batches every time."""
+
+    name: str
+
+    def batches(
+        self, rank: int, world_size: int, batch_samples: int, limit_samples: int | None = None
+    ) -> Iterator[Batch]:
+        """This rank's batches, equally many on every rank; rows that only fill up have sample id -1."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +42,9 @@ class Evaluation:
     executed: torch.Tensor | None
 
 
-def evaluate(engine: Any, sets: list[ValidationSet], config: RunConfig, world: World, step: int) -> list[Evaluation]:
+def evaluate(
+    engine: Any, sets: Sequence[ValidationStream], config: StageConfig, world: World, step: int
+) -> list[Evaluation]:
     """Evaluate after ``step`` optimiser steps."""
     router = config.model.router
     noisy = config.train.evaluation.with_noise and router is not None and router.kind == "learned"
@@ -45,10 +59,10 @@ def evaluate(engine: Any, sets: list[ValidationSet], config: RunConfig, world: W
 
 @torch.no_grad()
 def _pass(
-    engine: Any, validation_set: ValidationSet, config: RunConfig, world: World, step: int, training: bool
+    engine: Any, validation_set: ValidationStream, config: StageConfig, world: World, step: int, training: bool
 ) -> tuple[Tally, torch.Tensor | None]:
     engine.train(training)
-    counter = Counter(len(config.model.sites), world.device)
+    counter = Counter(len(config.model.sites), world.device, late_layers(engine))
     executed = None
     train = config.train
     for batch in validation_set.batches(world.rank, world.size, train.micro_batch_samples, train.evaluation.samples):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from data.files import write_atomically
 from model.budget import Budget
 from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops
-from trainer.config import RunConfig
+from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.heatmap import routing_figure
@@ -40,9 +40,22 @@ class Metrics:
         world: this process; only rank 0 writes.
         resumed_at: optimiser steps done before this start; None for a fresh one.
         peak_flops: FLOP/s that one device reaches, for MFU.
+        history_of: name of the validation set whose densities the routing picture shows.
+        late_layers: how many last layers vote; 0 without an ensemble.
     """
 
-    def __init__(self, config: RunConfig, run: RunFolder, world: World, resumed_at: int | None, peak_flops: float):
+    def __init__(
+        self,
+        config: StageConfig,
+        run: RunFolder,
+        world: World,
+        resumed_at: int | None,
+        peak_flops: float,
+        history_of: str | None = None,
+        late_layers: int = 0,
+    ):
+        self._history_of = history_of
+        self.late_layers = [f"layer-{n:02d}" for n in range(config.model.layers - late_layers, config.model.layers)]
         self.config, self.run, self.world, self.peak_flops = config, run, world, peak_flops
         self.log = logging.getLogger(LOGGER)
         self.sites = config.model.sites
@@ -163,6 +176,13 @@ class Metrics:
             line |= {f"density/{site}": value for site, value in zip(self.sites, density, strict=True)}
             prices = budget.prices().tolist()
             line |= {f"budget/price/{site}": value for site, value in zip(self.sites, prices, strict=True)}
+        if self.late_layers and targets:
+            tallies = [r.tally for r in good]
+            line["ensemble/distillation"] = sum(t.distillation for t in tallies) / targets
+            line["ensemble/entropy"] = sum(t.vote_entropy for t in tallies) / targets
+            for place, layer in enumerate(self.late_layers):
+                line[f"ensemble/weight/{layer}"] = sum(t.vote_weights[place] for t in tallies) / targets
+                line[f"ensemble/largest/{layer}"] = sum(t.vote_largest[place] for t in tallies) / targets
         return line
 
     def _forward_flops(self, routed: Routed) -> float:
@@ -217,9 +237,7 @@ class Metrics:
         write_atomically(self.run.metrics, "".join(f"{text}\n" for text in kept).encode())
 
     def _remember(self, line: dict[str, Any]) -> None:
-        if not self.config.data.validation:
-            return
-        prefix = f"validation/{self.config.data.validation[0].name}/density/"
+        prefix = f"validation/{self._history_of}/density/"
         densities = [line[prefix + site] for site in self.sites if prefix + site in line]
         if densities and len(densities) == len(self.sites):
             self._history.append((line["step"], densities))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data.files import write_atomically
 from settings import to_yaml
-from trainer.config import RunConfig
+from trainer.config import StageConfig
 from trainer.distributed import World
 
 LOGGER = "hopscotch"
@@ -46,7 +46,7 @@ class RunFolder:
         self._phase, self._beat_s = "", 0.0
         self.log = self.path / "logs" / f"rank-{rank}.log"
 
-    def create(self, config: RunConfig, original: str | Path) -> None:
+    def create(self, config: StageConfig, original: str | Path) -> None:
         """Make the folders and write the configs (rank 0 only)."""
         for folder in (self.checkpoints, self.tensorboard, self.heartbeat.parent, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)

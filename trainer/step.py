@@ -6,13 +6,13 @@ budget's price per routed site times its density. So it does not depend on how t
 Nothing that is not finite reaches the weights. A loss that is not finite turns its own gradient into NaN, which every
 ZeRO stage then sees in its norm and skips; stage 0 in fp32, where DeepSpeed has no such check, is checked here.
 
-Dimension letters: B micro-batch, T tokens, S routed sites.
+Dimension letters: B micro-batch, T tokens, S routed sites, k late layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from data.batches import Batch
 from model.budget import Budget
 from model.chunks import IGNORED
 from model.decoder import DecoderOutput
+from model.ensemble import Balance
 from model.flops import Routed
-from trainer.config import RunConfig
+from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping
 from trainer.distributed import World
 
@@ -39,6 +40,9 @@ class Tally:
         routed: what ran.
         bad_micro_batches: forward passes whose loss was not finite.
         overflow_tokens: per routed site, tokens whose gate said execute and for which the capacity had no room.
+        distillation: KL divergences of the late layers from the final one, summed over layers and valid targets, nats.
+        vote_entropy: of the ensemble's weights, summed over valid targets, nats.
+        vote_weights, vote_largest: per late layer, its weight and whether that is the largest, over valid targets.
     """
 
     nll: float
@@ -48,6 +52,10 @@ class Tally:
     routed: Routed
     bad_micro_batches: int
     overflow_tokens: list[float]
+    distillation: float = 0.0
+    vote_entropy: float = 0.0
+    vote_weights: list[float] = field(default_factory=list)
+    vote_largest: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -87,23 +95,27 @@ class StepResult:
 class Counter:
     """Adds up forward passes on the device; one all-reduce makes a :class:`Tally`."""
 
-    _SCALARS = 7  # nll, z, targets, tokens, visible keys, stop, bad micro-batches
+    # nll, z, targets, tokens, visible keys, stop, bad micro-batches, distillation, entropy of the vote
+    _SCALARS = 9
 
-    def __init__(self, sites: int, device: torch.device):
-        self.sites = sites
-        self.sums = torch.zeros(self._SCALARS + 3 * sites, dtype=torch.float64, device=device)
+    def __init__(self, sites: int, device: torch.device, late_layers: int = 0):
+        self.sites, self.late_layers = sites, late_layers
+        self.sums = torch.zeros(self._SCALARS + 3 * sites + 2 * late_layers, dtype=torch.float64, device=device)
 
     def add(self, output: DecoderOutput, targets: Tensor) -> None:
         """Count one forward pass over ``targets`` [B, T]."""
         assert output.loss is not None
-        loss, routing = output.loss, output.routing
+        loss, routing, vote = output.loss, output.routing, output.vote_sums
         self.sums[3] += targets.numel()  # a number of the host: no copy, no wait
         for place, value in ((0, loss.nll), (1, loss.z), (2, (targets != IGNORED).sum()), (4, routing.visible_keys)):
             self.sums[place] += value
         self.sums[6] += ~torch.isfinite(loss.loss)
-        self.sums[self._SCALARS :] += torch.cat(
-            (routing.executed_tokens, routing.attended_keys, routing.overflow_tokens)
-        )
+        parts = [routing.executed_tokens, routing.attended_keys, routing.overflow_tokens]
+        if vote is not None:
+            self.sums[7] += loss.distillation.detach()
+            self.sums[8] += vote.entropy
+            parts += [vote.weights.detach(), vote.largest]
+        self.sums[self._SCALARS :] += torch.cat(parts)
 
     def ask_to_stop(self) -> None:
         """Count this rank among those that were asked to stop."""
@@ -111,15 +123,25 @@ class Counter:
 
     def wanted_density(self) -> Tensor:
         """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
-        executed, _, overflow = self.sums[self._SCALARS :].view(3, self.sites)
+        executed, _, overflow = self._of_sites()
         return ((executed + overflow) / self.sums[3]).float()
+
+    def vote_largest(self) -> Tensor:
+        """Tokens on which each late layer had the largest weight, [k], on the device."""
+        return self.sums[len(self.sums) - self.late_layers :]
 
     def tally(self) -> Tally:
         """The sums on the host."""
-        nll, z, targets, tokens, visible, stop, bad, *sites = self.sums.tolist()
-        n = self.sites
-        routed = Routed(tokens, visible, sites[:n], sites[n : 2 * n])
-        return Tally(nll, z, int(targets), int(stop), routed, int(bad), sites[2 * n :])
+        nll, z, targets, tokens, visible, stop, bad, distillation, entropy, *_ = self.sums.tolist()
+        executed, keys, overflow = self._of_sites().tolist()
+        weights, largest = self.sums[self._SCALARS + 3 * self.sites :].view(2, self.late_layers).tolist()
+        routed = Routed(tokens, visible, executed, keys)
+        return Tally(
+            nll, z, int(targets), int(stop), routed, int(bad), overflow, distillation, entropy, weights, largest
+        )
+
+    def _of_sites(self) -> Tensor:
+        return self.sums[self._SCALARS : self._SCALARS + 3 * self.sites].view(3, self.sites)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -128,7 +150,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def forward(
-    engine: Any, batch: Batch, config: RunConfig, progress: float, capacity_tokens: int | None = None
+    engine: Any,
+    batch: Batch,
+    config: StageConfig,
+    progress: float,
+    capacity_tokens: int | None = None,
 ) -> DecoderOutput:
     """Run the engine on a batch on its device, with the routers' noise and temperature as they are at ``progress``.
 
@@ -146,17 +172,25 @@ def forward(
         temperature=1.0 if router is None else router.temperature.at(progress),
         z_coefficient=config.train.z_loss,
         capacity_tokens=capacity_tokens,
+        scored_targets=batch.scored_targets,
     )
+
+
+def late_layers(engine: Any) -> int:
+    """How many layers vote in the model; 0 without an ensemble."""
+    ensemble = getattr(engine, "module", engine).ensemble
+    return 0 if ensemble is None else ensemble.config.layers
 
 
 def train_step(
     engine: Any,
     micro_batches: Sequence[Batch],
     budget: Budget,
-    config: RunConfig,
+    config: StageConfig,
     world: World,
     step: int,
     stop_requested: bool = False,
+    balance: Balance | None = None,
 ) -> StepResult:
     """Take optimiser step number ``step`` (0 is the first) on this rank's micro-batches."""
     engine.train()
@@ -165,13 +199,17 @@ def train_step(
     targets = torch.tensor(_count_targets(micro_batches), dtype=torch.float64, device=world.device)
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)
-    counter = Counter(budget.sites, world.device)
+    counter = Counter(budget.sites, world.device, late_layers(engine))
+    vote_prices = balance.prices() if balance is not None and balance.coefficient else None
     capacity_tokens = budget.capacity_tokens(progress)
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, world.device)
         output = forward(engine, batch, config, progress, capacity_tokens)
         assert output.loss is not None
-        loss = output.loss.loss * per_target.float()
+        loss = output.loss.loss
+        if vote_prices is not None and output.vote_sums is not None:
+            loss = loss + (vote_prices * output.vote_sums.weights).sum()
+        loss = loss * per_target.float()
         loss = loss + (prices * output.routing.density).sum() / len(micro_batches)
         loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
         engine.backward(loss, scale_wrt_gas=False)
@@ -187,13 +225,15 @@ def train_step(
         density = counter.wanted_density()
         penalty = float(budget.penalty(density, progress))
         budget.observe(density, progress)
+        if balance is not None:
+            balance.observe(counter.vote_largest())
         return StepResult(counter.tally(), penalty, norm, True, [])
     ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
     bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if own_bad > 0 else None) if entry]
     return StepResult(counter.tally(), float("nan"), norm, False, bad_ranks)
 
 
-def _update(engine: Any, config: RunConfig) -> tuple[float | None, bool]:
+def _update(engine: Any, config: StageConfig) -> tuple[float | None, bool]:
     """Clip and step, unless the gradient is not finite; the norm before clipping and whether it was applied."""
     if owns_clipping(config):
         limit = config.train.clip_norm or float("inf")

@@ -7,22 +7,33 @@ validate and to take in a step. The loop itself is the stage's own.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from data.batches import TrainingData, ValidationSet, pass_over
+from data.batches import Batch, pass_over
 from model.budget import Budget
+from model.decoder import Decoder
+from model.ensemble import Balance
 from trainer import checkpoint
-from trainer.config import RunConfig
+from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
-from trainer.evaluate import Evaluation, evaluate
+from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.guards import StopRequest, too_many_bad_steps
 from trainer.metrics import Metrics, measure_peak_flops
 from trainer.run_folder import RunFolder, open_log
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult
+
+
+class TrainingStream(Protocol):
+    """Training data: a pure function of how many samples were consumed."""
+
+    def batch(self, consumed: Sequence[int] | range) -> Batch:
+        """The samples at these places of the run."""
 
 
 class Trainer:
@@ -31,37 +42,57 @@ class Trainer:
     Args:
         config: the run's config.
         config_path: the file it was read from, copied into the run folder.
-        data: the opened training data.
+        fingerprint: of all that decides which tokens a sample holds; a run resumes only if it is the same.
+        validation_sets: to evaluate on.
         world: this process among all.
+        decoder: the model to train; a freshly initialised one unless given.
+
+    Attributes:
+        step, samples: optimiser steps done and windows consumed.
+        evaluations: what :meth:`validate` found in this start of the run, by step.
 
     Raises:
-        ValueError: if the run folder, the data or a checkpoint do not fit the config.
+        ValueError: if the run folder or a checkpoint do not fit the config.
     """
 
-    def __init__(self, config: RunConfig, config_path: Path, data: TrainingData, world: World):
-        self.config, self.world, self.fingerprint = config, world, data.fingerprint
-        _refuse_other_vocabulary(config, data)
+    def __init__(
+        self,
+        config: StageConfig,
+        config_path: Path,
+        fingerprint: str,
+        validation_sets: Sequence[ValidationStream],
+        world: World,
+        decoder: Decoder | None = None,
+    ):
+        self.config, self.world, self.fingerprint = config, world, fingerprint
+        self.validation_sets = validation_sets
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
         self.samples = 0
         found = checkpoint.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
-        self.validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
-        self.engine = build_engine(config, world)
+        self.engine = build_engine(config, world, decoder)
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
+        ensemble = self.engine.module.ensemble
+        self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
         if found is not None:
             state = checkpoint.load(self.engine, found, self.fingerprint, config, world)
             self.step, self.samples = state["step"], state["samples"]
             self.budget.load_state_dict(state["budget"])
+            self.balance.load_state_dict(state["balance"])
         if world.is_main:
             _create(self.run, config, config_path)
         world.barrier()
         self.log = open_log(self.run, world)
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(world, config.train.precision)
-        self.metrics = Metrics(config, self.run, world, self.step if found else None, peak_flops)
+        history_of = validation_sets[0].name if validation_sets else None
+        self.metrics = Metrics(
+            config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
+        )
         if found is not None:
             self.log.info(f"resumed from {found} at step {self.step:,}")
         self.stop = StopRequest()
+        self.evaluations: dict[int, list[Evaluation]] = {}
         self._bad_in_a_row = 0
 
     def begin_step(self) -> float:
@@ -94,20 +125,25 @@ class Trainer:
         """Write a checkpoint, then remove those that are no longer kept."""
         self.run.beat(self.step, "saving")
         folder, config, world = self.run.checkpoints, self.config, self.world
-        state = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        state = {
+            "step": self.step,
+            "samples": self.samples,
+            "budget": self.budget.state_dict(),
+            "balance": self.balance.state_dict(),
+        }
         start = time.perf_counter()
         with self.metrics.paused():
             saved = checkpoint.save(self.engine, folder, self.step, state, self.fingerprint, config, world)
             checkpoint.prune(folder, saved, config.train.checkpoint, world)
         self.log.info(f"step {self.step:>6,}  saved {saved} in {time.perf_counter() - start:.1f} s")
 
-    def validate(self) -> list[Evaluation]:
+    def validate(self) -> None:
         """Evaluate every validation set and log it."""
         self.run.beat(self.step, "evaluating")
         with self.metrics.paused():
             results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
             self.metrics.log_evaluation(self.step, results)
-        return results
+        self.evaluations[self.step] = results
 
     def close(self) -> None:
         """Flush the metrics and say that this rank has ended."""
@@ -130,19 +166,10 @@ def _span(ids: list[int]) -> str:
     return ", ".join(str(i) for i in ids) if len(ids) <= 8 else f"{ids[0]} to {ids[-1]}, {len(ids)} of them"
 
 
-def _create(run: RunFolder, config: RunConfig, config_path: Path) -> None:
+def _create(run: RunFolder, config: StageConfig, config_path: Path) -> None:
     try:
         run.create(config, config_path)
     except OSError as error:
         raise ValueError(
             f"train.run_dir {run.path} cannot be written ({error.strerror}); give a folder that can"
         ) from error
-
-
-def _refuse_other_vocabulary(config: RunConfig, data: TrainingData) -> None:
-    if data.vocab_size != config.model.vocab_size:
-        raise ValueError(
-            f"the shards in {config.data.dir} have a vocabulary of {data.vocab_size}, model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {data.vocab_size}, or "
-            "prepare the data again"
-        )

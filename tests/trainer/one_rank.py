@@ -10,10 +10,10 @@ from torch import Tensor
 
 from data.batches import TrainingData
 from model.budget import Budget
-from pretrain.train import micro_batches
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
+from trainer.loop import micro_batches
 from trainer.step import StepResult, train_step
 
 

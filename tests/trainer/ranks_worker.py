@@ -21,11 +21,11 @@ import trainer.step
 from data.batches import TrainingData
 from model.budget import Budget
 from model.router import Gate, LearnedRouter, RoutingInputs
-from pretrain.train import micro_batches
 from settings import load
 from trainer.config import RunConfig
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
+from trainer.loop import micro_batches
 from trainer.step import StepResult, train_step
 
 STEPS = 4

@@ -150,7 +150,7 @@ def test_an_evaluation_of_before_the_resume_is_drawn_again(
         return draw(*arguments)
 
     monkeypatch.setattr(metrics, "routing_figure", record)
-    made = Metrics(configure(), folder, world, 3, 1e12)
+    made = Metrics(configure(), folder, world, 3, 1e12, "code")
     made.log_evaluation(4, [_evaluation([0.7, 0.6, 0.5])])
     made.close()
     ((sites, steps, densities, executed, target),) = seen

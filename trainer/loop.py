@@ -1,0 +1,76 @@
+"""The training loop of both stages: step, save, evaluate, until all steps are done or somebody asks to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from data.batches import Batch, step_sample_ids
+from data.prefetch import prefetch
+from trainer.config import StageConfig
+from trainer.distributed import World
+from trainer.step import train_step
+from trainer.trainer import Trainer, TrainingStream
+
+
+def run(trainer: Trainer, data: TrainingStream) -> bool:
+    """Go on to the last step; False if the run was asked to stop before it, and saved.
+
+    Raises:
+        ValueError: for anything that the user can mend; what was saved stays.
+    """
+    config, world = trainer.config, trainer.world
+    steps, save_every, evaluate_every = (
+        config.train.steps,
+        config.train.checkpoint.every_steps,
+        config.train.evaluation.every_steps,
+    )
+
+    # The starting point, or what a kill between save and evaluation left undone.
+    due = trainer.step % evaluate_every == 0 or trainer.step == steps
+    if due and not trainer.metrics.has_evaluation(trainer.step):
+        trainer.validate()
+    trainer.metrics.open_bar()
+    with prefetch(micro_batches(data, config, world, trainer.step, trainer.samples), depth=2) as loader:
+        for batches in loader:
+            lr = trainer.begin_step()
+            result = train_step(
+                trainer.engine,
+                batches,
+                trainer.budget,
+                config,
+                world,
+                trainer.step,
+                trainer.stop.requested,
+                trainer.balance,
+            )
+            trainer.end_step(result, lr, loader.waited_s)
+
+            # Save first, then evaluate: an evaluation that dies must not take the step with it.
+            last = trainer.step == steps
+            stopping = result.tally.stop > 0 and not last
+            if last or stopping or trainer.step % save_every == 0:
+                trainer.save()
+            if stopping:
+                trainer.log.info(f"asked to stop: step {trainer.step:,} is saved; start again with resume=auto")
+                return False
+            if last or trainer.step % evaluate_every == 0:
+                trainer.validate()
+    trainer.metrics.close_bar()
+    return True
+
+
+def micro_batches(
+    data: TrainingStream, config: StageConfig, world: World, step: int, samples: int
+) -> Iterator[list[Batch]]:
+    """This rank's micro-batches of every step from ``step`` on, ``samples`` windows into the data."""
+    accumulation = config.accumulation(world.size)
+    for number in range(config.train.steps - step):
+        ids = step_sample_ids(
+            samples + number * config.train.global_batch_samples,
+            config.train.global_batch_samples,
+            world.rank,
+            world.size,
+            config.train.micro_batch_samples,
+            accumulation,
+        )
+        yield [data.batch(part) for part in ids]
