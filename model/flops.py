@@ -2,10 +2,11 @@
 
 Counted: matrix products, two FLOPs a multiply-add, and the attention's two products over the keys that each query
 really saw. A routed site always pays for its keys and values and for its router; queries, output projection,
-attention and feed-forward are paid for by the tokens that executed.
+attention and feed-forward are paid for by the tokens that executed, the head by those whose logits are computed.
 
 Left out, as is usual: norms, rotary, softmax, activations, the embedding lookup, the optimiser, and what activation
-checkpointing computes a second time. Training costs three times the forward pass.
+checkpointing computes a second time; of a late-layer ensemble its router and the logits inside the distillation term.
+Training costs three times the forward pass: less where weights are frozen.
 """
 
 from __future__ import annotations
@@ -40,19 +41,22 @@ class Routed:
         visible_keys: keys that they would see in one layer without a router.
         executed_tokens: per routed site, tokens that executed.
         attended_keys: per routed site, keys that those tokens saw.
+        head_tokens: tokens whose logits were computed; all of them unless given.
     """
 
     tokens: float
     visible_keys: float
     executed_tokens: list[float]
     attended_keys: list[float]
+    head_tokens: float | None = None
 
 
 def executed_flops(config: ModelConfig, counts: Routed) -> float:
     """Forward FLOPs that were spent on ``counts``."""
     cost = _Costs(config)
     plain_layers = config.layers - len(config.routed_layers)
-    total = counts.tokens * (cost.head + config.layers * cost.keys_values)
+    head_tokens = counts.tokens if counts.head_tokens is None else counts.head_tokens
+    total = head_tokens * cost.head + counts.tokens * config.layers * cost.keys_values
     total += plain_layers * (counts.tokens * (cost.attention + cost.ffn) + counts.visible_keys * cost.per_key)
     if _has_weights(config):
         total += counts.tokens * len(config.sites) * cost.router
@@ -64,10 +68,10 @@ def executed_flops(config: ModelConfig, counts: Routed) -> float:
     return total
 
 
-def dense_flops(config: ModelConfig, tokens: float, visible_keys: float) -> float:
+def dense_flops(config: ModelConfig, tokens: float, visible_keys: float, head_tokens: float | None = None) -> float:
     """Forward FLOPs of the same tokens in the model of the same size without routers."""
     dense = config.model_copy(update={"router": None})
-    return executed_flops(dense, Routed(tokens, visible_keys, [], []))
+    return executed_flops(dense, Routed(tokens, visible_keys, [], [], head_tokens))
 
 
 def site_shares(config: ModelConfig, sequence_tokens: int) -> list[float]:

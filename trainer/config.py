@@ -256,7 +256,11 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ValueError: with one sentence for each mistake.
     """
     config = load(path, overrides, RunConfig)
-    if config.train.run_dir is not None:
-        return config
-    train = config.train.model_copy(update={"run_dir": f"runs/{Path(path).stem}"})
-    return config.model_copy(update={"train": train})
+    return config.model_copy(update={"train": name_run(config.train, path)})
+
+
+def name_run(train: TrainConfig, path: str | Path) -> TrainConfig:
+    """``train`` with its run folder: ``runs/`` and the config file's name unless it has one."""
+    if train.run_dir is not None:
+        return train
+    return train.model_copy(update={"run_dir": f"runs/{Path(path).stem}"})

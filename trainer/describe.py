@@ -31,11 +31,16 @@ def describe_start(config: RunConfig, data: TrainingData, world: World) -> str:
             f"data      {source.name}: {source.tokens:,} tokens, {source.share:.0%} of samples, "
             f"{source.epochs(samples):.2f} epochs"
         )
-    lines.append(
+    return "\n".join([*lines, machine(config, world)])
+
+
+def machine(config: StageConfig, world: World) -> str:
+    """The line on ranks, precision and ZeRO."""
+    train = config.train
+    return (
         f"machine   {world.size} ranks on {world.device.type}, {train.precision}, ZeRO {config.deepspeed.zero_stage}, "
         f"{config.accumulation(world.size)} micro-batches of {train.micro_batch_samples} samples a step and rank"
     )
-    return "\n".join(lines)
 
 
 def describe_end(config: StageConfig, evaluations: Mapping[int, list[Evaluation]]) -> str:
@@ -56,6 +61,8 @@ def describe_end(config: StageConfig, evaluations: Mapping[int, list[Evaluation]
             f"(sites from {min(density):.3f} to {max(density):.3f})"
         )
         routed = after[0].greedy.routed
-        share = executed_flops(config.model, routed) / dense_flops(config.model, routed.tokens, routed.visible_keys)
+        share = executed_flops(config.model, routed) / dense_flops(
+            config.model, routed.tokens, routed.visible_keys, routed.head_tokens
+        )
         lines.append(f"compute          {share:.0%} of the FLOPs of the same tokens without routers, head included")
     return "\n".join(lines)

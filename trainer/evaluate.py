@@ -67,12 +67,13 @@ def _pass(
     train = config.train
     for batch in validation_set.batches(world.rank, world.size, train.micro_batch_samples, train.evaluation.samples):
         # Rows that only fill up are left out; where all are, one still runs, because under ZeRO every rank must.
+        # (What they lack are targets, so the number of scored ones stays.)
         real = int((batch.sample_ids >= 0).sum())
         batch = to_device(_first_rows(batch, max(real, 1)), world.device)
         output = forward(engine, batch, config, step / train.steps)
         if not real:
             continue
-        counter.add(output, batch.targets)
+        counter.add(output, batch.targets, batch.scored_targets)
         if executed is None and output.routing.executed.numel():
             executed = output.routing.executed[:, 0].cpu()
     world.sum(counter.sums)

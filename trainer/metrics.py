@@ -12,11 +12,12 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -124,6 +125,18 @@ class Metrics:
         if evaluations and evaluations[0].executed is not None:
             self._draw(step, evaluations[0])
 
+    def log_figures(self, step: int, figures: dict[str, float]) -> None:
+        """Write a stage's own figures."""
+        self._write(step, dict(figures))
+
+    def draw(self, name: str, step: int, figure: Callable[[], Figure]) -> None:
+        """Put a stage's own picture into TensorBoard and, its name's slashes replaced, beside ``metrics.jsonl``."""
+        if self._writer is None or not self.config.train.log.images:
+            return
+        drawn = figure()
+        drawn.savefig(self.run.path / f"{name.replace('/', '-')}.png", dpi=110)
+        self._writer.add_figure(name, drawn, step)
+
     def has_evaluation(self, step: int) -> bool:
         """True if ``step`` was evaluated before a resume; known on every rank."""
         return bool(self.world.broadcast_object(step in self._evaluated_at))
@@ -147,7 +160,7 @@ class Metrics:
         config, count = self.config, len(self._since_log)
         routed = _add([r.tally.routed for r in self._since_log])
         executed = TRAINING_FACTOR * executed_flops(config.model, routed)
-        dense = TRAINING_FACTOR * dense_flops(config.model, routed.tokens, routed.visible_keys)
+        dense = TRAINING_FACTOR * dense_flops(config.model, routed.tokens, routed.visible_keys, routed.head_tokens)
         targets = sum(r.tally.targets for r in good)
         norms = [r.grad_norm for r in good if r.grad_norm is not None]
         peak = self.peak_flops * self.world.size * elapsed_s
@@ -212,12 +225,10 @@ class Metrics:
         self._history.append((step, evaluation.greedy.density))
         if self._writer is None or not self.config.train.log.images:
             return
-        assert self.config.model.router is not None and evaluation.executed is not None
+        router, executed = self.config.model.router, evaluation.executed
+        assert router is not None and executed is not None
         steps, densities = zip(*self._history, strict=True)
-        target = self.config.model.router.density
-        figure = routing_figure(self.sites, steps, densities, evaluation.executed, target)
-        figure.savefig(self.run.path / "routing.png", dpi=110)
-        self._writer.add_figure("routing", figure, step)
+        self.draw("routing", step, lambda: routing_figure(self.sites, steps, densities, executed, router.density))
 
     def _keep_lines_up_to(self, step: int) -> None:
         """Drop what a run that was killed logged after the checkpoint it resumes from; read the densities back."""
@@ -277,6 +288,7 @@ def _add(parts: list[Routed]) -> Routed:
         sum(p.visible_keys for p in parts),
         [sum(site) for site in zip(*(p.executed_tokens for p in parts), strict=True)],
         [sum(site) for site in zip(*(p.attended_keys for p in parts), strict=True)],
+        sum(p.tokens if p.head_tokens is None else p.head_tokens for p in parts),
     )
 
 

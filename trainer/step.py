@@ -95,18 +95,19 @@ class StepResult:
 class Counter:
     """Adds up forward passes on the device; one all-reduce makes a :class:`Tally`."""
 
-    # nll, z, targets, tokens, visible keys, stop, bad micro-batches, distillation, entropy of the vote
-    _SCALARS = 9
+    # nll, z, targets, tokens, visible keys, stop, bad micro-batches, distillation, entropy of the vote, head tokens
+    _SCALARS = 10
 
     def __init__(self, sites: int, device: torch.device, late_layers: int = 0):
         self.sites, self.late_layers = sites, late_layers
         self.sums = torch.zeros(self._SCALARS + 3 * sites + 2 * late_layers, dtype=torch.float64, device=device)
 
-    def add(self, output: DecoderOutput, targets: Tensor) -> None:
-        """Count one forward pass over ``targets`` [B, T]."""
+    def add(self, output: DecoderOutput, targets: Tensor, scored_targets: int | None = None) -> None:
+        """Count one forward pass over ``targets`` [B, T], of which ``scored_targets`` (all unless given) had logits."""
         assert output.loss is not None
         loss, routing, vote = output.loss, output.routing, output.vote_sums
         self.sums[3] += targets.numel()  # a number of the host: no copy, no wait
+        self.sums[9] += targets.numel() if scored_targets is None else scored_targets
         for place, value in ((0, loss.nll), (1, loss.z), (2, (targets != IGNORED).sum()), (4, routing.visible_keys)):
             self.sums[place] += value
         self.sums[6] += ~torch.isfinite(loss.loss)
@@ -132,10 +133,10 @@ class Counter:
 
     def tally(self) -> Tally:
         """The sums on the host."""
-        nll, z, targets, tokens, visible, stop, bad, distillation, entropy, *_ = self.sums.tolist()
+        nll, z, targets, tokens, visible, stop, bad, distillation, entropy, head, *_ = self.sums.tolist()
         executed, keys, overflow = self._of_sites().tolist()
         weights, largest = self.sums[self._SCALARS + 3 * self.sites :].view(2, self.late_layers).tolist()
-        routed = Routed(tokens, visible, executed, keys)
+        routed = Routed(tokens, visible, executed, keys, head)
         return Tally(
             nll, z, int(targets), int(stop), routed, int(bad), overflow, distillation, entropy, weights, largest
         )
@@ -213,7 +214,7 @@ def train_step(
         loss = loss + (prices * output.routing.density).sum() / len(micro_batches)
         loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
         engine.backward(loss, scale_wrt_gas=False)
-        counter.add(output, batch.targets)
+        counter.add(output, batch.targets, batch.scored_targets)
         if number + 1 < len(micro_batches):
             engine.step()
     if stop_requested:

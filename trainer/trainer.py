@@ -78,7 +78,8 @@ class Trainer:
             state = checkpoint.load(self.engine, found, self.fingerprint, config, world)
             self.step, self.samples = state["step"], state["samples"]
             self.budget.load_state_dict(state["budget"])
-            self.balance.load_state_dict(state["balance"])
+            if self.balance.layers:
+                self.balance.load_state_dict(state["balance"])
         if world.is_main:
             _create(self.run, config, config_path)
         world.barrier()
@@ -125,12 +126,9 @@ class Trainer:
         """Write a checkpoint, then remove those that are no longer kept."""
         self.run.beat(self.step, "saving")
         folder, config, world = self.run.checkpoints, self.config, self.world
-        state = {
-            "step": self.step,
-            "samples": self.samples,
-            "budget": self.budget.state_dict(),
-            "balance": self.balance.state_dict(),
-        }
+        state = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        if self.balance.layers:
+            state["balance"] = self.balance.state_dict()
         start = time.perf_counter()
         with self.metrics.paused():
             saved = checkpoint.save(self.engine, folder, self.step, state, self.fingerprint, config, world)

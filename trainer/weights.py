@@ -7,6 +7,9 @@ What DeepSpeed's files hold depends on the ZeRO stage and the precision (0.19; W
     stage 1, 2      bf16, fp16   whole weights; each group's masters joined end to end and cut into W partitions
     stage 3         any          no weights; each parameter's master cut into W equal partitions, the last one padded
 
+A parameter that does not train has no master. Its weight is whole at stages 0 to 2 and cut like a master at stage 3, in
+the precision of the forward pass, which is what the others were trained with.
+
 Masters are read wherever there are any. A bf16 weight is its master rounded, so at stages 0 to 2 every weight says
 whether its master was found in the right place. DeepSpeed's own converter does not know stage 0 and asks for
 unrestricted unpickling; the table of fragments beside the partitions is wrong under ``round_robin_gradients``. So the
@@ -24,7 +27,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+import yaml
+from torch import Tensor, nn
 
 from model.decoder import Decoder
 from settings import load
@@ -59,21 +63,54 @@ def load_decoder(run_or_checkpoint: Path) -> tuple[Decoder, RunConfig, int]:
             passed over), or one checkpoint's folder.
 
     Raises:
-        ValueError: if there is no whole checkpoint, or it holds another model than its config says, or anything but
-            tensors and numbers.
+        ValueError: if there is no whole checkpoint, or it is of a tuning run, or it holds another model than its config
+            says, or anything but tensors and numbers.
     """
-    folder = _checkpoint_of(run_or_checkpoint)
-    written = manifest.read(folder, _ALONE)
+    folder = checkpoint_of(run_or_checkpoint)
+    blocks = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if "base" in blocks:
+        raise ValueError(
+            f"{folder} is of a tuning run, and only the weights of stage one can be read here; write its merged model "
+            f"with python -m tune.merge {run_or_checkpoint} OUT and give OUT, or read it with tune.weights.load_tuned"
+        )
     config = load(folder / "config.yaml", [], RunConfig)
     decoder = Decoder(config.model, seed=config.train.seed).eval()
+    step = fill(decoder, folder, config.deepspeed.zero_stage)
+    return decoder, config, step
+
+
+def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
+    """Copy a checkpoint's weights into a module, fp32 masters wherever there are any.
+
+    Args:
+        module: as in the engine that wrote the checkpoint: the same names and shapes, and the same ``requires_grad``;
+            fp32 on the CPU.
+        folder: the checkpoint's, as :func:`checkpoint_of` returns it.
+        zero_stage: that it was written at.
+
+    Returns:
+        The optimiser steps that the weights have had.
+
+    Raises:
+        ValueError: if the files hold another model, or anything but tensors and numbers.
+    """
+    written = manifest.read(folder, _ALONE)
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     import_deepspeed()  # quietly: the allowed types are its own
     with checkpoint.only_tensors(folder), torch.no_grad():
-        _fill(decoder, _stored(folder / "deepspeed", config.deepspeed.zero_stage, written["world_size"]), folder)
-    return decoder, config, written["step"]
+        _fill(module, _stored(folder / "deepspeed", zero_stage, written["world_size"], trained), folder)
+    return written["step"]
 
 
-def _checkpoint_of(path: Path) -> Path:
-    """The checkpoint that ``path`` names, every file of it as its manifest says."""
+def checkpoint_of(path: Path) -> Path:
+    """The checkpoint that ``path`` names, every file of it as its manifest says.
+
+    Args:
+        path: a run folder, of which the newest whole checkpoint is taken, or one checkpoint's folder.
+
+    Raises:
+        ValueError: if there is none, or it is torn.
+    """
     what = "give a run folder (train.run_dir) or one of the step-N folders in its checkpoints/"
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; {what}")
@@ -91,14 +128,16 @@ def _checkpoint_of(path: Path) -> Path:
     return found
 
 
-def _fill(decoder: Decoder, stored: Iterable[_Stored], folder: Path) -> None:
-    """Copy what the files hold into the decoder; every parameter once, in its shape."""
-    wanted = dict(decoder.named_parameters())  # a tied head is not among them
+def _fill(module: nn.Module, stored: Iterable[_Stored], folder: Path) -> None:
+    """Copy what the files hold into the module; every parameter once, in its shape."""
+    wanted = dict(module.named_parameters())
+    # Second names of the same weight, as a tied head's: some files have them, too.
+    again = {name for name, _ in module.named_parameters(remove_duplicate=False)} - wanted.keys()
     problems = []
     for entry in stored:
         parameter = wanted.pop(entry.name, None)
         if parameter is None:
-            if not (decoder.config.tied_head and entry.name == "lm_head.weight"):
+            if entry.name not in again:
                 problems.append(f"{entry.name} is there, but not in the config's model")
         elif parameter.shape != entry.shape:
             problems.append(f"{entry.name} is {list(entry.shape)} there and {list(parameter.shape)} by the config")
@@ -127,23 +166,33 @@ def _copy(parameter: Tensor, entry: _Stored, folder: Path) -> None:
         )
 
 
-def _stored(folder: Path, stage: int, ranks: int) -> Iterator[_Stored]:
-    """All parameters in DeepSpeed's ``folder``, in fp32."""
+def _stored(folder: Path, stage: int, ranks: int, trained: set[str]) -> Iterator[_Stored]:
+    """All parameters in DeepSpeed's ``folder``; of the ``trained`` ones the masters, where there are any."""
     if stage == 3:
-        shapes = _load(folder, "zero_pp_rank_0_mp_rank_00_model_states.pt")["param_shapes"]
+        models = [_load(folder, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
         flat = [_Joined(state["fp32_flat_groups"]) for state in _optimizer_states(folder, ranks)]
-        yield from _whole_from_equal_parts(shapes, flat)
+        yield from _whole_from_equal_parts(models[0]["param_shapes"], flat)
+        frozen = [_Joined(list(model["frozen_param_fragments"].values())) for model in models]
+        yield from _whole_from_equal_parts([models[0]["frozen_param_shapes"]], frozen)
         return
     states = _load(folder, "mp_rank_00_model_states.pt")
     weights: dict[str, Tensor] = states["module"]
     if all(weight.dtype == torch.float32 for weight in weights.values()):
-        for name, weight in weights.items():
-            yield _Stored(name, weight.shape, [weight.reshape(-1)])
-    elif stage == 0:
-        yield from _by_value(weights, [master for group in states["optimizer"]["fp32_groups"] for master in group])
+        yield from _as_they_are(weights, set())
+    elif stage == 0:  # the only files that do not say which parameters have trained
+        masters = [master for group in states["optimizer"]["fp32_groups"] for master in group]
+        yield from _by_value({name: weight for name, weight in weights.items() if name in trained}, masters)
+        yield from _as_they_are(weights, trained)
     else:
-        optimizers = _optimizer_states(folder, ranks)
-        yield from _in_order(weights, states["param_shapes"], optimizers)
+        yield from _in_order(weights, states["param_shapes"], _optimizer_states(folder, ranks))
+        yield from _as_they_are(weights, {name for group in states["param_shapes"] for name in group})
+
+
+def _as_they_are(weights: dict[str, Tensor], but: set[str]) -> Iterator[_Stored]:
+    """Whole weights, all ``but`` those."""
+    for name, weight in weights.items():
+        if name not in but:
+            yield _Stored(name, weight.shape, [weight.reshape(-1)])
 
 
 def _by_value(weights: dict[str, Tensor], masters: list[Tensor]) -> Iterator[_Stored]:

@@ -122,15 +122,16 @@ def test_the_end_tells_losses_and_densities(configure: Configure) -> None:
     after = [Evaluation("code", _tally([0.25, 0.375, 0.5], 4.5), None, None)]
     share = executed_flops(config.model, after[0].greedy.routed) / dense_flops(config.model, 100, 1)
     assert 0.5 < share < 1
-    assert describe_end(config, before, after).splitlines() == [
+    last = config.train.steps
+    assert describe_end(config, {0: before, last: after}).splitlines() == [
         f"run folder       {config.train.run_dir}",
         "validation loss  code: 6.0000 -> 4.5000 nats per token",
         "density          0.375 in greedy evaluation against a target of 0.500 (sites from 0.250 to 0.500)",
         f"compute          {share:.0%} of the FLOPs of the same tokens without routers, head included",
     ]
-    assert "validation loss  code: 4.5000 nats" in describe_end(config, None, after)  # a resumed run has no start
-    assert "density" not in describe_end(configure("model.router=null"), before, after)
-    assert describe_end(config, None, None).splitlines() == [f"run folder       {config.train.run_dir}"]
+    assert "validation loss  code: 4.5000 nats" in describe_end(config, {last: after})  # a resumed run has no start
+    assert "density" not in describe_end(configure("model.router=null"), {0: before, last: after})
+    assert describe_end(config, {2: after}).splitlines() == [f"run folder       {config.train.run_dir}"]
 
 
 def test_a_bad_step_names_ranks_and_samples(configure: Configure) -> None:
