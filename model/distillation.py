@@ -4,7 +4,7 @@
 
 p is a constant here: no gradient reaches the final layer's state, and the head gets the part through q alone. For a
 chunk of tokens the teacher's logits are computed once, then each student's, turned in place into their own gradient and
-dropped. So memory holds three chunks of logits, whatever the numbers of tokens and layers.
+dropped. So memory holds four chunks of logits, whatever the numbers of tokens and layers.
 
 Source: Luo and Specia 2024 (arXiv:2410.13077) for the term, Hinton et al. 2015 for the temperature.
 Dimension letters: N tokens, D width, V vocabulary, k late layers.
@@ -53,20 +53,11 @@ class _ChunkedKL(torch.autograd.Function):
         rows = chunk_rows(weight)
         for start in range(0, len(teacher), rows):
             part = slice(start, start + rows)
+            of_part = [None if grad is None else grad[part] for grad in grads]
             valid = (targets[part] != IGNORED).float()
-            p, log_p = _distribution(teacher[part], weight, temperature)
-            for student, grad_student in zip(students, grads, strict=True):
-                q, log_q = _distribution(student[part], weight, temperature)
-                divergence = log_q.neg_().add_(log_p).mul_(p).sum(dim=-1)
-                total += (divergence * valid).sum() * temperature**2
-                if grad_student is None and grad_weight is None:
-                    continue
-                # d KL / d logits = (q - p) / T, times T^2
-                grad = q.sub_(p).mul_((valid * temperature)[:, None]).to(student.dtype)
-                if grad_student is not None:
-                    torch.mm(grad, weight, out=grad_student[part])
-                if grad_weight is not None:
-                    accumulate(grad_weight, grad.T, student[part])
+            total += _teach(
+                [s[part] for s in students], teacher[part], weight, valid, temperature, of_part, grad_weight
+            )
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_weight, *grads)
         return total
@@ -77,6 +68,34 @@ class _ChunkedKL(torch.autograd.Function):
         of_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
         of_students = (None if grad is None else grad * scale.to(grad.dtype) for grad in grads)
         return of_weight, None, None, None, *of_students
+
+
+def _teach(
+    students: list[Tensor],
+    teacher: Tensor,
+    weight: Tensor,
+    valid: Tensor,
+    temperature: float,
+    grads: list[Tensor | None],
+    grad_weight: Tensor | None,
+) -> Tensor:
+    """One chunk's sum; its gradients are written to ``grads`` and added to ``grad_weight``."""
+    total = torch.zeros_like(valid[:1].sum())
+    p, log_p = _distribution(teacher, weight, temperature)
+    for student, grad_student in zip(students, grads, strict=True):
+        q, log_q = _distribution(student, weight, temperature)
+        total += (log_q.neg_().add_(log_p).mul_(p).sum(dim=-1) * valid).sum() * temperature**2
+        del log_q
+        if grad_student is None and grad_weight is None:
+            continue
+        # d KL / d logits = (q - p) / T, times T^2
+        grad = q.sub_(p).mul_((valid * temperature)[:, None]).to(student.dtype)
+        if grad_student is not None:
+            torch.mm(grad, weight, out=grad_student)
+        if grad_weight is not None:
+            accumulate(grad_weight, grad.T, student)
+        del q, grad  # before the next student's logits
+    return total
 
 
 def _distribution(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

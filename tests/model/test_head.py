@@ -49,7 +49,7 @@ def test_equals_cross_entropy(z: float, chunk_rows: int, monkeypatch: pytest.Mon
     expected = full_logits(head, hidden, targets, z)
     wanted = torch.autograd.grad(expected[0] / 7, (hidden, head.weight))
     sums = head(hidden, targets, z)
-    for value, right in zip(sums, expected, strict=True):
+    for value, right in zip(sums[:3], expected, strict=True):
         torch.testing.assert_close(value, right, rtol=1e-6, atol=1e-5)
     found = torch.autograd.grad(sums.loss / 7, (hidden, head.weight))
     for value, right in zip(found, wanted, strict=True):
