@@ -133,7 +133,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -> str | None:
-    """How the shapes ``found`` by name differ from those of the parameters ``wanted``, in words; None if they do not."""
+    """How the shapes ``found``, by name, differ from the ``wanted`` parameters', in words; None if they do not."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is not a weight of this model" for name in found if name not in wanted]
     problems += [

@@ -1,0 +1,150 @@
+"""A base is found wherever one can lie, and everything else is refused in one sentence that says what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from model.config import EnsembleConfig, ModelConfig, Ramp
+from model.decoder import Decoder
+from tests.model.tiny import config, decoder
+from trainer import manifest
+from trainer.distributed import World
+from trainer.weights_folder import write_weights
+from tune.base import load_base, stage_two_model
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """Where :func:`write_weights` finds a tokenizer; returns a folder that does not exist yet."""
+    (tmp_path / "tokenizer.model").touch()
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def stage_one(tmp_path: Path, tiny: dict[str, Any]) -> tuple[Path, Decoder]:
+    """A run folder with one checkpoint at step 7, as ZeRO stage 0 in fp32 leaves it, and what is in it."""
+    tiny["deepspeed"]["zero_stage"] = 0
+    model = decoder(ModelConfig.model_validate(tiny["model"]))
+    checkpoint = tmp_path / "run/checkpoints/step-00000007"
+    (checkpoint / "deepspeed").mkdir(parents=True)
+    torch.save({"module": model.state_dict()}, checkpoint / "deepspeed/mp_rank_00_model_states.pt")
+    for folder in (checkpoint, tmp_path / "run"):
+        (folder / "config.yaml").write_text(yaml.safe_dump(tiny))
+    manifest.write(checkpoint, {"step": 7, "world_size": 1}, [], ALONE)
+    return tmp_path / "run", model
+
+
+def same(one: Decoder, other: Decoder) -> bool:
+    """Bit by bit."""
+    state = other.state_dict()
+    return all(torch.equal(tensor, state[name]) for name, tensor in one.state_dict().items())
+
+
+def test_a_stage_one_run_or_checkpoint(stage_one: tuple[Path, Decoder], tiny: dict[str, Any]) -> None:
+    run, model = stage_one
+    checkpoint = run / "checkpoints/step-00000007"
+    for path in (run, str(run), checkpoint):
+        base = load_base(path)
+        assert same(base.decoder, model) and base.model == base.decoder.config and not base.decoder.training
+        assert base.tokenizer_folder == Path(tiny["data"]["dir"])
+        parameters = sum(p.numel() for p in model.parameters())
+        assert base.description == (
+            f"stage-one checkpoint {checkpoint}, step 7: {parameters:,} parameters, 3 layers, learned routers at "
+            "density 0.5 on 3 sites"
+        )
+        assert base.fingerprint == hashlib.sha256((checkpoint / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_a_folder_of_weights(tmp_path: Path, weights: Path) -> None:
+    model = decoder(config("dense"))
+    write_weights(model, weights, tmp_path, {"source": "Hugging Face llama checkpoint x"})
+    base = load_base(weights)
+    assert same(base.decoder, model) and base.tokenizer_folder == weights
+    assert base.description.startswith(f"Hugging Face llama checkpoint x in {weights}: ")
+    assert base.description.endswith(" parameters, 3 layers, dense")
+    # Other weights are another base.
+    write_weights(decoder(config("dense"), seed=2), tmp_path / "other", tmp_path, {})
+    assert load_base(tmp_path / "other").fingerprint != base.fingerprint
+    assert load_base(tmp_path / "other").description.startswith(f"weights in {tmp_path / 'other'}: ")
+
+
+def test_a_tuned_folder_is_no_base(tmp_path: Path, weights: Path) -> None:
+    model = decoder(config("dense"))
+    model.add_ensemble(EnsembleConfig(layers=2))
+    write_weights(model, weights, tmp_path, {})
+    with pytest.raises(
+        ValueError, match=r"was tuned already: it has an ensemble of its last 2 layers, and no second one"
+    ):
+        load_base(weights)
+
+
+def test_what_lies_elsewhere_is_told_how_to_get_here(tmp_path: Path, stage_one: tuple[Path, Decoder]) -> None:
+    with pytest.raises(ValueError, match=r"there is no folder none; give base.path a stage-one run, one of its checkp"):
+        load_base("none")
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(
+        ValueError, match=r"is a Hugging Face checkpoint; import it with: python -m convert.from_hf .*/hf"
+    ):
+        load_base(hf)
+    run, _ = stage_one
+    blocks = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**blocks, "base": {"path": "x"}}))
+    with pytest.raises(
+        ValueError, match=r"is a stage-two run, .*; merge them first with: python -m tune.merge .*/run OUT"
+    ):
+        load_base(run)
+
+
+@pytest.mark.parametrize("content", [None, "model: [", "- a list"])
+def test_a_folder_with_nothing_in_it(tmp_path: Path, content: str | None) -> None:
+    """Also where its config.yaml is no config."""
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(ValueError, match=r"is neither a run folder nor a whole checkpoint"):
+        load_base(tmp_path)
+
+
+ROUTER = {
+    "noise": {"start": 1.0, "end": 0.25, "until": 0.6},
+    "temperature": {"start": 2.0, "end": 0.5, "until": 0.9},
+    "budget": {"coefficient": 0.3, "controller": "adaptive", "dense_until": 0.1, "reach_by": 0.4},
+}
+
+
+def test_tuned_routers_go_on_where_their_schedules_ended() -> None:
+    before = config(**ROUTER)
+    after = stage_two_model(before, "tuned")
+    assert before.router is not None and after.router is not None
+    assert after.router.noise == Ramp(start=0.25, end=0.25, until=1.0)
+    assert after.router.temperature == Ramp(start=0.5, end=0.5, until=1.0)
+    assert (after.router.budget.dense_until, after.router.budget.reach_by) == (0, 0)
+    assert (after.router.budget.coefficient, after.router.budget.controller) == (0.3, "adaptive")
+    # Nothing else is another; and doing it twice changes nothing.
+    untouched = {"noise": before.router.noise, "temperature": before.router.temperature, "budget": before.router.budget}
+    assert after.model_copy(update={"router": after.router.model_copy(update=untouched)}) == before
+    assert stage_two_model(after, "tuned") == after == ModelConfig.model_validate(after.model_dump())
+
+
+def test_frozen_routers_pay_no_price() -> None:
+    after = stage_two_model(config(**ROUTER), "frozen")
+    assert after.router is not None and after.router.noise.start == 0.25
+    assert (after.router.budget.coefficient, after.router.budget.controller) == (0, "fixed")
+
+
+def test_dense_models_and_routers_that_look_ahead() -> None:
+    assert stage_two_model(config("dense"), "frozen") == config("dense")
+    with pytest.raises(
+        ValueError, match=r"router.kind expert_choice picks tokens by looking at later ones, so a response"
+    ):
+        stage_two_model(config("expert_choice"), "frozen")
