@@ -114,7 +114,7 @@ class Source:
             return _hub_values(self.config, self._revision, first)
         path, kind, field = self.files[number], self._formats[number], self.config.text_field
         if path.suffix == ".zst":
-            _require_whole_zstd(path)
+            require_whole_zstd(path)
         if kind == "text":
             return islice(_whole_file(path), first, None)
         values = _json_values(path, field) if kind == "json" else _table_values(path, kind, field)
@@ -260,7 +260,7 @@ def _hub_revision(config: SourceConfig) -> str | None:
         raise ValueError(f"source '{config.name}': the Hub does not give dataset '{config.hub}': {reason}") from error
 
 
-def _require_whole_zstd(path: Path) -> None:
+def require_whole_zstd(path: Path) -> None:
     """Refuse a cut-off .zst: unlike gzip and xz, its reader ends quietly where the bytes end."""
     frame = None
     with path.open("rb") as file:

@@ -59,7 +59,7 @@ class ChatConfig(Strict):
     before_response: str = " "
     """Before an assistant's content, learned with it."""
     end: str = "\n"
-    """After every message; not learned, the end-of-document token is."""
+    """After every message but the last, an assistant's, which the end-of-document token closes; not learned."""
 
 
 class ExampleSource(Strict):

@@ -1,0 +1,289 @@
+"""Batches of examples: packed windows, attention confined to each example, loss on what is learned.
+
+A window of T inputs holds whole examples; an example of n ids gives n - 1 inputs, each with the id after it as its
+target. What is left is filled up with the end-of-document token, as a document of its own without targets::
+
+    inputs     p p p r r | p p r r r r | eos eos
+    targets    . . r r E | . r r r r E | .   .         p prompt, r response, E end of document, . none (-100)
+    documents  0 0 0 0 0 | 1 1 1 1 1 1 | 2   2
+    positions  0 1 2 3 4 | 0 1 2 3 4 5 | 0   1
+
+B: samples in a batch, T: inputs in a window (``data.sequence_tokens``), N: targets of a batch that are not -100,
+X: examples, E: entries (an example, or one of its choices, or a piece of a text).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.batches import NO_SAMPLE, NO_TARGET, Batch, pass_over
+from data.order import ORDER_VERSION, Order
+from tune.config import ExamplesConfig, ExampleSource
+from tune.examples import Examples, read_examples
+from tune.packing import Windows, pack
+from tune.text import TextTokenizer
+
+
+@dataclass(frozen=True)
+class ExampleSummary:
+    """What one source has, and how much of the tuning it is."""
+
+    name: str
+    examples: int
+    """In windows; pieces of a text that was cut count each."""
+    tokens: int
+    """Of all examples, what is put before and after them included."""
+    learned_tokens: int
+    """Targets in one epoch."""
+    windows: int
+    """Samples in one epoch."""
+    fill: float
+    """Share of the windows' inputs that are examples'; the rest is filling."""
+    left_out: int
+    """Examples that do not fit into a window, and texts without text."""
+    cut_texts: int
+    """Texts that were cut into windows."""
+    share: float
+    """Of all samples."""
+
+    def epochs(self, samples: int) -> float:
+        """How often this source is gone through in ``samples`` samples of the whole mixture."""
+        return samples * self.share / self.windows
+
+    def sentence(self, samples: int) -> str:
+        """All of it, for a run of ``samples`` samples."""
+        left_out = f", {self.left_out:,} left out" if self.left_out else ""
+        cut = f", {self.cut_texts:,} texts cut" if self.cut_texts else ""
+        return (
+            f"{self.name}: {self.examples:,} examples{left_out}{cut}, {self.tokens:,} tokens, "
+            f"{self.learned_tokens:,} of them learned, in {self.windows:,} windows {self.fill:.1%} full, "
+            f"{self.share:.0%} of samples, {self.epochs(samples):.2f} epochs"
+        )
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What each of a batch's N targets belongs to, in the batch's row-major order."""
+
+    example: np.ndarray
+    """int64 [N], number of the example."""
+    choice: np.ndarray
+    """int64 [N], which of the example's choices; 0 in a set without choices."""
+    right: np.ndarray
+    """bool [N], the target is part of the right response."""
+    token: np.ndarray
+    """int64 [N], the target itself."""
+
+
+class TuningData:
+    """All sources, packed, mixed and shuffled."""
+
+    def __init__(self, config: ExamplesConfig, tokenizer: TextTokenizer, pin_memory: bool = False) -> None:
+        """Read, encode and pack every source; batches are in pinned memory if asked.
+
+        Raises:
+            ValueError: as for :func:`tune.examples.read_examples`.
+        """
+        self._config = config
+        self._tokenizer = tokenizer
+        self._pin_memory = pin_memory
+        self._sources = [_Packed(read_examples(s, config, tokenizer), config, tokenizer) for s in config.sources]
+        names, weights = [source.name for source in config.sources], [source.weight for source in config.sources]
+        self._order = Order(names, [len(packed.windows) for packed in self._sources], weights, config.seed)
+
+    @property
+    def vocab_size(self) -> int:
+        """Every token id is below it."""
+        return self._tokenizer.vocab_size
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all that decides which tokens and targets sample i holds.
+
+        A run resumes exactly only if it is the same. ``skip_ranges`` is left out: it is meant to be changed on the way.
+        """
+        sources = [
+            {"name": source.name, "weight": source.weight, "windows": packed.sha256}
+            for source, packed in zip(self._config.sources, self._sources, strict=True)
+        ]
+        decisive = {
+            "order_version": ORDER_VERSION,
+            "tokenizer": self._tokenizer.sha256,
+            "eos_id": self._tokenizer.eos_id,
+            "seed": self._config.seed,
+            "sequence_tokens": self._config.sequence_tokens,
+            "sources": sources,
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> list[ExampleSummary]:
+        """One entry a source."""
+        return [
+            ExampleSummary(
+                name=source.name,
+                examples=len(packed.examples),
+                tokens=len(packed.examples.ids),
+                learned_tokens=int(packed.examples.learned.sum()),
+                windows=len(packed.windows),
+                fill=float(packed.examples.inputs.sum()) / (len(packed.windows) * self._config.sequence_tokens),
+                left_out=packed.examples.left_out,
+                cut_texts=packed.examples.cut_texts,
+                share=float(share),
+            )
+            for source, packed, share in zip(
+                self._config.sources, self._sources, self._order.mixture.shares, strict=True
+            )
+        ]
+
+    def batch(self, consumed: Sequence[int] | range) -> Batch:
+        """The samples at these places of the run: ``consumed`` counts from 0 what the run took before each.
+
+        With ``skip_ranges`` set, ``Batch.sample_ids`` runs ahead of ``consumed`` by the samples passed over.
+        """
+        sample_ids = pass_over(np.asarray(consumed, np.int64), self._config.skip_ranges)
+        sources, _, windows = self._order.locate(sample_ids)
+        rows = [
+            self._sources[source].row(window) for source, window in zip(sources.tolist(), windows.tolist(), strict=True)
+        ]
+        return _batch(rows, sample_ids, self._pin_memory)
+
+
+class ExampleSet:
+    """One named set to evaluate on: its windows in order, the same every time."""
+
+    def __init__(
+        self, config: ExamplesConfig, source: ExampleSource, tokenizer: TextTokenizer, pin_memory: bool = False
+    ) -> None:
+        """Read and encode ``source``, one of ``config.validation`` or ``config.test``, with all of its choices.
+
+        Raises:
+            ValueError: as for :func:`tune.examples.read_examples`.
+        """
+        self.name, self.source = source.name, source
+        self._pin_memory = pin_memory
+        examples = read_examples(source, config, tokenizer, every_choice=True)
+        self.examples = len(examples.right)
+        """X, how many."""
+        self.choices = examples.choices
+        """Responses that each example is scored with; 1 without choices."""
+        self.right = examples.right
+        """int64 [X], which of the choices is the right one."""
+        right_entries = np.arange(self.examples) * self.choices + self.right
+        self._right = _Packed(examples, config, tokenizer, right_entries)
+        self._all = self._right if self.choices == 1 else _Packed(examples, config, tokenizer)
+
+    @property
+    def samples(self) -> int:
+        """Number of windows of the right responses."""
+        return len(self._right.windows)
+
+    def batches(
+        self, rank: int, world_size: int, batch_samples: int, limit_samples: int | None = None
+    ) -> Iterator[Batch]:
+        """This rank's batches of the right responses; every rank gets the same number, each of ``batch_samples`` rows.
+
+        All ranks together see ``limit_samples`` windows (all of them if None) once each, evenly spread over the set.
+        Rows beyond those are filling, have sample id -1 and only -100 as targets.
+        """
+        samples = self.samples if limit_samples is None else min(limit_samples, self.samples)
+        for places in _places(rank, world_size, batch_samples, samples):
+            ids = np.where(places < samples, places * self.samples // samples, NO_SAMPLE)
+            yield self._right.batch(ids, self._pin_memory)
+
+    def scored_batches(self, rank: int, world_size: int, batch_samples: int) -> Iterator[tuple[Batch, Scored]]:
+        """This rank's batches of every example with each of its choices, and what their targets belong to.
+
+        Every rank gets the same number of batches, each of ``batch_samples`` rows, filled up as in :meth:`batches`.
+        """
+        samples = len(self._all.windows)
+        for places in _places(rank, world_size, batch_samples, samples):
+            ids = np.where(places < samples, places, NO_SAMPLE)
+            batch = self._all.batch(ids, self._pin_memory)
+            entries, tokens = self._all.entries(ids, batch)
+            example, choice = entries // self.choices, entries % self.choices
+            yield batch, Scored(example, choice, choice == self.right[example], tokens)
+
+
+class _Packed:
+    """Examples in windows."""
+
+    def __init__(
+        self, examples: Examples, config: ExamplesConfig, tokenizer: TextTokenizer, chosen: np.ndarray | None = None
+    ) -> None:
+        """Pack the entries ``chosen`` (int64, all of them if None)."""
+        self.examples = examples
+        self._length, self._eos_id = config.sequence_tokens, tokenizer.eos_id
+        chosen = np.arange(len(examples)) if chosen is None else chosen
+        windows = pack(examples.inputs[chosen], config.sequence_tokens, config.pack)
+        self.windows = Windows(chosen[windows.members], windows.starts)
+
+    @property
+    def sha256(self) -> str:
+        """Of every window's tokens and targets."""
+        digest = hashlib.sha256()
+        examples, windows = self.examples, self.windows
+        for array in (examples.ids, examples.learned, examples.starts, windows.members, windows.starts):
+            digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes())
+        return digest.hexdigest()
+
+    def row(self, window: int) -> np.ndarray:
+        """Tokens, targets, documents and positions of a window, only filling if it is -1: int64 [4, T]."""
+        members = self.windows[window] if window != NO_SAMPLE else self.windows.members[:0]
+        row = np.empty((4, self._length), np.int64)
+        tokens, targets, documents, positions = row
+        start = 0
+        for number, entry in enumerate(members.tolist()):
+            ids, learned = self.examples.entry(entry)
+            end = start + len(ids) - 1
+            tokens[start:end] = ids[:-1]
+            targets[start:end] = np.where(learned[1:], ids[1:], NO_TARGET)
+            documents[start:end] = number
+            positions[start:end] = np.arange(end - start)
+            start = end
+        tokens[start:], targets[start:], documents[start:] = self._eos_id, NO_TARGET, len(members)
+        positions[start:] = np.arange(self._length - start)
+        return row
+
+    def batch(self, windows: np.ndarray, pin_memory: bool) -> Batch:
+        """The windows of these numbers, int64 [B], which are also their sample ids."""
+        return _batch([self.row(window) for window in windows.tolist()], windows, pin_memory)
+
+    def entries(self, windows: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """The entry of each of the batch's targets, and the target: two int64 [N]."""
+        assert batch.documents is not None
+        targets, documents = batch.targets.numpy(), batch.documents.numpy()
+        rows, _ = places = np.nonzero(targets != NO_TARGET)
+        # A document's number in its window is that of its entry among the window's members.
+        return self.windows.members[self.windows.starts[windows[rows]] + documents[places]], targets[places]
+
+
+def _places(rank: int, world_size: int, batch_samples: int, samples: int) -> Iterator[np.ndarray]:
+    """The places of each of a rank's batches, int64 [B]; those from ``samples`` on are filling."""
+    assert 0 <= rank < world_size and batch_samples >= 1
+    stride = world_size * batch_samples
+    for first in range(0, samples, stride):
+        yield first + rank * batch_samples + np.arange(batch_samples)
+
+
+def _batch(rows: list[np.ndarray], sample_ids: np.ndarray, pin_memory: bool) -> Batch:
+    parts = np.stack(rows, axis=1)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        made = torch.from_numpy(np.ascontiguousarray(array, np.int64))
+        return made.pin_memory() if pin_memory else made
+
+    return Batch(
+        tokens=tensor(parts[0]),
+        targets=tensor(parts[1]),
+        sample_ids=tensor(sample_ids),
+        documents=tensor(parts[2]),
+        positions=tensor(parts[3]),
+        scored_targets=int((parts[1] != NO_TARGET).sum()),
+    )

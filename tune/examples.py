@@ -1,0 +1,314 @@
+"""Files of examples -> ids, and which of them are learned.
+
+An example is the tokenizer's prefix, the prompt, the response and the end-of-document token; the response and that
+token are learned. In a chat every assistant message's content is a response, and the last one is closed by that token
+in place of ``chat.end``, so that a tuned model stops after its answer. In a text everything is learned.
+
+E: entries (an example, or one of its choices, or a piece of a text), I: ids of all of them, X: examples, C: choices.
+"""
+
+from __future__ import annotations
+
+import codecs
+import difflib
+import json
+import lzma
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import zstandard
+
+from data.config import SourceConfig
+from data.sources import COMPRESSIONS, Cursor, Source, require_whole_zstd, open_raw
+from tune.config import ChatConfig, ExamplesConfig, ExampleSource
+from tune.text import TextTokenizer
+
+JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
+UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
+"""What a broken file or a wrong line raises."""
+
+
+class Example(NamedTuple):
+    """One example of n ids."""
+
+    ids: list[int]
+    learned: list[bool]
+    """Which ids are to be predicted; never the first, for which there is nothing to predict it from."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """All examples of a source, one after another in flat arrays, so that a million of them fit into memory."""
+
+    ids: np.ndarray
+    """int32 [I]."""
+    learned: np.ndarray
+    """bool [I]."""
+    starts: np.ndarray
+    """int64 [E + 1], where each entry's ids begin."""
+    right: np.ndarray
+    """int64 [X], which of an example's C entries is the right response; the entries of example x begin at C x."""
+    choices: int
+    """C, entries of an example; 1 unless every choice was asked for."""
+    left_out: int
+    """Examples that do not fit into a window, and texts without text."""
+    cut_texts: int
+    """Texts that were cut into windows."""
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def inputs(self) -> np.ndarray:
+        """Inputs of every entry, one fewer than its ids: int64 [E]."""
+        return np.diff(self.starts) - 1
+
+    def entry(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and which of them are learned: int32 [n], bool [n]."""
+        span = slice(self.starts[number], self.starts[number + 1])
+        return self.ids[span], self.learned[span]
+
+
+class _Growing:
+    """:class:`Examples` while they are read."""
+
+    def __init__(self, choices: int) -> None:
+        self._ids, self._learned, self._starts, self._right = array("i"), bytearray(), array("q", [0]), array("q")
+        self._choices = choices
+        self.left_out = self.cut_texts = 0
+
+    def add(self, entries: list[Example], right: int) -> None:
+        assert len(entries) == self._choices
+        for ids, learned in entries:
+            self._ids.extend(ids)
+            self._learned.extend(learned)
+            self._starts.append(len(self._ids))
+        self._right.append(right)
+
+    def finish(self) -> Examples:
+        return Examples(
+            ids=np.array(self._ids, np.int32),
+            learned=np.array(self._learned, np.bool_),
+            starts=np.array(self._starts, np.int64),
+            right=np.array(self._right, np.int64),
+            choices=self._choices,
+            left_out=self.left_out,
+            cut_texts=self.cut_texts,
+        )
+
+
+def read_examples(
+    source: ExampleSource, config: ExamplesConfig, tokenizer: TextTokenizer, every_choice: bool = False
+) -> Examples:
+    """Read and encode the examples of one source, in the order of its files.
+
+    Args:
+        source: one of ``config``'s.
+        config: window length, ``too_long``, chat format.
+        tokenizer: the model's.
+        every_choice: an entry for each of ``source.choices`` (if it has any), not just for the response.
+
+    Raises:
+        ValueError: a file, a line or a choice that cannot be used, an example that does not fit into a window unless
+            ``too_long`` is ``leave_out``, or no example at all.
+    """
+    _check_choices(source, tokenizer)
+    all_choices = every_choice and bool(source.choices)
+    found = _Growing(len(source.choices) if all_choices else 1)
+    if source.format == "text":
+        _add_texts(found, source, config.sequence_tokens, tokenizer)
+    else:
+        _add_records(found, source, config, tokenizer, all_choices)
+    examples = found.finish()
+    if not len(examples):
+        left_out = f"{examples.left_out} were left out, too long for a window or empty" if examples.left_out else "none"
+        raise ValueError(
+            f"source '{source.name}' gives no example ({left_out}); correct its files, or raise data.sequence_tokens"
+        )
+    return examples
+
+
+def _add_records(
+    found: _Growing, source: ExampleSource, config: ExamplesConfig, tokenizer: TextTokenizer, all_choices: bool
+) -> None:
+    too_long, total = "", 0
+    for place, entries, right in _written_out(source, config.chat, tokenizer, all_choices):
+        total += 1
+        longest = max(entries, key=lambda entry: len(entry.ids))
+        if len(longest.ids) <= config.sequence_tokens + 1:
+            found.add(entries, right)
+            continue
+        found.left_out += 1
+        learned = sum(longest.learned)
+        too_long = too_long or (f"{place}, has {len(longest.ids) - learned} tokens of prompt and {learned} of response")
+    if too_long and config.too_long == "refuse":
+        raise ValueError(
+            f"source '{source.name}': {found.left_out} of {total} examples do not fit into a window, which takes "
+            f"data.sequence_tokens + 1 = {config.sequence_tokens + 1} tokens; the first, {too_long}; raise "
+            "data.sequence_tokens, or set data.too_long: leave_out"
+        )
+
+
+def _written_out(
+    source: ExampleSource, chat: ChatConfig, tokenizer: TextTokenizer, all_choices: bool
+) -> Iterator[tuple[str, list[Example], int]]:
+    """Where each example stands, its entries, and which of them is the right one."""
+    for path in _files(source):
+        place = str(path)
+        try:
+            for where, record in _records(path):
+                place = f"{path}, {where}"
+                if not isinstance(record, dict):
+                    raise ValueError(f"an example must be a JSON object, got {type(record).__name__}")
+                if source.format == "chat":
+                    yield place, [_chat(record, source, chat, tokenizer)], 0
+                else:
+                    entries, right = _responses(record, source, tokenizer, all_choices)
+                    yield place, entries, right
+                place = str(path)
+        except UNREADABLE as error:
+            reason = " ".join(str(error).split())[:400] or type(error).__name__
+            raise ValueError(f"source '{source.name}': {place}: {reason}") from error
+
+
+def _responses(
+    record: dict[str, Any], source: ExampleSource, tokenizer: TextTokenizer, all_choices: bool
+) -> tuple[list[Example], int]:
+    prompt = _text(record, source.prompt_field, "prompt_field")
+    response = _text(record, source.response_field, "response_field")
+    if source.choices and response not in source.choices:
+        raise ValueError(f"the response {response!r} is none of the choices {source.choices}; correct one of them")
+    responses = source.choices if all_choices else [response]
+    return [_join([(prompt, False), (r, True)], tokenizer) for r in responses], responses.index(response)
+
+
+def _chat(record: dict[str, Any], source: ExampleSource, chat: ChatConfig, tokenizer: TextTokenizer) -> Example:
+    messages = _value(record, source.messages_field, "messages_field")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"field '{source.messages_field}' must be a list of objects with role and content")
+    before = {"system": chat.system, "user": chat.user, "assistant": chat.assistant}
+    parts, unlearned, role = [], "", ""
+    for message in messages:
+        role, content = _text(message, "role"), _text(message, "content")
+        if role not in before:
+            raise ValueError(f"unknown role '{role}'; {_hint(role, list(before))}")
+        unlearned += before[role]
+        if role != "assistant":
+            unlearned += content + chat.end
+            continue
+        if not content:
+            raise ValueError("an assistant message has no content, and so nothing to learn; remove it")
+        parts += [(unlearned, False), (chat.before_response + content, True)]
+        unlearned = chat.end
+    if not parts:
+        raise ValueError("there is no assistant message, and so nothing to learn; remove the example")
+    if role != "assistant":
+        raise ValueError(f"the last message must be an assistant's, not a {role}'s, which nothing is learned after")
+    return _join(parts, tokenizer)
+
+
+def _join(parts: list[tuple[str, bool]], tokenizer: TextTokenizer) -> Example:
+    """Prefix, texts (each learned or not) and end-of-document token as one example."""
+    ids, learned = list(tokenizer.prefix), [False] * len(tokenizer.prefix)
+    segments = tokenizer.segments([text for text, _ in parts])
+    for segment, (text, is_learned) in zip(segments, parts, strict=True):
+        if is_learned and not segment:
+            raise ValueError(f"the response {text!r} tokenizes to nothing, and so nothing is learned; remove it")
+        if is_learned and not ids:
+            raise ValueError(
+                "the prompt has no tokens and the tokenizer puts none before it, so there is nothing to predict the "
+                "response from; give a prompt, or use format: text"
+            )
+        ids += segment
+        learned += [is_learned] * len(segment)
+    return Example([*ids, tokenizer.eos_id], [*learned, True])
+
+
+def _add_texts(found: _Growing, source: ExampleSource, sequence_tokens: int, tokenizer: TextTokenizer) -> None:
+    for path in _files(source):
+        kind = "json" if _suffix(path) in JSON_SUFFIXES else "text"
+        options = {"name": source.name, "files": [str(path)], "format": kind, "text_field": source.text_field}
+        for document in Source(SourceConfig.model_validate(options)).documents(Cursor(0, 0)):
+            text = tokenizer.encode(document.text.decode())
+            if not text:
+                found.left_out += 1
+                continue
+            ids = [*tokenizer.prefix, *text, tokenizer.eos_id]
+            found.cut_texts += len(ids) > sequence_tokens + 1
+            unlearned = max(len(tokenizer.prefix), 1)
+            # A piece begins with the last id of the one before, so that the first id after a cut is predicted, too.
+            for start in range(0, len(ids) - 1, sequence_tokens):
+                piece = ids[start : start + sequence_tokens + 1]
+                first = max(unlearned - start, 1)
+                found.add([Example(piece, [False] * first + [True] * (len(piece) - first))], 0)
+
+
+def _check_choices(source: ExampleSource, tokenizer: TextTokenizer) -> None:
+    if source.choices and source.format != "response":
+        raise ValueError(f"source '{source.name}': choices need format: response, not {source.format}; remove them")
+    encoded: dict[tuple[int, ...], str] = {}
+    for choice in source.choices:
+        ids = tuple(tokenizer.encode(choice))
+        if not ids:
+            raise ValueError(f"source '{source.name}': the choice {choice!r} tokenizes to nothing; remove it")
+        if ids in encoded:
+            raise ValueError(
+                f"source '{source.name}': the choices {encoded[ids]!r} and {choice!r} tokenize to the same; change one"
+            )
+        encoded[ids] = choice
+
+
+def _files(source: ExampleSource) -> list[Path]:
+    options = {"name": source.name, "files": source.files, "format": "text"}  # any format: only the paths are asked for
+    return Source(SourceConfig.model_validate(options)).files
+
+
+def _suffix(path: Path) -> str:
+    return (Path(path.stem) if path.suffix in COMPRESSIONS else path).suffix.lower()
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every record of JSON lines, or of one JSON array, and where it stands."""
+    if path.suffix == ".zst":
+        require_whole_zstd(path)
+    with open_raw(path) as file:
+        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    with open_raw(path) as file:
+        if start.startswith(b"["):
+            yield from ((f"item {number}", record) for number, record in enumerate(json.loads(file.read())))
+            return
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8).strip() if number == 1 else line.strip()
+            if line:
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise ValueError(f"line {number} is not JSON ({error}); correct it") from None
+                yield f"line {number}", record
+
+
+def _value(record: dict[str, Any], field: str, setting: str = "") -> Any:
+    if field not in record:
+        change = f"; set the source's {setting}" if setting else ""
+        raise ValueError(f"there is no field '{field}'; {_hint(field, list(record))}{change}")
+    return record[field]
+
+
+def _text(record: dict[str, Any], field: str, setting: str = "") -> str:
+    value = _value(record, field, setting)
+    if not isinstance(value, str):
+        raise ValueError(f"field '{field}' must be a string, got {type(value).__name__}; correct it")
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character, which no tokenizer takes
+        raise ValueError(f"field '{field}' holds half a surrogate pair, which is no Unicode text; correct it") from None
+    return value
+
+
+def _hint(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names) or 'none'}"
