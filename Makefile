@@ -1,10 +1,10 @@
 # make setup   .venv with everything            make test    all tests that need no GPU
-# make demo    text to trained model            make check   format, lint, types
+# make demo    text to tuned model            make check   format, lint, types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
-DEMO := configs/demo.yaml
+DEMO := configs/demo.yaml configs/tune_demo.yaml
 
 .PHONY: setup demo test check clean
 

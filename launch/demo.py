@@ -1,8 +1,9 @@
-"""From nothing to a trained decoder: what ``make demo`` runs.
+"""From nothing to a tuned decoder: what ``make demo`` runs.
 
-    python -m launch.demo configs/demo.yaml --processes 2
+    python -m launch.demo configs/demo.yaml configs/tune_demo.yaml --processes 2
 
-Tokenizer, shards, stage one under DeepSpeed: each step is the command that a user would type, printed before it runs.
+Tokenizer, shards, stage one and stage two under DeepSpeed: each step is the command that a user would type, printed
+before it runs.
 """
 
 from __future__ import annotations
@@ -20,38 +21,47 @@ import torch
 
 from settings import user_errors
 from trainer.config import load_run
+from tune.resolve import load_file
 
 
 def main() -> int:
     """Run the demo; the exit status is that of the first command that fails."""
     parser = argparse.ArgumentParser(prog="launch.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path)
+    parser.add_argument("config", type=Path, help="YAML of stage one")
+    parser.add_argument("tune_config", type=Path, help="YAML of stage two")
     parser.add_argument("--processes", type=int, default=2, help="ranks on this machine (at most one a GPU)")
     arguments = parser.parse_args()
     with user_errors():
-        run_dir = Path(str(load_run(arguments.config).train.run_dir))
+        run_dirs = [
+            Path(str(load_run(arguments.config).train.run_dir)),
+            Path(str(load_file(arguments.tune_config).train.run_dir)),
+        ]
     processes = arguments.processes
     if torch.cuda.is_available():
         processes = min(processes, torch.cuda.device_count())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed would find out by itself, with warnings
-    if run_dir.exists():
-        # A demo starts afresh; every other command refuses to run over an earlier run.
-        earlier = run_dir.with_name(f"{run_dir.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
-        run_dir.rename(earlier)
-        print(f"{run_dir} of an earlier demo is now {earlier}; remove it when you like")
+    for run_dir in run_dirs:
+        if run_dir.exists():
+            # A demo starts afresh; every other command refuses to run over an earlier run.
+            earlier = run_dir.with_name(f"{run_dir.name}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+            run_dir.rename(earlier)
+            print(f"{run_dir} of an earlier demo is now {earlier}; remove it when you like")
     started = time.monotonic()
-    for command in commands(str(arguments.config), processes, _free_port()):
+    for command in commands(str(arguments.config), str(arguments.tune_config), processes, _free_port()):
         print(f"\n$ {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
         status = subprocess.run(command, check=False).returncode
         if status:
             return status
     took_s = time.monotonic() - started
-    print(f"\ndemo done in {took_s:.0f} s; look at it with: .venv/bin/tensorboard --logdir {run_dir}")
+    print(
+        f"\ndemo done in {took_s:.0f} s; look at both runs with: .venv/bin/tensorboard --logdir_spec "
+        f"{','.join(f'{path.name}:{path}' for path in run_dirs)}"
+    )
     return 0
 
 
-def commands(config: str, processes: int, port: int) -> list[list[str]]:
+def commands(config: str, tune_config: str, processes: int, port: int) -> list[list[str]]:
     """The demo's commands, in order; the ranks meet at ``port``."""
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
     launcher += ["--num_gpus", str(processes), "--master_port", str(port)]
@@ -59,6 +69,8 @@ def commands(config: str, processes: int, port: int) -> list[list[str]]:
         [sys.executable, "-m", "data.tokenizer", config],
         [sys.executable, "-m", "data.prepare", config],
         [*launcher, "--module", "pretrain.train", config],
+        [sys.executable, "-m", "launch.demo_examples", "runs/demo-data"],
+        [*launcher, "--module", "tune.train", tune_config],
     ]
 
 

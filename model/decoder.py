@@ -169,7 +169,7 @@ class Decoder(nn.Module):
     def _ensemble_loss(self, vote: Vote, targets: Tensor, z_coefficient: float, record: RoutingRecord) -> DecoderOutput:
         """Loss of the ensemble, distillation included."""
         assert self.ensemble is not None
-        config = self.ensemble.config
+        config: EnsembleConfig = self.ensemble.config
         teaching = None
         if config.distillation:
             teaching = Teaching(vote.normed[:-1], vote.normed[-1], config.distillation_temperature)

@@ -80,7 +80,7 @@ def _teach(
     grad_weight: Tensor | None,
 ) -> Tensor:
     """One chunk's sum; its gradients are written to ``grads`` and added to ``grad_weight``."""
-    total = torch.zeros_like(valid[:1].sum())
+    total = valid.new_zeros(())
     p, log_p = _distribution(teacher, weight, temperature)
     for student, grad_student in zip(students, grads, strict=True):
         q, log_q = _distribution(student, weight, temperature)

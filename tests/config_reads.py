@@ -109,6 +109,12 @@ class _Scope(ast.NodeVisitor):
         for target in node.targets:
             self._bind(target, node.value)
 
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.generic_visit(node)
+        found = _annotated(node.annotation, self.blocks)
+        if found and isinstance(node.target, ast.Name):
+            self.names[node.target.id] = found
+
     def visit_For(self, node: ast.For) -> None:
         self._bind_items(node.target, node.iter)
         self.generic_visit(node)

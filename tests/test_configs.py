@@ -14,8 +14,11 @@ from settings import load, to_yaml
 from tests.config_reads import blocks_of, unread
 from tests.launching import ROOT
 from trainer.config import RunConfig, TrainConfig, load_run
+from tune.config import TuneConfig, TuneFile
+from tune.resolve import load_file
 
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+TUNE = sorted((ROOT / "configs").glob("tune_*.yaml"))
+CONFIGS = sorted(set((ROOT / "configs").glob("*.yaml")) - set(TUNE))
 
 
 def _sources() -> list[Path]:
@@ -46,6 +49,30 @@ def test_every_config_divides_over_common_numbers_of_ranks(path: Path, ranks: in
         assert config.accumulation(ranks) >= 1
 
 
+@pytest.mark.parametrize("path", TUNE, ids=lambda path: path.stem)
+def test_every_stage_two_config_loads_and_survives_being_saved(path: Path, tmp_path: Path) -> None:
+    file = load_file(path)
+    assert file.train.run_dir == "runs/demo-tuned" if path.stem == "tune_demo" else f"runs/{path.stem}"
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(file))
+    assert load_file(saved) == file
+    assert path.read_text().startswith("# ")
+    assert file.train.global_batch_samples % (2 * file.train.micro_batch_samples) == 0
+
+
+def test_the_tuning_methods_differ_by_method_alone() -> None:
+    files = [load_file(path) for path in TUNE if path.stem != "tune_demo"]
+    methods = {(f.adapter.kind, f.adapter.layers, f.ensemble is not None) for f in files}
+    with_and_without = {(kind, "all", ensemble) for kind in ("full", "lora", "dora") for ensemble in (True, False)}
+    assert methods == with_and_without | {("none", "all", True), ("lora", "early", True)}
+    rest = []
+    for file in files:
+        dumped = file.model_dump(exclude={"adapter", "ensemble"})
+        del dumped["train"]["run_dir"], dumped["train"]["optimizer"]["lr"]
+        rest.append(dumped)
+    assert all(one == rest[0] for one in rest)
+
+
 def test_dense_and_skip_differ_by_the_router_block_and_nothing_else() -> None:
     dense, skip = (yaml.safe_load((ROOT / f"configs/{name}_160m.yaml").read_text()) for name in ("dense", "skip"))
     router = skip["model"].pop("router")
@@ -56,7 +83,9 @@ def test_dense_and_skip_differ_by_the_router_block_and_nothing_else() -> None:
     assert one == other
 
 
-@pytest.mark.parametrize(("name", "block"), blocks_of(RunConfig).items())
+@pytest.mark.parametrize(
+    ("name", "block"), (blocks_of(RunConfig) | blocks_of(TuneConfig) | blocks_of(TuneFile)).items()
+)
 def test_every_field_says_what_it_is(name: str, block: Any) -> None:
     for field, info in block.model_fields.items():
         assert info.description and info.description.rstrip().endswith("."), f"{name}.{field}"
@@ -64,6 +93,8 @@ def test_every_field_says_what_it_is(name: str, block: Any) -> None:
 
 def test_every_field_is_read() -> None:
     assert unread(RunConfig, _sources()) == []
+    # Of stage two some fields are read before the config is resolved, the others after.
+    assert set(unread(TuneConfig, _sources())) & set(unread(TuneFile, _sources())) == set()
 
 
 PLANTED = """

@@ -16,8 +16,8 @@ MAY_IMPORT = {
     "pretrain": {"settings", "data", "model", "trainer"},
     "convert": {"settings", "data", "model", "trainer"},
     "tune": {"settings", "data", "model", "trainer"},
-    "launch": {"settings", "data", "model", "trainer"},
-    "bench": {"settings", "data", "model", "trainer"},
+    "launch": {"settings", "data", "model", "trainer", "tune"},
+    "bench": {"settings", "data", "model", "trainer", "tune"},
     "evals": {"settings", "data", "model", "trainer", "tune"},
 }
 

@@ -18,7 +18,8 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
     Raises:
         ValueError: for anything that the user can mend; what was saved stays.
     """
-    config, world = trainer.config, trainer.world
+    config: StageConfig = trainer.config
+    world = trainer.world
     steps, save_every, evaluate_every = (
         config.train.steps,
         config.train.checkpoint.every_steps,

@@ -67,8 +67,7 @@ def load_decoder(run_or_checkpoint: Path) -> tuple[Decoder, RunConfig, int]:
             says, or anything but tensors and numbers.
     """
     folder = checkpoint_of(run_or_checkpoint)
-    blocks = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if "base" in blocks:
+    if is_tuned(folder):
         raise ValueError(
             f"{folder} is of a tuning run, and only the weights of stage one can be read here; write its merged model "
             f"with python -m tune.merge {run_or_checkpoint} OUT and give OUT, or read it with tune.weights.load_tuned"
@@ -100,6 +99,11 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     with checkpoint.only_tensors(folder), torch.no_grad():
         _fill(module, _stored(folder / "deepspeed", zero_stage, written["world_size"], trained), folder)
     return written["step"]
+
+
+def is_tuned(folder: Path) -> bool:
+    """True for a checkpoint of stage two, whose config says what it was tuned from."""
+    return "base" in yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
 
 
 def checkpoint_of(path: Path) -> Path:

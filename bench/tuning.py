@@ -1,0 +1,223 @@
+"""Tuning methods against each other: test accuracy over seeds, trained parameters, time of a step.
+
+    python -m bench.tuning runs/books                                   # seven methods, two tasks, three seeds
+    python -m bench.tuning runs/books --methods lora lora_ensemble --tasks polarity --seeds 0 1 train.steps=100
+
+Every run is ``tune.train`` on ``configs/tune_METHOD.yaml`` with one process and one thread, in its own folder below
+``--out``; what is done is not run again, so an interrupted suite goes on where it was. Step times are taken afterwards,
+all methods taking turns in one process (see ``bench/timing.py``), because those of runs side by side mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from bench.options import parser, refuse
+from bench.timing import ratios, take_turns
+from model.config import EnsembleConfig
+from settings import user_errors
+from trainer.distributed import World
+from trainer.step import forward, to_device
+from tune.adapters import prepare
+from tune.base import load_base
+from tune.batches import TuningData
+from tune.resolve import load_file, resolve
+from tune.text import load_text_tokenizer
+
+METHODS = ["full", "lora", "lora_ensemble", "dora", "dora_ensemble", "ensemble_only", "early_lora_ensemble"]
+CHOICES = {"polarity": [" negative", " positive"], "subjectivity": [" objective", " subjective"]}
+DATA = Path("../shared/data/tuning")
+
+
+class Run(NamedTuple):
+    """One method on one task with one seed."""
+
+    method: str
+    task: str
+    seed: int
+
+    def folder(self, out: Path) -> Path:
+        """Its run folder."""
+        return out / f"{self.task}-{self.method}-{self.seed}"
+
+
+class Outcome(NamedTuple):
+    """What a run reached on its test set, shares of examples, and what it trained."""
+
+    final: float
+    voted: float
+    best_layer: float
+    oracle: float
+    trained: int
+    total: int
+
+
+def overrides(run: Run, base: str, data: Path, out: Path) -> list[str]:
+    """The command line after the method's config."""
+    block = {}
+    for group, split in (("sources", "train"), ("validation", "validation"), ("test", "test")):
+        source: dict[str, Any] = {"name": run.task, "files": [str(data / f"{run.task}-{split}.jsonl")]}
+        if group != "sources":
+            source["choices"] = CHOICES[run.task]
+        block[group] = json.dumps([source])
+    return [
+        f"base.path={base}",
+        *(f"data.{group}={value}" for group, value in block.items()),
+        f"train.run_dir={run.folder(out)}",
+        f"train.seed={run.seed}",
+        f"data.seed={run.seed}",
+    ]
+
+
+def train(run: Run, options: argparse.Namespace) -> str | None:
+    """Run it unless it is done; the last line that it printed if it failed."""
+    folder = run.folder(options.out)
+    if outcome(folder, run.task) is not None:
+        return None
+    command = [sys.executable, "-m", "tune.train", f"configs/tune_{run.method}.yaml"]
+    command += [*overrides(run, options.base, options.data, options.out), "train.checkpoint.resume=auto"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(
+        [*command, *options.overrides],
+        check=False,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode == 0:
+        return None
+    return f"{run.folder(options.out).name}: {(done.stdout.strip().splitlines() or ['no output'])[-1]}"
+
+
+def outcome(folder: Path, task: str) -> Outcome | None:
+    """What the run in ``folder`` reached; None if it is not done."""
+    lines = []
+    if (folder / "metrics.jsonl").is_file():
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    found: dict[str, Any] = {}
+    for line in lines:
+        found |= {
+            name: value for name, value in line.items() if name.startswith((f"test/{task}/choice", "parameters/"))
+        }
+    accuracies = {n.rpartition("/")[2]: v for n, v in found.items() if n.startswith("test/")}
+    if not accuracies:
+        return None
+    layers = [value for name, value in sorted(accuracies.items()) if name.startswith("layer-")]
+    return Outcome(
+        final=layers[-1],
+        voted=accuracies.get("ensemble", layers[-1]),
+        best_layer=max(layers),
+        oracle=accuracies.get("oracle", layers[-1]),
+        trained=int(found["parameters/trained"]),
+        total=int(found["parameters/total"]),
+    )
+
+
+def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """One training step (forward, backward, AdamW) of every method on the same micro-batch of the first task."""
+    world = World(0, 1, 0, 1, torch.device("cpu"))
+    calls: dict[str, Callable[[], object]] = {}
+    for method in options.methods:
+        run = Run(method, options.tasks[0], 0)
+        file = load_file(
+            f"configs/tune_{method}.yaml",
+            [*overrides(run, options.base, options.data, options.out), *options.overrides],
+        )
+        base = load_base(options.base)
+        config = resolve(file, base)
+        decoder = base.decoder.train()
+        if isinstance(config.ensemble, EnsembleConfig):
+            decoder.add_ensemble(config.ensemble)
+        prepare(decoder, config.adapter, config.base.routers, 0)
+        data = TuningData(config.data, load_text_tokenizer(str(config.data.tokenizer)))
+        batch = to_device(data.batch(range(config.train.micro_batch_samples)), world.device)
+        optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], fused=True)
+
+        def step(decoder: Any = decoder, batch: Any = batch, config: Any = config, optimizer: Any = optimizer) -> None:
+            forward(decoder, batch, config, 1.0).loss.loss.backward()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+
+        calls[method] = step
+    return calls
+
+
+def tables(options: argparse.Namespace, times: dict[str, list[float]]) -> str:
+    """Markdown: a row a method."""
+    header = ["method", "trained", "share", f"step / {options.methods[0]}"]
+    for task in options.tasks:
+        header += [f"{task}: final layer, %", "vote, %", "best layer, %", "oracle, %"]
+    rows = [header]
+    for method in options.methods:
+        cells, trained = [], ["", ""]
+        for task in options.tasks:
+            found = [outcome(Run(method, task, seed).folder(options.out), task) for seed in options.seeds]
+            done = [one for one in found if one is not None]
+            cells += [
+                _spread(getattr(one, field) for one in done) for field in ("final", "voted", "best_layer", "oracle")
+            ]
+            if done:
+                trained = [f"{done[0].trained:,}", f"{done[0].trained / done[0].total:.2%}"]
+        ratio = f"{ratios(times[method], times[options.methods[0]]).median:.2f}" if times else ""
+        rows.append([method, *trained, ratio, *cells])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(header), *rows[1:]])
+
+
+def _spread(shares: Iterable[float]) -> str:
+    """Mean and standard deviation over seeds, in percent."""
+    values = [100 * share for share in shares]
+    if not values:
+        return "-"
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, then print the table; status 1 if a run failed."""
+    made = parser("bench.tuning", str(__doc__))
+    made.add_argument("base", help="stage-one run, checkpoint or weights folder")
+    made.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="for every run, for example train.steps=100"
+    )
+    made.add_argument("--methods", nargs="+", choices=[*METHODS, "full_ensemble"], default=METHODS)
+    made.add_argument("--tasks", nargs="+", choices=CHOICES, default=list(CHOICES))
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
+    made.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
+    made.add_argument("--repeats", type=int, default=10, help="rounds of step times, 0 for none (default: %(default)s)")
+    made.add_argument("--out", type=Path, default=Path("runs/tuning"), help="run folders (default: %(default)s)")
+    made.add_argument("--data", type=Path, default=DATA, help="folder of TASK-SPLIT.jsonl (default: %(default)s)")
+    made.add_argument("--markdown", type=Path, help="write the table there, too")
+    options = made.parse_intermixed_args(arguments)
+    with user_errors():
+        refuse(options, {"repeats": 0, "jobs": 1, "threads": 1})
+        # Seeds outermost: an interrupted suite has whole tables of fewer seeds.
+        runs = [Run(m, t, s) for s in options.seeds for t in options.tasks for m in options.methods]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            done = tqdm(pool.map(lambda run: train(run, options), runs), total=len(runs), unit="run")
+            failed = [problem for problem in done if problem is not None]
+        times = take_turns(step_calls(options), options.repeats, torch.device("cpu")) if options.repeats else {}
+        text = tables(options, times)
+    print(text)
+    for problem in failed:
+        print(problem, file=sys.stderr)
+    if options.markdown is not None:
+        options.markdown.write_text(text + "\n", encoding="utf-8")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,128 @@
+"""Which weights a tuning run trains: adapters through PEFT, the ensemble, skip routers, or everything.
+
+    part       parameters                                             trains
+    adapters   ``lora_A``, ``lora_B``, DoRA's magnitudes              always
+    ensemble   its norms and router, and the final norm with it       always
+    routers    the skip routers                                       with ``routers: tuned``
+    backbone   everything else                                        with ``kind: full``
+
+PEFT puts its layers in place of the decoder's projections, so the decoder itself stays the module to train:
+``layers.0.mlp.up_proj.weight`` is ``layers.0.mlp.up_proj.base_layer.weight`` from then on, with
+``layers.0.mlp.up_proj.lora_A.default.weight`` beside it. :func:`merge` takes them out again.
+
+Dimension letters: I inputs and O outputs of a projection, R rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from model.decoder import Decoder
+from tune.config import AdapterConfig
+
+Part = Literal["adapters", "ensemble", "routers", "backbone"]
+
+
+def prepare(
+    decoder: Decoder, adapter: AdapterConfig, routers: Literal["frozen", "tuned"], seed: int
+) -> PeftModel | None:
+    """Put in the adapters and set ``requires_grad`` of every parameter.
+
+    Args:
+        decoder: whole, not yet in an engine, and with its ensemble if it gets one.
+        adapter: the config's block.
+        routers: of the skip routers: the config's ``base.routers``.
+        seed: of the adapters' first values, which are the same on every rank and at every start.
+
+    Returns:
+        PEFT's wrapper around the decoder; None without adapters.
+    """
+    peft = None
+    if adapter.kind in ("lora", "dora"):
+        # The adapters take the decoder's dtype, as DeepSpeed casts all of a module.
+        peft = get_peft_model(decoder, _lora_config(decoder, adapter), autocast_adapter_dtype=False)
+        _draw(decoder, seed)
+    trains: dict[Part, bool] = {
+        "adapters": True,
+        "ensemble": True,
+        "routers": routers == "tuned",
+        "backbone": adapter.kind == "full",
+    }
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(trains[part_of(name, decoder)])
+    return peft
+
+
+def part_of(name: str, decoder: Decoder) -> Part:
+    """Which part of the table above the parameter ``name`` of ``decoder`` belongs to."""
+    if ".lora_" in name:
+        return "adapters"
+    if name.startswith("ensemble.") or (decoder.ensemble is not None and name.startswith("norm.")):
+        return "ensemble"
+    return "routers" if "router." in name else "backbone"
+
+
+def trainable_counts(decoder: Decoder) -> tuple[int, int]:
+    """Parameters that train, and all of them; right under ZeRO 3, too."""
+    counts = counts_by_part(decoder).values()
+    return sum(trainable for trainable, _ in counts), sum(total for _, total in counts)
+
+
+def counts_by_part(decoder: Decoder) -> dict[Part, tuple[int, int]]:
+    """The same for every part that the decoder has."""
+    found: dict[Part, tuple[int, int]] = {}
+    for name, parameter in decoder.named_parameters():
+        part, count = part_of(name, decoder), getattr(parameter, "ds_numel", parameter.numel())
+        trainable, total = found.get(part, (0, 0))
+        found[part] = trainable + count * parameter.requires_grad, total + count
+    return found
+
+
+def merge(decoder: Decoder) -> None:
+    """Add every adapter to the weight that it sits on and take it out; names are as before :func:`prepare`.
+
+    Raises:
+        ValueError: if a merged weight is not finite.
+    """
+    # PEFT's own merge_and_unload asks the model's config for entries as of a dictionary.
+    for name, layer in list(decoder.named_modules()):
+        if isinstance(layer, LoraLayer):
+            layer.merge(safe_merge=True)
+            decoder.set_submodule(name, layer.get_base_layer())
+    vars(decoder).pop("peft_config", None)
+
+
+def _lora_config(decoder: Decoder, adapter: AdapterConfig) -> LoraConfig:
+    early = None
+    if adapter.layers == "early":
+        assert decoder.ensemble is not None
+        early = list(range(len(decoder.layers) - decoder.ensemble.config.layers))
+        assert early
+    return LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT's type is narrower than what it divides
+        lora_dropout=adapter.dropout,
+        use_dora=adapter.kind == "dora",
+        target_modules=list(adapter.targets),
+        layers_to_transform=early,
+        layers_pattern=None if early is None else "layers",
+    )
+
+
+def _draw(decoder: nn.Module, seed: int) -> None:
+    """Draw each ``lora_A`` [R, I] from PEFT's distribution and a generator of its own; ``lora_B`` [O, R] is nought."""
+    for name, parameter in decoder.named_parameters():
+        if ".lora_A." in name:
+            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                parameter.copy_(values)

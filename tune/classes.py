@@ -1,0 +1,49 @@
+"""Token classes, so that the late layers' weights can be told apart by what is being predicted.
+
+A class follows from the piece alone, so it knows no language: a word without a space before it, as at the start of a
+line or in a script that writes none, is a ``continuation``.
+
+Dimension letters: V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+import torch
+from torch import Tensor
+
+from tune.text import WORD_START, TextTokenizer
+
+CLASSES = ["word", "continuation", "number", "punctuation", "space", "byte", "end", "other"]
+_BROKEN = "\ufffd"  # what is left of a piece that holds part of a character's bytes
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+
+
+def token_classes(tokenizer: TextTokenizer) -> tuple[list[str], Tensor]:
+    """Names of the classes, and the class of every id, int64 [V].
+
+    ``word`` is letters after a space, ``continuation`` letters without one, ``number`` digits, ``punctuation`` marks
+    and symbols, ``space`` nothing but white space, ``byte`` a byte or several that are no whole character, ``end`` the
+    end of a document, and ``other`` any mixture.
+    """
+    names = [_class_of(tokenizer.piece(number)) for number in range(tokenizer.vocab_size)]
+    names[tokenizer.eos_id] = "end"
+    return CLASSES, torch.tensor([CLASSES.index(name) for name in names])
+
+
+def _class_of(piece: str) -> str:
+    text = piece.replace(WORD_START, " ").strip()
+    if not text:
+        return "space" if piece else "other"  # an id that is not used has no text at all
+    if _BYTE.fullmatch(text) or _BROKEN in text:
+        return "byte"
+    # General categories: L letters, M marks on them, N numbers, P punctuation, S symbols. The apostrophe of an
+    # English ending ("'s") belongs to its letters.
+    kinds = {unicodedata.category(character)[0] for character in text.lstrip("'’") or text}
+    if kinds <= {"L", "M"}:
+        return "word" if piece.startswith(WORD_START) else "continuation"
+    if kinds == {"N"}:
+        return "number"
+    return "punctuation" if kinds <= {"P", "S"} else "other"

@@ -1,0 +1,52 @@
+"""What a stage-two run says of itself when it starts and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from model.decoder import Decoder
+from trainer import describe
+from trainer.distributed import World
+from trainer.evaluate import Evaluation
+from tune.adapters import trainable_counts
+from tune.base import Base
+from tune.batches import TuningData
+from tune.config import TuneConfig
+
+
+def describe_start(config: TuneConfig, base: Base, data: TuningData, decoder: Decoder, world: World) -> str:
+    """Base, method, trainable parameters, data and machine, a line each."""
+    train, ensemble = config.train, config.ensemble
+    trained, total = trainable_counts(decoder)
+    samples = train.steps * train.global_batch_samples
+    lines = [
+        f"base      {base.description}",
+        f"routers   {config.base.routers}" if config.model.sites else "routers   none",
+        f"method    {describe_method(config)}",
+        f"trained   {trained:,} of {total:,} parameters ({trained / total:.2%})",
+        f"training  {train.steps:,} steps of {train.global_batch_samples} windows of {config.data.sequence_tokens} "
+        "tokens",
+    ]
+    if ensemble is not None:
+        lines.insert(
+            3,
+            f"ensemble  the last {ensemble.layers} layers, final weight {ensemble.final_weight} at the start, "
+            f"distillation {ensemble.distillation}, balance {ensemble.balance}",
+        )
+    for source in data.summary():
+        lines.append(f"data      {source.sentence(samples)}")
+    return "\n".join([*lines, describe.machine(config, world)])
+
+
+def describe_method(config: TuneConfig) -> str:
+    """The tuning method in half a sentence."""
+    adapter = config.adapter
+    if adapter.kind in ("full", "none"):
+        return "all weights" if adapter.kind == "full" else "backbone frozen"
+    where = "in every layer" if adapter.layers == "all" else "in the layers before the ensemble's"
+    return f"{adapter.kind} of rank {adapter.rank}, alpha {adapter.alpha:g}, {where}, on {', '.join(adapter.targets)}"
+
+
+def describe_end(config: TuneConfig, evaluations: Mapping[int, list[Evaluation]]) -> str:
+    """As in stage one."""
+    return describe.describe_end(config, evaluations)

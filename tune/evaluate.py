@@ -1,0 +1,254 @@
+"""Evaluation of stage two: what each late layer, the ensemble, and an oracle make of a set of examples.
+
+Candidates are the late layers alone, each through its own norm, the final one last, then the ensemble; without an
+ensemble the final layer alone. The oracle is no model: on each token it takes the late layer that does best there. How
+far it lies below the best layer says how much the layers complement each other.
+
+Dimension letters: E examples, O responses to choose from (1 where there is no choice), N scored tokens of a batch,
+C candidates and the oracle, k late layers, G token classes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.decoder import DecoderOutput
+from trainer.distributed import World
+from trainer.step import to_device
+from tune.batches import ExampleSet, Scored
+from tune.config import TuneConfig
+
+ENSEMBLE, ORACLE, ALL = "ensemble", "oracle", "all"
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of examples, and its binomial standard error."""
+
+    share: float
+    error: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one candidate, or the oracle, makes of the examples.
+
+    Attributes:
+        name: ``layer-05``, ``ensemble`` or ``oracle``.
+        loss: nats per token of the right responses.
+        exact_match: examples of which every token of the right response, its end included, is the likeliest: greedy
+            decoding gives exactly it. The oracle's: on every token some late layer has it.
+        choice_accuracy: examples of which the right response is the likeliest; None without choices. The oracle's:
+            some late layer chooses it.
+    """
+
+    name: str
+    loss: float
+    exact_match: Accuracy
+    choice_accuracy: Accuracy | None
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """Of choices where there are any, otherwise exact match."""
+        return self.exact_match if self.choice_accuracy is None else self.choice_accuracy
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Shares of examples that every late layer gets right, only some, and none, by :attr:`Candidate.accuracy`."""
+
+    every: float
+    some: float
+    none: float
+
+
+@dataclass(frozen=True)
+class VoteStatistics:
+    """How the ensemble's router weighs the layers, over the tokens of right responses.
+
+    Attributes:
+        layers: names of the k late layers.
+        classes: names of the G classes of predicted tokens that occur, then ``all``.
+        tokens: int64 [G + 1], how many there are of each.
+        weight: float64 [G + 1, k], mean weight.
+        largest: float64 [G + 1, k], share of tokens on which the layer's weight is the largest.
+        entropy: float64 [G + 1], of the weights, nats, mean.
+    """
+
+    layers: list[str]
+    classes: list[str]
+    tokens: Tensor
+    weight: Tensor
+    largest: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True)
+class ExamplesEvaluation:
+    """One set of examples, evaluated.
+
+    Attributes:
+        name: of the set.
+        examples: E.
+        choices: O.
+        tokens: of all right responses.
+        candidates: the late layers, the final one last, then ensemble and oracle; without an ensemble the final layer.
+        agreement: of the late layers; None without an ensemble.
+        votes: the router's weights; None without an ensemble.
+    """
+
+    name: str
+    examples: int
+    choices: int
+    tokens: int
+    candidates: list[Candidate]
+    agreement: Agreement | None
+    votes: VoteStatistics | None
+
+    def sentence(self) -> str:
+        """Loss and accuracy of the model in a line, and with an ensemble those of the final layer and the oracle."""
+        kind = "exact match" if self.choices == 1 else "choice accuracy"
+
+        def told(candidate: Candidate) -> str:
+            return f"{candidate.name} loss {candidate.loss:.4f}, {kind} {candidate.accuracy.share:.1%}"
+
+        if self.votes is None:
+            return told(self.candidates[0])
+        *_, final, ensemble, oracle = self.candidates
+        return f"{told(ensemble)} ({told(final)}; {told(oracle)})"
+
+
+@torch.no_grad()
+def evaluate_examples(
+    engine: Any,
+    example_set: ExampleSet,
+    tokenizer_classes: tuple[list[str], Tensor],
+    config: TuneConfig,
+    world: World,
+) -> ExamplesEvaluation:
+    """Score every response of ``example_set`` with greedy routing; all ranks together, and the same result on each.
+
+    Args:
+        engine: a decoder, or a DeepSpeed engine around one.
+        tokenizer_classes: names, and int64 [V]: see :func:`tune.classes.token_classes`.
+    """
+    class_names, class_of = tokenizer_classes
+    late = 1 if config.ensemble is None else config.ensemble.layers
+    layers = [f"layer-{layer:02d}" for layer in range(config.model.layers - late, config.model.layers)]
+    names = layers if config.ensemble is None else [*layers, ENSEMBLE, ORACLE]
+    sums = _Sums(len(names), late, example_set, len(class_names), world.device)
+    engine.eval()
+    for host_batch, scored in example_set.scored_batches(world.rank, world.size, config.train.micro_batch_samples):
+        batch = to_device(host_batch, world.device)
+        output = engine(
+            batch.tokens,
+            batch.targets,
+            sample_ids=batch.sample_ids,
+            documents=batch.documents,
+            positions=batch.positions,
+            noise_scale=0.0,
+            scored_targets=batch.scored_targets,
+            score=True,
+        )
+        sums.add(output, scored, class_of)
+    engine.train()
+    for part in (sums.nll, sums.misses, sums.tokens, sums.votes):
+        world.sum(part)
+    right = torch.as_tensor(example_set.right, device=world.device)
+    candidates, agreement = _judge(sums, right, names, late)
+    return ExamplesEvaluation(
+        name=example_set.name,
+        examples=example_set.examples,
+        choices=example_set.choices,
+        tokens=int(_of(sums.tokens, right).sum()),
+        candidates=candidates,
+        agreement=None if config.ensemble is None else agreement,
+        votes=None if config.ensemble is None else _vote_statistics(sums.votes.cpu(), layers, class_names),
+    )
+
+
+class _Sums:
+    """Sums over tokens, on the device: float64, so that the number of ranks does not show.
+
+    Attributes:
+        nll: [C, E, O], of each response.
+        misses: [C, E, O], its tokens that are not the likeliest.
+        tokens: [E, O].
+        votes: [G, 2 k + 2], over tokens of right responses: weights, whether they are the largest, entropy, and 1.
+    """
+
+    def __init__(self, rows: int, late: int, example_set: ExampleSet, classes: int, device: torch.device):
+        self.late = late
+        responses = (example_set.examples, example_set.choices)
+        self.nll = torch.zeros(rows, *responses, dtype=torch.float64, device=device)
+        self.misses, self.tokens = torch.zeros_like(self.nll), torch.zeros_like(self.nll[0])
+        self.votes = torch.zeros(classes, 2 * late + 2, dtype=torch.float64, device=device)
+
+    def add(self, output: DecoderOutput, scored: Scored, class_of: Tensor) -> None:
+        """Take in one forward pass; ``class_of`` is int64 [V]."""
+        assert output.scores is not None
+        device, choices = self.nll.device, self.tokens.shape[1]
+        nll, hit = output.scores.nll.double(), output.scores.hit
+        response = torch.as_tensor(scored.example * choices + scored.choice, device=device)
+        if output.vote is not None:
+            late = slice(0, self.late)
+            nll = torch.cat((nll, nll[late].amin(dim=0, keepdim=True)))
+            hit = torch.cat((hit, hit[late].any(dim=0, keepdim=True)))
+            right = torch.as_tensor(scored.right, device=device)
+            classes = class_of[torch.as_tensor(scored.token)].to(device)
+            self.votes.index_add_(0, classes[right], _vote_row(output.vote.weights[right].double()))
+        self.nll.flatten(1).index_add_(1, response, nll)
+        self.misses.flatten(1).index_add_(1, response, (~hit).double())
+        self.tokens.flatten().index_add_(0, response, torch.ones_like(nll[0]))
+
+
+def _vote_row(weights: Tensor) -> Tensor:
+    """Weights [N, k] -> [N, 2 k + 2]: see :class:`_Sums`."""
+    largest = F.one_hot(weights.argmax(dim=-1), weights.shape[-1])
+    entropy = -torch.xlogy(weights, weights).sum(dim=-1, keepdim=True)
+    return torch.cat((weights, largest, entropy, torch.ones_like(entropy)), dim=-1)
+
+
+def _judge(sums: _Sums, right: Tensor, names: list[str], late: int) -> tuple[list[Candidate], Agreement]:
+    """From sums over all ranks and the right responses, int64 [E]."""
+    assert bool((sums.tokens > 0).all()), "a response was not scored"
+    loss = _of(sums.nll, right).sum(-1) / _of(sums.tokens, right).sum()
+    exact = _of(sums.misses, right) == 0
+    chosen = None
+    if sums.tokens.shape[1] > 1:
+        chosen = sums.nll.argmin(dim=-1) == right
+        if names[-1] == ORACLE:
+            chosen[-1] = chosen[:late].any(dim=0)
+    candidates = [
+        Candidate(name, float(loss[row]), _accuracy(exact[row]), None if chosen is None else _accuracy(chosen[row]))
+        for row, name in enumerate(names)
+    ]
+    layers_right = (exact if chosen is None else chosen)[:late].sum(dim=0)
+    every, none = (float((layers_right == count).double().mean()) for count in (late, 0))
+    return candidates, Agreement(every, float(((layers_right > 0) & (layers_right < late)).double().mean()), none)
+
+
+def _of(values: Tensor, right: Tensor) -> Tensor:
+    """[..., E, O] -> [..., E], the right response's."""
+    return values[..., torch.arange(len(right), device=right.device), right]
+
+
+def _accuracy(correct: Tensor) -> Accuracy:
+    """Of bool [E]."""
+    share = float(correct.double().mean())
+    return Accuracy(share, math.sqrt(share * (1 - share) / len(correct)))
+
+
+def _vote_statistics(votes: Tensor, layers: list[str], classes: list[str]) -> VoteStatistics:
+    """From sums float64 [G, 2 k + 2]; classes that do not occur are left out."""
+    occurs = votes[:, -1] > 0
+    rows = torch.cat((votes[occurs], votes.sum(dim=0, keepdim=True)))
+    weight, largest, entropy, _ = (rows / rows[:, -1:]).split([len(layers), len(layers), 1, 1], dim=-1)
+    occurring = [name for name, kept in zip(classes, occurs.tolist(), strict=True) if kept]
+    return VoteStatistics(layers, [*occurring, ALL], rows[:, -1].long(), weight, largest, entropy.squeeze(-1))

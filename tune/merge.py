@@ -1,0 +1,87 @@
+"""A tuned checkpoint as one plain model: adapters merged, the ensemble with it.
+
+    python -m tune.merge runs/demo-tuned runs/demo-merged
+    python -m tune.merge runs/demo-tuned/checkpoints/step-00000100 /tmp/merged
+
+Before anything is written, the logits of the decoder with its adapters and of the merged one are compared on random
+tokens. A skip router may tip over on rounding where a token's two logits are all but equal, after which everything in
+that row differs; such rows are told and left out.
+
+Dimension letters: B rows, T tokens, V vocabulary, S routed sites.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model.decoder import Decoder
+from settings import user_errors
+from trainer.weights_folder import require_absent, write_weights
+from tune.adapters import merge
+from tune.weights import load_tuned
+
+ROWS, TOKENS = 8, 32
+TOLERANCE = 1e-3
+"""Largest difference between two logits."""
+
+
+def merge_checked(decoder: Decoder) -> tuple[float, int]:
+    """Merge the decoder's adapters in place and compare its logits with those before.
+
+    Returns:
+        The largest difference, and the number of rows of random tokens that it is over.
+
+    Raises:
+        ValueError: if it is above ``TOLERANCE``, or there is no row to compare.
+    """
+    config = decoder.config
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (ROWS, min(TOKENS, config.max_positions)), generator=generator)
+    logits, executed = _run(decoder, tokens)
+    merge(decoder)
+    merged_logits, merged_executed = _run(decoder, tokens)
+    alike = (executed == merged_executed).all(dim=-1).all(dim=0)
+    rows = int(alike.sum())
+    difference = float((logits - merged_logits)[alike].abs().amax()) if rows else float("inf")
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"the merged model's logits must be those of the model with adapters to {TOLERANCE}, and differ by "
+            f"{difference:.2g} on {rows} rows of random tokens; the adapters' weights are too large to be added in fp32"
+        )
+    return difference, rows
+
+
+@torch.no_grad()
+def _run(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] -> logits [B, T, V] and what was executed, bool [S, B, T]."""
+    output = decoder(tokens)
+    return output.logits, output.routing.executed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read, merge, compare, write."""
+    parser = argparse.ArgumentParser(
+        prog="tune.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a tuning run or one of its checkpoints")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    options = parser.parse_args(arguments)
+    with user_errors():
+        require_absent(options.out)
+        decoder, config, step = load_tuned(options.path, merged=False)
+        difference, rows = merge_checked(decoder)
+        print(f"logits with adapters and merged differ by at most {difference:.2g} on {rows} of {ROWS} rows")
+        assert config.data.tokenizer is not None  # filled in when the run started
+        source = f"{options.path}, {config.base.path} tuned for {step:,} steps"
+        write_weights(decoder, options.out, Path(config.data.tokenizer), {"source": source})
+        print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,95 @@
+"""Stage two's evaluation for reading, as Markdown tables that are aligned in a terminal, and for the metrics.
+
+Dimension letters: G token classes, k late layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tune.evaluate import Accuracy, ExamplesEvaluation, VoteStatistics
+
+
+def table(evaluation: ExamplesEvaluation) -> str:
+    """What every candidate reached, how far the layers agree, and how the router weighs them."""
+    with_choices = evaluation.choices > 1
+    rows = [["candidate", "loss, nats per token", "exact match, %"] + ["choice accuracy, %"] * with_choices]
+    for candidate in evaluation.candidates:
+        accuracies = [candidate.exact_match, candidate.choice_accuracy]
+        shown = [_accuracy(accuracy) for accuracy in accuracies if accuracy is not None]
+        rows.append([candidate.name, f"{candidate.loss:.4f}", *shown])
+    choices = f", {evaluation.choices} choices each" if with_choices else ""
+    parts = [
+        f"{evaluation.name}: {evaluation.examples:,} examples{choices}, {evaluation.tokens:,} tokens in the right "
+        "responses; ± is one standard error",
+        _aligned(rows),
+    ]
+    if evaluation.agreement is not None:
+        every, some, none = evaluation.agreement.every, evaluation.agreement.some, evaluation.agreement.none
+        parts.append(
+            f"By {'choice accuracy' if with_choices else 'exact match'} all late layers are right on {every:.1%} of "
+            f"the examples, only some on {some:.1%}, none on {none:.1%}."
+        )
+    if evaluation.votes is not None:
+        parts += [
+            "Mean weight of each late layer, and the share of tokens on which it is the largest, by class of the "
+            "predicted token:",
+            _votes(evaluation.votes),
+        ]
+    return "\n\n".join(parts)
+
+
+def figures(evaluation: ExamplesEvaluation, prefix: str) -> dict[str, float]:
+    """The same numbers by metric name.
+
+    Args:
+        prefix: what kind of set it is, ``validation`` or ``test``.
+    """
+    of_set = f"{prefix}/{evaluation.name}"
+    found = {}
+    for candidate in evaluation.candidates:
+        found[f"{of_set}/loss/{candidate.name}"] = candidate.loss
+        found[f"{of_set}/exact_match/{candidate.name}"] = candidate.exact_match.share
+        if candidate.choice_accuracy is not None:
+            found[f"{of_set}/choice_accuracy/{candidate.name}"] = candidate.choice_accuracy.share
+    if evaluation.agreement is not None:
+        for layers in ("every", "some", "none"):
+            found[f"{of_set}/layers_right/{layers}"] = getattr(evaluation.agreement, layers)
+    if evaluation.votes is not None:
+        # A validation and a test set may have the same name.
+        name = evaluation.name if prefix == "validation" else f"{prefix}/{evaluation.name}"
+        found |= _vote_figures(evaluation.votes, name)
+    return found
+
+
+def _vote_figures(votes: VoteStatistics, name: str) -> dict[str, float]:
+    """``ensemble/weight/NAME/layer-05`` over all tokens, ``ensemble/weight/NAME/layer-05/word`` over a class."""
+    found = {f"ensemble/entropy/{name}": float(votes.entropy[-1])}
+    last = len(votes.classes) - 1
+    for row, token_class in enumerate(votes.classes):
+        of_class = "" if row == last else f"/{token_class}"
+        for column, layer in enumerate(votes.layers):
+            found[f"ensemble/weight/{name}/{layer}{of_class}"] = float(votes.weight[row, column])
+            found[f"ensemble/largest/{name}/{layer}{of_class}"] = float(votes.largest[row, column])
+    return found
+
+
+def _votes(votes: VoteStatistics) -> str:
+    rows = [["predicted", "tokens", *votes.layers, "entropy, nats"]]
+    for row, token_class in enumerate(votes.classes):
+        shares = zip(votes.weight[row].tolist(), votes.largest[row].tolist(), strict=True)
+        cells = [f"{weight:.3f} ({largest:4.0%})" for weight, largest in shares]
+        rows.append([token_class, f"{int(votes.tokens[row]):,}", *cells, f"{float(votes.entropy[row]):.3f}"])
+    return _aligned(rows)
+
+
+def _accuracy(accuracy: Accuracy) -> str:
+    return f"{100 * accuracy.share:.1f} ± {100 * accuracy.error:.1f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table from rows of cells, the header first; the first column to the left, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
+    rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in widths[1:])
+    return "\n".join([lines[0], rule, *lines[1:]])

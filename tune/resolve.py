@@ -1,0 +1,61 @@
+"""From a stage-two config as written to one that says everything: the base's model block, the tokenizer's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from model.config import ModelConfig
+from settings import load
+from trainer.config import name_run
+from tune.base import Base, stage_two_model
+from tune.config import TuneConfig, TuneFile
+
+
+def load_file(path: str | Path, overrides: Sequence[str] = ()) -> TuneFile:
+    """A stage-two config from its file and the command line, with the run folder's name filled in.
+
+    Raises:
+        ValueError: with one sentence for each mistake.
+    """
+    file = load(path, overrides, TuneFile)
+    return file.model_copy(update={"train": name_run(file.train, path)})
+
+
+def resolve(file: TuneFile, base: Base) -> TuneConfig:
+    """``file`` with its base's model and tokenizer.
+
+    Raises:
+        ValueError: if blocks and base do not fit together, or the file's own model block is another one.
+    """
+    model = stage_two_model(base.model, file.base.routers)
+    if file.model is not None:
+        _refuse_another_model(file.model, model, file.base.path)
+    blocks = file.model_dump(mode="json") | {"model": model.model_dump(mode="json")}
+    if blocks["data"]["tokenizer"] is None:
+        blocks["data"]["tokenizer"] = str(base.tokenizer_folder)
+    try:
+        return TuneConfig.model_validate(blocks)
+    except ValidationError as error:
+        # Every field was valid in the file; what is left are our own sentences on how blocks fit together.
+        raise ValueError("; ".join(str(e["ctx"]["error"]) for e in error.errors())) from None
+
+
+def _refuse_another_model(written: ModelConfig, model: ModelConfig, path: str) -> None:
+    there, here = model.model_dump(mode="json"), written.model_dump(mode="json")
+    differ = [
+        f"model.{key} {_short(there[key])} there, {_short(here[key])} here" for key in there if there[key] != here[key]
+    ]
+    if differ:
+        raise ValueError(
+            f"the base {path} holds another model than this config's model block ({'; '.join(differ)}); leave the "
+            "model block out, it is taken from the base"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,92 @@
+"""Stage two: tune a pretrained decoder, its last layers voting on the next token.
+
+    deepspeed --module tune.train configs/tune_lora_ensemble.yaml base.path=runs/demo
+    deepspeed --num_gpus 8 --module tune.train my.yaml train.steps=500 ensemble.layers=4
+    torchrun --nproc-per-node 8 -m tune.train my.yaml
+    srun python -m tune.train my.yaml train.checkpoint.resume=auto
+
+Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1 or Ctrl-C asked to stop and the state was saved (start
+again with train.checkpoint.resume=auto); 1 on an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from settings import user_errors
+from trainer.distributed import World, join, leave
+from trainer.guards import EXIT_PREEMPTED
+from trainer.loop import run
+from tune.adapters import prepare, trainable_counts
+from tune.base import load_base
+from tune.batches import ExampleSet, TuningData
+from tune.config import TuneConfig, TuneFile
+from tune.describe import describe_end, describe_start
+from tune.resolve import load_file, resolve
+from tune.text import load_text_tokenizer
+from tune.tuner import Tuner
+
+
+def train(file: TuneFile, config_path: Path, world: World) -> int:
+    """Run to the last step, or until asked to stop; return the exit status.
+
+    Raises:
+        ValueError: for anything that the user can mend; what was saved stays.
+    """
+    base = load_base(file.base.path)
+    config = resolve(file, base)
+    tokenizer = load_text_tokenizer(str(config.data.tokenizer))
+    data = TuningData(config.data, tokenizer, pin_memory=world.device.type == "cuda")
+    refuse_other_vocabulary(config, data.vocab_size)
+    sets = [ExampleSet(config.data, source, tokenizer) for source in config.data.validation]
+    tests = [ExampleSet(config.data, source, tokenizer) for source in config.data.test]
+
+    decoder = base.decoder
+    decoder.seed = config.train.seed
+    if config.ensemble is not None:
+        decoder.add_ensemble(config.ensemble)
+    peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
+    trainer = Tuner(config, config_path, f"{data.fingerprint}-{base.fingerprint}", sets, world, decoder, tokenizer)
+    trainer.log.info(describe_start(config, base, data, decoder, world))
+    trained, total = trainable_counts(decoder)
+    trainer.metrics.log_figures(trainer.step, {"parameters/trained": trained, "parameters/total": total})
+    if not run(trainer, data):
+        trainer.close()
+        return EXIT_PREEMPTED
+    trainer.test(tests)
+    trainer.save_adapter(peft)
+    trainer.log.info(describe_end(config, trainer.evaluations))
+    trainer.close()
+    return 0
+
+
+def refuse_other_vocabulary(config: TuneConfig, vocab_size: int) -> None:
+    """Raise ValueError if the tokenizer has ids that the model has no embedding for."""
+    if vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {config.data.tokenizer} has {vocab_size} pieces, the model's vocabulary is "
+            f"{config.model.vocab_size}; set data.tokenizer to the folder of the tokenizer that the model was trained "
+            "with"
+        )
+
+
+def main() -> int:
+    """Parse the command line, meet the other ranks, train."""
+    parser = argparse.ArgumentParser(
+        prog="tune.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML of the run, for example configs/tune_lora_ensemble.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = parser.parse_args()
+    with user_errors():
+        file = load_file(arguments.config, arguments.overrides)
+        world = join(file.train.timeout_s)
+        status = train(file, arguments.config, world)
+        leave()
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,85 @@
+"""What stage two adds to the trainer: every late layer evaluated beside the ensemble, and the adapter saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from peft import PeftModel
+
+from model.decoder import Decoder
+from trainer.distributed import World
+from trainer.trainer import Trainer
+from tune.adapter_files import save_adapter
+from tune.batches import ExampleSet
+from tune.classes import token_classes
+from tune.config import TuneConfig
+from tune.evaluate import ExamplesEvaluation, evaluate_examples
+from tune.report import figures, table
+from tune.text import TextTokenizer
+from tune.vote_figure import vote_figure
+
+
+class Tuner(Trainer):
+    """A stage-two run in progress: see :class:`trainer.trainer.Trainer`.
+
+    Attributes:
+        examples: the latest evaluation of every set, by its name.
+    """
+
+    config: TuneConfig
+
+    def __init__(
+        self,
+        config: TuneConfig,
+        config_path: Path,
+        fingerprint: str,
+        sets: Sequence[ExampleSet],
+        world: World,
+        decoder: Decoder,
+        tokenizer: TextTokenizer,
+    ):
+        super().__init__(config, config_path, fingerprint, sets, world, decoder)
+        self._sets = sets
+        self._classes = token_classes(tokenizer)
+        self.examples: dict[str, ExamplesEvaluation] = {}
+
+    def validate(self) -> None:
+        """Losses and densities as in stage one, then each late layer, the ensemble and the oracle."""
+        super().validate()
+        for example_set in self._sets:
+            self._evaluate(example_set, "validation")
+
+    def test(self, sets: Sequence[ExampleSet]) -> None:
+        """Evaluate ``sets`` as ``test``, with the whole table in the log."""
+        for example_set in sets:
+            evaluation = self._evaluate(example_set, "test")
+            self.log.info(f"test {example_set.name} after {self.step:,} steps\n{table(evaluation)}")
+
+    def save_adapter(self, peft: PeftModel | None) -> None:
+        """Write what was trained beside the backbone to ``RUN/adapter``, in PEFT's format; collective."""
+        if peft is None and self.config.ensemble is None:
+            return  # all of it is in the checkpoint
+        self.run.beat(self.step, "saving")
+        folder = self.run.path / "adapter"
+        save_adapter(peft, self.engine.module, folder, self.world)
+        self.log.info(f"adapter saved in {folder}")
+
+    def _evaluate(self, example_set: ExampleSet, group: str) -> ExamplesEvaluation:
+        self.run.beat(self.step, "evaluating")
+        with self.metrics.paused():
+            evaluation = evaluate_examples(self.engine, example_set, self._classes, self.config, self.world)
+            self.engine.train()
+            self.metrics.log_figures(self.step, figures(evaluation, group))
+            if self.config.ensemble is not None:
+                self.metrics.draw(f"vote/{group}/{example_set.name}", self.step, lambda: vote_figure(evaluation))
+        self.examples[example_set.name] = evaluation
+        self.log.info(f"step {self.step:>6,}  {group} {example_set.name}: {_sentence(evaluation)}")
+        return evaluation
+
+
+def _sentence(evaluation: ExamplesEvaluation) -> str:
+    """Accuracy of every candidate."""
+    kind = "exact match" if evaluation.choices == 1 else "choice accuracy"
+    shares = ", ".join(f"{c.name} {c.accuracy.share:.1%}" for c in evaluation.candidates)
+    return f"{kind} of {evaluation.examples:,} examples: {shares}"

@@ -1,0 +1,43 @@
+"""A tuned decoder out of a checkpoint, in one process: see :mod:`trainer.weights`.
+
+    decoder, config, step = load_tuned(Path("runs/demo-tuned"))     adapters merged: a plain decoder with its ensemble
+
+Dimension letters: none.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from model.decoder import Decoder
+from settings import load
+from trainer.weights import checkpoint_of, fill, is_tuned
+from tune.adapters import merge, prepare
+from tune.config import TuneConfig
+
+
+def load_tuned(run_or_checkpoint: Path, merged: bool = True) -> tuple[Decoder, TuneConfig, int]:
+    """The decoder in evaluation mode, fp32 on the CPU; the config of its run; and the optimiser steps it has had.
+
+    Args:
+        run_or_checkpoint: a run folder, of which the newest whole checkpoint is taken, or one checkpoint's folder.
+        merged: adapters are part of the weights that they sit on, and names are the base's.
+
+    Raises:
+        ValueError: if there is no whole checkpoint, or it is not of a tuning run, or it holds another model than its
+            config says, or anything but tensors and numbers.
+    """
+    folder = checkpoint_of(run_or_checkpoint)
+    if not is_tuned(folder):
+        raise ValueError(
+            f"{folder} is of a stage-one run, which has nothing to merge; give a tuning run, or use that one as it is"
+        )
+    config = load(folder / "config.yaml", [], TuneConfig)
+    decoder = Decoder(config.model, seed=config.train.seed).eval()
+    if config.ensemble is not None:
+        decoder.add_ensemble(config.ensemble)
+    prepare(decoder, config.adapter, config.base.routers, config.train.seed)
+    step = fill(decoder, folder, config.deepspeed.zero_stage)
+    if merged:
+        merge(decoder)
+    return decoder, config, step
