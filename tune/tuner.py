@@ -69,17 +69,9 @@ class Tuner(Trainer):
         self.run.beat(self.step, "evaluating")
         with self.metrics.paused():
             evaluation = evaluate_examples(self.engine, example_set, self._classes, self.config, self.world)
-            self.engine.train()
             self.metrics.log_figures(self.step, figures(evaluation, group))
             if self.config.ensemble is not None:
                 self.metrics.draw(f"vote/{group}/{example_set.name}", self.step, lambda: vote_figure(evaluation))
         self.examples[example_set.name] = evaluation
-        self.log.info(f"step {self.step:>6,}  {group} {example_set.name}: {_sentence(evaluation)}")
+        self.log.info(f"step {self.step:>6,}  {group} {example_set.name}: {evaluation.sentence()}")
         return evaluation
-
-
-def _sentence(evaluation: ExamplesEvaluation) -> str:
-    """Accuracy of every candidate."""
-    kind = "exact match" if evaluation.choices == 1 else "choice accuracy"
-    shares = ", ".join(f"{c.name} {c.accuracy.share:.1%}" for c in evaluation.candidates)
-    return f"{kind} of {evaluation.examples:,} examples: {shares}"

@@ -80,13 +80,8 @@ def _draw_accuracy(axes: Any, candidates: list[Candidate], choices: int) -> None
     room = max(0.15 * (right - left), 4)  # for labels, and so that equal candidates do not get an axis of nothing
     left, right = max(left - room, -10), min(right + room, 110)
     axes.set_xlim(left, right)
-    axes.set_xticks(
-        [
-            tick
-            for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(left, right)
-            if max(left, 0) <= tick <= min(right, 100)
-        ]
-    )
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(left, right)
+    axes.set_xticks([tick for tick in ticks if max(left, 0) <= tick <= min(right, 100)])
     axes.tick_params(labelleft=False)
     title = f"Right among {choices} choices" if choices > 1 else "Exact match"
     _finish(axes, title, "% of examples, ± standard error")

@@ -1,8 +1,6 @@
 """A tuned decoder out of a checkpoint, in one process: see :mod:`trainer.weights`.
 
-    decoder, config, step = load_tuned(Path("runs/demo-tuned"))     adapters merged: a plain decoder with its ensemble
-
-Dimension letters: none.
+decoder, config, step = load_tuned(Path("runs/demo-tuned"))     adapters merged: a plain decoder with its ensemble
 """
 
 from __future__ import annotations

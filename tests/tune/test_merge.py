@@ -1,0 +1,101 @@
+"""The merged model as a folder of weights, and merging that goes wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from model.config import EnsembleConfig
+from model.decoder import Decoder
+from settings import load, to_yaml
+from tests.model import tiny
+from tests.tune.test_adapters import tuned
+from trainer import manifest
+from trainer.distributed import World
+from trainer.weights_folder import read_weights
+from tune.config import TuneConfig
+from tune.merge import ROWS, main, merge_checked
+
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+STEP = 7
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, corpus: dict[str, Any]) -> Path:
+    """A checkpoint of a LoRA run with an ensemble, as stage 0 in fp32 writes it."""
+    model = tiny.config()
+    config = {
+        "base": {"path": "runs/base"},
+        "model": model.model_dump(mode="json"),
+        "ensemble": EnsembleConfig(layers=2, final_weight=0.6).model_dump(mode="json"),
+        "data": {
+            "sequence_tokens": 32,
+            "sources": [{"name": "none", "files": ["none.jsonl"]}],
+            "tokenizer": corpus["dir"],
+        },
+        "train": {"steps": 9, "global_batch_samples": 1, "micro_batch_samples": 1, "precision": "fp32"},
+        "deepspeed": {"zero_stage": 0},
+    }
+    folder = tmp_path / "step-00000007"
+    (folder / "deepspeed").mkdir(parents=True)
+    (tmp_path / "written.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(to_yaml(load(tmp_path / "written.yaml", [], TuneConfig)))
+    write(tuned("lora"), folder)
+    return folder
+
+
+def write(decoder: Decoder, folder: Path) -> None:
+    torch.save({"module": decoder.state_dict()}, folder / "deepspeed/mp_rank_00_model_states.pt")
+    (folder / manifest.NAME).unlink(missing_ok=True)
+    manifest.write(folder, {"step": STEP, "world_size": 1}, ["config.yaml"], ALONE)
+
+
+@torch.no_grad()
+def test_the_folder_holds_the_tuned_model(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(checkpoint), str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert f"rows\nwrote {tmp_path / 'out'}" in told and "logits with adapters and merged differ by at most" in told
+    merged, tokens = read_weights(tmp_path / "out"), tiny.random_tokens()
+    tiny.assert_close(merged(tokens).logits, tuned("lora").eval()(tokens).logits)
+    assert merged.ensemble is not None and merged.ensemble.config.final_weight == 0.6
+    facts = manifest.read(tmp_path / "out", ALONE)
+    assert facts["source"] == f"{checkpoint}, runs/base tuned for 7 steps"
+    assert (tmp_path / "out/tokenizer.model").is_file()
+
+
+def test_nothing_is_written_over(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(checkpoint), str(tmp_path)])
+    assert "error: " in (told := capsys.readouterr().err) and "exists already, and nothing is written over" in told
+
+
+def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "none"), str(tmp_path / "out")])
+    assert "error: there is no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("router", ["learned", "dense"])
+def test_every_row_is_compared(router: str) -> None:
+    difference, rows = merge_checked(tuned("dora", router).eval())
+    assert 0 < difference < 1e-4 and rows == ROWS
+
+
+def test_a_merge_that_loses_too_much_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A huge update that the adapter's other half takes back: as sums of weights nothing of the weight is left."""
+    decoder = tuned("lora", rank=8)
+    for layer in decoder.layers:
+        a, b = (getattr(layer.mlp.down_proj, name)["default"].weight.data for name in ("lora_A", "lora_B"))
+        a[4:], b[:, :4], b[:, 4:] = a[:4], 1e6 * torch.ones_like(b[:, :4]), -1e6 * torch.ones_like(b[:, 4:])
+        a.mul_(1 + 1e-5 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0)))
+    write(decoder, checkpoint)
+    with pytest.raises(SystemExit):
+        main([str(checkpoint), str(tmp_path / "out")])
+    assert "must be those of the model with adapters to 0.001, and differ by" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
