@@ -58,7 +58,11 @@ def initialise(
             if std is None:
                 parameter.fill_(1.0)
                 continue
-            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-            values = torch.empty(parameter.shape, dtype=torch.float32).normal_(0.0, std, generator=generator)
-            parameter.copy_(values)
+            values = torch.empty(parameter.shape, dtype=torch.float32)
+            parameter.copy_(values.normal_(0.0, std, generator=generator_of(seed, name)))
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """The generator on the CPU that parameter ``name`` is drawn from."""
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
+    return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

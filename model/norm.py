@@ -50,12 +50,16 @@ class _LeanNorm(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, r = ctx.saved_tensors
         product = grad * x
-        slope = (product @ weight)[..., None] * r**3 / x.shape[-1]
-        grad_weight = r.flatten() @ product.flatten(0, -2)
-        return (grad * weight).mul_(r).addcmul_(x, slope, value=-1), grad_weight, None
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            slope = (product @ weight)[..., None] * r**3 / x.shape[-1]
+            grad_x = (grad * weight).mul_(r).addcmul_(x, slope, value=-1)
+        if ctx.needs_input_grad[1]:
+            grad_weight = r.flatten() @ product.flatten(0, -2)
+        return grad_x, grad_weight, None
 
 
 def _inverse_rms(x: Tensor, epsilon: float) -> Tensor:

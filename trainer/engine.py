@@ -75,11 +75,15 @@ def set_learning_rate(engine: Any, ratio: float) -> None:
 
 
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Matrices, norms and routers, each with its rate and weight decay; empty groups are left out."""
+    """Matrices, norms and routers, each with its rate and weight decay; empty groups are left out.
+
+    DoRA's magnitudes, a scale for each output of a projection, go with the norms.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     routers = [p for name, p in named if "router" in name]
-    norms = [p for name, p in named if "norm" in name]
-    matrices = [p for name, p in named if "router" not in name and "norm" not in name]
+    norms = [p for name, p in named if "norm" in name or "lora_magnitude" in name]
+    taken = {id(p) for p in (*routers, *norms)}
+    matrices = [p for _, p in named if id(p) not in taken]
     groups = [
         {"params": matrices, "lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
         {"params": norms, "lr": optimizer.lr, "weight_decay": 0.0},

@@ -53,7 +53,7 @@ def save_adapter(peft: PeftModel | None, decoder: Decoder, folder: Path, world: 
     Returns:
         False, and nothing is written, where the backbone trains: an ensemble does not fit on another one.
     """
-    if any(p.requires_grad and part_of(name, decoder) == "backbone" for name, p in decoder.named_parameters()):
+    if any(p.requires_grad and part_of(name) == "backbone" for name, p in decoder.named_parameters()):
         return False
     adapters: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -61,7 +61,7 @@ def save_adapter(peft: PeftModel | None, decoder: Decoder, folder: Path, world: 
         if not parameter.requires_grad:
             continue
         weight = _whole(parameter)
-        if world.is_main and part_of(name, decoder) == "adapters":
+        if world.is_main and part_of(name) == "adapters":
             adapters[_PEFT_PREFIX + name] = weight.cpu()
         elif world.is_main:
             others[name] = weight.cpu()
@@ -122,7 +122,8 @@ def _load_ensemble(decoder: Decoder, folder: Path) -> None:
         decoder.add_ensemble(config)
     tensors = _read(folder / ENSEMBLE[1])
     weights = dict(decoder.named_parameters())
-    needed = {name for name in weights if part_of(name, decoder) == "ensemble"}
+    parts = {"ensemble"} if config is None else {"ensemble", "norm"}
+    needed = {name for name in weights if part_of(name) in parts}
     _check_fit(folder, tensors, {n: w for n, w in weights.items() if n in needed or n in tensors})
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -2,7 +2,8 @@
 
     part       parameters                                             trains
     adapters   ``lora_A``, ``lora_B``, DoRA's magnitudes              always
-    ensemble   its norms and router, and the final norm with it       always
+    ensemble   its norms and router                                   always
+    norm       the final norm                                         with an ensemble, or ``final_norm``, or ``full``
     routers    the skip routers                                       with ``routers: tuned``
     backbone   everything else                                        with ``kind: full``
 
@@ -15,7 +16,6 @@ Dimension letters: I inputs and O outputs of a projection, R rank.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import Literal
 
@@ -25,9 +25,10 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from model.decoder import Decoder
+from model.init import generator_of
 from tune.config import AdapterConfig
 
-Part = Literal["adapters", "ensemble", "routers", "backbone"]
+Part = Literal["adapters", "ensemble", "norm", "routers", "backbone"]
 
 
 def prepare(
@@ -52,20 +53,23 @@ def prepare(
     trains: dict[Part, bool] = {
         "adapters": True,
         "ensemble": True,
+        "norm": decoder.ensemble is not None or adapter.final_norm or adapter.kind == "full",
         "routers": routers == "tuned",
         "backbone": adapter.kind == "full",
     }
     for name, parameter in decoder.named_parameters():
-        parameter.requires_grad_(trains[part_of(name, decoder)])
+        parameter.requires_grad_(trains[part_of(name)])
     return peft
 
 
-def part_of(name: str, decoder: Decoder) -> Part:
-    """Which part of the table above the parameter ``name`` of ``decoder`` belongs to."""
+def part_of(name: str) -> Part:
+    """Which part of the table above a decoder's parameter belongs to."""
     if ".lora_" in name:
         return "adapters"
-    if name.startswith("ensemble.") or (decoder.ensemble is not None and name.startswith("norm.")):
+    if name.startswith("ensemble."):
         return "ensemble"
+    if name.startswith("norm."):
+        return "norm"
     return "routers" if "router." in name else "backbone"
 
 
@@ -79,7 +83,7 @@ def counts_by_part(decoder: Decoder) -> dict[Part, tuple[int, int]]:
     """The same for every part that the decoder has."""
     found: dict[Part, tuple[int, int]] = {}
     for name, parameter in decoder.named_parameters():
-        part, count = part_of(name, decoder), getattr(parameter, "ds_numel", parameter.numel())
+        part, count = part_of(name), getattr(parameter, "ds_numel", parameter.numel())
         trainable, total = found.get(part, (0, 0))
         found[part] = trainable + count * parameter.requires_grad, total + count
     return found
@@ -120,9 +124,7 @@ def _draw(decoder: nn.Module, seed: int) -> None:
     """Draw each ``lora_A`` [R, I] from PEFT's distribution and a generator of its own; ``lora_B`` [O, R] is nought."""
     for name, parameter in decoder.named_parameters():
         if ".lora_A." in name:
-            key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
-            generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
             values = torch.empty(parameter.shape, dtype=torch.float32)
-            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator)
+            nn.init.kaiming_uniform_(values, a=math.sqrt(5), generator=generator_of(seed, name))
             with torch.no_grad():
                 parameter.copy_(values)

@@ -25,6 +25,8 @@ class BaseConfig(Strict):
     """A stage-one run (its newest whole checkpoint), one of its checkpoints, or what ``convert.from_hf`` wrote."""
     routers: Literal["frozen", "tuned"] = "frozen"
     """Skip routers stay as they are and decide greedily, or learn on under the budget, their schedules at the end."""
+    seed: int | None = Field(None, ge=0, lt=2**62)
+    """Of routers of kind ``random``, which decide by it; the base's unless given."""
 
 
 class AdapterConfig(Strict):
@@ -43,6 +45,8 @@ class AdapterConfig(Strict):
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
     )
     """lora, dora: the projections that carry an adapter."""
+    final_norm: bool = False
+    """lora, dora, none: train the final norm too, as an ensemble does anyway; the control to tell the two apart."""
     layers: Literal["all", "early"] = "all"
     """lora, dora: in every layer, or only in those before the ensemble's (the paper's parameter-saving variant)."""
 
@@ -154,7 +158,8 @@ class TuneConfig(StageConfig):
                 f"ensemble.layers ({ensemble.layers}) must not exceed the base's {layers} layers; lower it to at most "
                 f"{layers}"
             )
-        if ensemble is None and adapter.kind == "none" and self.base.routers == "frozen":
+        trains = ensemble is not None or adapter.kind != "none" or adapter.final_norm or self.base.routers == "tuned"
+        if not trains:
             problems.append(
                 "adapter.kind none without an ensemble and with frozen routers trains nothing; add an ensemble block, "
                 "or set adapter.kind to lora, dora or full"

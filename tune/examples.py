@@ -23,7 +23,7 @@ import numpy as np
 import zstandard
 
 from data.config import SourceConfig
-from data.sources import COMPRESSIONS, Cursor, Source, require_whole_zstd, open_raw
+from data.sources import COMPRESSIONS, Cursor, Source, open_raw, require_whole_zstd
 from tune.config import ChatConfig, ExamplesConfig, ExampleSource
 from tune.text import TextTokenizer
 

@@ -37,6 +37,8 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
     blocks = file.model_dump(mode="json") | {"model": model.model_dump(mode="json")}
     if blocks["data"]["tokenizer"] is None:
         blocks["data"]["tokenizer"] = str(base.tokenizer_folder)
+    if blocks["base"]["seed"] is None:
+        blocks["base"]["seed"] = base.decoder.seed
     try:
         return TuneConfig.model_validate(blocks)
     except ValidationError as error:

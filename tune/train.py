@@ -43,7 +43,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     tests = [ExampleSet(config.data, source, tokenizer) for source in config.data.test]
 
     decoder = base.decoder
-    decoder.seed = config.train.seed
+    decoder.seed = config.base.seed or 0
     if config.ensemble is not None:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)

@@ -58,12 +58,10 @@ class Tuner(Trainer):
 
     def save_adapter(self, peft: PeftModel | None) -> None:
         """Write what was trained beside the backbone to ``RUN/adapter``, in PEFT's format; collective."""
-        if peft is None and self.config.ensemble is None:
-            return  # all of it is in the checkpoint
         self.run.beat(self.step, "saving")
         folder = self.run.path / "adapter"
-        save_adapter(peft, self.engine.module, folder, self.world)
-        self.log.info(f"adapter saved in {folder}")
+        if save_adapter(peft, self.engine.module, folder, self.world):
+            self.log.info(f"adapter saved in {folder}")
 
     def _evaluate(self, example_set: ExampleSet, group: str) -> ExamplesEvaluation:
         self.run.beat(self.step, "evaluating")

@@ -1,6 +1,8 @@
-"""A tuned decoder out of a checkpoint, in one process: see :mod:`trainer.weights`.
+"""A tuned decoder out of a checkpoint, in one process: no ranks, no engine, and no code from pickles is run.
 
-decoder, config, step = load_tuned(Path("runs/demo-tuned"))     adapters merged: a plain decoder with its ensemble
+    decoder, config, step = load_tuned(Path("runs/demo-tuned"))
+
+The decoder is a plain one with its ensemble, adapters merged. How the files are read: :mod:`trainer.weights`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def load_tuned(run_or_checkpoint: Path, merged: bool = True) -> tuple[Decoder, T
             f"{folder} is of a stage-one run, which has nothing to merge; give a tuning run, or use that one as it is"
         )
     config = load(folder / "config.yaml", [], TuneConfig)
-    decoder = Decoder(config.model, seed=config.train.seed).eval()
+    decoder = Decoder(config.model, seed=config.base.seed or 0).eval()
     if config.ensemble is not None:
         decoder.add_ensemble(config.ensemble)
     prepare(decoder, config.adapter, config.base.routers, config.train.seed)

@@ -134,6 +134,17 @@ def test_weights_that_do_not_match_the_config(copy: Callable[[str], Path], name:
     assert "more); one of them was changed since" in str(e.value)
 
 
+def test_a_tuning_run_is_sent_to_its_own_loader(copy: Callable[[str], Path]) -> None:
+    saved = copy("fp32-0") / "checkpoints" / f"step-{STEPS:08d}"
+    config = yaml.safe_load((saved / "config.yaml").read_text())
+    (saved / "config.yaml").write_text(yaml.safe_dump({**config, "base": {"path": "runs/base"}}))
+    _rehash(saved, "config.yaml")
+    with pytest.raises(
+        ValueError, match=r"is of a tuning run, .* python -m tune.merge .*step-0+2 OUT and give OUT, or"
+    ):
+        load_decoder(saved)
+
+
 @pytest.mark.parametrize("name", ["bf16-0", "bf16-2"])
 def test_a_master_that_does_not_round_to_its_weight_is_not_taken(copy: Callable[[str], Path], name: str) -> None:
     """What a DeepSpeed with another order of parameters would look like."""

@@ -35,7 +35,7 @@ def tuned(
     **more: Any,
 ) -> Decoder:
     """A tiny decoder, prepared; ``moved``: as after some steps. ``more``: fields of the router and of the adapter."""
-    adapter = {name: more.pop(name) for name in ("layers", "rank", "targets", "dropout") if name in more}
+    adapter = {name: more.pop(name) for name in ("layers", "rank", "targets", "dropout", "final_norm") if name in more}
     routers = more.pop("routers", "frozen")
     decoder = tiny.decoder(tiny.config(router, **more), recompute=recompute)
     if ensemble:
@@ -62,18 +62,24 @@ def test_what_trains(kind: str, routers: str, ensemble: bool, granularity: str) 
     decoder = tuned(kind, ensemble=ensemble, routers=routers, granularity=granularity)
     trains: dict[str, set[bool]] = {}
     for name, parameter in decoder.named_parameters():
-        trains.setdefault(part_of(name, decoder), set()).add(parameter.requires_grad)
+        trains.setdefault(part_of(name), set()).add(parameter.requires_grad)
     expected = {"backbone": {kind == "full"}, "routers": {routers == "tuned"}}
+    expected |= {"norm": {ensemble or kind == "full"}}
     expected |= {"ensemble": {True}} if ensemble else {}
     expected |= {"adapters": {True}} if kind in ("lora", "dora") else {}
     assert trains == expected
-    assert decoder.norm.weight.requires_grad == (ensemble or kind == "full")
     counts = counts_by_part(decoder)
     sizes = [(p.numel() * p.requires_grad, p.numel()) for p in decoder.parameters()]
     assert trainable_counts(decoder) == tuple(map(sum, zip(*sizes, strict=True)))
     assert counts["routers"][1] == 2 * 64 * len(decoder.config.sites) and counts.keys() == expected.keys()
     if ensemble:
-        assert counts["ensemble"] == (2 * 64 + 2 * 64 + 2,) * 2  # two norms, a router of two layers
+        assert counts["ensemble"] == (64 + 2 * 64 + 2,) * 2  # a norm, a router of two layers
+
+
+@pytest.mark.parametrize("kind", ["none", "lora"])
+def test_the_final_norm_can_train_without_an_ensemble(kind: str) -> None:
+    decoder = tuned(kind, ensemble=False, final_norm=True)
+    assert decoder.norm.weight.requires_grad and not decoder.layers[0].input_layernorm.weight.requires_grad
 
 
 def test_counts_are_those_of_whole_parameters_where_zero_has_partitioned_them() -> None:
