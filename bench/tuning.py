@@ -1,6 +1,6 @@
 """Tuning methods against each other: test accuracy over seeds, trained parameters, time of a step.
 
-    python -m bench.tuning runs/books                                   # seven methods, two tasks, three seeds
+    python -m bench.tuning runs/books                                   # eight methods, two tasks, three seeds
     python -m bench.tuning runs/books --methods lora lora_ensemble --tasks polarity --seeds 0 1 train.steps=100
 
 Every run is ``tune.train`` on ``configs/tune_METHOD.yaml`` with one process and one thread, in its own folder below
@@ -36,7 +36,16 @@ from tune.batches import TuningData
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
 
-METHODS = ["full", "lora", "lora_ensemble", "dora", "dora_ensemble", "ensemble_only", "early_lora_ensemble"]
+METHODS = [
+    "full",
+    "lora",
+    "lora_norm",
+    "lora_ensemble",
+    "dora",
+    "dora_ensemble",
+    "ensemble_only",
+    "early_lora_ensemble",
+]
 CHOICES = {"polarity": [" negative", " positive"], "subjectivity": [" objective", " subjective"]}
 DATA = Path("../shared/data/tuning")
 

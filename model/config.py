@@ -152,7 +152,7 @@ class EnsembleConfig(Block):
     """Of the softmax over layers; above 1 spreads the weights."""
     top: int | None = Field(None, ge=1)
     """Only this many layers with the largest weights vote on a token; all of them unless given."""
-    final_weight: float = Field(0.99, gt=0, le=1)
+    final_weight: float = Field(0.6, gt=0, le=1)
     """Weight of the final layer at step 0, the rest shared by the others; 1 starts as the base model, to rounding."""
     balance: float = Field(0.0, ge=0)
     """Weight of the load-balancing term, which is least where all layers vote equally often."""

@@ -24,6 +24,7 @@ from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.guards import StopRequest, too_many_bad_steps
 from trainer.metrics import Metrics, measure_peak_flops
+from trainer.rng import rng_state, set_rng_state
 from trainer.run_folder import RunFolder, open_log
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult
@@ -138,10 +139,13 @@ class Trainer:
     def validate(self) -> None:
         """Evaluate every validation set and log it."""
         self.run.beat(self.step, "evaluating")
+        # A resume after the save of this step does not evaluate again, so no generator may move in here.
+        before = rng_state()
         with self.metrics.paused():
             results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
             self.metrics.log_evaluation(self.step, results)
         self.evaluations[self.step] = results
+        set_rng_state(before)
 
     def close(self) -> None:
         """Flush the metrics and say that this rank has ended."""

@@ -1,0 +1,266 @@
+"""Stage two as a whole: every method, stage and number of ranks; bitwise resume; nothing frozen moves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file as load_tensors
+
+from model.decoder import Decoder
+from tests.launching import run
+from trainer.weights import load_decoder
+from tune.weights import load_tuned
+
+METHODS = {
+    "lora": ["adapter.kind=lora"],
+    "dora": ["adapter.kind=dora"],
+    "early": ["adapter.kind=lora", "adapter.layers=early"],
+    "none": ["adapter.kind=none"],
+    "full": ["adapter.kind=full"],
+}
+STAGES = (0, 1, 2, 3)
+ONE_RANK = {
+    **{name: [*method, "deepspeed.zero_stage=0"] for name, method in METHODS.items()},
+    "lora-alone": ["adapter.kind=lora", "ensemble=null"],
+    "dora-alone": ["adapter.kind=dora", "ensemble=null"],
+    "full-alone": ["adapter.kind=full", "ensemble=null"],
+    "as-the-base": ["ensemble.final_weight=1.0", "ensemble.distillation=0.0"],
+    "one-window": ["data.pack=false", "train.steps=3"],
+    "routers-tuned": ["base.routers=tuned", "train.optimizer.router_lr_ratio=3.0"],
+    "balanced": ["ensemble.balance=0.5", "ensemble.top=1"],
+    "recomputed": ["train.activation_checkpointing=true"],
+    "dropped": ["adapter.dropout=0.2", "deepspeed.zero_stage=2"],
+}
+TWO_RANKS = {
+    **{f"{name}-{stage}": [*METHODS[name], f"deepspeed.zero_stage={stage}"] for name in ("lora",) for stage in STAGES},
+    **{f"{name}-3": [*METHODS[name], "deepspeed.zero_stage=3"] for name in ("dora", "early", "none", "full")},
+    "bf16-2": ["train.precision=bf16"],
+    "bf16-3": ["train.precision=bf16", "deepspeed.zero_stage=3"],
+    "dropped-3": ["adapter.dropout=0.2", "ensemble.balance=0.5", "deepspeed.zero_stage=3"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tuning: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Run folders by number of ranks and name: ``1/lora``, ``2/lora-3``."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = folder / "tune.yaml"
+    config.write_text(yaml.safe_dump(tuning))
+    for ranks, launcher, cases in ((1, "python", ONE_RANK), (2, "deepspeed", TWO_RANKS)):
+        listed = folder / f"{ranks}.json"
+        listed.write_text(json.dumps([[*o, f"train.run_dir={folder}/{ranks}/{name}"] for name, o in cases.items()]))
+        done = run(
+            "tests.tune.runs_worker", str(config), str(listed), processes=ranks, launcher=launcher, timeout_s=500
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+    return lambda name: folder / name
+
+
+def metrics(folder: Path) -> dict[int, dict[str, Any]]:
+    """What was logged, by step, but for the clock's and the memory's figures."""
+    steps: dict[int, dict[str, Any]] = {}
+    for text in (folder / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        kept = {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
+        steps.setdefault(line["step"], {}).update(kept)
+    return steps
+
+
+def losses(folder: Path) -> list[float]:
+    steps = metrics(folder)
+    return [steps[step]["train/loss"] for step in sorted(steps) if step]
+
+
+def weights(decoder: Decoder) -> dict[str, torch.Tensor]:
+    return dict(decoder.state_dict())
+
+
+@pytest.mark.parametrize("name", ONE_RANK)
+def test_every_method_trains_and_is_evaluated(runs: Callable[[str], Path], name: str) -> None:
+    steps = metrics(runs(f"1/{name}"))
+    last = max(steps)
+    assert sorted(steps) == list(range(last + 1))
+    if name != "none":  # a frozen backbone of four training steps has little to vote on
+        assert steps[last]["validation/parity/loss"] < steps[0]["validation/parity/loss"]
+    assert {f"test/parity/choice_accuracy/layer-0{n}" for n in ([3] if "alone" in name else [2, 3])} <= set(steps[last])
+    assert ("ensemble/weight/layer-02" in steps[1]) == ("alone" not in name)
+    assert steps[last]["validation/parity/loss"] == pytest.approx(
+        steps[last][f"validation/parity/loss/{'layer-03' if 'alone' in name else 'ensemble'}"], rel=1e-5
+    )
+    assert 0 < steps[0]["parameters/trained"] <= steps[0]["parameters/total"]
+
+
+def test_at_step_0_the_loss_is_the_base_models(runs: Callable[[str], Path]) -> None:
+    base = metrics(runs("1/lora-alone"))[0]["validation/parity/loss"]
+    assert metrics(runs("1/as-the-base"))[0]["validation/parity/loss"] == pytest.approx(base, abs=1e-5)
+    assert metrics(runs("1/dora-alone"))[0]["validation/parity/loss"] == pytest.approx(base, abs=1e-5)
+    assert metrics(runs("1/lora"))[0]["validation/parity/loss/layer-03"] == pytest.approx(base, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in TWO_RANKS if name.split("-")[0] in METHODS])
+def test_ranks_and_stages_agree(runs: Callable[[str], Path], name: str) -> None:
+    one, other = runs(f"1/{name.split('-')[0]}"), runs(f"2/{name}")
+    assert losses(other) == pytest.approx(losses(one), rel=2e-5)
+    last = metrics(one)[6]
+    for figure, value in metrics(other)[6].items():
+        if figure.startswith(("validation/", "ensemble/weight", "test/")):
+            assert value == pytest.approx(last[figure], rel=1e-3, abs=1e-5), figure
+
+
+def test_bf16_agrees_between_stages(runs: Callable[[str], Path]) -> None:
+    assert losses(runs("2/bf16-3")) == pytest.approx(losses(runs("2/bf16-2")), rel=2e-2)
+
+
+def test_activation_checkpointing_and_packing_change_nothing(runs: Callable[[str], Path]) -> None:
+    assert losses(runs("1/recomputed")) == pytest.approx(losses(runs("1/lora")), rel=1e-6)
+    packed, apart = (metrics(runs(f"1/{name}"))[0] for name in ("lora", "one-window"))
+    assert packed["validation/parity/loss"] == pytest.approx(apart["validation/parity/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", ["1/lora", "1/none", "1/early", "1/dora", "2/lora-2", "2/lora-3", "2/dora-3", "2/none-3"]
+)
+def test_what_is_frozen_is_the_base_bit_by_bit(runs: Callable[[str], Path], base_run: str, name: str) -> None:
+    """In the checkpoint; a layer with adapters is merged there, so what carries one is compared before the merge."""
+    base = weights(load_decoder(Path(base_run))[0])
+    adapted = name.split("/")[1].split("-")[0] in ("lora", "dora", "early")
+    tuned = weights(load_tuned(runs(name))[0])
+    moved = {n for n, w in base.items() if not torch.equal(tuned[n], w)}
+    early = {0, 1} if "early" in name else {0, 1, 2, 3}
+    may_move = {n for n in base if adapted and "_proj." in n and int(n.split(".")[1]) in early} | {"norm.weight"}
+    assert moved == may_move
+
+
+@pytest.mark.parametrize("name", ["1/full", "2/full-3"])
+def test_frozen_skip_routers_stay_under_full_tuning(runs: Callable[[str], Path], base_run: str, name: str) -> None:
+    base, tuned = weights(load_decoder(Path(base_run))[0]), weights(load_tuned(runs(name))[0])
+    assert {n for n, w in base.items() if torch.equal(tuned[n], w)} == {n for n in base if ".router." in n}
+    free = weights(load_tuned(runs("1/routers-tuned"))[0])
+    assert not any(torch.equal(free[n], w) for n, w in base.items() if ".router." in n)
+
+
+@pytest.mark.parametrize("name", ["1/dropped", "2/dropped-3"])
+def test_six_steps_are_three_and_three_more_bit_by_bit(
+    runs: Callable[[str], Path], tuning: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    """With dropout in the adapters: what died after step 3 goes on as if it had not."""
+    straight, again = runs(name), tmp_path / "again"
+    shutil.copytree(straight, again)
+    shutil.rmtree(again / "checkpoints/step-00000006")
+    shutil.rmtree(again / "adapter")
+    ranks = int(name[0])
+    overrides = ONE_RANK["dropped"] if ranks == 1 else TWO_RANKS["dropped-3"]
+    config = tmp_path / "tune.yaml"
+    config.write_text(yaml.safe_dump(tuning))
+    done = run(
+        "tune.train", str(config), *overrides, f"train.run_dir={again}", "train.checkpoint.resume=required",
+        processes=ranks, launcher="python" if ranks == 1 else "deepspeed",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "step-00000003 at step 3" in done.stdout
+    one, other = metrics(straight), metrics(again)
+    assert [one[step] for step in (4, 5, 6)] == [other[step] for step in (4, 5, 6)]
+    for file in ("adapter_model.safetensors", "ensemble.safetensors"):
+        before, after = load_tensors(straight / "adapter" / file), load_tensors(again / "adapter" / file)
+        assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+
+
+def test_the_command_says_what_it_trains_and_leaves_pictures(
+    tuning: dict[str, Any], tmp_path: Path, base_run: str
+) -> None:
+    config = copy.deepcopy(tuning)
+    config["train"] |= {"run_dir": str(tmp_path / "run"), "steps": 2}
+    path = tmp_path / "tune.yaml"
+    path.write_text(yaml.safe_dump(config))
+    done = run("tune.train", str(path), processes=2, launcher="deepspeed")
+    assert done.returncode == 0, done.stdout[-3000:]
+    figures = metrics(tmp_path / "run")[0]
+    share = figures["parameters/trained"] / figures["parameters/total"]
+    assert (
+        f"{figures['parameters/trained']:,} of {figures['parameters/total']:,} parameters ({share:.2%})" in done.stdout
+    )
+    for text in ("learned routers", "the last 2 layers", "oracle", "test parity after 2 steps", "adapter saved in"):
+        assert text in done.stdout, text
+    assert "Traceback" not in done.stdout and "Warning" not in done.stdout
+    assert (tmp_path / "run/vote-test-parity.png").stat().st_size > 10_000
+
+    # The saved config says everything: it runs again as it is, to the same losses.
+    again = run(
+        "tune.train",
+        str(tmp_path / "run/config.yaml"),
+        f"train.run_dir={tmp_path}/again",
+        processes=2,
+        launcher="torchrun",
+    )
+    assert again.returncode == 0, again.stdout[-3000:]
+    assert metrics(tmp_path / "again") == metrics(tmp_path / "run")
+
+
+MISTAKES: dict[str, tuple[list[str], str]] = {
+    "no base": (["base.path=nowhere"], "there is no folder nowhere; give base.path"),
+    "k too large": (["ensemble.layers=9"], "ensemble.layers (9) must not exceed the base's 4 layers; lower it"),
+    "nothing trains": (
+        ["adapter.kind=none", "ensemble=null"],
+        "adapter.kind none without an ensemble and with frozen routers trains nothing; add an ensemble block",
+    ),
+    "no early layers": (["adapter.layers=early", "ensemble.layers=4"], "adapter.layers early means the layers before"),
+    "unknown target": (["adapter.targets=[lm_head]"], "adapter.targets.0: input should be 'q_proj', 'k_proj'"),
+    "dropout and recomputation": (
+        ["adapter.dropout=0.1", "train.activation_checkpointing=true"],
+        "adapter.dropout (0.1) must be 0 with train.activation_checkpointing",
+    ),
+    "another model": (
+        ["model={vocab_size: 400, layers: 6, width: 32, heads: 2, kv_heads: 1, ffn_width: 48}"],
+        "holds another model than this config's model block (model.layers 4 there, 6 here",
+    ),
+    "window beyond the base": (
+        ["data.sequence_tokens=512"],
+        "data.sequence_tokens (512) must not exceed model.max_positions (128)",
+    ),
+    "examples beyond the window": (["data.sequence_tokens=8"], "set data.too_long: leave_out"),
+    "unknown key": (["ensemble.layer=3"], "unknown key 'ensemble.layer'; did you mean 'ensemble.layers'?"),
+    "wrong choices": (["data.validation.0.choices=[]", "data.tests=[]"], "unknown key 'data.tests'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence(
+    mistake: str, tuning: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from settings import user_errors
+    from settings.load import _apply_override
+    from tune.base import load_base
+    from tune.batches import TuningData
+    from tune.resolve import load_file, resolve
+    from tune.text import load_text_tokenizer
+
+    config = copy.deepcopy(tuning)
+    overrides, sentence = MISTAKES[mistake]
+    for override in overrides:
+        if ".0." not in override:
+            _apply_override(config, override)
+    path = tmp_path / "tune.yaml"
+    path.write_text(yaml.safe_dump(config))
+    with pytest.raises(SystemExit) as ended, user_errors():
+        file = load_file(path)
+        resolved = resolve(file, load_base(file.base.path))
+        TuningData(resolved.data, load_text_tokenizer(str(resolved.data.tokenizer)))
+    told = str(ended.value.code) + capsys.readouterr().err
+    assert sentence in told and "\n" not in told.strip()
+
+
+def test_the_command_ends_with_one_sentence_and_status_1(tuning: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "tune.yaml"
+    path.write_text(yaml.safe_dump(tuning))
+    done = run("tune.train", str(path), "ensemble.layers=9", f"train.run_dir={tmp_path}/none")
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert done.stdout.strip().splitlines()[-1].endswith("lower it to at most 4")
+    assert not (tmp_path / "none").exists()
