@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from launch import demo
 from tests.launching import ROOT, run
@@ -19,18 +20,20 @@ from tests.launching import ROOT, run
 def test_commands_in_order_with_this_environments_programs() -> None:
     python, deepspeed = sys.executable, str(Path(sys.executable).with_name("deepspeed"))
     launcher = [deepspeed, "--log_level", "error", "--num_gpus", "2", "--master_port", "29123"]
-    assert demo.commands("configs/demo.yaml", 2, 29123) == [
+    assert demo.commands("configs/demo.yaml", "configs/tune_demo.yaml", 2, 29123) == [
         [python, "-m", "data.tokenizer", "configs/demo.yaml"],
         [python, "-m", "data.prepare", "configs/demo.yaml"],
         [*launcher, "--module", "pretrain.train", "configs/demo.yaml"],
+        [python, "-m", "launch.demo_examples", "runs/demo-data"],
+        [*launcher, "--module", "tune.train", "configs/tune_demo.yaml"],
     ]
     assert Path(deepspeed).exists()
-    for *_, module, _ in demo.commands("x", 1, 29123):
+    for *_, module, _ in demo.commands("x", "y", 1, 29123):
         assert (ROOT / (module.replace(".", "/") + ".py")).exists()
 
 
 def test_a_missing_config_is_one_sentence_and_status_1() -> None:
-    done = run("launch.demo", "configs/no-such.yaml")
+    done = run("launch.demo", "configs/no-such.yaml", "configs/tune_demo.yaml")
     assert done.returncode == 1
     assert done.stdout.strip().splitlines()[-1].startswith("error: config file configs/no-such.yaml does not exist")
     assert "demo.yaml" in done.stdout and "Traceback" not in done.stdout
@@ -49,24 +52,37 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return commands
 
 
+@pytest.fixture
+def tune_config(tmp_path: Path) -> str:
+    """The demo's stage two with a run folder of its own."""
+    config = yaml.safe_load((ROOT / "configs/tune_demo.yaml").read_text())
+    config["train"]["run_dir"] = str(tmp_path / "tuned")
+    path = tmp_path / "tune.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
 def test_it_starts_afresh_and_ends_with_the_status_of_what_failed(
     ran: list[list[str]],
     tiny: dict[str, Any],
     write_config: Callable[..., str],
+    tune_config: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config, run_dir = write_config(tiny), Path(tiny["train"]["run_dir"])
     (run_dir / "checkpoints").mkdir(parents=True)
     (run_dir / "metrics.jsonl").write_text("the run before")
-    monkeypatch.setattr(sys, "argv", ["launch.demo", config, "--processes", "3"])
+    tuned = Path(tune_config).with_name("tuned")
+    tuned.mkdir()
+    monkeypatch.setattr(sys, "argv", ["launch.demo", config, tune_config, "--processes", "3"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert demo.main() == 7
-    assert not run_dir.exists()
+    assert not run_dir.exists() and not tuned.exists() and list(tuned.parent.glob("tuned-before-*"))
     (kept,) = run_dir.parent.glob("run-before-*")
     assert (kept / "metrics.jsonl").read_text() == "the run before"
     port = int(ran[-1][ran[-1].index("--master_port") + 1])
-    assert port >= 1024 and ran == demo.commands(config, 3, port)
+    assert port >= 1024 and ran == demo.commands(config, tune_config, 3, port)[:3]
     printed = capsys.readouterr().out
     assert f"$ python -m data.tokenizer {config}" in printed and "demo done" not in printed
 
@@ -79,10 +95,12 @@ def test_it_starts_afresh_and_ends_with_the_status_of_what_failed(
 def test_the_end_says_where_things_lie(
     tiny: dict[str, Any],
     write_config: Callable[..., str],
+    tune_config: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["launch.demo", write_config(tiny)])
-    monkeypatch.setattr(demo, "commands", lambda config, processes, port: [[sys.executable, "-c", ""]])
+    monkeypatch.setattr(sys, "argv", ["launch.demo", write_config(tiny), tune_config])
+    monkeypatch.setattr(demo, "commands", lambda config, tune_config, processes, port: [[sys.executable, "-c", ""]])
     assert demo.main() == 0
-    assert f"tensorboard --logdir {tiny['train']['run_dir']}" in capsys.readouterr().out
+    spec = f"run:{tiny['train']['run_dir']},tuned:{Path(tune_config).with_name('tuned')}"
+    assert f"tensorboard --logdir_spec {spec}" in capsys.readouterr().out
