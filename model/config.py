@@ -150,8 +150,9 @@ class EnsembleConfig(Block):
     """How many last layers vote: the paper's k."""
     temperature: float = Field(1.0, gt=0)
     """Of the softmax over layers; above 1 spreads the weights."""
-    top: int | None = Field(None, ge=1)
-    """Only this many layers with the largest weights vote on a token; all of them unless given."""
+    top: int | None = Field(None, ge=2)
+    """Only this many layers with the largest weights vote on a token; all of them unless given. At least 2: a single
+    one has weight 1 whatever the router says, which then learns nothing."""
     final_weight: float = Field(0.6, gt=0, le=1)
     """Weight of the final layer at step 0, the rest shared by the others; 1 starts as the base model, to rounding."""
     balance: float = Field(0.0, ge=0)

@@ -117,47 +117,64 @@ class Decoder(nn.Module):
         Raises:
             ValueError: for a cache with a router that is not causal, a full cache, or thresholds of another model.
         """
-        batch, length = tokens.shape
         past = 0 if cache is None else cache.length
-        steps = torch.arange(past, past + length, device=tokens.device)
-        x = self.embed_tokens(tokens)
-        if cache is not None:
-            documents = self._open_cache(cache, length, documents)
-        if positions is None and cache is not None:
-            cos, sin = cache.rotation(length)
-        else:
-            cos, sin = rotation(self.config, (steps if positions is None else positions).expand(batch, -1), x.dtype)
+        steps = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         if sample_ids is None:
-            sample_ids = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
+            sample_ids = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
         routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, self._checked(thresholds))
-        visibility = Visibility(length, past, documents, tokens.device)
-        room = capacity_tokens if self.training else None
-        inputs = PassInputs(cos, sin, visibility, routing, cache, self.recompute, room)
-        decisions: list[Decision] = []
-        late: deque[Tensor] = deque(maxlen=1 if self.ensemble is None else self.ensemble.config.layers)
-        for layer in self.layers:
-            x, decided = layer(x, inputs)
-            decisions += decided
-            late.append(x)
-        if cache is not None:
-            cache.advance(length)
-        record = RoutingRecord(decisions, visibility, batch)
+        inputs = self._pass_inputs(tokens, documents, positions, cache, routing, capacity_tokens)
+        late, record = self._run_layers(tokens, inputs)
         if targets is None:
-            hidden, vote = self._read_out(list(late))
+            hidden, vote = self._read_out(late)
             return DecoderOutput(self.lm_head(hidden), None, record, vote=vote)
-        states = list(late)
         if scored_targets is not None:
             index = torch.nonzero_static(targets.flatten() != IGNORED, size=scored_targets).squeeze(1)
-            states = [state.flatten(0, 1).index_select(0, index) for state in states]
+            late = [state.flatten(0, 1).index_select(0, index) for state in late]
             targets = targets.flatten().index_select(0, index)
-        hidden, vote = self._read_out(states)
+        hidden, vote = self._read_out(late)
         if score:
             candidates = [hidden] if vote is None else [*vote.normed, hidden]
             return DecoderOutput(None, None, record, self.lm_head(hidden, targets, candidates=candidates), vote)
         if vote is None:
             return DecoderOutput(None, self.lm_head(hidden, targets, z_coefficient), record)
         return self._ensemble_loss(vote, targets, z_coefficient, record)
+
+    def _pass_inputs(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None,
+        positions: Tensor | None,
+        cache: KVCache | None,
+        routing: RoutingInputs,
+        capacity_tokens: int | None,
+    ) -> PassInputs:
+        """What every layer of this pass shares."""
+        batch, length = tokens.shape
+        if cache is not None:
+            documents = self._open_cache(cache, length, documents)
+        if positions is None and cache is not None:
+            cos, sin = cache.rotation(length)
+        else:
+            places = (routing.positions if positions is None else positions).expand(batch, -1)
+            cos, sin = rotation(self.config, places, self.embed_tokens.weight.dtype)
+        past = 0 if cache is None else cache.length
+        visibility = Visibility(length, past, documents, tokens.device)
+        room = capacity_tokens if self.training else None
+        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, room)
+
+    def _run_layers(self, tokens: Tensor, inputs: PassInputs) -> tuple[list[Tensor], RoutingRecord]:
+        """Residual stream after each of the last layers that are asked, [B, T, D], and what was routed."""
+        x = self.embed_tokens(tokens)
+        decisions: list[Decision] = []
+        late: deque[Tensor] = deque(maxlen=1 if self.ensemble is None else self.ensemble.config.layers)
+        for layer in self.layers:
+            x, decided = layer(x, inputs)
+            decisions += decided
+            late.append(x)
+        if inputs.cache is not None:
+            inputs.cache.advance(tokens.shape[1])
+        return list(late), RoutingRecord(decisions, inputs.visibility, len(tokens))
 
     def _read_out(self, late: list[Tensor]) -> tuple[Tensor, Vote | None]:
         """What the head reads, [..., D], from the last layers' residual streams; and the vote, if there is one."""

@@ -4,7 +4,7 @@
 
 p is a constant here: no gradient reaches the final layer's state, and the head gets the part through q alone. For a
 chunk of tokens the teacher's logits are computed once, then each student's, turned in place into their own gradient and
-dropped. So memory holds four chunks of logits, whatever the numbers of tokens and layers.
+dropped. So memory holds three chunks of logits, whatever the numbers of tokens and layers.
 
 Source: Luo and Specia 2024 (arXiv:2410.13077) for the term, Hinton et al. 2015 for the temperature.
 Dimension letters: N tokens, D width, V vocabulary, k late layers.
@@ -66,7 +66,7 @@ class _ChunkedKL(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight, *grads = ctx.saved_tensors
         of_weight = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
-        of_students = (None if grad is None else grad * scale.to(grad.dtype) for grad in grads)
+        of_students = (None if grad is None else grad * scale for grad in grads)
         return of_weight, None, None, None, *of_students
 
 
@@ -79,27 +79,43 @@ def _teach(
     grads: list[Tensor | None],
     grad_weight: Tensor | None,
 ) -> Tensor:
-    """One chunk's sum; its gradients are written to ``grads`` and added to ``grad_weight``."""
+    """One chunk's sum; its gradients are written to ``grads`` and added to ``grad_weight``.
+
+    With c = sum_v p_v log p_v and student logits z:  KL = c - p.z + logsumexp(z), and d KL / d z = q - p.
+    """
+    logits = (teacher @ weight.T).float().div_(temperature)
+    p = logits.softmax(dim=-1)
+    # logsumexp is the largest logit less the logarithm of its probability, which is at least 1 / V.
+    negative_entropy = _dot(p, logits) - (logits.amax(dim=-1) - p.amax(dim=-1).log())
+    del logits
     total = valid.new_zeros(())
-    p, log_p = _distribution(teacher, weight, temperature)
     for student, grad_student in zip(students, grads, strict=True):
-        q, log_q = _distribution(student, weight, temperature)
-        total += (log_q.neg_().add_(log_p).mul_(p).sum(dim=-1) * valid).sum() * temperature**2
-        del log_q
-        if grad_student is None and grad_weight is None:
-            continue
-        # d KL / d logits = (q - p) / T, times T^2
-        grad = q.sub_(p).mul_((valid * temperature)[:, None]).to(student.dtype)
-        if grad_student is not None:
-            torch.mm(grad, weight, out=grad_student)
-        if grad_weight is not None:
-            accumulate(grad_weight, grad.T, student)
-        del q, grad  # before the next student's logits
+        z = (student @ weight.T).float().div_(temperature)
+        agreement = _dot(p, z)
+        top = z.amax(dim=-1, keepdim=True)
+        exponentials = z.sub_(top).exp_()  # the logits' memory, as every step down to grad
+        norm = exponentials.sum(dim=-1, keepdim=True)
+        divergence = negative_entropy - agreement + (top + norm.log()).squeeze(1)
+        total += (divergence * valid).sum() * temperature**2
+        if grad_student is not None or grad_weight is not None:
+            grad = exponentials.div_(norm).sub_(p)
+            if temperature != 1:
+                grad.mul_(temperature)  # T^2 / T
+            grad = grad.to(student.dtype)
+            # What has no target is left out of [N, D], which is less than [N, V].
+            kept = valid[:, None].to(student.dtype)
+            if grad_student is not None:
+                torch.mm(grad, weight, out=grad_student)
+                grad_student.mul_(kept)
+            if grad_weight is not None:
+                accumulate(grad_weight, grad.T, student * kept)
+            del grad
+        del z, exponentials  # before the next student's logits
     return total
 
 
-def _distribution(hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Probabilities and log-probabilities of hidden states [N, D], fp32 [N, V] each."""
-    logits = (hidden @ weight.T).float().div_(temperature)
-    logits.sub_(torch.logsumexp(logits, dim=-1, keepdim=True))
-    return logits.exp(), logits
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row: [N, V], [N, V] -> [N]; on the CPU without the product in between."""
+    if left.is_cpu:
+        return torch.bmm(left[:, None], right[:, :, None]).flatten()
+    return (left * right).sum(dim=-1)  # a matrix product could be in TF32, and what follows is a small difference

@@ -111,8 +111,8 @@ class LayerRouter(nn.Module):
         """[..., D] -> fp32 [..., k], adding up to 1; nought outside the ``top`` largest."""
         logits = F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype)).float() / self.temperature
         if self.top is not None and self.top < logits.shape[-1]:
-            least = logits.topk(self.top, dim=-1).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -math.inf)
+            chosen = logits.topk(self.top, dim=-1).indices  # by place: on a tie, values would let more in
+            logits = torch.full_like(logits, -math.inf).scatter(-1, chosen, logits.gather(-1, chosen))
         return logits.softmax(dim=-1)
 
 

@@ -191,7 +191,8 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             f"{written['data_fingerprint'][:12]}, this config's is {fingerprint[:12]}); resume with the same shards, "
             "data.seed, sequence_tokens and weights, or start a new run_dir"
         )
-    model = yaml.safe_load((checkpoint / "config.yaml").read_text())["model"]
+    blocks = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    model = blocks["model"]
     sizes = config.model.model_dump(mode="json")
     changed = [
         f"model.{key} {model.get(key)} there, {value} here"
@@ -203,8 +204,16 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
         then, now = (router.get(key) for router in routers)
         if then != now:
             changed.append(f"router {key} {then} there, {now} here")
+    for name, value in config.structure().items():
+        block, _, field = name.partition(".")
+        there = (blocks.get(block) or {}).get(field)
+        if there != value:
+            changed.append(f"{name} {there} there, {value} here")
     if changed:
-        raise ValueError(f"{checkpoint} holds another model ({'; '.join(changed)}); resume with the same model block")
+        raise ValueError(
+            f"{checkpoint} holds another model ({'; '.join(changed)}); resume with the blocks that the run was started "
+            "with, or start a new run_dir"
+        )
 
 
 def _check_space(engine: Any, folder: Path, name: str, world: World) -> None:

@@ -156,6 +156,10 @@ class StageConfig(Strict):
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
     """ZeRO."""
 
+    def structure(self) -> dict[str, Any]:
+        """Fields besides the model's that decide what is trained, by ``block.field``: the same in every resume."""
+        return {}
+
     @model_validator(mode="after")
     def _fits_together(self) -> StageConfig:
         problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._schedule()]

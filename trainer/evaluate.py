@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from data.batches import Batch
+from model.router import Router
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.step import Counter, Tally, forward, late_layers, to_device
@@ -63,7 +64,10 @@ def evaluate(
 def _pass(
     engine: Any, validation_set: ValidationStream, config: StageConfig, world: World, step: int, training: bool
 ) -> tuple[Tally, torch.Tensor | None]:
-    engine.train(training)
+    engine.eval()
+    if training:  # the routers alone: an adapter's dropout is no routing noise
+        for module in engine.module.modules():
+            module.train(isinstance(module, Router))
     counter = Counter(len(config.model.sites), world.device, late_layers(engine))
     executed = None
     train = config.train

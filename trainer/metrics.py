@@ -243,7 +243,7 @@ class Metrics:
             if line["step"] <= step:
                 kept.append(text)
                 self._remember(line)
-                if any(name.startswith("validation/") for name in line):
+                if any(name.startswith("validation/") and name.endswith("/loss") for name in line):
                     self._evaluated_at.add(line["step"])
         write_atomically(self.run.metrics, "".join(f"{text}\n" for text in kept).encode())
 
@@ -258,7 +258,9 @@ def measure_peak_flops(world: World, precision: str) -> float:
     """FLOP/s of one device in a large matrix product of the training dtype, the mean over ranks measuring at once."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     size = 8192 if world.device.type == "cuda" else 768
-    a = torch.randn(size, size, device=world.device, dtype=dtype)
+    # A generator of its own: those of the run are part of what a resume restores.
+    own_generator = torch.Generator(world.device).manual_seed(0)
+    a = torch.randn(size, size, device=world.device, dtype=dtype, generator=own_generator)
     best_s = math.inf
     for _ in range(6):
         if world.device.type == "cuda":

@@ -69,8 +69,8 @@ def load_decoder(run_or_checkpoint: Path) -> tuple[Decoder, RunConfig, int]:
     folder = checkpoint_of(run_or_checkpoint)
     if is_tuned(folder):
         raise ValueError(
-            f"{folder} is of a tuning run, and only the weights of stage one can be read here; write its merged model "
-            f"with python -m tune.merge {run_or_checkpoint} OUT and give OUT, or read it with tune.weights.load_tuned"
+            f"{folder} is of a tuning run, and only stage one can be read here; give the run that it was tuned from, "
+            "or read this one in Python with tune.weights.load_tuned"
         )
     config = load(folder / "config.yaml", [], RunConfig)
     decoder = Decoder(config.model, seed=config.train.seed).eval()

@@ -107,6 +107,7 @@ def load_adapter(decoder: Decoder, folder: Path) -> PeftModel | None:
     if others:
         _load_ensemble(decoder, folder)
     peft = _load_peft(decoder, folder) if adapters else None
+    decoder.train(decoder.training)  # the adapters' dropout, too
     decoder.requires_grad_(False)
     return peft
 

@@ -51,11 +51,12 @@ def load_base(path: str | Path) -> Base:
             f"{folder} is a Hugging Face checkpoint; import it with: python -m convert.from_hf {folder} OUT, and give "
             "base.path that folder"
         )
-    if "base" in _blocks(folder / "config.yaml"):
-        raise ValueError(
-            f"{folder} is a stage-two run, whose weights lie on top of its own base; merge them first with: "
-            f"python -m tune.merge {folder} OUT"
-        )
+    blocks = _blocks(folder / "config.yaml")
+    if "base" in blocks:
+        fix = f"merge them first with: python -m tune.merge {folder} OUT, and give base.path that folder"
+        if blocks.get("ensemble") is not None:
+            fix = "no second ensemble goes on top of its own, so give base.path what it was tuned from"
+        raise ValueError(f"{folder} is a stage-two run, whose weights lie on top of its own base; {fix}")
     decoder, config, step = load_decoder(folder)
     checkpoint = folder / "checkpoints" / f"step-{step:08d}" if (folder / "checkpoints").is_dir() else folder
     return _base(decoder, Path(config.data.dir), f"stage-one checkpoint {checkpoint}, step {step:,}", checkpoint)
@@ -78,11 +79,15 @@ def stage_two_model(model: ModelConfig, routers: Literal["frozen", "tuned"]) -> 
     budget: dict[str, Any] = {**router.budget.model_dump(), "dense_until": 0.0, "reach_by": 0.0}
     if routers == "frozen":
         budget |= {"coefficient": 0.0, "controller": "fixed"}
-    ended = {
+    ended: dict[str, Any] = {
         "noise": _standing(router.noise),
         "temperature": _standing(router.temperature),
         "budget": BudgetConfig.model_validate(budget),
     }
+    if routers == "frozen":
+        # Greedy and complete, as in evaluation: nothing could adapt to noise, nor to tokens that find no room.
+        ended["noise"] = Ramp(start=0.0, end=0.0, until=1.0)
+        ended["execution"] = "rounded" if router.execution == "capacity" else router.execution
     return model.model_copy(update={"router": router.model_copy(update=ended)})
 
 

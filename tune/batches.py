@@ -175,9 +175,18 @@ class ExampleSet:
         """Responses that each example is scored with; 1 without choices."""
         self.right = examples.right
         """int64 [X], which of the choices is the right one."""
+        self.left_out, self.cut_texts = examples.left_out, examples.cut_texts
+        """Examples that do not fit into a window, and texts that were cut into windows."""
         right_entries = np.arange(self.examples) * self.choices + self.right
         self._right = _Packed(examples, config, tokenizer, right_entries)
         self._all = self._right if self.choices == 1 else _Packed(examples, config, tokenizer)
+
+    def sentence(self) -> str:
+        """What it holds, and what it does not."""
+        choices = f" of {self.choices} choices" if self.choices > 1 else ""
+        left_out = f", {self.left_out:,} left out" if self.left_out else ""
+        cut = f", {self.cut_texts:,} texts cut" if self.cut_texts else ""
+        return f"{self.name}: {self.examples:,} examples{choices}{left_out}{cut}, in {self.samples:,} windows"
 
     @property
     def samples(self) -> int:

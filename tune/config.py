@@ -6,7 +6,7 @@ be run again as it is.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,8 @@ class BaseConfig(Strict):
     """Skip routers stay as they are and decide greedily, or learn on under the budget, their schedules at the end."""
     seed: int | None = Field(None, ge=0, lt=2**62)
     """Of routers of kind ``random``, which decide by it; the base's unless given."""
+    sha256: str | None = None
+    """Of the base's manifest: filled in when the run starts, so that another base is noticed."""
 
 
 class AdapterConfig(Strict):
@@ -148,6 +150,17 @@ class TuneConfig(StageConfig):
     """Which weights are trained, and how."""
     data: ExamplesConfig
     """Examples and their order."""
+
+    def structure(self) -> dict[str, Any]:
+        """Base, adapter and what the ensemble computes."""
+        chosen = {
+            "base": self.base.model_dump(mode="json", include={"routers", "seed", "sha256"}),
+            "adapter": self.adapter.model_dump(mode="json", exclude={"dropout"}),
+            "ensemble": {"layers": None, "temperature": None, "top": None},
+        }
+        if self.ensemble is not None:
+            chosen["ensemble"] = self.ensemble.model_dump(mode="json", include={"layers", "temperature", "top"})
+        return {f"{block}.{field}": value for block, fields in chosen.items() for field, value in fields.items()}
 
     @model_validator(mode="after")
     def _possible_method(self) -> TuneConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from model.decoder import Decoder
 from trainer import describe
@@ -10,12 +10,14 @@ from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from tune.adapters import trainable_counts
 from tune.base import Base
-from tune.batches import TuningData
+from tune.batches import ExampleSet, TuningData
 from tune.config import TuneConfig
 
 
-def describe_start(config: TuneConfig, base: Base, data: TuningData, decoder: Decoder, world: World) -> str:
-    """Base, method, trainable parameters, data and machine, a line each."""
+def describe_start(
+    config: TuneConfig, base: Base, data: TuningData, sets: Sequence[ExampleSet], decoder: Decoder, world: World
+) -> str:
+    """Base, method, trainable parameters, data, sets to evaluate on and machine, a line each."""
     train, ensemble = config.train, config.ensemble
     trained, total = trainable_counts(decoder)
     samples = train.steps * train.global_batch_samples
@@ -35,6 +37,7 @@ def describe_start(config: TuneConfig, base: Base, data: TuningData, decoder: De
         )
     for source in data.summary():
         lines.append(f"data      {source.sentence(samples)}")
+    lines += [f"evaluated {example_set.sentence()}" for example_set in sets]
     return "\n".join([*lines, describe.machine(config, world)])
 
 

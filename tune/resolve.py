@@ -37,6 +37,18 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
     blocks = file.model_dump(mode="json") | {"model": model.model_dump(mode="json")}
     if blocks["data"]["tokenizer"] is None:
         blocks["data"]["tokenizer"] = str(base.tokenizer_folder)
+    if file.base.sha256 not in (None, base.fingerprint):
+        raise ValueError(
+            f"the base {file.base.path} is not the one that this config was resolved with (base.sha256 "
+            f"{str(file.base.sha256)[:12]}, found {base.fingerprint[:12]}); give base.path that one, its checkpoint "
+            "for example, or leave base.sha256 out"
+        )
+    if _same_folder(str(file.train.run_dir), file.base.path):
+        raise ValueError(
+            f"train.run_dir {file.train.run_dir} is the base's own folder, or lies inside it; give the tuned run a "
+            "folder of its own"
+        )
+    blocks["base"]["sha256"] = base.fingerprint
     if blocks["base"]["seed"] is None:
         blocks["base"]["seed"] = base.decoder.seed
     try:
@@ -44,6 +56,12 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
     except ValidationError as error:
         # Every field was valid in the file; what is left are our own sentences on how blocks fit together.
         raise ValueError("; ".join(str(e["ctx"]["error"]) for e in error.errors())) from None
+
+
+def _same_folder(run_dir: str, base: str) -> bool:
+    """True if the run would write into the base, or into the run whose checkpoint is the base."""
+    run, folder = Path(run_dir).resolve(), Path(base).resolve()
+    return run == folder or folder in run.parents or run in folder.parents
 
 
 def _refuse_another_model(written: ModelConfig, model: ModelConfig, path: str) -> None:

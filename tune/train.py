@@ -47,15 +47,15 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     if config.ensemble is not None:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
-    trainer = Tuner(config, config_path, f"{data.fingerprint}-{base.fingerprint}", sets, world, decoder, tokenizer)
-    trainer.log.info(describe_start(config, base, data, decoder, world))
+    trainer = Tuner(config, config_path, data.fingerprint, sets, world, decoder, tokenizer)
+    trainer.log.info(describe_start(config, base, data, [*sets, *tests], decoder, world))
     trained, total = trainable_counts(decoder)
     trainer.metrics.log_figures(trainer.step, {"parameters/trained": trained, "parameters/total": total})
     if not run(trainer, data):
         trainer.close()
         return EXIT_PREEMPTED
-    trainer.test(tests)
     trainer.save_adapter(peft)
+    trainer.test(tests)
     trainer.log.info(describe_end(config, trainer.evaluations))
     trainer.close()
     return 0

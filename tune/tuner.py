@@ -45,10 +45,13 @@ class Tuner(Trainer):
         self.examples: dict[str, ExamplesEvaluation] = {}
 
     def validate(self) -> None:
-        """Losses and densities as in stage one, then each late layer, the ensemble and the oracle."""
-        super().validate()
+        """Each late layer, the ensemble and the oracle, then losses and densities as in stage one.
+
+        In this order, because by the latter a resume knows that the step was evaluated.
+        """
         for example_set in self._sets:
             self._evaluate(example_set, "validation")
+        super().validate()
 
     def test(self, sets: Sequence[ExampleSet]) -> None:
         """Evaluate ``sets`` as ``test``, with the whole table in the log."""

@@ -33,11 +33,11 @@ def load_tuned(run_or_checkpoint: Path, merged: bool = True) -> tuple[Decoder, T
             f"{folder} is of a stage-one run, which has nothing to merge; give a tuning run, or use that one as it is"
         )
     config = load(folder / "config.yaml", [], TuneConfig)
-    decoder = Decoder(config.model, seed=config.base.seed or 0).eval()
+    decoder = Decoder(config.model, seed=config.base.seed or 0)
     if config.ensemble is not None:
         decoder.add_ensemble(config.ensemble)
     prepare(decoder, config.adapter, config.base.routers, config.train.seed)
     step = fill(decoder, folder, config.deepspeed.zero_stage)
     if merged:
         merge(decoder)
-    return decoder, config, step
+    return decoder.eval(), config, step

@@ -63,8 +63,12 @@ def test_bf16_keeps_the_sum_in_fp32() -> None:
     assert ours.dtype == torch.float32
     upcast = [t.detach().float().requires_grad_() for t in low]
     torch.testing.assert_close(ours, full(upcast[:2], upcast[2], upcast[3], targets, 1.0), rtol=2e-2, atol=0)
-    ours.backward()
+    (ours / 7).backward()  # a factor that bf16 has not: the gradient must have it all the same
     assert low[0].grad is not None and low[0].grad.dtype == torch.bfloat16
+    (full(upcast[:2], upcast[2], upcast[3], targets, 1.0) / 7).backward()
+    assert upcast[0].grad is not None
+    ratio = (low[0].grad.float() * upcast[0].grad).sum() / upcast[0].grad.square().sum()
+    assert abs(float(ratio) - 1) < 2e-3
 
 
 def test_one_that_already_agrees_costs_nothing() -> None:
@@ -97,5 +101,5 @@ def test_peak_memory_does_not_grow_with_vocabulary_tokens_and_layers(monkeypatch
 
     chunk = rows * vocabulary * scalar
     few, many = beyond_gradients(2, 256), beyond_gradients(8, 2048)
-    assert few < 4.2 * chunk
+    assert few < 2.2 * chunk
     assert many - few < chunk / 4  # 7 x 2048 instead of 1 x 256 rows of logits

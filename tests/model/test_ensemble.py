@@ -83,14 +83,22 @@ def test_the_late_states_are_those_of_the_last_layers() -> None:
         assert_close(norm(x), normed)
 
 
-@pytest.mark.parametrize("top", [1, 2])
-def test_only_the_top_layers_vote(top: int) -> None:
+def test_only_the_top_layers_vote() -> None:
+    top = 2
     every, some = tuned(), tuned(top=top)
     full, kept = (model(random_tokens()).vote.weights for model in (every, some))
     assert ((kept > 0).sum(-1) == top).all()
     torch.testing.assert_close(kept.sum(-1), torch.ones(kept.shape[:-1]))
     largest = full.topk(top, dim=-1)
     assert_close(kept.gather(-1, largest.indices), largest.values / largest.values.sum(-1, keepdim=True))
+
+
+def test_a_tie_lets_no_more_layers_in() -> None:
+    model = decoder(config())
+    model.add_ensemble(EnsembleConfig(layers=K, top=2, final_weight=0.6))  # the early two begin alike
+    weights = model(random_tokens()).vote.weights
+    assert ((weights > 0).sum(-1) == 2).all()
+    torch.testing.assert_close(weights[..., -1], torch.full(weights.shape[:-1], 0.75))
 
 
 @pytest.mark.parametrize("scored", [False, True])
@@ -264,6 +272,8 @@ def test_more_layers_than_there_are_is_refused() -> None:
     model = decoder(config())
     with pytest.raises(ValueError, match=r"ensemble.layers \(9\) must not exceed the decoder's \d layers; lower it"):
         model.add_ensemble(EnsembleConfig(layers=9))
+    with pytest.raises(ValueError, match="greater than or equal to 2"):
+        EnsembleConfig(layers=3, top=1)  # would be a constant, and its router learn nothing
     with pytest.raises(ValueError, match=r"ensemble.top \(4\) must not exceed ensemble.layers \(3\); lower top"):
         EnsembleConfig(layers=3, top=4)
 

@@ -36,7 +36,7 @@ def saved(folder: Path, kind: str, ensemble: bool = True, routers: str = "tuned"
     """A decoder with everything that trains moved, and written to ``folder``."""
     decoder = base()
     if ensemble:
-        decoder.add_ensemble(EnsembleConfig(layers=2, top=1))
+        decoder.add_ensemble(EnsembleConfig(layers=2, top=2))
     peft = prepare(decoder, AdapterConfig(kind=kind, rank=4), routers, seed=1)
     for parameter in decoder.parameters():
         if parameter.requires_grad:
@@ -70,7 +70,7 @@ def test_files_hold_what_trains_and_nothing_else(tmp_path: Path) -> None:
     assert others == {"norm.weight", "ensemble.norms.0.weight", "ensemble.router.weight", "ensemble.router.bias"}
     adapters = load_file(tmp_path / "adapter_model.safetensors").keys()
     assert len(adapters) + len(others) == len(trained)
-    assert json.loads((tmp_path / "ensemble.json").read_text())["ensemble"]["top"] == 1
+    assert json.loads((tmp_path / "ensemble.json").read_text())["ensemble"]["top"] == 2
 
 
 def test_a_second_save_replaces_the_first_with_what_a_killed_one_left(tmp_path: Path) -> None:

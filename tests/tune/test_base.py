@@ -136,9 +136,15 @@ def test_tuned_routers_go_on_where_their_schedules_ended() -> None:
     assert stage_two_model(after, "tuned") == after == ModelConfig.model_validate(after.model_dump())
 
 
+def test_frozen_routers_drop_nothing() -> None:
+    for frozen, execution in (("frozen", "rounded"), ("tuned", "capacity")):
+        after = stage_two_model(config(execution="capacity"), frozen)  # type: ignore[arg-type]
+        assert after.router is not None and after.router.execution == execution
+
+
 def test_frozen_routers_pay_no_price() -> None:
     after = stage_two_model(config(**ROUTER), "frozen")
-    assert after.router is not None and after.router.noise.start == 0.25
+    assert after.router is not None and after.router.noise == Ramp(start=0.0, end=0.0, until=1.0)
     assert (after.router.budget.coefficient, after.router.budget.controller) == (0, "fixed")
 
 

@@ -11,12 +11,24 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file as load_tensors
 
 from model.decoder import Decoder
+from settings import user_errors
+from settings.load import _apply_override
+from tests.conftest import VOCAB
 from tests.launching import run
+from trainer.checkpoint import _check_fit, _conditions
+from trainer.distributed import World
 from trainer.weights import load_decoder
+from trainer.weights_folder import read_weights
+from tune.base import load_base
+from tune.batches import ExampleSet, TuningData
+from tune.config import ExamplesConfig, TuneFile
+from tune.resolve import load_file, resolve
+from tune.text import load_text_tokenizer
 from tune.weights import load_tuned
 
 METHODS = {
@@ -35,7 +47,7 @@ ONE_RANK = {
     "as-the-base": ["ensemble.final_weight=1.0", "ensemble.distillation=0.0"],
     "one-window": ["data.pack=false", "train.steps=3"],
     "routers-tuned": ["base.routers=tuned", "train.optimizer.router_lr_ratio=3.0"],
-    "balanced": ["ensemble.balance=0.5", "ensemble.top=1"],
+    "balanced": ["ensemble.layers=3", "ensemble.balance=0.5", "ensemble.top=2"],
     "recomputed": ["train.activation_checkpointing=true"],
     "dropped": ["adapter.dropout=0.2", "deepspeed.zero_stage=2"],
 }
@@ -162,12 +174,17 @@ def test_six_steps_are_three_and_three_more_bit_by_bit(
     config.write_text(yaml.safe_dump(tuning))
     done = run(
         "tune.train", str(config), *overrides, f"train.run_dir={again}", "train.checkpoint.resume=required",
+        "train.log.peak_tflops=null",  # measured then, between the restored generators and the first step
         processes=ranks, launcher="python" if ranks == 1 else "deepspeed",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "step-00000003 at step 3" in done.stdout
     one, other = metrics(straight), metrics(again)
     assert [one[step] for step in (4, 5, 6)] == [other[step] for step in (4, 5, 6)]
+    decoder, _, _ = load_tuned(again, merged=False)
+    assert not any(module.training for module in decoder.modules())  # dropout, too
+    merged = run("tune.merge", str(again), str(tmp_path / "merged"))
+    assert merged.returncode == 0, merged.stdout[-2000:]
     for file in ("adapter_model.safetensors", "ensemble.safetensors"):
         before, after = load_tensors(straight / "adapter" / file), load_tensors(again / "adapter" / file)
         assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
@@ -204,6 +221,7 @@ def test_the_command_says_what_it_trains_and_leaves_pictures(
     assert metrics(tmp_path / "again") == metrics(tmp_path / "run")
 
 
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no base": (["base.path=nowhere"], "there is no folder nowhere; give base.path"),
     "k too large": (["ensemble.layers=9"], "ensemble.layers (9) must not exceed the base's 4 layers; lower it"),
@@ -235,13 +253,6 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 def test_a_mistake_is_one_sentence(
     mistake: str, tuning: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from settings import user_errors
-    from settings.load import _apply_override
-    from tune.base import load_base
-    from tune.batches import TuningData
-    from tune.resolve import load_file, resolve
-    from tune.text import load_text_tokenizer
-
     config = copy.deepcopy(tuning)
     overrides, sentence = MISTAKES[mistake]
     for override in overrides:
@@ -257,6 +268,72 @@ def test_a_mistake_is_one_sentence(
     assert sentence in told and "\n" not in told.strip()
 
 
+CHANGES = {
+    "ensemble.layers=3": "ensemble.layers 2 there, 3 here",
+    "ensemble.temperature=2.0": "ensemble.temperature 1.0 there, 2.0 here",
+    "ensemble=null": "ensemble.layers 2 there, None here",
+    "adapter.rank=8": "adapter.rank 4 there, 8 here",
+    "adapter.alpha=64": "adapter.alpha 16.0 there, 64.0 here",
+    "adapter.kind=full": "adapter.kind lora there, full here",
+    "base.routers=tuned": "base.routers frozen there, tuned here",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resume_with_another_method_is_refused(
+    runs: Callable[[str], Path], change: str, tuning: dict[str, Any]
+) -> None:
+    config = copy.deepcopy(tuning)
+    _apply_override(config, change)
+    file = TuneFile.model_validate(config)
+    resolved = resolve(file, load_base(file.base.path))
+    checkpoint = runs("1/lora") / "checkpoints/step-00000003"
+    written = {**_conditions(resolved, ALONE), "zero_stage": 2, "data_fingerprint": "same"}
+    with pytest.raises(ValueError, match="holds another model") as told:
+        _check_fit(written, checkpoint, "same", resolved, ALONE)
+    assert CHANGES[change] in str(told.value) and "resume with the blocks that the run was started with" in str(
+        told.value
+    )
+
+
+def test_another_base_is_noticed(runs: Callable[[str], Path], tuning: dict[str, Any]) -> None:
+    saved = yaml.safe_load((runs("1/lora") / "config.yaml").read_text())
+    assert len(saved["base"]["sha256"]) == 64
+    config = copy.deepcopy(tuning)
+    config["base"]["sha256"] = "0" * 64
+    file = TuneFile.model_validate(config)
+    with pytest.raises(ValueError, match="is not the one that this config was resolved with .base.sha256 000000000000"):
+        resolve(file, load_base(file.base.path))
+
+
+@pytest.mark.parametrize("place", ["", "/tuned", "/checkpoints/step-00000004"])
+def test_a_run_does_not_write_into_its_base(place: str, tuning: dict[str, Any], base_run: str) -> None:
+    config = copy.deepcopy(tuning)
+    config["train"]["run_dir"] = base_run + place
+    with pytest.raises(ValueError, match="is the base's own folder, or lies inside it; give the tuned run a folder"):
+        resolve(TuneFile.model_validate(config), load_base(base_run))
+
+
+def test_what_does_not_fit_is_told_of_evaluation_sets_too(
+    tuning: dict[str, Any], base_run: str, examples: Path
+) -> None:
+    config = copy.deepcopy(tuning["data"]) | {"sequence_tokens": 17, "too_long": "leave_out"}
+    data = ExamplesConfig.model_validate(config)
+    corpus_folder = yaml.safe_load((Path(base_run) / "config.yaml").read_text())["data"]["dir"]
+    held = ExampleSet(data, data.validation[0], load_text_tokenizer(corpus_folder))
+    lines = (examples / "held.jsonl").read_text().splitlines()
+    assert 0 < held.left_out == len(lines) - held.examples
+    assert f"parity: {held.examples} examples of 2 choices, {held.left_out} left out" in held.sentence()
+
+
+def test_an_evaluation_that_was_cut_short_is_made_again(runs: Callable[[str], Path], tmp_path: Path) -> None:
+    """What tells that a step was evaluated is written after everything else of it."""
+    lines = [json.loads(text) for text in (runs("1/lora") / "metrics.jsonl").read_text().splitlines()]
+    of_step = [line for line in lines if line["step"] == 3 and any(name.startswith("validation/") for name in line)]
+    assert "validation/parity/loss/ensemble" in of_step[0] and "validation/parity/loss" not in of_step[0]
+    assert "validation/parity/loss" in of_step[-1]
+
+
 def test_the_command_ends_with_one_sentence_and_status_1(tuning: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "tune.yaml"
     path.write_text(yaml.safe_dump(tuning))
@@ -264,3 +341,39 @@ def test_the_command_ends_with_one_sentence_and_status_1(tuning: dict[str, Any],
     assert done.returncode == 1 and "Traceback" not in done.stdout
     assert done.stdout.strip().splitlines()[-1].endswith("lower it to at most 4")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_checkpoint_from_hugging_face_is_imported_tuned_and_merged(
+    tuning: dict[str, Any], base_run: str, tmp_path: Path
+) -> None:
+    """Llama weights of transformers, the base's tokenizer: the whole way by commands."""
+    corpus_folder = Path(yaml.safe_load((Path(base_run) / "config.yaml").read_text())["data"]["dir"])
+    torch.manual_seed(0)
+    made = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128,
+    )  # fmt: skip
+    transformers.LlamaForCausalLM(made).save_pretrained(tmp_path / "hf")
+    shutil.copy(corpus_folder / "tokenizer.model", tmp_path / "hf")
+    done = run("convert.from_hf", str(tmp_path / "hf"), str(tmp_path / "imported"))
+    assert done.returncode == 0, done.stdout[-2000:]
+
+    config = copy.deepcopy(tuning)
+    config["base"]["path"] = str(tmp_path / "imported")
+    config["train"] |= {"run_dir": str(tmp_path / "run"), "steps": 2}
+    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(config))
+    done = run("tune.train", str(tmp_path / "tune.yaml"))
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert "routers   none" in done.stdout and (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
+    done = run("tune.merge", str(tmp_path / "run"), str(tmp_path / "merged"))
+    assert done.returncode == 0, done.stdout[-2000:]
+
+    # What was merged is what was trained, and does not go under a second ensemble.
+    merged, tuned = read_weights(tmp_path / "merged"), load_tuned(tmp_path / "run")[0]
+    tokens = torch.arange(40)[None] % VOCAB
+    with torch.no_grad():
+        assert torch.equal(merged(tokens).logits, tuned(tokens).logits)
+    again = run(
+        "tune.train", str(tmp_path / "tune.yaml"), f"base.path={tmp_path}/merged", f"train.run_dir={tmp_path}/2"
+    )
+    assert again.returncode == 1 and "was tuned already" in again.stdout and "Traceback" not in again.stdout

@@ -1,0 +1,84 @@
+"""The comparison of tuning methods at toy size: every run once, a row a method, what fails is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bench import tuning
+from bench.tuning import CHOICES, Outcome, Run, main, outcome
+from tests.tune.conftest import base_run
+
+__all__ = ["base_run"]  # a fixture, used by name
+SMALL = [
+    "data.sequence_tokens=96",
+    "train.steps=2",
+    "train.schedule.warmup_steps=0",
+    "train.log.peak_tflops=1",
+    "train.micro_batch_samples=4",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``polarity`` in small."""
+    folder = tmp_path_factory.mktemp("data")
+    for split, count in (("train", 12), ("validation", 4), ("test", 6)):
+        rows = [{"prompt": f"Review: {n}\nSentiment:", "response": CHOICES["polarity"][n % 2]} for n in range(count)]
+        (folder / f"polarity-{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def _arguments(base: str, data: Path, out: Path, *more: str) -> list[str]:
+    return [base, "--tasks", "polarity", "--seeds", "0", "--data", str(data), "--out", str(out), *more, *SMALL]
+
+
+def test_runs_are_made_once_and_every_method_has_its_row(
+    base_run: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = ["--methods", "lora", "lora_ensemble", "--repeats", "1"]
+    table = tmp_path / "table.md"
+    assert main(_arguments(base_run, data, tmp_path / "runs", *methods, "--markdown", str(table))) == 0
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.read_text().splitlines()]
+    assert [row[0] for row in rows] == ["method", "---", "lora", "lora_ensemble"]
+    found = [outcome(tmp_path / f"runs/polarity-{method}-0", "polarity") for method in ("lora", "lora_ensemble")]
+    for row, one in zip(rows[2:], found, strict=True):
+        assert one is not None and 0 < one.trained < one.total
+        assert row[1:3] == [f"{one.trained:,}", f"{one.trained / one.total:.2%}"]
+        assert row[4:] == [f"{100 * share:.1f}" for share in one[:4]]
+    assert float(rows[2][3]) == 1.0 and float(rows[3][3]) > 0
+    assert found[0].voted == found[0].final == found[0].oracle and found[1].oracle >= found[1].best_layer
+
+    monkeypatch.setattr(tuning.subprocess, "run", lambda *_, **__: pytest.fail("it was run already"))
+    assert main(_arguments(base_run, data, tmp_path / "runs", *methods[:3], "--repeats", "0")) == 0
+    assert "lora_ensemble" in capsys.readouterr().out
+
+
+def test_a_run_that_fails_is_told_and_the_status_is_1(
+    base_run: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = _arguments(base_run, data, tmp_path / "runs", "--methods", "lora", "--repeats", "0")
+    assert main([*wrong, "adapter.rank=0"]) == 1
+    told = capsys.readouterr()
+    assert "polarity-lora-0: error:" in told.err and "adapter.rank" in told.err
+    assert "| lora |  |  |  | - | - | - | - |" in told.out
+
+
+def test_spread_over_seeds(tmp_path: Path) -> None:
+    assert tuning._spread([0.5, 0.6]) == "55.0 ± 7.1"
+    assert tuning._spread([0.5]) == "50.0" and tuning._spread([]) == "-"
+    assert Run("full", "polarity", 3).folder(tmp_path) == tmp_path / "polarity-full-3"
+    assert outcome(tmp_path, "polarity") is None
+    line = {"step": 4, "test/polarity/choice_accuracy/layer-02": 0.7, "test/polarity/choice_accuracy/layer-03": 0.6}
+    (tmp_path / "metrics.jsonl").write_text(
+        json.dumps({"step": 0, "parameters/trained": 5, "parameters/total": 9}) + "\n" + json.dumps(line) + "\n"
+    )
+    assert outcome(tmp_path, "polarity") == Outcome(0.6, 0.6, 0.7, 0.6, 5, 9)
+
+
+def test_jobs_must_be_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["runs/none", "--jobs", "0"])
+    assert "--jobs must be at least 1" in capsys.readouterr().err
