@@ -110,8 +110,7 @@ class Decoder(nn.Module):
                 no limit unless given. Used in training mode only.
             thresholds: fp32 [S]; a learned router executes a token whose margin (execute logit minus skip logit)
                 reaches its site's; 0 unless given. Used in evaluation mode only.
-            scored_targets: N, how many of the targets are not -100; given where they are few, so that norm and head run
-                on those tokens alone.
+            scored_targets: N, how many targets are not -100; where given, norm and head run on their tokens alone.
             score: score every late layer and the ensemble on each token, instead of a loss; needs ``scored_targets``.
 
         Raises:
@@ -134,7 +133,7 @@ class Decoder(nn.Module):
             targets = targets.flatten().index_select(0, index)
         hidden, vote = self._read_out(late)
         if score:
-            candidates = [hidden] if vote is None else [*vote.normed, hidden]
+            candidates = (hidden,) if vote is None else (*vote.normed, hidden)
             return DecoderOutput(None, None, record, self.lm_head(hidden, targets, candidates=candidates), vote)
         if vote is None:
             return DecoderOutput(None, self.lm_head(hidden, targets, z_coefficient), record)

@@ -4,7 +4,7 @@
 
 p is a constant here: no gradient reaches the final layer's state, and the head gets the part through q alone. For a
 chunk of tokens the teacher's logits are computed once, then each student's, turned in place into their own gradient and
-dropped. So memory holds three chunks of logits, whatever the numbers of tokens and layers.
+dropped. So memory holds two chunks of logits, whatever the numbers of tokens and layers.
 
 Source: Luo and Specia 2024 (arXiv:2410.13077) for the term, Hinton et al. 2015 for the temperature.
 Dimension letters: N tokens, D width, V vocabulary, k late layers.

@@ -104,6 +104,9 @@ def test_what_lies_elsewhere_is_told_how_to_get_here(tmp_path: Path, stage_one: 
         ValueError, match=r"is a stage-two run, .*; merge them first with: python -m tune.merge .*/run OUT"
     ):
         load_base(run)
+    (run / "config.yaml").write_text(yaml.safe_dump({**blocks, "base": {"path": "x"}, "ensemble": {"layers": 2}}))
+    with pytest.raises(ValueError, match=r"is a stage-two run, .* so give base.path what it was tuned from"):
+        load_base(run)
 
 
 @pytest.mark.parametrize("content", [None, "model: [", "- a list"])

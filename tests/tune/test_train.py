@@ -302,7 +302,7 @@ def test_another_base_is_noticed(runs: Callable[[str], Path], tuning: dict[str, 
     config = copy.deepcopy(tuning)
     config["base"]["sha256"] = "0" * 64
     file = TuneFile.model_validate(config)
-    with pytest.raises(ValueError, match="is not the one that this config was resolved with .base.sha256 000000000000"):
+    with pytest.raises(ValueError, match="is not the one that this config was resolved with"):
         resolve(file, load_base(file.base.path))
 
 
@@ -314,9 +314,7 @@ def test_a_run_does_not_write_into_its_base(place: str, tuning: dict[str, Any], 
         resolve(TuneFile.model_validate(config), load_base(base_run))
 
 
-def test_what_does_not_fit_is_told_of_evaluation_sets_too(
-    tuning: dict[str, Any], base_run: str, examples: Path
-) -> None:
+def test_what_does_not_fit_is_told_of_evaluation_sets(tuning: dict[str, Any], base_run: str, examples: Path) -> None:
     config = copy.deepcopy(tuning["data"]) | {"sequence_tokens": 17, "too_long": "leave_out"}
     data = ExamplesConfig.model_validate(config)
     corpus_folder = yaml.safe_load((Path(base_run) / "config.yaml").read_text())["data"]["dir"]
