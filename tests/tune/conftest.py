@@ -71,7 +71,7 @@ def tuning(base_run: str, examples: Path, tmp_path_factory: pytest.TempPathFacto
             "run_dir": str(tmp_path_factory.mktemp("tuned") / "run"), "steps": 6, "global_batch_samples": 4,
             "micro_batch_samples": 1, "precision": "fp32", "optimizer": {"lr": 0.01, "weight_decay": 0.0},
             "evaluation": {"every_steps": 3, "samples": 64}, "checkpoint": {"every_steps": 3, "keep": 9},
-            "log": {"every_steps": 1, "peak_tflops": 1.0},
+            "log": {"every_steps": 1, "peak_tflops": 1.0, "images": False},
         },
         "deepspeed": {"zero_stage": 2, "persistence_threshold": 0},
     }  # fmt: skip

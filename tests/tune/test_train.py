@@ -194,7 +194,7 @@ def test_the_command_says_what_it_trains_and_leaves_pictures(
     tuning: dict[str, Any], tmp_path: Path, base_run: str
 ) -> None:
     config = copy.deepcopy(tuning)
-    config["train"] |= {"run_dir": str(tmp_path / "run"), "steps": 2}
+    config["train"] |= {"run_dir": str(tmp_path / "run"), "steps": 2, "log": {"every_steps": 1, "peak_tflops": 1.0}}
     path = tmp_path / "tune.yaml"
     path.write_text(yaml.safe_dump(config))
     done = run("tune.train", str(path), processes=2, launcher="deepspeed")
@@ -315,11 +315,12 @@ def test_a_run_does_not_write_into_its_base(place: str, tuning: dict[str, Any], 
 
 
 def test_what_does_not_fit_is_told_of_evaluation_sets(tuning: dict[str, Any], base_run: str, examples: Path) -> None:
-    config = copy.deepcopy(tuning["data"]) | {"sequence_tokens": 17, "too_long": "leave_out"}
-    data = ExamplesConfig.model_validate(config)
-    corpus_folder = yaml.safe_load((Path(base_run) / "config.yaml").read_text())["data"]["dir"]
-    held = ExampleSet(data, data.validation[0], load_text_tokenizer(corpus_folder))
+    tokenizer = load_text_tokenizer(yaml.safe_load((Path(base_run) / "config.yaml").read_text())["data"]["dir"])
     lines = (examples / "held.jsonl").read_text().splitlines()
+    lengths = sorted(len(tokenizer.encode("".join(json.loads(line).values()))) for line in lines)
+    config = copy.deepcopy(tuning["data"]) | {"sequence_tokens": lengths[len(lengths) // 2], "too_long": "leave_out"}
+    data = ExamplesConfig.model_validate(config)
+    held = ExampleSet(data, data.validation[0], tokenizer)
     assert 0 < held.left_out == len(lines) - held.examples
     assert f"parity: {held.examples} examples of 2 choices, {held.left_out} left out" in held.sentence()
 
