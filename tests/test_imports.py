@@ -14,11 +14,11 @@ MAY_IMPORT = {
     "data": {"settings"},
     "trainer": {"settings", "data", "model"},
     "pretrain": {"settings", "data", "model", "trainer"},
-    "convert": {"settings", "data", "model", "trainer"},
+    "convert": {"settings", "data", "model", "trainer", "tune"},
     "tune": {"settings", "data", "model", "trainer"},
     "launch": {"settings", "data", "model", "trainer", "tune"},
     "bench": {"settings", "data", "model", "trainer", "tune"},
-    "evals": {"settings", "data", "model", "trainer", "tune"},
+    "evals": {"settings", "data", "model", "trainer", "tune", "convert"},
 }
 
 

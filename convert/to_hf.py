@@ -1,0 +1,286 @@
+"""Export a model to a Hugging Face folder: ``python -m convert.to_hf RUN_OR_CHECKPOINT OUT``.
+
+    python -m convert.to_hf runs/demo runs/demo-hf
+    python -m convert.to_hf runs/demo-tuned/checkpoints/step-00000100 /tmp/tuned-hf --dtype bf16
+
+RUN_OR_CHECKPOINT is a run of either stage (its newest whole checkpoint is taken; adapters are merged), one of its
+checkpoints, or a folder of weights. OUT is a new folder or an empty one. A dense model becomes a native
+LlamaForCausalLM (Qwen3ForCausalLM with query and key norms). A model with routers or an ensemble comes with
+``modeling_hopscotch.py``, which transformers loads with ``trust_remote_code=True``.
+
+Everything is written to OUT.tmp, loaded from there by transformers in fp32 on the CPU, and compared: logits of random
+tokens and a greedy continuation. Only then is it renamed; where something differs, OUT.tmp stays to be looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from convert.hf_compare import compare, refer
+from convert.hf_tokenizer import GENERATION_NAME, write_tokenizer
+from convert.load import load_any
+from convert.model_card import Exported, model_card
+from data.files import temporary_name, write_atomically, write_json
+from model.config import ModelConfig
+from model.decoder import Decoder
+from settings import user_errors
+
+SHARD_BYTES = 5_000_000_000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODELING = "modeling_hopscotch.py"
+
+
+def export(
+    path: Path, out: Path, dtype: str = "fp32", tokenizer: Path | None = None, shard_bytes: int = SHARD_BYTES
+) -> list[str]:
+    """Export what ``path`` holds to ``out``; returns what was done, a line each.
+
+    Args:
+        path: as for :func:`convert.load.load_any`.
+        out: does not exist, or is empty.
+        dtype: of the weights, a key of ``DTYPES``.
+        tokenizer: folder of the tokenizer; where the run says it is unless given.
+        shard_bytes: largest safetensors file, but for single weights above it.
+
+    Raises:
+        ValueError: with one sentence for what stands in the way.
+    """
+    _require_free(out)
+    loaded = load_any(path)
+    decoder = loaded.decoder
+    _require_causal(decoder.config, path)
+    with torch.no_grad():
+        for parameter in decoder.parameters():  # what is compared is the rounded model, in fp32
+            parameter.copy_(parameter.to(DTYPES[dtype]))
+    partial = temporary_name(out)
+    shutil.rmtree(partial, ignore_errors=True)  # of an export that failed
+    partial.mkdir(parents=True)
+    ids, tokenizer_done = write_tokenizer(
+        tokenizer or loaded.tokenizer_folder, partial, decoder.config.vocab_size, decoder.config.max_positions
+    )
+    native = is_native(decoder)
+    config = hf_config(decoder, ids, dtype)
+    architecture = config["architectures"][0]
+    write_json(partial / "config.json", config)
+    if not (partial / GENERATION_NAME).is_file():
+        write_json(partial / GENERATION_NAME, ids)
+    files = _write_weights(decoder, partial, DTYPES[dtype], shard_bytes)
+    if not native:
+        shutil.copyfile(Path(__file__).with_name(MODELING), partial / MODELING)
+    reference = refer(decoder)
+    model = Exported(
+        decoder.config,
+        sum(parameter.numel() for parameter in decoder.parameters()),
+        0 if decoder.ensemble is None else decoder.ensemble.config.layers,
+        not native,
+    )
+    facts = {**loaded.facts, "export_commit": _commit()}
+    del loaded, decoder  # transformers' model takes its place in memory
+    compared = compare(reference, partial)
+    write_atomically(partial / "README.md", model_card(model, facts, [compared, tokenizer_done]).encode())
+    os.replace(partial, out)
+    code = "" if native else f", loaded with trust_remote_code=True, which runs its {MODELING}"
+    return [
+        f"read      {facts['source']}: {facts['kind']}, {model.parameters:,} parameters",
+        f"compared  {compared}",
+        f"tokenizer {tokenizer_done}",
+        f"wrote     {out}: {architecture} in {dtype}, {files} safetensors file{'s' if files > 1 else ''}{code}",
+    ]
+
+
+def is_native(decoder: Decoder) -> bool:
+    """True for a model that a class of transformers itself computes."""
+    config = decoder.config
+    # LlamaConfig refuses a width that its heads do not divide, whatever the heads' own width.
+    return config.router is None and decoder.ensemble is None and config.width % config.heads == 0
+
+
+def hf_config(decoder: Decoder, ids: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The contents of ``config.json``, for transformers 5 and, where the model is native, 4.
+
+    Args:
+        decoder: what is exported.
+        ids: ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``.
+        dtype: of the weights, a key of ``DTYPES``.
+    """
+    config, native = decoder.config, is_native(decoder)
+    kind, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
+    kind, name = (kind, name) if native else ("hopscotch", "Hopscotch")
+    rope = _rope(config)
+    dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
+    found: dict[str, Any] = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.ffn_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": config.init_std,
+        "rms_norm_eps": float(config.norm_epsilon),
+        "tie_word_embeddings": config.tied_head,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_cache": True,
+        **ids,
+        "rope_parameters": rope,
+        # transformers 4 reads these and would silently take 10000 and no scaling without them.
+        "rope_theta": float(config.rope_theta),
+        "rope_scaling": None if config.rope_scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"},
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,
+    }
+    if native:
+        return found
+    for name_of_other in ("attention_bias", "mlp_bias", "rope_theta", "rope_scaling", "torch_dtype"):
+        del found[name_of_other]
+    module = Path(MODELING).stem
+    auto_map = {"AutoConfig": "Config", "AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    found["auto_map"] = {auto: f"{module}.{name}{ours}" for auto, ours in auto_map.items()}
+    return found | {"qk_norm": config.qk_norm} | _routing(decoder)
+
+
+def _routing(decoder: Decoder) -> dict[str, Any]:
+    """The modelling file's own fields."""
+    found: dict[str, Any] = {}
+    config, router, ensemble = decoder.config, decoder.config.router, decoder.ensemble
+    if router is not None:
+        found = {
+            "router_kind": router.kind,
+            "router_granularity": router.granularity,
+            "router_input": router.input,
+            "router_density": router.density,
+            "router_first_layer": config.routed_layers.start,
+            "router_end_layer": config.routed_layers.stop,
+            "router_seed": decoder.seed,
+        }
+    if ensemble is not None:
+        found |= {
+            "ensemble_layers": ensemble.config.layers,
+            "ensemble_temperature": ensemble.config.temperature,
+            "ensemble_top": ensemble.config.top,
+        }
+    return found
+
+
+def _rope(config: ModelConfig) -> dict[str, Any]:
+    """Rotary parameters as transformers 5 names them."""
+    found: dict[str, Any] = {"rope_type": "default", "rope_theta": float(config.rope_theta)}
+    scaling = config.rope_scaling
+    if scaling is not None:
+        found |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        found |= {
+            "low_freq_factor": scaling.low_freq_factor,
+            "high_freq_factor": scaling.high_freq_factor,
+            "original_max_position_embeddings": scaling.original_positions,
+        }
+    return found
+
+
+def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
+    """Write safetensors, one in memory at a time besides the decoder, and their index; returns how many."""
+    state = decoder.state_dict()
+    if decoder.config.tied_head:
+        del state["lm_head.weight"]
+    named = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in state.items()}
+    width = torch.empty(0, dtype=dtype).element_size()
+    shards: list[list[str]] = [[]]
+    taken = 0
+    for name, tensor in named.items():
+        if shards[-1] and taken + tensor.numel() * width > shard_bytes:
+            shards.append([])
+            taken = 0
+        shards[-1].append(name)
+        taken += tensor.numel() * width
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save({name: named[name].to(dtype).contiguous() for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(tensor.numel() for tensor in named.values()) * width
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+    return len(shards)
+
+
+def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # of a disk that is full, too
+        raise OSError(f"{path} could not be written ({error}); free some space, or give another folder") from None
+    path.chmod(0o644)  # the library keeps others from reading it
+
+
+def _require_free(out: Path) -> None:
+    if ".." in out.parts or not out.name:
+        raise ValueError(f"OUT must name a folder without '..', got {out}; give its path in full")
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already and is no empty folder, and nothing is written over; give another one")
+
+
+def _require_causal(config: ModelConfig, path: Path) -> None:
+    if config.router is not None and config.router.kind == "expert_choice":
+        raise ValueError(
+            f"{path} has router.kind expert_choice, which picks tokens by looking at later ones, so it cannot generate "
+            "and is not exported; export a causal kind: learned, random or stride, or a dense model"
+        )
+
+
+def _commit() -> str | None:
+    """Of the code that exports; None outside a repository."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:  # no git on this machine
+        return None
+    return done.stdout.strip() or None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read, write, compare, rename, say so."""
+    parser = argparse.ArgumentParser(
+        prog="convert.to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run of either stage, a checkpoint, a folder of weights"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FOLDER", help="holds tokenizer.model or tokenizer.json (default: the run's)"
+    )
+    parser.add_argument(
+        "--shard-gb",
+        type=float,
+        default=SHARD_BYTES / 1e9,
+        help="largest file of weights, in GB (default: %(default)g)",
+    )
+    options = parser.parse_args(arguments)
+    with user_errors():
+        if not options.shard_gb > 0:
+            raise ValueError(f"--shard-gb must be above 0, got {options.shard_gb}; leave it out for 5")
+        lines = export(options.path, options.out, options.dtype, options.tokenizer, int(options.shard_gb * 1e9))
+        print("\n".join(lines), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

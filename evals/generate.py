@@ -1,0 +1,265 @@
+"""Continue a text, shown as it comes, and what each token cost.
+
+    python -m evals.generate runs/books --prompt "It was a dark night" --temperature 0.8 --seed 1
+    python -m evals.generate runs/books --prompt-file start.txt --density 0.4 --bars
+
+MODEL is a run, a checkpoint or a folder of weights. A token's share of layers is that of the pass that chose it: the
+pass over the token before it. On a terminal the text is coloured by it, the brighter the more layers ran. The text goes
+to stdout and the summary to stderr. With ``--bars`` there is a line a token instead, with its share as a bar.
+
+``--density`` turns the compute dial: thresholds for that mean density, from the ``dial.json`` that ``evals.dial`` wrote
+for the run.
+
+Dimension letters: T prompt tokens, S routed sites.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import torch
+from torch import Tensor
+
+from evals.dial_file import Dial
+from evals.scoring import Opened, layer_shares, open_model
+from model.cache import KVCache
+from model.decoder import Decoder
+from model.generate import _pick as pick
+from settings import user_errors
+from tune.text import TextTokenizer
+
+_CONTEXT_TOKENS = 5
+"""Tokens decoded together with new ones, so that a space at the start of a piece is not lost."""
+_HELD_TOKENS = 8
+"""What is no whole character after so many tokens never will be one: a character has at most 4 bytes."""
+_BROKEN = "\ufffd"
+_GREYS = (240, 244, 248, 252, 231)
+"""Of the 256 terminal colours, from few layers to all."""
+_BAR_CELLS = 20
+
+
+class Token(NamedTuple):
+    """A new token."""
+
+    id: int
+    share: float
+    """Of all layers, what the pass ran that chose it."""
+
+
+def stream(
+    decoder: Decoder,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+    thresholds: Tensor | None = None,
+) -> Iterator[Token]:
+    """The tokens that :func:`model.generate.generate` would append to one row, each as soon as it is known.
+
+    Args:
+        decoder: in evaluation mode.
+        prompt: T ids, at least one.
+        max_new_tokens: stop after this many, or after ``eos_id``, which is the last one given then.
+        temperature: 0 takes the most likely token, else logits are divided by it and sampled.
+        top_p: sample only from the most likely tokens that together hold this probability.
+        eos_id: ends the text.
+        generator: of the sampling.
+        thresholds: fp32 [S], the compute dial.
+    """
+    weight = decoder.embed_tokens.weight
+    cache = KVCache(decoder.config, 1, len(prompt) + max_new_tokens, weight.device, weight.dtype)
+    step = torch.tensor([list(prompt)], device=weight.device)
+    for _ in range(max_new_tokens):
+        with torch.inference_mode():
+            output = decoder(step, cache=cache, thresholds=thresholds)
+            assert output.logits is not None
+            step = pick(output.logits[:, -1].float(), temperature, top_p, generator)[:, None]
+            share = layer_shares(decoder.config, output.routing.executed[:, 0, -1])
+        token = Token(int(step), float(share))
+        yield token
+        if token.id == eos_id:
+            return
+
+
+class Speller:
+    """Ids to text, piece by piece; characters that are spelt in several tokens come out whole.
+
+    Args:
+        tokenizer: of the model.
+        prompt: ids before the first one; not given out.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int] = ()) -> None:
+        self.tokenizer = tokenizer
+        self._ids = list(prompt[-_CONTEXT_TOKENS:])
+        self._done = len(self._ids)
+
+    def add(self, token: int) -> str:
+        """The text that is certain now; empty while a character is incomplete."""
+        self._ids.append(token)
+        text = self.tokenizer.decode(self._ids)
+        held = len(self._ids) - self._done
+        return "" if text.endswith(_BROKEN) and held < _HELD_TOKENS else self._give_out(text)
+
+    def rest(self) -> str:
+        """What was held back, broken as it may be."""
+        return self._give_out(self.tokenizer.decode(self._ids))
+
+    def _give_out(self, text: str) -> str:
+        new = text[len(self.tokenizer.decode(self._ids[: self._done])) :]
+        self._ids = self._ids[-_CONTEXT_TOKENS:]
+        self._done = len(self._ids)
+        return new
+
+
+def prompt_ids(opened: Opened, prompt: str, max_new_tokens: int) -> list[int]:
+    """The prompt's ids, after a begin-of-document token if the model was trained with one; never empty.
+
+    Raises:
+        ValueError: if it and what is to come would go beyond the model's positions.
+    """
+    ids = opened.tokenizer.prefix + opened.tokenizer.encode(prompt) or opened.start
+    positions = opened.decoder.config.max_positions
+    if len(ids) + max_new_tokens > positions:
+        raise ValueError(
+            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones go beyond the model's {positions} positions "
+            "(model.max_positions); shorten the prompt or lower --max-new-tokens"
+        )
+    return ids
+
+
+def dial_of(model: Path) -> Path:
+    """Where ``evals.dial`` writes by itself for a run or one of its checkpoints."""
+    run = model if (model / "checkpoints").is_dir() else model.resolve().parent.parent
+    return run / "dial" / "dial.json"
+
+
+def summary(tokens: Sequence[Token], layers: int, seconds: float) -> str:
+    """What the tokens cost, in a line; ``seconds`` from the prompt on."""
+    if not tokens:
+        return "no new tokens"
+    shares = [token.share for token in tokens]
+    mean = sum(shares) / len(shares)
+    return (
+        f"{len(tokens)} tokens in {seconds:.2f} s, {len(tokens) / seconds:.1f} tokens/s, prompt included; layers a "
+        f"token: mean {mean * layers:.2f} of {layers} ({mean:.0%}), least {min(shares) * layers:g}, most "
+        f"{max(shares) * layers:g}"
+    )
+
+
+def bar(token: Token, layers: int, text: str) -> str:
+    """A token as a line: share of layers, bar, text."""
+    cells = round(token.share * _BAR_CELLS)
+    filled = "█" * cells + "·" * (_BAR_CELLS - cells)
+    return f"{token.share * layers:>5g} of {layers} {filled} {text!r}"
+
+
+def show(
+    tokens: Iterator[Token], speller: Speller, layers: int, out: TextIO, bars: bool = False, colour: bool = False
+) -> list[Token]:
+    """Write tokens to ``out`` as they come; returns them.
+
+    Args:
+        tokens: of :func:`stream`.
+        speller: turns them into text.
+        layers: of the decoder.
+        out: text goes here.
+        bars: a line a token instead of running text.
+        colour: shade the text by the share of layers.
+    """
+    shown = []
+    for token in tokens:
+        shown.append(token)
+        text = speller.add(token.id)
+        if bars:
+            out.write(bar(token, layers, text) + "\n")
+        elif text:
+            out.write(shaded(text, token.share) if colour else text)
+        out.flush()
+    rest = speller.rest()
+    out.write(f"{rest!r}\n" if bars and rest else rest if bars else rest + "\n")
+    out.flush()
+    return shown
+
+
+def shaded(text: str, share: float) -> str:
+    """``text`` in a grey, the brighter the larger ``share``; line ends stay outside, for terminals that fill them."""
+    grey = _GREYS[min(int(share * len(_GREYS)), len(_GREYS) - 1)]
+    # A model may well spell an escape sequence; on a terminal it must not act.
+    safe = "".join(c if c in "\n\t" or c.isprintable() else _BROKEN for c in text)
+    return "\n".join(f"\x1b[38;5;{grey}m{line}\x1b[0m" if line else "" for line in safe.split("\n"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evals.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--prompt", metavar="TEXT", help="to continue; empty for the start of a document")
+    given.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens (default 100)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="probability to sample from (default 1)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default 0)")
+    parser.add_argument("--density", type=float, metavar="RHO", help="mean density, as trained unless given")
+    parser.add_argument("--dial", type=Path, metavar="FILE", help="for --density; RUN/dial/dial.json unless given")
+    parser.add_argument("--bars", action="store_true", help="a line a token, with its share of layers as a bar")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {options.max_new_tokens}")
+    if not 0 <= options.temperature < float("inf"):
+        raise ValueError(f"--temperature must be 0 (greedy) or a positive number, got {options.temperature:g}")
+    if not 0 < options.top_p <= 1:
+        raise ValueError(f"--top-p must be above 0 and at most 1, got {options.top_p:g}")
+    if options.dial is not None and options.density is None:
+        raise ValueError("--dial says where to find thresholds for a density; give one with --density")
+
+
+def _prompt(options: argparse.Namespace) -> str:
+    if options.prompt_file is None:
+        return str(options.prompt)
+    try:
+        return str(options.prompt_file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{options.prompt_file} is not UTF-8; convert it, for example with iconv") from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Continue, show, sum up."""
+    options = _parser().parse_args(arguments)
+    with user_errors():
+        _check(options)
+        prompt = _prompt(options)
+        opened = open_model(options.model)
+        decoder, thresholds = opened.decoder, None
+        if options.density is not None:
+            path = options.dial or dial_of(options.model)
+            thresholds = Dial.load(path, decoder.config, opened.facts.get("step")).thresholds(options.density)
+        ids = prompt_ids(opened, prompt, options.max_new_tokens)
+        generator = torch.Generator().manual_seed(options.seed)
+        tokens = stream(
+            decoder, ids, options.max_new_tokens, options.temperature, options.top_p, opened.tokenizer.eos_id,
+            generator, thresholds,
+        )  # fmt: skip
+        layers, speller = decoder.config.layers, Speller(opened.tokenizer, ids)
+        if not options.bars:
+            sys.stdout.write(prompt)
+        before = time.perf_counter()
+        shown = show(tokens, speller, layers, sys.stdout, options.bars, sys.stdout.isatty())
+        print(summary(shown, layers, time.perf_counter() - before), file=sys.stderr, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

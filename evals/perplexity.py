@@ -1,0 +1,239 @@
+"""How well a model predicts text: bits per byte, nats and perplexity per token, with a sliding window.
+
+    python -m evals.perplexity runs/books ../shared/data/books/test.jsonl.xz
+    python -m evals.perplexity runs/books-tuned notes.txt more.txt --window 512 --stride 128 --json perplexity.json
+
+MODEL is a run, a checkpoint or a folder of weights. Files are text, JSON lines, Parquet or CSV, compressed or not, as
+in ``data.sources``; a text file is one document. How a document is cut into windows: ``evals/scoring.py``. A smaller
+stride gives more context and takes longer; with a stride of the whole window nothing runs twice.
+
+Bits per byte divide by the UTF-8 bytes of the text, so models with other tokenizers compare. What closes a document is
+not scored: it is no text. FLOPs are the forward pass's that ran, context included, as a share of those without routers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from tqdm import tqdm
+
+from data.config import SourceConfig
+from data.files import write_atomically
+from data.sources import Cursor, Source
+from evals.scoring import Opened, Scorer, Window, open_model, windows
+from settings import user_errors
+
+BATCHES_AT_ONCE = 32
+"""Windows are sorted by length within so many batches, so that little is filled up."""
+
+
+class Result(NamedTuple):
+    """What was measured on some documents."""
+
+    name: str
+    """Of the file, or ``all``."""
+    documents: int
+    """Those without text are left out."""
+    bytes: int
+    """UTF-8."""
+    tokens: int
+    """Scored."""
+    nll: float
+    """Sum over them, nats."""
+    flops: float
+    """Forward FLOPs that ran, context included."""
+    dense_flops: float
+    """Those of the same windows without routers."""
+    window_tokens: int
+    stride_tokens: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the text."""
+        return self.nll / math.log(2) / self.bytes
+
+    @property
+    def nats_per_token(self) -> float:
+        """The training's loss is this, on its own windows."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; of the same tokenizer only do they compare."""
+        return math.exp(self.nats_per_token)
+
+
+def perplexity(
+    opened: Opened,
+    texts: Iterator[str],
+    name: str,
+    window_tokens: int,
+    stride_tokens: int,
+    batch_windows: int = 8,
+) -> Result:
+    """Score documents; memory holds one of them and a few batches of windows.
+
+    Args:
+        opened: the model.
+        texts: the documents.
+        name: of the result.
+        window_tokens: most tokens that the model reads at once.
+        stride_tokens: tokens scored in a window.
+        batch_windows: windows that run at once.
+
+    Raises:
+        ValueError: if window, stride or batch cannot be, or there is no text.
+    """
+    check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
+    scorer = Scorer(opened.decoder, batch_windows)
+    documents = size = tokens = 0
+    nll = 0.0
+    waiting: list[Window] = []
+    with tqdm(unit="token", unit_scale=True, desc=name, disable=None, leave=False) as bar:
+        for text in texts:
+            ids = opened.tokenizer.encode(text)
+            if not ids:
+                continue
+            documents, size, tokens = documents + 1, size + len(text.encode()), tokens + len(ids)
+            for window in windows(opened.start, ids, window_tokens, stride_tokens):
+                waiting.append(window)
+                if len(waiting) == batch_windows * BATCHES_AT_ONCE:
+                    nll += _total(scorer, waiting)
+                    bar.update(sum(len(window.targets) for window in waiting))
+                    waiting = []
+        nll += _total(scorer, waiting)
+    if not tokens:
+        raise ValueError(f"{name} holds no text to score; give a file with some")
+    return Result(name, documents, size, tokens, nll, *scorer.flops, window_tokens, stride_tokens)
+
+
+def _total(scorer: Scorer, rows: list[Window]) -> float:
+    return sum(float(scored.nll.double().sum()) for scored in scorer.score(rows))
+
+
+def check_windows(window_tokens: int, stride_tokens: int, positions: int) -> None:
+    """Refuse windows that the model cannot read, and strides that leave tokens out.
+
+    Raises:
+        ValueError: then.
+    """
+    if not 1 <= window_tokens <= positions:
+        raise ValueError(f"--window must be 1 to {positions}, the model's model.max_positions, got {window_tokens}")
+    if not 1 <= stride_tokens <= window_tokens:
+        raise ValueError(
+            f"--stride must be 1 to the window's {window_tokens} tokens, or some would not be scored, got "
+            f"{stride_tokens}"
+        )
+
+
+def documents_of(path: str, kind: str | None = None, text_field: str = "text") -> Iterator[str]:
+    """The texts of one file.
+
+    Raises:
+        ValueError: if it is missing, cannot be read, or is of no known format.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}; give text, JSON lines, Parquet or CSV files, compressed or not")
+    config = SourceConfig.model_validate({"name": "FILES", "files": [path], "format": kind, "text_field": text_field})
+    for document in Source(config).documents(Cursor(0, 0)):
+        yield document.text.decode()
+
+
+def trained_tokens(opened: Opened) -> int:
+    """Length of the training's windows, in tokens; all positions where no run says so."""
+    positions = opened.decoder.config.max_positions
+    block = yaml.safe_load((opened.source / "config.yaml").read_bytes()).get("data") or {}
+    return min(block.get("sequence_tokens", positions), positions)
+
+
+def together(results: Sequence[Result]) -> Result:
+    """All files as one."""
+    first = results[0]
+    return Result(
+        "all",
+        sum(result.documents for result in results),
+        sum(result.bytes for result in results),
+        sum(result.tokens for result in results),
+        sum(result.nll for result in results),
+        sum(result.flops for result in results),
+        sum(result.dense_flops for result in results),
+        first.window_tokens,
+        first.stride_tokens,
+    )
+
+
+HEADER = "bits/byte  nats/token  perplexity  FLOPs of dense        tokens         bytes  file"
+
+
+def line(result: Result) -> str:
+    """A result as a line of the table."""
+    return (
+        f"{result.bits_per_byte:>9.4f}{result.nats_per_token:>12.4f}{result.perplexity:>12,.3f}"
+        f"{result.flops / result.dense_flops:>16.1%}{result.tokens:>14,}{result.bytes:>14,}  {result.name}"
+    )
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """A result with what follows from it."""
+    return {
+        **result._asdict(),
+        "bits_per_byte": result.bits_per_byte,
+        "nats_per_token": result.nats_per_token,
+        "perplexity": result.perplexity,
+        "flops_share": result.flops / result.dense_flops,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evals.perplexity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines, Parquet or CSV, compressed or not")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens scored in a window; half of it unless given")
+    parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows that run at once (default 8)")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first documents of each file; all unless given")
+    parser.add_argument("--format", choices=("text", "json", "parquet", "csv"), help="told from the name unless given")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column (default text)")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, too")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Score every file, print, write."""
+    options = _parser().parse_args(arguments)
+    with user_errors():
+        if options.limit is not None and options.limit < 1:
+            raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
+        if options.json is not None and not options.json.parent.is_dir():
+            raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+        opened = open_model(options.model)
+        window_tokens = trained_tokens(opened) if options.window is None else options.window
+        stride_tokens = max(window_tokens // 2, 1) if options.stride is None else options.stride
+        check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
+        print(f"{opened.source}: windows of {window_tokens} tokens, stride {stride_tokens}\n{HEADER}", flush=True)
+        results = []
+        for path in options.files:
+            texts = islice(documents_of(path, options.format, options.text_field), options.limit)
+            results.append(perplexity(opened, texts, path, window_tokens, stride_tokens, options.batch))
+            print(line(results[-1]), flush=True)
+        if len(results) > 1:
+            results.append(together(results))
+            print(line(results[-1]))
+        if options.json is not None:
+            content = {"model": str(opened.source), "results": [to_json(result) for result in results]}
+            write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
+            print(f"wrote {options.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,189 @@
+"""Every token is scored once, with the context that was promised, and what ran for it is counted."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from evals.perplexity import documents_of, main, perplexity, trained_tokens
+from evals.scoring import Scorer, Window, layer_shares, open_model, windows
+from model.config import ModelConfig
+from model.decoder import Decoder
+from model.flops import Routed, executed_flops
+from tests.evals.tiny import POSITIONS, ROUTERS, SIZES, model, run_folder, weights_folder
+
+TEXTS = ["def add(a, b):\n    return a + b\n" * 6, "x = 'naïve'  # ünïcode\n", "import os\n"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that a second thread only waits for the first."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> Path:
+    return weights_folder(tmp_path_factory.mktemp("perplexity") / "weights", "layer", corpus)
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three documents, and one without text."""
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl.xz"
+    path.write_bytes(lzma.compress("".join(json.dumps({"text": text}) + "\n" for text in [*TEXTS, ""]).encode()))
+    return path
+
+
+def _rows(lengths: list[int]) -> list[Window]:
+    """Windows of random tokens; the last half of each is scored."""
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randint(4, 400, (n + 1,), generator=generator).tolist() for n in lengths]
+    return [Window(ids[:-1], ids[1:][len(ids) // 2 :]) for ids in whole]
+
+
+def _logits(decoder: Decoder, inputs: list[int]) -> tuple[Tensor, Any]:
+    with torch.no_grad():
+        output = decoder(torch.tensor([inputs]))
+    assert output.logits is not None
+    return output.logits[0], output.routing
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 29])
+def test_each_token_is_scored_once_with_its_context(count: int, stride: int) -> None:
+    tokens, window = list(range(100, 100 + count)), 8
+    rows = list(windows([5, 6], tokens, window, stride))
+    assert [token for row in rows for token in row.targets] == tokens
+    for row in rows:
+        assert len(row.inputs) <= window and len(row.targets) <= len(row.inputs)
+        assert len(row.targets) <= stride or row is rows[0]
+        followed = [*row.inputs[1:], row.targets[-1]]  # each scored token comes right after an input
+        assert followed[-len(row.targets) :] == row.targets
+        context = len(row.inputs) - len(row.targets) + 1  # of the first scored token
+        assert row.inputs[0] == 6 or context >= window - stride
+        assert row.inputs == [6, *tokens][: len(row.inputs)] or row.inputs[0] >= 100
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_scores_and_counts_are_those_of_single_passes(name: str) -> None:
+    decoder, rows = model(name), _rows([5, 40, 12, 40, 1])
+    scorer = Scorer(decoder, batch_windows=2)
+    scores, flops = scorer.score(rows), 0.0
+    for row, scored in zip(rows, scores, strict=True):
+        logits, routing = _logits(decoder, row.inputs)
+        chosen = logits[-len(row.targets) :]
+        expected = -chosen.log_softmax(-1).gather(1, torch.tensor(row.targets)[:, None]).squeeze(1)
+        torch.testing.assert_close(scored.nll, expected, rtol=1e-4, atol=1e-4)
+        assert scored.hit.tolist() == (chosen.argmax(-1) == torch.tensor(row.targets)).tolist()
+        executed, keys = routing.executed_tokens.tolist(), routing.attended_keys.tolist()
+        counts = Routed(len(row.inputs), int(routing.visible_keys), executed, keys, len(row.targets))
+        flops += executed_flops(decoder.config, counts)
+    ran, dense = scorer.flops
+    assert ran == pytest.approx(flops, rel=1e-9)  # what fills up a batch is not counted
+    assert ran == dense if name == "dense" else 0 < ran < dense
+
+
+def test_share_of_layers() -> None:
+    executed = torch.tensor([[True, False, True]] * 3 + [[True, False, False]] * 3)
+    router = {"density": 0.5, "granularity": "module", "always_on_last": 1}
+    config = ModelConfig.model_validate({**SIZES, "router": router})
+    assert layer_shares(config, executed).tolist() == [1.0, 0.25, 0.625]
+    assert layer_shares(config.model_copy(update={"router": None}), executed[:0]).tolist() == [1.0] * 3
+
+
+def test_the_command_on_several_files(
+    weights: Path, jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode()))
+    files = [str(jsonl), str(tmp_path / "one.txt.gz")]
+    out = tmp_path / "out.json"
+    assert main([str(weights), *files, "--window", "16", "--stride", "4", "--batch", "3", "--json", str(out)]) == 0
+    printed = capsys.readouterr().out
+    first, second, both = json.loads(out.read_text())["results"]
+    assert [first["documents"], second["documents"], both["documents"]] == [3, 1, 4]
+    assert first["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert both["nll"] == first["nll"] + second["nll"] and both["flops"] == first["flops"] + second["flops"]
+    assert first["bits_per_byte"] == pytest.approx(first["nll"] / math.log(2) / first["bytes"])
+    assert first["perplexity"] == pytest.approx(math.exp(first["nll"] / first["tokens"]))
+    assert 0 < both["flops_share"] < 1
+    assert f"{both['bits_per_byte']:.4f}" in printed and "  all\n" in printed and str(out) in printed
+
+
+def test_more_context_changes_the_score_and_batches_do_not(weights: Path, jsonl: Path) -> None:
+    opened = open_model(weights)
+    one, other, many = (
+        perplexity(opened, documents_of(str(jsonl)), "x", 16, stride, batch)
+        for stride, batch in ((16, 1), (4, 1), (16, 5))
+    )
+    assert one.nll == pytest.approx(many.nll, rel=1e-6) and one.flops == many.flops
+    assert one.nll != pytest.approx(other.nll, rel=1e-3) and other.flops > one.flops
+    assert one.tokens == other.tokens == many.tokens
+
+
+def test_windows_of_the_training_by_default(tiny: dict[str, Any], tmp_path: Path, weights: Path) -> None:
+    assert trained_tokens(open_model(run_folder(tmp_path / "one-run", tiny))) == 32
+    assert trained_tokens(open_model(weights)) == POSITIONS
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    error = capsys.readouterr().err
+    assert ended.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--window", "65"], "--window must be 1 to 64"),
+        (["--window", "0"], "--window must be 1 to 64"),
+        (["--window", "8", "--stride", "9"], "--stride must be 1 to the window's 8 tokens"),
+        (["--stride", "0"], "--stride must be 1"),
+        (["--batch", "0"], "raise --batch"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--text-field", "body"], "has no field 'body'"),
+        (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+    ],
+)
+def test_options_that_cannot_be(
+    weights: Path, jsonl: Path, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in _refused(capsys, str(weights), str(jsonl), *options)
+
+
+def test_files_that_cannot_be(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no file" in _refused(capsys, str(weights), str(tmp_path / "none.txt"))
+    (tmp_path / "empty.txt").touch()
+    assert "holds no text" in _refused(capsys, str(weights), str(tmp_path / "empty.txt"))
+    (tmp_path / "x.bin").write_bytes(b"x")
+    assert "format" in _refused(capsys, str(weights), str(tmp_path / "x.bin"))
+    (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode())[:-9])
+    assert "torn.txt.gz" in _refused(capsys, str(weights), str(tmp_path / "torn.txt.gz"))
+
+
+def test_models_that_cannot_be(
+    weights: Path, jsonl: Path, tmp_path: Path, corpus: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert str(tmp_path / "none") in _refused(capsys, str(tmp_path / "none"), str(jsonl))
+    small = weights_folder(tmp_path / "small", "layer", corpus, vocab_size=399)
+    assert "has 400 tokens" in _refused(capsys, str(small), str(jsonl))
+    choice = {"density": 0.5, "kind": "expert_choice"}
+    looking_ahead = weights_folder(tmp_path / "choice", "layer", corpus, router=choice)
+    assert "expert_choice" in _refused(capsys, str(looking_ahead), str(jsonl))
+    torn = Path(shutil.copytree(weights, tmp_path / "torn"))
+    (torn / "model.safetensors").write_bytes(b"")
+    assert "not a whole folder" in _refused(capsys, str(torn), str(jsonl))
