@@ -1,5 +1,5 @@
 # make setup   .venv with everything            make test    all tests that need no GPU
-# make demo    text to tuned model            make check   format, lint, types
+# make demo    text to an exported, tuned model   make check   format, lint, types
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -29,7 +29,7 @@ from evals.dial_file import Dial
 from evals.scoring import Opened, layer_shares, open_model
 from model.cache import KVCache
 from model.decoder import Decoder
-from model.generate import _pick as pick
+from model.generate import pick
 from settings import user_errors
 from tune.text import TextTokenizer
 

@@ -1,9 +1,9 @@
-"""From nothing to a tuned decoder: what ``make demo`` runs.
+"""From nothing to a tuned decoder in Hugging Face's format: what ``make demo`` runs.
 
     python -m launch.demo configs/demo.yaml configs/tune_demo.yaml --processes 2
 
-Tokenizer, shards, stage one and stage two under DeepSpeed: each step is the command that a user would type, printed
-before it runs.
+Tokenizer, shards, stage one and stage two under DeepSpeed, export, a sentence from the export: each step is the command
+that a user would type, printed before it runs.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from settings import user_errors
 from trainer.config import load_run
 from tune.resolve import load_file
 
+EXPORT = Path("runs/demo-hf")
+
 
 def main() -> int:
     """Run the demo; the exit status is that of the first command that fails."""
@@ -35,6 +37,7 @@ def main() -> int:
         run_dirs = [
             Path(str(load_run(arguments.config).train.run_dir)),
             Path(str(load_file(arguments.tune_config).train.run_dir)),
+            EXPORT,
         ]
     processes = arguments.processes
     if torch.cuda.is_available():
@@ -54,9 +57,10 @@ def main() -> int:
         if status:
             return status
     took_s = time.monotonic() - started
+    logs = ",".join(f"{path.name}:{path}" for path in run_dirs[:2])
     print(
-        f"\ndemo done in {took_s:.0f} s; look at both runs with: .venv/bin/tensorboard --logdir_spec "
-        f"{','.join(f'{path.name}:{path}' for path in run_dirs)}"
+        f"\ndemo done in {took_s:.0f} s; the export is {EXPORT}; look at both runs with: "
+        f".venv/bin/tensorboard --logdir_spec {logs}"
     )
     return 0
 
@@ -71,6 +75,8 @@ def commands(config: str, tune_config: str, processes: int, port: int) -> list[l
         [*launcher, "--module", "pretrain.train", config],
         [sys.executable, "-m", "launch.demo_examples", "runs/demo-data"],
         [*launcher, "--module", "tune.train", tune_config],
+        [sys.executable, "-m", "convert.to_hf", str(load_file(tune_config).train.run_dir), str(EXPORT)],
+        [sys.executable, "-m", "launch.demo_sentence", str(EXPORT)],
     ]
 
 

@@ -64,7 +64,7 @@ def _continue(
     for _ in range(max_new_tokens):
         logits = decoder(step, cache=cache, thresholds=thresholds).logits
         assert logits is not None
-        step = _pick(logits[:, -1].float(), temperature, top_p, generator)
+        step = pick(logits[:, -1].float(), temperature, top_p, generator)
         if eos_id is not None:
             step = torch.where(ended, eos_id, step)
             ended |= step == eos_id
@@ -75,7 +75,7 @@ def _continue(
     return tokens
 
 
-def _pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
     """logits [B, V] -> chosen ids [B]."""
     if temperature == 0:
         return logits.argmax(-1)

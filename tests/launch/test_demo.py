@@ -26,9 +26,12 @@ def test_commands_in_order_with_this_environments_programs() -> None:
         [*launcher, "--module", "pretrain.train", "configs/demo.yaml"],
         [python, "-m", "launch.demo_examples", "runs/demo-data"],
         [*launcher, "--module", "tune.train", "configs/tune_demo.yaml"],
+        [python, "-m", "convert.to_hf", "runs/demo-tuned", "runs/demo-hf"],
+        [python, "-m", "launch.demo_sentence", "runs/demo-hf"],
     ]
     assert Path(deepspeed).exists()
-    for *_, module, _ in demo.commands("x", "y", 1, 29123):
+    for command in demo.commands("x", "configs/tune_demo.yaml", 1, 29123):
+        module = command[command.index("--module" if "--module" in command else "-m") + 1]
         assert (ROOT / (module.replace(".", "/") + ".py")).exists()
 
 
@@ -75,6 +78,7 @@ def test_it_starts_afresh_and_ends_with_the_status_of_what_failed(
     (run_dir / "metrics.jsonl").write_text("the run before")
     tuned = Path(tune_config).with_name("tuned")
     tuned.mkdir()
+    monkeypatch.setattr(demo, "EXPORT", tuned.with_name("export"))
     monkeypatch.setattr(sys, "argv", ["launch.demo", config, tune_config, "--processes", "3"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert demo.main() == 7
@@ -90,6 +94,11 @@ def test_it_starts_afresh_and_ends_with_the_status_of_what_failed(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     demo.main()
     assert ran[-1][ran[-1].index("--num_gpus") + 1] == "1"  # a rank more than there are GPUs would only wait
+
+
+def test_a_folder_without_an_export_is_one_sentence() -> None:
+    done = run("launch.demo_sentence", "runs/no-such")
+    assert done.returncode == 1 and "runs/no-such is no export: it has no config.json" in done.stdout
 
 
 def test_the_end_says_where_things_lie(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.decoder import Decoder
-from model.generate import _pick, generate
+from model.generate import generate, pick
 from tests.model.tiny import config, decoder, random_tokens
 
 LOGITS = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3]]))
@@ -18,12 +18,12 @@ def model() -> Decoder:
 
 
 def frequencies(temperature: float, top_p: float) -> torch.Tensor:
-    picked = _pick(LOGITS.expand(20_000, -1), temperature, top_p, torch.Generator().manual_seed(0))
+    picked = pick(LOGITS.expand(20_000, -1), temperature, top_p, torch.Generator().manual_seed(0))
     return torch.bincount(picked, minlength=4) / 20_000
 
 
 def test_temperature() -> None:
-    assert _pick(LOGITS, 0.0, 1.0, None).tolist() == [1]
+    assert pick(LOGITS, 0.0, 1.0, None).tolist() == [1]
     torch.testing.assert_close(frequencies(1.0, 1.0), LOGITS.exp()[0], rtol=0, atol=0.015)
     squared = LOGITS[0].exp().square()
     torch.testing.assert_close(frequencies(0.5, 1.0), squared / squared.sum(), rtol=0, atol=0.015)
