@@ -1,10 +1,16 @@
-"""Import a Hugging Face checkpoint of the Llama family: ``python -m convert.from_hf HF_DIR OUT``.
+"""Import a Hugging Face checkpoint of the Llama family, or an export: ``python -m convert.from_hf HF_DIR OUT``.
 
     python -m convert.from_hf ~/models/SmolLM2-135M runs/smollm2
+    python -m convert.from_hf ~/models/SmolLM2-135M runs/smollm2-skip --routers 0.5
+    python -m convert.from_hf runs/demo-hf runs/demo-again
 
 HF_DIR is a local folder with ``config.json``, safetensors weights and a tokenizer. OUT becomes a folder that stage two
 starts from (``base.path``). Before it is written, its logits are compared with those that transformers computes from
-HF_DIR, in fp32 on the CPU, and a difference above a ten-thousandth of their range is an error.
+HF_DIR, in fp32 on the CPU, and a difference above a ten-thousandth of their range is an error. What ``convert.to_hf``
+wrote with a modelling file is compared with ``--trust-remote-code`` only, as that runs the file.
+
+``--routers`` adds learned skip routers whose weights are all 0. A tie executes, so the model stays the dense one until
+``tune.train`` teaches it to skip.
 
 Dimension letters: T tokens, V vocabulary.
 """
@@ -15,16 +21,18 @@ import argparse
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from convert.hf_config import model_config
+from convert import hf_compare
+from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_seed
 from data.files import read_json
-from model.config import ModelConfig
+from model.config import ModelConfig, RouterConfig
 from model.decoder import Decoder
+from model.router import Router
 from settings import user_errors
 from trainer.weights_folder import mismatch, require_absent, tokenizer_files, write_weights
 
@@ -48,11 +56,29 @@ class Difference(NamedTuple):
     """The last position that one of them has."""
 
 
-def read_checkpoint(folder: Path) -> tuple[Decoder, str]:
-    """The decoder of a Hugging Face checkpoint, its weights mapped from the files in their dtypes; and its family.
+def new_routers(density: float, granularity: Literal["layer", "module"] = "layer") -> RouterConfig:
+    """Learned routers for a dense model.
 
     Raises:
-        ValueError: if it is not whole, or something that this decoder cannot represent.
+        ValueError: if ``density`` is no share.
+    """
+    if not 0 < density <= 1:
+        raise ValueError(
+            f"--routers must be above 0 and at most 1, got {density:g}; it is the share of tokens that a routed site "
+            "is to execute, such as 0.5"
+        )
+    return RouterConfig(density=density, granularity=granularity)
+
+
+def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[Decoder, str]:
+    """The decoder of a Hugging Face checkpoint, its weights mapped from the files in their dtypes; and its family.
+
+    Args:
+        folder: with ``config.json`` and safetensors files; nothing in it is run.
+        routers: to add, their weights all 0; none unless given.
+
+    Raises:
+        ValueError: if it is not whole, something that this decoder cannot represent, or has routers already.
     """
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give a local folder with config.json and safetensors files")
@@ -60,17 +86,21 @@ def read_checkpoint(folder: Path) -> tuple[Decoder, str]:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
     raw = read_json(path)
-    config = model_config(raw, path)
-    with torch.device("meta"):
-        decoder = Decoder(config).eval()
+    decoder = _empty_decoder(raw, path, routers)
+    config = decoder.config
     tensors = _tensors(_weight_files(folder))
     if config.tied_head:
         _drop_tied_head(tensors, folder)
-    difference = mismatch(dict(decoder.named_parameters()), {name: t.shape for name, t in tensors.items()})
+    wanted = dict(decoder.named_parameters())
+    added = [] if routers is None else [f"{name}.weight" for name, _ in _routers_of(decoder)]
+    shapes = {name: wanted.pop(name).shape for name in added}
+    difference = mismatch(wanted, {name: t.shape for name, t in tensors.items()})
     if difference is not None:
         raise ValueError(
             f"the weights in {folder} are not those that its config.json describes: {difference}; download both again"
         )
+    dtype = tensors["embed_tokens.weight"].dtype
+    tensors |= {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()}
     decoder.load_state_dict(tensors, strict=False, assign=True)
     if config.tied_head:
         decoder.lm_head.weight = decoder.embed_tokens.weight
@@ -99,33 +129,95 @@ def compare(decoder: Decoder, folder: Path) -> Difference:
     return Difference(largest, span, tokens.numel(), int(positions.max()))
 
 
-def import_checkpoint(folder: Path, out: Path, with_comparison: bool = True) -> list[str]:
+def import_checkpoint(
+    folder: Path, out: Path, with_comparison: bool = True, trusted: bool = False, routers: RouterConfig | None = None
+) -> list[str]:
     """Import ``folder`` into the new folder ``out``; returns what was done, a line each.
+
+    Args:
+        folder: the checkpoint.
+        out: does not exist.
+        with_comparison: compare logits with those of transformers.
+        trusted: do so by the folder's own Python file too, where it brings one.
+        routers: to add, their weights all 0; none unless given.
 
     Raises:
         ValueError: with one sentence for what stands in the way.
     """
     require_absent(out)
-    decoder, family = read_checkpoint(folder)
+    decoder, family = read_checkpoint(folder, routers)
     tokenizer = tokenizer_files(folder)
-    difference = compare(decoder, folder) if with_comparison else None
+    if not with_comparison:
+        compared = "not compared with transformers"
+    elif family != HOPSCOTCH:
+        compared = _told(compare(decoder, folder))
+    elif trusted:
+        plain = decoder if routers is None else read_checkpoint(folder)[0]  # what the file computes has no new routers
+        compared = hf_compare.compare(hf_compare.refer(copy.deepcopy(plain).float()), folder)
+    else:
+        compared = "not compared: that runs the Python file in HF_DIR, which --trust-remote-code allows"
     config = decoder.config
     dtypes = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in decoder.parameters()}))
-    write_weights(decoder, out, folder, {"source": f"Hugging Face {family} checkpoint {folder} ({dtypes})"})
-    compared = "not compared with transformers"
-    if difference is not None:
-        compared = (
-            f"logits are transformers': largest difference {difference.largest:.2g} of a range of "
-            f"{difference.range:.3g}, on {difference.tokens:,} tokens, positions up to {difference.position:,}"
-        )
+    source = f"Hugging Face {family} checkpoint {folder} ({dtypes})"
+    if routers is not None:
+        source += f", with new {routers.granularity} routers for density {routers.density:g}"
+    write_weights(decoder, out, folder, {"source": source})
     return [
         f"read      {folder}: {family}, {sum(p.numel() for p in decoder.parameters()):,} parameters in {dtypes}",
         f"model     {config.layers} layers, width {config.width}, {config.heads} heads ({config.kv_heads} key/value) "
         f"of {config.head_dim}, feed-forward {config.ffn_width}, vocabulary {config.vocab_size:,}, "
         f"{config.max_positions:,} positions",
+        *_routing_lines(decoder, routers is not None),
         f"compared  {compared}",
         f"wrote     {out}, with {', '.join(file.name for file in tokenizer)}",
     ]
+
+
+def _told(difference: Difference) -> str:
+    return (
+        f"logits are transformers': largest difference {difference.largest:.2g} of a range of {difference.range:.3g}, "
+        f"on {difference.tokens:,} tokens, positions up to {difference.position:,}"
+    )
+
+
+def _routing_lines(decoder: Decoder, new: bool) -> list[str]:
+    """What is said of routers and ensemble."""
+    lines = []
+    router, ensemble = decoder.config.router, decoder.ensemble
+    if router is not None:
+        still = ", new: all weights 0, so every token executes until they are tuned (base.routers: tuned)"
+        lines.append(
+            f"routers   {router.kind}, {len(decoder.config.sites)} by {router.granularity}, density {router.density:g}"
+            f"{still if new else ''}"
+        )
+    if ensemble is not None:
+        lines.append(f"ensemble  of the last {ensemble.config.layers} layers")
+    return lines
+
+
+def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None) -> Decoder:
+    """What the ``config.json`` at ``path`` describes, with ``routers`` added, without memory for weights."""
+    config = model_config(raw, path)
+    if routers is not None:
+        if config.router is not None:
+            raise ValueError(
+                f"{path.parent} has {config.router.kind} routers of density {config.router.density:g} already, and "
+                "--routers adds them to a model without; leave it out"
+            )
+        config = config.model_copy(update={"router": routers})
+    ensemble = ensemble_config(raw, path)
+    with torch.device("meta"):
+        decoder = Decoder(config, seed=routing_seed(raw, path)).eval()
+        if ensemble is not None:
+            decoder.add_ensemble(ensemble)
+    for site, (_, router) in enumerate(_routers_of(decoder)):
+        router.site = torch.tensor(site)  # a buffer that no file holds
+    return decoder
+
+
+def _routers_of(decoder: Decoder) -> list[tuple[str, Router]]:
+    """Names and skip routers, in the order of their sites."""
+    return [(name, module) for name, module in decoder.named_modules() if isinstance(module, Router)]
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -136,7 +228,7 @@ def _weight_files(folder: Path) -> list[Path]:
         names = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
             raise ValueError(f"{folder / _INDEX} has no weight_map from tensors to files; download it again")
-        files = [folder / name for name in sorted(set(names.values()))]
+        files = [_inside(folder, name) for name in sorted(set(names.values()))]
         for file in files:
             if not file.is_file():
                 raise ValueError(f"{file}, which {_INDEX} names, is not there; download the checkpoint again")
@@ -147,6 +239,18 @@ def _weight_files(folder: Path) -> list[Path]:
             "transformers' from_pretrained and save_pretrained do"
         )
     raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}; download the checkpoint's safetensors files")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file that the index calls ``name``, which must lie in ``folder``, links followed."""
+    file = folder / name
+    steps_out = Path(name).is_absolute() or ".." in Path(name).parts
+    if steps_out or not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{folder / _INDEX} names {name}, which leads out of {folder}, and only files in it are read; copy the "
+            "file itself there (cp -rL follows the links of a download cache), or download the checkpoint again"
+        )
+    return file
 
 
 def _tensors(files: list[Path]) -> dict[str, Tensor]:
@@ -215,14 +319,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="HF_DIR", help="a local Hugging Face checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
-    parser.add_argument(
+    comparison = parser.add_mutually_exclusive_group()
+    comparison.add_argument(
         "--no-compare",
         action="store_true",
         help="do not compare logits, which takes memory for the model in fp32 (4 bytes a parameter) besides its files",
     )
+    comparison.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="compare what convert.to_hf wrote with a modelling file too, by running that Python file in HF_DIR",
+    )
+    parser.add_argument(
+        "--routers",
+        type=float,
+        metavar="DENSITY",
+        help="add learned skip routers for this share of tokens (above 0, at most 1); all execute until they are tuned",
+    )
+    parser.add_argument(
+        "--granularity",
+        choices=("layer", "module"),
+        help="of the new routers: one a layer, or one for its attention and one for its feed-forward (default: layer)",
+    )
     options = parser.parse_args(arguments)
     with user_errors():
-        print("\n".join(import_checkpoint(options.folder, options.out, not options.no_compare)), flush=True)
+        if options.granularity is not None and options.routers is None:
+            raise ValueError(
+                f"--granularity {options.granularity} is of routers that are added; give --routers DENSITY with it, or "
+                "leave it out"
+            )
+        routers = None if options.routers is None else new_routers(options.routers, options.granularity or "layer")
+        lines = import_checkpoint(
+            options.folder, options.out, not options.no_compare, options.trust_remote_code, routers
+        )
+        print("\n".join(lines), flush=True)
     return 0
 
 

@@ -1,7 +1,7 @@
 """A Hugging Face ``config.json`` in this decoder's terms, or a sentence on everything in it that has no such terms.
 
 Rotary parameters are read as transformers 5 writes them (``rope_parameters``) and as 4 did (``rope_theta`` and
-``rope_scaling``).
+``rope_scaling``). Routers and an ensemble are those of ``HopscotchConfig`` in ``convert/modeling_hopscotch.py``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,30 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from model.config import ModelConfig
+from model.config import EnsembleConfig, ModelConfig
 
+HOPSCOTCH = "hopscotch"
+"""The family that ``convert.to_hf`` writes with a modelling file of its own."""
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    HOPSCOTCH: {
+        "num_key_value_heads": 16,
+        "head_dim": 64,
+        "qk_norm": False,
+        "router_kind": None,
+        "router_granularity": "layer",
+        "router_input": "normed",
+        "router_density": 1.0,
+        "router_first_layer": 0,
+        "router_end_layer": 0,
+        "router_seed": 0,
+        "skip_layers": True,
+        "ensemble_layers": 0,
+        "ensemble_temperature": 1.0,
+        "ensemble_top": None,
+    },
 }
 """What can be imported, and what a field that is left out means there."""
 _NEEDED = {
@@ -29,6 +47,9 @@ _NEEDED = {
     "rms_norm_eps": "norm_epsilon",
 }
 """Fields that must be there, and their names here."""
+_OF_ROUTERS = ("router_density", "router_first_layer", "router_end_layer")
+_KINDS = ("learned", "random", "stride")
+_SEEDS = 2**62
 
 
 def model_config(raw: dict[str, Any], where: Path) -> ModelConfig:
@@ -48,7 +69,8 @@ def model_config(raw: dict[str, Any], where: Path) -> ModelConfig:
             f"{where}: model_type {family} cannot be imported{why}; take a checkpoint of {', '.join(FAMILIES)}"
         )
     config = {**FAMILIES[family], **raw}
-    missing = [name for name in _NEEDED if not isinstance(config.get(name), int | float)]
+    needed = (*_NEEDED, *(_OF_ROUTERS if config.get("router_kind") is not None and family == HOPSCOTCH else ()))
+    missing = [name for name in needed if not isinstance(config.get(name), int | float)]
     if missing:
         raise ValueError(f"{where} must give a number for {', '.join(missing)}; restore it, or download it again")
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -64,15 +86,68 @@ def model_config(raw: dict[str, Any], where: Path) -> ModelConfig:
                 "head_width": config.get("head_dim"),
                 "rope_theta": rope.get("rope_theta") or config.get("rope_theta") or 10_000.0,
                 "rope_scaling": _rope_scaling(config, rope),
-                "qk_norm": family == "qwen3",
+                "qk_norm": family == "qwen3" or (family == HOPSCOTCH and bool(config["qk_norm"])),
                 "tied_head": bool(config.get("tie_word_embeddings")),
+                "router": _router(config),
             }
         )
     except ValidationError as error:
-        rules = "; ".join(
-            " ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors()
+        raise _impossible(error, where) from None
+
+
+def ensemble_config(raw: dict[str, Any], where: Path) -> EnsembleConfig | None:
+    """The ``ensemble`` block for a checkpoint that :func:`model_config` takes; None without one.
+
+    What training alone reads is not in exports and has its defaults.
+
+    Raises:
+        ValueError: if it is not possible.
+    """
+    config = {**FAMILIES[raw["model_type"]], **raw}
+    if raw["model_type"] != HOPSCOTCH or not config["ensemble_layers"]:
+        return None
+    found = {name: config[f"ensemble_{name}"] for name in ("layers", "temperature", "top")}
+    try:
+        ensemble = EnsembleConfig.model_validate(found)
+    except ValidationError as error:
+        raise _impossible(error, where) from None
+    if ensemble.layers > config["num_hidden_layers"]:
+        raise ValueError(
+            f"{where} describes no possible model: ensemble_layers ({ensemble.layers}) exceeds num_hidden_layers "
+            f"({config['num_hidden_layers']}); restore it, or download it again"
         )
-        raise ValueError(f"{where} describes no possible model: {rules}; restore it, or download it again") from None
+    return ensemble
+
+
+def routing_seed(raw: dict[str, Any], where: Path) -> int:
+    """The seed that routers of kind ``random`` decide by; 0 where none is given.
+
+    Raises:
+        ValueError: if it is no seed.
+    """
+    seed = raw.get("router_seed", 0) if raw["model_type"] == HOPSCOTCH else 0
+    if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
+        raise ValueError(
+            f"{where} has router_seed {seed}, and a seed is a whole number from 0 to 2^62 - 1; restore it, or download "
+            "it again"
+        )
+    return seed
+
+
+def _impossible(error: ValidationError, where: Path) -> ValueError:
+    rules = "; ".join(" ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors())
+    return ValueError(f"{where} describes no possible model: {rules}; restore it, or download it again")
+
+
+def _router(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The ``router`` block; schedules and budget are training's, not in exports, and have their defaults."""
+    if config["model_type"] != HOPSCOTCH or config["router_kind"] is None:
+        return None
+    return {
+        **{name: config[f"router_{name}"] for name in ("kind", "density", "granularity", "input")},
+        "always_on_first": config["router_first_layer"],
+        "always_on_last": config["num_hidden_layers"] - config["router_end_layer"],
+    }
 
 
 def _unsupported(config: dict[str, Any]) -> list[str]:
@@ -87,6 +162,8 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
         problems.append(
             "quantization_config (weights must be float32, float16 or bfloat16; take those before quantising)"
         )
+    if config["model_type"] == HOPSCOTCH and config["router_kind"] is not None:
+        problems += _unsupported_routing(config)
     window, reach = _sliding_window(config), config["max_position_embeddings"]
     if window is not None and window < reach:
         problems.append(
@@ -96,8 +173,17 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _unsupported_routing(config: dict[str, Any]) -> list[str]:
+    problems = []
+    if config["router_kind"] not in _KINDS:
+        problems.append(f"router_kind {config['router_kind']} ({', '.join(_KINDS[:-1])} and {_KINDS[-1]} are imported)")
+    if not config["skip_layers"]:
+        problems.append("skip_layers false (routers here always decide; set it to true)")
+    return problems
+
+
 def _sliding_window(config: dict[str, Any]) -> int | None:
-    """How many tokens back some layer sees; None where all see everything. Llama has no such thing."""
+    """How many tokens back some layer sees; None where all see everything. Others have no such thing."""
     if config["model_type"] == "mistral":
         return config["sliding_window"]
     if config["model_type"] == "qwen3" and config.get("use_sliding_window"):

@@ -186,6 +186,26 @@ def test_shards_and_bf16(edited: Edit, tmp_path: Path) -> None:
         read_checkpoint(folder)
 
 
+def test_an_index_that_leads_out_of_the_folder(edited: Edit, tmp_path: Path) -> None:
+    """Up, absolute (even to the folder itself), by a link to a file, by a link to a folder; links inside are fine."""
+    folder = edited()
+    whole = (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "link.safetensors").symlink_to(whole)
+    (folder / "up").symlink_to(tmp_path)
+    inside = Path(shutil.copy(whole, folder / "inside.safetensors"))
+    names = ("../outside.safetensors", "up/../hf/inside.safetensors", str(whole), str(inside), "link.safetensors",
+             "up/outside.safetensors")  # fmt: skip
+    for name in names:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(
+            ValueError, match=rf"index.json names {re.escape(name)}, which leads out of .*hf, and only files in it"
+        ):
+            read_checkpoint(folder)
+    (folder / "other.safetensors").symlink_to("inside.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "other.safetensors"}}')
+    assert read_checkpoint(folder)[1] == "llama"
+
+
 def test_a_tied_head_that_is_stored_as_well(edited: Edit) -> None:
     folder = edited("llama-tied-wide-head")
     _spoil(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
