@@ -140,7 +140,7 @@ def test_a_tuning_run_is_sent_to_its_own_loader(copy: Callable[[str], Path]) -> 
     (saved / "config.yaml").write_text(yaml.safe_dump({**config, "base": {"path": "runs/base"}}))
     _rehash(saved, "config.yaml")
     with pytest.raises(
-        ValueError, match=r"is of a tuning run, .* python -m tune.merge .*step-0+2 OUT and give OUT, or"
+        ValueError, match=r"is of a tuning run, .* give the run that it was tuned from, or read this one"
     ):
         load_decoder(saved)
 

@@ -179,7 +179,7 @@ def test_a_model_of_which_the_backbone_trained_is_not_saved_as_an_adapter(runs: 
 
 def test_the_loaders_of_the_two_stages_send_to_each_other(copy: Callable[[str], Path]) -> None:
     folder = copy("lora-2")
-    sentence = r"is of a tuning run, and only .* python -m tune.merge .*lora-2 OUT and give OUT, or read it with"
+    sentence = r"is of a tuning run, and only .*; give the run that it was tuned from, or read this one in Python with"
     with pytest.raises(ValueError, match=sentence):
         load_decoder(folder)
     saved = folder / "checkpoints" / f"step-{STEPS:08d}"
