@@ -28,7 +28,7 @@ from bench.options import parser, refuse
 from bench.timing import ratios, take_turns
 from model.config import EnsembleConfig
 from settings import user_errors
-from trainer.distributed import World
+from trainer.distributed import ALONE
 from trainer.step import forward, to_device
 from tune.adapters import prepare
 from tune.base import load_base
@@ -137,7 +137,6 @@ def outcome(folder: Path, task: str) -> Outcome | None:
 
 def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """One training step (forward, backward, AdamW) of every method on the same micro-batch of the first task."""
-    world = World(0, 1, 0, 1, torch.device("cpu"))
     calls: dict[str, Callable[[], object]] = {}
     for method in options.methods:
         run = Run(method, options.tasks[0], 0)
@@ -152,7 +151,7 @@ def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
             decoder.add_ensemble(config.ensemble)
         prepare(decoder, config.adapter, config.base.routers, 0)
         data = TuningData(config.data, load_text_tokenizer(str(config.data.tokenizer)))
-        batch = to_device(data.batch(range(config.train.micro_batch_samples)), world.device)
+        batch = to_device(data.batch(range(config.train.micro_batch_samples)), ALONE.device)
         optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], fused=True)
 
         def step(decoder: Any = decoder, batch: Any = batch, config: Any = config, optimizer: Any = optimizer) -> None:

@@ -12,20 +12,18 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
 from model.decoder import Decoder
 from trainer import manifest
 from trainer.config import StageConfig
-from trainer.distributed import World
+from trainer.distributed import ALONE
 from trainer.weights import load_decoder
 from trainer.weights_folder import is_weights_folder, read_weights
 from tune.weights import load_tuned
 
 PRETRAINED, TUNED, WEIGHTS = "pretrained", "tuned", "weights"
 """The values of ``facts["kind"]``."""
-_ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 _VALIDATION, _DENSITY = "validation/", "density/"
 
 
@@ -54,9 +52,7 @@ def load_any(path: Path) -> Loaded:
     """
     if is_weights_folder(path):
         decoder = read_weights(path)
-        entries = {
-            name: value for name, value in manifest.read(path, _ALONE).items() if name not in ("format", "files")
-        }
+        entries = {name: value for name, value in manifest.read(path, ALONE).items() if name not in ("format", "files")}
         return Loaded(decoder, path, {"source": str(path), **entries, "kind": WEIGHTS}, path)
     if (path / "config.json").is_file():
         raise ValueError(
@@ -93,7 +89,7 @@ def _run_facts(checkpoint: Path, config: StageConfig, step: int) -> dict[str, An
 
     Losses are nats per token, densities shares of the tokens.
     """
-    written = manifest.read(checkpoint, _ALONE)
+    written = manifest.read(checkpoint, ALONE)
     router = config.model.router
     facts: dict[str, Any] = {
         "source": str(checkpoint),

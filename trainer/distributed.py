@@ -68,6 +68,10 @@ class World:
             dist.barrier()
 
 
+ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+"""One process on a CPU: for what reads and writes without ranks."""
+
+
 def join(timeout_s: float) -> World:
     """Meet the other ranks and bind this one to its device."""
     _from_slurm()

@@ -34,9 +34,7 @@ from model.decoder import Decoder
 from settings import load
 from trainer import checkpoint, manifest
 from trainer.config import RunConfig
-from trainer.distributed import World, import_deepspeed
-
-_ALONE = World(0, 1, 0, 1, torch.device("cpu"))
+from trainer.distributed import ALONE, import_deepspeed
 
 
 class _Stored(NamedTuple):
@@ -93,7 +91,7 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     Raises:
         ValueError: if the files hold another model, or anything but tensors and numbers.
     """
-    written = manifest.read(folder, _ALONE)
+    written = manifest.read(folder, ALONE)
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     import_deepspeed()  # quietly: the allowed types are its own
     with checkpoint.only_tensors(folder), torch.no_grad():
@@ -120,11 +118,11 @@ def checkpoint_of(path: Path) -> Path:
         raise ValueError(f"there is no folder {path}; {what}")
     folder = path / "checkpoints"
     if not folder.is_dir():
-        problem = manifest.problem_of(path, _ALONE)
+        problem = manifest.problem_of(path, ALONE)
         if problem is not None:
             raise ValueError(f"{path} is neither a run folder nor a whole checkpoint: {problem}; {what}")
         return path
-    found, torn = checkpoint.find(folder, _ALONE)
+    found, torn = checkpoint.find(folder, ALONE)
     for sentence in torn:
         print(f"passed over: {sentence}", file=sys.stderr, flush=True)
     if found is None:

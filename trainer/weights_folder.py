@@ -28,13 +28,12 @@ from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
 from settings import Strict, load, to_yaml
 from trainer import manifest
-from trainer.distributed import World
+from trainer.distributed import ALONE
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Either is enough to turn text into token ids."""
 _BESIDE_A_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-_ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 _TOLD = 3
 
 
@@ -79,7 +78,7 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
             shutil.copyfile(file, partial / file.name)
         write_atomically(partial / CONFIG, to_yaml(config).encode())
         _save(decoder, partial / WEIGHTS)
-        manifest.write(partial, {"kind": "weights", **facts}, [CONFIG, WEIGHTS], _ALONE)
+        manifest.write(partial, {"kind": "weights", **facts}, [CONFIG, WEIGHTS], ALONE)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -92,7 +91,7 @@ def read_weights(folder: Path) -> Decoder:
     Raises:
         ValueError: if a file is missing or was changed, or the weights are those of another model.
     """
-    problem = manifest.problem_of(folder, _ALONE)
+    problem = manifest.problem_of(folder, ALONE)
     if problem is not None:
         raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
     config = load(folder / CONFIG, [], WeightsConfig)

@@ -5,18 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import torch
 import yaml
 
 from data.files import read_json, sha256_of
 from model.config import BudgetConfig, ModelConfig, Ramp
 from model.decoder import Decoder
 from trainer import manifest
-from trainer.distributed import World
+from trainer.distributed import ALONE
 from trainer.weights import load_decoder
 from trainer.weights_folder import is_weights_folder, read_weights
 
-_ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 _WHAT = "give base.path a stage-one run, one of its checkpoints, or what convert.from_hf wrote"
 
 
@@ -98,7 +96,7 @@ def _from_weights(folder: Path) -> Base:
             f"{folder} was tuned already: it has an ensemble of its last {decoder.ensemble.config.layers} layers, and "
             "no second one goes on top; give base.path what it was tuned from"
         )
-    source = manifest.read(folder, _ALONE).get("source", "weights")
+    source = manifest.read(folder, ALONE).get("source", "weights")
     return _base(decoder, folder, f"{source} in {folder}", folder)
 
 

@@ -21,7 +21,7 @@ from settings.load import _apply_override
 from tests.conftest import VOCAB
 from tests.launching import run
 from trainer.checkpoint import _check_fit, _conditions
-from trainer.distributed import World
+from trainer.distributed import ALONE
 from trainer.weights import load_decoder
 from trainer.weights_folder import read_weights
 from tune.base import load_base
@@ -221,7 +221,6 @@ def test_the_command_says_what_it_trains_and_leaves_pictures(
     assert metrics(tmp_path / "again") == metrics(tmp_path / "run")
 
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "no base": (["base.path=nowhere"], "there is no folder nowhere; give base.path"),
     "k too large": (["ensemble.layers=9"], "ensemble.layers (9) must not exceed the base's 4 layers; lower it"),
