@@ -114,8 +114,12 @@ def uses_cuda() -> bool:
 
 
 def leave() -> None:
-    """Tear the process group down, so that a finished run ends without warnings."""
+    """Tear the process group down, so that a finished run ends without warnings; all ranks together.
+
+    One that leaves first would close connections that the others may still use.
+    """
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
