@@ -1,13 +1,12 @@
-"""What a stage-two run says of itself when it starts and when it ends."""
+"""What a stage-two run says of itself when it starts; its end is told as stage one's is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from model.decoder import Decoder
-from trainer import describe
+from trainer.describe import machine
 from trainer.distributed import World
-from trainer.evaluate import Evaluation
 from tune.adapters import trainable_counts
 from tune.base import Base
 from tune.batches import ExampleSet, TuningData
@@ -38,7 +37,7 @@ def describe_start(
     for source in data.summary():
         lines.append(f"data      {source.sentence(samples)}")
     lines += [f"evaluated {example_set.sentence()}" for example_set in sets]
-    return "\n".join([*lines, describe.machine(config, world)])
+    return "\n".join([*lines, machine(config, world)])
 
 
 def describe_method(config: TuneConfig) -> str:
@@ -48,8 +47,3 @@ def describe_method(config: TuneConfig) -> str:
         return "all weights" if adapter.kind == "full" else "backbone frozen"
     where = "in every layer" if adapter.layers == "all" else "in the layers before the ensemble's"
     return f"{adapter.kind} of rank {adapter.rank}, alpha {adapter.alpha:g}, {where}, on {', '.join(adapter.targets)}"
-
-
-def describe_end(config: TuneConfig, evaluations: Mapping[int, list[Evaluation]]) -> str:
-    """As in stage one."""
-    return describe.describe_end(config, evaluations)

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 
 from settings import user_errors
+from trainer.describe import describe_end
 from trainer.distributed import World, join, leave
 from trainer.guards import EXIT_PREEMPTED
 from trainer.loop import run
@@ -22,7 +23,7 @@ from tune.adapters import prepare, trainable_counts
 from tune.base import load_base
 from tune.batches import ExampleSet, TuningData
 from tune.config import TuneConfig, TuneFile
-from tune.describe import describe_end, describe_start
+from tune.describe import describe_start
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
 from tune.tuner import Tuner
