@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or not there: finding them, and going on from one. Writing them: ``saving.py``.
 
     checkpoints/step-00001000/
       deepspeed/            the engine's own files: weights, optimiser state, per rank under ZeRO
@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,76 +25,14 @@ from typing import Any
 import torch
 import yaml
 
-from settings import to_yaml
+from model.init import generator_of
 from trainer import manifest
-from trainer.config import CheckpointConfig, StageConfig
+from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.rng import rng_state, set_rng_state
-
-
-def save(
-    engine: Any, folder: Path, step: int, state: dict[str, Any], fingerprint: str, config: StageConfig, world: World
-) -> Path:
-    """Save step ``step`` below ``folder``; collective.
-
-    Args:
-        engine: the DeepSpeed engine, at an accumulation boundary.
-        folder: the run's ``checkpoints``.
-        step: optimiser steps done.
-        state: what the trainer must get back, the same on every rank; tensors, numbers, strings, lists and dicts.
-        fingerprint: of the data and its order.
-
-    Raises:
-        ValueError: if it does not fit on the disk or cannot be written; older checkpoints are untouched.
-    """
-    name = f"step-{step:08d}"
-    partial, final = folder / f"{name}.partial", folder / name
-    if world.is_main:
-        for stale in (*folder.glob("*.partial"), *folder.glob("*.removed")):
-            shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
-    _check_space(engine, folder, name, world)
-    if world.is_main:
-        partial.mkdir(parents=True)
-    world.barrier()
-    try:
-        engine.save_checkpoint(str(partial), tag="deepspeed", save_latest=False)
-        torch.save(rng_state(), partial / _rng_name(world.rank))
-        if world.is_main:
-            torch.save(state, partial / "trainer.pt")
-            (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        world.barrier()
-        facts = {"step": step, **_conditions(config, world), "data_fingerprint": fingerprint}
-        expected = ["config.yaml", "trainer.pt", *(_rng_name(rank) for rank in range(world.size))]
-        manifest.write(partial, facts, expected, world)
-        if world.is_main:
-            if final.exists():  # a torn one, or a run that was rewound and came here again
-                _remove(final)
-            partial.rename(final)
-            os.sync()
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("write|iostream|inline_container", str(error)):
-            raise  # that is what torch's file writer says of a full disk; anything else is no matter of the disk
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"checkpoint {name} could not be written to {folder} ({reason}); make room there and resume: "
-            f"{newest_name(folder)}"
-        ) from error
-    world.barrier()
-    return final
-
-
-def prune(folder: Path, newest: Path, config: CheckpointConfig, world: World) -> None:
-    """Remove checkpoints older than ``newest`` (just written, so whole) beyond the ``keep`` newest; rank 0 does.
-
-    Those at multiples of ``keep_every_steps`` stay. Torn ones with a higher step do not count: a run that went back
-    behind them must not lose what it went back to.
-    """
-    if not world.is_main:
-        return
-    mine = [found for found in _newest_first(folder) if _step_of(found) <= _step_of(newest)]
-    for old in mine[config.keep :]:
-        if not config.keep_every_steps or _step_of(old) % config.keep_every_steps:
-            _remove(old)
+from trainer.reshard import reshard
+from trainer.retention import newest_first
+from trainer.rng import set_rng_state
+from trainer.saving import conditions, rng_name
 
 
 def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
@@ -104,7 +41,7 @@ def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
     Every file's size and SHA-256 is compared with the manifest; the files are shared out over the ranks.
     """
     torn = [f"{p.name} was never finished" for p in sorted(folder.glob("*.partial"))] if world.is_main else []
-    candidates = world.broadcast_object(_newest_first(folder) if world.is_main else None)
+    candidates = world.broadcast_object(newest_first(folder) if world.is_main else None)
     torn = world.broadcast_object(torn)
     for candidate in candidates:
         problem = manifest.problem_of(candidate, world)
@@ -124,7 +61,7 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     Raises:
         ValueError: where a silent start from step 0 would throw away or overwrite work.
     """
-    there = world.broadcast_object([p.name for p in _newest_first(folder)] if world.is_main else None)
+    there = world.broadcast_object([p.name for p in newest_first(folder)] if world.is_main else None)
     if resume == "never":
         if there:
             raise ValueError(
@@ -148,42 +85,67 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
 def load(engine: Any, checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> dict[str, Any]:
     """Put everything back and return the trainer's ``state``; collective.
 
+    Written by as many ranks, at the same ZeRO stage and precision, it comes back bit by bit. Otherwise weights and
+    optimiser state are dealt out anew, and the run goes on to float tolerance; see ``reshard.py``.
+
     Raises:
-        ValueError: if the run's config, data or number of ranks do not fit the checkpoint.
+        ValueError: if the run's config or data do not fit the checkpoint.
     """
-    _check_fit(manifest.read(checkpoint, world), checkpoint, fingerprint, config, world)
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    written = manifest.read(checkpoint, world)
+    _check_fit(written, checkpoint, fingerprint, config, world)
     with only_tensors(checkpoint):
-        path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+        if layout_change(written, config, world):
+            reshard(engine, checkpoint / "deepspeed", written, world.rank, world.size)
+        else:
+            _load_as_it_is(engine, checkpoint)
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-        rng = torch.load(checkpoint / _rng_name(world.rank), map_location="cpu", weights_only=True)
+        rng = None
+        if written["world_size"] == world.size:
+            rng = torch.load(checkpoint / rng_name(world.rank), map_location="cpu", weights_only=True)
+    if rng is None:  # there are none for these ranks: dropout goes on with others, the same at every such resume
+        name = f"resume/{state['step']}/{world.rank}/{world.size}"
+        torch.manual_seed(generator_of(config.train.seed, name).initial_seed())
+    else:
+        set_rng_state(rng)
+    return state
+
+
+def layout_change(written: dict[str, Any], config: StageConfig, world: World) -> str:
+    """How a checkpoint's state is laid out otherwise than here, in words; empty if it is not."""
+    here = conditions(config, world)
+    names = {"world_size": "ranks", "zero_stage": "ZeRO stage", "precision": "precision"}
+    if written["zero_stage"] == here["zero_stage"] == 0:
+        del names["world_size"]  # every rank has everything
+    return ", ".join(
+        f"{word} {written[name]} there and {here[name]} here"
+        for name, word in names.items()
+        if written[name] != here[name]
+    )
+
+
+def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
     if path is None:
         raise ValueError(f"DeepSpeed found nothing to load in {checkpoint}; the checkpoint is not one of this project")
     # With an optimiser's state come the checkpoint's rates and decays; this run's are those of its config.
     for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(own)
-    set_rng_state(rng)
-    return state
-
-
-def _conditions(config: StageConfig, world: World) -> dict[str, Any]:
-    """What must be the same for an exact resume, besides the data and the model."""
-    return {
-        "world_size": world.size,
-        "zero_stage": config.deepspeed.zero_stage,
-        "precision": config.train.precision,
-        "optimizer": config.train.optimizer.kind,
-        "seed": config.train.seed,
-    }
 
 
 def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> None:
-    here = _conditions(config, world)
-    differ = [f"{name} {written[name]} there, {value} here" for name, value in here.items() if written[name] != value]
+    here = conditions(config, world)
+    differ = [f"{n} {written[n]} there, {here[n]} here" for n in ("optimizer", "seed") if written[n] != here[n]]
     if differ:
         raise ValueError(
-            f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same number of "
-            "ranks, ZeRO stage, precision, optimizer and seed"
+            f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same optimizer "
+            "and seed"
+        )
+    change = layout_change(written, config, world)
+    if change and here["optimizer"] != "adamw":
+        raise ValueError(
+            f"{checkpoint} has the state of {here['optimizer']}, which cannot be dealt out anew ({change}); resume it "
+            "with the same number of ranks, ZeRO stage and precision"
         )
     if written["data_fingerprint"] != fingerprint:
         raise ValueError(
@@ -214,50 +176,6 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             f"{checkpoint} holds another model ({'; '.join(changed)}); resume with the blocks that the run was started "
             "with, or start a new run_dir"
         )
-
-
-def _check_space(engine: Any, folder: Path, name: str, world: World) -> None:
-    """Refuse, before anything is written, a save that the disk has no room for; all ranks agree."""
-    shortage = None
-    if world.is_main:
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-        weight_bytes = next(engine.module.parameters()).element_size()
-        needed = parameters * (weight_bytes + 12)  # fp32 master and two moments
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            shortage = (
-                f"checkpoint {name} needs about {needed / 1e9:.3f} GB in {folder}, where {free / 1e9:.3f} GB are "
-                f"free; make room there and resume: {newest_name(folder)}"
-            )
-    shortage = world.broadcast_object(shortage)
-    if shortage:
-        raise ValueError(shortage)
-
-
-def newest_name(folder: Path) -> str:
-    """Which checkpoint a run could go on from, as half a sentence."""
-    names = [p.name for p in _newest_first(folder)]
-    return f"the newest checkpoint is {names[0]}" if names else "no earlier checkpoint was written"
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint."""
-    doomed = checkpoint.with_name(checkpoint.name + ".removed")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
-def _rng_name(rank: int) -> str:
-    return f"rng-{rank:05d}.pt"
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
 
 
 @contextmanager

@@ -77,6 +77,8 @@ class CheckpointConfig(Strict):
     """How many of the newest whole checkpoints stay; older ones are removed once a newer one is whole."""
     keep_every_steps: int = Field(0, ge=0)
     """Checkpoints at multiples of this stay for ever; 0 keeps none for ever."""
+    background: bool = True
+    """Write while training goes on; takes host memory for a copy of this rank's state. False: training waits."""
     resume: Literal["never", "auto", "required"] = "never"
     """``never`` refuses a run folder that holds checkpoints, ``auto`` resumes if it does, ``required`` must."""
 

@@ -96,6 +96,12 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
+def optimizer_order(model: nn.Module) -> list[str]:
+    """Names of the parameters that train, in the order of the optimiser's groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [names[parameter] for group in parameter_groups(model, OptimizerConfig()) for parameter in group["params"]]
+
+
 def _optimizer(config: StageConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer | None:
     """The optimiser to hand to DeepSpeed; None where DeepSpeed builds its own (Muon)."""
     optimizer = config.train.optimizer

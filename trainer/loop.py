@@ -41,7 +41,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
                 config,
                 world,
                 trainer.step,
-                trainer.stop.requested,
+                trainer.stop.requested or trainer.saver.failed,
                 trainer.balance,
             )
             trainer.end_step(result, lr, loader.waited_s)
@@ -50,7 +50,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
             last = trainer.step == steps
             stopping = result.tally.stop > 0 and not last
             if last or stopping or trainer.step % save_every == 0:
-                trainer.save()
+                trainer.save(wait=last or stopping)
             if stopping:
                 trainer.log.info(f"asked to stop: step {trainer.step:,} is saved; start again with resume=auto")
                 return False

@@ -1,12 +1,11 @@
 """What makes a checkpoint whole: a manifest with the size and SHA-256 of every file, written last.
 
-Every function here is collective: the files are shared out over the ranks, and all ranks get the same answer. Only rank
-0 lists folders and reads manifests, because on a shared file system others may see them late.
+Reading is collective: the files are shared out over the ranks, and all ranks get the same answer. Only rank 0 reads the
+manifest itself, because on a shared file system others may see it late.
 """
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +16,27 @@ FORMAT = 1
 NAME = "manifest.json"
 
 
-def write(folder: Path, facts: dict[str, Any], expected: list[str], world: World) -> None:
-    """Hash everything below ``folder`` and write its manifest with ``facts``.
+def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = None) -> None:
+    """Write the manifest of ``folder``; not collective.
 
     Args:
-        folder: what the ranks have just written, each its files.
+        folder: in which everything else is on the disk by now.
         facts: further entries.
-        expected: files that must be there.
-
-    Raises:
-        OSError: if one of ``expected`` is not there.
+        files: :func:`entry_of` each file, by its name below ``folder``; taken here unless given.
     """
-    if world.local_rank == 0:
-        os.sync()  # every machine flushes what its ranks wrote, before anything vouches for it
-    world.barrier()
-    names = world.broadcast_object(_files_in(folder) if world.is_main else None)
-    missing = sorted(set(expected) - set(names))
-    if missing:
-        raise OSError(f"{', '.join(missing)} did not arrive in {folder}; is it on a disk that all ranks share?")
-    files = hash_files(folder, names, world)
-    if world.is_main:
-        write_json(folder / NAME, {"format": FORMAT, **facts, "files": files})
+    if files is None:
+        files = {name: entry_of(folder / name) for name in files_in(folder)}
+    write_json(folder / NAME, {"format": FORMAT, **facts, "files": dict(sorted(files.items()))})
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """Size and SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of all files below ``folder``."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def read(folder: Path, world: World) -> dict[str, Any]:
@@ -66,15 +65,6 @@ def problem_of(folder: Path, world: World) -> str | None:
     return next((problem for problem in world.gather_objects(own) if problem), None)
 
 
-def hash_files(folder: Path, names: list[str], world: World) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 by name; each rank hashes its share of ``names``, the same list on every rank."""
-    own = {}
-    for name in names[world.rank :: world.size]:
-        path = folder / name
-        own[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    return {name: entry for part in world.gather_objects(own) for name, entry in part.items()}
-
-
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     try:
         manifest = read_json(folder / NAME)
@@ -93,7 +83,3 @@ def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     if path.stat().st_size != entry["bytes"]:
         return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
     return None if sha256_of(path) == entry["sha256"] else f"the contents of {name} do not match its SHA-256"
-
-
-def _files_in(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())

@@ -6,7 +6,6 @@ validate and to take in a step. The loop itself is the stage's own.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +25,7 @@ from trainer.guards import StopRequest, too_many_bad_steps
 from trainer.metrics import Metrics, measure_peak_flops
 from trainer.rng import rng_state, set_rng_state
 from trainer.run_folder import RunFolder, open_log
+from trainer.saving import Saver
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult
 
@@ -93,6 +93,7 @@ class Trainer:
         )
         if found is not None:
             self.log.info(f"resumed from {found} at step {self.step:,}")
+        self.saver = Saver(self.run.checkpoints, fingerprint, config, world, self.log.info)
         self.stop = StopRequest()
         self.evaluations: dict[int, list[Evaluation]] = {}
         self._bad_in_a_row = 0
@@ -123,18 +124,23 @@ class Trainer:
             self.close()
             raise ValueError(too_many_bad_steps(self._bad_in_a_row, self.step, self.run.checkpoints))
 
-    def save(self) -> None:
-        """Write a checkpoint, then remove those that are no longer kept."""
+    def save(self, wait: bool) -> None:
+        """Write a checkpoint, then remove those that are no longer kept.
+
+        Args:
+            wait: until that is done, even where the config would have training go on meanwhile.
+
+        Raises:
+            ValueError: if this one or the one before could not be written.
+        """
         self.run.beat(self.step, "saving")
-        folder, config, world = self.run.checkpoints, self.config, self.world
         state = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
         if self.balance.layers:
             state["balance"] = self.balance.state_dict()
-        start = time.perf_counter()
         with self.metrics.paused():
-            saved = checkpoint.save(self.engine, folder, self.step, state, self.fingerprint, config, world)
-            checkpoint.prune(folder, saved, config.train.checkpoint, world)
-        self.log.info(f"step {self.step:>6,}  saved {saved} in {time.perf_counter() - start:.1f} s")
+            self.saver.save(self.engine, self.step, state)
+            if wait or not self.config.train.checkpoint.background:
+                self.saver.wait()
 
     def validate(self) -> None:
         """Evaluate every validation set and log it."""
@@ -148,7 +154,8 @@ class Trainer:
         set_rng_state(before)
 
     def close(self) -> None:
-        """Flush the metrics and say that this rank has ended."""
+        """Wait for a checkpoint under way, flush the metrics and say that this rank has ended."""
+        self.saver.wait()
         self.run.beat(self.step, "ended")
         self.metrics.close()
 

@@ -78,7 +78,7 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
             shutil.copyfile(file, partial / file.name)
         write_atomically(partial / CONFIG, to_yaml(config).encode())
         _save(decoder, partial / WEIGHTS)
-        manifest.write(partial, {"kind": "weights", **facts}, [CONFIG, WEIGHTS], ALONE)
+        manifest.write(partial, {"kind": "weights", **facts})
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

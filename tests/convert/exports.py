@@ -89,7 +89,7 @@ def write_run(folder: Path, model: Decoder, data: dict[str, Any], stage: int = 2
         torch.save({"module": weights}, saved / "deepspeed/mp_rank_00_model_states.pt")
     else:
         _write_parts(saved / "deepspeed", weights, ranks)
-    manifest.write(saved, {"step": 3, "world_size": ranks}, [], ALONE)
+    manifest.write(saved, {"step": 3, "world_size": ranks})
     (folder / "metrics.jsonl").write_text(
         '{"step": 3, "train/tokens": 384, "train/loss": 5.5, "density/mean": 0.25}\n'
         '{"step": 3, "validation/code/loss": 5.25}\n{"step": 4, "train/tokens": 512}\n{"step": 4, "tra'

@@ -25,7 +25,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.generate import generate
 from tests.conftest import VOCAB
-from tests.convert.exports import ALONE, CASES, NATIVE, make, write_run
+from tests.convert.exports import CASES, NATIVE, make, write_run
 from tests.model.tiny import SIZES, decoder
 from tests.trainer.test_checkpoint_safety import Payload
 from trainer import manifest
@@ -171,7 +171,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(tmp_path: Path, corpus
     saved = run / "checkpoints/step-00000003"
     torch.save({"module": {}, "extra": Payload(mark)}, saved / "deepspeed/mp_rank_00_model_states.pt")
     (saved / "manifest.json").unlink()
-    manifest.write(saved, {"step": 3, "world_size": 1}, [], ALONE)
+    manifest.write(saved, {"step": 3, "world_size": 1})
     with pytest.raises(ValueError, match=r"holds more than tensors and numbers \(posix\.mkdir\)"):
         export(run, tmp_path / "out")
     assert not mark.exists() and not (tmp_path / "out").exists()

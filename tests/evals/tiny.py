@@ -13,7 +13,6 @@ from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
 from tests.model.tiny import decoder
 from trainer import manifest
-from trainer.distributed import World
 from trainer.weights_folder import write_weights
 
 POSITIONS = 64
@@ -59,5 +58,5 @@ def run_folder(out: Path, tiny: dict[str, Any]) -> Path:
     torch.save({"module": model("layer").state_dict()}, checkpoint / "deepspeed/mp_rank_00_model_states.pt")
     for folder in (checkpoint, out):
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    manifest.write(checkpoint, {"step": 7, "world_size": 1}, [], World(0, 1, 0, 1, torch.device("cpu")))
+    manifest.write(checkpoint, {"step": 7, "world_size": 1})
     return out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.loop import micro_batches
+from trainer.saving import Saver
 from trainer.step import StepResult, train_step
 
 
@@ -49,3 +51,13 @@ def losses(config: RunConfig, world: World, count: int) -> list[float]:
 def weights(engine: Any) -> dict[str, Tensor]:
     """Every parameter, whole, in the precision of the forward pass; not for ZeRO 3."""
     return {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+def save_now(
+    engine: Any, folder: Path, step: int, state: dict[str, Any], fingerprint: str, config: RunConfig, world: World
+) -> Path:
+    """Save a checkpoint and wait until it is whole; returns its folder."""
+    saver = Saver(folder, fingerprint, config, world)
+    saved = saver.save(engine, step, state)
+    saver.wait()
+    return saved

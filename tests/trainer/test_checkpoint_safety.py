@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trainer.one_rank import engine_for, take_steps
+from tests.trainer.one_rank import engine_for, save_now, take_steps
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.distributed import World
-from trainer.manifest import hash_files
+from trainer.manifest import entry_of
 
 STATES = "deepspeed/mp_rank_00_model_states.pt"
 OPTIMIZER = "deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt"
@@ -41,8 +41,7 @@ def plant(file: Path, mark: Path) -> None:
     parsed = json.loads(manifest.read_text())
     name = str(file.relative_to(manifest.parent))
     assert name in parsed["files"]
-    alone = World(0, 1, 0, 1, torch.device("cpu"))
-    parsed["files"] |= hash_files(manifest.parent, [name], alone)
+    parsed["files"][name] = entry_of(file)
     manifest.write_text(json.dumps(parsed))
 
 
@@ -66,7 +65,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
     folder.mkdir()
     with engine_for(config, world) as engine:
         take_steps(engine, config, world, 1)
-        saved = checkpoint.save(engine, folder, 1, {"step": 1}, "f", config, world)
+        saved = save_now(engine, folder, 1, {"step": 1}, "f", config, world)
         checkpoint.load(engine, saved, "f", config, world)  # as it is it loads
         plant(saved / name, mark)
         assert checkpoint.find(folder, world) == (saved, [])  # the hashes have nothing to say

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from model.flops import parameter_counts
-from tests.trainer.one_rank import engine_for, take_steps
+from tests.trainer.one_rank import engine_for, save_now, take_steps
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.distributed import World
@@ -93,7 +93,7 @@ def test_a_disk_that_fills_up_while_saving_costs_only_that_save(
     (tmp_path / "trial").mkdir()
     with engine_for(config, world) as engine:
         take_steps(engine, config, world, 1)  # moments exist only then
-        size = _blocks_bytes(checkpoint.save(engine, tmp_path / "trial", 2, {"step": 2}, "f", config, world))
+        size = _blocks_bytes(save_now(engine, tmp_path / "trial", 2, {"step": 2}, "f", config, world))
     needed = _estimate_bytes(config)
     assert size - needed > 4 * BLOCK_BYTES
     folder = mount(size + (needed + int(share * (size - needed))) // BLOCK_BYTES * BLOCK_BYTES)

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from settings import load
 from tests.launching import run
-from tests.trainer.one_rank import take_steps
+from tests.trainer.one_rank import save_now, take_steps
 from tests.trainer.test_checkpoint_safety import plant
-from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine
-from trainer.manifest import hash_files
-from trainer.weights import _by_value, load_decoder
+from trainer.manifest import entry_of
+from trainer.stored import MASTER, by_value
+from trainer.weights import load_decoder
 
 STAGES = (0, 1, 2, 3)
 RANKS, STEPS = 2, 2
@@ -92,7 +92,8 @@ def test_partitions_in_another_order_than_the_models(runs: Path) -> None:
 def test_masters_that_round_to_the_same_weight_keep_their_order() -> None:
     """Norms early in training: 1 in bf16, and not 1 in fp32."""
     ones, masters = torch.ones(3, dtype=torch.bfloat16), [torch.full((3,), 1 + i / 1000) for i in range(3)]
-    found = {entry.name: entry.pieces[0] for entry in _by_value({"a": ones, "b": ones, "c": ones}, list(masters))}
+    entries = by_value({"a": ones, "b": ones, "c": ones}, list(masters), {})
+    found = {entry.name: entry.values[MASTER][0] for entry in entries}
     assert list(found) == ["a", "b", "c"]
     assert all(torch.equal(one, other) for one, other in zip(found.values(), masters, strict=True))
 
@@ -187,7 +188,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
 def _rehash(saved: Path, name: str) -> None:
     """Make the manifest agree with a changed file."""
     parsed = json.loads((saved / "manifest.json").read_text())
-    parsed["files"] |= hash_files(saved, [name], World(0, 1, 0, 1, torch.device("cpu")))
+    parsed["files"][name] = entry_of(saved / name)
     (saved / "manifest.json").write_text(json.dumps(parsed))
 
 
@@ -212,7 +213,7 @@ def _train_and_save(config: RunConfig, folder: Path, world: World) -> None:
     if world.is_main:
         (folder / "checkpoints").mkdir(parents=True)
     world.barrier()
-    checkpoint.save(engine, folder / "checkpoints", STEPS, {"step": STEPS}, "f" * 64, config, world)
+    save_now(engine, folder / "checkpoints", STEPS, {"step": STEPS}, "f" * 64, config, world)
     masters = _masters(engine, config)
     if world.is_main:
         torch.save(masters, folder / "masters.pt")

@@ -39,7 +39,7 @@ def stage_one(tmp_path: Path, tiny: dict[str, Any]) -> tuple[Path, Decoder]:
     torch.save({"module": model.state_dict()}, checkpoint / "deepspeed/mp_rank_00_model_states.pt")
     for folder in (checkpoint, tmp_path / "run"):
         (folder / "config.yaml").write_text(yaml.safe_dump(tiny))
-    manifest.write(checkpoint, {"step": 7, "world_size": 1}, [], ALONE)
+    manifest.write(checkpoint, {"step": 7, "world_size": 1})
     return tmp_path / "run", model
 
 

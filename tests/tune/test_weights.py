@@ -24,8 +24,8 @@ from model.init import initialise
 from model.router import Gate, RoutingInputs
 from settings import load
 from tests.launching import run
+from tests.trainer.one_rank import save_now
 from tests.trainer.test_weights import SHUFFLED, _rehash
-from trainer import checkpoint
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
 from trainer.weights import load_decoder
@@ -233,7 +233,7 @@ def _tune_and_save(config: TuneConfig, folder: Path, world: World) -> None:
     if world.is_main:
         (folder / "checkpoints").mkdir(parents=True)
     world.barrier()
-    checkpoint.save(engine, folder / "checkpoints", STEPS, {"step": STEPS}, "f" * 64, config, world)
+    save_now(engine, folder / "checkpoints", STEPS, {"step": STEPS}, "f" * 64, config, world)
     saved = save_adapter(peft, decoder, folder / "adapter", world)
     assert saved == (config.adapter.kind != "full")
     assert not saved or save_adapter(peft, decoder, folder / "adapter", world)  # in place of what is there

@@ -1,0 +1,180 @@
+"""Checkpoints are written while training goes on, one at a time, and a write that fails is not lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.one_rank import engine_for, take_steps
+from trainer import checkpoint, saving
+from trainer.config import RunConfig
+from trainer.distributed import World
+from trainer.saving import Saver, _on_host
+
+Configure = Callable[..., RunConfig]
+
+
+@pytest.fixture
+def hold(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Files are written only once this is set."""
+    event, write = threading.Event(), saving._write
+
+    def wait(path: Path, content: Any) -> None:
+        assert event.wait(60.0)
+        write(path, content)
+
+    monkeypatch.setattr(saving, "_write", wait)
+    return event
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_what_is_written_is_the_moment_of_the_save(
+    configure: Configure, world: World, tmp_path: Path, hold: threading.Event, stage: int
+) -> None:
+    """Training has gone on for two steps before the first byte is on the disk."""
+    config, said = configure(f"deepspeed.zero_stage={stage}", "train.precision=bf16"), list[str]()
+    folder = tmp_path / "checkpoints"
+    with engine_for(config, world) as engine:
+        take_steps(engine, config, world, 1)
+        saver = Saver(folder, "f", config, world, said.append)
+        final = saver.save(engine, 1, {"step": 1})
+        straight = [r.tally.loss for r in take_steps(engine, config, world, 2, first=1)]
+        assert checkpoint.find(folder, world) == (None, ["step-00000001.partial was never finished"]) and not said
+        hold.set()
+        saver.wait()
+    assert checkpoint.find(folder, world) == (final, [])
+    assert len(said) == 1 and said[0].startswith(f"saved {final} in ")
+    with engine_for(config, world) as engine:
+        checkpoint.load(engine, final, "f", config, world)
+        assert [r.tally.loss for r in take_steps(engine, config, world, 2, first=1)] == straight
+
+
+def test_the_next_save_waits_for_the_one_before(
+    configure: Configure, world: World, tmp_path: Path, hold: threading.Event
+) -> None:
+    """So that at most one copy of the state is held; the first is whole when the second begins."""
+    config = configure()
+    with engine_for(config, world) as engine:
+        take_steps(engine, config, world, 1)
+        saver = Saver(tmp_path, "f", config, world)
+        first = saver.save(engine, 1, {"step": 1})
+        threading.Timer(0.3, hold.set).start()
+        saver.save(engine, 2, {"step": 2})
+        assert checkpoint.find(tmp_path, world)[0] == first
+        saver.wait()
+    assert checkpoint.find(tmp_path, world)[0] == tmp_path / "step-00000002"
+
+
+def test_a_write_that_fails_ends_the_run_at_the_next_step(
+    tiny: dict[str, Any],
+    train_here: Callable[..., int],
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    write, failed = saving._write, threading.Event()
+
+    def fail(path: Path, content: Any) -> None:
+        if "step-00000004" in str(path):
+            failed.set()
+            raise OSError(28, "No space left on device")
+        write(path, content)
+
+    monkeypatch.setattr(saving, "_write", fail)
+    tiny["train"] |= {"steps": 400, "checkpoint": {"every_steps": 2}}
+    assert train_here(tiny) == 1
+    run = Path(tiny["train"]["run_dir"])
+    error = capsys.readouterr().err
+    assert (
+        f"error: checkpoint step-00000004 could not be written to {run / 'checkpoints'} ([Errno 28] No space" in error
+    )
+    assert "make room there and resume: the newest checkpoint is step-00000002" in error
+    assert checkpoint.find(run / "checkpoints", world)[0] == run / "checkpoints/step-00000002"
+
+
+def test_an_error_of_ours_is_told_apart_from_one_of_the_disk(
+    configure: Configure, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path, content: Any) -> None:
+        raise KeyError("exp_avg")
+
+    monkeypatch.setattr(saving, "_write", fail)
+    config = configure()
+    with engine_for(config, world) as engine:
+        saver = Saver(tmp_path, "f", config, world)
+        saver.save(engine, 1, {"step": 1})
+        with pytest.raises(ValueError, match=r"\(KeyError: 'exp_avg'\), an error of this program; report it with"):
+            saver.wait()
+        assert not saver.failed  # told once
+        saver.wait()
+
+
+def test_a_folder_that_cannot_be_made(configure: Configure, world: World, tmp_path: Path) -> None:
+    """The run folder was replaced by a file while training; a vanished one is made again."""
+    config = configure()
+    with engine_for(config, world) as engine:
+        (tmp_path / "file").write_text("")
+        saver = Saver(tmp_path / "file" / "checkpoints", "f", config, world)
+        with pytest.raises(ValueError, match=r"step-00000001.partial cannot be made \(Not a directory\); make .* writ"):
+            saver.save(engine, 1, {"step": 1})
+        again = Saver(tmp_path / "vanished" / "checkpoints", "f", config, world)
+        saved = again.save(engine, 1, {"step": 1})
+        again.wait()
+        assert checkpoint.find(saved.parent, world) == (saved, [])
+
+
+class TwoRanks(World):
+    """Rank 0 of two, of which the other one says what it is told to."""
+
+    said: Any = None
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, self.said]
+
+    def broadcast_object(self, value: Any) -> Any:
+        return value
+
+    def barrier(self) -> None:
+        pass
+
+
+def test_a_disk_that_is_not_shared_is_told_before_anything_is_written(
+    configure: Configure, world: World, tmp_path: Path
+) -> None:
+    config, two = configure(), TwoRanks(0, 2, 0, 1, torch.device("cpu"))
+    TwoRanks.said = False
+    with engine_for(config, world) as engine:
+        with pytest.raises(
+            ValueError, match=r"rank 1 does not see .*partial, which rank 0 has made; put train.run_dir"
+        ):
+            Saver(tmp_path, "f", config, two).save(engine, 1, {"step": 1})
+
+
+def test_a_rank_that_could_not_write_ends_the_others_with_its_reason(
+    configure: Configure, world: World, tmp_path: Path
+) -> None:
+    """Rank 0 does not wait for a receipt that will never come."""
+    config, two = configure(), TwoRanks(0, 2, 0, 1, torch.device("cpu"))
+    with engine_for(config, world) as engine:
+        saver = Saver(tmp_path, "f", config, two)
+        TwoRanks.said = True  # the other one sees the folder
+        saver.save(engine, 1, {"step": 1})
+        TwoRanks.said = "(disk of rank 1 is gone); make room there and resume"
+        with pytest.raises(ValueError, match=r"could not be written .* \(disk of rank 1 is gone\)"):
+            saver.wait()
+    assert checkpoint.find(tmp_path, world) == (None, ["step-00000001.partial was never finished"])
+
+
+def test_a_copy_shares_nothing_and_keeps_what_was_one_tensor_one() -> None:
+    base = torch.arange(6.0)
+    original = {"a": base, "same": base, "part": base[2:], "list": [base[:2], (1, "x")], "size": torch.Size([2])}
+    copied = _on_host(original, {})
+    base.zero_()
+    assert copied["a"].tolist() == [0, 1, 2, 3, 4, 5] and copied["a"] is copied["same"]
+    assert copied["part"].tolist() == [2, 3, 4, 5] and copied["part"].untyped_storage().nbytes() == 16
+    assert copied["list"][1] == (1, "x") and isinstance(copied["size"], torch.Size)

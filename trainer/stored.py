@@ -1,0 +1,201 @@
+"""DeepSpeed's checkpoint files, parameter by parameter: fp32 masters and optimiser state, whole, whatever wrote them.
+
+What the files hold depends on the ZeRO stage and the precision (0.19; W ranks, groups of parameters):
+
+    stage 0, 1, 2   fp32         whole weights, which are the fp32 master weights
+    stage 0         bf16         whole bf16 weights; fp32 masters, one tensor a parameter, without names
+    stage 1, 2      bf16, fp16   whole weights; each group's masters joined end to end and cut into W partitions
+    stage 3         any          no weights; each parameter's master cut into W equal partitions, the last one padded
+
+The optimiser's moments lie as the masters do, at stages 1 and 2 in fp32 too. A parameter that does not train has no
+master. Its weight is whole at stages 0 to 2 and cut like a master at stage 3, in the precision of the forward pass,
+which is what the others were trained with.
+
+Masters are read wherever there are any. A bf16 weight is its master rounded, so at stages 0 to 2 every weight says
+whether its master was found in the right place. DeepSpeed's own converter does not know stage 0 and asks for
+unrestricted unpickling; the table of fragments beside the partitions is wrong under ``round_robin_gradients``. So the
+order of the parameters in ``param_shapes`` is what counts here.
+
+Files are mapped, not read: a parameter's values are copied when it is their turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MASTER = "master"
+"""The name of the weights among the values of a parameter; the others are the optimiser's, as ``exp_avg``."""
+
+
+class Stored(NamedTuple):
+    """A parameter in the files.
+
+    Attributes:
+        name: as in the model.
+        shape: of the whole parameter.
+        values: by name, flat tensors; one after the other they are its values. ``MASTER`` is always among them, what
+            the optimiser keeps of every entry only for parameters that train.
+        rounded: the weight in the precision of the forward pass, where the files hold it too.
+        updates: the optimiser's own count of steps; None where it keeps none.
+    """
+
+    name: str
+    shape: torch.Size
+    values: dict[str, list[Tensor]]
+    rounded: Tensor | None = None
+    updates: float | None = None
+
+    def whole(self, name: str) -> Tensor:
+        """One of ``values``, flat, copied out of the file: fp32."""
+        return torch.cat([piece.float() for piece in self.values[name]])[: self.shape.numel()]
+
+
+def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str]) -> Iterator[Stored]:
+    """All parameters of a checkpoint, in no particular order.
+
+    Args:
+        folder: DeepSpeed's own.
+        stage, ranks: that it was written at.
+        trained: names of the parameters that the optimiser has, in its order; needed at stage 0, whose files do not
+            say.
+    """
+    if stage == 3:
+        models = [_load(folder, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
+        own = _optimizer_states(folder, ranks)
+        parts = [_partition(state["fp32_flat_groups"], state["optimizer_state_dict"]) for state in own]
+        updates = _updates(list(own[0]["optimizer_state_dict"]["state"].values()))
+        yield from _whole_from_equal_parts(models[0]["param_shapes"], parts, updates)
+        frozen = [{MASTER: Joined(list(m["frozen_param_fragments"].values()))} for m in models]
+        yield from _whole_from_equal_parts([models[0]["frozen_param_shapes"]], frozen)
+        return
+    states = _load(folder, "mp_rank_00_model_states.pt")
+    weights: dict[str, Tensor] = states["module"]
+    if stage > 0:
+        yield from _in_order(weights, states["param_shapes"], _optimizer_states(folder, ranks))
+        yield from _as_they_are(weights, {name for group in states["param_shapes"] for name in group})
+    elif all(weight.dtype == torch.float32 for weight in weights.values()):
+        state = states["optimizer"]["state"]
+        for place, name in enumerate(trained):
+            if name in weights:
+                yield _one_tensor(name, weights[name], weights[name], state.get(place, {}))
+        yield from _as_they_are(weights, set(trained))
+    else:
+        masters = [master for group in states["optimizer"]["fp32_groups"] for master in group]
+        low = {name: weights[name] for name in weights if name in set(trained)}
+        yield from by_value(low, masters, states["optimizer"]["optimizer_state_dict"]["state"])
+        yield from _as_they_are(weights, set(trained))
+
+
+class Joined:
+    """Flat tensors as if they were one, without a copy."""
+
+    def __init__(self, parts: Sequence[Tensor]):
+        self.parts = parts
+
+    def pieces(self, start: int, count: int) -> list[Tensor]:
+        """``count`` entries from ``start`` on, as views; fewer where the parts end, or begin after ``start``."""
+        found = []
+        for part in self.parts:
+            piece = part[max(start, 0) : max(start + count, 0)]
+            if piece.numel():
+                found.append(piece)
+            start -= part.numel()
+        return found
+
+
+def by_value(weights: dict[str, Tensor], masters: list[Tensor], state: dict[int, Any]) -> Iterator[Stored]:
+    """Masters without names: a weight's is the first of its shape that rounds to it (equal shapes keep their order)."""
+    left = dict(enumerate(masters))
+    for name, weight in weights.items():
+        for place, master in left.items():
+            if master.shape == weight.shape and torch.equal(master.to(weight.dtype), weight):
+                yield _one_tensor(name, left.pop(place), weight, state.get(place, {}))
+                break
+
+
+def moments(state: dict[str, Any], like: torch.Size) -> dict[str, Tensor]:
+    """What an optimiser keeps of every entry of a parameter."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == like}
+
+
+def _one_tensor(name: str, master: Tensor, weight: Tensor, state: dict[str, Any]) -> Stored:
+    values = {MASTER: master} | moments(state, master.shape)
+    flat = {name: [value.reshape(-1)] for name, value in values.items()}
+    return Stored(name, weight.shape, flat, weight, _updates([state]))
+
+
+def _as_they_are(weights: dict[str, Tensor], but: set[str]) -> Iterator[Stored]:
+    """Whole weights, all ``but`` those."""
+    for name, weight in weights.items():
+        if name not in but:
+            yield Stored(name, weight.shape, {MASTER: [weight.reshape(-1)]})
+
+
+def _in_order(
+    weights: dict[str, Tensor], shapes: list[dict[str, torch.Size]], optimizers: list[dict[str, Any]]
+) -> Iterator[Stored]:
+    """Stages 1 and 2: a group is its parameters end to end (with gaps, if DeepSpeed aligned them) over all ranks."""
+    for number, group in enumerate(shapes):
+        states = [state["base_optimizer_state"]["state"].get(number, {}) for state in optimizers]
+        masters = [state["single_partition_of_fp32_groups"][number] for state in optimizers]
+        # The last partitions are saved without the filling behind the last parameter, their moments with it.
+        names = [name for name, value in states[0].items() if isinstance(value, Tensor) and value.dim()]
+        joined = {MASTER: Joined(masters)} | {name: Joined([state[name] for state in states]) for name in names}
+        gaps = optimizers[0].get("param_alignment_paddings", [[0] * len(group)] * len(shapes))[number]
+        for (name, shape), start in zip(group.items(), starts(group, gaps), strict=True):
+            values = {key: flat.pieces(start, shape.numel()) for key, flat in joined.items()}
+            yield Stored(name, shape, values, weights[name], _updates(states))
+
+
+def starts(group: dict[str, torch.Size], gaps: Sequence[int]) -> Iterator[int]:
+    """Where each parameter of a group begins, stages 1 and 2."""
+    start = 0
+    for shape, gap in zip(group.values(), gaps, strict=True):
+        yield start
+        start += shape.numel() + gap
+
+
+def _whole_from_equal_parts(
+    shapes: list[dict[str, torch.Size]], ranks: list[dict[str, Joined]], updates: float | None = None
+) -> Iterator[Stored]:
+    """Stage 3: every rank holds an equal part of every parameter, in the same order; the last parts are padded."""
+    start = 0
+    for name, shape in (entry for group in shapes for entry in group.items()):
+        part = math.ceil(shape.numel() / len(ranks))
+        values: dict[str, list[Tensor]] = {key: [] for key in ranks[0]}
+        for rank, joined in enumerate(ranks):
+            for key, flat in joined.items():
+                values[key] += flat.pieces(start, max(min(part, shape.numel() - rank * part), 0))
+        yield Stored(name, shape, values, updates=updates)
+        start += part
+
+
+def _partition(masters: list[Tensor], optimizer: dict[str, Any]) -> dict[str, Joined]:
+    """Stage 3: one rank's flat tensors, one a sub-group, by name of the values."""
+    states = [optimizer["state"].get(number, {}) for number in range(len(masters))]
+    names = moments(states[0], masters[0].shape)
+    return {MASTER: Joined(masters)} | {name: Joined([state[name] for state in states]) for name in names}
+
+
+def _updates(states: Sequence[dict[str, Any]]) -> float | None:
+    step = states[0].get("step") if states else None
+    return None if step is None else float(step)
+
+
+def _optimizer_states(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """What each rank's optimiser wrote, in rank order; the names begin with ``bf16_`` or do not."""
+    names = []
+    for rank in range(ranks):
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        names.append(name if (folder / name).exists() else f"bf16_{name}")
+    return [_load(folder, name)["optimizer_state_dict"] for name in names]
+
+
+def _load(folder: Path, name: str) -> Any:
+    return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
