@@ -1,0 +1,175 @@
+"""Resume at any size: every number of ranks and ZeRO stage that writes, every one that reads, as a table.
+
+    python -m bench.resume configs/demo.yaml --precision bf16 [key.sub=value ...]
+
+Each writer trains a few steps, saves, and trains on: that is the uninterrupted run. Each reader goes on from the file
+and its losses are compared with those of the writer's own; a cell is the largest difference in nats. What a difference
+means say the two lines below the table: how far the uninterrupted runs are apart from each other, because ranks and
+stages round differently; and how far off a reader is that keeps the weights but throws the optimiser's state away.
+
+CONFIG's shards must be prepared. Its batch must divide over the largest number of ranks. Runs on gloo and CPU, or on as
+many GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.batches import TrainingData
+from model.budget import Budget
+from settings import user_errors
+from trainer import checkpoint
+from trainer.config import RunConfig, load_run
+from trainer.distributed import World, join, leave
+from trainer.engine import build_engine, set_learning_rate
+from trainer.loop import micro_batches
+from trainer.saving import Saver
+from trainer.step import train_step
+
+BEFORE, AFTER = 4, 4
+"""Steps before the save, and after it."""
+STAGES = (0, 1, 2, 3)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write with every size, read with every size, print the table."""
+    parser = argparse.ArgumentParser(
+        prog="bench.resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML of a stage-one run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)")
+    parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=STAGES, help="ZeRO (default: all)")
+    parser.add_argument("--out", type=Path, help="also write the differences as JSON")
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # given to the ranks that this command starts
+    parser.add_argument("--phase", choices=["write", "read"], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    with user_errors():
+        if options.phase:
+            _rank(options)
+            return 0
+        with tempfile.TemporaryDirectory() as work:
+            found = measure(options.config, options.overrides, options.precision, options.ranks, options.stages, work)
+        print(table(found), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(
+    config: Path, overrides: list[str], precision: str, ranks: Sequence[int], stages: Sequence[int], work: str
+) -> dict[str, Any]:
+    """Losses after the save: ``written`` by writer, ``resumed`` by writer and reader, ``weights_only`` by writer.
+
+    Raises:
+        ValueError: if ranks end with an error.
+    """
+    load_run(config, overrides)  # its mistakes are told once
+    for phase in ("write", "read"):
+        for count in ranks:
+            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
+            command += [f"--master-port={_free_port()}", "-m", "bench.resume", str(config), *overrides]
+            command += ["--precision", precision, "--work", work, "--phase", phase]
+            command += ["--stages", *map(str, stages), "--ranks", str(count)]
+            done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            if done.returncode:
+                raise ValueError(f"{count} ranks ended with status {done.returncode} ({phase}):\n{done.stdout[-3000:]}")
+    found: dict[str, Any] = {"precision": precision, "written": {}, "resumed": {}, "weights_only": {}}
+    for file in sorted(Path(work).glob("*.json")):
+        for kind, losses in json.loads(file.read_text()).items():
+            found[kind] |= losses
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The differences, a row for each writer and a column for each reader."""
+    written, resumed = found["written"], found["resumed"]
+    sizes = sorted(written)
+    lines = [f"{found['precision']}, largest difference of the loss in nats; WxS: W ranks, ZeRO stage S"]
+    lines.append("written \\ read " + " ".join(f"{size:>8}" for size in sizes))
+    for writer in sizes:
+        cells = [difference(resumed[f"{writer} {reader}"], written[writer]) for reader in sizes]
+        lines.append(f"{writer:>14} " + " ".join(f"{cell:8.1e}" if cell else "       0" for cell in cells))
+    apart = max(difference(written[a], written[b]) for a in sizes for b in sizes)
+    lines.append(f"uninterrupted runs among themselves: {apart:.1e}")
+    without = [difference(losses, written[writer]) for writer, losses in found["weights_only"].items()]
+    lines.append(f"weights without the optimiser's state: {min(without):.1e} to {max(without):.1e}")
+    return "\n".join(lines)
+
+
+def difference(a: list[float], b: list[float]) -> float:
+    """The largest between losses of the same step."""
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def _rank(options: argparse.Namespace) -> None:
+    world = join(120.0)
+    found: dict[str, dict[str, list[float]]] = {"written": {}, "resumed": {}, "weights_only": {}}
+    for stage in options.stages:
+        own = [f"deepspeed.zero_stage={stage}", f"train.precision={options.precision}"]
+        config = load_run(options.config, [*options.overrides, *own])
+        name = f"{world.size}x{stage}"
+        if options.phase == "write":
+            found["written"][name] = _write(config, options.work / name, world)
+            continue
+        for folder in sorted(p for p in options.work.iterdir() if p.is_dir()):
+            found["resumed"][f"{folder.name} {name}"] = _read(config, folder, world)
+        if stage == options.stages[0]:
+            found["weights_only"][name] = _read(config, options.work / name, world, keep_state=False)
+    if world.is_main:
+        (options.work / f"{options.phase}-{world.size}.json").write_text(json.dumps(found))
+    world.barrier()
+    leave()
+
+
+def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
+    engine = build_engine(config, world)
+    _train(engine, config, world, 0, BEFORE)
+    saver = Saver(folder, "", config, world, lambda sentence: None)
+    saver.save(engine, BEFORE, {"step": BEFORE})
+    losses = _train(engine, config, world, BEFORE, AFTER)
+    saver.wait()
+    engine.destroy()
+    return losses
+
+
+def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True) -> list[float]:
+    engine = build_engine(config, world)
+    found, _ = checkpoint.find(folder, world)
+    assert found is not None
+    checkpoint.load(engine, found, "", config, world)
+    if not keep_state:
+        getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
+    losses = _train(engine, config, world, BEFORE, AFTER)
+    engine.destroy()
+    return losses
+
+
+def _train(engine: Any, config: RunConfig, world: World, first: int, count: int) -> list[float]:
+    """Losses of ``count`` steps from step ``first`` on, at the peak rate."""
+    budget = Budget(config.model, config.data.sequence_tokens, world.device)
+    data = micro_batches(TrainingData(config.data), config, world, first, first * config.train.global_batch_samples)
+    losses = []
+    for step, batches in zip(range(first, first + count), data, strict=False):
+        set_learning_rate(engine, 1.0)
+        losses.append(train_step(engine, batches, budget, config, world, step).tally.loss)
+    return losses
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

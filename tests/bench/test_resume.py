@@ -1,0 +1,33 @@
+"""Every number of ranks and ZeRO stage reads what every other has written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.resume import difference, measure, table
+
+BASE = ["train.micro_batch_samples=2", "train.steps=10", "model.width=33", "model.head_width=6", "model.ffn_width=21"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.slow)])
+def test_any_size_goes_on_from_any_other(
+    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, precision: str
+) -> None:
+    """Odd sizes, so that partitions need filling; as far off as the uninterrupted runs are among themselves."""
+    work = tmp_path / "work"
+    work.mkdir()
+    found = measure(Path(write_config(tiny)), BASE, precision, [1, 2], [0, 1, 2, 3], str(work))
+    print(table(found))
+    written, resumed = found["written"], found["resumed"]
+    assert len(written) == 8 and len(resumed) == 64
+    tolerance = 2 * max(difference(a, b) for a in written.values() for b in written.values())
+    without = min(difference(losses, written[writer]) for writer, losses in found["weights_only"].items())
+    assert tolerance < without / 2
+    for pair, losses in resumed.items():
+        writer, reader = pair.split()
+        apart = difference(losses, written[writer])
+        assert apart == 0 if writer == reader else apart < tolerance, pair
