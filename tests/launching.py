@@ -28,7 +28,7 @@ def command(module: str, *arguments: str, processes: int = 1, launcher: str = "p
 
 def environment(device: str = "cpu") -> dict[str, str]:
     """This process's environment with the threads pinned, so that two ranks do not fight and sums are repeatable."""
-    threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1"}
+    threads = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": device, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_", "MASTER_", "SLURM_")
     return {k: v for k, v in os.environ.items() if not k.startswith(ranks)} | threads
 

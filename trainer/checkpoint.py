@@ -82,8 +82,10 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     return found
 
 
-def load(engine: Any, checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> dict[str, Any]:
-    """Put everything back and return the trainer's ``state``; collective.
+def load(
+    engine: Any, checkpoint: Path, fingerprint: str, config: StageConfig, world: World
+) -> tuple[dict[str, Any], str]:
+    """Put everything back; return the trainer's ``state``, and how it is laid out otherwise here; collective.
 
     Written by as many ranks, at the same ZeRO stage and precision, it comes back bit by bit. Otherwise weights and
     optimiser state are dealt out anew, and the run goes on to float tolerance; see ``reshard.py``.
@@ -94,7 +96,8 @@ def load(engine: Any, checkpoint: Path, fingerprint: str, config: StageConfig, w
     written = manifest.read(checkpoint, world)
     _check_fit(written, checkpoint, fingerprint, config, world)
     with only_tensors(checkpoint):
-        if layout_change(written, config, world):
+        change = layout_change(written, config, world)
+        if change:
             reshard(engine, checkpoint / "deepspeed", written, world.rank, world.size)
         else:
             _load_as_it_is(engine, checkpoint)
@@ -107,7 +110,7 @@ def load(engine: Any, checkpoint: Path, fingerprint: str, config: StageConfig, w
         torch.manual_seed(generator_of(config.train.seed, name).initial_seed())
     else:
         set_rng_state(rng)
-    return state
+    return state, change
 
 
 def layout_change(written: dict[str, Any], config: StageConfig, world: World) -> str:

@@ -76,7 +76,8 @@ class Trainer:
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
         if found is not None:
-            state = checkpoint.load(self.engine, found, self.fingerprint, config, world)
+            state, change = checkpoint.load(self.engine, found, self.fingerprint, config, world)
+            dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
             self.step, self.samples = state["step"], state["samples"]
             self.budget.load_state_dict(state["budget"])
             if self.balance.layers:
@@ -92,7 +93,7 @@ class Trainer:
             config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
         )
         if found is not None:
-            self.log.info(f"resumed from {found} at step {self.step:,}")
+            self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
         self.saver = Saver(self.run.checkpoints, fingerprint, config, world, self.log.info)
         self.stop = StopRequest()
         self.evaluations: dict[int, list[Evaluation]] = {}

@@ -173,7 +173,7 @@ def test_save_and_load_put_everything_back(
     assert set(written["files"]) == on_disk - {"manifest.json"}
     assert {"trainer.pt", "rng-00000.pt", "config.yaml"} < on_disk
     with engine_for(config, world) as engine:
-        assert checkpoint.load(engine, saved, FINGERPRINT, config, world) == {"step": 2, "note": [1.5, "x"]}
+        assert checkpoint.load(engine, saved, FINGERPRINT, config, world) == ({"step": 2, "note": [1.5, "x"]}, "")
         assert [r.tally.loss for r in take_steps(engine, config, world, 3, first=2)] == straight
 
 
@@ -254,7 +254,7 @@ def test_what_may_change_on_the_way_is_not_refused(configure: Configure, world: 
     ]
     config = configure(*allowed, "train.micro_batch_samples=4")
     with engine_for(config, world) as engine:
-        assert checkpoint.load(engine, saved, FINGERPRINT, config, world)["step"] == 1
+        assert checkpoint.load(engine, saved, FINGERPRINT, config, world)[0]["step"] == 1
 
 
 def test_saving_a_step_again_replaces_it(configure: Configure, world: World, saved: Path, folder: Path) -> None:

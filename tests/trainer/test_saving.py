@@ -148,11 +148,11 @@ def test_a_disk_that_is_not_shared_is_told_before_anything_is_written(
 ) -> None:
     config, two = configure(), TwoRanks(0, 2, 0, 1, torch.device("cpu"))
     TwoRanks.said = False
-    with engine_for(config, world) as engine:
-        with pytest.raises(
-            ValueError, match=r"rank 1 does not see .*partial, which rank 0 has made; put train.run_dir"
-        ):
-            Saver(tmp_path, "f", config, two).save(engine, 1, {"step": 1})
+    with (
+        engine_for(config, world) as engine,
+        pytest.raises(ValueError, match=r"rank 1 does not see .*partial, which rank 0 has made; put train.run_dir"),
+    ):
+        Saver(tmp_path, "f", config, two).save(engine, 1, {"step": 1})
 
 
 def test_a_rank_that_could_not_write_ends_the_others_with_its_reason(

@@ -20,8 +20,9 @@ from settings import user_errors
 from settings.load import _apply_override
 from tests.conftest import VOCAB
 from tests.launching import run
-from trainer.checkpoint import _check_fit, _conditions
+from trainer.checkpoint import _check_fit
 from trainer.distributed import ALONE
+from trainer.saving import conditions
 from trainer.weights import load_decoder
 from trainer.weights_folder import read_weights
 from tune.base import load_base
@@ -190,6 +191,23 @@ def test_six_steps_are_three_and_three_more_bit_by_bit(
         assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
 
 
+def test_two_ranks_at_stage_3_go_on_as_one_at_stage_1(
+    runs: Callable[[str], Path], tuning: dict[str, Any], tmp_path: Path
+) -> None:
+    """Frozen weights, adapters, the ensemble's norms and router, and what the optimiser knows of them."""
+    straight, again = runs("2/lora-3"), tmp_path / "again"
+    shutil.copytree(straight, again)
+    shutil.rmtree(again / "checkpoints/step-00000006")
+    shutil.rmtree(again / "adapter")
+    config = tmp_path / "tune.yaml"
+    config.write_text(yaml.safe_dump(tuning))
+    overrides = [*METHODS["lora"], "deepspeed.zero_stage=1", f"train.run_dir={again}"]
+    done = run("tune.train", str(config), *overrides, "train.checkpoint.resume=required")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "ranks 2 there and 1 here, ZeRO stage 3 there and 1 here" in done.stdout
+    assert losses(again) == pytest.approx(losses(straight), rel=2e-5)
+
+
 def test_the_command_says_what_it_trains_and_leaves_pictures(
     tuning: dict[str, Any], tmp_path: Path, base_run: str
 ) -> None:
@@ -287,7 +305,7 @@ def test_a_resume_with_another_method_is_refused(
     file = TuneFile.model_validate(config)
     resolved = resolve(file, load_base(file.base.path))
     checkpoint = runs("1/lora") / "checkpoints/step-00000003"
-    written = {**_conditions(resolved, ALONE), "zero_stage": 2, "data_fingerprint": "same"}
+    written = {**conditions(resolved, ALONE), "zero_stage": 2, "data_fingerprint": "same"}
     with pytest.raises(ValueError, match="holds another model") as told:
         _check_fit(written, checkpoint, "same", resolved, ALONE)
     assert CHANGES[change] in str(told.value) and "resume with the blocks that the run was started with" in str(

@@ -1,0 +1,128 @@
+"""What a checkpoint costs the run: written while training waits, and while it goes on.
+
+    python -m bench.saving configs/demo.yaml --steps 10 --rounds 5 [key.sub=value ...]
+
+In every round the same steps are taken three times: alone, after a save that was waited for, and after one that is
+still being written. The cost of a save is what the steps then take longer, in steps taken alone; the three are
+neighbours in time, so that a busy machine slows all of them. CONFIG's shards must be prepared. One process; the
+checkpoints go to a temporary folder below ``--disk``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from data.batches import TrainingData
+from model.budget import Budget
+from settings import user_errors
+from trainer.config import RunConfig, load_run
+from trainer.distributed import World, join, leave
+from trainer.engine import build_engine, set_learning_rate
+from trainer.loop import micro_batches
+from trainer.saving import Saver
+from trainer.step import train_step
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="bench.saving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML of a stage-one run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
+    parser.add_argument("--steps", type=int, default=10, help="steps after each save (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
+    parser.add_argument("--disk", type=Path, default=Path(), help="folder to write below (default: the current one)")
+    parser.add_argument("--out", type=Path, help="also write the figures as JSON")
+    options = parser.parse_args(arguments)
+    with user_errors():
+        steps = (options.steps + 1) * (3 * options.rounds + 1)
+        config = load_run(options.config, [*options.overrides, f"train.steps={steps}"])
+        world = join(60.0)
+        with tempfile.TemporaryDirectory(dir=options.disk) as folder:
+            figures = measure(config, world, Path(folder), options.steps, options.rounds)
+        leave()
+        print(report(figures), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def measure(config: RunConfig, world: World, folder: Path, steps: int, rounds: int) -> dict[str, Any]:
+    """The figures that :func:`report` prints.
+
+    Args:
+        config: its ``train.steps`` must be enough for all rounds.
+        world: of one process.
+        folder: for the checkpoints.
+        steps: taken after each save.
+        rounds: repetitions.
+    """
+    engine = build_engine(config, world)
+    step = _stepper(engine, config, world)
+    saver, number = Saver(folder, "", config, world, lambda sentence: None), count(1)
+
+    def save() -> None:
+        saver.save(engine, next(number), {"step": 0})
+
+    _seconds(step)  # what is built in the first one
+    save()
+    saver.wait()
+    found: dict[str, list[float]] = {"waiting": [], "background": [], "copying": []}
+    for _ in range(rounds):
+        alone_s = _seconds(step, steps) / steps
+        waiting_s = _seconds(save) + _seconds(saver.wait) + _seconds(step, steps)
+        copying_s = _seconds(save)
+        background_s = copying_s + _seconds(step, steps)
+        saver.wait()
+        found["waiting"].append(waiting_s / alone_s - steps)
+        found["background"].append(background_s / alone_s - steps)
+        found["copying"].append(copying_s / alone_s)
+    size = sum(file.stat().st_size for file in max(folder.glob("step-*")).rglob("*") if file.is_file())
+    engine.destroy()
+    return {"checkpoint_bytes": size, "steps": steps, "cost_in_steps": found}
+
+
+def report(figures: dict[str, Any]) -> str:
+    """A table: median and range over the rounds."""
+    lines = [f"a checkpoint of {figures['checkpoint_bytes'] / 1e6:.1f} MB, {figures['steps']} steps after each save"]
+    names = {
+        "waiting": "training waits until it is whole",
+        "background": "written while training goes on",
+        "copying": "  of which the copy to host memory",
+    }
+    for name, words in names.items():
+        costs = figures["cost_in_steps"][name]
+        lines.append(f"{words:36} {median(costs):6.2f} steps ({min(costs):.2f} to {max(costs):.2f})")
+    return "\n".join(lines)
+
+
+def _stepper(engine: Any, config: RunConfig, world: World) -> Callable[[], None]:
+    """Takes the next step each time it is called."""
+    budget = Budget(config.model, config.data.sequence_tokens, world.device)
+    data, places = micro_batches(TrainingData(config.data), config, world, 0, 0), count()
+
+    def step() -> None:
+        set_learning_rate(engine, 1.0)
+        train_step(engine, next(data), budget, config, world, next(places))
+
+    return step
+
+
+def _seconds(call: Callable[[], Any], times: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
