@@ -15,7 +15,8 @@ whether its master was found in the right place. DeepSpeed's own converter does 
 unrestricted unpickling; the table of fragments beside the partitions is wrong under ``round_robin_gradients``. So the
 order of the parameters in ``param_shapes`` is what counts here.
 
-Files are mapped, not read: in memory is the fp32 model, and of the files what the system likes to keep.
+Files are mapped, not read: in memory is the fp32 model, and of the files what the system likes to keep; with ``disk``
+the model is in a file, too (:mod:`trainer.allocate`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from torch import Tensor, nn
 from model.decoder import Decoder
 from settings import load
 from trainer import checkpoint, manifest
+from trainer.allocate import allocate, without_memory
 from trainer.config import RunConfig
 from trainer.distributed import ALONE, import_deepspeed
 
@@ -53,12 +55,13 @@ class _Stored(NamedTuple):
     rounded: Tensor | None = None
 
 
-def load_decoder(run_or_checkpoint: Path) -> tuple[Decoder, RunConfig, int]:
+def load_decoder(run_or_checkpoint: Path, disk: Path | None = None) -> tuple[Decoder, RunConfig, int]:
     """The decoder in evaluation mode, fp32 on the CPU; the config of its run; and the optimiser steps it has had.
 
     Args:
         run_or_checkpoint: a run folder, of which the newest whole checkpoint is taken (torn ones are told on stderr and
             passed over), or one checkpoint's folder.
+        disk: keep the weights in a file without a name in this folder; in memory unless given.
 
     Raises:
         ValueError: if there is no whole checkpoint, or it is of a tuning run, or it holds another model than its config
@@ -71,7 +74,8 @@ def load_decoder(run_or_checkpoint: Path) -> tuple[Decoder, RunConfig, int]:
             "or read this one in Python with tune.weights.load_tuned"
         )
     config = load(folder / "config.yaml", [], RunConfig)
-    decoder = Decoder(config.model, seed=config.train.seed).eval()
+    decoder = without_memory(config.model, config.train.seed)
+    allocate(decoder, disk)
     step = fill(decoder, folder, config.deepspeed.zero_stage)
     return decoder, config, step
 

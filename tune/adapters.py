@@ -98,8 +98,12 @@ def merge(decoder: Decoder) -> None:
     # PEFT's own merge_and_unload asks the model's config for entries as of a dictionary.
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, LoraLayer):
+            base = layer.get_base_layer()
+            place = base.weight.data
             layer.merge(safe_merge=True)
-            decoder.set_submodule(name, layer.get_base_layer())
+            place.copy_(base.weight.data)  # where it was: that may be a file
+            base.weight.data = place
+            decoder.set_submodule(name, base)
     vars(decoder).pop("peft_config", None)
 
 
