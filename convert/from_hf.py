@@ -93,9 +93,11 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
     if config.tied_head:
         _drop_tied_head(tensors, folder)
     wanted = dict(decoder.named_parameters())
-    added = [] if routers is None else [
-        f"{name}.weight" for name, module in decoder.named_modules() if isinstance(module, Router)
-    ]
+    added = (
+        []
+        if routers is None
+        else [f"{name}.weight" for name, module in decoder.named_modules() if isinstance(module, Router)]
+    )
     shapes = {name: wanted.pop(name).shape for name in added}
     difference = mismatch(wanted, {name: t.shape for name, t in tensors.items()})
     if difference is not None:
@@ -148,6 +150,11 @@ def import_checkpoint(
         ValueError: with one sentence for what stands in the way.
     """
     require_absent(out)
+    if (folder / hf_compare.ADAPTER / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} keeps its adapters apart, in {hf_compare.ADAPTER}/, and they are not imported; export the run "
+            f"with --adapters merged, or give a copy of {folder} without them for the model below them"
+        )
     decoder, family = read_checkpoint(folder, routers)
     tokenizer = tokenizer_files(folder)
     if not with_comparison:

@@ -5,7 +5,8 @@
       trainer.pt            step, samples consumed, budget prices
       rng-00000.pt          random-number generators of rank 0, and so on
       config.yaml           the run's config
-      manifest.json         written last: size and SHA-256 of every file, world size, ZeRO stage, data fingerprint
+      manifest.json         written last: size and SHA-256 of every file, world size, ZeRO stage, data fingerprint,
+                            commit of the code
 
 DeepSpeed writes in place and names a checkpoint ``latest`` before every rank has finished, so a kill leaves a torn
 one that looks whole. Here everything goes to ``step-N.partial``; when all ranks are done and the hashes are taken the
@@ -27,7 +28,7 @@ import torch
 import yaml
 
 from settings import to_yaml
-from trainer import manifest
+from trainer import code_state, manifest
 from trainer.config import CheckpointConfig, StageConfig
 from trainer.distributed import World
 from trainer.rng import rng_state, set_rng_state
@@ -64,7 +65,8 @@ def save(
             torch.save(state, partial / "trainer.pt")
             (partial / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         world.barrier()
-        facts = {"step": step, **_conditions(config, world), "data_fingerprint": fingerprint}
+        commit = code_state.commit() if world.is_main else None  # the first rank writes the manifest
+        facts = {"step": step, **_conditions(config, world), "data_fingerprint": fingerprint, "commit": commit}
         expected = ["config.yaml", "trainer.pt", *(_rng_name(rank) for rank in range(world.size))]
         manifest.write(partial, facts, expected, world)
         if world.is_main:
