@@ -44,7 +44,11 @@ NATIVE = {"dense": "Llama", "dense-tied-llama3": "Llama", "dense-qk-norm": "Qwen
 def make(name: str, seed: int = 1) -> Decoder:
     """A case's decoder, in evaluation mode; the ensemble's weights off their beginnings."""
     model, ensemble = CASES[name]
-    made = decoder(ModelConfig.model_validate({**SIZES, "vocab_size": VOCAB, "max_positions": 128, **model}), seed)
+    return _assemble({**SIZES, "vocab_size": VOCAB, "max_positions": 128, **model}, ensemble, seed)
+
+
+def _assemble(model: dict[str, Any], ensemble: dict[str, Any] | None, seed: int) -> Decoder:
+    made = decoder(ModelConfig.model_validate(model), seed)
     if ensemble is not None:
         made.add_ensemble(EnsembleConfig.model_validate(ensemble))
         assert made.ensemble is not None
@@ -55,10 +59,15 @@ def make(name: str, seed: int = 1) -> Decoder:
     return made.eval()
 
 
-def make_tuned(name: str, kind: str) -> tuple[Decoder, dict[str, Any]]:
-    """A case's decoder with adapters that change it, and the config's ``adapter`` block."""
+def make_large() -> Decoder:
+    """One of 80 MB in fp32, no weight of it above 2 MB, in which two layers vote."""
+    sizes = {**SIZES, "vocab_size": VOCAB, "max_positions": 128, "head_width": None}
+    return _assemble({**sizes, "layers": 10, "width": 384, "heads": 6, "ffn_width": 1280}, {"layers": 2}, 1)
+
+
+def make_tuned(made: Decoder, kind: str) -> tuple[Decoder, dict[str, Any]]:
+    """``made`` with adapters that change it, and the config's ``adapter`` block."""
     block = {"kind": kind, "rank": 4}
-    made = make(name)
     prepare(made, AdapterConfig.model_validate(block), "frozen", seed=1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

@@ -128,7 +128,7 @@ def test_a_tuned_run(tmp_path: Path, corpus: dict[str, Any]) -> None:
 def test_adapters_kept_apart(
     tmp_path: Path, corpus: dict[str, Any], capsys: pytest.CaptureFixture[str], name: str, kind: str
 ) -> None:
-    tuned, block = make_tuned(name, kind)
+    tuned, block = make_tuned(make(name), kind)
     run, out = write_run(tmp_path / "run", tuned, corpus, adapter=block), tmp_path / "out"
     assert main([str(run), str(out), "--adapters", "separate"]) == 0
     printed = capsys.readouterr().out
@@ -153,7 +153,7 @@ def test_adapters_kept_apart(
 
 
 def test_merged_adapters(tmp_path: Path, corpus: dict[str, Any]) -> None:
-    tuned, block = make_tuned("layer-ensemble", "dora")
+    tuned, block = make_tuned(make("layer-ensemble"), "dora")
     export(write_run(tmp_path / "run", tuned, corpus, adapter=block), tmp_path / "out")
     tokens = random_ids(2, 40)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_merged_adapters(tmp_path: Path, corpus: dict[str, Any]) -> None:
 def test_an_adapter_that_is_not_ours_stays_to_be_looked_at(
     tmp_path: Path, corpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch, spoil: Any, sentence: str
 ) -> None:
-    tuned, block = make_tuned("dense", "lora")
+    tuned, block = make_tuned(make("dense"), "lora")
     write = adapter_files._write
     monkeypatch.setattr(adapter_files, "_write", lambda path, tensors: write(path, spoil(tensors)))
     with pytest.raises(ValueError, match=f"{sentence}.*; it stays in .*out.tmp to be looked at"):
