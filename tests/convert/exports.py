@@ -67,7 +67,7 @@ def make_large() -> Decoder:
 
 def make_tuned(made: Decoder, kind: str) -> tuple[Decoder, dict[str, Any]]:
     """``made`` with adapters that change it, and the config's ``adapter`` block."""
-    block = {"kind": kind, "rank": 4}
+    block = {"kind": kind, "rank": 4, "layers": "all" if made.ensemble is None else "early"}
     prepare(made, AdapterConfig.model_validate(block), "frozen", seed=1)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
