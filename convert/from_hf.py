@@ -34,6 +34,7 @@ from model.config import ModelConfig, RouterConfig
 from model.decoder import Decoder
 from model.router import Router
 from settings import user_errors
+from trainer.allocate import without_memory
 from trainer.weights_folder import mismatch, require_absent, tokenizer_files, write_weights
 
 TOLERANCE = 1e-4
@@ -92,7 +93,11 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
     if config.tied_head:
         _drop_tied_head(tensors, folder)
     wanted = dict(decoder.named_parameters())
-    added = [] if routers is None else [f"{name}.weight" for name, _ in _routers_of(decoder)]
+    added = (
+        []
+        if routers is None
+        else [f"{name}.weight" for name, module in decoder.named_modules() if isinstance(module, Router)]
+    )
     shapes = {name: wanted.pop(name).shape for name in added}
     difference = mismatch(wanted, {name: t.shape for name, t in tensors.items()})
     if difference is not None:
@@ -145,6 +150,11 @@ def import_checkpoint(
         ValueError: with one sentence for what stands in the way.
     """
     require_absent(out)
+    if (folder / hf_compare.ADAPTER / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{folder} keeps its adapters apart, in {hf_compare.ADAPTER}/, and they are not imported; export the run "
+            f"with --adapters merged, or give a copy of {folder} without them for the model below them"
+        )
     decoder, family = read_checkpoint(folder, routers)
     tokenizer = tokenizer_files(folder)
     if not with_comparison:
@@ -205,19 +215,7 @@ def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None
                 "--routers adds them to a model without; leave it out"
             )
         config = config.model_copy(update={"router": routers})
-    ensemble = ensemble_config(raw, path)
-    with torch.device("meta"):
-        decoder = Decoder(config, seed=routing_seed(raw, path)).eval()
-        if ensemble is not None:
-            decoder.add_ensemble(ensemble)
-    for site, (_, router) in enumerate(_routers_of(decoder)):
-        router.site = torch.tensor(site)  # a buffer that no file holds
-    return decoder
-
-
-def _routers_of(decoder: Decoder) -> list[tuple[str, Router]]:
-    """Names and skip routers, in the order of their sites."""
-    return [(name, module) for name, module in decoder.named_modules() if isinstance(module, Router)]
+    return without_memory(config, routing_seed(raw, path), ensemble_config(raw, path))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -5,6 +5,8 @@ Dimension letters: B batch, T tokens, V vocabulary, S routed sites.
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +18,8 @@ from model.generate import generate
 
 TOLERANCE = 1e-4
 """Largest difference between logits, as a share of their range or of 1, whichever is more."""
+ADAPTER = "adapter"
+"""Folder in an export of the adapters that it keeps apart."""
 _ROWS, _TOKENS, _PROMPT_TOKENS, _GREEDY_TOKENS = 8, 32, 8, 64
 _TOLD = 3
 
@@ -57,6 +61,8 @@ def refer(decoder: Decoder) -> Reference:
 @torch.no_grad()
 def compare(reference: Reference, folder: Path) -> str:
     """Load ``folder`` with transformers, in fp32 on the CPU, and compare; returns a sentence on what was found.
+
+    Adapters that it keeps apart are put on it by PEFT.
 
     A router may tip over on rounding where a token's two logits are all but equal, after which everything in that row
     differs; such rows are told and left out. The modelling file in ``folder`` is run: only for what we have written.
@@ -115,10 +121,26 @@ def _load(folder: Path, kept: str) -> Any:
             folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True, output_loading_info=True
         )
     except Exception as error:  # whatever it dislikes, in its own words
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise ValueError(f"transformers cannot load the export ({reason[0]}); {kept}") from error
+        raise ValueError(f"transformers cannot load the export ({_last_line(error)}); {kept}") from error
     model, found = loaded
     problems = [f"{what.replace('_', ' ')} {sorted(map(str, names))[:_TOLD]}" for what, names in found.items() if names]
     if problems:
         raise ValueError(f"transformers finds other weights in the export ({'; '.join(problems)}); {kept}")
-    return model.eval()
+    return (_with_adapter(model, folder / ADAPTER, kept) if (folder / ADAPTER).is_dir() else model).eval()
+
+
+def _with_adapter(model: Any, folder: Path, kept: str) -> Any:
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            return PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:  # whatever it dislikes, in its own words
+        raise ValueError(f"PEFT cannot put the adapter on the export ({_last_line(error)}); {kept}") from error
+
+
+def _last_line(error: Exception) -> str:
+    """What it says, without the names of every weight."""
+    lines = str(error).strip().splitlines()
+    return textwrap.shorten(lines[-1], 200, placeholder=" ...") if lines else type(error).__name__

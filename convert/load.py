@@ -31,7 +31,7 @@ class Loaded(NamedTuple):
     """A decoder, what belongs to it, and where it came from."""
 
     decoder: Decoder
-    """fp32, on the CPU, in evaluation mode; adapters merged, the ensemble on."""
+    """fp32, on the CPU, in evaluation mode; adapters merged unless asked otherwise, the ensemble on."""
     tokenizer_folder: Path
     """Should hold ``tokenizer.model`` or ``tokenizer.json``; whether it does is not looked at."""
     facts: dict[str, Any]
@@ -40,18 +40,20 @@ class Loaded(NamedTuple):
     """The checkpoint's folder or the folder of weights."""
 
 
-def load_any(path: Path) -> Loaded:
+def load_any(path: Path, merged: bool = True, disk: Path | None = None) -> Loaded:
     """The decoder that ``path`` holds.
 
     Args:
         path: a run folder of stage one or two (its newest whole checkpoint is taken), one checkpoint's folder, or a
             folder of weights (what ``convert.from_hf`` and ``tune.merge`` write).
+        merged: a tuned run's adapters are part of the weights that they sit on.
+        disk: keep the weights in a file without a name in this folder; in memory unless given.
 
     Raises:
         ValueError: if it holds none, or not a whole one.
     """
     if is_weights_folder(path):
-        decoder = read_weights(path)
+        decoder = read_weights(path, disk)
         entries = {name: value for name, value in manifest.read(path, ALONE).items() if name not in ("format", "files")}
         return Loaded(decoder, path, {"source": str(path), **entries, "kind": WEIGHTS}, path)
     if (path / "config.json").is_file():
@@ -60,12 +62,12 @@ def load_any(path: Path) -> Loaded:
             "give that folder"
         )
     if _is_tuned(path):
-        decoder, tuned, step = load_tuned(path)
+        decoder, tuned, step = load_tuned(path, merged, disk)
         folder = _checkpoint(path, step)
         assert tuned.data.tokenizer is not None  # filled in when the run started
         facts = {"kind": TUNED, "base": tuned.base.path, "adapter": tuned.adapter.kind}
         return Loaded(decoder, Path(tuned.data.tokenizer), facts | _run_facts(folder, tuned, step), folder)
-    decoder, config, step = load_decoder(path)
+    decoder, config, step = load_decoder(path, disk)
     folder = _checkpoint(path, step)
     run = {"kind": PRETRAINED, "confine_attention": config.data.confine_attention}
     return Loaded(decoder, Path(config.data.dir), run | _run_facts(folder, config, step), folder)

@@ -9,7 +9,7 @@ from model.config import ModelConfig
 _LABELS = {
     "source": "exported from",
     "base": "tuned from",
-    "adapter": "adapter, merged",
+    "adapter": "tuning method",
     "step": "optimiser steps",
     "tokens": "training tokens",
     "train_loss": "training loss, nats a token",
@@ -33,6 +33,8 @@ class Exported(NamedTuple):
     """How many late layers vote; 0 without an ensemble."""
     remote_code: bool
     """The export brings a modelling file."""
+    adapter: str | None = None
+    """Folder of the adapters that it keeps apart."""
 
 
 def model_card(model: Exported, facts: dict[str, Any], checks: list[str]) -> str:
@@ -43,7 +45,7 @@ def model_card(model: Exported, facts: dict[str, Any], checks: list[str]) -> str
         facts: as :func:`convert.load.load_any` returns them; what is None or missing is left out.
         checks: sentences on what was compared.
     """
-    parts = [_front_matter(model), "# A Hopscotch model", _description(model), _usage(model.remote_code)]
+    parts = [_front_matter(model), "# A Hopscotch model", _description(model), _usage(model)]
     parts += ["## Training", _table(["fact", "value"], _training_rows(facts))]
     densities = {name: value for name, value in (facts.get("densities") or {}).items() if name != "overflow"}
     if densities and model.config.router is not None:
@@ -78,17 +80,20 @@ def _description(model: Exported) -> str:
     return text
 
 
-def _usage(remote_code: bool) -> str:
-    flag = ", trust_remote_code=True" if remote_code else ""
+def _usage(model: Exported) -> str:
+    flag = ", trust_remote_code=True" if model.remote_code else ""
+    on_top = f'model = PeftModel.from_pretrained(model, "THIS_FOLDER/{model.adapter}")\n' if model.adapter else ""
     why = (
         "`trust_remote_code=True` runs `modeling_hopscotch.py` from this folder; read it first if you did not write it."
-        if remote_code
+        if model.remote_code
         else "No code from this folder is run."
     )
     return (
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "```python\n"
+        + ("from peft import PeftModel\n" if model.adapter else "")
+        + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{flag})\n'
-        f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{flag})\n'
+        f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{flag})\n{on_top}'
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n" + why
     )

@@ -2,14 +2,16 @@
 
     python -m convert.to_hf runs/demo runs/demo-hf
     python -m convert.to_hf runs/demo-tuned/checkpoints/step-00000100 /tmp/tuned-hf --dtype bf16
+    python -m convert.to_hf runs/demo-tuned runs/demo-tuned-hf --adapters separate
 
-RUN_OR_CHECKPOINT is a run of either stage (its newest whole checkpoint is taken; adapters are merged), one of its
-checkpoints, or a folder of weights. OUT is a new folder or an empty one. A dense model becomes a native
-LlamaForCausalLM (Qwen3ForCausalLM with query and key norms). A model with routers or an ensemble comes with
-``modeling_hopscotch.py``, which transformers loads with ``trust_remote_code=True``.
+RUN_OR_CHECKPOINT is a run of either stage (its newest whole checkpoint is taken), one of its checkpoints, or a folder
+of weights. OUT is a new folder or an empty one. Adapters are merged, or kept apart in OUT/adapter as PEFT loads them. A
+dense model becomes a native LlamaForCausalLM (Qwen3ForCausalLM with query and key norms). A model with routers or an
+ensemble comes with ``modeling_hopscotch.py``, which transformers loads with ``trust_remote_code=True``.
 
 Everything is written to OUT.tmp, loaded from there by transformers in fp32 on the CPU, and compared: logits of random
-tokens and a greedy continuation. Only then is it renamed; where something differs, OUT.tmp stays to be looked at.
+tokens and a greedy continuation. Only then is it renamed; where something differs, OUT.tmp stays to be looked at. Until
+then our fp32 weights are a file without a name on OUT's disk: one shard is in memory at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from convert.hf_compare import compare, refer
+from convert.hf_compare import ADAPTER, compare, refer
 from convert.hf_tokenizer import GENERATION_NAME, write_tokenizer
 from convert.load import load_any
 from convert.model_card import Exported, model_card
@@ -35,14 +36,23 @@ from data.files import temporary_name, write_atomically, write_json
 from model.config import ModelConfig
 from model.decoder import Decoder
 from settings import user_errors
+from trainer import code_state
+from tune.adapter_files import export_adapter
+from tune.adapters import has_adapters, take_out
 
 SHARD_BYTES = 5_000_000_000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODELING = "modeling_hopscotch.py"
+ADAPTERS = ("merged", "separate")
 
 
 def export(
-    path: Path, out: Path, dtype: str = "fp32", tokenizer: Path | None = None, shard_bytes: int = SHARD_BYTES
+    path: Path,
+    out: Path,
+    dtype: str = "fp32",
+    tokenizer: Path | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    adapters: str = "merged",
 ) -> list[str]:
     """Export what ``path`` holds to ``out``; returns what was done, a line each.
 
@@ -52,14 +62,16 @@ def export(
         dtype: of the weights, a key of ``DTYPES``.
         tokenizer: folder of the tokenizer; where the run says it is unless given.
         shard_bytes: largest safetensors file, but for single weights above it.
+        adapters: of a tuned run, one of ``ADAPTERS``: part of the weights, or beside them.
 
     Raises:
         ValueError: with one sentence for what stands in the way.
     """
     _require_free(out)
-    loaded = load_any(path)
+    separate = adapters == "separate"
+    loaded = load_any(path, merged=not separate, disk=_disk_of(out))
     decoder = loaded.decoder
-    _require_causal(decoder.config, path)
+    _require_exportable(decoder, path, separate)
     with torch.no_grad():
         for parameter in decoder.parameters():  # what is compared is the rounded model, in fp32
             parameter.copy_(parameter.to(DTYPES[dtype]))
@@ -69,34 +81,50 @@ def export(
     ids, tokenizer_done = write_tokenizer(
         tokenizer or loaded.tokenizer_folder, partial, decoder.config.vocab_size, decoder.config.max_positions
     )
-    native = is_native(decoder)
-    config = hf_config(decoder, ids, dtype)
-    architecture = config["architectures"][0]
-    write_json(partial / "config.json", config)
-    if not (partial / GENERATION_NAME).is_file():
-        write_json(partial / GENERATION_NAME, ids)
-    files = _write_weights(decoder, partial, DTYPES[dtype], shard_bytes)
-    if not native:
-        shutil.copyfile(Path(__file__).with_name(MODELING), partial / MODELING)
     reference = refer(decoder)
-    model = Exported(
-        decoder.config,
-        sum(parameter.numel() for parameter in decoder.parameters()),
-        0 if decoder.ensemble is None else decoder.ensemble.config.layers,
-        not native,
-    )
-    facts = {**loaded.facts, "export_commit": _commit()}
-    del loaded, decoder  # transformers' model takes its place in memory
+    if separate:
+        export_adapter(decoder, partial / ADAPTER)
+        take_out(decoder)
+    config = hf_config(decoder, ids, dtype)
+    files = _write_model(decoder, config, ids, partial, shard_bytes)
+    model = _exported(decoder, separate)
+    facts = {**loaded.facts, "export_commit": code_state.commit()}
+    if facts.get("adapter") in ("lora", "dora"):
+        facts["adapter"] += f", {adapters}"
+    del loaded, decoder  # transformers' model takes its place
     compared = compare(reference, partial)
     write_atomically(partial / "README.md", model_card(model, facts, [compared, tokenizer_done]).encode())
     os.replace(partial, out)
-    code = "" if native else f", loaded with trust_remote_code=True, which runs its {MODELING}"
+    written = f"{config['architectures'][0]} in {dtype}, {files} safetensors file"
+    code = f", loaded with trust_remote_code=True, which runs its {MODELING}" if model.remote_code else ""
+    beside = f"; {facts['adapter'].split(',')[0]} adapter in {out / ADAPTER}, for PEFT" if separate else ""
     return [
         f"read      {facts['source']}: {facts['kind']}, {model.parameters:,} parameters",
         f"compared  {compared}",
         f"tokenizer {tokenizer_done}",
-        f"wrote     {out}: {architecture} in {dtype}, {files} safetensors file{'s' if files > 1 else ''}{code}",
+        f"wrote     {out}: {written}{'s' if files > 1 else ''}{code}{beside}",
     ]
+
+
+def _write_model(decoder: Decoder, config: dict[str, Any], ids: dict[str, Any], folder: Path, shard_bytes: int) -> int:
+    """Configs, weights and, where there must be one, the modelling file; returns how many files of weights."""
+    write_json(folder / "config.json", config)
+    if not (folder / GENERATION_NAME).is_file():
+        write_json(folder / GENERATION_NAME, ids)
+    if not is_native(decoder):
+        shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
+    return _write_weights(decoder, folder, getattr(torch, config["dtype"]), shard_bytes)
+
+
+def _exported(decoder: Decoder, separate: bool) -> Exported:
+    """What the model card describes."""
+    return Exported(
+        decoder.config,
+        sum(parameter.numel() for parameter in decoder.parameters()),
+        0 if decoder.ensemble is None else decoder.ensemble.config.layers,
+        not is_native(decoder),
+        ADAPTER if separate else None,
+    )
 
 
 def is_native(decoder: Decoder) -> bool:
@@ -236,22 +264,23 @@ def _require_free(out: Path) -> None:
         raise ValueError(f"{out} exists already and is no empty folder, and nothing is written over; give another one")
 
 
-def _require_causal(config: ModelConfig, path: Path) -> None:
-    if config.router is not None and config.router.kind == "expert_choice":
+def _disk_of(out: Path) -> Path:
+    """The innermost folder around ``out`` that there is."""
+    return next(folder for folder in out.absolute().parents if folder.is_dir())
+
+
+def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:
+    router = decoder.config.router
+    if router is not None and router.kind == "expert_choice":
         raise ValueError(
             f"{path} has router.kind expert_choice, which picks tokens by looking at later ones, so it cannot generate "
             "and is not exported; export a causal kind: learned, random or stride, or a dense model"
         )
-
-
-def _commit() -> str | None:
-    """Of the code that exports; None outside a repository."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return None
-    return done.stdout.strip() or None
+    if separate and not has_adapters(decoder):
+        raise ValueError(
+            f"--adapters separate is for runs tuned with adapter.kind lora or dora, and {path} has no adapters; leave "
+            "it out"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -273,11 +302,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=SHARD_BYTES / 1e9,
         help="largest file of weights, in GB (default: %(default)g)",
     )
+    parser.add_argument(
+        "--adapters",
+        choices=ADAPTERS,
+        default="merged",
+        help="of a tuned run: added to the weights, or in OUT/adapter for PEFT (default: merged)",
+    )
     options = parser.parse_args(arguments)
     with user_errors():
         if not options.shard_gb > 0:
             raise ValueError(f"--shard-gb must be above 0, got {options.shard_gb}; leave it out for 5")
-        lines = export(options.path, options.out, options.dtype, options.tokenizer, int(options.shard_gb * 1e9))
+        lines = export(
+            options.path,
+            options.out,
+            options.dtype,
+            options.tokenizer,
+            int(options.shard_gb * 1e9),
+            options.adapters,
+        )
         print("\n".join(lines), flush=True)
     return 0
 

@@ -21,6 +21,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, po
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from convert.hf_compare import ADAPTER
 from evals.generate import Speller, stream
 from evals.scoring import Opened, Scorer, Window
 
@@ -141,6 +142,11 @@ def open_export(
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json; write one with convert.to_hf")
+    if (folder / ADAPTER).is_dir():
+        raise ValueError(
+            f"{folder} keeps its adapters apart, in {ADAPTER}/, and would be scored without them; export the run with "
+            "--adapters merged"
+        )
     if "auto_map" in json.loads(path.read_text(encoding="utf-8")) and not trust_remote_code:
         raise ValueError(
             f"{folder} comes with modelling code of its own, which is not run unasked; if you trust who wrote it, add "

@@ -50,6 +50,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return block
 
 
+@pytest.fixture(scope="session")
+def two_rank_runs(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> Path:
+    """What two ranks trained and saved at every ZeRO stage: see tests/trainer/test_weights.py."""
+    from tests.trainer.test_weights import CASES, SHUFFLED, save_runs
+
+    cases = {**CASES, "shuffled": [*CASES["bf16-2"], SHUFFLED]}
+    return save_runs(tmp_path_factory.mktemp("weights"), corpus, cases, ranks=2)
+
+
 @pytest.fixture
 def tiny(tmp_path: Path, corpus: dict[str, Any]) -> dict[str, Any]:
     """A run's config as a dictionary: 3 routed layers, 8 windows a step, 4 steps, everything logged."""

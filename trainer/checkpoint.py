@@ -5,7 +5,8 @@
       trainer.pt            step, samples consumed, budget prices
       rng-00000.pt          random-number generators of rank 0, and so on
       config.yaml           the run's config
-      manifest.json         written last: size and SHA-256 of every file, world size, ZeRO stage, data fingerprint
+      manifest.json         written last: size and SHA-256 of every file, world size, ZeRO stage, data fingerprint,
+                            commit of the code
 
 DeepSpeed writes in place and names a checkpoint ``latest`` before every rank has finished, so a kill leaves a torn
 one that looks whole. Here everything goes to ``step-N.partial``; when all ranks are done and the hashes are taken the

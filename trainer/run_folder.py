@@ -3,6 +3,7 @@
 runs/NAME/
   config.yaml             as resolved: can be run again as it is
   config.original.yaml    as written, with its comments
+  code.commit, code.diff  commit of the code, and what tracked files had on top of it, if anything, at the last start
   metrics.jsonl           one line a logged step
   tensorboard/            the same, to look at
   heartbeat/rank-N.json   step, time, phase of every rank
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from data.files import write_atomically
 from settings import to_yaml
+from trainer import code_state
 from trainer.config import StageConfig
 from trainer.distributed import World
 
@@ -47,13 +49,17 @@ class RunFolder:
         self.log = self.path / "logs" / f"rank-{rank}.log"
 
     def create(self, config: StageConfig, original: str | Path) -> None:
-        """Make the folders and write the configs (rank 0 only)."""
+        """Make the folders; write the configs and which code this is (rank 0 only)."""
         for folder in (self.checkpoints, self.tensorboard, self.heartbeat.parent, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path / "config.yaml", to_yaml(config).encode())
         copy = self.path / "config.original.yaml"
         if not (copy.exists() and copy.samefile(original)):
             shutil.copyfile(original, copy)
+        for name, content in (("code.commit", code_state.commit()), ("code.diff", code_state.diff())):
+            (self.path / name).unlink(missing_ok=True)  # of an earlier start
+            if content:
+                write_atomically(self.path / name, content.encode())
 
     def beat(self, step: int, phase: str) -> None:
         """Say that this rank is alive: what it does and at which step; at most every second unless the phase is new."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from data.files import read_json, write_json
 from settings import to_yaml
-from trainer import manifest
+from trainer import code_state, manifest
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.retention import check_space, newest_name, prune, remove
@@ -103,7 +103,12 @@ class Saver:
             files[partial / "config.yaml"] = to_yaml(self.config)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies to pinned memory are under way
-        facts = {"step": step, **conditions(self.config, self.world), "data_fingerprint": self.fingerprint}
+        facts = {
+            "step": step,
+            **conditions(self.config, self.world),
+            "data_fingerprint": self.fingerprint,
+            "commit": code_state.commit() if self.world.is_main else None,
+        }
         self._final = final
         self._thread = threading.Thread(target=self._run, args=(files, partial, facts, start), name=f"save {step}")
         self._waited_s = time.perf_counter() - start

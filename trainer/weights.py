@@ -1,7 +1,8 @@
 """A trained decoder out of a checkpoint, in one process: no ranks, no engine, and no code from pickles is run.
 
 The weights are the fp32 masters wherever there are any; ``stored.py`` knows where they lie. In memory is the fp32
-model, and of the files, which are mapped, what the system likes to keep.
+model, and of the files, which are mapped, what the system likes to keep; with ``disk`` the model is in a file, too
+(:mod:`trainer.allocate`).
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ from torch import Tensor, nn
 from model.decoder import Decoder
 from settings import load
 from trainer import checkpoint, manifest
+from trainer.allocate import allocate, without_memory
 from trainer.config import RunConfig
 from trainer.distributed import ALONE, import_deepspeed
 from trainer.engine import optimizer_order
 from trainer.stored import MASTER, Stored, stored
 
 
-def load_decoder(run_or_checkpoint: Path) -> tuple[Decoder, RunConfig, int]:
+def load_decoder(run_or_checkpoint: Path, disk: Path | None = None) -> tuple[Decoder, RunConfig, int]:
     """The decoder in evaluation mode, fp32 on the CPU; the config of its run; and the optimiser steps it has had.
 
     Args:
         run_or_checkpoint: a run folder, of which the newest whole checkpoint is taken (torn ones are told on stderr and
             passed over), or one checkpoint's folder.
+        disk: keep the weights in a file without a name in this folder; in memory unless given.
 
     Raises:
         ValueError: if there is no whole checkpoint, or it is of a tuning run, or it holds another model than its config
@@ -41,7 +44,8 @@ def load_decoder(run_or_checkpoint: Path) -> tuple[Decoder, RunConfig, int]:
             "or read this one in Python with tune.weights.load_tuned"
         )
     config = load(folder / "config.yaml", [], RunConfig)
-    decoder = Decoder(config.model, seed=config.train.seed).eval()
+    decoder = without_memory(config.model, config.train.seed)
+    allocate(decoder, disk)
     step = fill(decoder, folder, config.deepspeed.zero_stage)
     return decoder, config, step
 

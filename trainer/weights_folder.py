@@ -28,6 +28,7 @@ from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
 from settings import Strict, load, to_yaml
 from trainer import manifest
+from trainer.allocate import allocate, without_memory
 from trainer.distributed import ALONE
 
 CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
@@ -85,8 +86,12 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
         raise
 
 
-def read_weights(folder: Path) -> Decoder:
+def read_weights(folder: Path, disk: Path | None = None) -> Decoder:
     """The decoder that ``folder`` holds, with its ensemble if it has one: fp32, on the CPU, in evaluation mode.
+
+    Args:
+        folder: as :func:`write_weights` makes it.
+        disk: keep the weights in a file without a name in this folder; in memory unless given.
 
     Raises:
         ValueError: if a file is missing or was changed, or the weights are those of another model.
@@ -95,9 +100,8 @@ def read_weights(folder: Path) -> Decoder:
     if problem is not None:
         raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
     config = load(folder / CONFIG, [], WeightsConfig)
-    decoder = Decoder(config.model, seed=config.seed)
-    if config.ensemble is not None:
-        decoder.add_ensemble(config.ensemble)
+    decoder = without_memory(config.model, config.seed, config.ensemble)
+    allocate(decoder, disk)
     wanted = dict(decoder.named_parameters())  # a tied head is not among them
     with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():
         difference = mismatch(wanted, {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
@@ -107,7 +111,7 @@ def read_weights(folder: Path) -> Decoder:
             )
         for name, parameter in wanted.items():
             parameter.copy_(file.get_tensor(name))
-    return decoder.eval()
+    return decoder
 
 
 def require_absent(out: Path) -> None:

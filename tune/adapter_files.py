@@ -70,10 +70,7 @@ def save_adapter(peft: PeftModel | None, decoder: Decoder, folder: Path, world: 
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if peft is not None:
-            config = copy.copy(peft.peft_config["default"])
-            config.inference_mode = True
-            config.save_pretrained(str(partial))
-            _write(partial / ADAPTER[1], get_peft_model_state_dict(peft, state_dict=adapters))
+            _write_peft(peft.peft_config["default"], get_peft_model_state_dict(peft, state_dict=adapters), partial)
         if others:
             ensemble = None if decoder.ensemble is None else decoder.ensemble.config.model_dump(mode="json")
             write_json(partial / ENSEMBLE[0], {"ensemble": ensemble})
@@ -83,6 +80,24 @@ def save_adapter(peft: PeftModel | None, decoder: Decoder, folder: Path, world: 
         partial.rename(folder)
     world.barrier()
     return True
+
+
+def export_adapter(decoder: Decoder, folder: Path) -> None:
+    """Write a decoder's adapters as PEFT loads them onto its export, where our modules lie below ``model.``.
+
+    Args:
+        decoder: with adapters, outside an engine.
+        folder: the new folder.
+    """
+    model: Any = decoder
+    adapters = get_peft_model_state_dict(model, save_embedding_layers=False)
+    folder.mkdir()
+    _write_peft(
+        model.peft_config["default"],
+        {f"{_PEFT_PREFIX}model.{name}": weight for name, weight in adapters.items()},
+        folder,
+        task_type="CAUSAL_LM",
+    )
 
 
 def load_adapter(decoder: Decoder, folder: Path) -> PeftModel | None:
@@ -189,6 +204,14 @@ def _whole(parameter: Tensor) -> Tensor:
         if torch.equal(master.to(weight.dtype), weight):
             return master
     return weight
+
+
+def _write_peft(config: PeftConfig, tensors: dict[str, Tensor], folder: Path, task_type: str | None = None) -> None:
+    """PEFT's two files, into an existing folder; ``task_type`` is for transformers' models alone."""
+    config = copy.copy(config)
+    config.inference_mode, config.task_type = True, task_type
+    config.save_pretrained(str(folder))
+    _write(folder / ADAPTER[1], tensors)
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ Dimension letters: I inputs and O outputs of a projection, R rank.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -96,11 +96,27 @@ def merge(decoder: Decoder) -> None:
         ValueError: if a merged weight is not finite.
     """
     # PEFT's own merge_and_unload asks the model's config for entries as of a dictionary.
+    for layer in decoder.modules():
+        if isinstance(layer, LoraLayer):
+            base: Any = layer.get_base_layer()
+            place = base.weight.data
+            layer.merge(safe_merge=True)
+            place.copy_(base.weight.data)  # where it was: that may be a file
+            base.weight.data = place
+    take_out(decoder)
+
+
+def take_out(decoder: Decoder) -> None:
+    """Take every adapter out; what it sat on is as it was, and names are as before :func:`prepare`."""
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, LoraLayer):
-            layer.merge(safe_merge=True)
             decoder.set_submodule(name, layer.get_base_layer())
     vars(decoder).pop("peft_config", None)
+
+
+def has_adapters(decoder: Decoder) -> bool:
+    """True from :func:`prepare` with LoRA or DoRA to :func:`merge` or :func:`take_out`."""
+    return any(isinstance(layer, LoraLayer) for layer in decoder.modules())
 
 
 def _lora_config(decoder: Decoder, adapter: AdapterConfig) -> LoraConfig:

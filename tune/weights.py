@@ -11,17 +11,21 @@ from pathlib import Path
 
 from model.decoder import Decoder
 from settings import load
+from trainer.allocate import allocate, without_memory
 from trainer.weights import checkpoint_of, fill, is_tuned
 from tune.adapters import merge, prepare
 from tune.config import TuneConfig
 
 
-def load_tuned(run_or_checkpoint: Path, merged: bool = True) -> tuple[Decoder, TuneConfig, int]:
+def load_tuned(
+    run_or_checkpoint: Path, merged: bool = True, disk: Path | None = None
+) -> tuple[Decoder, TuneConfig, int]:
     """The decoder in evaluation mode, fp32 on the CPU; the config of its run; and the optimiser steps it has had.
 
     Args:
         run_or_checkpoint: a run folder, of which the newest whole checkpoint is taken, or one checkpoint's folder.
         merged: adapters are part of the weights that they sit on, and names are the base's.
+        disk: keep the weights in a file without a name in this folder; in memory unless given.
 
     Raises:
         ValueError: if there is no whole checkpoint, or it is not of a tuning run, or it holds another model than its
@@ -33,10 +37,9 @@ def load_tuned(run_or_checkpoint: Path, merged: bool = True) -> tuple[Decoder, T
             f"{folder} is of a stage-one run, which has nothing to merge; give a tuning run, or use that one as it is"
         )
     config = load(folder / "config.yaml", [], TuneConfig)
-    decoder = Decoder(config.model, seed=config.base.seed or 0)
-    if config.ensemble is not None:
-        decoder.add_ensemble(config.ensemble)
+    decoder = without_memory(config.model, config.base.seed or 0, config.ensemble)
     prepare(decoder, config.adapter, config.base.routers, config.train.seed)
+    allocate(decoder, disk)
     step = fill(decoder, folder, config.deepspeed.zero_stage)
     if merged:
         merge(decoder)

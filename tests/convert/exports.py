@@ -17,7 +17,8 @@ from tests.model.tiny import SIZES, VARIANTS, decoder
 from trainer import manifest
 from trainer.config import RunConfig
 from trainer.distributed import World
-from tune.config import TuneConfig
+from tune.adapters import part_of, prepare
+from tune.config import AdapterConfig, TuneConfig
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_positions": 32}
@@ -43,7 +44,11 @@ NATIVE = {"dense": "Llama", "dense-tied-llama3": "Llama", "dense-qk-norm": "Qwen
 def make(name: str, seed: int = 1) -> Decoder:
     """A case's decoder, in evaluation mode; the ensemble's weights off their beginnings."""
     model, ensemble = CASES[name]
-    made = decoder(ModelConfig.model_validate({**SIZES, "vocab_size": VOCAB, "max_positions": 128, **model}), seed)
+    return _assemble({**SIZES, "vocab_size": VOCAB, "max_positions": 128, **model}, ensemble, seed)
+
+
+def _assemble(model: dict[str, Any], ensemble: dict[str, Any] | None, seed: int) -> Decoder:
+    made = decoder(ModelConfig.model_validate(model), seed)
     if ensemble is not None:
         made.add_ensemble(EnsembleConfig.model_validate(ensemble))
         assert made.ensemble is not None
@@ -54,15 +59,41 @@ def make(name: str, seed: int = 1) -> Decoder:
     return made.eval()
 
 
-def write_run(folder: Path, model: Decoder, data: dict[str, Any], stage: int = 2, ranks: int = 1) -> Path:
+def make_large() -> Decoder:
+    """One of 80 MB in fp32, no weight of it above 2 MB, in which two layers vote."""
+    sizes = {**SIZES, "vocab_size": VOCAB, "max_positions": 128, "head_width": None}
+    return _assemble({**sizes, "layers": 10, "width": 384, "heads": 6, "ffn_width": 1280}, {"layers": 2}, 1)
+
+
+def make_tuned(made: Decoder, kind: str) -> tuple[Decoder, dict[str, Any]]:
+    """``made`` with adapters that change it, and the config's ``adapter`` block."""
+    block = {"kind": kind, "rank": 4, "layers": "all" if made.ensemble is None else "early"}
+    prepare(made, AdapterConfig.model_validate(block), "frozen", seed=1)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if part_of(key) == "adapters":
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return made.eval(), block
+
+
+def write_run(
+    folder: Path,
+    model: Decoder,
+    data: dict[str, Any],
+    stage: int = 2,
+    ranks: int = 1,
+    adapter: dict[str, Any] | None = None,
+) -> Path:
     """A run folder whose checkpoint holds ``model`` in fp32, as ``ranks`` processes at ZeRO ``stage`` write it.
 
     Args:
         folder: the new run folder.
-        model: one with an ensemble makes a tuning run.
+        model: one with an ensemble, or with ``adapter``, makes a tuning run.
         data: the run's data block.
         stage: 2, where whole weights are, or 3, where each rank has a part of each.
         ranks: how many.
+        adapter: the config's block where the model has adapters.
     """
     saved = folder / "checkpoints/step-00000003"
     (saved / "deepspeed").mkdir(parents=True)
@@ -76,11 +107,12 @@ def write_run(folder: Path, model: Decoder, data: dict[str, Any], stage: int = 2
         "deepspeed": {"zero_stage": stage},
     }  # fmt: skip
     kind: type[RunConfig] | type[TuneConfig] = RunConfig
-    if model.ensemble is not None:
+    if model.ensemble is not None or adapter is not None:
         kind = TuneConfig
         examples = {"sequence_tokens": 32, "tokenizer": data["dir"], "sources": [{"name": "a", "files": ["a.jsonl"]}]}
-        ensemble = model.ensemble.config.model_dump(mode="json")
-        blocks |= {"base": {"path": "base"}, "ensemble": ensemble, "adapter": {"kind": "full"}, "data": examples}
+        ensemble = None if model.ensemble is None else model.ensemble.config.model_dump(mode="json")
+        blocks |= {"base": {"path": "base", "seed": model.seed}, "ensemble": ensemble, "data": examples}
+        blocks["adapter"] = adapter or {"kind": "full"}
     config = to_yaml(kind.model_validate(blocks)).encode()
     for path in (folder, saved):
         (path / "config.yaml").write_bytes(config)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,11 +26,12 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.generate import generate
 from tests.conftest import VOCAB
-from tests.convert.exports import CASES, NATIVE, make, write_run
+from tests.convert.exports import CASES, NATIVE, make, make_tuned, write_run
 from tests.model.tiny import SIZES, decoder
 from tests.trainer.test_checkpoint_safety import Payload
 from trainer import manifest
 from trainer.weights_folder import read_weights, write_weights
+from tune import adapter_files
 
 Exported = Callable[[str], tuple[Path, Path]]
 
@@ -120,6 +122,74 @@ def test_a_tuned_run(tmp_path: Path, corpus: dict[str, Any]) -> None:
         theirs = load(tmp_path / "out")(tokens).logits
     assert float((theirs - logits_of(make("layer-ensemble"), tokens)).abs().max()) < 1e-4
     assert "Its last 2 layers vote" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("layer-ensemble", "lora"), ("dense", "dora")])
+def test_adapters_kept_apart(
+    tmp_path: Path, corpus: dict[str, Any], capsys: pytest.CaptureFixture[str], name: str, kind: str
+) -> None:
+    tuned, block = make_tuned(make(name), kind)
+    run, out = write_run(tmp_path / "run", tuned, corpus, adapter=block), tmp_path / "out"
+    assert main([str(run), str(out), "--adapters", "separate"]) == 0
+    printed = capsys.readouterr().out
+    assert f"; {kind} adapter in {out}/adapter, for PEFT\n" in printed and "the same 64 tokens greedily" in printed
+    assert {path.name for path in (out / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    base, tokens = load(out), random_ids(2, 40)
+    plain = make(name)  # the ensemble, too
+    with torch.no_grad():
+        assert float((base(tokens).logits - logits_of(plain, tokens)).abs().max()) < 1e-4
+        theirs = PeftModel.from_pretrained(base, str(out / "adapter")).eval()(input_ids=tokens).logits
+    assert float((theirs - logits_of(tuned, tokens)).abs().max()) < 1e-4
+    assert float((theirs - logits_of(plain, tokens)).abs().max()) > 0.01
+    card = (out / "README.md").read_text()
+    assert f"| tuning method | {kind}, separate |" in card
+    flag = "" if name in NATIVE else ", trust_remote_code=True"
+    usage = f'AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{flag})\nmodel = PeftModel.from_pretrained(model, '
+    assert usage + '"THIS_FOLDER/adapter")' in card and "from peft import PeftModel\n" in card
+    with pytest.raises(
+        ValueError, match=r"out keeps its adapters apart, in adapter/, .* with --adapters merged, or gi"
+    ):
+        import_checkpoint(out, tmp_path / "back")
+
+
+def test_merged_adapters(tmp_path: Path, corpus: dict[str, Any]) -> None:
+    tuned, block = make_tuned(make("layer-ensemble"), "dora")
+    export(write_run(tmp_path / "run", tuned, corpus, adapter=block), tmp_path / "out")
+    tokens = random_ids(2, 40)
+    with torch.no_grad():
+        assert float((load(tmp_path / "out")(tokens).logits - logits_of(tuned, tokens)).abs().max()) < 1e-4
+    assert not (tmp_path / "out/adapter").exists()
+    assert "| tuning method | dora, merged |" in (tmp_path / "out/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda found: {name.replace("layers.1", "layers.9"): w for name, w in found.items()}, "PEFT cannot put the a"),
+        (lambda found: {name: w * 1.01 for name, w in found.items()}, "the export's logits differ by"),
+    ],
+)
+def test_an_adapter_that_is_not_ours_stays_to_be_looked_at(
+    tmp_path: Path, corpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch, spoil: Any, sentence: str
+) -> None:
+    tuned, block = make_tuned(make("dense"), "lora")
+    write = adapter_files._write
+    monkeypatch.setattr(adapter_files, "_write", lambda path, tensors: write(path, spoil(tensors)))
+    with pytest.raises(ValueError, match=f"{sentence}.*; it stays in .*out.tmp to be looked at"):
+        export(write_run(tmp_path / "run", tuned, corpus, adapter=block), tmp_path / "out", adapters="separate")
+    assert (tmp_path / "out.tmp/adapter").is_dir() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["layer", "layer-ensemble"])
+def test_a_run_without_adapters_has_none_to_keep_apart(
+    tmp_path: Path, corpus: dict[str, Any], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    run = write_run(tmp_path / "run", make(name), corpus)
+    with pytest.raises(SystemExit):
+        main([str(run), str(tmp_path / "out"), "--adapters", "separate"])
+    said = capsys.readouterr().err
+    assert f"--adapters separate is for runs tuned with adapter.kind lora or dora, and {run} has no adapters" in said
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_bf16_is_the_rounded_model(tmp_path: Path, exported: Exported) -> None:
@@ -235,14 +305,6 @@ def test_a_full_disk(
         main([str(exported("layer")[0]), str(tmp_path / "out")])
     assert "could not be written (No space left on device); free some space" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_without_git_the_card_names_no_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: Any, **__: Any) -> None:
-        raise FileNotFoundError("git")
-
-    monkeypatch.setattr(to_hf.subprocess, "run", none)
-    assert to_hf._commit() is None
 
 
 def test_what_cannot_be_exported(tmp_path: Path, corpus: dict[str, Any]) -> None:

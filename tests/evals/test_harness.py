@@ -135,6 +135,15 @@ def test_generation_ends_where_it_is_told(weights: Path) -> None:
     assert model.generate_until([Request("return " * 200, max_gen_toks=4)])  # cut on the left
 
 
+def test_an_export_that_keeps_its_adapters_apart(
+    weights: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    options = ["--tasks", "blimp", "--data", str(data), "--against", str(tmp_path)]
+    assert "keeps its adapters apart, in adapter/, and would be" in _refused(capsys, str(weights), *options)
+
+
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as ended:
         main(list(arguments))

@@ -17,6 +17,7 @@ from data.batches import TrainingData
 from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
+from trainer import code_state
 from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
 from trainer.distributed import World
@@ -46,6 +47,17 @@ def test_the_saved_config_is_the_run_and_can_be_started_from(
         assert load_run(run.path / name) == configure()
     folders = {p.name for p in run.path.iterdir() if p.is_dir()}
     assert folders == {"checkpoints", "heartbeat", "logs", "tensorboard"}
+
+
+def test_which_code_it_was(
+    run: RunFolder, configure: Configure, write_config: Write, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for commit, diff in (("abc-dirty", "--- a\n+++ b\n"), ("abc", ""), (None, "")):
+        monkeypatch.setattr(code_state, "commit", lambda found=commit: found)
+        monkeypatch.setattr(code_state, "diff", lambda found=diff: found)
+        run.create(configure(), write_config(tiny))
+        found = {path.name: path.read_text() for path in run.path.glob("code.*")}
+        assert found == {name: text for name, text in (("code.commit", commit), ("code.diff", diff)) if text}
 
 
 def test_a_heartbeat_says_who_where_and_when(run: RunFolder) -> None:

@@ -30,7 +30,7 @@ from trainer.stored import MASTER, by_value
 from trainer.weights import load_decoder
 
 STAGES = (0, 1, 2, 3)
-RANKS, STEPS = 2, 2
+STEPS = 2
 TIED = ["train.precision=bf16", "model.tied_head=true", "model.router.granularity=module"]
 CASES = {f"fp32-{stage}": [f"deepspeed.zero_stage={stage}"] for stage in STAGES} | {
     f"bf16-{stage}": [f"deepspeed.zero_stage={stage}", *TIED] for stage in STAGES
@@ -38,16 +38,14 @@ CASES = {f"fp32-{stage}": [f"deepspeed.zero_stage={stage}"] for stage in STAGES}
 SHUFFLED = "deepspeed.extra={zero_optimization: {round_robin_gradients: true}}"
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> Path:
-    """A folder with one run folder a case; odd sizes, so that two partitions need padding."""
-    folder = tmp_path_factory.mktemp("weights")
+def save_runs(folder: Path, data: dict[str, Any], cases: dict[str, list[str]], ranks: int) -> Path:
+    """A folder below ``folder`` with one run folder a case; odd sizes, so that two partitions need padding."""
     config = {
         "model": {
             "vocab_size": 400, "layers": 2, "width": 33, "heads": 2, "kv_heads": 1, "head_width": 6, "ffn_width": 21,
             "router": {"density": 0.5},
         },
-        "data": corpus,
+        "data": data,
         "train": {
             "steps": 4, "global_batch_samples": 4, "micro_batch_samples": 1, "precision": "fp32",
             "optimizer": {"lr": 0.003}, "evaluation": {"samples": 5},
@@ -55,11 +53,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> Pa
         "deepspeed": {"persistence_threshold": 0},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    (folder / "cases.json").write_text(json.dumps({**CASES, "shuffled": [*CASES["bf16-2"], SHUFFLED]}))
+    (folder / "cases.json").write_text(json.dumps(cases))
     arguments = [str(folder / name) for name in ("run.yaml", "cases.json", "out")]
-    done = run("tests.trainer.test_weights", *arguments, processes=RANKS, launcher="deepspeed")
+    launcher = "python" if ranks == 1 else "deepspeed"
+    done = run("tests.trainer.test_weights", *arguments, processes=ranks, launcher=launcher)
     assert done.returncode == 0, done.stdout[-4000:]
     return folder / "out"
+
+
+@pytest.fixture
+def runs(two_rank_runs: Path) -> Path:
+    """One run folder a case."""
+    return two_rank_runs
 
 
 @pytest.fixture

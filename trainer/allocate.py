@@ -1,0 +1,80 @@
+"""Decoders whose weights are about to be read: built without drawing any, then given memory, or room on a disk.
+
+    decoder = without_memory(config)
+    allocate(decoder, Path("/scratch"))     # or allocate(decoder)
+    read_into(decoder)
+
+On a disk the weights are a file that the process maps: the system keeps as much of it in memory as there is room for,
+and writes the rest back. The file has no name, so that nothing of it is left, however the process ends.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.config import EnsembleConfig, ModelConfig
+from model.decoder import Decoder
+from model.router import Router
+
+_ALIGNED = 16  # entries; 64 bytes, as torch's own allocator has it
+
+
+def without_memory(config: ModelConfig, seed: int = 0, ensemble: EnsembleConfig | None = None) -> Decoder:
+    """A decoder in evaluation mode whose parameters have names and shapes, and nothing else (on the meta device).
+
+    Args:
+        config: the model block.
+        seed: of the routing noise.
+        ensemble: the ensemble's block; no ensemble unless given.
+
+    Raises:
+        ValueError: if the ensemble has more layers than the decoder.
+    """
+    with torch.device("meta"):
+        decoder = Decoder(config, seed=seed).eval()
+        if ensemble is not None:
+            decoder.add_ensemble(ensemble)
+    routers = [module for module in decoder.modules() if isinstance(module, Router)]
+    for site, router in enumerate(routers):  # in their order
+        router.site = torch.tensor(site)  # a buffer that no file holds
+    return decoder
+
+
+def allocate(module: nn.Module, disk: Path | None = None) -> None:
+    """Give every parameter fp32 room on the CPU, with nothing defined in it; tied ones stay tied.
+
+    Args:
+        module: what :func:`without_memory` returned, perhaps with adapters.
+        disk: an existing folder, on whose disk the room is; in memory unless given.
+
+    Raises:
+        OSError: if the disk is too full.
+    """
+    own = list(module.parameters())
+    rooms = [torch.empty(p.shape) for p in own] if disk is None else _on_disk([p.shape for p in own], disk)
+    made = {id(p): nn.Parameter(room, p.requires_grad) for p, room in zip(own, rooms, strict=True)}
+    names = module.named_parameters(remove_duplicate=False)
+    module.load_state_dict({name: made[id(p)] for name, p in names}, strict=False, assign=True)
+
+
+def _on_disk(shapes: list[torch.Size], folder: Path) -> list[Tensor]:
+    """Tensors one after the other in one file."""
+    counts = [-(-shape.numel() // _ALIGNED) * _ALIGNED for shape in shapes]
+    size = sum(counts) * torch.float32.itemsize
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            # Now, and not by a signal when a page turns out to have no place on the disk.
+            os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OSError(
+                f"the weights need {size / 1e9:.3f} GB in {folder} while they are read, which cannot be had there "
+                f"({error.strerror}); free some space, or give another folder"
+            ) from None
+        room = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)
+    return [part[: shape.numel()].view(shape) for part, shape in zip(room.split(counts), shapes, strict=True)]
