@@ -28,8 +28,9 @@ import yaml
 
 from settings import to_yaml
 from trainer import manifest
-from trainer.config import CheckpointConfig, StageConfig
+from trainer.config import StageConfig
 from trainer.distributed import World
+from trainer.retention import check_room, newest_first, newest_name, remove
 from trainer.rng import rng_state, set_rng_state
 
 
@@ -53,7 +54,7 @@ def save(
     if world.is_main:
         for stale in (*folder.glob("*.partial"), *folder.glob("*.removed")):
             shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
-    _check_space(engine, folder, name, world)
+    check_room(engine, folder, name, config.train.checkpoint.max_gb, world)
     if world.is_main:
         partial.mkdir(parents=True)
     world.barrier()
@@ -69,7 +70,7 @@ def save(
         manifest.write(partial, facts, expected, world)
         if world.is_main:
             if final.exists():  # a torn one, or a run that was rewound and came here again
-                _remove(final)
+                remove(final)
             partial.rename(final)
             os.sync()
     except (OSError, RuntimeError) as error:
@@ -84,27 +85,13 @@ def save(
     return final
 
 
-def prune(folder: Path, newest: Path, config: CheckpointConfig, world: World) -> None:
-    """Remove checkpoints older than ``newest`` (just written, so whole) beyond the ``keep`` newest; rank 0 does.
-
-    Those at multiples of ``keep_every_steps`` stay. Torn ones with a higher step do not count: a run that went back
-    behind them must not lose what it went back to.
-    """
-    if not world.is_main:
-        return
-    mine = [found for found in _newest_first(folder) if _step_of(found) <= _step_of(newest)]
-    for old in mine[config.keep :]:
-        if not config.keep_every_steps or _step_of(old) % config.keep_every_steps:
-            _remove(old)
-
-
 def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, or None, and a sentence for each torn one that was passed over; collective.
 
     Every file's size and SHA-256 is compared with the manifest; the files are shared out over the ranks.
     """
     torn = [f"{p.name} was never finished" for p in sorted(folder.glob("*.partial"))] if world.is_main else []
-    candidates = world.broadcast_object(_newest_first(folder) if world.is_main else None)
+    candidates = world.broadcast_object(newest_first(folder) if world.is_main else None)
     torn = world.broadcast_object(torn)
     for candidate in candidates:
         problem = manifest.problem_of(candidate, world)
@@ -124,7 +111,7 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     Raises:
         ValueError: where a silent start from step 0 would throw away or overwrite work.
     """
-    there = world.broadcast_object([p.name for p in _newest_first(folder)] if world.is_main else None)
+    there = world.broadcast_object([p.name for p in newest_first(folder)] if world.is_main else None)
     if resume == "never":
         if there:
             raise ValueError(
@@ -185,11 +172,12 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same number of "
             "ranks, ZeRO stage, precision, optimizer and seed"
         )
-    if written["data_fingerprint"] != fingerprint:
+    there = written["data_fingerprint"]
+    if there != fingerprint and there[:12] != config.train.checkpoint.accept_data:
         raise ValueError(
-            f"{checkpoint} was trained on other data or another order (its data fingerprint is "
-            f"{written['data_fingerprint'][:12]}, this config's is {fingerprint[:12]}); resume with the same shards, "
-            "data.seed, sequence_tokens and weights, or start a new run_dir"
+            f"{checkpoint} was trained on other data or another order (its data fingerprint is {there[:12]}, this "
+            f"config's is {fingerprint[:12]}); resume with the same shards, data.seed, sequence_tokens and weights, "
+            f"start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on with the other data"
         )
     blocks = yaml.safe_load((checkpoint / "config.yaml").read_text())
     model = blocks["model"]
@@ -216,48 +204,8 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
         )
 
 
-def _check_space(engine: Any, folder: Path, name: str, world: World) -> None:
-    """Refuse, before anything is written, a save that the disk has no room for; all ranks agree."""
-    shortage = None
-    if world.is_main:
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-        weight_bytes = next(engine.module.parameters()).element_size()
-        needed = parameters * (weight_bytes + 12)  # fp32 master and two moments
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            shortage = (
-                f"checkpoint {name} needs about {needed / 1e9:.3f} GB in {folder}, where {free / 1e9:.3f} GB are "
-                f"free; make room there and resume: {newest_name(folder)}"
-            )
-    shortage = world.broadcast_object(shortage)
-    if shortage:
-        raise ValueError(shortage)
-
-
-def newest_name(folder: Path) -> str:
-    """Which checkpoint a run could go on from, as half a sentence."""
-    names = [p.name for p in _newest_first(folder)]
-    return f"the newest checkpoint is {names[0]}" if names else "no earlier checkpoint was written"
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=_step_of, reverse=True)
-
-
-def _remove(checkpoint: Path) -> None:
-    """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint."""
-    doomed = checkpoint.with_name(checkpoint.name + ".removed")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
-
-
 def _rng_name(rank: int) -> str:
     return f"rng-{rank:05d}.pt"
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name[5:])
 
 
 @contextmanager

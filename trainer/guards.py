@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 from types import FrameType
 
-from trainer.checkpoint import newest_name
+from trainer.retention import newest_name
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that was asked to stop, saved its state and wants to be started again (EX_TEMPFAIL)."""

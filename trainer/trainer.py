@@ -9,24 +9,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
-
-from data.batches import Batch, pass_over
+from data.batches import Batch
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
-from trainer import checkpoint
+from trainer import checkpoint, retention
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.guards import StopRequest, too_many_bad_steps
 from trainer.metrics import Metrics, measure_peak_flops
+from trainer.rewind import how_to_go_back, refuse_other_past, sample_ids
 from trainer.rng import rng_state, set_rng_state
 from trainer.run_folder import RunFolder, open_log
 from trainer.schedules import lr_ratio
+from trainer.spikes import SpikeDetector
 from trainer.step import StepResult
 
 
@@ -75,16 +75,16 @@ class Trainer:
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
+        self.spikes = SpikeDetector(config.train.spike)
         if found is not None:
             state = checkpoint.load(self.engine, found, self.fingerprint, config, world)
-            self.step, self.samples = state["step"], state["samples"]
-            self.budget.load_state_dict(state["budget"])
-            if self.balance.layers:
-                self.balance.load_state_dict(state["balance"])
+            self._take_back(state)
         if world.is_main:
             _create(self.run, config, config_path)
         world.barrier()
         self.log = open_log(self.run, world)
+        if warning := retention.check_plan(self.engine, self.run.checkpoints, config.train, world):
+            self.log.warning(warning)
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(world, config.train.precision)
         history_of = validation_sets[0].name if validation_sets else None
@@ -108,7 +108,7 @@ class Trainer:
         """Count the step, log it, and stop the run if too many in a row went bad.
 
         Raises:
-            ValueError: after ``train.max_bad_steps`` bad steps in a row.
+            ValueError: after ``train.max_bad_steps`` bad steps in a row, or of a spike if it is to stop the run.
         """
         self.step += 1
         self.samples += self.config.train.global_batch_samples
@@ -116,6 +116,8 @@ class Trainer:
         # In fp16 a gradient that overflows where every loss was finite only lowers the loss scale.
         if result.applied or (self.config.train.precision == "fp16" and not result.bad_ranks):
             self._bad_in_a_row = 0
+            if result.applied:
+                self._look_for_spike(result)
             return
         self._bad_in_a_row += 1
         self.log.warning(self._describe_bad_step(result))
@@ -127,13 +129,15 @@ class Trainer:
         """Write a checkpoint, then remove those that are no longer kept."""
         self.run.beat(self.step, "saving")
         folder, config, world = self.run.checkpoints, self.config, self.world
-        state = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        state: dict[str, Any] = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        state["spikes"] = self.spikes.state_dict()
+        state["data"] = {"fingerprint": self.fingerprint, "skip_ranges": [list(r) for r in config.data.skip_ranges]}
         if self.balance.layers:
             state["balance"] = self.balance.state_dict()
         start = time.perf_counter()
         with self.metrics.paused():
             saved = checkpoint.save(self.engine, folder, self.step, state, self.fingerprint, config, world)
-            checkpoint.prune(folder, saved, config.train.checkpoint, world)
+            retention.prune(folder, saved, config.train.checkpoint, world)
         self.log.info(f"step {self.step:>6,}  saved {saved} in {time.perf_counter() - start:.1f} s")
 
     def validate(self) -> None:
@@ -152,9 +156,42 @@ class Trainer:
         self.run.beat(self.step, "ended")
         self.metrics.close()
 
+    def _take_back(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint's state says; the spikes' and data's came later than the first checkpoints."""
+        self.step, self.samples = state["step"], state["samples"]
+        self.budget.load_state_dict(state["budget"])
+        if self.balance.layers:
+            self.balance.load_state_dict(state["balance"])
+        if "spikes" in state:
+            self.spikes.load_state_dict(state["spikes"])
+        data = state.get("data")
+        if data is not None and data["fingerprint"] == self.fingerprint:
+            refuse_other_past(data["skip_ranges"], self.config.data.skip_ranges, self.samples)
+
+    def _look_for_spike(self, result: StepResult) -> None:
+        """Tell when a spike begins and ends, with the way back; end the run if it is to.
+
+        Raises:
+            ValueError: to end the run; on every rank, because every rank sees the same figures.
+        """
+        train, ranges = self.config.train, self.config.data.skip_ranges
+        before = self.samples - train.global_batch_samples
+        spike = self.spikes.observe(self.step, before, self.samples, result.tally.loss, result.grad_norm)
+        if spike is None:
+            return
+        stop = train.spike.action == "stop" and spike.end is None and spike.steps >= train.max_bad_steps
+        if not (stop or spike.is_news):
+            return
+        first, last = sample_ids(spike.consumed_before, spike.consumed, ranges)
+        sentence = f"{spike}; its samples are {first} to {last}; {how_to_go_back(self.run.path, spike, ranges)}"
+        if stop:
+            self.close()
+            raise ValueError(f"{sentence}; the run was ended by train.spike.action stop")
+        self.log.warning(sentence)
+
     def _describe_bad_step(self, result: StepResult) -> str:
-        ends = np.array([self.samples - self.config.train.global_batch_samples, self.samples - 1])
-        first, last = pass_over(ends, self.config.data.skip_ranges).tolist()
+        consumed = self.samples - self.config.train.global_batch_samples
+        first, last = sample_ids(consumed, self.samples, self.config.data.skip_ranges)
         samples = f"samples {first} to {last}"
         if not result.bad_ranks:
             where = f"the gradient ({samples}) was not finite, the loss was finite on every rank"

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.trainer.one_rank import engine_for, take_steps, weights
-from trainer import checkpoint, manifest
+from trainer import checkpoint, manifest, retention
 from trainer.config import CheckpointConfig, RunConfig
 from trainer.distributed import World
 
@@ -119,11 +119,11 @@ def test_prune_keeps_the_newest_and_the_milestones(folder: Path, world: World) -
         fake(folder, step)
     config = CheckpointConfig.model_validate({"keep": 2, "keep_every_steps": 30})
     newest = folder / "step-00000070"
-    checkpoint.prune(folder, newest, config, World(1, 2, 1, 2, world.device))
+    retention.prune(folder, newest, config, World(1, 2, 1, 2, world.device))
     assert len(_names(folder)) == 7  # rank 1 leaves it to rank 0
-    checkpoint.prune(folder, newest, config, world)
+    retention.prune(folder, newest, config, world)
     assert _names(folder) == [f"step-{step:08d}" for step in (30, 60, 70)]
-    checkpoint.prune(folder, newest, CheckpointConfig.model_validate({"keep": 1}), world)
+    retention.prune(folder, newest, CheckpointConfig.model_validate({"keep": 1}), world)
     assert _names(folder) == ["step-00000070"]
 
 
@@ -131,7 +131,7 @@ def test_prune_does_not_count_what_a_run_went_back_behind(folder: Path, world: W
     """Steps 50 and 60 are torn and were passed over; 20 is what the run was resumed from, 30 what it has just saved."""
     for step in (10, 20, 30, 50, 60):
         fake(folder, step)
-    checkpoint.prune(folder, folder / "step-00000030", CheckpointConfig.model_validate({"keep": 2}), world)
+    retention.prune(folder, folder / "step-00000030", CheckpointConfig.model_validate({"keep": 2}), world)
     assert _names(folder) == [f"step-{step:08d}" for step in (20, 30, 50, 60)]
 
 
@@ -146,7 +146,7 @@ def test_a_kill_during_the_removal_leaves_nothing_that_looks_whole(
 
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        checkpoint.prune(folder, folder / "step-00000002", CheckpointConfig.model_validate({"keep": 1}), world)
+        retention.prune(folder, folder / "step-00000002", CheckpointConfig.model_validate({"keep": 1}), world)
     assert _names(folder) == ["step-00000001.removed", "step-00000002"]
     assert checkpoint.find(folder, world) == (folder / "step-00000002", [])
 
