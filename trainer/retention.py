@@ -73,8 +73,8 @@ def check_room(engine: Any, folder: Path, name: str, max_gb: float | None, world
             shortage = f"where {free / 1e9:.3f} GB are free; make room there"
         elif left < needed:
             shortage = (
-                f"where train.checkpoint.max_gb ({max_gb}) leaves {max(left, 0) / 1e9:.3f} GB; raise it or remove what "
-                "is no longer wanted there"
+                f"where train.checkpoint.max_gb ({max_gb:g}) leaves {max(left, 0) / 1e9:.3f} GB; raise it or remove "
+                "what is no longer wanted there"
             )
         if shortage:
             shortage = (
