@@ -38,7 +38,9 @@ def check_plan(engine: Any, folder: Path, train: TrainConfig, world: World) -> s
     warning, problem = None, None
     if world.is_main:
         count, size = _most_at_once(train), _checkpoint_bytes(engine)
-        present = sum(_bytes_below(found) for found in newest_first(folder))
+        # Those of the run itself, and what the next save will remove.
+        own = (*newest_first(folder), *folder.glob("*.partial"), *folder.glob("*.removed"))
+        present = sum(_bytes_below(found) for found in own)
         others = _bytes_below(folder) - present
         what = (
             f"{count} checkpoints at once (train.checkpoint.keep, keep_every_steps and the one being written), about "
@@ -123,8 +125,8 @@ def _checkpoint_bytes(engine: Any) -> int:
     """About what one takes: weights, and for those that are trained fp32 masters and two moments."""
     total = 0
     for parameter in engine.module.parameters():
-        total += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        total += 12 * getattr(parameter, "ds_numel", parameter.numel()) * parameter.requires_grad
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        total += count * (parameter.element_size() + 12 * parameter.requires_grad)
     return total
 
 

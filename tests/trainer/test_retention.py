@@ -95,9 +95,10 @@ def test_a_quota_too_small_for_the_run_does_not_let_it_start(
         retention.check_plan(engine, tmp_path, training(**checkpoints, max_gb=79.5), world)
     assert str(told.value).startswith("train.checkpoint.max_gb (79.5) is too little for 5 checkpoints at once")
     assert str(told.value).endswith(f"in {tmp_path}; raise it to 80.000, or keep fewer")
-    (tmp_path / "abandoned-1").mkdir()
-    with open(tmp_path / "abandoned-1" / "weights.pt", "wb") as file:
-        file.truncate(3 * GB)
+    for name in ("abandoned-1", "step-00000020.partial"):  # the second is gone with the next save
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "weights.pt", "wb") as file:
+            file.truncate(3 * GB)
     with pytest.raises(ValueError, match=r"each beside 3\.000 GB of other files in .*; raise it to 83\.000"):
         retention.check_plan(engine, tmp_path, training(**checkpoints, max_gb=81), world)
 
