@@ -48,6 +48,8 @@ class Batch:
     """int64 [B, T], 0 at every document's and every window's start; None unless restart_positions."""
     scored_targets: int | None = None
     """How many targets are not -100, where those are few: the head then runs on their tokens only."""
+    sources: Tensor | None = None
+    """int64 [B], the number of each sample's source in ``data.sources``; None outside of training."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``change`` applied to each of its tensors."""
@@ -155,7 +157,7 @@ class TrainingData:
             self._stores[source].window(window, self._config.sequence_tokens)
             for source, window in zip(sources.tolist(), windows.tolist(), strict=True)
         ]
-        return _batch(rows, sample_ids, self._config, self._pin_memory)
+        return _batch(rows, sample_ids, self._config, self._pin_memory, sources)
 
 
 class ValidationSet:
@@ -242,7 +244,11 @@ def _round_up(number: int, step: int) -> int:
 
 
 def _batch(
-    rows: list[tuple[np.ndarray, np.ndarray]], sample_ids: np.ndarray, config: DataConfig, pin_memory: bool
+    rows: list[tuple[np.ndarray, np.ndarray]],
+    sample_ids: np.ndarray,
+    config: DataConfig,
+    pin_memory: bool,
+    sources: np.ndarray | None = None,
 ) -> Batch:
     """Put windows (tokens [T+1], document ends [E]) together; a row with sample id -1 gets no targets."""
     tokens = np.stack([row for row, _ in rows])
@@ -266,4 +272,5 @@ def _batch(
         sample_ids=tensor(sample_ids),
         documents=tensor(np.stack(numbers)) if config.confine_attention else None,
         positions=tensor(places - np.stack(starts)) if config.restart_positions else None,
+        sources=None if sources is None else tensor(sources),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -20,11 +21,18 @@ class TokenizerConfig(Strict):
     """How many bytes of text to train on, taken evenly from the sources by their weights."""
 
 
-class SourceConfig(Strict):
-    """One named corpus: local files or a dataset on the Hub, in any format that ``datasets`` reads."""
+class MixedSource(Strict):
+    """What the sources of both stages have: a name, and a weight in the mixture."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    """Folder name of its shards, and its name in metrics."""
+    """Its name in metrics, and in stage one the folder name of its shards."""
+    weight: float = Field(1.0, gt=0)
+    """Share of samples drawn from this source, relative to the others; 1 each means equal shares, not natural ones."""
+
+
+class SourceConfig(MixedSource):
+    """One named corpus: local files or a dataset on the Hub, in any format that ``datasets`` reads."""
+
     files: list[str] = Field(default_factory=list)
     """Paths or glob patterns (``**`` allowed), read in sorted order; compressed ones (.gz .xz .zst) too.
     ``{stdlib}`` stands for the folder of the running Python's standard library."""
@@ -38,8 +46,6 @@ class SourceConfig(Strict):
     """With files: their format; by default told from the file name. ``text`` makes one document a file."""
     text_field: str = "text"
     """The field or column that holds a document's text (json, parquet, csv, hub)."""
-    weight: float = Field(1.0, gt=0)
-    """Share of samples drawn from this source, relative to the others; 1 each means equal shares, not natural ones."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:
@@ -51,6 +57,8 @@ class SourceConfig(Strict):
 class StreamConfig(Strict):
     """What the data of both stages have: windows of one length in a seeded order, addressed by sample number."""
 
+    sources: Sequence[MixedSource]
+    """What to train on."""
     sequence_tokens: int = Field(gt=1)
     """Window length, in tokens: what one sample predicts."""
     seed: int = Field(0, ge=0, lt=2**63)

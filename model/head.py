@@ -27,13 +27,16 @@ from model.distillation import distillation
 
 
 class LossSums(NamedTuple):
-    """Sums over valid targets, fp32 scalars; only ``loss`` and ``distillation`` carry a gradient."""
+    """Sums over valid targets, fp32 scalars, and what they are sums of; only ``loss`` and ``distillation`` carry a
+    gradient."""
 
     loss: Tensor
     nll: Tensor
     z: Tensor
     distillation: Tensor
     """KL divergences of the students from the teacher, not part of ``loss``; nought without students."""
+    token_nll: Tensor
+    """Each token's share of ``nll``, fp32 [N]; nought where no loss is taken."""
 
 
 class Scores(NamedTuple):
@@ -88,11 +91,11 @@ class LMHead(nn.Linear):
         flat, weight = hidden.flatten(0, -2), self.weight
         if not torch.is_grad_enabled():  # the function itself sees only requires_grad, and would compute gradients
             flat, weight = flat.detach(), weight.detach()
-        loss, nll, z = _ChunkedLoss.apply(flat, weight, targets.flatten(), z_coefficient)
+        loss, nll, z, token_nll = _ChunkedLoss.apply(flat, weight, targets.flatten(), z_coefficient)
         if teaching is None:
-            return LossSums(loss, nll, z, torch.zeros_like(nll))
+            return LossSums(loss, nll, z, torch.zeros_like(nll), token_nll)
         students, teacher, temperature = teaching
-        return LossSums(loss, nll, z, distillation(students, teacher, self.weight, targets, temperature))
+        return LossSums(loss, nll, z, distillation(students, teacher, self.weight, targets, temperature), token_nll)
 
     @torch.no_grad()
     def _score(self, candidates: Sequence[Tensor], targets: Tensor) -> Scores:
@@ -114,6 +117,7 @@ class _ChunkedLoss(torch.autograd.Function):
         rows = chunk_rows(weight)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        token_nll = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
         nll_sum = hidden.new_zeros((), dtype=torch.float32)
         z_sum = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
@@ -126,7 +130,8 @@ class _ChunkedLoss(torch.autograd.Function):
             exponentials = logits.sub_(top).exp_()  # the logits' memory, as every step down to grad
             total = exponentials.sum(dim=-1, keepdim=True)
             log_total = (top + total.log()).squeeze(1)
-            nll_sum += ((log_total - target_logits) * valid).sum()
+            token_nll[start : start + rows] = (log_total - target_logits) * valid
+            nll_sum += token_nll[start : start + rows].sum()
             z_sum += (log_total.square() * valid).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
@@ -140,8 +145,8 @@ class _ChunkedLoss(torch.autograd.Function):
                 accumulate(grad_weight, grad.T, h)
         ctx.weight_dtype = weight.dtype
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(nll_sum, z_sum)
-        return nll_sum + z_coefficient * z_sum, nll_sum, z_sum
+        ctx.mark_non_differentiable(nll_sum, z_sum, token_nll)
+        return nll_sum + z_coefficient * z_sum, nll_sum, z_sum, token_nll
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -151,11 +151,12 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             f"{checkpoint} has the state of {here['optimizer']}, which cannot be dealt out anew ({change}); resume it "
             "with the same number of ranks, ZeRO stage and precision"
         )
-    if written["data_fingerprint"] != fingerprint:
+    there = written["data_fingerprint"]
+    if there != fingerprint and there[:12] != config.train.checkpoint.accept_data:
         raise ValueError(
-            f"{checkpoint} was trained on other data or another order (its data fingerprint is "
-            f"{written['data_fingerprint'][:12]}, this config's is {fingerprint[:12]}); resume with the same shards, "
-            "data.seed, sequence_tokens and weights, or start a new run_dir"
+            f"{checkpoint} was trained on other data or another order (its data fingerprint is {there[:12]}, this "
+            f"config's is {fingerprint[:12]}); resume with the same shards, data.seed, sequence_tokens and weights, "
+            f"start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on with the other data"
         )
     blocks = yaml.safe_load((checkpoint / "config.yaml").read_text())
     model = blocks["model"]

@@ -79,8 +79,25 @@ class CheckpointConfig(Strict):
     """Checkpoints at multiples of this stay for ever; 0 keeps none for ever."""
     background: bool = True
     """Write while training goes on; takes host memory for a copy of this rank's state. False: training waits."""
+    max_gb: float | None = Field(None, gt=0)
+    """Most that the run's checkpoints may take together, in GB (10^9 bytes), for disks that do not tell a quota as free
+    space; the disk alone is the limit unless given."""
     resume: Literal["never", "auto", "required"] = "never"
     """``never`` refuses a run folder that holds checkpoints, ``auto`` resumes if it does, ``required`` must."""
+    accept_data: str | None = Field(None, pattern=r"^[0-9a-f]{12}$")
+    """The first 12 digits of the data fingerprint of a checkpoint to go on from with other data all the same: another
+    seed, other shards or weights; the error that refuses it tells them."""
+
+
+class SpikeConfig(Strict):
+    """What is a spike of the loss or of the gradient norm, and what happens then."""
+
+    window_steps: int = Field(200, ge=2)
+    """Steps whose mean and standard deviation a step is compared with; before as many are done, nothing is a spike."""
+    threshold: float = Field(7.0, gt=0)
+    """How many standard deviations above the mean a spike begins."""
+    action: Literal["warn", "stop"] = "warn"
+    """``stop`` ends the run after ``train.max_bad_steps`` steps of a spike in a row."""
 
 
 class LogConfig(Strict):
@@ -123,6 +140,8 @@ class TrainConfig(Strict):
     """Compile each layer with torch.compile (needs a C++ compiler on the CPU, Triton on a GPU). Stages 0 to 2."""
     max_bad_steps: int = Field(5, gt=0)
     """Stop the run after this many steps in a row with a loss or gradient that is not finite."""
+    spike: SpikeConfig = SpikeConfig()
+    """Steps with a loss or gradient that is finite and far too large."""
     timeout_s: float = Field(1800.0, gt=0)
     """How long a collective may wait for the other ranks."""
     evaluation: EvaluationConfig = EvaluationConfig()

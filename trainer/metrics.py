@@ -60,6 +60,7 @@ class Metrics:
         self.config, self.run, self.world, self.peak_flops = config, run, world, peak_flops
         self.log = logging.getLogger(LOGGER)
         self.sites = config.model.sites
+        self.sources = [source.name for source in config.data.sources]
         self._since_log: list[StepResult] = []
         self._clock = time.perf_counter()
         self._waited_s = 0.0
@@ -189,6 +190,11 @@ class Metrics:
             line |= {f"density/{site}": value for site, value in zip(self.sites, density, strict=True)}
             prices = budget.prices().tolist()
             line |= {f"budget/price/{site}": value for site, value in zip(self.sites, prices, strict=True)}
+        if len(self.sources) > 1 and targets:
+            for place, source in enumerate(self.sources):
+                own = sum(r.tally.source_targets[place] for r in good)
+                nll = sum(r.tally.source_nll[place] for r in good)
+                line |= {f"train/loss/{source}": nll / own if own else math.nan, f"train/share/{source}": own / targets}
         if self.late_layers and targets:
             tallies = [r.tally for r in good]
             line["ensemble/distillation"] = sum(t.distillation for t in tallies) / targets

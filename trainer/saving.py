@@ -31,7 +31,7 @@ from settings import to_yaml
 from trainer import code_state, manifest
 from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.retention import check_space, newest_name, prune, remove
+from trainer.retention import check_room, newest_name, prune, remove
 from trainer.rng import rng_state
 from trainer.run_folder import LOGGER
 
@@ -149,7 +149,7 @@ class Saver:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for stale in (*self.folder.glob("*.partial"), *self.folder.glob("*.removed")):
                     shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
-                check_space(engine, self.folder, partial.stem)
+                check_room(engine, self.folder, partial.stem, self.config.train.checkpoint.max_gb)
                 partial.mkdir()
             except ValueError as error:
                 problem = str(error)

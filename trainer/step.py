@@ -6,13 +6,14 @@ budget's price per routed site times its density. So it does not depend on how t
 Nothing that is not finite reaches the weights. A loss that is not finite turns its own gradient into NaN, which every
 ZeRO stage then sees in its norm and skips; stage 0 in fp32, where DeepSpeed has no such check, is checked here.
 
-Dimension letters: B micro-batch, T tokens, S routed sites, k late layers.
+Dimension letters: B windows of a micro-batch, T tokens, S routed sites, k late layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from model.chunks import IGNORED
 from model.decoder import DecoderOutput
 from model.ensemble import Balance
 from model.flops import Routed
+from model.head import LossSums
 from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping
 from trainer.distributed import World
@@ -43,6 +45,7 @@ class Tally:
         distillation: KL divergences of the late layers from the final one, summed over layers and valid targets, nats.
         vote_entropy: of the ensemble's weights, summed over valid targets, nats.
         vote_weights, vote_largest: per late layer, its weight and whether that is the largest, over valid targets.
+        source_nll, source_targets: nll and targets of each source, in training on several; they add up to the whole.
     """
 
     nll: float
@@ -56,6 +59,8 @@ class Tally:
     vote_entropy: float = 0.0
     vote_weights: list[float] = field(default_factory=list)
     vote_largest: list[float] = field(default_factory=list)
+    source_nll: list[float] = field(default_factory=list)
+    source_targets: list[float] = field(default_factory=list)
 
     @property
     def loss(self) -> float:
@@ -98,17 +103,24 @@ class Counter:
     # nll, z, targets, tokens, visible keys, stop, bad micro-batches, distillation, entropy of the vote, head tokens
     _SCALARS = 10
 
-    def __init__(self, sites: int, device: torch.device, late_layers: int = 0):
-        self.sites, self.late_layers = sites, late_layers
-        self.sums = torch.zeros(self._SCALARS + 3 * sites + 2 * late_layers, dtype=torch.float64, device=device)
+    def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0):
+        self.sites, self.late_layers, self.sources = sites, late_layers, sources
+        size = self._SCALARS + 3 * sites + 2 * late_layers + 2 * sources
+        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
 
-    def add(self, output: DecoderOutput, targets: Tensor, scored_targets: int | None = None) -> None:
-        """Count one forward pass over ``targets`` [B, T], of which ``scored_targets`` (all unless given) had logits."""
+    def add(
+        self, output: DecoderOutput, targets: Tensor, scored_targets: int | None = None, sources: Tensor | None = None
+    ) -> None:
+        """Count one forward pass over ``targets`` [B, T], of which ``scored_targets`` (all unless given) had logits.
+
+        ``sources`` [B] are the windows' sources, needed where they are counted apart.
+        """
         assert output.loss is not None
         loss, routing, vote = output.loss, output.routing, output.vote_sums
+        valid, nll = targets != IGNORED, _window_nll(output.loss, targets, scored_targets)
         self.sums[3] += targets.numel()  # a number of the host: no copy, no wait
         self.sums[9] += targets.numel() if scored_targets is None else scored_targets
-        for place, value in ((0, loss.nll), (1, loss.z), (2, (targets != IGNORED).sum()), (4, routing.visible_keys)):
+        for place, value in ((0, nll.sum()), (1, loss.z), (2, valid.sum()), (4, routing.visible_keys)):
             self.sums[place] += value
         self.sums[6] += ~torch.isfinite(loss.loss)
         parts = [routing.executed_tokens, routing.attended_keys, routing.overflow_tokens]
@@ -116,6 +128,11 @@ class Counter:
             self.sums[7] += loss.distillation.detach()
             self.sums[8] += vote.entropy
             parts += [vote.weights.detach(), vote.largest]
+        if self.sources:
+            assert sources is not None
+            # Sums of rows, not scattered: scattering adds in another order every time on a GPU.
+            own = sources == torch.arange(self.sources, device=sources.device)[:, None]
+            parts += [torch.where(own, each, 0).sum(dim=1) for each in (nll, valid.sum(dim=1))]
         self.sums[self._SCALARS :] += torch.cat(parts)
 
     def ask_to_stop(self) -> None:
@@ -129,20 +146,28 @@ class Counter:
 
     def vote_largest(self) -> Tensor:
         """Tokens on which each late layer had the largest weight, [k], on the device."""
-        return self.sums[len(self.sums) - self.late_layers :]
+        end = len(self.sums) - 2 * self.sources
+        return self.sums[end - self.late_layers : end]
 
     def tally(self) -> Tally:
         """The sums on the host."""
-        nll, z, targets, tokens, visible, stop, bad, distillation, entropy, head, *_ = self.sums.tolist()
-        executed, keys, overflow = self._of_sites().tolist()
-        weights, largest = self.sums[self._SCALARS + 3 * self.sites :].view(2, self.late_layers).tolist()
+        numbers = iter(self.sums.tolist())  # one copy, one wait
+        nll, z, targets, tokens, visible, stop, bad, distillation, entropy, head = islice(numbers, self._SCALARS)
+        counts = [self.sites] * 3 + [self.late_layers] * 2 + [self.sources] * 2
+        executed, keys, overflow, *rest = (list(islice(numbers, count)) for count in counts)
         routed = Routed(tokens, visible, executed, keys, head)
-        return Tally(
-            nll, z, int(targets), int(stop), routed, int(bad), overflow, distillation, entropy, weights, largest
-        )
+        return Tally(nll, z, int(targets), int(stop), routed, int(bad), overflow, distillation, entropy, *rest)
 
     def _of_sites(self) -> Tensor:
         return self.sums[self._SCALARS : self._SCALARS + 3 * self.sites].view(3, self.sites)
+
+
+def _window_nll(loss: LossSums, targets: Tensor, scored_targets: int | None) -> Tensor:
+    """Each window's sum of negative log-likelihoods, fp64 [B]."""
+    nll = loss.token_nll
+    if scored_targets is not None:  # the head saw those tokens alone, in this order
+        nll = nll.new_zeros(targets.shape).masked_scatter(targets != IGNORED, nll)
+    return nll.view(targets.shape).sum(dim=1, dtype=torch.float64)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -200,7 +225,8 @@ def train_step(
     targets = torch.tensor(_count_targets(micro_batches), dtype=torch.float64, device=world.device)
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)
-    counter = Counter(budget.sites, world.device, late_layers(engine))
+    sources = len(config.data.sources)
+    counter = Counter(budget.sites, world.device, late_layers(engine), sources if sources > 1 else 0)
     vote_prices = balance.prices() if balance is not None and balance.coefficient else None
     capacity_tokens = budget.capacity_tokens(progress)
     for number, host_batch in enumerate(micro_batches):
@@ -214,7 +240,7 @@ def train_step(
         loss = loss + (prices * output.routing.density).sum() / len(micro_batches)
         loss = loss * torch.where(torch.isfinite(loss), 1.0, float("nan"))
         engine.backward(loss, scale_wrt_gas=False)
-        counter.add(output, batch.targets, batch.scored_targets)
+        counter.add(output, batch.targets, batch.scored_targets, batch.sources)
         if number + 1 < len(micro_batches):
             engine.step()
     if stop_requested:

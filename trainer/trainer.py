@@ -8,25 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import numpy as np
-
-from data.batches import Batch, pass_over
+from data.batches import Batch
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
-from trainer import checkpoint
+from trainer import checkpoint, retention
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.guards import StopRequest, too_many_bad_steps
 from trainer.metrics import Metrics, measure_peak_flops
+from trainer.rewind import how_to_go_back, refuse_other_past, sample_ids
 from trainer.rng import rng_state, set_rng_state
 from trainer.run_folder import RunFolder, open_log
 from trainer.saving import Saver
 from trainer.schedules import lr_ratio
+from trainer.spikes import SpikeDetector
 from trainer.step import StepResult
 
 
@@ -75,17 +75,17 @@ class Trainer:
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
+        self.spikes = SpikeDetector(config.train.spike)
         if found is not None:
             state, change = checkpoint.load(self.engine, found, self.fingerprint, config, world)
             dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
-            self.step, self.samples = state["step"], state["samples"]
-            self.budget.load_state_dict(state["budget"])
-            if self.balance.layers:
-                self.balance.load_state_dict(state["balance"])
+            self._take_back(state)
         if world.is_main:
             _create(self.run, config, config_path)
         world.barrier()
         self.log = open_log(self.run, world)
+        if warning := retention.check_plan(self.engine, self.run.checkpoints, config.train, world):
+            self.log.warning(warning)
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(world, config.train.precision)
         history_of = validation_sets[0].name if validation_sets else None
@@ -110,7 +110,7 @@ class Trainer:
         """Count the step, log it, and stop the run if too many in a row went bad.
 
         Raises:
-            ValueError: after ``train.max_bad_steps`` bad steps in a row.
+            ValueError: after ``train.max_bad_steps`` bad steps in a row, or of a spike if it is to stop the run.
         """
         self.step += 1
         self.samples += self.config.train.global_batch_samples
@@ -118,6 +118,8 @@ class Trainer:
         # In fp16 a gradient that overflows where every loss was finite only lowers the loss scale.
         if result.applied or (self.config.train.precision == "fp16" and not result.bad_ranks):
             self._bad_in_a_row = 0
+            if result.applied:
+                self._look_for_spike(result)
             return
         self._bad_in_a_row += 1
         self.log.warning(self._describe_bad_step(result))
@@ -135,7 +137,10 @@ class Trainer:
             ValueError: if this one or the one before could not be written.
         """
         self.run.beat(self.step, "saving")
-        state = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        state: dict[str, Any] = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        state["spikes"] = self.spikes.state_dict()
+        ranges = [list(r) for r in self.config.data.skip_ranges]
+        state["data"] = {"fingerprint": self.fingerprint, "skip_ranges": ranges}
         if self.balance.layers:
             state["balance"] = self.balance.state_dict()
         with self.metrics.paused():
@@ -160,9 +165,42 @@ class Trainer:
         self.run.beat(self.step, "ended")
         self.metrics.close()
 
+    def _take_back(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint's state says; the spikes' and data's came later than the first checkpoints."""
+        self.step, self.samples = state["step"], state["samples"]
+        self.budget.load_state_dict(state["budget"])
+        if self.balance.layers:
+            self.balance.load_state_dict(state["balance"])
+        if "spikes" in state:
+            self.spikes.load_state_dict(state["spikes"])
+        data = state.get("data")
+        if data is not None and data["fingerprint"] == self.fingerprint:
+            refuse_other_past(data["skip_ranges"], self.config.data.skip_ranges, self.samples)
+
+    def _look_for_spike(self, result: StepResult) -> None:
+        """Tell when a spike begins and ends, with the way back; end the run if it is to.
+
+        Raises:
+            ValueError: to end the run; on every rank, because every rank sees the same figures.
+        """
+        train, ranges = self.config.train, self.config.data.skip_ranges
+        before = self.samples - train.global_batch_samples
+        spike = self.spikes.observe(self.step, before, self.samples, result.tally.loss, result.grad_norm)
+        if spike is None:
+            return
+        stop = train.spike.action == "stop" and spike.end is None and spike.steps >= train.max_bad_steps
+        if not (stop or spike.is_news):
+            return
+        first, last = sample_ids(spike.consumed_before, spike.consumed, ranges)
+        sentence = f"{spike}; its samples are {first} to {last}; {how_to_go_back(self.run.path, spike, ranges)}"
+        if stop:
+            self.close()
+            raise ValueError(f"{sentence}; the run was ended by train.spike.action stop")
+        self.log.warning(sentence)
+
     def _describe_bad_step(self, result: StepResult) -> str:
-        ends = np.array([self.samples - self.config.train.global_batch_samples, self.samples - 1])
-        first, last = pass_over(ends, self.config.data.skip_ranges).tolist()
+        consumed = self.samples - self.config.train.global_batch_samples
+        first, last = sample_ids(consumed, self.samples, self.config.data.skip_ranges)
         samples = f"samples {first} to {last}"
         if not result.bad_ranks:
             where = f"the gradient ({samples}) was not finite, the loss was finite on every rank"

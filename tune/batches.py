@@ -152,7 +152,7 @@ class TuningData:
         rows = [
             self._sources[source].row(window) for source, window in zip(sources.tolist(), windows.tolist(), strict=True)
         ]
-        return _batch(rows, sample_ids, self._pin_memory)
+        return _batch(rows, sample_ids, self._pin_memory, sources)
 
 
 class ExampleSet:
@@ -281,7 +281,9 @@ def _places(rank: int, world_size: int, batch_samples: int, samples: int) -> Ite
         yield first + rank * batch_samples + np.arange(batch_samples)
 
 
-def _batch(rows: list[np.ndarray], sample_ids: np.ndarray, pin_memory: bool) -> Batch:
+def _batch(
+    rows: list[np.ndarray], sample_ids: np.ndarray, pin_memory: bool, sources: np.ndarray | None = None
+) -> Batch:
     parts = np.stack(rows, axis=1)
 
     def tensor(array: np.ndarray) -> Tensor:
@@ -295,4 +297,5 @@ def _batch(rows: list[np.ndarray], sample_ids: np.ndarray, pin_memory: bool) -> 
         documents=tensor(parts[2]),
         positions=tensor(parts[3]),
         scored_targets=int((parts[1] != NO_TARGET).sum()),
+        sources=None if sources is None else tensor(sources),
     )

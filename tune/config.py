@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from data.config import StreamConfig
+from data.config import MixedSource, StreamConfig
 from model.config import EnsembleConfig, ModelConfig
 from settings import Strict
 from trainer.config import DeepSpeedSettings, StageConfig, TrainConfig
@@ -68,11 +68,9 @@ class ChatConfig(Strict):
     """After every message but the last, an assistant's, which the end-of-document token closes; not learned."""
 
 
-class ExampleSource(Strict):
+class ExampleSource(MixedSource):
     """One named set of examples: JSON lines (.jsonl, compressed or not) or plain text files."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
-    """Its name in metrics."""
     files: list[str] = Field(min_length=1)
     """Paths or glob patterns (``**`` allowed), read in sorted order."""
     format: Literal["response", "chat", "text"] = "response"
@@ -88,8 +86,6 @@ class ExampleSource(Strict):
     """text: the field with the document, in JSON lines; a file of another kind is one document."""
     choices: list[str] = Field(default_factory=list)
     """response, in evaluation: the possible responses; the most likely one is compared with the right one."""
-    weight: float = Field(1.0, gt=0)
-    """Share of samples drawn from this source, relative to the others."""
 
 
 class ExamplesConfig(StreamConfig):

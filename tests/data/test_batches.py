@@ -53,6 +53,7 @@ def test_rows_against_a_slow_reference(folder: Path, confine: bool, restart: boo
     assert (batch.documents is not None) == confine and (batch.positions is not None) == restart
     stores = [everything(Path(config.dir) / "train" / name) for name in ("main", "second")]
     sources, _, windows = data.locate(np.arange(40))
+    assert batch.sources is not None and batch.sources.tolist() == sources.tolist()
     for row, (source, window) in enumerate(zip(sources, windows, strict=True)):
         tokens, ends = stores[source]
         document, position = 0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -12,6 +13,9 @@ import pytest
 import torch
 import yaml
 
+from data.config import DataConfig
+from data.prepare import prepare
+from data.tokenizer import train_tokenizer
 from pretrain.train import train
 from settings import user_errors
 from settings.load import _apply_override
@@ -47,6 +51,27 @@ def configure(tiny: dict[str, Any]) -> Callable[..., RunConfig]:
         return RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(tiny)))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def mixed_corpus(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> dict[str, Any]:
+    """A corpus with a second source, ``few``, that gives a quarter of the samples."""
+    (few,) = corpus["validation"][0]["files"]
+    block = corpus | {"dir": str(tmp_path_factory.mktemp("mixed"))}
+    block["sources"] = [
+        {**corpus["sources"][0], "weight": 3.0},
+        {"name": "few", "format": "text", "files": [few], "weight": 1.0},
+    ]
+    config = DataConfig.model_validate(block)
+    train_tokenizer(config)
+    prepare(config, workers=1)
+    return block
+
+
+@pytest.fixture
+def mixed(mixed_corpus: dict[str, Any]) -> dict[str, Any]:
+    """The ``data`` block of the corpus with two sources, a copy."""
+    return copy.deepcopy(mixed_corpus)
 
 
 @pytest.fixture

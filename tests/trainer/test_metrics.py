@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data.batches import TrainingData
+from data.config import DataConfig
 from model.budget import Budget
 from model.flops import Routed
 from tests.launching import ROOT
@@ -47,14 +50,16 @@ def _documented() -> set[str]:
 
 
 def _written(run_dir: str | Path) -> set[str]:
-    """Names in a run's metrics, with sites and validation sets as the documentation writes them."""
+    """Names in a run's metrics, with sites, sources and validation sets as the documentation writes them."""
     names = {name for line in _lines(run_dir) for name in line}
     sites = {re.sub(r"(layer|attention|ffn)-\d\d$", "SITE", name) for name in names}
-    return {re.sub(r"^validation/code/", "validation/NAME/", name) for name in sites}
+    sources = {re.sub(r"^train/(loss|share)/(code|few)$", r"train/\1/SOURCE", name) for name in sites}
+    return {re.sub(r"^validation/code/", "validation/NAME/", name) for name in sources}
 
 
-def test_names_are_those_of_the_documentation(tiny: dict[str, Any], train_here: Train) -> None:
+def test_names_are_those_of_the_documentation(tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train) -> None:
     tiny["model"]["router"]["granularity"] = "module"
+    tiny["data"] = mixed
     assert train_here(tiny, "train.steps=2") == 0
     assert _written(tiny["train"]["run_dir"]) == _documented()
 
@@ -62,8 +67,8 @@ def test_names_are_those_of_the_documentation(tiny: dict[str, Any], train_here: 
 def test_a_dense_run_writes_nothing_about_routing(tiny: dict[str, Any], train_here: Train) -> None:
     del tiny["model"]["router"]
     assert train_here(tiny, "train.steps=2") == 0
-    routing = {n for n in _documented() if re.search("SITE|budget|density|noise|noisy", n)}
-    assert _written(tiny["train"]["run_dir"]) == _documented() - routing
+    left_out = {n for n in _documented() if re.search("SITE|SOURCE|budget|density|noise|noisy", n)}
+    assert _written(tiny["train"]["run_dir"]) == _documented() - left_out
     line = _steps(tiny["train"]["run_dir"])[2]
     assert line["speed/mfu_executed"] == line["speed/mfu_dense_equivalent"]
     assert not (Path(tiny["train"]["run_dir"]) / "routing.png").exists()
@@ -90,6 +95,33 @@ def test_figures_fit_together(tiny: dict[str, Any], train_here: Train) -> None:
     evaluation = _lines(tiny["train"]["run_dir"])[-1]
     greedy, noisy = (evaluation[f"validation/code/{name}"] for name in ("loss", "loss_with_noise"))
     assert evaluation["validation/code/loss_greedy_minus_noisy"] == pytest.approx(greedy - noisy, abs=1e-12)
+
+
+def test_losses_of_the_sources_add_up_to_the_loss(
+    tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train
+) -> None:
+    """Exactly: the same sums in fp64, in another order. Shares are those of the samples drawn, in the log's steps."""
+    tiny["data"], tiny["train"]["log"]["every_steps"] = mixed, 2
+    assert train_here(tiny) == 0
+    samples = TrainingData(DataConfig.model_validate(mixed)).locate(np.arange(32))[0]
+    for step, line in _steps(tiny["train"]["run_dir"]).items():
+        shares = {name: line[f"train/share/{name}"] for name in ("code", "few")}
+        few = (samples[8 * step - 16 : 8 * step] == 1).mean()
+        assert 0 < few < 0.5 and shares == {"code": 1 - few, "few": few}
+        losses = {name: line[f"train/loss/{name}"] for name in shares}
+        assert abs(losses["code"] - losses["few"]) > 1e-3
+        assert sum(shares[n] * losses[n] for n in shares) == pytest.approx(line["train/loss"], rel=1e-14)
+
+
+def test_a_source_without_samples_in_a_line_has_no_loss(
+    tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train
+) -> None:
+    mixed["sources"][1]["weight"] = 0.004  # of the 8 samples none is its own
+    tiny["data"] = mixed
+    assert train_here(tiny, "train.steps=1") == 0
+    line = _steps(tiny["train"]["run_dir"])[1]
+    assert line["train/loss/few"] is None and line["train/share/few"] == 0
+    assert line["train/loss/code"] == pytest.approx(line["train/loss"], rel=1e-14)
 
 
 def test_a_line_is_the_mean_over_its_steps(tiny: dict[str, Any], train_here: Train, tmp_path: Path) -> None:
