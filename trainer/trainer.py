@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 
@@ -28,6 +28,7 @@ from trainer.rng import rng_state, set_rng_state
 from trainer.run_folder import RunFolder, open_log
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult
+from trainer.watchdog import Watchdog
 
 
 class TrainingStream(Protocol):
@@ -94,8 +95,23 @@ class Trainer:
         if found is not None:
             self.log.info(f"resumed from {found} at step {self.step:,}")
         self.stop = StopRequest()
+        # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
+        self.engine.module.register_forward_hook(lambda *_: self.run.heartbeat.tick())
+        self.watchdog = Watchdog(self.run, config.train.stall_timeout_s, self.stop.request)
         self.evaluations: dict[int, list[Evaluation]] = {}
         self._bad_in_a_row = 0
+        self.watchdog.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Flush the metrics and say how this rank has ended."""
+        self.watchdog.stop()
+        done = "ended" if self.step == self.config.train.steps else "stopped"
+        self.run.beat(self.step, done if kind is None else "failed")
+        self.run.heartbeat.write()
+        self.metrics.close()
 
     def begin_step(self) -> float:
         """Heartbeat and learning rate of the step to come; returns the rate."""
@@ -120,7 +136,6 @@ class Trainer:
         self._bad_in_a_row += 1
         self.log.warning(self._describe_bad_step(result))
         if self._bad_in_a_row >= self.config.train.max_bad_steps:
-            self.close()
             raise ValueError(too_many_bad_steps(self._bad_in_a_row, self.step, self.run.checkpoints))
 
     def save(self) -> None:
@@ -146,11 +161,6 @@ class Trainer:
             self.metrics.log_evaluation(self.step, results)
         self.evaluations[self.step] = results
         set_rng_state(before)
-
-    def close(self) -> None:
-        """Flush the metrics and say that this rank has ended."""
-        self.run.beat(self.step, "ended")
-        self.metrics.close()
 
     def _describe_bad_step(self, result: StepResult) -> str:
         ends = np.array([self.samples - self.config.train.global_batch_samples, self.samples - 1])
