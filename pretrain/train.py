@@ -6,7 +6,8 @@
     srun python -m pretrain.train configs/skip_1b.yaml train.checkpoint.resume=auto
 
 Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1 or Ctrl-C asked to stop and the state was saved (start
-again with train.checkpoint.resume=auto); 1 on an error.
+again with train.checkpoint.resume=auto); 76 when it hung or lost a rank (the same, from the newest checkpoint); 1 on an
+error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from settings import user_errors
 from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
 from trainer.distributed import World, join, leave
-from trainer.guards import EXIT_PREEMPTED
+from trainer.guards import EXIT_PREEMPTED, lost_rank
 from trainer.loop import run
 from trainer.trainer import Trainer
 
@@ -33,16 +34,14 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
     _refuse_other_vocabulary(config, data)
     validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
-    trainer = Trainer(config, config_path, data.fingerprint, validation_sets, world)
-    trainer.log.info(describe_start(config, data, world))
-    resumed_at = trainer.step
-    if not run(trainer, data):
-        trainer.close()
-        return EXIT_PREEMPTED
-    if resumed_at == config.train.steps:
-        trainer.log.info(f"all {config.train.steps:,} steps were done already; raise train.steps to go on")
-    trainer.log.info(describe_end(config, trainer.evaluations))
-    trainer.close()
+    with Trainer(config, config_path, data.fingerprint, validation_sets, world) as trainer:
+        trainer.log.info(describe_start(config, data, world))
+        resumed_at = trainer.step
+        if not run(trainer, data):
+            return EXIT_PREEMPTED
+        if resumed_at == config.train.steps:
+            trainer.log.info(f"all {config.train.steps:,} steps were done already; raise train.steps to go on")
+        trainer.log.info(describe_end(config, trainer.evaluations))
     return 0
 
 
@@ -64,7 +63,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_args()
-    with user_errors():
+    with user_errors(), lost_rank():
         config = load_run(arguments.config, arguments.overrides)
         world = join(config.train.timeout_s)
         status = train(config, arguments.config, world)

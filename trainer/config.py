@@ -144,6 +144,8 @@ class TrainConfig(Strict):
     """Steps with a loss or gradient that is finite and far too large."""
     timeout_s: float = Field(1800.0, gt=0)
     """How long a collective may wait for the other ranks."""
+    stall_timeout_s: float = Field(900.0, gt=0)
+    """Longest time without progress (a micro-batch, a save, a compilation); then stacks are written and it ends."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -183,7 +185,7 @@ class StageConfig(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> StageConfig:
-        problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._schedule()]
+        problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._timeouts_and_schedule()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -227,8 +229,14 @@ class StageConfig(Strict):
             )
         return problems
 
-    def _schedule(self) -> list[str]:
+    def _timeouts_and_schedule(self) -> list[str]:
         train, problems = self.train, []
+        if train.stall_timeout_s >= train.timeout_s:
+            problems.append(
+                f"train.stall_timeout_s ({train.stall_timeout_s:g}) must be below train.timeout_s "
+                f"({train.timeout_s:g}), because a collective that times out ends the ranks before they have told "
+                "where they hang; raise timeout_s or lower stall_timeout_s"
+            )
         if train.schedule.warmup_steps > train.steps:
             problems.append(
                 f"train.schedule.warmup_steps ({train.schedule.warmup_steps}) must not exceed train.steps "

@@ -1,8 +1,15 @@
-"""What stops a run besides its end: signals, and steps that went bad."""
+"""What stops a run besides its end: signals, ranks that are lost, and steps that went bad."""
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -10,6 +17,14 @@ from trainer.retention import newest_name
 
 EXIT_PREEMPTED = 75
 """Exit status of a run that was asked to stop, saved its state and wants to be started again (EX_TEMPFAIL)."""
+EXIT_STALLED = 76
+"""Exit status of a run that made no progress for ``train.stall_timeout_s``, or that lost one of its ranks.
+
+Nothing since the newest checkpoint is saved; starting it again is right, unless it happens again and again.
+"""
+_LOST = re.compile("gloo/transport|ncclRemoteError|remote process exited")
+_FIRST_ERROR_S = 5.0
+"""How long a rank that lost another one waits, so that a launcher sees the status of the one that went first."""
 
 
 class StopRequest:
@@ -24,10 +39,37 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def request(self) -> None:
+        """Ask to stop, as a signal does; from any thread."""
         self.requested = True
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.request()
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def lost_rank() -> Iterator[None]:
+    """Turn a collective's error after another rank died into one sentence and status 76.
+
+    gloo sees a closed connection at once; NCCL may not, and then the watchdog ends the run with the same status.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not _LOST.search(str(error)):
+            raise
+        logging.getLogger("hopscotch").debug("lost a rank", exc_info=True)
+        time.sleep(_FIRST_ERROR_S)
+        reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        print(
+            f"rank {os.environ.get('RANK', '0')}: error: another rank or its host is gone ({reason}); its own log in "
+            "train.run_dir/logs or its host's messages say why; start again with train.checkpoint.resume=auto",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(EXIT_STALLED) from None
 
 
 def too_many_bad_steps(count: int, step: int, checkpoints: Path) -> str:

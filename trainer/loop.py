@@ -56,6 +56,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
                 return False
             if last or trainer.step % evaluate_every == 0:
                 trainer.validate()
+            trainer.run.beat(trainer.step, "loading")
     trainer.metrics.close_bar()
     return True
 

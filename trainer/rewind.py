@@ -23,11 +23,9 @@ from data.batches import pass_over
 from data.files import write_atomically
 from trainer import manifest
 from trainer.distributed import ALONE
+from trainer.heartbeat import BEAT_EVERY_S, FINAL, read_beats
 from trainer.retention import newest_first, step_of
 from trainer.spikes import Spike
-
-_ALIVE_S = 60.0
-"""A run that gave a sign of life within so many seconds and did not say that it ended is taken to be going on."""
 
 Ranges = Sequence[Sequence[int]]
 
@@ -110,16 +108,16 @@ def refuse_other_past(then: Ranges, now: Ranges, consumed: int) -> None:
 
 
 def _refuse_if_alive(run: Path) -> None:
-    for path in sorted((run / "heartbeat").glob("rank-*.json")):
-        try:
-            beat = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        age_s = time.time() - beat["time"]
-        if beat["phase"] != "ended" and age_s < _ALIVE_S:
+    """A rank that has not said that it ended is alive if its heartbeat goes on while we look."""
+    first = {beat.rank: beat for beat in read_beats(run / "heartbeat") if beat.phase not in FINAL}
+    if not first:
+        return
+    time.sleep(2.5 * BEAT_EVERY_S)
+    for beat in read_beats(run / "heartbeat"):
+        if beat.rank in first and beat.beat != first[beat.rank].beat:
             raise ValueError(
-                f"{run} seems to be going on: rank {beat['rank']} (process {beat['pid']}) was {beat['phase']} "
-                f"{age_s:.0f} s ago; stop it, or wait until it has been silent for {_ALIVE_S:.0f} s"
+                f"{run} is going on: rank {beat.rank} (process {beat.pid} on {beat.host}) is {beat.doing} at step "
+                f"{beat.step:,}; stop it first (kill {beat.pid}), it saves and ends"
             )
 
 

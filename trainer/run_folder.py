@@ -6,7 +6,7 @@ runs/NAME/
   code.commit, code.diff  commit of the code, and what tracked files had on top of it, if anything, at the last start
   metrics.jsonl           one line a logged step
   tensorboard/            the same, to look at
-  heartbeat/rank-N.json   step, time, phase of every rank
+  heartbeat/rank-N.json   step and phase of every rank: see trainer/heartbeat.py
   logs/rank-N.log         what every rank had to say
   checkpoints/            see trainer/checkpoint.py
 """
@@ -14,12 +14,9 @@ runs/NAME/
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
-import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -29,10 +26,10 @@ from settings import to_yaml
 from trainer import code_state
 from trainer.config import StageConfig
 from trainer.distributed import World
+from trainer.heartbeat import Heartbeat
 
 LOGGER = "hopscotch"
 """Name of the logger that every rank writes to."""
-_BEAT_EVERY_S = 1.0
 
 
 class RunFolder:
@@ -44,14 +41,16 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = self.path / "checkpoints"
-        self.heartbeat = self.path / "heartbeat" / f"rank-{rank}.json"
-        self._phase, self._beat_s = "", 0.0
+        self.heartbeat = Heartbeat(self.path / "heartbeat", rank)
         self.log = self.path / "logs" / f"rank-{rank}.log"
 
     def create(self, config: StageConfig, original: str | Path) -> None:
         """Make the folders; write the configs and which code this is (rank 0 only)."""
-        for folder in (self.checkpoints, self.tensorboard, self.heartbeat.parent, self.log.parent):
+        beats = self.heartbeat.path.parent
+        for folder in (self.checkpoints, self.tensorboard, beats, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
+        for old in beats.iterdir():
+            old.unlink()  # of an earlier start, which may have had more ranks
         write_atomically(self.path / "config.yaml", to_yaml(config).encode())
         copy = self.path / "config.original.yaml"
         if not (copy.exists() and copy.samefile(original)):
@@ -62,25 +61,17 @@ class RunFolder:
                 write_atomically(self.path / name, content.encode())
 
     def beat(self, step: int, phase: str) -> None:
-        """Say that this rank is alive: what it does and at which step; at most every second unless the phase is new."""
-        now = time.time()
-        if phase == self._phase and now - self._beat_s < _BEAT_EVERY_S:
-            return
-        self._phase, self._beat_s = phase, now
-        beat = {"rank": self.rank, "step": step, "phase": phase, "time": now, "pid": os.getpid()}
-        # No fsync: a heartbeat that a power cut loses says nothing wrong.
-        temporary = self.heartbeat.with_suffix(".tmp")
-        with contextlib.suppress(OSError):  # a full disk is the checkpoint's business, not the heartbeat's
-            temporary.write_text(json.dumps(beat))
-            temporary.replace(self.heartbeat)
+        """Say what this rank does now, and at which step: progress."""
+        self.heartbeat.note(step, phase)
 
 
 class _Terminal(logging.Handler):
     """Prints lines above the progress bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a terminal or launcher that is gone must not take the run with it
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
 
 
 def open_log(run: RunFolder, world: World) -> logging.Logger:

@@ -66,12 +66,20 @@ class Saver:
         config: the run's config.
         world: this process among all; every method but ``failed`` is collective.
         tell: takes a sentence for each checkpoint that is whole; called on rank 0, from the thread.
+        tick: called from the thread after each file, so that a long save is not taken for a hang.
     """
 
     def __init__(
-        self, folder: Path, fingerprint: str, config: StageConfig, world: World, tell: Callable[[str], None] = print
+        self,
+        folder: Path,
+        fingerprint: str,
+        config: StageConfig,
+        world: World,
+        tell: Callable[[str], None] = print,
+        tick: Callable[[], None] = lambda: None,
     ):
-        self.folder, self.fingerprint, self.config, self.world, self.tell = folder, fingerprint, config, world, tell
+        self.folder, self.fingerprint, self.config, self.world = folder, fingerprint, config, world
+        self.tell, self.tick = tell, tick
         self._thread: threading.Thread | None = None
         self._reset()
 
@@ -174,6 +182,7 @@ class Saver:
                 path, content = files.popitem()
                 _write(path, content)
                 receipt[str(path.relative_to(partial))] = manifest.entry_of(path)
+                self.tick()
             write_json(partial / _receipt_name(self.world.rank), receipt)
         except Exception as error:
             self._problem = _reason(error)

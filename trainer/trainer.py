@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from data.batches import Batch
 from model.budget import Budget
@@ -28,6 +28,7 @@ from trainer.saving import Saver
 from trainer.schedules import lr_ratio
 from trainer.spikes import SpikeDetector
 from trainer.step import StepResult
+from trainer.watchdog import Watchdog
 
 
 class TrainingStream(Protocol):
@@ -94,10 +95,26 @@ class Trainer:
         )
         if found is not None:
             self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
-        self.saver = Saver(self.run.checkpoints, fingerprint, config, world, self.log.info)
+        tick = self.run.heartbeat.tick
+        self.saver = Saver(self.run.checkpoints, fingerprint, config, world, self.log.info, tick)
         self.stop = StopRequest()
+        # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
+        self.engine.module.register_forward_hook(lambda *_: tick())
+        self.watchdog = Watchdog(self.run, config.train.stall_timeout_s, self.stop.request)
         self.evaluations: dict[int, list[Evaluation]] = {}
         self._bad_in_a_row = 0
+        self.watchdog.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Flush the metrics and say how this rank has ended."""
+        self.watchdog.stop()
+        done = "ended" if self.step == self.config.train.steps else "stopped"
+        self.run.beat(self.step, done if kind is None else "failed")
+        self.run.heartbeat.write()
+        self.metrics.close()
 
     def begin_step(self) -> float:
         """Heartbeat and learning rate of the step to come; returns the rate."""
@@ -124,7 +141,6 @@ class Trainer:
         self._bad_in_a_row += 1
         self.log.warning(self._describe_bad_step(result))
         if self._bad_in_a_row >= self.config.train.max_bad_steps:
-            self.close()
             raise ValueError(too_many_bad_steps(self._bad_in_a_row, self.step, self.run.checkpoints))
 
     def save(self, wait: bool) -> None:
@@ -159,12 +175,6 @@ class Trainer:
         self.evaluations[self.step] = results
         set_rng_state(before)
 
-    def close(self) -> None:
-        """Wait for a checkpoint under way, flush the metrics and say that this rank has ended."""
-        self.saver.wait()
-        self.run.beat(self.step, "ended")
-        self.metrics.close()
-
     def _take_back(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint's state says; the spikes' and data's came later than the first checkpoints."""
         self.step, self.samples = state["step"], state["samples"]
@@ -194,7 +204,6 @@ class Trainer:
         first, last = sample_ids(spike.consumed_before, spike.consumed, ranges)
         sentence = f"{spike}; its samples are {first} to {last}; {how_to_go_back(self.run.path, spike, ranges)}"
         if stop:
-            self.close()
             raise ValueError(f"{sentence}; the run was ended by train.spike.action stop")
         self.log.warning(sentence)
 

@@ -6,7 +6,8 @@
     srun python -m tune.train my.yaml train.checkpoint.resume=auto
 
 Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1 or Ctrl-C asked to stop and the state was saved (start
-again with train.checkpoint.resume=auto); 1 on an error.
+again with train.checkpoint.resume=auto); 76 when it hung or lost a rank (the same, from the newest checkpoint); 1 on an
+error.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from settings import user_errors
 from trainer.describe import describe_end
 from trainer.distributed import World, join, leave
-from trainer.guards import EXIT_PREEMPTED
+from trainer.guards import EXIT_PREEMPTED, lost_rank
 from trainer.loop import run
 from tune.adapters import prepare, trainable_counts
 from tune.base import load_base
@@ -48,17 +49,15 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     if config.ensemble is not None:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
-    trainer = Tuner(config, config_path, data.fingerprint, sets, world, decoder, tokenizer)
-    trainer.log.info(describe_start(config, base, data, [*sets, *tests], decoder, world))
-    trained, total = trainable_counts(decoder)
-    trainer.metrics.log_figures(trainer.step, {"parameters/trained": trained, "parameters/total": total})
-    if not run(trainer, data):
-        trainer.close()
-        return EXIT_PREEMPTED
-    trainer.save_adapter(peft)
-    trainer.test(tests)
-    trainer.log.info(describe_end(config, trainer.evaluations))
-    trainer.close()
+    with Tuner(config, config_path, data.fingerprint, sets, world, decoder, tokenizer) as trainer:
+        trainer.log.info(describe_start(config, base, data, [*sets, *tests], decoder, world))
+        trained, total = trainable_counts(decoder)
+        trainer.metrics.log_figures(trainer.step, {"parameters/trained": trained, "parameters/total": total})
+        if not run(trainer, data):
+            return EXIT_PREEMPTED
+        trainer.save_adapter(peft)
+        trainer.test(tests)
+        trainer.log.info(describe_end(config, trainer.evaluations))
     return 0
 
 
@@ -81,7 +80,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parser.parse_args()
-    with user_errors():
+    with user_errors(), lost_rank():
         file = load_file(arguments.config, arguments.overrides)
         world = join(file.train.timeout_s)
         status = train(file, arguments.config, world)

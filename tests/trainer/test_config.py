@@ -33,6 +33,10 @@ REFUSED = [
     ),
     (["deepspeed.offload=all"], "deepspeed.offload all moves parameters, which needs deepspeed.zero_stage 3, got 2"),
     (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile needs deepspeed.zero_stage 0, 1 or 2, because"),
+    (
+        ["train.stall_timeout_s=600", "train.timeout_s=600"],
+        "train.stall_timeout_s (600) must be below train.timeout_s (600), because a collective that times out",
+    ),
     (["train.schedule.warmup_steps=5"], "train.schedule.warmup_steps (5) must not exceed train.steps (4)"),
     (
         ["train.micro_batch_samples=3"],

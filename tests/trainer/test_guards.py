@@ -61,7 +61,7 @@ def test_a_run_that_blows_up_ends_with_the_steps_samples_and_a_whole_checkpoint(
     skipped = {r["step"]: (r["train/skipped_steps"], r["train/loss"]) for r in logged if "train/loss" in r}
     assert [skipped[step] for step in (4, 5, 6)] == [(1, None)] * 3 and skipped[3][0] == 0
     assert "step 6" in (run_dir / "logs/rank-0.log").read_text()
-    assert json.loads((run_dir / "heartbeat/rank-0.json").read_text())["phase"] == "ended"
+    assert json.loads((run_dir / "heartbeat/rank-0.json").read_text())["phase"] == "failed"
 
     # A lower rate, as the sentence advises, and the run goes on from there.
     assert train_here(tiny, "train.steps=4", "train.checkpoint.resume=required") == 0
@@ -93,7 +93,7 @@ def test_in_fp16_only_a_bad_loss_counts(configure: Callable[..., RunConfig], bad
     trainer = object.__new__(Trainer)
     trainer.config = configure("train.precision=fp16", "train.max_bad_steps=2")
     trainer.step, trainer.samples, trainer._bad_in_a_row = 0, 0, 0
-    trainer.metrics = trainer.log = trainer.run = trainer.budget = trainer.saver = MagicMock()
+    trainer.metrics = trainer.log = trainer.run = trainer.budget = MagicMock()
     tally = Tally(1.0, 0.0, 1, 0, Routed(1, 1, [], []), 0, [])
     result = StepResult(tally, 0.0, None, False, bad_ranks)
     trainer.end_step(result, 0.1, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from data.batches import Batch, TrainingData
 from launch import rewind
 from tests.trainer.test_checkpoint import fake
+from trainer.heartbeat import Heartbeat
 from trainer.rewind import go_back, how_to_go_back, refuse_other_past
 from trainer.spikes import Spike
 from trainer.weights import checkpoint_of
@@ -189,18 +191,21 @@ def test_a_checkpoint_that_is_not_there_or_torn_is_refused(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == everything
 
 
-def test_a_run_that_is_going_on_is_refused(run: Path) -> None:
-    def beat(phase: str, ago_s: float) -> None:
-        text = json.dumps({"rank": 0, "step": 6, "phase": phase, "time": time.time() - ago_s, "pid": 321})
-        (run / "heartbeat/rank-0.json").write_text(text)
-
-    beat("training", 3)
-    with pytest.raises(ValueError, match=r"rank 0 \(process 321\) was training 3 s ago; stop it, or wait"):
+def test_a_run_that_is_going_on_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A heartbeat that moves while one looks; one that does not is of a run that was killed."""
+    heartbeat = Heartbeat(run / "heartbeat", 0)
+    heartbeat.note(6, "training")
+    heartbeat.write()
+    monkeypatch.setattr(time, "sleep", lambda seconds: heartbeat.write())
+    with pytest.raises(
+        ValueError, match=rf"going on: rank 0 \(process {os.getpid()} on .* is training at step 6; stop"
+    ):
         go_back(run, 2)
     (run / "heartbeat/rank-1.json").write_text("")  # cut by a full disk: says nothing
-    beat("training", 90)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert go_back(run, 4) is not None
-    beat("ended", 0)
+    heartbeat.note(4, "ended")
+    heartbeat.write()
     assert go_back(run, 2) is not None
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import time
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
+from trainer.heartbeat import read_beats
 from trainer.run_folder import RunFolder, open_log
 from trainer.step import StepResult, Tally
 from trainer.trainer import Trainer
@@ -60,32 +60,29 @@ def test_which_code_it_was(
         assert found == {name: text for name, text in (("code.commit", commit), ("code.diff", diff)) if text}
 
 
-def test_a_heartbeat_says_who_where_and_when(run: RunFolder) -> None:
-    run.beat(3, "training")
-    run.beat(4, "saving")
-    beat = json.loads(run.heartbeat.read_text())
-    assert (beat["rank"], beat["step"], beat["phase"], beat["pid"]) == (0, 4, "saving", os.getpid())
-    assert abs(time.time() - beat["time"]) < 60
-    assert [p.name for p in run.heartbeat.parent.iterdir()] == ["rank-0.json"]
-
-
-def test_heartbeats_come_at_most_every_second_but_a_new_phase_is_told_at_once(
-    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+def test_what_an_earlier_start_with_more_ranks_said_is_gone(
+    run: RunFolder, configure: Configure, write_config: Write, tiny: dict[str, Any]
 ) -> None:
-    now = [1000.0]
-    monkeypatch.setattr(time, "time", lambda: now[0])
-    seen = []
-    for wait_s, step, phase in ((0, 1, "training"), (0.5, 2, "training"), (0.6, 3, "training"), (0, 3, "saving")):
-        now[0] += wait_s
-        run.beat(step, phase)
-        seen.append(json.loads(run.heartbeat.read_text())["step"])
-    assert seen == [1, 1, 3, 3] and json.loads(run.heartbeat.read_text())["phase"] == "saving"
+    RunFolder(run.path, 3).heartbeat.write()
+    assert [beat.rank for beat in read_beats(run.path / "heartbeat")] == [3]
+    run.create(configure(), write_config(tiny))
+    assert read_beats(run.path / "heartbeat") == []
 
 
-def test_a_heartbeat_that_cannot_be_written_stops_nothing(run: RunFolder) -> None:
-    run.heartbeat.parent.rmdir()
-    run.beat(1, "training")
-    assert not run.heartbeat.exists()
+def test_a_terminal_that_is_gone_does_not_end_the_run(
+    run: RunFolder, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when the connection that started the run is lost: the run must go on to its save."""
+    logger = open_log(run, world)
+    readable, writable = os.pipe()
+    os.close(readable)
+    with open(writable, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        logger.info("to nobody")
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            gone.close()
+    assert "to nobody" in run.log.read_text()
 
 
 @pytest.mark.parametrize(("rank", "shown"), [(0, ["to all", "careful"]), (1, [])])

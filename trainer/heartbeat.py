@@ -1,0 +1,115 @@
+"""What every rank says of itself while it runs: ``RUN/heartbeat/rank-N.json``, written anew every two seconds.
+
+Two different things stop when a run goes wrong, so both are told: ``beat`` counts up as long as the process can run at
+all, ``still_s`` grows while it makes no progress. A rank that waits for another still beats; one that was killed or
+frozen does not.
+
+No clock of one host is compared with another's: ``still_s`` is measured by the rank's own monotonic clock, and a reader
+tells that a rank is alive by looking twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+BEAT_EVERY_S = 2.0
+"""Seconds between two writes."""
+FINAL = ("ended", "stopped", "stalled", "failed")
+"""Phases after which a rank is silent: all steps done, asked to stop and saved, no progress, an error."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One rank's heartbeat.
+
+    Attributes:
+        rank, host, pid: which process it is.
+        beat: how many times this process has written it.
+        step: optimiser steps done.
+        phase: starting, loading (waiting for data), training, saving, evaluating, or one of ``FINAL``.
+        before: the phase before that: what a rank was at when it stalled or failed.
+        still_s: seconds without progress.
+        time: of the rank's own clock, seconds since 1970; for people.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    beat: int
+    step: int
+    phase: str
+    before: str
+    still_s: float
+    time: float
+
+    @property
+    def doing(self) -> str:
+        """The phase, or for a rank that has ended the one it ended in."""
+        return self.before if self.phase in FINAL else self.phase
+
+
+class Heartbeat:
+    """This rank's heartbeat. Progress is noted without touching a file, so a slow file system costs no step."""
+
+    def __init__(self, folder: Path, rank: int):
+        self.path = folder / f"rank-{rank}.json"
+        self.rank, self.step, self.phase, self.before = rank, 0, "starting", "starting"
+        self._written = 0
+        self._progress_s = time.monotonic()
+
+    @property
+    def still_s(self) -> float:
+        """Seconds without progress."""
+        return time.monotonic() - self._progress_s
+
+    def note(self, step: int, phase: str) -> None:
+        """Progress: this rank now does ``phase`` at ``step``."""
+        if phase != self.phase:
+            self.before = self.phase
+        self.step, self.phase = step, phase
+        self.tick()
+
+    def tick(self) -> None:
+        """Progress within a phase: a micro-batch of training or evaluation."""
+        self._progress_s = time.monotonic()
+
+    def write(self) -> None:
+        """Write it; a full disk is the checkpoint's business, not the heartbeat's."""
+        self._written += 1
+        still_s, host = round(self.still_s, 1), socket.gethostname()
+        beat = Beat(
+            self.rank, host, os.getpid(), self._written, self.step, self.phase, self.before, still_s, time.time()
+        )
+        # No fsync: a heartbeat that a power cut loses says nothing wrong.
+        temporary = self.path.with_suffix(".tmp")
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(asdict(beat)))
+            temporary.replace(self.path)
+
+
+def read_beats(folder: Path) -> list[Beat]:
+    """The heartbeats of all ranks, in rank order; files that cannot be read are left out."""
+    beats = []
+    names = [field.name for field in fields(Beat)]
+    for path in folder.glob("rank-*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            told = json.loads(path.read_text())
+            beats.append(Beat(**{name: told[name] for name in names}))
+    return sorted(beats, key=lambda beat: beat.rank)
+
+
+def behind(beats: list[Beat]) -> list[Beat]:
+    """The ranks that the others wait for, as far as steps tell: all that have not come to the furthest step and phase.
+
+    Ranks load, then train: of two at the same step the one that still loads is behind.
+    """
+    order = {"starting": 0, "loading": 1}
+    places = {beat.rank: (beat.step, order.get(beat.doing, 2)) for beat in beats}
+    furthest = max(places.values(), default=(0, 0))
+    return [beat for beat in beats if places[beat.rank] < furthest]
