@@ -82,7 +82,7 @@ def test_a_spike_ends_the_run_which_goes_back_and_is_as_if_it_had_never_met_thos
     assert f"its samples are {POISON[0]} to {POISON[1] - 1};" in error
     assert error.endswith("; the run was ended by train.spike.action stop")
     assert _steps(run / "checkpoints") == [3, 6, 9, 12, 15, 18] and _metrics(run)[-1]["step"] == 20
-    assert json.loads((run / "heartbeat/rank-0.json").read_text())["phase"] == "ended"
+    assert json.loads((run / "heartbeat/rank-0.json").read_text())["phase"] == "failed"
     before = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
 
     found = re.search(r"python -m launch\.rewind (\S+ \d+), then start again with (.*?);", error)
