@@ -25,18 +25,14 @@ def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = No
         files: :func:`entry_of` each file, by its name below ``folder``; taken here unless given.
     """
     if files is None:
-        files = {name: entry_of(folder / name) for name in files_in(folder)}
+        names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        files = {name: entry_of(folder / name) for name in names}
     write_json(folder / NAME, {"format": FORMAT, **facts, "files": dict(sorted(files.items()))})
 
 
 def entry_of(path: Path) -> dict[str, Any]:
     """Size and SHA-256 of a file."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-
-
-def files_in(folder: Path) -> list[str]:
-    """Names of all files below ``folder``."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def read(folder: Path, world: World) -> dict[str, Any]:

@@ -194,7 +194,7 @@ class Saver:
         try:
             if self._finish(partial, facts):
                 took_s = time.perf_counter() - start
-                self.tell(f"saved {self._final} in {took_s:.1f} s, for {self._waited_s:.1f} s of which training waited")
+                self.tell(f"saved {self._final} in {took_s:.1f} s, of which training waited {self._waited_s:.1f} s")
         except Exception as error:
             self._problem = _reason(error)
 
@@ -212,9 +212,6 @@ class Saver:
         files = {name: entry for receipt in receipts for name, entry in read_json(receipt).items()}
         for receipt in receipts:
             receipt.unlink()
-        for name in manifest.files_in(partial):
-            if name not in files:  # DeepSpeed's own scripts
-                files[name] = manifest.entry_of(partial / name)
         manifest.write(partial, facts, files)
         if self._final.exists():  # a torn one, or a run that was rewound and came here again
             remove(self._final)
@@ -233,10 +230,12 @@ def _capturing(engine: Any, taken: dict[Path, Any]) -> Iterator[None]:
         taken[Path(path)] = _on_host(state_dict, {})
 
     writer.save = save
+    # Its converters unpickle whatever a file holds, and do not know every stage: no code goes into a checkpoint.
+    engine._copy_recovery_script = lambda folder: None
     try:
         yield
     finally:
-        del writer.save  # the class's own is back
+        del writer.save, engine._copy_recovery_script  # the classes' own are back
 
 
 def _captured(engine: Any, partial: Path) -> dict[Path, Any]:
