@@ -127,6 +127,8 @@ def test_skip_ranges_pass_over_samples(folder: Path, tokenizer: TextTokenizer) -
     plain, skipping = (TuningData(blocks(folder, skip_ranges=r), tokenizer) for r in ([], [(2, 5)]))
     batch = skipping.batch(range(4))
     assert batch.sample_ids.tolist() == [0, 1, 5, 6]
+    sources = skipping._order.locate(np.array([0, 1, 5, 6]))[0]
+    assert batch.sources is not None and batch.sources.tolist() == sources.tolist()
     assert torch.equal(batch.tokens, plain.batch([0, 1, 5, 6]).tokens)
     assert plain.fingerprint == skipping.fingerprint
 
