@@ -22,7 +22,7 @@ from pathlib import Path
 from launch.watch_report import Report, line, page
 from launch.watch_sources import Figures, read_checkpoint, read_figures, read_steps
 from settings import user_errors
-from trainer.guards import EXIT_PREEMPTED, EXIT_STALLED
+from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 from trainer.heartbeat import FINAL, Beat, read_beats
 
 STATUS = {"ended": 0, "stopped": EXIT_PREEMPTED, "stalled": EXIT_STALLED, "failed": 1}

@@ -112,17 +112,19 @@ def _troubles(report: Report) -> list[str]:
         troubles.append("no heartbeat yet: it starts, or died before its first step; see its terminal or job output")
     late = [beat for beat in report.late if beat.rank not in report.silent]
     if late:
-        troubles.append(f"late: {_names(late, 'without progress for')}")
-    silent = [beat for beat in report.late if beat.rank in report.silent]
+        troubles.append(f"late: {_names(late)}")
+    silent = [beat for beat in report.beats if beat.rank in report.silent]
     if silent:
-        told = [f"rank {b.rank} on {b.host} (step {b.step:,}, {b.phase})" for b in silent[:_NAMED]]
-        more = f" and {len(silent) - _NAMED} more" if len(silent) > _NAMED else ""
-        troubles.append(f"silent, so killed, frozen or cut off: {', '.join(told)}{more}")
+        troubles.append(f"silent, so killed, frozen or cut off: {_names(silent)}")
+    speechless = [beat for beat in report.beats if beat.phase not in FINAL and beat not in silent]
+    if report.state in FINAL and speechless:
+        troubles.append(f"others have ended, without a last word: {_names(speechless)}")
     if report.state in ("stalled", "failed") and report.beats:
         troubles.append(f"why: {report.run}/logs/rank-N.log")
     return troubles
 
 
-def _names(beats: list[Beat], verb: str) -> str:
-    told = [f"rank {b.rank} on {b.host} (step {b.step:,}, {b.doing}, {verb} {duration(b.still_s)})" for b in beats]
+def _names(beats: list[Beat]) -> str:
+    """The first few of ``beats``, each with where it was seen last."""
+    told = [f"rank {b.rank} on {b.host} (step {b.step:,}, {b.doing} for {duration(b.still_s)})" for b in beats]
     return ", ".join(told[:_NAMED]) + (f" and {len(told) - _NAMED} more" if len(told) > _NAMED else "")

@@ -20,7 +20,8 @@ from settings import user_errors
 from trainer.config import RunConfig, load_run
 from trainer.describe import describe_end, describe_start
 from trainer.distributed import World, join, leave
-from trainer.guards import EXIT_PREEMPTED, lost_rank
+from trainer.exit_status import EXIT_PREEMPTED
+from trainer.guards import lost_rank
 from trainer.loop import run
 from trainer.trainer import Trainer
 

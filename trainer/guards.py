@@ -13,15 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from trainer.exit_status import EXIT_STALLED
 from trainer.retention import newest_name
 
-EXIT_PREEMPTED = 75
-"""Exit status of a run that was asked to stop, saved its state and wants to be started again (EX_TEMPFAIL)."""
-EXIT_STALLED = 76
-"""Exit status of a run that made no progress for ``train.stall_timeout_s``, or that lost one of its ranks.
-
-Nothing since the newest checkpoint is saved; starting it again is right, unless it happens again and again.
-"""
 _LOST = re.compile("gloo/transport|ncclRemoteError|remote process exited")
 _FIRST_ERROR_S = 5.0
 """How long a rank that lost another one waits, so that a launcher sees the status of the one that went first."""

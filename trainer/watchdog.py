@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from trainer.guards import EXIT_STALLED
+from trainer.exit_status import EXIT_STALLED
 from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, behind, read_beats
 from trainer.launcher import LAUNCHER, is_gone
 from trainer.run_folder import RunFolder

@@ -18,7 +18,8 @@ from pathlib import Path
 from settings import user_errors
 from trainer.describe import describe_end
 from trainer.distributed import World, join, leave
-from trainer.guards import EXIT_PREEMPTED, lost_rank
+from trainer.exit_status import EXIT_PREEMPTED
+from trainer.guards import lost_rank
 from trainer.loop import run
 from tune.adapters import prepare, trainable_counts
 from tune.base import load_base

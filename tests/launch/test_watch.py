@@ -111,6 +111,7 @@ def test_a_run_that_is_over_is_told_at_once(
     got, told = watched(run, "--once")
     assert (got, time.monotonic() - began_s < 5) == (status, True) and f": {state}, step 400 of 1,000 (40%)" in told
     assert ("(while training)" in told) == (state in ("stalled", "failed"))
+    assert ("without a last word: rank 1 on " in told) == ("training" in phases)
     assert watched(run)[0] == status  # following it ends, too
 
 
@@ -119,7 +120,7 @@ def test_who_is_late_and_in_which_phase(run: Path, watched: Watch) -> None:
     late._progress_s -= 63
     with beating(say(run, 0, (401, "training")), late):
         told = watched(run, "--once")[1]
-    assert re.search(r"late: rank 1 on \S+ \(step 400, loading, without progress for 6\d s\)", told)
+    assert re.search(r"late: rank 1 on \S+ \(step 400, loading for 6\d s\)", told)
 
 
 def test_a_silent_rank_is_a_stall_and_all_silent_a_failure(run: Path, watched: Watch) -> None:
