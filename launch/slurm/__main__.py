@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_intermixed_args(arguments)
     with user_errors():
         given = {name: getattr(options, name) for name in SITE_OPTIONS}
-        site = load_site(options.site, given | {"modules": options.modules})
+        modules = None if options.modules is None else options.modules.split(",")
+        site = load_site(options.site, given | {"modules": modules})
         site = site.model_copy(update={"sbatch": [*site.sbatch, *options.sbatch]})
         stages = _stages(options, site)
         if options.print_config:
@@ -110,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--qos", help="quality of service")
     add("--venv", metavar="FOLDER", help="virtual environment on the nodes (default: that of this Python)")
     add("--container", metavar="COMMAND", help="goes before python3: 'apptainer exec --nv IMAGE'")
-    add("--modules", nargs="+", metavar="MODULE", help="environment modules to load, instead of the site file's")
+    add("--modules", metavar="A,B,...", help="environment modules to load, instead of the site file's")
     add(
         "--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch: --sbatch=--exclusive"
     )

@@ -145,4 +145,7 @@ def load_site(path: Path | None, options: Mapping[str, Any]) -> SlurmConfig:
         if not path.is_file():
             path = SHIPPED_FILE
     overrides = [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]
-    return load(path, overrides, SlurmConfig)
+    try:
+        return load(path, overrides, SlurmConfig)
+    except ValueError as error:
+        raise ValueError(f"{str(error).removeprefix(f'{path}: ')} (options, and site file {path})") from None

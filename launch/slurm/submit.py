@@ -48,49 +48,61 @@ def submit(jobs: Sequence[Job], submission: str) -> list[str]:
         submission: name of the new folder in every ``RUN/submit``.
 
     Raises:
-        ValueError: if SLURM is not there or refuses one of them; those before it are cancelled.
+        ValueError: if SLURM is not there or refuses one of them; nothing of the chain stays in the queue then.
     """
     if shutil.which("sbatch") is None:
         raise ValueError(
-            "there is no sbatch here; submit on a machine of the cluster, or look at the script: --dry-run"
+            "there is no sbatch here; submit on a machine of the cluster, or look at the script with --dry-run"
         )
     _refuse_queued([job.stage for job in jobs])
     for job in jobs:
         for number, folder in enumerate(job.stage.folders):
             _write(job, number, folder / "submit" / submission)
     ids: list[str] = []
-    for job in jobs:
-        folders = [folder / "submit" / submission for folder in job.stage.folders]
-        command = ["sbatch", "--parsable"]
+    try:
+        for job in jobs:
+            ids.append(_sbatch(job, job.stage.folders[0] / "submit" / submission / job.file, ids))
+    except ValueError:
         if ids:
-            # Task i of an array waits for task i; a job whose predecessor failed is cancelled, not left in the queue.
-            kind = "afterok" if len(folders) == 1 else "aftercorr"
-            command += [f"--dependency={kind}:{ids[-1]}", "--kill-on-invalid-dep=yes"]
-        done = subprocess.run([*command, str(folders[0] / job.file)], capture_output=True, text=True, check=False)
-        if done.returncode:
-            if ids:
-                subprocess.run(["scancel", *ids], check=False)
-            said = " ".join(done.stderr.replace("sbatch: error: ", "").split())
-            before = f"; the jobs before it ({', '.join(ids)}) were cancelled" if ids else ""
-            raise ValueError(f"sbatch refused {folders[0] / job.file} ({said}){before}; mend the option that it names")
-        ids.append(done.stdout.strip().split(";")[0])
-        for folder in folders:
-            with (folder / "jobs").open("a") as file:
-                file.write(f"{ids[-1]}\n")
+            subprocess.run(["scancel", *ids], check=False)
+        for job in jobs:
+            for folder in job.stage.folders:
+                shutil.rmtree(folder / "submit" / submission, ignore_errors=True)
+        raise
+    for job, id_ in zip(jobs, ids, strict=True):
+        for folder in job.stage.folders:
+            with (folder / "submit" / submission / "jobs").open("a") as file:
+                file.write(f"{id_}\n")
     return ids
+
+
+def _sbatch(job: Job, script: Path, before: Sequence[str]) -> str:
+    """Submit ``script`` to run after the last job of ``before``; returns its id."""
+    command = ["sbatch", "--parsable"]
+    if before:
+        # Task i of an array waits for task i; a job whose predecessor failed is cancelled, not left in the queue.
+        kind = "afterok" if len(job.stage.tasks) == 1 else "aftercorr"
+        command += [f"--dependency={kind}:{before[-1]}", "--kill-on-invalid-dep=yes"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
+        raise ValueError(
+            f"sbatch refused the script of {job.stage.run} ({said}); nothing is submitted, mend what it names"
+        )
+    return done.stdout.strip().split(";")[0]
 
 
 def _write(job: Job, number: int, folder: Path) -> None:
     """Fill the submission's ``folder`` of task ``number``, and make the one for the job's output."""
     (folder.parents[1] / "logs").mkdir(parents=True, exist_ok=True)
     if not folder.exists():
-        _copy_code(folder / "code")
+        copy_code(folder / "code")
         shutil.copyfile(job.stage.file, folder / "config.original.yaml")
         write_atomically(folder / "config.yaml", to_yaml(job.stage.configs[number]).encode())
     write_atomically(folder / job.file, job.script.encode())
 
 
-def _copy_code(folder: Path) -> None:
+def copy_code(folder: Path) -> None:
     """The Python of every package, and which commit and changes it is."""
     for package in (path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"):
         for path in package.rglob("*.py"):

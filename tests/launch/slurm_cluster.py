@@ -88,7 +88,7 @@ class Cluster:
         self._daemon("slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        self.wait(lambda: self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"], "idle nodes")
+        self.wait(self.is_idle, "idle nodes")
 
     def start_node(self, node: str) -> None:
         """Start, or start again, the daemon of a node."""
@@ -119,8 +119,14 @@ class Cluster:
         return self.job(job)
 
     def start_now(self, job: str) -> None:
-        """A job that was requeued waits for two minutes; not here."""
+        """A job that was requeued waits for two minutes; not here, but for as long as its nodes clean up after it."""
+        self.wait(self.is_idle, "idle nodes")
+        time.sleep(3)  # in the same second SLURM refuses the job's credential, which it has just revoked
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def is_idle(self) -> bool:
+        """Both nodes are up and have nothing to do."""
+        return self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"]
 
     def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
         """Poll until ``condition``."""

@@ -16,12 +16,12 @@ import pytest
 import yaml
 
 from tests.launch.slurm_cluster import NODES, Cluster
-from tests.launching import ROOT, run
+from tests.launching import BIN, ROOT, run
 from trainer import manifest
 from trainer.distributed import ALONE
 
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1200)
 
 
 def _launch(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -115,19 +115,13 @@ def test_a_run_longer_than_its_time_limit_finishes_by_itself(
     tmp_path: Path,
 ) -> None:
     """A limit of two minutes, the shortest that leaves room for SLURM's being up to a minute early."""
-    long_run["train"]["steps"] = 4000
+    long_run["train"]["steps"] = 3000
     run_dir = long_run["train"]["run_dir"]
     site = tmp_path / "site.yaml"
     site.write_text("save_before_s: 30\n")
     (job,) = submit(cluster, write_config(long_run), *TWO_NODES, "--time", "2", "--site", str(site))
-    restarts = 0
-    while found := cluster.wait_for(job, "PENDING", "COMPLETED", "FAILED", "TIMEOUT", timeout_s=300):
-        if found["JobState"] != "PENDING":
-            break
-        restarts += 1
-        cluster.start_now(job)
-        cluster.wait_for(job, "RUNNING")
-    assert found["JobState"] == "COMPLETED" and restarts >= 1, log(run_dir)[-3000:]
+    found = cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=880)
+    assert found["JobState"] == "COMPLETED" and int(found["Restarts"]) >= 1, log(run_dir)[-3000:]
     assert losses(run_dir) == uninterrupted()
 
 
@@ -142,9 +136,7 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_as_if_it_had_not(
     cluster.kill_node(NODES[1])
     assert cluster.wait_for(job, "PENDING", "COMPLETED")["JobState"] == "PENDING"
     cluster.start_node(NODES[1])
-    cluster.wait(lambda: cluster.run("sinfo", "--noheader", "--format=%T").split() == ["idle"], "both nodes")
-    cluster.start_now(job)
-    found = cluster.wait_for(job, "COMPLETED", "FAILED")
+    found = cluster.wait_for(job, "COMPLETED", "FAILED", timeout_s=400)  # by itself, two minutes later
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log(run_dir)[-3000:]
     assert losses(run_dir) == uninterrupted()
 
@@ -217,7 +209,10 @@ def test_an_array_of_chains_in_one_command(
     }
     first, second = write_config(tiny), write_config(tuning, "tune.yaml")
     site = tmp_path / "site.yaml"
-    site.write_text('tasks_per_node: 1\ninterface: lo\nenvironment: {GREETING: "two words"}\ncontainer: env IN=side\n')
+    container = f"env PATH={BIN}:/usr/bin:/bin"  # what goes before python3 need not be a container
+    site.write_text(
+        f"tasks_per_node: 1\ninterface: lo\nenvironment: {{GREETING: 'two words'}}\ncontainer: {container}\n"
+    )
     options = ["--array", "train.seed=5,6", "--then", second, "train.steps=2", "--export", str(tmp_path / "hf")]
     jobs = submit(cluster, first, *options, "--site", str(site))
     assert len(jobs) == 3
@@ -235,4 +230,4 @@ def test_what_sbatch_refuses_is_one_sentence_and_takes_the_chain_with_it(
     cluster: Cluster, tiny: dict[str, Any], write_config: Callable[..., str]
 ) -> None:
     said = refused(cluster, write_config(tiny), *TWO_NODES, "--partition", "no-such", "--export", "/tmp/never")
-    assert said.startswith("error: sbatch refused ") and "invalid partition specified: no-such" in said
+    assert said.startswith("error: sbatch refused the script of ") and "invalid partition specified: no-such" in said
