@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import random
 import secrets
 import shutil
 import socket
@@ -29,6 +30,7 @@ CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first_job}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
@@ -70,7 +72,12 @@ class Cluster:
         self.environment = environment() | {"SLURM_CONF": str(self.conf), "PATH": SEARCH}
         self._slurmd: dict[str, subprocess.Popen[bytes]] = {}
         text = CONFIG.format(
-            host=socket.gethostname().split(".")[0], port=free_port(), user=getpass.getuser(), folder=folder
+            host=socket.gethostname().split(".")[0],
+            port=free_port(),
+            user=getpass.getuser(),
+            folder=folder,
+            # Ranks meet at a port that follows from the job's id: jobs of two such clusters must not meet each other.
+            first_job=random.SystemRandom().randint(1, 39_000),
         )
         for node in NODES:
             text += f"NodeName={node} NodeHostname=localhost Port={free_port()} CPUs=1\n"
