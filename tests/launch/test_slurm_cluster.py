@@ -123,7 +123,10 @@ def test_a_run_longer_than_its_time_limit_finishes_by_itself(
     site.write_text("save_before_s: 30\n")
     (job,) = submit(cluster, write_config(long_run), *TWO_NODES, "--time", "2", "--site", str(site))
     straight = uninterrupted()  # meanwhile
-    found = cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT", timeout_s=1500)
+    ends = ("COMPLETED", "FAILED", "TIMEOUT")
+    while (found := cluster.wait_for(job, "PENDING", *ends, timeout_s=600))["JobState"] == "PENDING":
+        cluster.start_now(job)
+        cluster.wait_for(job, "RUNNING", *ends)
     assert found["JobState"] == "COMPLETED" and int(found["Restarts"]) >= 1, log(run_dir)[-3000:]
     assert losses(run_dir) == straight
 
