@@ -153,6 +153,21 @@ class TrainConfig(Strict):
     log: LogConfig = LogConfig()
     """Metrics."""
 
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank in one optimiser step.
+
+        Raises:
+            ValueError: if the global batch does not divide over ``world_size`` ranks.
+        """
+        one_pass = self.micro_batch_samples * world_size
+        if self.global_batch_samples % one_pass:
+            raise ValueError(
+                f"train.global_batch_samples ({self.global_batch_samples}) must be divisible by "
+                f"micro_batch_samples x ranks ({self.micro_batch_samples} x {world_size} = {one_pass}); "
+                "change one of them"
+            )
+        return self.global_batch_samples // one_pass
+
 
 class DeepSpeedSettings(Strict):
     """What DeepSpeed does with the model's state."""
@@ -250,19 +265,8 @@ class StageConfig(Strict):
         return problems
 
     def accumulation(self, world_size: int) -> int:
-        """Micro-batches of one rank in one optimiser step.
-
-        Raises:
-            ValueError: if the global batch does not divide over ``world_size`` ranks.
-        """
-        one_pass = self.train.micro_batch_samples * world_size
-        if self.train.global_batch_samples % one_pass:
-            raise ValueError(
-                f"train.global_batch_samples ({self.train.global_batch_samples}) must be divisible by "
-                f"micro_batch_samples x ranks ({self.train.micro_batch_samples} x {world_size} = {one_pass}); "
-                "change one of them"
-            )
-        return self.train.global_batch_samples // one_pass
+        """As :meth:`TrainConfig.accumulation`."""
+        return self.train.accumulation(world_size)
 
 
 class RunConfig(StageConfig):

@@ -1,0 +1,136 @@
+"""Submit a run to SLURM, or a chain of runs: it trains through time limits and node failures until all steps are done.
+
+    python -m launch.slurm configs/skip_1b.yaml --nodes 4 --gpus-per-node 8 --time 24:00:00
+    python -m launch.slurm my.yaml train.steps=2000 --nodes 2 --gpus-per-node 8 --dry-run
+    python -m launch.slurm my.yaml --gpus-per-node 8 --then my_task.yaml train.steps=500 --export exports/my
+    python -m launch.slurm my.yaml --gpus-per-node 8 --array train.seed=0,1,2
+
+CONFIG is of either stage. With --then, stage two tunes what the run before it trained (base.path is set) and starts
+when that has ended well. With --array every value has a run folder of its own, RUN-0, RUN-1 and so on, and what follows
+is done for each of them. What holds for every job of a cluster stands in ~/.config/hopscotch/slurm.yaml; see
+docs/clusters.md.
+
+Exit status: 0 when everything is submitted; 1 when nothing is, with a sentence that says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.slurm.config import SlurmConfig, load_site
+from launch.slurm.script import export_script, stage_script
+from launch.slurm.stages import Stage, load_next, load_stage, parse_array
+from launch.slurm.submit import Job, submit
+from settings import to_yaml, user_errors
+
+SITE_OPTIONS = ("nodes", "gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos", "venv", "container")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read, check, and submit or print."""
+    options = _parser().parse_intermixed_args(arguments)
+    with user_errors():
+        given = {name: getattr(options, name) for name in SITE_OPTIONS}
+        modules = None if options.modules is None else options.modules.split(",")
+        site = load_site(options.site, given | {"modules": modules})
+        site = site.model_copy(update={"sbatch": [*site.sbatch, *options.sbatch]})
+        stages = _stages(options, site)
+        if options.print_config:
+            print("---\n".join(to_yaml(config) for stage in stages for config in stage.configs), end="")
+            return 0
+        submission = time.strftime("%Y-%m-%dT%H-%M-%S")
+        jobs = _jobs(options, stages, site, submission)
+        if options.dry_run:
+            print("\n".join(job.script for job in jobs), end="")
+            return 0
+        ids = submit(jobs, submission)
+        print(_describe(jobs, ids, site))
+    return 0
+
+
+def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[Stage]:
+    array = None if options.array is None else parse_array(options.array)
+    stages = [load_stage(options.config, options.overrides, site, array)]
+    for file, *overrides in options.then:
+        stages.append(load_next(Path(file), overrides, site, stages[-1]))
+    folders = [folder.resolve() for stage in stages for folder in stage.folders]
+    twice = {str(folder) for folder in folders if folders.count(folder) > 1}
+    if twice:
+        raise ValueError(f"two runs of the chain have the folder {', '.join(twice)}; give each its train.run_dir")
+    return stages
+
+
+def _jobs(options: argparse.Namespace, stages: list[Stage], site: SlurmConfig, submission: str) -> list[Job]:
+    jobs = [
+        Job(stage.module, "job.sbatch", stage_script(stage, site, submission, options.job_name), stage)
+        for stage in stages
+    ]
+    if options.export is not None:
+        last = stages[-1]
+        for out in (Path(f"{options.export}{task}") for task in last.tasks):
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise ValueError(f"--export {out} exists already, and nothing is written over; give another folder")
+        script = export_script(last, options.export, site, submission, options.job_name)
+        jobs.append(Job("convert.to_hf", "export.sbatch", script, last))
+    return jobs
+
+
+def _describe(jobs: list[Job], ids: list[str], site: SlurmConfig) -> str:
+    """What was submitted, and how to look at it and stop it."""
+    lines = [f"training on {_count(site.nodes, 'node')} of {_count(site.ranks_per_node, 'rank')}"]
+    for number, (job, id_) in enumerate(zip(jobs, ids, strict=True)):
+        tasks = job.stage.tasks
+        folder = f"{job.stage.run}{tasks[0]}" + (f" to {tasks[-1]}" if len(tasks) > 1 else "")
+        lines.append(f"job {id_}  {job.what}  {folder}" + (f"  after {ids[number - 1]}" if number else ""))
+    logs = jobs[0].stage.folders[0] / "logs"
+    return "\n".join(
+        [*lines, f"follow    squeue --me; tail -F {logs}/slurm-*.out", f"stop      scancel {' '.join(ids)}"]
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML of a run of either stage")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of CONFIG")
+    add = parser.add_argument
+    add("--nodes", type=int, help="nodes of the job (default: 1)")
+    add("--gpus-per-node", type=int, metavar="N", help="GPUs on each node, one rank each")
+    add("--tasks-per-node", type=int, metavar="N", help="ranks on each node, for a job on CPUs")
+    add("--time", help="time limit of one job: 24:00:00, 2-12:00:00, or minutes; the run may be longer")
+    add("--partition", help="partition")
+    add("--account", help="account that is charged")
+    add("--qos", help="quality of service")
+    add("--venv", metavar="FOLDER", help="virtual environment on the nodes (default: that of this Python)")
+    add("--container", metavar="COMMAND", help="goes before python3: 'apptainer exec --nv IMAGE'")
+    add("--modules", metavar="A,B,...", help="environment modules to load, instead of the site file's")
+    add(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch: --sbatch=--exclusive"
+    )
+    add("--site", type=Path, metavar="FILE", help="site file (default: ~/.config/hopscotch/slurm.yaml)")
+    add("--job-name", metavar="NAME", help="name in the queue (default: the run folder's)")
+    add("--array", metavar="KEY=A,B,...", help="one run for every value of a field: train.seed=0,1,2")
+    add(
+        "--then",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("CONFIG", "key.sub=value"),
+        help="stage two of the run before, once that is done",
+    )
+    add("--export", metavar="OUT", help="convert the last run to a Hugging Face folder, once it is done")
+    add("--dry-run", action="store_true", help="print the scripts; submit and write nothing")
+    add("--print-config", action="store_true", help="print the resolved config of every run; submit and write nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

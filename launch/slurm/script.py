@@ -1,0 +1,76 @@
+"""The scripts that SLURM gets: ``stage.sbatch`` and ``export.sbatch`` of this folder, filled in."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from launch.slurm.config import SlurmConfig
+from launch.slurm.stages import Stage
+from trainer.guards import EXIT_PREEMPTED
+
+STARTS_WITHOUT_PROGRESS = 3
+"""So many starts of one job may go on from the same checkpoint; the next one ends with a sentence."""
+
+
+def stage_script(stage: Stage, site: SlurmConfig, submission: str, job_name: str | None) -> str:
+    """The batch script of ``stage``.
+
+    Args:
+        site: resources and how a node becomes ready.
+        submission: name of the folder in ``RUN/submit`` that the code and config of this submission lie in.
+        job_name: the run folder's name if None.
+    """
+    resume = stage.configs[0].train.checkpoint.resume
+    own = {
+        "module": stage.module,
+        "overrides": stage.overrides,
+        "varied": stage.varied,
+        "base": stage.base,
+        # Every start after the first goes on from what is there; that nothing was is checked before submission.
+        "resume": "auto" if resume == "never" else resume,
+        "saved_status": EXIT_PREEMPTED,
+        "starts": STARTS_WITHOUT_PROGRESS,
+    }
+    return _render("stage.sbatch", stage, site, submission, job_name or Path(stage.run).name, own)
+
+
+def export_script(stage: Stage, out: str, site: SlurmConfig, submission: str, job_name: str | None) -> str:
+    """The batch script that exports what ``stage`` trained to ``out``, or to ``out-i`` for every task i."""
+    name = f"{job_name or Path(stage.run).name}-export"
+    return _render("export.sbatch", stage, site, submission, name, {"out": out})
+
+
+def _render(template: str, stage: Stage, site: SlurmConfig, submission: str, job_name: str, own: dict[str, Any]) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    return environment.get_template(template).render(
+        site=site,
+        root=Path.cwd(),
+        run=stage.run,
+        array=0 if stage.tasks == ("",) else len(stage.tasks),
+        submission=submission,
+        script=stage.folders[0] / "submit" / submission / ("job.sbatch" if template == "stage.sbatch" else template),
+        job_name=job_name,
+        python=_python(site),
+        srun_options="".join(f"{option} " for option in site.srun),
+        **own,
+    )
+
+
+def _python(site: SlurmConfig) -> str:
+    """The words that start Python on a rank."""
+    if site.container is not None:
+        return f"{site.container} python3"
+    return shlex.quote(sys.executable if site.venv is None else f"{site.venv}/bin/python")

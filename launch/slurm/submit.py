@@ -1,0 +1,128 @@
+"""Put what a job needs into its run folder, and hand the scripts to SLURM: all of a chain, or nothing of it.
+
+RUN/submit/TIME/
+  code/                  the project's Python as it was, which the job runs; commit.txt and changes.diff beside it
+  config.original.yaml   as written, which the job reads with the overrides in job.sbatch
+  config.yaml            resolved
+  job.sbatch             and export.sbatch, at the end of a chain
+  jobs                   SLURM's ids, one a line
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.files import write_atomically
+from launch.slurm.stages import Stage
+from settings import to_yaml
+from trainer import code_state
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One script for ``sbatch``.
+
+    Attributes:
+        what: the module that it runs.
+        file: the script's name in the submission's folder.
+        script: its text.
+        stage: whose run folders it belongs to.
+    """
+
+    what: str
+    file: str
+    script: str
+    stage: Stage
+
+
+def submit(jobs: Sequence[Job], submission: str) -> list[str]:
+    """Submit ``jobs`` as a chain, each after the one before it has succeeded; returns their ids.
+
+    Args:
+        submission: name of the new folder in every ``RUN/submit``.
+
+    Raises:
+        ValueError: if SLURM is not there or refuses one of them; nothing of the chain stays in the queue then.
+    """
+    if shutil.which("sbatch") is None:
+        raise ValueError(
+            "there is no sbatch here; submit on a machine of the cluster, or look at the script with --dry-run"
+        )
+    _refuse_queued([job.stage for job in jobs])
+    for job in jobs:
+        for number, folder in enumerate(job.stage.folders):
+            _write(job, number, folder / "submit" / submission)
+    ids: list[str] = []
+    try:
+        for job in jobs:
+            ids.append(_sbatch(job, job.stage.folders[0] / "submit" / submission / job.file, ids))
+    except ValueError:
+        if ids:
+            subprocess.run(["scancel", *ids], check=False)
+        for job in jobs:
+            for folder in job.stage.folders:
+                shutil.rmtree(folder / "submit" / submission, ignore_errors=True)
+        raise
+    for job, id_ in zip(jobs, ids, strict=True):
+        for folder in job.stage.folders:
+            with (folder / "submit" / submission / "jobs").open("a") as file:
+                file.write(f"{id_}\n")
+    return ids
+
+
+def _sbatch(job: Job, script: Path, before: Sequence[str]) -> str:
+    """Submit ``script`` to run after the last job of ``before``; returns its id."""
+    command = ["sbatch", "--parsable"]
+    if before:
+        # Task i of an array waits for task i; a job whose predecessor failed is cancelled, not left in the queue.
+        kind = "afterok" if len(job.stage.tasks) == 1 else "aftercorr"
+        command += [f"--dependency={kind}:{before[-1]}", "--kill-on-invalid-dep=yes"]
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
+        raise ValueError(
+            f"sbatch refused the script of {job.stage.run} ({said}); nothing is submitted, mend what it names"
+        )
+    return done.stdout.strip().split(";")[0]
+
+
+def _write(job: Job, number: int, folder: Path) -> None:
+    """Fill the submission's ``folder`` of task ``number``, and make the one for the job's output."""
+    (folder.parents[1] / "logs").mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        copy_code(folder / "code")
+        shutil.copyfile(job.stage.file, folder / "config.original.yaml")
+        write_atomically(folder / "config.yaml", to_yaml(job.stage.configs[number]).encode())
+    write_atomically(folder / job.file, job.script.encode())
+
+
+def copy_code(folder: Path) -> None:
+    """The Python of every package, and which commit and changes it is."""
+    for package in (path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"):
+        for path in package.rglob("*.py"):
+            copy = folder / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+    (folder / "commit.txt").write_text(f"{code_state.commit() or ''}\n")
+    (folder / "changes.diff").write_text(code_state.diff())
+
+
+def _refuse_queued(stages: Sequence[Stage]) -> None:
+    """Two jobs that write to one run folder would destroy it."""
+    for folder in dict.fromkeys(folder for stage in stages for folder in stage.folders):
+        for path in sorted(folder.glob("submit/*/jobs")):
+            for job in path.read_text().split():
+                asked = subprocess.run(
+                    ["squeue", "--noheader", f"--jobs={job}"], capture_output=True, text=True, check=False
+                )
+                if asked.stdout.strip():  # SLURM forgets a job some minutes after its end, and then fails
+                    raise ValueError(
+                        f"job {job} of {folder} is in the queue or running; wait for its end, cancel it with scancel "
+                        f"{job}, or give another train.run_dir"
+                    )
