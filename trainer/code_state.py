@@ -1,6 +1,7 @@
 """Which code a run was trained with: the commit, and what was changed since.
 
-Both are read once a process, so they are those of the code that the process started with, or soon after.
+Both are read once a process, so they are those of the code that the process started with, or soon after. A copy of the
+code that ``launch.slurm`` has made brings its own, as it is no working tree: ``commit.txt`` and ``changes.diff``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+COMMIT, CHANGES = "commit.txt", "changes.diff"
+"""Files at the root of a copy."""
 _ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -19,6 +22,8 @@ def commit() -> str | None:
 
     None outside a repository, and without git.
     """
+    if (_ROOT / COMMIT).is_file():
+        return (_ROOT / COMMIT).read_text(encoding="utf-8").strip() or None
     head = _git("rev-parse", "--verify", "HEAD")
     return None if head is None else head.strip() + ("-dirty" if diff() else "")
 
@@ -26,6 +31,8 @@ def commit() -> str | None:
 @cache
 def diff() -> str:
     """What ``git apply`` needs on top of the commit, of tracked files; nothing where :func:`commit` is None."""
+    if (_ROOT / COMMIT).is_file():
+        return (_ROOT / CHANGES).read_text(encoding="utf-8")
     # Whatever the user's own settings make of a diff for reading.
     return _git("diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--relative") or ""
 

@@ -109,8 +109,8 @@ def copy_code(folder: Path) -> None:
             copy = folder / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-    (folder / "commit.txt").write_text(f"{code_state.commit() or ''}\n")
-    (folder / "changes.diff").write_text(code_state.diff())
+    (folder / code_state.COMMIT).write_text(f"{code_state.commit() or ''}\n")
+    (folder / code_state.CHANGES).write_text(code_state.diff())
 
 
 def _refuse_queued(stages: Sequence[Stage]) -> None:

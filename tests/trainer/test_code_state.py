@@ -74,3 +74,12 @@ def test_outside_a_repository() -> None:
 def test_without_git(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setenv("PATH", str(root))
     assert code_state.commit() is None and code_state.diff() == ""
+
+
+def test_a_copy_brings_its_own_though_it_lies_in_a_repository(root: Path, git: Git) -> None:
+    (root / code_state.COMMIT).write_text("abc-dirty\n")
+    (root / code_state.CHANGES).write_text("--- a\n")
+    assert (code_state.commit(), code_state.diff()) == ("abc-dirty", "--- a\n")
+    _forget()
+    (root / code_state.COMMIT).write_text("\n")  # it was copied from no repository
+    assert code_state.commit() is None
