@@ -102,7 +102,7 @@ def volume(workload: Workload, stage: Stage, accumulation: int) -> Volume:
     weights, model = workload.weights, workload.model
     width = WEIGHT_BYTES[workload.config.train.precision]
     zero = workload.config.deepspeed.extra.get("zero_optimization", {})
-    bucket, live = (zero.get(name, default) for name, default in ZERO_DEFAULTS.items())
+    bucket, live, _ = (zero.get(name, default) for name, default in ZERO_DEFAULTS.items())
     trained = width * weights.trained
     buckets = math.ceil(weights.trained / bucket)
     if stage < 3:

@@ -36,7 +36,7 @@ CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 0.05
 """Share of a device's memory that is left free for the allocator: an estimate."""
 # DeepSpeed's defaults, in elements; deepspeed.extra may set others. tests/launch/test_memory_model.py compares.
-ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9}
+ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}
 _CHUNK_LOGITS = 2**26  # model/chunks.py, on a GPU
 
 
@@ -182,11 +182,13 @@ def _working_bytes(workload: Workload, checkpointing: bool | None, density: floa
 def _buffers(workload: Workload, stage: Stage, ranks: int, width: int) -> float:
     """Buckets that gradients are reduced in with their flat copies, and what stage 3 gathers."""
     zero: dict[str, Any] = workload.config.deepspeed.extra.get("zero_optimization", {})
-    bucket, live = (zero.get(name, default) for name, default in ZERO_DEFAULTS.items())
+    bucket, live, prefetch = (zero.get(name, default) for name, default in ZERO_DEFAULTS.items())
     filled = min(bucket, workload.weights.trained)
     if stage < 3:
         return width * (filled + (bucket if stage > 0 else 0))
-    gathered = min(workload.weights.total, live) if ranks > 1 else 0
+    # Parts arrive in one flat buffer, out of which each parameter is put together; those that wait there count twice.
+    total = workload.weights.total
+    gathered = min(total, live) + min(total, prefetch) if ranks > 1 else 0
     return width * (2 * filled + bucket + gathered)
 
 

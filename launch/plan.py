@@ -172,12 +172,12 @@ def _scaling(workload: Workload, gpus: int, cluster: Cluster, mfu: float) -> str
     stage = workload.config.deepspeed.zero_stage
     counts = ladder(gpus, cluster.gpus_per_node, max(LARGEST, gpus))
     steps = [communication.step(workload, stage, count, cluster, mfu) for count in counts]
-    table = [["GPUs", "compute, s", "communication, s", "tokens/s", "efficiency", "GiB a GPU", ""]]
+    table = [["GPUs", "compute, s", "communication, s", "million tokens/s", "efficiency", "GiB a GPU", ""]]
     for s in steps:
         mark = " <" if s.gpus == gpus else ""
         if s.problem:
             continue
-        rates = _range([workload.tokens_per_step / seconds for seconds in (s.worst_s, s.best_s)], ",.3g")
+        rates = _range([workload.tokens_per_step / seconds / 1e6 for seconds in (s.worst_s, s.best_s)], ",.3g")
         note = "" if s.memory_bytes / GIB <= cluster.gpu.memory_gib else "does not fit"
         cells = [f"{s.compute_s:.3g}", f"{s.communication_s:.3g}", rates, _range(s.efficiency, ".0%")]
         table.append([f"{s.gpus:,}{mark}", *cells, _gib(s.memory_bytes), note])

@@ -17,7 +17,8 @@ from pathlib import Path
 from launch.checks import Finding
 
 _LINE = re.compile(r"^(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*$")
-_TIMEOUT_S = 5
+SSH_PORT = 22
+TIMEOUT_S = 5.0
 
 
 def hostfile(path: Path) -> Iterator[Finding]:
@@ -67,22 +68,22 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots
 
 
-def unreachable(host: str, ssh_port: int = 22) -> str | None:
+def unreachable(host: str) -> str | None:
     """Why the launcher could not start ranks on ``host``; None if it could."""
     try:
-        with socket.create_connection((host, ssh_port), timeout=_TIMEOUT_S):
+        with socket.create_connection((host, SSH_PORT), timeout=TIMEOUT_S):
             pass
     except OSError as error:
-        return f"nothing answers at port {ssh_port} ({error.strerror or error})"
+        return f"nothing answers at port {SSH_PORT} ({error.strerror or error})"
     if shutil.which("ssh") is None:
         return "there is no ssh command here"
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_TIMEOUT_S}", "-p", str(ssh_port)]
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={TIMEOUT_S:.0f}", "-p", str(SSH_PORT)]
     try:
         done = subprocess.run(
             ["ssh", *options, host, "true"],
-            check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=3 * _TIMEOUT_S,
+            check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=3 * TIMEOUT_S,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return f"ssh did not end within {3 * _TIMEOUT_S} s"
+        return f"ssh did not end within {3 * TIMEOUT_S:g} s"
     told = done.stderr.strip().splitlines()
     return None if done.returncode == 0 else f"ssh: {told[-1] if told else f'exit status {done.returncode}'}"

@@ -53,12 +53,13 @@ def space(folder: Path, size_bytes: float | None, keep: int) -> Iterator[Finding
         yield Finding("disk", "ok", what)
 
 
-def write_speed(folder: Path, size_bytes: float | None, probe_bytes: int = PROBE_BYTES) -> Iterator[Finding]:
-    """Write and sync a file of ``probe_bytes``, and remove it.
+def write_speed(folder: Path, size_bytes: float | None, probe_bytes: int | None = None) -> Iterator[Finding]:
+    """Write and sync a file of ``probe_bytes`` (64 MiB unless given), and remove it.
 
     Raises:
         OSError: if that is not possible.
     """
+    probe_bytes = probe_bytes or PROBE_BYTES
     block = os.urandom(2**20)
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-") as file:
         started = time.perf_counter()

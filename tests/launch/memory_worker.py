@@ -11,12 +11,15 @@ import argparse
 import gc
 import json
 import math
+import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import profile
 
@@ -94,6 +97,7 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
         "optimizer": optimizer,
         "others": max(others),
         "held": held,
+        "checkpoint": _saved_bytes(engine),
         "peak": held + peak_bytes(lambda: step(watch=False), world.device),
         **kept[0],
         **_moved(lambda: step(watch=False)),
@@ -125,6 +129,21 @@ def _kept(engine: Any, forward: Callable[[], Any], width: int, found: list[dict[
     tokens = output.routing._keys.numel()
     found.append({"activations": sum(kept.values()), "density": executed / tokens, "gathered": gathered})
     return output
+
+
+def _saved_bytes(engine: Any) -> int:
+    """Size of the engine's checkpoint; collective."""
+    shared: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(shared)
+    folder = Path(shared[0])
+    engine.save_checkpoint(str(folder), tag="saved", save_latest=False)
+    dist.barrier()
+    size = sum(path.stat().st_size for path in (folder / "saved").iterdir())
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder)
+    return size
 
 
 def _weights(engine: Any) -> Storages:
