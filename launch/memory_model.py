@@ -197,8 +197,8 @@ def _layers(model: ModelConfig) -> range:
 
 
 def checkpoint_bytes(workload: Workload, stage: Stage) -> float:
-    """Size of one checkpoint: weights of the step, fp32 master weights, moments."""
+    """Size of one checkpoint: weights of the step (at stage 3 only frozen ones), fp32 master weights, moments."""
     weights = workload.weights
     width = WEIGHT_BYTES[workload.config.train.precision]
     masters = 0 if stage == 0 and width == 4 else 4 * weights.trained
-    return width * weights.total + masters + weights.moment_bytes
+    return width * (weights.total - (weights.trained if stage == 3 else 0)) + masters + weights.moment_bytes

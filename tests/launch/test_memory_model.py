@@ -67,18 +67,17 @@ def test_bytes_in_bf16_on_two_ranks_are_as_planned(measure: Callable[..., Measur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "overrides",
+    ("ranks", "precision", "overrides"),
     [
-        (),
-        ("model.router=null", "train.activation_checkpointing=true"),
-        ("model.router.granularity=module",),
-        ("train.activation_checkpointing=true",),
-        ("model.router.execution=reference", "model.tied_head=true"),
+        (1, "fp32", ()),
+        (1, "bf16", ()),
+        (2, "fp32", ()),
+        (2, "fp32", ("model.router.granularity=module",)),
+        (2, "bf16", ("model.router=null", "train.activation_checkpointing=true")),
+        (1, "fp32", ("train.activation_checkpointing=true",)),
+        (1, "bf16", ("model.router.execution=reference", "model.tied_head=true")),
     ],
-    ids=["layer", "dense-checkpointing", "module", "layer-checkpointing", "reference-tied"],
 )
 def test_bytes_are_as_planned(
     measure: Callable[..., Measured], ranks: int, precision: str, overrides: tuple[str, ...]
@@ -99,6 +98,7 @@ def _agree(measured: Measured, ranks: int) -> None:
             "peak": plan.peak - plan.context,
             "checkpoint": checkpoint_bytes(workload, workload.config.deepspeed.zero_stage),
         }
+        print(name, {part: round(found[part] / bytes_planned, 3) for part, bytes_planned in planned.items()})
         for part, bytes_planned in planned.items():
             assert found[part] == pytest.approx(bytes_planned, rel=CLOSE), f"{name}, {ranks} ranks: {part}"
 
