@@ -24,8 +24,8 @@ import math
 from dataclasses import dataclass
 
 from launch.gpus import GPU
-from launch.memory_model import ZERO_DEFAULTS, Stage, memory
-from launch.workload import WEIGHT_BYTES, Workload
+from launch.memory_model import ZERO_DEFAULTS, memory
+from launch.workload import WEIGHT_BYTES, Stage, Workload
 
 ACHIEVED = 0.8
 """Share of the nominal bandwidth that large collectives reach: an assumption; launch.doctor measures yours."""

@@ -75,7 +75,7 @@ def machine_checks(config: RunConfig | TuneFile | None, workload: Workload | Non
         expected = world.size if world.size > 1 else max(torch.cuda.device_count(), 1)
         needed = memory(workload, stage, expected).peak - CONTEXT_BYTES
         size = checkpoint_bytes(workload, stage)
-    checks: dict[str, Check] = {"gpus": partial(machine.gpus, needed)}
+    checks: dict[str, Check] = {"gpus": partial(machine.gpus, needed, world.device.index)}
     if world.local_rank:
         return checks
     folder = storage.existing_parent(Path.cwd() if train is None else Path(str(train.run_dir)))
@@ -93,7 +93,7 @@ def machine_checks(config: RunConfig | TuneFile | None, workload: Workload | Non
     }
     if train is not None:
         checks["run folder"] = partial(storage.run_folder, train)
-    if world.size == 1:
+    if "RANK" not in os.environ:
         checks["port"] = machine.port  # of launched ranks it is in use, by them
     return checks
 

@@ -22,13 +22,11 @@ width, F feed-forward width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from launch.workload import WEIGHT_BYTES, Workload, computed_share
+from launch.workload import WEIGHT_BYTES, Stage, Workload, computed_share
 from model.config import ModelConfig
 
-Stage = Literal[0, 1, 2, 3]
-STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 GIB = 2**30
 
 CONTEXT_BYTES = 1.5 * GIB

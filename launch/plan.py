@@ -18,7 +18,7 @@ from pathlib import Path
 from launch import communication
 from launch.communication import Cluster, Step, expected_mfu, ladder, volume
 from launch.gpus import GPUS
-from launch.memory_model import GIB, STAGES, Memory, activation_bytes, checkpoint_bytes, memory
+from launch.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.workload import Workload, read_workload
 from settings import user_errors
 
@@ -99,13 +99,13 @@ def _memory(workload: Workload, arguments: argparse.Namespace) -> str:
     """One column a stage, the config's marked; and what checkpointing and density change."""
     gpu, ranks, config = GPUS[arguments.gpu], arguments.gpus, workload.config
     own, recompute = config.deepspeed.zero_stage, config.train.activation_checkpointing
-    columns: list[Memory] = [memory(workload, stage, ranks) for stage in STAGES]
-    table = [["", *(f"ZeRO {stage}{' <' if stage == own else ''}" for stage in STAGES)]]
+    columns: list[Memory] = [memory(workload, stage, ranks) for stage in workload.stages]
+    table = [["", *(f"ZeRO {stage}{' <' if stage == own else ''}" for stage in workload.stages)]]
     table += [[label, *(_gib(getattr(m, part)) for m in columns)] for label, part in _ROWS.items()]
     table.append(["fits", *("yes" if m.fits(gpu.memory_gib) else "no" for m in columns)])
     if config.deepspeed.offload != "none":
         table.append(["host memory, offloaded", *(_gib(m.host) for m in columns)])
-    other = [memory(workload, stage, ranks, checkpointing=not recompute) for stage in STAGES]
+    other = [memory(workload, stage, ranks, checkpointing=not recompute) for stage in workload.stages]
     table.append([f"peak {'without' if recompute else 'with'} checkpointing", *(_gib(m.peak) for m in other)])
     table.append(["fits", *("yes" if m.fits(gpu.memory_gib) else "no" for m in other)])
     lines = [
@@ -152,7 +152,7 @@ def _communication(workload: Workload, gpus: int, cluster: Cluster) -> str:
     config = workload.config
     accumulation = config.accumulation(gpus)
     table = [["ZeRO", "sent, GB", "all-reduce", "all-gather", "reduce-scatter", "alone, s"]]
-    for stage in STAGES:
+    for stage in workload.stages:
         moved = volume(workload, stage, accumulation)
         gigabytes = (moved.sent_bytes(gpus), moved.all_reduce, moved.all_gather, moved.reduce_scatter)
         mark = " <" if stage == config.deepspeed.zero_stage else ""

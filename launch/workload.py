@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+from pydantic import ValidationError
 from torch import nn
 
 from launch.stages import load_stage, without_storage
@@ -18,6 +20,8 @@ from model.config import ModelConfig
 from model.flops import TRAINING_FACTOR, Routed, executed_flops
 from trainer.config import OptimizerConfig, StageConfig
 
+Stage = Literal[0, 1, 2, 3]
+STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -60,6 +64,20 @@ class Workload:
     def computed_share(self) -> float:
         """Share of tokens that a routed site computes, fillers of a capacity and masked tokens included."""
         return computed_share(self.model, self.config.data.sequence_tokens, self.density)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """ZeRO stages that the config could be set to: not all go with every optimiser, offloading or compilation."""
+        blocks = self.config.model_dump(mode="json")
+        possible = []
+        for stage in STAGES:
+            changed = {**blocks, "deepspeed": {**blocks["deepspeed"], "zero_stage": stage}}
+            try:
+                type(self.config).model_validate(changed)
+            except ValidationError:
+                continue
+            possible.append(stage)
+        return possible
 
     @property
     def tokens_per_step(self) -> int:

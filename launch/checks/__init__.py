@@ -54,19 +54,17 @@ def merge(by_host: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
 
     Of a check that is fine everywhere the first rank's finding stays; what is not fine is told once, with its hosts.
     """
-    if len(by_host) == 1:
-        return list(by_host[0][1])
-    names = dict.fromkeys(finding.check for _, findings in by_host for finding in findings)
+    several = len({host for host, _ in by_host}) > 1
     merged: list[Finding] = []
-    for name in names:
+    for name in dict.fromkeys(finding.check for _, findings in by_host for finding in findings):
         every = [(host, finding) for host, findings in by_host for finding in findings if finding.check == name]
-        bad = [(host, finding) for host, finding in every if finding.level != "ok"]
-        hosts: dict[Finding, list[str]] = {}
-        for host, finding in bad or every[:1]:
-            hosts.setdefault(finding, []).append(host)
-        merged += [
-            _on(finding, sorted(set(where)), len(by_host)) if bad else finding for finding, where in hosts.items()
-        ]
+        bad: dict[Finding, list[str]] = {}
+        for host, finding in every:
+            if finding.level != "ok":
+                bad.setdefault(finding, []).append(host)
+        merged += [_on(finding, where) if several else finding for finding, where in bad.items()]
+        if not bad:
+            merged += [finding for host, finding in every if host == every[0][0]]
     return merged
 
 
@@ -75,8 +73,7 @@ def worst(findings: Iterable[Finding]) -> Level:
     return max((finding.level for finding in findings), key=_ORDER.index, default="ok")
 
 
-def _on(finding: Finding, hosts: Sequence[str], ranks: int) -> Finding:
-    told = ", ".join(hosts[:_HOSTS_TOLD]) + (
-        f" and {len(hosts) - _HOSTS_TOLD} more" if len(hosts) > _HOSTS_TOLD else ""
-    )
-    return replace(finding, found=f"{told}: {finding.found}")
+def _on(finding: Finding, hosts: Iterable[str]) -> Finding:
+    names = sorted(set(hosts))
+    more = f" and {len(names) - _HOSTS_TOLD} more" if len(names) > _HOSTS_TOLD else ""
+    return replace(finding, found=f"{', '.join(names[:_HOSTS_TOLD])}{more}: {finding.found}")

@@ -85,11 +85,14 @@ def cuda() -> Iterator[Finding]:
         yield Finding("cuda", "ok", f"torch for CUDA {built}, driver up to {driver}, NCCL {nccl}")
 
 
-def gpus(needed_bytes: float | None) -> Iterator[Finding]:
-    """Free memory of every visible GPU, against what the config will need."""
+def gpus(needed_bytes: float | None, own: int | None = None) -> Iterator[Finding]:
+    """Free memory against what the config will need: of the rank's ``own`` GPU, or of every visible one.
+
+    Asking takes a few hundred MiB of a GPU, so ranks must not ask for each other's.
+    """
     if not uses_cuda():
         return
-    for number in range(torch.cuda.device_count()):
+    for number in range(torch.cuda.device_count()) if own is None else [own]:
         free, total = torch.cuda.mem_get_info(number)
         yield judge_gpu(f"{number}: {torch.cuda.get_device_name(number)}", free, total, needed_bytes)
 

@@ -46,7 +46,7 @@ class Facts:
 def facts(world: World) -> Facts:
     """This rank's; collective, for the clock."""
     code = hashlib.sha256()
-    for path in sorted(ROOT.glob("[!.]*/**/*.py")):
+    for path in sorted(path for package in ROOT.glob("*/__init__.py") for path in package.parent.rglob("*.py")):
         code.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     software = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {version('deepspeed')}"
     world.barrier()  # the first connects the ranks

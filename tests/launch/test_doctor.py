@@ -81,7 +81,7 @@ def test_json_is_for_scripts(examined: Callable[..., tuple[int, str]]) -> None:
 
 
 def test_two_ranks_make_one_report(tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path) -> None:
-    """And an error among it is the exit status; the batch of 8 does not go on 2 ranks 3 at a time."""
+    """With what only ranks can find out, and without the machine's findings twice."""
     path = write_config(tiny)
     done = launch("launch.doctor", path, processes=2, launcher="deepspeed")
     assert done.returncode == 0, done.stdout
@@ -373,6 +373,9 @@ def test_findings_of_several_hosts_become_one_list() -> None:
     assert merge([("one", [fine, clock]), ("two", [fine])]) == [fine, clock]
     merged = merge([("one", [fine]), *((f"n{i}", [bad]) for i in range(6))])
     assert merged == [replace(bad, found="n0, n1, n2, n3 and 2 more: full")]
+    assert merge([("one", [bad]), ("one", [])]) == [bad]  # one host needs no name
+    gpus = [Finding("gpus", "ok", f"{number}: H100") for number in range(3)]
+    assert merge([("one", gpus[:1]), ("one", gpus[1:2]), ("two", gpus[2:])]) == gpus[:2]
     assert worst([fine, bad]) == "error" and worst([]) == "ok"
 
 

@@ -12,8 +12,8 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from launch.communication import volume
-from launch.memory_model import STAGES, ZERO_DEFAULTS, Memory, Stage, checkpoint_bytes, memory
-from launch.workload import WEIGHT_BYTES, Weights, Workload, computed_share, count_weights, read_workload
+from launch.memory_model import ZERO_DEFAULTS, Memory, checkpoint_bytes, memory
+from launch.workload import STAGES, WEIGHT_BYTES, Stage, Weights, Workload, computed_share, count_weights, read_workload
 from model.decoder import Decoder
 from model.flops import parameter_counts
 from tests.launching import run

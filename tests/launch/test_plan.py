@@ -127,6 +127,19 @@ def test_stages_and_gpus_that_do_not_fit_are_marked(planned: Callable[..., tuple
     assert memory(workload, 3, 8).peak > 24 * GIB
 
 
+def test_only_stages_that_the_config_allows_are_planned(planned: Callable[..., tuple[int, str]]) -> None:
+    for override, stages in (
+        ("train.compile=true", [0, 1, 2]),
+        ("train.optimizer.kind=adafactor", [0]),
+        ("deepspeed.offload=optimizer", [1, 2, 3]),
+    ):
+        stage = f"deepspeed.zero_stage={stages[0]}"
+        assert read_workload(LARGE, [override, stage]).stages == stages
+        out = planned(LARGE, override, stage, "--gpus", "8", "--gpu", "h100-80g")[1]
+        assert [f"ZeRO {stage}" in out for stage in range(4)] == [stage in stages for stage in range(4)]
+    assert "host memory, offloaded" in out
+
+
 def test_a_measured_mfu_takes_the_place_of_the_range(planned: Callable[..., tuple[int, str]]) -> None:
     out = planned(LARGE, "--gpus", "8", "--gpu", "h100-80g", "--mfu", "0.31")[1]
     assert "MFU         31% on executed FLOPs (as given)" in out
