@@ -1,0 +1,79 @@
+"""What ``launch.doctor`` looks at: small functions that return findings, and how those of many ranks become one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+Level = Literal["ok", "warning", "error"]
+_ORDER: tuple[Level, ...] = ("ok", "warning", "error")
+_HOSTS_TOLD = 4
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: its name.
+        level: ``error`` where a run would fail or hang, ``warning`` where it would be slow or fragile.
+        found: one line.
+        remedy: what to do about it; empty if nothing is to be done.
+    """
+
+    check: str
+    level: Level
+    found: str
+    remedy: str = ""
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def run(checks: dict[str, Check]) -> list[Finding]:
+    """All findings, in order. A check that fails itself is a finding too, and the others go on.
+
+    ``ValueError`` and ``OSError`` are what our own code raises for a user's mistake, as "what is wrong; what to do".
+    """
+    findings: list[Finding] = []
+    for name, check in checks.items():
+        try:
+            findings += check()
+        except (ValueError, OSError) as error:
+            found, _, remedy = " ".join(str(error).split()).partition("; ")
+            findings.append(Finding(name, "error", found, remedy))
+        except Exception as error:
+            what = f"the check itself failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            findings.append(Finding(name, "warning", what, "look into it by hand"))
+    return findings
+
+
+def merge(by_host: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
+    """One list out of those of several ranks, each with its host's name.
+
+    Of a check that is fine everywhere the first rank's finding stays; what is not fine is told once, with its hosts.
+    """
+    several = len({host for host, _ in by_host}) > 1
+    merged: list[Finding] = []
+    for name in dict.fromkeys(finding.check for _, findings in by_host for finding in findings):
+        every = [(host, finding) for host, findings in by_host for finding in findings if finding.check == name]
+        bad: dict[Finding, list[str]] = {}
+        for host, finding in every:
+            if finding.level != "ok":
+                bad.setdefault(finding, []).append(host)
+        merged += [_on(finding, where) if several else finding for finding, where in bad.items()]
+        if not bad:
+            merged += [finding for host, finding in every if host == every[0][0]]
+    return merged
+
+
+def worst(findings: Iterable[Finding]) -> Level:
+    """The gravest level."""
+    return max((finding.level for finding in findings), key=_ORDER.index, default="ok")
+
+
+def _on(finding: Finding, hosts: Iterable[str]) -> Finding:
+    names = sorted(set(hosts))
+    more = f" and {len(names) - _HOSTS_TOLD} more" if len(names) > _HOSTS_TOLD else ""
+    return replace(finding, found=f"{', '.join(names[:_HOSTS_TOLD])}{more}: {finding.found}")
