@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.checks import Finding
-from trainer import checkpoint
+from trainer import checkpoint, retention
 from trainer.config import TrainConfig
 from trainer.distributed import ALONE
 
@@ -29,7 +29,7 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
         checkpoint.to_resume(folder, "never", ALONE)
         yield Finding("run folder", "ok", f"{train.run_dir} holds no checkpoints; the run starts afresh")
         return
-    there = checkpoint.newest_name(folder)
+    there = retention.newest_name(folder)
     if train.checkpoint.resume == "required" and not any(folder.glob("step-*[0-9]")):
         remedy = "check train.run_dir, or set train.checkpoint.resume=auto"
         yield Finding("run folder", "error", f"{train.run_dir} has nothing to resume from: {there}", remedy)
