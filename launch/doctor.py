@@ -27,7 +27,7 @@ import torch
 
 from launch.checks import Check, Finding, hosts, inputs, machine, merge, ranks, run, storage, worst
 from launch.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
-from launch.stages import load_stage, without_storage
+from launch.stages import load_either, without_storage
 from launch.workload import Workload, count_weights
 from settings import user_errors
 from trainer.config import RunConfig
@@ -41,7 +41,7 @@ def main() -> int:
     """Print the report; 1 if it holds an error."""
     arguments = _parser().parse_intermixed_args()
     with user_errors():
-        config = None if arguments.config is None else load_stage(arguments.config, arguments.overrides)
+        config = None if arguments.config is None else load_either(arguments.config, arguments.overrides)
         world = join(_MEET_S) if _launched() else ALONE
         findings = diagnose(config, arguments.hostfile, world)
         if world.is_main:

@@ -17,15 +17,18 @@ from tune.config import TuneFile
 from tune.resolve import load_file, resolve
 
 
-def load_stage(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | TuneFile:
+def is_stage_two(path: Path) -> bool:
+    """By its ``base`` block; what cannot be read is left to the loader, which says why."""
+    return "base" in _blocks(path)
+
+
+def load_either(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | TuneFile:
     """A stage-one config, or a stage-two one as written, told apart by its ``base`` block.
 
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    if "base" in _blocks(Path(path)):
-        return load_file(path, overrides)
-    return load_run(path, overrides)
+    return (load_file if is_stage_two(Path(path)) else load_run)(path, overrides)
 
 
 def model_of(config: RunConfig | TuneFile) -> ModelConfig:

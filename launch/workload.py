@@ -15,7 +15,7 @@ from typing import Literal
 from pydantic import ValidationError
 from torch import nn
 
-from launch.stages import load_stage, without_storage
+from launch.stages import load_either, without_storage
 from model.config import ModelConfig
 from model.flops import TRAINING_FACTOR, Routed, executed_flops
 from trainer.config import OptimizerConfig, StageConfig
@@ -142,7 +142,7 @@ def read_workload(path: str, overrides: Sequence[str] = ()) -> Workload:
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    config, decoder = without_storage(load_stage(path, overrides))
+    config, decoder = without_storage(load_either(path, overrides))
     return Workload(config, count_weights(decoder, config))
 
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from data.batches import TrainingData
 from launch.slurm.config import SlurmConfig
-from trainer.config import RunConfig, load_run
+from launch.stages import is_stage_two, load_either
+from trainer.config import RunConfig
 from tune.config import TuneFile
 from tune.resolve import load_file
 
@@ -87,12 +86,11 @@ def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: A
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    load = load_file if _is_stage_two(file) else load_run
-    run = str(load(file, overrides).train.run_dir)
+    run = str(load_either(file, overrides).train.run_dir)
     tasks: list[tuple[str, list[str]]] = [("", [])]
     if array is not None:
         tasks = [(f"-{number}", [f"{array.key}={value}"]) for number, value in enumerate(array.values)]
-    configs = tuple(load(file, [*overrides, *value, f"train.run_dir={run}{task}"]) for task, value in tasks)
+    configs = tuple(load_either(file, [*overrides, *value, f"train.run_dir={run}{task}"]) for task, value in tasks)
     return _checked(Stage(file, tuple(overrides), run, tuple(task for task, _ in tasks), array, None, configs), site)
 
 
@@ -102,7 +100,7 @@ def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: S
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    if not _is_stage_two(file):
+    if not is_stage_two(file):
         raise ValueError(f"--then {file} is no config of stage two, it has no base block; submit it by itself")
     given = next((text for text in overrides if text.startswith("base.path=")), None)
     if given is not None:
@@ -113,15 +111,6 @@ def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: S
         for task in before.tasks
     )
     return _checked(Stage(file, tuple(overrides), run, before.tasks, None, before.run, configs), site)
-
-
-def _is_stage_two(file: Path) -> bool:
-    """By its ``base`` block; what cannot be read is left to the loader, which says why."""
-    try:
-        blocks = yaml.safe_load(file.read_bytes())
-    except (OSError, yaml.YAMLError):
-        return False
-    return isinstance(blocks, dict) and "base" in blocks
 
 
 def _checked(stage: Stage, site: SlurmConfig) -> Stage:

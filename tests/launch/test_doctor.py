@@ -20,7 +20,7 @@ import yaml
 
 from launch import doctor
 from launch.checks import Finding, hosts, inputs, machine, merge, ranks, run, storage, worst
-from launch.stages import load_stage
+from launch.stages import load_either
 from model.config import ModelConfig
 from model.decoder import Decoder
 from tests.launching import ROOT, free_port
@@ -269,7 +269,7 @@ def test_stage_two_needs_its_base_its_tokenizer_and_its_files(
     examples.write_text('{"prompt": "a", "response": "b"}\n')
     status, out = examined(str(path))
     assert status == 0 and "1 files" in out and "trained; about" in out, out
-    config = load_stage(path)
+    config = load_either(path)
     assert isinstance(config, TuneFile)
     small = ModelConfig.model_validate({**tiny["model"], "vocab_size": 300})
     finding = only(run({"data": lambda: inputs.examples(config.model_copy(update={"model": small}))}))
