@@ -184,10 +184,11 @@ def _buffers(workload: Workload, stage: Stage, ranks: int, width: int) -> float:
     filled = min(bucket, workload.weights.trained)
     if stage < 3:
         return width * (filled + (bucket if stage > 0 else 0))
-    # Parts arrive in one flat buffer, out of which each parameter is put together; those that wait there count twice.
+    if ranks == 1:
+        return width * (2 * filled + bucket)
+    # Parts arrive in a flat buffer, out of which each parameter is put together: before gradients are there to reduce.
     total = workload.weights.total
-    gathered = min(total, live) + min(total, prefetch) if ranks > 1 else 0
-    return width * (2 * filled + bucket + gathered)
+    return width * (bucket + min(total, live) + max(2 * filled, min(total, prefetch)))
 
 
 def _layers(model: ModelConfig) -> range:

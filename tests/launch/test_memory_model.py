@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +41,17 @@ Measured = list[tuple[str, Workload, Memory, dict[str, float]]]
 def measure(config: dict[str, Any], write_config: Callable[..., str], tmp_path: Path) -> Callable[..., Measured]:
     """Build the engine at every stage on real ranks; what was planned and what was found."""
 
-    def measured(ranks: int, precision: str, *overrides: str) -> Measured:
+    def measured(ranks: int, precision: str, *overrides: str, stages: Sequence[Stage] = STAGES) -> Measured:
         path, cases, out = write_config(config), tmp_path / "cases.json", tmp_path / "out.json"
         batch = f"train.global_batch_samples={2 * 2 * ranks}"
         every = [
-            [f"deepspeed.zero_stage={stage}", f"train.precision={precision}", batch, *overrides] for stage in STAGES
+            [f"deepspeed.zero_stage={stage}", f"train.precision={precision}", batch, *overrides] for stage in stages
         ]
         cases.write_text(json.dumps(every))
         done = run("tests.launch.memory_worker", path, str(cases), str(out), processes=ranks, launcher="torchrun")
         assert done.returncode == 0, done.stdout
         found = []
-        for stage, case, result in zip(STAGES, every, json.loads(out.read_text()), strict=True):
+        for stage, case, result in zip(stages, every, json.loads(out.read_text()), strict=True):
             workload = read_workload(path, case)
             density = result["density"] if workload.model.sites else None
             found.append((f"stage {stage}", workload, memory(workload, stage, ranks, density=density), result))
@@ -61,7 +61,7 @@ def measure(config: dict[str, Any], write_config: Callable[..., str], tmp_path: 
 
 
 def test_bytes_in_bf16_on_two_ranks_are_as_planned(measure: Callable[..., Measured]) -> None:
-    measured = measure(2, "bf16")
+    measured = measure(2, "bf16", stages=(2, 3))
     _agree(measured, 2)
     _moves_what_is_planned(measured)
 
@@ -72,6 +72,7 @@ def test_bytes_in_bf16_on_two_ranks_are_as_planned(measure: Callable[..., Measur
     [
         (1, "fp32", ()),
         (1, "bf16", ()),
+        (2, "bf16", ()),
         (2, "fp32", ()),
         (2, "fp32", ("model.router.granularity=module",)),
         (2, "bf16", ("model.router=null", "train.activation_checkpointing=true")),
@@ -82,7 +83,10 @@ def test_bytes_in_bf16_on_two_ranks_are_as_planned(measure: Callable[..., Measur
 def test_bytes_are_as_planned(
     measure: Callable[..., Measured], ranks: int, precision: str, overrides: tuple[str, ...]
 ) -> None:
-    _agree(measure(ranks, precision, *overrides), ranks)
+    measured = measure(ranks, precision, *overrides)
+    _agree(measured, ranks)
+    if ranks > 1:
+        _moves_what_is_planned(measured)
 
 
 def _agree(measured: Measured, ranks: int) -> None:
