@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .
