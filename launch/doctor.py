@@ -46,7 +46,8 @@ def main() -> int:
         findings = diagnose(config, arguments.hostfile, world)
         if world.is_main:
             print(_as_json(findings) if arguments.json else _as_text(findings, world), flush=True)
-        leave()
+        if world is not ALONE:
+            leave()
     return 1 if worst(findings) == "error" else 0
 
 

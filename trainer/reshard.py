@@ -58,7 +58,7 @@ def reshard(engine: Any, folder: Path, written: dict[str, Any], rank: int, size:
     again = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)} - parameters.keys()
     places = dict(_PLACES[stage](engine, rank, size))
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
-    entries = stored(folder, written["zero_stage"], written["world_size"], optimizer_order(engine.module))
+    entries = stored(folder, written["zero_stage"], written["world_size"], optimizer_order(engine.module), state=True)
     with torch.no_grad():
         for entry in entries:
             if entry.name in again:  # a tied head's second name

@@ -56,7 +56,7 @@ class Stored(NamedTuple):
         return torch.cat([piece.float() for piece in self.values[name]])[: self.shape.numel()]
 
 
-def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str]) -> Iterator[Stored]:
+def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: bool) -> Iterator[Stored]:
     """All parameters of a checkpoint, in no particular order.
 
     Args:
@@ -64,31 +64,36 @@ def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str]) -> Iter
         stage, ranks: that it was written at.
         trained: names of the parameters that the optimiser has, in its order; needed at stage 0, whose files do not
             say.
+        state: of the optimiser is wanted too, not the masters alone.
     """
     if stage == 3:
         models = [_load(folder, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
         own = _optimizer_states(folder, ranks)
-        parts = [_partition(state["fp32_flat_groups"], state["optimizer_state_dict"]) for state in own]
-        updates = _updates(list(own[0]["optimizer_state_dict"]["state"].values()))
+        moments = [rank["optimizer_state_dict"]["state"] if state else {} for rank in own]
+        parts = [_partition(rank["fp32_flat_groups"], of) for rank, of in zip(own, moments, strict=True)]
+        updates = _updates(list(moments[0].values()))
         yield from _whole_from_equal_parts(models[0]["param_shapes"], parts, updates)
         frozen = [{MASTER: Joined(list(m["frozen_param_fragments"].values()))} for m in models]
         yield from _whole_from_equal_parts([models[0]["frozen_param_shapes"]], frozen)
         return
     states = _load(folder, "mp_rank_00_model_states.pt")
     weights: dict[str, Tensor] = states["module"]
-    if stage > 0:
-        yield from _in_order(weights, states["param_shapes"], _optimizer_states(folder, ranks))
+    whole = all(weight.dtype == torch.float32 for weight in weights.values())
+    if whole and not state:
+        yield from _as_they_are(weights, set())
+    elif stage > 0:
+        yield from _in_order(weights, states["param_shapes"], _optimizer_states(folder, ranks), state)
         yield from _as_they_are(weights, {name for group in states["param_shapes"] for name in group})
-    elif all(weight.dtype == torch.float32 for weight in weights.values()):
-        state = states["optimizer"]["state"]
+    elif whole:
+        kept = states["optimizer"]["state"]
         for place, name in enumerate(trained):
-            if name in weights:
-                yield _one_tensor(name, weights[name], weights[name], state.get(place, {}))
+            yield _one_tensor(name, weights[name], weights[name], kept.get(place, {}))
         yield from _as_they_are(weights, set(trained))
     else:
         masters = [master for group in states["optimizer"]["fp32_groups"] for master in group]
         low = {name: weights[name] for name in weights if name in set(trained)}
-        yield from by_value(low, masters, states["optimizer"]["optimizer_state_dict"]["state"])
+        kept = states["optimizer"]["optimizer_state_dict"]["state"] if state else {}
+        yield from by_value(low, masters, kept)
         yield from _as_they_are(weights, set(trained))
 
 
@@ -119,13 +124,13 @@ def by_value(weights: dict[str, Tensor], masters: list[Tensor], state: dict[int,
                 break
 
 
-def moments(state: dict[str, Any], like: torch.Size) -> dict[str, Tensor]:
+def _like(state: dict[str, Any], like: torch.Size) -> dict[str, Tensor]:
     """What an optimiser keeps of every entry of a parameter."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == like}
 
 
 def _one_tensor(name: str, master: Tensor, weight: Tensor, state: dict[str, Any]) -> Stored:
-    values = {MASTER: master} | moments(state, master.shape)
+    values = {MASTER: master} | _like(state, master.shape)
     flat = {name: [value.reshape(-1)] for name, value in values.items()}
     return Stored(name, weight.shape, flat, weight, _updates([state]))
 
@@ -138,15 +143,15 @@ def _as_they_are(weights: dict[str, Tensor], but: set[str]) -> Iterator[Stored]:
 
 
 def _in_order(
-    weights: dict[str, Tensor], shapes: list[dict[str, torch.Size]], optimizers: list[dict[str, Any]]
+    weights: dict[str, Tensor], shapes: list[dict[str, torch.Size]], optimizers: list[dict[str, Any]], state: bool
 ) -> Iterator[Stored]:
     """Stages 1 and 2: a group is its parameters end to end (with gaps, if DeepSpeed aligned them) over all ranks."""
     for number, group in enumerate(shapes):
-        states = [state["base_optimizer_state"]["state"].get(number, {}) for state in optimizers]
-        masters = [state["single_partition_of_fp32_groups"][number] for state in optimizers]
+        states = [rank["base_optimizer_state"]["state"].get(number, {}) if state else {} for rank in optimizers]
+        masters = [rank["single_partition_of_fp32_groups"][number] for rank in optimizers]
         # The last partitions are saved without the filling behind the last parameter, their moments with it.
         names = [name for name, value in states[0].items() if isinstance(value, Tensor) and value.dim()]
-        joined = {MASTER: Joined(masters)} | {name: Joined([state[name] for state in states]) for name in names}
+        joined = {MASTER: Joined(masters)} | {name: Joined([rank[name] for rank in states]) for name in names}
         gaps = optimizers[0].get("param_alignment_paddings", [[0] * len(group)] * len(shapes))[number]
         for (name, shape), start in zip(group.items(), starts(group, gaps), strict=True):
             values = {key: flat.pieces(start, shape.numel()) for key, flat in joined.items()}
@@ -176,11 +181,11 @@ def _whole_from_equal_parts(
         start += part
 
 
-def _partition(masters: list[Tensor], optimizer: dict[str, Any]) -> dict[str, Joined]:
+def _partition(masters: list[Tensor], state: dict[int, Any]) -> dict[str, Joined]:
     """Stage 3: one rank's flat tensors, one a sub-group, by name of the values."""
-    states = [optimizer["state"].get(number, {}) for number in range(len(masters))]
-    names = moments(states[0], masters[0].shape)
-    return {MASTER: Joined(masters)} | {name: Joined([state[name] for state in states]) for name in names}
+    states = [state.get(number, {}) for number in range(len(masters))]
+    names = _like(states[0], masters[0].shape)
+    return {MASTER: Joined(masters)} | {name: Joined([group[name] for group in states]) for name in names}
 
 
 def _updates(states: Sequence[dict[str, Any]]) -> float | None:

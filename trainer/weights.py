@@ -69,7 +69,7 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     trained = optimizer_order(module)
     import_deepspeed()  # quietly: the allowed types are its own
     with checkpoint.only_tensors(folder), torch.no_grad():
-        _fill(module, stored(folder / "deepspeed", zero_stage, written["world_size"], trained), folder)
+        _fill(module, stored(folder / "deepspeed", zero_stage, written["world_size"], trained, state=False), folder)
     return written["step"]
 
 

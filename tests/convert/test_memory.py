@@ -83,9 +83,11 @@ def _growth() -> Iterator[list[int]]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    yield seen
-    over.set()
-    watcher.join()
+    try:
+        yield seen
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _main(folder: Path, small: Path, out: Path) -> None:

@@ -34,7 +34,8 @@ from tune.config import TuneFile
 @pytest.fixture
 def examined(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Exit status and output of the command in this process, without ranks."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"):  # of the one rank that other tests are
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(storage, "PROBE_BYTES", 2**20)
 
     def call(*arguments: str) -> tuple[int, str]:
