@@ -81,9 +81,9 @@ class Trainer:
             state, change = checkpoint.load(self.engine, found, self.fingerprint, config, world)
             dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
             self._take_back(state)
-        if world.is_main:
-            _create(self.run, config, config_path)
-        world.barrier()
+        problem = world.broadcast_object(_create(self.run, config, config_path) if world.is_main else None)
+        if problem:
+            raise ValueError(problem)
         self.log = open_log(self.run, world)
         if warning := retention.check_plan(self.engine, self.run.checkpoints, config.train, world):
             self.log.warning(warning)
@@ -150,7 +150,8 @@ class Trainer:
             wait: until that is done, even where the config would have training go on meanwhile.
 
         Raises:
-            ValueError: if this one or the one before could not be written.
+            ValueError: if it could not be written. The one before may have failed: its state is in memory still, only
+                later, and the reason may have passed.
         """
         self.run.beat(self.step, "saving")
         state: dict[str, Any] = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
@@ -160,6 +161,11 @@ class Trainer:
         if self.balance.layers:
             state["balance"] = self.balance.state_dict()
         with self.metrics.paused():
+            try:
+                self.saver.wait()
+            except ValueError as error:
+                self.log.warning(f"{error}; once more, with the state of step {self.step:,}")
+                wait = True
             self.saver.save(self.engine, self.step, state)
             if wait or not self.config.train.checkpoint.background:
                 self.saver.wait()
@@ -223,10 +229,13 @@ def _span(ids: list[int]) -> str:
     return ", ".join(str(i) for i in ids) if len(ids) <= 8 else f"{ids[0]} to {ids[-1]}, {len(ids)} of them"
 
 
-def _create(run: RunFolder, config: StageConfig, config_path: Path) -> None:
+def _create(run: RunFolder, config: StageConfig, config_path: Path) -> str | None:
+    """Make the run folder; why that is not possible, as a sentence for all ranks."""
     try:
         run.create(config, config_path)
     except OSError as error:
-        raise ValueError(
-            f"train.run_dir {run.path} cannot be written ({error.strerror}); give a folder that can"
-        ) from error
+        return (
+            f"train.run_dir {run.path} cannot be written ({error.strerror}); make room there and make it writable, or "
+            "give another folder"
+        )
+    return None
