@@ -164,7 +164,7 @@ class Trainer:
             try:
                 self.saver.wait()
             except ValueError as error:
-                self.log.warning(f"{error}; once more, with the state of step {self.step:,}")
+                self.log.warning(f"{error}; trying once more, with step {self.step:,}")
                 wait = True
             self.saver.save(self.engine, self.step, state)
             if wait or not self.config.train.checkpoint.background:

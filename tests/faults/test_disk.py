@@ -90,6 +90,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_and_at_a_save_ends_the_ru
         ranks.wait_until(lambda: f"resumed from {newest} at step {int(newest.name[5:])}" in ranks.output)
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_becomes_read_only_and_one_that_is(tiny, write_config, disk) -> None:
     config = write_config(tiny)
     with Ranks(config) as ranks:

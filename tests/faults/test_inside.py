@@ -36,6 +36,7 @@ def test_losses_that_are_no_numbers_on_one_rank_end_the_run_and_name_it(tiny, wr
     assert error.endswith("the newest checkpoint is step-00000004")
 
 
+@pytest.mark.slow
 def test_native_code_that_crashes_leaves_its_stack_in_the_log(tiny, write_config) -> None:
     log = Path(tiny["train"]["run_dir"]) / "logs/rank-1.log"
     with Ranks(write_config(tiny)) as ranks:

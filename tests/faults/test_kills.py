@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.faults.ranks import Ranks
+from tests.launching import start
 from trainer import checkpoint
 from trainer.distributed import ALONE
 from trainer.guards import EXIT_STALLED
@@ -68,7 +71,7 @@ class Chain:
 
     def once(self, ranks: int) -> None:
         """Start, let it come to a random moment, kill, and see what is left."""
-        before, start = self.newest(), time.time()
+        before, began = self.newest(), time.time()
         with Ranks(self.config, f"train.steps={self.steps}", count=ranks) as running:
             moment = self.dice.choice(("start", "step", "save", "save", "save"))
             self._wait(running, moment, before)
@@ -77,7 +80,7 @@ class Chain:
             running.kill(*victims)
             statuses = running.end()
         self.kills += 1
-        torn = [path.name for path in self.checkpoints.glob("*.partial") if _changed(path) > start]
+        torn = [path.name for path in self.checkpoints.glob("*.partial") if _changed(path) > began]
         self.in_a_save += bool(torn)
         who = f"rank {victims[0]}" if victims else "all ranks"
         print(f"kill {self.kills}: {who} of {ranks}, {moment}, from step {before}; whole {whole}, torn {torn}")
@@ -97,8 +100,8 @@ class Chain:
             running.wait_until(lambda: len(re.findall("^step +[0-9,]+  loss", running.output, re.MULTILINE)) >= count)
             time.sleep(self.dice.uniform(0, 0.1))
             return
-        partial, start = self.checkpoints / f"step-{before + 2 * self.dice.randint(1, 2):08d}.partial", time.time()
-        running.wait_until(lambda: _changed(partial) > start)
+        partial, began = self.checkpoints / f"step-{before + 2 * self.dice.randint(1, 2):08d}.partial", time.time()
+        running.wait_until(lambda: _changed(partial) > began)
         time.sleep(self.dice.uniform(0, 0.04))
 
     def to_the_end(self, ranks: int) -> None:
@@ -142,3 +145,20 @@ def test_kills_with_resumes_at_another_number_of_ranks(tiny, write_config, stage
         for name in ("train/loss", "validation/code/loss"):
             if name in line:
                 assert math.isclose(killed[step][name], line[name], rel_tol=1e-3), (step, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "status"), [("deepspeed", 256 - signal.SIGKILL), ("torchrun", 1)])
+def test_a_rank_killed_under_a_launcher(tiny, write_config, launcher: str, status: int) -> None:
+    """The launcher ends the other one; what it returns is its own affair."""
+    config, run = write_config(tiny), Path(tiny["train"]["run_dir"])
+    with start("pretrain.train", config, processes=2, launcher=launcher) as process:
+        deadline = time.monotonic() + 240
+        while not list(run.glob("checkpoints/step-*/manifest.json")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(json.loads((run / "heartbeat/rank-1.json").read_text())["pid"], signal.SIGKILL)
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == status, output[-3000:]
+    with Ranks(config) as again:
+        again.wait_until(lambda: "resumed from" in again.output)

@@ -1,4 +1,4 @@
-"""A shard that changes under a run is named, and nothing of it is trained on."""
+"""A shard that changes under a run is named, and nothing of it is trained on. See also ``tests/data/test_store.py``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def overwrite(shard: Path) -> None:
         file.write(content[2:] + content[:2])
 
 
-@pytest.mark.parametrize("change", [cut, pytest.param(overwrite, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [cut, overwrite])
 def test_a_shard_that_is_changed_ends_the_run_and_the_next_start(
     tiny, write_config, tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
