@@ -70,6 +70,7 @@ class TokenStore:
             )
         # Opened at first use: a large source has thousands, of which one rank's start-up needs none.
         self._maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(counts)
+        self._paths = [[str(self.folder / name) for name in shard.files] for shard in self.manifest.shards]
         self._seen: list[list[_Look]] = [[]] * len(counts)
         self._written_ns = path.stat().st_mtime_ns
 
@@ -144,7 +145,7 @@ class TokenStore:
     def _shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [N] and document ends [D] of one shard, mapped."""
         maps, shard = self._maps[number], self.manifest.shards[number]
-        looks = [self._look(name) for name in shard.files]
+        looks = [self._look(path) for path in self._paths[number]]
         if maps is None or looks != self._seen[number]:
             if maps is not None or any(look.changed_ns > self._written_ns for look in looks):
                 self._compare(shard)
@@ -152,11 +153,11 @@ class TokenStore:
             self._maps[number], self._seen[number] = maps, looks
         return maps
 
-    def _look(self, name: str) -> _Look:
+    def _look(self, path: str) -> _Look:
         try:
-            status = os.stat(self.folder / name)
+            status = os.stat(path)
         except FileNotFoundError:
-            raise ValueError(f"{self.folder / name} is gone; {self._again()}") from None
+            raise ValueError(f"{path} is gone; {self._again()}") from None
         return _Look(status.st_size, status.st_mtime_ns, status.st_ino)
 
     def _compare(self, shard: Shard) -> None:

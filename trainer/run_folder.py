@@ -100,12 +100,11 @@ def open_log(run: RunFolder, world: World) -> logging.Logger:
 
 
 def _tell_of_thread(died: threading.ExceptHookArgs) -> None:
-    """Into the log, and one line for people unless a disk is at fault: then those who need the disk say so.
+    """Keep the traceback of a thread that a disk has ended for the log; any other is Python's to print.
 
-    TensorBoard's thread dies of a full disk, and Python would print its traceback.
+    TensorBoard's thread dies of a full disk, and then ``Metrics`` says so in a sentence.
     """
-    logger, name = logging.getLogger(LOGGER), died.thread.name if died.thread else "a thread"
-    level = logging.DEBUG if isinstance(died.exc_value, OSError) else logging.ERROR
-    logger.log(level, f"{name} has died ({died.exc_type.__name__}: {died.exc_value})")
-    if died.exc_value is not None:
-        logger.debug("its stack", exc_info=died.exc_value)
+    if isinstance(died.exc_value, OSError):
+        logging.getLogger(LOGGER).debug("a thread has died", exc_info=died.exc_value)
+    else:
+        threading.__excepthook__(died)
