@@ -6,7 +6,8 @@ validate and to take in a step. The loop itself is the stage's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -90,9 +91,10 @@ class Trainer:
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(world, config.train.precision)
         history_of = validation_sets[0].name if validation_sets else None
-        self.metrics = Metrics(
-            config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
-        )
+        with _writing(self.run):
+            self.metrics = Metrics(
+                config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
+            )
         if found is not None:
             self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
         tick = self.run.heartbeat.tick
@@ -230,12 +232,22 @@ def _span(ids: list[int]) -> str:
 
 
 def _create(run: RunFolder, config: StageConfig, config_path: Path) -> str | None:
-    """Make the run folder; why that is not possible, as a sentence for all ranks."""
+    """Make the run folder; why that is not possible, for all ranks."""
     try:
-        run.create(config, config_path)
+        with _writing(run):
+            run.create(config, config_path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _writing(run: RunFolder) -> Iterator[None]:
+    """Say of which folder an error of the disk is; of a full one Python does not."""
+    try:
+        yield
     except OSError as error:
-        return (
+        raise ValueError(
             f"train.run_dir {run.path} cannot be written ({error.strerror}); make room there and make it writable, or "
             "give another folder"
-        )
-    return None
+        ) from error

@@ -63,7 +63,7 @@ def disk(tmp_path: Path, tiny: dict[str, Any]) -> Iterator[Disk]:
     made.close()
 
 
-def test_a_disk_that_is_full_for_a_while_costs_nothing_and_at_a_save_ends_the_run(tiny, write_config, disk) -> None:
+def test_a_disk_that_is_full_for_a_while_costs_nothing(tiny, write_config, disk) -> None:
     tiny["train"]["checkpoint"]["every_steps"] = 1000
     config, run = write_config(tiny), Path(tiny["train"]["run_dir"])
     with Ranks(config) as ranks:
@@ -79,7 +79,11 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_and_at_a_save_ends_the_ru
     assert steps == list(range(1, len(steps) + 1))
     assert all(json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines())
 
-    with Ranks(config, "train.checkpoint.every_steps=2") as ranks:
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_at_a_save_ends_the_run_and_at_a_start_refuses_it(tiny, write_config, disk) -> None:
+    config, run = write_config(tiny), Path(tiny["train"]["run_dir"])
+    with Ranks(config) as ranks:
         ranks.wait_until(lambda: ranks.output.count("saved ") == 2)
         disk.fill()
         error = ranks.error()
