@@ -1,12 +1,13 @@
 # make setup   .venv with everything            make test    all tests that need no GPU
 # make demo    text to an exported, tuned model   make check   format, lint, types
+# make faults  every fault of docs/faults.md, kills at random moments among them: twenty minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
 DEMO := configs/demo.yaml configs/tune_demo.yaml
 
-.PHONY: setup demo test check clean
+.PHONY: setup demo test faults check clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +24,9 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "slow or not slow" tests/faults
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -1,15 +1,31 @@
-"""A prepared source, read through ``numpy.memmap``. T: tokens in a window."""
+"""A prepared source, read through ``numpy.memmap``. T: tokens in a window.
+
+A shard that is changed under a run would change what it learns without a word, and one that is cut would kill it: a
+mapped page that is no longer there is SIGBUS. So before each window the shard's files are looked at (size, time of
+change, inode: two system calls). If they are others than before, or at first use newer than the manifest, which is
+written last, their SHA-256 decides: the same bytes, as after a copy, are taken, others end the run and are named.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.config import DataConfig
 from data.files import sha256_of
-from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, read_model, shard_name
+from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model, shard_name
+
+
+class _Look(NamedTuple):
+    """What tells, without reading it, that a file may have changed."""
+
+    size_bytes: int
+    changed_ns: int
+    inode: int
 
 
 def train_folder(config: DataConfig, name: str) -> Path:
@@ -54,6 +70,9 @@ class TokenStore:
             )
         # Opened at first use: a large source has thousands, of which one rank's start-up needs none.
         self._maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(counts)
+        self._paths = [[str(self.folder / name) for name in shard.files] for shard in self.manifest.shards]
+        self._seen: list[list[_Look]] = [[]] * len(counts)
+        self._written_ns = path.stat().st_mtime_ns
 
     @property
     def tokens(self) -> int:
@@ -87,7 +106,7 @@ class TokenStore:
                 # An id that no embedding has would be an anonymous crash on a GPU.
                 raise ValueError(
                     f"{self.folder / shard_name(shard)}.bin is damaged: it holds the token id {int(part.max())}, the "
-                    f"vocabulary has {self.manifest.vocab_size}; restore it, or remove {self.folder} and prepare again"
+                    f"vocabulary has {self.manifest.vocab_size}; {self._again()}"
                 )
             tokens[offset + a - first : offset + b - first] = part
             # Ends strictly after the window's first position and at most T after it.
@@ -106,8 +125,7 @@ class TokenStore:
             for name, file in shard.files.items():
                 if sha256_of(self.folder / name) != file.sha256:
                     raise ValueError(
-                        f"{self.folder / name} is damaged: its SHA-256 differs from {MANIFEST_NAME}; restore it, or "
-                        f"remove {self.folder} and prepare again"
+                        f"{self.folder / name} is damaged: its SHA-256 differs from {MANIFEST_NAME}; {self._again()}"
                     )
 
     def _check_files(self) -> None:
@@ -117,8 +135,7 @@ class TokenStore:
                 f"{shard.name}.ends": shard.documents * ENDS_DTYPE.itemsize,
             }
             for name, size in sizes.items():
-                path = self.folder / name
-                again = f"restore it, or remove {self.folder} and prepare again"
+                path, again = self.folder / name, self._again()
                 if not path.is_file():
                     raise ValueError(f"{path} is missing; {again}")
                 there = path.stat().st_size
@@ -127,12 +144,37 @@ class TokenStore:
 
     def _shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids [N] and document ends [D] of one shard, mapped."""
-        maps = self._maps[number]
-        if maps is None:
-            name = self.manifest.shards[number].name
-            maps = (self._map(f"{name}.bin", self._dtype), self._map(f"{name}.ends", ENDS_DTYPE))
-            self._maps[number] = maps
+        maps, shard = self._maps[number], self.manifest.shards[number]
+        looks = [self._look(path) for path in self._paths[number]]
+        if maps is None or looks != self._seen[number]:
+            if maps is not None or any(look.changed_ns > self._written_ns for look in looks):
+                self._compare(shard)
+            maps = (self._map(f"{shard.name}.bin", self._dtype), self._map(f"{shard.name}.ends", ENDS_DTYPE))
+            self._maps[number], self._seen[number] = maps, looks
         return maps
+
+    def _look(self, path: str) -> _Look:
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is gone; {self._again()}") from None
+        return _Look(status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def _compare(self, shard: Shard) -> None:
+        """Refuse a shard whose bytes are not those of the manifest."""
+        logging.getLogger("hopscotch").info(
+            f"comparing {self.folder / shard.name} with its SHA-256, because it is newer than when it was prepared or "
+            f"opened; after a copy that is meant, touch {self.folder / MANIFEST_NAME} spares this"
+        )
+        for name, file in shard.files.items():
+            if sha256_of(self.folder / name) != file.sha256:
+                raise ValueError(
+                    f"{self.folder / name} was changed after it was prepared: its SHA-256 differs from "
+                    f"{MANIFEST_NAME}; {self._again()}"
+                )
+
+    def _again(self) -> str:
+        return f"restore it, or remove {self.folder} and prepare again"
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
         return np.memmap(self.folder / name, dtype, mode="r")

@@ -28,6 +28,7 @@ from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.heatmap import routing_figure
+from trainer.lines import Lines
 from trainer.run_folder import LOGGER, RunFolder
 from trainer.step import StepResult
 
@@ -68,11 +69,12 @@ class Metrics:
         self._evaluated_at: set[int] = set()
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
+        self._told_of_pictures = False
         step = self._first_step = resumed_at or 0
         if world.is_main:
             self._keep_lines_up_to(-1 if resumed_at is None else step)
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
-            self._file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+            self._lines = Lines(run.metrics, self.log.warning)
 
     def open_bar(self) -> None:
         """Show a progress bar from here on, if rank 0 writes to a terminal."""
@@ -135,8 +137,9 @@ class Metrics:
         if self._writer is None or not self.config.train.log.images:
             return
         drawn = figure()
-        drawn.savefig(self.run.path / f"{name.replace('/', '-')}.png", dpi=110)
-        self._writer.add_figure(name, drawn, step)
+        with self._to_look_at():
+            drawn.savefig(self.run.path / f"{name.replace('/', '-')}.png", dpi=110)
+            self._writer.add_figure(name, drawn, step)
 
     def has_evaluation(self, step: int) -> bool:
         """True if ``step`` was evaluated before a resume; known on every rank."""
@@ -153,8 +156,9 @@ class Metrics:
         """Flush everything to disk."""
         self.close_bar()
         if self._writer is not None:
-            self._writer.close()
-            self._file.close()
+            with self._to_look_at():
+                self._writer.close()
+            self._lines.close()
 
     def _training_line(self, step: int, lr: float, budget: Budget, elapsed_s: float, waited_s: float) -> dict[str, Any]:
         good = [r for r in self._since_log if r.applied]
@@ -212,11 +216,24 @@ class Metrics:
             return
         # JSON has no NaN: a figure that is not one is null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
-        for name, value in clean.items():
-            if value is not None:
-                self._writer.add_scalar(name, value, step)
+        self._lines.add(json.dumps({"step": step, **clean}))
+        with self._to_look_at():
+            for name, value in clean.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+
+    @contextmanager
+    def _to_look_at(self) -> Iterator[None]:
+        """Pictures and TensorBoard hold nothing that ``metrics.jsonl`` does not: a disk without room ends no run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told_of_pictures:
+                self.log.warning(
+                    f"TensorBoard and pictures in {self.run.path} cannot be written ({error.strerror}); they stay "
+                    "behind until the next start, metrics.jsonl has the figures"
+                )
+            self._told_of_pictures = True
 
     def _tell(self, step: int, line: dict[str, Any]) -> None:
         density = f"  density {line['density/mean']:.3f}" if self.sites else ""

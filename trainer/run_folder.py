@@ -17,6 +17,7 @@ import contextlib
 import logging
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 from tqdm import tqdm
@@ -74,17 +75,36 @@ class _Terminal(logging.Handler):
             sys.stdout.flush()
 
 
+class _File(logging.FileHandler):
+    """A log whose disk may be full: the checkpoints' and metrics' sentences tell that, on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say nothing, where logging would print a traceback for every line."""
+
+
 def open_log(run: RunFolder, world: World) -> logging.Logger:
     """Every rank logs to its own file, tracebacks included; rank 0 to the terminal too."""
     logger = logging.getLogger(LOGGER)
     logger.handlers.clear()
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    file = logging.FileHandler(run.log)
+    file = _File(run.log)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(file)
     if world.is_main:
         terminal = _Terminal(logging.INFO)
         terminal.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(terminal)
+    threading.excepthook = _tell_of_thread
     return logger
+
+
+def _tell_of_thread(died: threading.ExceptHookArgs) -> None:
+    """Keep the traceback of a thread that a disk has ended for the log; any other is Python's to print.
+
+    TensorBoard's thread dies of a full disk, and then ``Metrics`` says so in a sentence.
+    """
+    if isinstance(died.exc_value, OSError):
+        logging.getLogger(LOGGER).debug("a thread has died", exc_info=died.exc_value)
+    else:
+        threading.__excepthook__(died)

@@ -162,7 +162,10 @@ class Saver:
             except ValueError as error:
                 problem = str(error)
             except OSError as error:
-                problem = f"{partial} cannot be made ({error.strerror}); make {self.folder} writable, and resume"
+                problem = (
+                    f"{partial} cannot be made ({error.strerror}); make {self.folder} writable, and resume: "
+                    f"{newest_name(self.folder)}"
+                )
         problem = self.world.broadcast_object(problem)
         if problem is None:
             unseen = [r for r, seen in enumerate(self.world.gather_objects(_appears(partial))) if not seen]

@@ -6,7 +6,8 @@ validate and to take in a step. The loop itself is the stage's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -81,18 +82,19 @@ class Trainer:
             state, change = checkpoint.load(self.engine, found, self.fingerprint, config, world)
             dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
             self._take_back(state)
-        if world.is_main:
-            _create(self.run, config, config_path)
-        world.barrier()
+        problem = world.broadcast_object(_create(self.run, config, config_path) if world.is_main else None)
+        if problem:
+            raise ValueError(problem)
         self.log = open_log(self.run, world)
         if warning := retention.check_plan(self.engine, self.run.checkpoints, config.train, world):
             self.log.warning(warning)
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(world, config.train.precision)
         history_of = validation_sets[0].name if validation_sets else None
-        self.metrics = Metrics(
-            config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
-        )
+        with _writing(self.run):
+            self.metrics = Metrics(
+                config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
+            )
         if found is not None:
             self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
         tick = self.run.heartbeat.tick
@@ -150,7 +152,8 @@ class Trainer:
             wait: until that is done, even where the config would have training go on meanwhile.
 
         Raises:
-            ValueError: if this one or the one before could not be written.
+            ValueError: if it could not be written. The one before may have failed: its state is in memory still, only
+                later, and the reason may have passed.
         """
         self.run.beat(self.step, "saving")
         state: dict[str, Any] = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
@@ -160,6 +163,11 @@ class Trainer:
         if self.balance.layers:
             state["balance"] = self.balance.state_dict()
         with self.metrics.paused():
+            try:
+                self.saver.wait()
+            except ValueError as error:
+                self.log.warning(f"{error}; trying once more, with step {self.step:,}")
+                wait = True
             self.saver.save(self.engine, self.step, state)
             if wait or not self.config.train.checkpoint.background:
                 self.saver.wait()
@@ -223,10 +231,23 @@ def _span(ids: list[int]) -> str:
     return ", ".join(str(i) for i in ids) if len(ids) <= 8 else f"{ids[0]} to {ids[-1]}, {len(ids)} of them"
 
 
-def _create(run: RunFolder, config: StageConfig, config_path: Path) -> None:
+def _create(run: RunFolder, config: StageConfig, config_path: Path) -> str | None:
+    """Make the run folder; why that is not possible, for all ranks."""
     try:
-        run.create(config, config_path)
+        with _writing(run):
+            run.create(config, config_path)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@contextmanager
+def _writing(run: RunFolder) -> Iterator[None]:
+    """Say of which folder an error of the disk is; of a full one Python does not."""
+    try:
+        yield
     except OSError as error:
         raise ValueError(
-            f"train.run_dir {run.path} cannot be written ({error.strerror}); give a folder that can"
+            f"train.run_dir {run.path} cannot be written ({error.strerror}); make room there and make it writable, or "
+            "give another folder"
         ) from error

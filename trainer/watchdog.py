@@ -6,7 +6,9 @@
   the run again. One rank that hangs makes all others wait in a collective, so all of them notice, and the one whose
   stack is elsewhere is the culprit. It is a thread because Python runs no signal handler while the main thread waits
   in a collective.
-* The launcher is gone: it asks the run to stop, as a signal would (``trainer/launcher.py``).
+* The launcher is gone (``trainer/launcher.py``), or somebody removed the run folder: it asks the run to stop, as a
+  signal would. The weights are in memory still, so they are saved in a new folder.
+* Native code crashes, as for a file that was cut while it is mapped: the stacks go to this rank's log.
 
 A process that cannot run Python at all, not even this thread (native code that hangs and holds the interpreter lock, a
 file system that hangs under the heartbeat), is ended by a timer of ``faulthandler``'s, with the stacks on stderr.
@@ -59,6 +61,7 @@ class Watchdog:
         """Begin to watch; what came before, such as loading a checkpoint, is not counted."""
         self.run.heartbeat.tick()
         faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
+        faulthandler.enable(self._file)
         self._thread.start()
 
     def stop(self) -> None:
@@ -68,18 +71,29 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        orphaned = False
+        asked = False
         while True:
             faulthandler.dump_traceback_later(self.stall_timeout_s + _LAST_RESORT_S, exit=True, file=2)
             self.run.heartbeat.write()
-            if LAUNCHER and not orphaned and is_gone(LAUNCHER):
-                orphaned = True
-                self._say("the launcher is gone: this rank asks to stop, as on SIGTERM")
+            if not asked and (reason := self._reason_to_stop()):
+                asked = True
+                self._say(f"{reason}: this rank asks to stop, as on SIGTERM")
                 self.ask_to_stop()
             if self.run.heartbeat.still_s > self.stall_timeout_s:
                 self._end()
             if self._over.wait(self._every_s):
                 return
+
+    def _reason_to_stop(self) -> str | None:
+        if LAUNCHER and is_gone(LAUNCHER):
+            return "the launcher is gone"
+        with contextlib.suppress(OSError):  # a file system that does not answer is not one that lost the folder
+            if not self.run.heartbeat.path.parent.is_dir():
+                return (
+                    f"the run folder {self.run.path} is gone, with what it held; a checkpoint of now is written there "
+                    "anew"
+                )
+        return None
 
     def _end(self) -> None:
         heartbeat, folder = self.run.heartbeat, self.run.heartbeat.path.parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -95,6 +96,56 @@ def test_a_flipped_byte_is_found_by_verify(pristine: Path, tmp_path: Path, name:
     store = TokenStore(folder)
     with pytest.raises(ValueError, match=f"{name} is damaged: its SHA-256"):
         store.verify()
+
+
+def test_a_shard_that_changes_while_it_is_read_is_named(pristine: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(pristine, tmp_path / "copy")
+    shard, last = folder / "shard-00000.bin", TokenStore(pristine).windows(10) - 1
+    whole = shard.read_bytes()
+    store = TokenStore(folder)
+    window, _ = store.window(0, 10)
+
+    copied = folder / "shard.new"
+    copied.write_bytes(whole)
+    copied.rename(shard)  # the same bytes in another file
+    np.testing.assert_array_equal(store.window(0, 10)[0], window)
+
+    for damaged in (whole[:50], whole[2:] + whole[:2]):
+        with shard.open("r+b") as file:  # in place, as it is mapped
+            file.write(damaged)
+            file.truncate(len(damaged))
+        with pytest.raises(ValueError, match=f"{shard} was changed after it was prepared: its SHA-256 differs"):
+            store.window(0, 10)
+        store.window(last, 10)  # of another shard
+    shard.unlink()
+    with pytest.raises(ValueError, match=f"{shard} is gone; restore it, or remove {folder} and prepare again"):
+        store.window(0, 10)
+    shard.write_bytes(whole)
+    np.testing.assert_array_equal(store.window(0, 10)[0], window)
+
+
+def test_a_shard_newer_than_its_manifest_is_compared_at_first_use(
+    pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also a copy that did not keep the times; touching the manifest says that it was meant."""
+    said = list[str]()
+    monkeypatch.setattr(logging.getLogger("hopscotch"), "info", said.append)
+    folder = shutil.copytree(pristine, tmp_path / "copy")
+    shard = folder / "shard-00000.bin"
+    content = shard.read_bytes()
+    TokenStore(folder).window(0, 10)
+    assert not said
+    shard.write_bytes(content)
+    store = TokenStore(folder)
+    for _ in range(2):
+        store.window(0, 10)
+    assert len(said) == 1 and f"touch {folder / 'manifest.json'} spares this" in said[0]
+    shard.write_bytes(content[2:] + content[:2])
+    with pytest.raises(ValueError, match=f"{shard} was changed after it was prepared"):
+        TokenStore(folder).window(0, 10)
+    (folder / "manifest.json").touch()
+    TokenStore(folder).window(0, 10)
+    assert len(said) == 2
 
 
 def test_other_tokenizer_and_mixed_tokenizers_are_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,27 @@ def test_every_rank_logs_to_its_file_and_only_rank_0_to_the_terminal(
     text = (run.path / f"logs/rank-{rank}.log").read_text()
     assert "INFO to all" in text and "WARNING careful" in text
     assert "Traceback" in text and "ValueError: a mistake" in text  # kept for whoever looks for a bug
+
+
+@pytest.mark.parametrize(("error", "printed"), [(OSError(28, "No space left on device"), False), (KeyError("x"), True)])
+def test_a_thread_that_a_disk_has_ended_prints_no_traceback(
+    run: RunFolder, world: World, error: Exception, printed: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of TensorBoard are not ours to catch; any other error is still printed."""
+    before = threading.excepthook
+    open_log(run, world)
+    try:
+
+        def die() -> None:
+            raise error
+
+        thread = threading.Thread(target=die)
+        thread.start()
+        thread.join()
+    finally:
+        threading.excepthook = before
+    assert ("Traceback" in capsys.readouterr().err) == printed
+    assert ("No space left on device" in run.log.read_text()) != printed
 
 
 def _tally(density: list[float], loss: float) -> Tally:

@@ -1,0 +1,66 @@
+"""What breaks inside a rank, each a function that is called in every rank before it starts; ``ranks.py`` takes one.
+
+deepspeed --num_gpus 2 --module tests.faults.breakage bad_loss_on_rank_1 CONFIG      # the same under a launcher
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import trainer.step
+from model.decoder import DecoderOutput
+from pretrain.train import main
+from trainer import saving
+from trainer import trainer as trainers
+
+
+def bad_loss_on_rank_1() -> None:
+    """From the fourth step on, whatever rank 1 computes in training is not a number."""
+    if os.environ["RANK"] != "1":
+        return
+    forward, calls = trainer.step.forward, [0]
+
+    def spoiled(*arguments: Any) -> DecoderOutput:
+        output = forward(*arguments)
+        calls[0] += 1
+        if calls[0] <= 3 * 2 or output.loss is None:  # two micro-batches a step and rank
+            return output
+        return dataclasses.replace(output, loss=output.loss._replace(loss=output.loss.loss * float("nan")))
+
+    trainer.step.forward = spoiled
+
+
+def signal_in_evaluation() -> None:
+    """SIGTERM to rank 1 in the middle of the evaluation after step 4."""
+    evaluate = trainers.evaluate
+
+    def interrupted(*arguments: Any) -> Any:
+        if os.environ["RANK"] == "1" and arguments[-1] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    trainers.evaluate = interrupted
+
+
+def signal_in_save() -> None:
+    """SIGTERM to rank 0 while a thread writes the checkpoint of step 8, which takes half a second more."""
+    write = saving._write
+
+    def interrupted(path: Path, content: Any) -> None:
+        write(path, content)
+        if path.name == "trainer.pt" and path.parent.name.startswith("step-00000008"):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    saving._write = interrupted
+
+
+if __name__ == "__main__":
+    globals()[sys.argv.pop(next(n for n, word in enumerate(sys.argv) if word in globals()))]()
+    raise SystemExit(main())

@@ -1,0 +1,77 @@
+"""SIGTERM at bad moments, and clocks that jump."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.breakage import signal_in_evaluation, signal_in_save
+from tests.faults.ranks import Ranks
+from tests.faults.test_kills import exact, lines
+from tests.launching import start
+from trainer.guards import EXIT_PREEMPTED
+from trainer.heartbeat import BEAT_EVERY_S, read_beats
+
+FAKETIME = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
+
+
+def test_sigterm_in_an_evaluation_and_in_a_save(tiny, write_config) -> None:
+    """Agreed on at the next step, saved once, gone on from: the run ends as one that nobody disturbed."""
+    tiny["train"] |= {"steps": 12, "evaluation": {"every_steps": 4, "samples": 2}}
+    tiny["train"]["checkpoint"] |= {"every_steps": 4, "keep": 9}
+    config, run = write_config(tiny), Path(tiny["train"]["run_dir"])
+    for first, reached in ((signal_in_evaluation, (5,)), (signal_in_save, (8, 9, 10, 11))):
+        with Ranks(config, first=first) as ranks:
+            assert ranks.end() == [EXIT_PREEMPTED] * 2, ranks.output
+            step = max(line["step"] for line in lines(run))
+            assert step in reached
+            assert ranks.output.count(f"saved {run / 'checkpoints' / f'step-{step:08d}'} in") == 1
+            assert f"asked to stop: step {step} is saved; start again with resume=auto" in ranks.output
+    assert not list(run.glob("checkpoints/*.partial"))
+    with Ranks(config) as ranks:
+        assert ranks.end() == [0, 0]
+        assert f"at step {step}" in ranks.output
+    with Ranks(config, f"train.run_dir={run}-undisturbed") as ranks:
+        assert ranks.end() == [0, 0]
+    assert exact(run) == exact(Path(f"{run}-undisturbed"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FAKETIME, reason="needs libfaketime (apt-get install faketime)")
+def test_a_clock_that_jumps_by_hours_does_nothing(tiny, write_config, monkeypatch, tmp_path: Path) -> None:
+    """The host's clock goes 5 hours forwards, then 3 back; only the monotonic one is the machine's own."""
+    tiny["train"] |= {"stall_timeout_s": 60.0}
+    config, run = write_config(tiny), Path(tiny["train"]["run_dir"])
+    clock = tmp_path / "clock"
+    clock.write_text("+0\n")
+    own = {"FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+    for name, value in {"LD_PRELOAD": str(FAKETIME[0]), **own}.items():
+        monkeypatch.setenv(name, value)
+    with start("pretrain.train", config) as process:
+        for jump, more in (("+5h", 6), ("-3h", 14)):
+            deadline = time.monotonic() + 120
+            while len(lines(run)) < more:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            clock.write_text(f"{jump}\n")
+            (before,), seen = read_beats(run / "heartbeat"), len(lines(run))
+            time.sleep(2.5 * BEAT_EVERY_S)
+            (after,) = read_beats(run / "heartbeat")
+            assert after.beat > before.beat and after.still_s < 60 and len(lines(run)) > seen
+        process.terminate()
+        output, _ = process.communicate(timeout=120)
+    monkeypatch.undo()
+    assert process.returncode == EXIT_PREEMPTED, output
+    jumps = {text[:13] for text in (run / "logs/rank-0.log").read_text().splitlines() if text[:2] == "20"}
+    assert len(jumps) >= 3, "the clock did not jump"
+    for line in lines(run):
+        if "speed/step_s" in line:
+            assert 0 < line["speed/step_s"] < 60 and math.isfinite(line["speed/tokens_per_s"])
+    steps = max(exact(run))
+    with Ranks(config, f"train.run_dir={run}-undisturbed", count=1) as ranks:
+        ranks.wait_until(lambda: len(exact(Path(f"{run}-undisturbed"))) > steps)
+    undisturbed = exact(Path(f"{run}-undisturbed"))
+    assert all(undisturbed[step]["train/loss"] == line["train/loss"] for step, line in exact(run).items() if step)
