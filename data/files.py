@@ -13,6 +13,8 @@ from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp"
 """Suffix of a file being written. Whatever carries it is left over from a killed command and may be deleted."""
+_HASHED_AT_ONCE_BYTES = 1 << 24
+"""Between two blocks a thread asks for the interpreter lock, and waits for it where another one computes in Python."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -85,5 +87,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest, block = hashlib.sha256(), memoryview(bytearray(_HASHED_AT_ONCE_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
