@@ -1,6 +1,6 @@
 # make setup   .venv with everything            make test    all tests that need no GPU
 # make demo    text to an exported, tuned model   make check   format, lint, types
-# make faults  every fault of docs/faults.md, kills at random moments among them: twenty minutes
+# make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -81,7 +81,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tiny, write_config, disk)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_at_a_save_ends_the_run_and_at_a_start_refuses_it(tiny, write_config, disk) -> None:
+def test_a_disk_that_is_full_at_a_save_ends_the_run_and_the_next_start(tiny, write_config, disk) -> None:
     config, run = write_config(tiny), Path(tiny["train"]["run_dir"])
     with Ranks(config) as ranks:
         ranks.wait_until(lambda: ranks.output.count("saved ") == 2)
@@ -89,8 +89,8 @@ def test_a_disk_that_is_full_at_a_save_ends_the_run_and_at_a_start_refuses_it(ti
         error = ranks.error()
     newest, _ = checkpoint.find(run / "checkpoints", ALONE)
     assert newest is not None and error.endswith(f"resume: the newest checkpoint is {newest.name}")
-    with Ranks(config) as ranks:
-        assert f"train.run_dir {run} cannot be written (No space left on device); make room there" in ranks.error()
+    with Ranks(config) as ranks:  # refused at once, or at its first save if the heartbeats' removal made a little room
+        assert "make room there" in ranks.error() and str(run) in ranks.error()
     disk.ballast.unlink()
     with Ranks(config, "train.checkpoint.resume=required") as ranks:
         ranks.wait_until(lambda: f"resumed from {newest} at step {int(newest.name[5:])}" in ranks.output)
