@@ -66,9 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(
-    config: Path, overrides: list[str], precision: str, ranks: Sequence[int], stages: Sequence[int], work: str
+    config: Path,
+    overrides: list[str],
+    precision: str,
+    ranks: Sequence[int],
+    stages: Sequence[int],
+    work: str,
+    read_with: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Losses after the save: ``written`` by writer, ``resumed`` by writer and reader, ``weights_only`` by writer.
+
+    Args:
+        config, overrides: a stage-one run.
+        precision: of all.
+        ranks, stages: that write, and that read.
+        work: an empty folder.
+        read_with: further overrides of the readers.
 
     Raises:
         ValueError: if ranks end with an error.
@@ -77,7 +90,8 @@ def measure(
     for phase in ("write", "read"):
         for count in ranks:
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-            command += [f"--master-port={_free_port()}", "-m", "bench.resume", str(config), *overrides]
+            further = read_with if phase == "read" else ()
+            command += [f"--master-port={_free_port()}", "-m", "bench.resume", str(config), *overrides, *further]
             command += ["--precision", precision, "--work", work, "--phase", phase]
             command += ["--stages", *map(str, stages), "--ranks", str(count)]
             done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -24,7 +24,7 @@ import math
 from dataclasses import dataclass
 
 from launch.gpus import GPU
-from launch.memory_model import ZERO_DEFAULTS, memory
+from launch.memory_model import memory, zero_sizes
 from launch.workload import WEIGHT_BYTES, Stage, Workload
 
 ACHIEVED = 0.8
@@ -101,8 +101,7 @@ def volume(workload: Workload, stage: Stage, accumulation: int) -> Volume:
     """What a step of ``accumulation`` micro-batches a rank moves at ZeRO ``stage``."""
     weights, model = workload.weights, workload.model
     width = WEIGHT_BYTES[workload.config.train.precision]
-    zero = workload.config.deepspeed.extra.get("zero_optimization", {})
-    bucket, live, _ = (zero.get(name, default) for name, default in ZERO_DEFAULTS.items())
+    bucket, live, _ = zero_sizes(workload)
     trained = width * weights.trained
     buckets = math.ceil(weights.trained / bucket)
     if stage < 3:

@@ -32,6 +32,7 @@ from launch.workload import Workload, count_weights
 from settings import user_errors
 from trainer.config import RunConfig
 from trainer.distributed import ALONE, World, join, leave
+from trainer.retention import most_at_once
 from tune.config import TuneFile
 
 _MEET_S = 60.0
@@ -80,7 +81,7 @@ def machine_checks(config: RunConfig | TuneFile | None, workload: Workload | Non
     if world.local_rank:
         return checks
     folder = storage.existing_parent(Path.cwd() if train is None else Path(str(train.run_dir)))
-    keep = 0 if train is None else train.checkpoint.keep
+    keep = 0 if train is None else most_at_once(train) - 1
     checks = {
         "python": machine.python,
         "packages": machine.packages,

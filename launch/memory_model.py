@@ -22,7 +22,6 @@ width, F feed-forward width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from launch.workload import WEIGHT_BYTES, Stage, Workload, computed_share
 from model.config import ModelConfig
@@ -177,10 +176,26 @@ def _working_bytes(workload: Workload, checkpointing: bool | None, density: floa
     return max(chunk, (4 + width) * head, layer)
 
 
+def zero_sizes(workload: Workload) -> tuple[float, ...]:
+    """Elements of DeepSpeed's buckets and limits, in the order of ``ZERO_DEFAULTS``.
+
+    Raises:
+        ValueError: if ``deepspeed.extra`` has something else than a number for one.
+    """
+    zero = workload.config.deepspeed.extra.get("zero_optimization") or {}
+    sizes = {name: zero.get(name, default) for name, default in ZERO_DEFAULTS.items()}
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:
+            raise ValueError(
+                f"deepspeed.extra.zero_optimization.{name} must be a number of elements above 0, got {size!r}; YAML "
+                "reads 5e8 as text, write 500000000 or 5.0e+8"
+            )
+    return tuple(sizes.values())
+
+
 def _buffers(workload: Workload, stage: Stage, ranks: int, width: int) -> float:
     """Buckets that gradients are reduced in with their flat copies, and what stage 3 gathers."""
-    zero: dict[str, Any] = workload.config.deepspeed.extra.get("zero_optimization", {})
-    bucket, live, prefetch = (zero.get(name, default) for name, default in ZERO_DEFAULTS.items())
+    bucket, live, prefetch = zero_sizes(workload)
     filled = min(bucket, workload.weights.trained)
     if stage < 3:
         return width * (filled + (bucket if stage > 0 else 0))

@@ -21,6 +21,7 @@ from launch.gpus import GPUS
 from launch.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.workload import Workload, read_workload
 from settings import user_errors
+from trainer.retention import most_at_once
 
 LARGEST = 8192
 """GPUs up to which the scaling table goes."""
@@ -44,6 +45,11 @@ def describe(workload: Workload, arguments: argparse.Namespace) -> str:
         ValueError: if the global batch does not divide over the GPUs.
     """
     workload.config.accumulation(arguments.gpus)
+    if workload.config.train.precision == "fp32":
+        raise ValueError(
+            "train.precision fp32 cannot be planned, because the peaks in launch/gpus.py are those of bf16 and fp16, "
+            "ten times fp32's and more; give train.precision=bf16"
+        )
     gpu = GPUS[arguments.gpu]
     per_node = arguments.gpus_per_node
     network = arguments.network_gbps or gpu.network_gbps * per_node
@@ -129,9 +135,7 @@ def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, m
     rates = [workload.tokens_per_step / seconds for seconds in (slow.worst_s, fast.best_s)]
     days = [workload.total_tokens / rate / 86_400 for rate in rates]
     origin = "as given" if arguments.mfu else "from published dense runs, none of this code; measure yours: --mfu"
-    size, keep = checkpoint_bytes(workload, stage), config.train.checkpoint.keep
-    if config.train.checkpoint.keep_every_steps:
-        keep += config.train.steps // config.train.checkpoint.keep_every_steps
+    size, keep = checkpoint_bytes(workload, stage), most_at_once(config.train) - 1
     return "\n".join(
         [
             f"MFU         {_range(mfu, '.0%')} on executed FLOPs ({origin})",
@@ -229,7 +233,7 @@ def _refuse_nonsense(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be larger than 0, got {value:g}")
-    if arguments.mfu is not None and arguments.mfu > 1:
+    if arguments.mfu is not None and not arguments.mfu <= 1:
         raise ValueError(f"--mfu is a share of the peak, at most 1, got {arguments.mfu:g}; 40 % is 0.4")
 
 

@@ -5,7 +5,7 @@
     python -m launch.watch runs/my --once                       # one report
 
 Exit status: 0 when the run has ended or, with --once, goes on; 75 when it was asked to stop and is saved; 76 when it
-stalled or some of its ranks are silent; 1 when it failed, or all of its ranks are silent.
+stalled, lost a rank, or some of its ranks are silent; 1 when it failed, or all of its ranks are silent.
 
 A rank is alive if its heartbeat changes while one looks, by the watcher's own stopwatch: no clocks are compared, so one
 that jumps is neither a stall nor hides one.
@@ -25,7 +25,7 @@ from settings import user_errors
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 from trainer.heartbeat import FINAL, Beat, read_beats
 
-STATUS = {"ended": 0, "stopped": EXIT_PREEMPTED, "stalled": EXIT_STALLED, "failed": 1}
+STATUS = {"ended": 0, "stopped": EXIT_PREEMPTED, "stalled": EXIT_STALLED, "lost": EXIT_STALLED, "failed": 1}
 """Exit status by the state in which a run is over; of one that goes on it is 0."""
 _GLANCE_S = 0.5
 _LAST_LINES = 20
@@ -96,7 +96,7 @@ def state_of(beats: list[Beat], silent: set[int], waited: bool) -> str:
     phases = {beat.phase for beat in beats}
     if not beats:
         return "failed" if waited else "starting"
-    for phase in ("stalled", "failed"):
+    for phase in ("stalled", "failed", "lost"):
         if phase in phases:
             return phase
     going_on = [beat for beat in beats if beat.phase not in FINAL]

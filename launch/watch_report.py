@@ -12,6 +12,7 @@ _LATE_S = 10.0
 """A rank behind the others counts as late after this long without progress: heartbeats are of different moments."""
 _ROWS = 16
 _NAMED = 4
+_BAD = ("stalled", "failed", "lost")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Report:
 
     Attributes:
         run: its folder.
-        state: starting, running, evaluating, saving, ended, stopped, stalled or failed.
+        state: starting, running, evaluating, saving, ended, stopped, stalled, lost or failed.
         steps: optimiser steps of the whole run.
         beats: newest heartbeat of every rank, in rank order.
         heard_s: by rank, seconds since its heartbeat was last seen to change.
@@ -65,7 +66,7 @@ def page(report: Report) -> str:
     if shown:
         lines.append(f"  {'rank':>5}  {'host':<20} {'step':>10}  {'phase':<22} {'no progress':>11} {'heard of':>11}")
     for beat in shown:
-        phase = f"{beat.phase} (while {beat.before})" if beat.phase in ("stalled", "failed") else beat.phase
+        phase = f"{beat.phase} (while {beat.before})" if beat.phase in _BAD else beat.phase
         over = beat.phase in FINAL
         still, heard = ("", "") if over else (duration(beat.still_s), f"{duration(report.heard_s[beat.rank])} ago")
         lines.append(f"  {beat.rank:>5}  {beat.host[:20]:<20} {beat.step:>10,}  {phase:<22} {still:>11} {heard:>11}")
@@ -119,7 +120,7 @@ def _troubles(report: Report) -> list[str]:
     speechless = [beat for beat in report.beats if beat.phase not in FINAL and beat not in silent]
     if report.state in FINAL and speechless:
         troubles.append(f"others have ended, without a last word: {_names(speechless)}")
-    if report.state in ("stalled", "failed") and report.beats:
+    if report.state in _BAD and report.beats:
         troubles.append(f"why: {report.run}/logs/rank-N.log")
     return troubles
 

@@ -97,7 +97,7 @@ def load(
     written = manifest.read(checkpoint, world)
     _check_fit(written, checkpoint, fingerprint, config, world)
     with only_tensors(checkpoint):
-        change = layout_change(written, config, world)
+        change = layout_change(written, checkpoint, config, world)
         if change:
             reshard(engine, checkpoint / "deepspeed", written, world.rank, world.size)
         else:
@@ -114,17 +114,17 @@ def load(
     return state, change
 
 
-def layout_change(written: dict[str, Any], config: StageConfig, world: World) -> str:
+def layout_change(written: dict[str, Any], checkpoint: Path, config: StageConfig, world: World) -> str:
     """How a checkpoint's state is laid out otherwise than here, in words; empty if it is not."""
     here = conditions(config, world)
     names = {"world_size": "ranks", "zero_stage": "ZeRO stage", "precision": "precision"}
     if written["zero_stage"] == here["zero_stage"] == 0:
         del names["world_size"]  # every rank has everything
-    return ", ".join(
-        f"{word} {written[name]} there and {here[name]} here"
-        for name, word in names.items()
-        if written[name] != here[name]
-    )
+    pairs = {word: (written[name], here[name]) for name, word in names.items()}
+    extra = (yaml.safe_load((checkpoint / "config.yaml").read_text())["deepspeed"] or {}).get("extra", {})
+    for name in ("zero_optimization", "data_types"):  # order and cuts of the partitions, class of the optimiser
+        pairs[f"deepspeed.extra.{name}"] = extra.get(name), config.deepspeed.extra.get(name)
+    return ", ".join(f"{word} {there} there and {own} here" for word, (there, own) in pairs.items() if there != own)
 
 
 def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
@@ -139,13 +139,13 @@ def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
 
 def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> None:
     here = conditions(config, world)
-    differ = [f"{n} {written[n]} there, {here[n]} here" for n in ("optimizer", "seed") if written[n] != here[n]]
+    differ = [f"{n} {written.get(n)} there, {here[n]} here" for n in ("optimizer", "seed") if written.get(n) != here[n]]
     if differ:
         raise ValueError(
             f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same optimizer "
             "and seed"
         )
-    change = layout_change(written, config, world)
+    change = layout_change(written, checkpoint, config, world)
     if change and here["optimizer"] != "adamw":
         raise ValueError(
             f"{checkpoint} has the state of {here['optimizer']}, which cannot be dealt out anew ({change}); resume it "

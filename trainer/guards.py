@@ -43,6 +43,11 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """True for a collective's error after another rank died."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
 @contextmanager
 def lost_rank() -> Iterator[None]:
     """Turn a collective's error after another rank died into one sentence and status 76.
@@ -52,7 +57,7 @@ def lost_rank() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _LOST.search(str(error)):
+        if not is_lost_rank(error):
             raise
         logging.getLogger("hopscotch").debug("lost a rank", exc_info=True)
         time.sleep(_FIRST_ERROR_S)

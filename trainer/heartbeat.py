@@ -20,8 +20,9 @@ from pathlib import Path
 
 BEAT_EVERY_S = 2.0
 """Seconds between two writes."""
-FINAL = ("ended", "stopped", "stalled", "failed")
-"""Phases after which a rank is silent: all steps done, asked to stop and saved, no progress, an error."""
+FINAL = ("ended", "stopped", "stalled", "failed", "lost")
+"""Phases after which a rank is silent: all steps done, asked to stop and saved, no progress, an error, and the error of
+a rank that has lost another one."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
             stopping = result.tally.stop > 0 and not last
             if last or stopping or trainer.step % save_every == 0:
                 trainer.save(wait=last or stopping)
-            if stopping:
+            if stopping and trainer.was_asked_to_stop():
                 trainer.log.info(f"asked to stop: step {trainer.step:,} is saved; start again with resume=auto")
                 return False
             if last or trainer.step % evaluate_every == 0:

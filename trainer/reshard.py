@@ -66,7 +66,9 @@ def reshard(engine: Any, folder: Path, written: dict[str, Any], rank: int, size:
             parameter = parameters.pop(entry.name, None)
             if parameter is None or getattr(parameter, "ds_shape", parameter.shape) != entry.shape:
                 raise ValueError(f"{entry.name} in {folder} is not of this model; resume with the run's own config")
-            _set_weight(parameter, entry.whole(MASTER), rank, size)
+            master = entry.part(MASTER)
+            entry.check(master, folder)
+            _set_weight(parameter, master, rank, size)
             if entry.name in places:
                 _set_state(optimizer, places[entry.name], entry)
     if parameters:
@@ -93,8 +95,7 @@ def _set_state(optimizer: torch.optim.Optimizer, place: _Place, entry: Stored) -
         state.setdefault("step", torch.tensor(entry.updates, device=flat.device))
     for name in entry.values:
         target = flat if name == MASTER else state.setdefault(name, torch.zeros_like(flat))
-        part = entry.whole(name)[place.offset : place.offset + place.size]
-        target.view(-1)[place.start : place.start + place.size].copy_(part)
+        target.view(-1)[place.start : place.start + place.size].copy_(entry.part(name, place.offset, place.size))
 
 
 def _whole(engine: Any, rank: int, size: int) -> Iterator[tuple[str, _Place]]:

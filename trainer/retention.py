@@ -7,7 +7,9 @@ which there is no room. ``max_gb`` is for disks whose quota the system does not 
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,11 @@ def check_plan(engine: Any, folder: Path, train: TrainConfig, world: World) -> s
     """
     warning, problem = None, None
     if world.is_main:
-        count, size = _most_at_once(train), _checkpoint_bytes(engine)
+        count, size = most_at_once(train), _checkpoint_bytes(engine)
         # Those of the run itself, and what the next save will remove.
         own = (*newest_first(folder), *folder.glob("*.partial"), *folder.glob("*.removed"))
-        present = sum(_bytes_below(found) for found in own)
-        others = _bytes_below(folder) - present
+        present = sum(bytes_below(found) for found in own)
+        others = bytes_below(folder) - present
         what = (
             f"{count} checkpoints at once (train.checkpoint.keep, keep_every_steps and the one being written), about "
             f"{size / 1e9:.3f} GB each"
@@ -70,7 +72,7 @@ def check_room(engine: Any, folder: Path, name: str, max_gb: float | None) -> No
     """
     needed = _checkpoint_bytes(engine)
     free = shutil.disk_usage(folder).free
-    left = float("inf") if max_gb is None else max_gb * 1e9 - _bytes_below(folder)
+    left = float("inf") if max_gb is None else max_gb * 1e9 - bytes_below(folder)
     shortage = None
     if free < needed:
         shortage = f"where {free / 1e9:.3f} GB are free; make room there"
@@ -110,7 +112,7 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def _most_at_once(train: TrainConfig) -> int:
+def most_at_once(train: TrainConfig) -> int:
     """Most checkpoints of the run that are there at the same time: while the last one is being written."""
     config = train.checkpoint
     saves = [*range(config.every_steps, train.steps, config.every_steps), train.steps]
@@ -128,5 +130,11 @@ def _checkpoint_bytes(engine: Any) -> int:
     return total
 
 
-def _bytes_below(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def bytes_below(folder: Path) -> int:
+    """Of all files below ``folder``, as far as they stay while one looks."""
+    total = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(inside, name)).st_size
+    return total

@@ -19,7 +19,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from settings import to_yaml
 from trainer import code_state, manifest
 from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.retention import check_room, newest_name, prune, remove
+from trainer.retention import bytes_below, check_room, newest_name, prune, remove
 from trainer.rng import rng_state
 from trainer.run_folder import LOGGER
 
@@ -39,6 +39,12 @@ _ENGINE = "deepspeed"
 _POLL_S = 0.05
 _SHARED_DISK_S = 30.0
 """How long a folder that rank 0 has made may take to show on other machines."""
+_QUIET_S = 60.0
+"""How long nothing new may come into a checkpoint before a rank that waits for it stops saying that all is well."""
+_FIRST_ERROR_S = 5.0
+"""The same where an error has ended this rank, and probably others."""
+_FAILED = "failed-"
+"""Begins the name of the file that a rank leaves which cannot write its part."""
 
 
 def rng_name(rank: int) -> str:
@@ -64,9 +70,9 @@ class Saver:
         folder: the run's ``checkpoints``.
         fingerprint: of the data and its order.
         config: the run's config.
-        world: this process among all; every method but ``failed`` is collective.
+        world: this process among all; :meth:`save` and :meth:`wait` are collective.
         tell: takes a sentence for each checkpoint that is whole; called on rank 0, from the thread.
-        tick: called from the thread after each file, so that a long save is not taken for a hang.
+        tick: called while one waits for a checkpoint that grows, so that a long save is not taken for a hang.
     """
 
     def __init__(
@@ -117,7 +123,7 @@ class Saver:
             "data_fingerprint": self.fingerprint,
             "commit": code_state.commit() if self.world.is_main else None,
         }
-        self._final = final
+        self._final, self._partial = final, partial
         self._thread = threading.Thread(target=self._run, args=(files, partial, facts, start), name=f"save {step}")
         self._waited_s = time.perf_counter() - start
         self._thread.start()
@@ -131,6 +137,7 @@ class Saver:
         """
         if self._thread is None:
             return
+        self._watch(_QUIET_S)
         self._written.wait()
         problem = next((p for p in self.world.gather_objects(self._problem) if p), None)
         if problem:
@@ -144,9 +151,31 @@ class Saver:
                 f"checkpoint {name} could not be written to {self.folder} {problem}: {newest_name(self.folder)}"
             )
 
+    def end(self) -> None:
+        """After an error: finish what this rank has begun to write; of the others wait for nobody who has stopped."""
+        if self._thread is not None:
+            self._watch(_FIRST_ERROR_S)
+            self._given_up.set()
+            self._thread.join()
+
+    def _watch(self, quiet_s: float) -> None:
+        """Tick as long as the checkpoint under way grows; return when it is over, or nothing has come for a while."""
+        size, since, pause_s = -1, time.monotonic(), _POLL_S
+        while not (self._written.is_set() and (self.failed or not self._partial.exists())):
+            grown = bytes_below(self._partial)
+            if any(self._partial.glob(f"{_FAILED}*")):
+                return
+            if grown != size:
+                size, since = grown, time.monotonic()
+                self.tick()
+            if self._written.is_set() and time.monotonic() - since > quiet_s:
+                return
+            self._given_up.wait(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
+
     def _reset(self) -> None:
         self._problem: str | None = None
-        self._thread, self._waited_s, self._final = None, 0.0, self.folder
+        self._thread, self._waited_s, self._final, self._partial = None, 0.0, self.folder, self.folder
         self._written, self._given_up = threading.Event(), threading.Event()
 
     def _make_room(self, engine: Any, partial: Path) -> None:
@@ -184,11 +213,13 @@ class Saver:
             while files:  # each file's copy is let go once it is on the disk
                 path, content = files.popitem()
                 _write(path, content)
+                del content
                 receipt[str(path.relative_to(partial))] = manifest.entry_of(path)
-                self.tick()
             write_json(partial / _receipt_name(self.world.rank), receipt)
         except Exception as error:
             self._problem = _reason(error)
+            with suppress(OSError):  # an empty file may find room where nothing else does
+                (partial / f"{_FAILED}{self.world.rank:05d}").touch()
         finally:
             files.clear()
             self._written.set()
@@ -206,8 +237,6 @@ class Saver:
         receipts = [partial / _receipt_name(rank) for rank in range(self.world.size)]
         start, patience_s = time.monotonic(), self.config.train.timeout_s
         while not all(receipt.is_file() for receipt in receipts):
-            if not threading.main_thread().is_alive():  # an error has ended it; other ranks may still be writing
-                patience_s = min(patience_s, _SHARED_DISK_S)
             if self._given_up.wait(_POLL_S):
                 return False
             if time.monotonic() - start > patience_s:

@@ -51,9 +51,25 @@ class Stored(NamedTuple):
     rounded: Tensor | None = None
     updates: float | None = None
 
-    def whole(self, name: str) -> Tensor:
-        """One of ``values``, flat, copied out of the file: fp32."""
-        return torch.cat([piece.float() for piece in self.values[name]])[: self.shape.numel()]
+    def part(self, name: str, start: int = 0, size: int | None = None) -> Tensor:
+        """``size`` entries of one of ``values`` (all unless given) from ``start`` on, copied out of the file: fp32."""
+        pieces = Joined(self.values[name]).pieces(start, self.shape.numel() - start if size is None else size)
+        return torch.cat([piece.float() for piece in pieces]) if pieces else torch.empty(0)
+
+    def check(self, master: Tensor, folder: Path) -> None:
+        """Refuse a whole master that is not as long as its parameter, or does not round to its weight.
+
+        Raises:
+            ValueError: naming ``folder``.
+        """
+        right = master.numel() == self.shape.numel()
+        if right and self.rounded is not None:
+            right = torch.equal(master.view(self.shape).to(self.rounded.dtype), self.rounded)
+        if not right:
+            raise ValueError(
+                f"{self.name} in {folder} is not where DeepSpeed 0.19 would have put it; read the checkpoint with the "
+                "version of this project that wrote it"
+            )
 
 
 def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: bool) -> Iterator[Stored]:

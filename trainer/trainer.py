@@ -7,11 +7,12 @@ validate and to take in a step. The loop itself is the stage's own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from data.batches import Batch
+from data.files import only_writer
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
@@ -20,7 +21,7 @@ from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
-from trainer.guards import StopRequest, too_many_bad_steps
+from trainer.guards import StopRequest, is_lost_rank, too_many_bad_steps
 from trainer.metrics import Metrics, measure_peak_flops
 from trainer.rewind import how_to_go_back, refuse_other_past, sample_ids
 from trainer.rng import rng_state, set_rng_state
@@ -82,7 +83,11 @@ class Trainer:
             state, change = checkpoint.load(self.engine, found, self.fingerprint, config, world)
             dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
             self._take_back(state)
-        problem = world.broadcast_object(_create(self.run, config, config_path) if world.is_main else None)
+        self._hold = ExitStack()  # until the end no other run may write here
+        problem = None
+        if world.is_main:
+            problem = _create(self.run, config, config_path, self._hold)
+        problem = world.broadcast_object(problem)
         if problem:
             raise ValueError(problem)
         self.log = open_log(self.run, world)
@@ -110,13 +115,17 @@ class Trainer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Flush the metrics and say how this rank has ended."""
+        phase = "ended" if self.step == self.config.train.steps else "stopped"
+        if error is not None:
+            self.saver.end()
+            phase = "lost" if is_lost_rank(error) else "failed"
         self.watchdog.stop()
-        done = "ended" if self.step == self.config.train.steps else "stopped"
-        self.run.beat(self.step, done if kind is None else "failed")
+        self.run.beat(self.step, phase)
         self.run.heartbeat.write()
         self.metrics.close()
+        self._hold.close()
 
     def begin_step(self) -> float:
         """Heartbeat and learning rate of the step to come; returns the rate."""
@@ -143,6 +152,7 @@ class Trainer:
         self._bad_in_a_row += 1
         self.log.warning(self._describe_bad_step(result))
         if self._bad_in_a_row >= self.config.train.max_bad_steps:
+            self._finish_saving()
             raise ValueError(too_many_bad_steps(self._bad_in_a_row, self.step, self.run.checkpoints))
 
     def save(self, wait: bool) -> None:
@@ -171,6 +181,17 @@ class Trainer:
             self.saver.save(self.engine, self.step, state)
             if wait or not self.config.train.checkpoint.background:
                 self.saver.wait()
+
+    def _finish_saving(self) -> None:
+        """Before an error that all ranks raise alike: what is being written is still good."""
+        try:
+            self.saver.wait()
+        except ValueError as error:
+            self.log.warning(str(error))
+
+    def was_asked_to_stop(self) -> bool:
+        """True if some rank was; False if only a save had failed, which has now worked; collective."""
+        return any(self.world.gather_objects(self.stop.requested))
 
     def validate(self) -> None:
         """Evaluate every validation set and log it."""
@@ -209,6 +230,8 @@ class Trainer:
         stop = train.spike.action == "stop" and spike.end is None and spike.steps >= train.max_bad_steps
         if not (stop or spike.is_news):
             return
+        if stop:
+            self._finish_saving()
         first, last = sample_ids(spike.consumed_before, spike.consumed, ranges)
         sentence = f"{spike}; its samples are {first} to {last}; {how_to_go_back(self.run.path, spike, ranges)}"
         if stop:
@@ -231,10 +254,12 @@ def _span(ids: list[int]) -> str:
     return ", ".join(str(i) for i in ids) if len(ids) <= 8 else f"{ids[0]} to {ids[-1]}, {len(ids)} of them"
 
 
-def _create(run: RunFolder, config: StageConfig, config_path: Path) -> str | None:
-    """Make the run folder; why that is not possible, for all ranks."""
+def _create(run: RunFolder, config: StageConfig, config_path: Path, hold: ExitStack) -> str | None:
+    """Make the run folder and hold it; why that is not possible, for all ranks."""
     try:
         with _writing(run):
+            run.path.mkdir(parents=True, exist_ok=True)
+            hold.enter_context(only_writer(run.path))
             run.create(config, config_path)
     except ValueError as error:
         return str(error)

@@ -47,7 +47,7 @@ def space(folder: Path, size_bytes: float | None, keep: int) -> Iterator[Finding
     needed = (keep + 1) * size_bytes
     what = f"{here}; {keep} checkpoints of {size_bytes / 1e9:,.3g} GB and one being written take {needed / 1e9:,.3g} GB"
     if free < needed:
-        remedy = "make room, set train.run_dir elsewhere, or lower train.checkpoint.keep"
+        remedy = "make room, set train.run_dir elsewhere, or keep fewer (train.checkpoint.keep, keep_every_steps)"
         yield Finding("disk", "error" if free < size_bytes else "warning", what, remedy)
     else:
         yield Finding("disk", "ok", what)

@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -60,7 +60,7 @@ class SlurmConfig(Strict):
     """Command before ``python3`` on every rank: ``apptainer exec --nv /images/torch.sif``; none unless given."""
     interface: str | None = None
     """Network interface that NCCL and gloo connect over, ``ib0``; they choose one themselves unless given."""
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: dict[Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")], str] = Field(default_factory=dict)
     """Further environment variables of the ranks, values in quotes: ``NCCL_IB_HCA: "mlx5"``."""
 
     @field_validator("time", mode="before")

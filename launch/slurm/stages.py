@@ -71,6 +71,8 @@ def parse_array(text: str) -> Array:
     parts = tuple(value.strip() for value in values.split(","))
     if not equals or not key or not all(parts) or len(set(parts)) < max(len(parts), 2):
         raise ValueError(f"--array '{text}' must be a field and two or more different values: train.seed=0,1,2")
+    if key in ("train.run_dir", "train.checkpoint.resume", "base.path"):
+        raise ValueError(f"--array {key} would be overridden: every job sets {key} itself; vary another field")
     return Array(key, parts)
 
 

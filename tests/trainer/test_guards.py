@@ -93,7 +93,7 @@ def test_in_fp16_only_a_bad_loss_counts(configure: Callable[..., RunConfig], bad
     trainer = object.__new__(Trainer)
     trainer.config = configure("train.precision=fp16", "train.max_bad_steps=2")
     trainer.step, trainer.samples, trainer._bad_in_a_row = 0, 0, 0
-    trainer.metrics = trainer.log = trainer.run = trainer.budget = MagicMock()
+    trainer.metrics = trainer.log = trainer.run = trainer.budget = trainer.saver = MagicMock()
     tally = Tally(1.0, 0.0, 1, 0, Routed(1, 1, [], []), 0, [])
     result = StepResult(tally, 0.0, None, False, bad_ranks)
     trainer.end_step(result, 0.1, 0.0)

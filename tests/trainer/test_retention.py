@@ -54,7 +54,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
         (30, 10, 5, 10),
     ],
 )
-def test_the_most_at_once_is_what_a_run_comes_to(
+def test_themost_at_once_is_what_a_run_comes_to(
     tmp_path: Path, world: World, steps: int, every: int, keep: int, milestones: int
 ) -> None:
     config = CheckpointConfig.model_validate({"every_steps": every, "keep": keep, "keep_every_steps": milestones})
@@ -64,7 +64,7 @@ def test_the_most_at_once_is_what_a_run_comes_to(
         most = max(most, len(retention.newest_first(tmp_path)))
         retention.prune(tmp_path, saved, config)
     train = training(steps, every_steps=every, keep=keep, keep_every_steps=milestones)
-    assert retention._most_at_once(train) == most
+    assert retention.most_at_once(train) == most
 
 
 def test_a_disk_that_will_not_hold_the_run_is_told_at_its_start(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data.files import only_writer
 from tests.trainer.one_rank import engine_for, take_steps
 from trainer import checkpoint, saving
 from trainer.config import RunConfig
 from trainer.distributed import World
-from trainer.guards import EXIT_PREEMPTED
 from trainer.saving import Saver, _on_host
+from trainer.step import StepResult
+from trainer.trainer import Trainer
 
 Configure = Callable[..., RunConfig]
 
@@ -72,7 +76,7 @@ def test_the_next_save_waits_for_the_one_before(
 
 
 @pytest.mark.parametrize("lasting", [True, False])
-def test_a_write_that_fails_is_tried_once_more_at_the_next_step_and_ends_the_run(
+def test_a_write_that_fails_is_tried_once_more_at_the_next_step_and_then_ends_the_run(
     tiny: dict[str, Any],
     train_here: Callable[..., int],
     world: World,
@@ -90,7 +94,7 @@ def test_a_write_that_fails_is_tried_once_more_at_the_next_step_and_ends_the_run
         write(path, content)
 
     monkeypatch.setattr(saving, "_write", fail)
-    tiny["train"] |= {"steps": 400, "checkpoint": {"every_steps": 2}}
+    tiny["train"] |= {"steps": 12, "checkpoint": {"every_steps": 2}}
     status, told = train_here(tiny), capsys.readouterr()
     checkpoints = Path(tiny["train"]["run_dir"]) / "checkpoints"
     newest = checkpoint.find(checkpoints, world)[0]
@@ -101,7 +105,68 @@ def test_a_write_that_fails_is_tried_once_more_at_the_next_step_and_ends_the_run
         assert "error: checkpoint step-0000000" in told.err
         assert "make room there and resume: the newest checkpoint is step-00000002" in told.err
     else:
-        assert status == EXIT_PREEMPTED and newest is not None and newest.name > "step-00000004"
+        assert status == 0 and newest == checkpoints / "step-00000012" and "asked to stop" not in told.out
+
+
+def test_an_error_of_the_run_itself_waits_for_the_checkpoint_that_is_being_written(
+    tiny: dict[str, Any],
+    train_here: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What it tells as the newest checkpoint is that one, and it is whole when the run has ended."""
+    write = saving._write
+
+    def slowly(path: Path, content: Any) -> None:
+        time.sleep(0.3)
+        write(path, content)
+
+    def three_are_good(self: Any, result: StepResult, *rest: Any) -> None:
+        end_step(self, replace(result, applied=self.step < 3), *rest)
+
+    end_step = Trainer.end_step
+    monkeypatch.setattr(saving, "_write", slowly)
+    monkeypatch.setattr(Trainer, "end_step", three_are_good)
+    tiny["train"] |= {"steps": 9, "max_bad_steps": 1, "checkpoint": {"every_steps": 3}}
+    assert train_here(tiny) == 1
+    assert "the newest checkpoint is step-00000003" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_to_one_folder(
+    tiny: dict[str, Any], train_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(tiny["train"]["run_dir"])
+    folder.mkdir()
+    with only_writer(folder):
+        assert train_here(tiny) == 1
+    assert f"error: another command is writing to {folder}; wait for its end" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+    assert train_here(tiny) == 0
+
+
+@pytest.mark.parametrize(("quiet_s", "expected"), [(0.2, 1), (60.0, 2)])
+def test_one_who_waits_says_that_all_is_well_as_long_as_the_checkpoint_grows(
+    configure: Configure, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_s: float, expected: int
+) -> None:
+    """Rank 0 has written its part; rank 1's comes in pieces."""
+    ticks, two = list[float](), TwoRanks(0, 2, 0, 1, torch.device("cpu"))
+    monkeypatch.setattr(saving, "_QUIET_S", quiet_s)
+    saver = Saver(tmp_path, "f", configure(), two, tick=lambda: ticks.append(0.0))
+    saver._thread, saver._partial = threading.Thread(), tmp_path / "step-00000001.partial"
+    saver._partial.mkdir()
+    saver._written.set()
+
+    def other_rank() -> None:
+        for number in range(3):
+            time.sleep(0.5)
+            (saver._partial / f"{number}").write_text("x")
+        saver._partial.rename(tmp_path / "step-00000001")
+
+    other = threading.Thread(target=other_rank)
+    other.start()
+    saver._watch(saving._QUIET_S)
+    assert len(ticks) >= expected and saver._partial.exists() == (quiet_s < 1)
+    other.join()
 
 
 def test_an_error_of_ours_is_told_apart_from_one_of_the_disk(
