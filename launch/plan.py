@@ -46,10 +46,8 @@ def describe(workload: Workload, arguments: argparse.Namespace) -> str:
     """
     workload.config.accumulation(arguments.gpus)
     if workload.config.train.precision == "fp32":
-        raise ValueError(
-            "train.precision fp32 cannot be planned, because the peaks in launch/gpus.py are those of bf16 and fp16, "
-            "ten times fp32's and more; give train.precision=bf16"
-        )
+        why = "no time and no scaling for train.precision fp32: the peaks in launch/gpus.py are those of bf16 and fp16"
+        return "\n\n".join([_what(workload, arguments), _memory(workload, arguments), why])
     gpu = GPUS[arguments.gpu]
     per_node = arguments.gpus_per_node
     network = arguments.network_gbps or gpu.network_gbps * per_node

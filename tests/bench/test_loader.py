@@ -71,7 +71,7 @@ def test_a_fast_loader_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     quick = loader.Ours.step
 
     def long_step(ours: loader.Ours) -> float:
-        time.sleep(0.1)
+        time.sleep(0.5)
         return quick(ours)
 
     monkeypatch.setattr(loader.Ours, "step", long_step)

@@ -20,7 +20,7 @@ import torch
 from pretrain.train import main
 from tests.launching import environment, free_port
 from trainer.distributed import import_deepspeed
-from trainer.guards import EXIT_STALLED
+from trainer.exit_status import EXIT_STALLED
 
 import_deepspeed()
 _FORKS = multiprocessing.get_context("forkserver")

@@ -20,7 +20,7 @@ from tests.faults.ranks import Ranks
 from tests.faults.test_kills import lines
 from trainer import checkpoint
 from trainer.distributed import ALONE
-from trainer.guards import EXIT_PREEMPTED
+from trainer.exit_status import EXIT_PREEMPTED
 
 
 def mount(*arguments: str) -> None:

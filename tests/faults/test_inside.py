@@ -12,7 +12,7 @@ import pytest
 from tests.faults.breakage import bad_loss_on_rank_1
 from tests.faults.ranks import Ranks
 from tests.launching import run
-from trainer.guards import EXIT_STALLED
+from trainer.exit_status import EXIT_STALLED
 
 
 @pytest.mark.parametrize("launcher", [None, pytest.param("deepspeed", marks=pytest.mark.slow)])

@@ -22,7 +22,7 @@ from tests.faults.ranks import Ranks
 from tests.launching import start
 from trainer import checkpoint
 from trainer.distributed import ALONE
-from trainer.guards import EXIT_STALLED
+from trainer.exit_status import EXIT_STALLED
 from trainer.retention import step_of
 
 Write = Callable[[dict[str, Any]], str]

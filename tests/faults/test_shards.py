@@ -12,7 +12,7 @@ import pytest
 from tests.faults.ranks import Ranks
 from trainer import checkpoint
 from trainer.distributed import ALONE
-from trainer.guards import EXIT_STALLED
+from trainer.exit_status import EXIT_STALLED
 
 
 def cut(shard: Path) -> None:

@@ -63,7 +63,14 @@ def test_the_command_prints_every_part_and_no_noise() -> None:
 def test_every_stage_one_config_can_be_planned(path: Path, planned: Callable[..., tuple[int, str]]) -> None:
     status, out = planned(str(path), "--gpus", "2", "--gpu", "rtx4090-24g")
     assert status == 0, out
-    assert f"{load_run(path).train.steps:,} steps" in out
+    run = load_run(path).train
+    assert (f"{run.steps:,} steps" in out) != (run.precision == "fp32" and "no time and no scaling" in out)
+
+
+def test_sizes_that_yaml_reads_as_text_are_told(planned: Callable[..., tuple[int, str]]) -> None:
+    extra = "deepspeed.extra={zero_optimization: {reduce_bucket_size: 5e8}}"
+    status, out = planned("configs/skip_1b.yaml", extra, "--gpus", "8", "--gpu", "h100-80g")
+    assert status == 1 and "reduce_bucket_size must be a number of elements above 0, got '5e8'; YAML reads" in out
 
 
 def test_flops_and_time_are_those_of_the_counts() -> None:

@@ -15,6 +15,7 @@ import yaml
 from launch.slurm import submit
 from launch.slurm.__main__ import main
 from launch.slurm.config import SHIPPED_FILE, SlurmConfig, load_site, seconds
+from launch.slurm.stages import parse_array
 from settings import load
 from tests.launching import ROOT
 
@@ -79,7 +80,7 @@ def test_a_script_says_once_what_it_needs(
     (script,) = _scripts(capsys, *arguments)
     run = tiny["train"]["run_dir"]
     wanted = {
-        "job-name=mine", f"chdir={Path.cwd()}", f"output={run}/logs/slurm-%j.out", "open-mode=append", "nodes=4",
+        'job-name="mine"', f'chdir="{Path.cwd()}"', f"output={run}/logs/slurm-%j.out", "open-mode=append", "nodes=4",
         "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "time=1-00:00:00", "partition=big", "account=lm",
         "qos=high", "mem=0", "exclusive", "requeue", "signal=USR1@600",
     }  # fmt: skip
@@ -241,3 +242,9 @@ def test_every_field_is_described_shown_and_used(tmp_path: Path) -> None:
         needed = "" if "per_node" in line else "tasks_per_node: 1\n"
         site.write_text(needed + line)
         assert load(site, [], SlurmConfig)
+
+
+@pytest.mark.parametrize("key", ["train.run_dir", "train.checkpoint.resume", "base.path"])
+def test_an_array_over_what_every_job_sets_itself_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"--array {key} would be overridden"):
+        parse_array(f"{key}=a,b")
