@@ -88,7 +88,9 @@ class Watchdog:
         if LAUNCHER and is_gone(LAUNCHER):
             return "the launcher is gone"
         with contextlib.suppress(OSError):  # a file system that does not answer is not one that lost the folder
-            if not self.run.heartbeat.path.parent.is_dir():
+            beats = self.run.heartbeat.path.parent
+            # Asked twice: a network file system may say no for a moment.
+            if not beats.is_dir() and (self._over.wait(1.0) or not beats.is_dir()):
                 return (
                     f"the run folder {self.run.path} is gone, with what it held; a checkpoint of now is written there "
                     "anew"

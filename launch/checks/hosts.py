@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,6 @@ from pathlib import Path
 from launch.checks import Finding
 
 _LINE = re.compile(r"^(?P<host>\S+)\s+slots=(?P<slots>\d+)\s*$")
-SSH_PORT = 22
 TIMEOUT_S = 5.0
 
 
@@ -70,14 +68,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 def unreachable(host: str) -> str | None:
     """Why the launcher could not start ranks on ``host``; None if it could."""
-    try:
-        with socket.create_connection((host, SSH_PORT), timeout=TIMEOUT_S):
-            pass
-    except OSError as error:
-        return f"nothing answers at port {SSH_PORT} ({error.strerror or error})"
     if shutil.which("ssh") is None:
         return "there is no ssh command here"
-    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={TIMEOUT_S:.0f}", "-p", str(SSH_PORT)]
+    options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={TIMEOUT_S:.0f}"]  # port, user, proxy: ~/.ssh/config
     try:
         done = subprocess.run(
             ["ssh", *options, host, "true"],
