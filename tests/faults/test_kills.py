@@ -112,7 +112,7 @@ class Chain:
 
 def _chain(tiny: dict[str, Any], write_config: Write, kills: int, sizes: tuple[int, ...], seed: int) -> tuple[Any, Any]:
     """Metrics of a run that was killed so often, and of one that was not."""
-    run, steps = Path(tiny["train"]["run_dir"]), 5 * kills + 10
+    run, steps = Path(tiny["train"]["run_dir"]), 20 * kills + 10  # a start may come far before its kill
     chain = Chain(write_config(tiny), run, steps, seed)
     print(f"seed {seed}")
     for number in range(kills):
