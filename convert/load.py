@@ -12,11 +12,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from model.decoder import Decoder
 from trainer import manifest
-from trainer.config import StageConfig
+from trainer.config import StageConfig, is_stage_two
 from trainer.distributed import ALONE
 from trainer.weights import load_decoder
 from trainer.weights_folder import is_weights_folder, read_weights
@@ -61,7 +59,7 @@ def load_any(path: Path, merged: bool = True, disk: Path | None = None) -> Loade
             f"{path} is a Hugging Face folder, not a run; import it with: python -m convert.from_hf {path} OUT, and "
             "give that folder"
         )
-    if _is_tuned(path):
+    if is_stage_two(path / "config.yaml"):
         decoder, tuned, step = load_tuned(path, merged, disk)
         folder = _checkpoint(path, step)
         assert tuned.data.tokenizer is not None  # filled in when the run started
@@ -71,15 +69,6 @@ def load_any(path: Path, merged: bool = True, disk: Path | None = None) -> Loade
     folder = _checkpoint(path, step)
     run = {"kind": PRETRAINED, "confine_attention": config.data.confine_attention}
     return Loaded(decoder, Path(config.data.dir), run | _run_facts(folder, config, step), folder)
-
-
-def _is_tuned(path: Path) -> bool:
-    """True for stage two; False for all else, about which the loader of stage one has more to say."""
-    try:
-        blocks = yaml.safe_load((path / "config.yaml").read_bytes())
-    except (OSError, yaml.YAMLError):
-        return False
-    return isinstance(blocks, dict) and "base" in blocks
 
 
 def _checkpoint(path: Path, step: int) -> Path:

@@ -10,16 +10,11 @@ import yaml
 
 from model.config import ModelConfig
 from model.decoder import Decoder
-from trainer.config import RunConfig, StageConfig, load_run
+from trainer.config import RunConfig, StageConfig, is_stage_two, load_run
 from tune.adapters import prepare
 from tune.base import Base, stage_two_model
 from tune.config import TuneFile
 from tune.resolve import load_file, resolve
-
-
-def is_stage_two(path: Path) -> bool:
-    """By its ``base`` block; what cannot be read is left to the loader, which says why."""
-    return "base" in _blocks(path)
 
 
 def load_either(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | TuneFile:

@@ -95,9 +95,8 @@ def load(
         ValueError: if the run's config or data do not fit the checkpoint.
     """
     written = manifest.read(checkpoint, world)
-    _check_fit(written, checkpoint, fingerprint, config, world)
+    change = _check_fit(written, checkpoint, fingerprint, config, world)
     with only_tensors(checkpoint):
-        change = layout_change(written, checkpoint, config, world)
         if change:
             reshard(engine, checkpoint / "deepspeed", written, world.rank, world.size)
         else:
@@ -114,14 +113,14 @@ def load(
     return state, change
 
 
-def layout_change(written: dict[str, Any], checkpoint: Path, config: StageConfig, world: World) -> str:
+def _layout_change(written: dict[str, Any], blocks: dict[str, Any], config: StageConfig, world: World) -> str:
     """How a checkpoint's state is laid out otherwise than here, in words; empty if it is not."""
     here = conditions(config, world)
     names = {"world_size": "ranks", "zero_stage": "ZeRO stage", "precision": "precision"}
     if written["zero_stage"] == here["zero_stage"] == 0:
         del names["world_size"]  # every rank has everything
     pairs = {word: (written[name], here[name]) for name, word in names.items()}
-    extra = (yaml.safe_load((checkpoint / "config.yaml").read_text())["deepspeed"] or {}).get("extra", {})
+    extra = (blocks["deepspeed"] or {}).get("extra", {})
     for name in ("zero_optimization", "data_types"):  # order and cuts of the partitions, class of the optimiser
         pairs[f"deepspeed.extra.{name}"] = extra.get(name), config.deepspeed.extra.get(name)
     return ", ".join(f"{word} {there} there and {own} here" for word, (there, own) in pairs.items() if there != own)
@@ -137,7 +136,9 @@ def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
         group.update(own)
 
 
-def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> None:
+def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> str:
+    """Refuse what cannot be gone on from; return how its state is laid out otherwise than here."""
+    blocks = yaml.safe_load((checkpoint / "config.yaml").read_text())
     here = conditions(config, world)
     differ = [f"{n} {written.get(n)} there, {here[n]} here" for n in ("optimizer", "seed") if written.get(n) != here[n]]
     if differ:
@@ -145,7 +146,7 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same optimizer "
             "and seed"
         )
-    change = layout_change(written, checkpoint, config, world)
+    change = _layout_change(written, blocks, config, world)
     if change and here["optimizer"] != "adamw":
         raise ValueError(
             f"{checkpoint} has the state of {here['optimizer']}, which cannot be dealt out anew ({change}); resume it "
@@ -158,7 +159,6 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             f"config's is {fingerprint[:12]}); resume with the same shards, data.seed, sequence_tokens and weights, "
             f"start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on with the other data"
         )
-    blocks = yaml.safe_load((checkpoint / "config.yaml").read_text())
     model = blocks["model"]
     sizes = config.model.model_dump(mode="json")
     changed = [
@@ -181,6 +181,7 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             f"{checkpoint} holds another model ({'; '.join(changed)}); resume with the blocks that the run was started "
             "with, or start a new run_dir"
         )
+    return change
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
 from data.config import DataConfig, StreamConfig
@@ -284,6 +285,15 @@ class RunConfig(StageConfig):
                 f"({self.data.tokenizer.vocab_size}); set both to the same number",
             )
         return problems
+
+
+def is_stage_two(path: Path) -> bool:
+    """By the config's ``base`` block; what cannot be read is left to its own loader, which says why."""
+    try:
+        blocks = yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return False
+    return isinstance(blocks, dict) and "base" in blocks
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

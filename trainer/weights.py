@@ -12,14 +12,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from model.decoder import Decoder
 from settings import load
 from trainer import checkpoint, manifest
 from trainer.allocate import allocate, without_memory
-from trainer.config import RunConfig
+from trainer.config import RunConfig, is_stage_two
 from trainer.distributed import ALONE, import_deepspeed
 from trainer.engine import optimizer_order
 from trainer.stored import MASTER, Stored, stored
@@ -38,7 +37,7 @@ def load_decoder(run_or_checkpoint: Path, disk: Path | None = None) -> tuple[Dec
             says, or anything but tensors and numbers.
     """
     folder = checkpoint_of(run_or_checkpoint)
-    if is_tuned(folder):
+    if is_stage_two(folder / "config.yaml"):
         raise ValueError(
             f"{folder} is of a tuning run, and only stage one can be read here; give the run that it was tuned from, "
             "or read this one in Python with tune.weights.load_tuned"
@@ -71,11 +70,6 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     with checkpoint.only_tensors(folder), torch.no_grad():
         _fill(module, stored(folder / "deepspeed", zero_stage, written["world_size"], trained, state=False), folder)
     return written["step"]
-
-
-def is_tuned(folder: Path) -> bool:
-    """True for a checkpoint of stage two, whose config says what it was tuned from."""
-    return "base" in yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
 
 
 def checkpoint_of(path: Path) -> Path:

@@ -12,7 +12,8 @@ from pathlib import Path
 from model.decoder import Decoder
 from settings import load
 from trainer.allocate import allocate, without_memory
-from trainer.weights import checkpoint_of, fill, is_tuned
+from trainer.config import is_stage_two
+from trainer.weights import checkpoint_of, fill
 from tune.adapters import merge, prepare
 from tune.config import TuneConfig
 
@@ -32,7 +33,7 @@ def load_tuned(
             config says, or anything but tensors and numbers.
     """
     folder = checkpoint_of(run_or_checkpoint)
-    if not is_tuned(folder):
+    if not is_stage_two(folder / "config.yaml"):
         raise ValueError(
             f"{folder} is of a stage-one run, which has nothing to merge; give a tuning run, or use that one as it is"
         )

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from data.batches import TrainingData
 from launch.slurm.config import SlurmConfig
-from launch.stages import is_stage_two, load_either
-from trainer.config import RunConfig
+from launch.stages import load_either
+from trainer.config import RunConfig, is_stage_two
 from tune.config import TuneFile
 from tune.resolve import load_file
 

@@ -7,7 +7,6 @@ import json
 import lzma
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,6 @@ from model.flops import Routed, executed_flops
 from tests.evals.tiny import POSITIONS, ROUTERS, SIZES, model, run_folder, weights_folder
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 6, "x = 'naïve'  # ünïcode\n", "import os\n"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only waits for the first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
