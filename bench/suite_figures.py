@@ -14,6 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bench.suite import Suite
 from bench.suite_results import Curve, Result
@@ -22,11 +23,13 @@ FEW = 4
 """Up to so many variants have their names beside their lines."""
 _WORST = 1.3
 """Losses above this times the variant's last one are left out, so that the end can be read."""
+_WORST_OF_DIAL = 1.05
+"""A dial may leave the picture above this times the largest loss of a model as it was trained."""
 _LINES, _MARKERS, _GREYS = ("-", "--", "-.", ":"), "os^vD*XP<>", ("0", "0.4", "0.6")
 _AXES: list[tuple[str, Callable[[Curve], list[float]]]] = [
     ("executed training FLOPs", lambda curve: curve.flops),
     ("training time on this machine, minutes", lambda curve: [s / 60 for s in curve.seconds]),
-    ("training tokens", lambda curve: curve.tokens),
+    ("training tokens, millions", lambda curve: [t / 1e6 for t in curve.tokens]),
 ]
 
 
@@ -41,7 +44,8 @@ def loss_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
         for axes, (_, spent) in zip(panels, _AXES, strict=True):
             ends.append(_curve(axes, own, spent, _style(suite, variant), suite.title(variant)))
     for axes, (label, _) in zip(panels, _AXES, strict=True):
-        axes.set(xlabel=label, xlim=(0, None))
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
         axes.grid(color="0.92", linewidth=0.6)
     name = next(iter(results[0].losses))
     panels[0].set_ylabel(f"validation loss on {name}, nats per token")
@@ -49,10 +53,11 @@ def loss_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
     if shown <= FEW:
         _name_lines(panels[-1], ends[len(panels) - 1 :: len(panels)])
     figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(shown, 6), frameon=False
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(shown, 3), frameon=False
     )
     seeds = len({r.run.seed for r in results})
-    figure.suptitle(f"Greedy routing; mean over up to {seeds} seed{'s' * (seeds > 1)}, bars from lowest to highest")
+    over = f"; mean over up to {seeds} seeds, bars from lowest to highest" if seeds > 1 else "; one seed"
+    figure.suptitle(f"Greedy routing{over}", fontsize=11)
     return figure
 
 
@@ -70,9 +75,10 @@ def density_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
         assert router is not None
         axes.axhline(router.density, linestyle=":", linewidth=1, color=style["color"])
     axes.set(xlabel="routed site, first layer first", ylabel="share of tokens executed", ylim=(0, 1))
-    axes.set_title("Greedy density by site; mean over seeds, bars from lowest to highest; targets dotted", fontsize=10)
+    axes.set_title("Greedy density by site after the last step; targets dotted", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="0.92", linewidth=0.6)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
@@ -85,8 +91,9 @@ def dial_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
     if not dials:
         return None
     dense = {r.variant: r for r in reversed(results) if r.run.config.model.router is None}
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
+    as_trained = []
     for variant in suite.variants:
         style = _style(suite, variant)
         if variant in dials:
@@ -95,20 +102,23 @@ def dial_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
             axes.plot(flops, losses, **style, label=suite.title(variant))
             trained = next(place for place, point in enumerate(points) if point["trained"])
             axes.plot(flops[trained], losses[trained], "o", markersize=13, color=style["color"], fillstyle="none")
+            as_trained.append(losses[trained])
         elif variant in dense:
             loss = dense[variant].curve.losses[-1]
             alone = {**style, "linestyle": "none", "markersize": 9, "markerfacecolor": "white"}
             axes.plot([dense[variant].forward_flops / 1e6], [loss], **alone, label=suite.title(variant))
+            as_trained.append(loss)
     first = next(iter(dials.values())).dial
     assert first is not None
     axes.set(xlabel="executed forward MFLOPs per token", ylabel="loss, nats per token")
     axes.set_title(
-        f"Compute dials on {first['held_out_windows']} held-out windows of {first['validation_set']}; as trained: "
-        "circled. Dense variants (white) on the windows of training's evaluation. One seed each.",
-        fontsize=9,
+        f"Compute dials on {first['held_out_windows']} held-out windows of {first['validation_set']}; circled: as "
+        "trained.\nDense variants (white) on the windows that training evaluates on. One seed each.",
+        fontsize=10,
     )
+    axes.set_ylim(top=min(axes.get_ylim()[1], _WORST_OF_DIAL * max(as_trained)))
     axes.grid(color="0.92", linewidth=0.6)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

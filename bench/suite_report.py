@@ -63,9 +63,9 @@ def main_table(suite: Suite, results: Sequence[Result]) -> str:
     """Markdown: a row a variant, in the suite's order; mean ± standard deviation over seeds (how many)."""
     sets = list(results[0].losses) if results else []
     header = ["variant", "layers", "parameters without embedding", "density: target", "greedy", "training tokens"]
-    header += [f"executed FLOPs of {suite.reference}"]
+    header += [f"executed FLOPs of {suite.title(suite.reference)}"]
     for name in sets:
-        header += [f"validation loss, {name}", f"minus {suite.reference}, by seed"]
+        header += [f"validation loss, {name}", f"minus {suite.title(suite.reference)}, by seed"]
     header += [f"{task}, {'bits per byte' if task == 'perplexity' else 'accuracy'}" for task in _tasks(suite)]
     reference = _of(results, suite.reference)
     body = []
@@ -162,21 +162,20 @@ def compare(table: Sequence[dict[str, str]], other: Path) -> str:
         raise ValueError(f"{variant} with seed {seed} is {where}; compare suites of the same runs")
     largest, place, compared = 0.0, "", 0
     for (variant, seed), row in ours.items():
-        for column in row.keys() | theirs[variant, seed].keys():
+        for column in sorted(row.keys() | theirs[variant, seed].keys()):
             if column == "variant" or column.startswith(TIME):
                 continue
             difference = _difference(row.get(column), theirs[variant, seed].get(column))
             compared += 1
-            if difference >= largest:
+            if difference > largest:
                 largest, place = difference, f"{column} of {variant} with seed {seed}"
     if largest > TOLERANCE:
         raise ValueError(
             f"{place} differs from {path} by {largest:.1e} relative, and at most {TOLERANCE:g} is the same; look for "
             "another config, version, number of threads or ranks, or machine"
         )
-    return (
-        f"{compared} figures of {len(ours)} runs agree with {path}: largest relative difference {largest:.1e} ({place})"
-    )
+    told = f"the largest relative difference is {largest:.1e} ({place})" if place else "they are the same"
+    return f"{compared} figures of {len(ours)} runs agree with {path}: {told}"
 
 
 def _difference(one: str | None, other: str | None) -> float:
