@@ -125,10 +125,12 @@ def _refuse_impossible(suite: Suite, runs: Sequence[Run], ranks: int) -> None:
 def _submit(suite: Suite, runs: Sequence[Run], options: argparse.Namespace, words: Sequence[str]) -> int:
     """Hand every run that is not done to SLURM."""
     missing = [run for run in runs if not is_done(run)]
-    if missing and "--dry-run" not in options.slurm:
+    dry = "--dry-run" in options.slurm or "--print-config" in options.slurm
+    if missing and not dry:
         prepare(suite, missing[0])
     refused = submit(suite, missing, options.slurm)
-    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, {len(missing) - len(refused)} submitted")
+    submitted = 0 if dry else len(missing) - len(refused)
+    print(f"{len(runs) - len(missing)} of {len(runs)} runs are done, {submitted} submitted")
     again = shlex.join(["python", "-m", "bench.isoflop", *words[: words.index("--slurm")]])
     print(f"when they are done: {again}")
     print("it measures dials and downstream tasks here, then writes the tables; with --table it only writes them")

@@ -1,6 +1,7 @@
 """The pictures of a suite: losses over what they cost, densities by site, compute dials.
 
-Line styles, markers and greys, not colours, tell variants apart, so that a print in black and white can be read.
+Line styles and markers, not colours, tell variants apart, so that a print in black and white can be read. Learned
+routers are black, dense models dark grey, other routers light grey, the reference thick.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from bench.suite_results import Curve, Result
 
 FEW = 4
 """Up to so many variants have their names beside their lines."""
-_WORST = 1.3
+_WORST = 1.15
 """Losses above this times the variant's last one are left out, so that the end can be read."""
 _WORST_OF_DIAL = 1.05
 """A dial may leave the picture above this times the largest loss of a model as it was trained."""
-_LINES, _MARKERS, _GREYS = ("-", "--", "-.", ":"), "os^vD*XP<>", ("0", "0.4", "0.6")
+_LINES, _MARKERS = ("--", "-.", ":", "-"), "o^vD*XP<>"
 _AXES: list[tuple[str, Callable[[Curve], list[float]]]] = [
     ("executed training FLOPs", lambda curve: curve.flops),
     ("training time on this machine, minutes", lambda curve: [s / 60 for s in curve.seconds]),
@@ -37,15 +38,14 @@ def loss_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
     """Validation loss over FLOPs, time and tokens; mean over seeds, bars from the lowest to the highest."""
     if not any(len(r.curve.losses) > 1 for r in results):
         return None
-    figure = Figure(figsize=(15, 5.5), layout="constrained")
+    figure = Figure(figsize=(15, 6.5), layout="constrained")
     panels: Sequence[Axes] = figure.subplots(1, 3, sharey=True)
     ends: list[tuple[float, float, str]] = []
     for variant, own in _by_variant(suite, results):
         for axes, (_, spent) in zip(panels, _AXES, strict=True):
-            ends.append(_curve(axes, own, spent, _style(suite, variant), suite.title(variant)))
+            ends.append(_curve(axes, own, spent, _style(suite, own[0]), suite.title(variant)))
     for axes, (label, _) in zip(panels, _AXES, strict=True):
         axes.set_xlabel(label)
-        axes.set_xlim(left=0)
         axes.grid(color="0.92", linewidth=0.6)
     name = next(iter(results[0].losses))
     panels[0].set_ylabel(f"validation loss on {name}, nats per token")
@@ -69,7 +69,7 @@ def density_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     for variant, own in _by_variant(suite, learned):
-        style, densities = _style(suite, variant), [list(r.sites.values()) for r in own]
+        style, densities = _style(suite, own[0]), [list(r.sites.values()) for r in own]
         _line(axes, list(range(len(densities[0]))), densities, style, suite.title(variant))
         router = own[0].run.config.model.router
         assert router is not None
@@ -95,8 +95,8 @@ def dial_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
     axes = figure.subplots()
     as_trained = []
     for variant in suite.variants:
-        style = _style(suite, variant)
         if variant in dials:
+            style = _style(suite, dials[variant])
             points = dials[variant].dial["points"]  # type: ignore[index]
             flops, losses = [p["flops_per_token"] / 1e6 for p in points], [p["loss"] for p in points]
             axes.plot(flops, losses, **style, label=suite.title(variant))
@@ -105,7 +105,7 @@ def dial_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
             as_trained.append(losses[trained])
         elif variant in dense:
             loss = dense[variant].curve.losses[-1]
-            alone = {**style, "linestyle": "none", "markersize": 9, "markerfacecolor": "white"}
+            alone = {**_style(suite, dense[variant]), "linestyle": "none", "markersize": 9, "markerfacecolor": "white"}
             axes.plot([dense[variant].forward_flops / 1e6], [loss], **alone, label=suite.title(variant))
             as_trained.append(loss)
     first = next(iter(dials.values())).dial
@@ -169,16 +169,18 @@ def _learns(result: Result) -> bool:
     return router is not None and router.kind == "learned"
 
 
-def _style(suite: Suite, variant: str) -> dict[str, Any]:
-    """The same in every picture; the reference is black, solid and thick."""
+def _style(suite: Suite, result: Result) -> dict[str, Any]:
+    """Of a variant, by one of its results; the same in every picture."""
+    variant, router = result.variant, result.run.config.model.router
     if variant == suite.reference:
         return {"color": "0", "linestyle": "-", "marker": "s", "linewidth": 2.4, "markersize": 6}
     place = [name for name in suite.variants if name != suite.reference].index(variant)
+    color = "0.4" if router is None else "0" if router.kind == "learned" else "0.6"
     return {
-        "color": _GREYS[place % len(_GREYS)],
-        "linestyle": _LINES[(place + 1) % len(_LINES)],
-        "marker": _MARKERS.replace("s", "")[place % (len(_MARKERS) - 1)],
+        "color": color,
+        "linestyle": _LINES[place % len(_LINES)],
+        "marker": _MARKERS[place % len(_MARKERS)],
         "linewidth": 1.3,
         "markersize": 6,
-        "markerfacecolor": "white" if place % 2 else _GREYS[place % len(_GREYS)],
+        "markerfacecolor": "white" if place % 2 else color,
     }
