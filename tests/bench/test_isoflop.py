@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,12 @@ from launch.slurm.__main__ import main as submit
 from tests.bench.suites import DENSE, finish, planned, write_dial, write_suite
 
 Calls = list[list[str]]
+
+
+def _replace(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
+    """Have the suite call ``run`` for ``subprocess.run``, and nobody else."""
+    names = {"run": run, "DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
+    monkeypatch.setattr(suite_runs, "subprocess", SimpleNamespace(**names))
 
 
 @pytest.fixture
@@ -48,7 +56,7 @@ def calls(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calls
                 write_dial(one)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(suite_runs.subprocess, "run", run)
+    _replace(monkeypatch, run)
     return made
 
 
@@ -89,7 +97,7 @@ def test_a_real_suite_from_start_to_tables(
     assert skip["loss/code"] == repr(last["validation/code/loss"]) and skip["tokens"] == "1024"
     assert float(skip["density"]) == last["validation/code/density"] and float(skip["time/tokens_per_s"]) > 0
 
-    monkeypatch.setattr(suite_runs.subprocess, "run", lambda *_, **__: pytest.fail("it was run already"))
+    _replace(monkeypatch, lambda *_, **__: pytest.fail("it was run already"))
     assert main([str(path), "--out", str(out), "--against", str(out)]) == 0
     assert "they are the same" in capsys.readouterr().out
     text = (out / "results.csv").read_text()
@@ -154,10 +162,10 @@ def test_missing_data_is_prepared_first(tiny: dict[str, Any], suite: Path, calls
 
 def test_data_that_cannot_be_prepared_ends_it(suite: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """For real: the tokenizer's own sentence, then ours."""
-    wrong = ["set.data.dir=" + str(tmp_path / "data"), "set.data.tokenizer.vocab_size=300"]
-    _ended(capfd, "model.vocab_size (400) must equal", [str(suite), *wrong, "--out", str(tmp_path / "out")])
-    nothing = [f"set.data.dir={tmp_path / 'data'}", "set.data.sources=[{name: code, files: [/no/such]}]"]
-    said = _ended(capfd, "the suite's data cannot be prepared: python -m data.tokenizer", [str(suite), *nothing])
+    words = [str(suite), f"set.data.dir={tmp_path / 'data'}", "--out", str(tmp_path / "out")]
+    _ended(capfd, "model.vocab_size (400) must equal", [*words, "set.data.tokenizer.vocab_size=300"])
+    nothing = [*words, "set.data.sources=[{name: code, files: [/no/such]}]"]
+    said = _ended(capfd, "the suite's data cannot be prepared: python -m data.tokenizer", nothing)
     assert "/no/such" in said
 
 
@@ -204,7 +212,7 @@ def test_a_job_sees_its_gpus_only(suite: Path, tmp_path: Path, monkeypatch: pyte
         seen.append((command, env.get("CUDA_VISIBLE_DEVICES")))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(suite_runs.subprocess, "run", run)
+    _replace(monkeypatch, run)
     for ranks in ("1", "2"):
         main(
             [
@@ -239,7 +247,7 @@ def test_every_run_that_is_not_done_is_submitted(
         except SystemExit as ended:
             return SimpleNamespace(returncode=ended.code)
 
-    monkeypatch.setattr(suite_runs.subprocess, "run", run)
+    _replace(monkeypatch, run)
     out, site = tmp_path / "out", tmp_path / "site.yaml"
     site.write_text("{partition: cpu}")
     finish(planned(suite, out)[1][0], [5.0, 4.0])
@@ -278,7 +286,7 @@ def test_downstream_tasks_of_finished_runs(
         Path(command[command.index("--json") + 1]).write_text(json.dumps(content))
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(suite_runs.subprocess, "run", run)
+    _replace(monkeypatch, run)
     for one in runs:
         finish(one, [5.0, 4.0])
     words = [str(path), "--out", str(out)]
@@ -357,7 +365,7 @@ def test_ctrl_c_starts_no_further_run(
         signal.raise_signal(signal.SIGINT)  # taken by the main thread
         return SimpleNamespace(returncode=75)
 
-    monkeypatch.setattr(suite_runs.subprocess, "run", run)
+    _replace(monkeypatch, run)
     with pytest.raises(SystemExit) as ended:
         main([str(suite), "--out", str(tmp_path / "out"), "--jobs", "1"])
     assert ended.value.code == 130 and len(started) < 4
