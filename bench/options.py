@@ -92,7 +92,8 @@ def refuse(options: argparse.Namespace, least: Mapping[str, int]) -> None:
     Raises:
         ValueError: one sentence.
     """
-    for name, smallest in {"repeats": 1, **least}.items():
+    rounds = {"repeats": 1} if hasattr(options, "repeats") else {}
+    for name, smallest in {**rounds, **least}.items():
         value = getattr(options, name)
         for number in value if isinstance(value, list) else [value]:
             if number < smallest:

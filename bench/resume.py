@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
 from trainer.loop import micro_batches
 from trainer.saving import Saver
+from trainer.start import free_port
 from trainer.step import train_step
 
 BEFORE, AFTER = 4, 4
@@ -91,7 +91,7 @@ def measure(
         for count in ranks:
             command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
             further = read_with if phase == "read" else ()
-            command += [f"--master-port={_free_port()}", "-m", "bench.resume", str(config), *overrides, *further]
+            command += [f"--master-port={free_port()}", "-m", "bench.resume", str(config), *overrides, *further]
             command += ["--precision", precision, "--work", work, "--phase", phase]
             command += ["--stages", *map(str, stages), "--ranks", str(count)]
             done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -177,12 +177,6 @@ def _train(engine: Any, config: RunConfig, world: World, first: int, count: int)
         set_learning_rate(engine, 1.0)
         losses.append(train_step(engine, batches, budget, config, world, step).tally.loss)
     return losses
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import torch
 
 from settings import user_errors
 from trainer.config import load_run
+from trainer.start import deepspeed_launcher, free_port
 from tune.resolve import load_file
 
 EXPORT = Path("runs/demo-hf")
@@ -51,7 +51,7 @@ def main() -> int:
             run_dir.rename(earlier)
             print(f"{run_dir} of an earlier demo is now {earlier}; remove it when you like")
     started = time.monotonic()
-    for command in commands(str(arguments.config), str(arguments.tune_config), processes, _free_port()):
+    for command in commands(str(arguments.config), str(arguments.tune_config), processes, free_port()):
         print(f"\n$ {shlex.join([Path(command[0]).name, *command[1:]])}", flush=True)
         status = subprocess.run(command, check=False).returncode
         if status:
@@ -67,8 +67,7 @@ def main() -> int:
 
 def commands(config: str, tune_config: str, processes: int, port: int) -> list[list[str]]:
     """The demo's commands, in order; the ranks meet at ``port``."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
-    launcher += ["--num_gpus", str(processes), "--master_port", str(port)]
+    launcher = deepspeed_launcher(processes, port)
     return [
         [sys.executable, "-m", "data.tokenizer", config],
         [sys.executable, "-m", "data.prepare", config],
@@ -78,13 +77,6 @@ def commands(config: str, tune_config: str, processes: int, port: int) -> list[l
         [sys.executable, "-m", "convert.to_hf", str(load_file(tune_config).train.run_dir), str(EXPORT)],
         [sys.executable, "-m", "launch.demo_sentence", str(EXPORT)],
     ]
-
-
-def _free_port() -> int:
-    """A TCP port for the ranks to meet at that nothing listens on right now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 if __name__ == "__main__":

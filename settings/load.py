@@ -122,11 +122,18 @@ def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str) -> list[str]:
             problems.append(f"unknown key '{prefix}{key}'; {hint}")
             continue
         for nested in _nested_schemas(field.annotation):
-            items = value if isinstance(value, list) else [value]
-            for number, item in enumerate(items):
-                place = f"{prefix}{key}[{number}]." if isinstance(value, list) else f"{prefix}{key}."
-                problems += _unknown_keys(item, nested, place)
+            for place, item in _items(value, field.annotation, f"{prefix}{key}"):
+                problems += _unknown_keys(item, nested, f"{place}.")
     return problems
+
+
+def _items(value: Any, annotation: Any, place: str) -> list[tuple[str, Any]]:
+    """The blocks in a field's raw value with their places: itself, a list's, or those of a mapping of the user's."""
+    if isinstance(value, list):
+        return [(f"{place}[{number}]", item) for number, item in enumerate(value)]
+    if isinstance(value, dict) and typing.get_origin(annotation) is dict:
+        return [(f"{place}.{name}", item) for name, item in value.items()]
+    return [(place, value)]
 
 
 def _nested_schemas(annotation: Any) -> list[type[BaseModel]]:

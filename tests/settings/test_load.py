@@ -24,6 +24,8 @@ class Data(Strict):
 
     sources: list[Source] = Field(default_factory=list)
     """Items."""
+    extra: dict[str, Source] = Field(default_factory=dict)
+    """Items by a name of the user's."""
     shuffle: bool = True
     """A flag."""
 
@@ -135,6 +137,11 @@ def test_override_with_bad_value(write) -> None:
             "train: {steps: 1}\ndata: {sources: [{name: a}, {nam: b}]}",
             [],
             "unknown key 'data.sources[1].nam'; did you mean 'data.sources[1].name'?",
+        ),
+        (
+            "train: {steps: 1}\ndata: {extra: {mine: {name: a, weihgt: 2}}}",
+            [],
+            "unknown key 'data.extra.mine.weihgt'; did you mean 'data.extra.mine.weight'?",
         ),
         ("train: {steps: 1}\n3: 4", [], "unknown key '3'; valid keys: train, data, name"),
     ],

@@ -1,0 +1,292 @@
+"""A suite: runs that differ in a few keys of one config and are compared at equal executed FLOPs.
+
+``bench/suites/*.yaml`` are suites, docs/isoflop.md says how to write one. Every run sees the same data in the same
+order, and its planned FLOPs follow from its config alone:
+
+    3 x forward FLOPs a token (model/flops.py: head, K/V of every token and routers included) x training tokens
+
+with full windows and every routed site at the mean over the steps of its target density, so that a dense warm-up is
+paid for. Where ``data.confine_attention`` is on, tokens see fewer keys than in full windows; then both sides of a match
+are planned too high by about the same share of their attention's products.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from model.budget import Budget
+from model.flops import TRAINING_FACTOR, Routed, executed_flops
+from settings import Strict, load
+from trainer.config import RunConfig, load_run
+
+Keys = dict[str, Any]
+"""Dotted keys of a run's config and their values; later ones win."""
+Seed = Annotated[int, Field(ge=0, lt=2**62)]
+_STEPS, _DENSITY = "train.steps", "model.router.density"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9_-]*"
+_OF_THE_SUITE = {
+    "train.steps": "it follows from the suite's tokens",
+    "train.seed": "it is one of the suite's seeds",
+    "train.run_dir": "it follows from --out",
+    "train.checkpoint.resume": "every run resumes by itself",
+}
+_THE_SAME_FOR_ALL = {
+    "train.evaluation.samples": "losses are compared on the same windows and only the suite's own set may change them"
+}
+_OWN_DATA = ("data.confine_attention", "data.restart_positions")
+"""All that a single variant may change about the data."""
+
+
+class Variant(Strict):
+    """What one contestant changes."""
+
+    title: str | None = None
+    """Its name in tables and pictures; the variant's key unless given."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the run's config, dotted or nested, and their values; what is not named stays the backbone's."""
+    equal_flops: Literal["none", "tokens", "density"] = "none"
+    """What is chosen so that the planned FLOPs are the reference's: nothing, the number of training tokens, or
+    ``model.router.density`` at the suite's tokens."""
+    seeds: list[Seed] | None = Field(None, min_length=1)
+    """Its own seeds; the suite's unless given."""
+
+
+class Downstream(Strict):
+    """Tasks for ``evals.harness``, on the last checkpoint of every run."""
+
+    tasks: list[str] = Field(min_length=1)
+    """``blimp`` (the mean over its paradigms), ``blimp_NAME``, ``perplexity``."""
+    data: str
+    """Folder that holds ``blimp/`` and ``books/``."""
+    limit: int | None = Field(None, gt=0)
+    """First documents of each task; all unless given."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _local(cls, tasks: list[str]) -> list[str]:
+        for task in tasks:
+            if task not in ("blimp", "perplexity") and not task.startswith("blimp_"):
+                raise ValueError(f"a task must be blimp, blimp_NAME or perplexity, got '{task}'")
+        return tasks
+
+
+class Suite(Strict):
+    """Runs to compare."""
+
+    backbone: str
+    """Config of a stage-one run. Every run is it, with ``set`` and then its variant's ``set`` on top."""
+    tokens: int = Field(gt=0)
+    """Training tokens of every run, rounded to whole optimiser steps."""
+    seeds: list[Seed] = Field([0], min_length=1)
+    """Of the weights and the routing noise (``train.seed``); the data's order is the same for all."""
+    reference: str
+    """The variant that the others are measured against and whose planned FLOPs they are matched to."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Keys of the run's config for every variant, as in a variant."""
+    variants: dict[str, Variant] = Field(min_length=1)
+    """By name: letters, digits, _ and -."""
+    downstream: Downstream | None = None
+    """Tasks for every finished run; none unless given."""
+    dial: bool = True
+    """Measure the compute dial of variants with learned routers, on their first seed (``evals.dial``, on the CPU)."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Suite:
+        problems = [*_forbidden(self.set, "set", _OF_THE_SUITE), *_twice(self.seeds, "")]
+        for name, variant in self.variants.items():
+            if not re.fullmatch(_NAME, name):
+                problems.append(
+                    f"variant '{name}': a name is part of a folder's, so it must begin with a letter or digit and have "
+                    "letters, digits, _ and - only"
+                )
+            problems += _forbidden(variant.set, f"variant {name}: set", _OF_THE_SUITE | _THE_SAME_FOR_ALL, _OWN_DATA)
+            problems += _twice(variant.seeds or [], f"variant {name}: ")
+        if self.reference not in self.variants:
+            problems.append(f"reference '{self.reference}' is no variant; it must be one of {', '.join(self.variants)}")
+        elif self.variants[self.reference].equal_flops != "none":
+            problems.append(f"variant {self.reference} is the reference, to which others are matched; leave out its "
+                            "equal_flops")  # fmt: skip
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def seeds_of(self, variant: Variant) -> list[int]:
+        """Its own, or the suite's."""
+        return self.seeds if variant.seeds is None else variant.seeds
+
+    def first_seed(self, name: str) -> int:
+        """A variant's."""
+        return self.seeds_of(self.variants[name])[0]
+
+    def title(self, name: str) -> str:
+        """What tables and pictures call a variant."""
+        return self.variants[name].title or name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant with one seed.
+
+    Attributes:
+        variant, seed: which.
+        folder: its run folder.
+        overrides: ``key.sub=value`` for ``pretrain.train`` on the suite's backbone.
+        config: what that resolves to.
+        planned_flops: executed FLOPs of its whole training, forward and backward.
+    """
+
+    variant: str
+    seed: int
+    folder: Path
+    overrides: tuple[str, ...]
+    config: RunConfig
+    planned_flops: float
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return self.folder.name
+
+
+def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
+    """A suite from its file and the command line.
+
+    Raises:
+        ValueError: with one sentence for each mistake.
+    """
+    return load(path, overrides, Suite)
+
+
+def plan(suite: Suite, out: Path) -> list[Run]:
+    """Every run of ``suite`` below ``out``, its config resolved and its FLOPs matched.
+
+    Seeds outermost: an interrupted suite has whole tables of fewer seeds.
+
+    Raises:
+        ValueError: for a config that cannot be, naming the variant, or FLOPs that cannot be matched.
+    """
+    reference = planned_flops(_resolve(suite, suite.reference, _keys(suite, suite.reference)))
+    chosen = {name: _matched(suite, name, reference) for name in suite.variants}
+    seeds = dict.fromkeys([*suite.seeds, *(s for v in suite.variants.values() for s in suite.seeds_of(v))])
+    runs = []
+    for seed in seeds:
+        for name, variant in suite.variants.items():
+            if seed not in suite.seeds_of(variant):
+                continue
+            folder = out / "runs" / f"{name}-seed{seed}"
+            own = {"train.seed": seed, "train.run_dir": str(folder), "train.checkpoint.resume": "auto"}
+            keys = {**chosen[name], **own}
+            config = _resolve(suite, name, keys)
+            runs.append(Run(name, seed, folder, tuple(_overrides(keys)), config, planned_flops(config)))
+    if not runs[0].config.data.validation:
+        raise ValueError(f"{suite.backbone} has no data.validation, and validation losses are what a suite compares")
+    return runs
+
+
+def planned_flops(config: RunConfig) -> float:
+    """Executed FLOPs of the whole training, forward and backward, full windows assumed."""
+    tokens = float(config.train.steps * step_tokens(config))
+    visible_keys = tokens * (config.data.sequence_tokens + 1) / 2
+    density, sites = mean_target(config), len(config.model.sites)
+    routed = Routed(tokens, visible_keys, [density * tokens] * sites, [density * visible_keys] * sites)
+    return TRAINING_FACTOR * executed_flops(config.model, routed)
+
+
+def mean_target(config: RunConfig) -> float:
+    """The target density, as a mean over the steps of the run; 1 for a dense model."""
+    budget, steps = Budget(config.model, config.data.sequence_tokens), config.train.steps
+    return sum(budget.target(step / steps) for step in range(steps)) / steps
+
+
+def step_tokens(config: RunConfig) -> int:
+    """Training tokens of one optimiser step."""
+    return config.train.global_batch_samples * config.data.sequence_tokens
+
+
+def _matched(suite: Suite, name: str, reference: float) -> Keys:
+    """The keys of a variant, with what it asks to be chosen so that its planned FLOPs are ``reference``."""
+    keys, kind = _keys(suite, name), suite.variants[name].equal_flops
+    config = _resolve(suite, name, keys)
+    if kind == "tokens":
+        keys[_STEPS] = max(round(config.train.steps * reference / planned_flops(config)), 1)
+    elif kind == "density":
+        keys.pop(_DENSITY, None)  # it goes last, after a key that holds a whole router block
+        keys[_DENSITY] = _matched_density(suite, name, keys, config, reference)
+    return keys
+
+
+def _matched_density(suite: Suite, name: str, keys: Keys, config: RunConfig, reference: float) -> float:
+    """The target at which the planned FLOPs are ``reference``; they lie on a straight line over it."""
+    if config.model.router is None:
+        raise ValueError(
+            f"variant {name}: equal_flops density chooses the density of a router, and this model is dense; give it a "
+            "model.router, or take equal_flops: tokens"
+        )
+    half, whole = (planned_flops(_resolve(suite, name, {**keys, _DENSITY: density})) for density in (0.5, 1.0))
+    nothing = 2 * half - whole
+    density = (reference - nothing) / (whole - nothing)
+    if not 0 < density <= 1:
+        raise ValueError(
+            f"variant {name}: no router.density in (0, 1] makes its executed FLOPs those of {suite.reference}; it "
+            f"plans {nothing / reference:.2f} of them at 0 and {whole / reference:.2f} at 1; give it other layers, or "
+            "equal_flops: tokens"
+        )
+    return round(density, 6)
+
+
+def _keys(suite: Suite, name: str) -> Keys:
+    """A variant's keys and the steps that the suite's tokens take, before any matching."""
+    keys: Keys = {}
+    for key, value in (*_flat(suite.set), *_flat(suite.variants[name].set)):
+        keys.pop(key, None)  # the order counts where a key holds another one's whole block
+        keys[key] = value
+    # The batch is read from a run that is longer than any warm-up.
+    batch_tokens = step_tokens(_resolve(suite, name, {**keys, _STEPS: 2**31}))
+    return {**keys, _STEPS: max(round(suite.tokens / batch_tokens), 1)}
+
+
+def _resolve(suite: Suite, name: str, keys: Keys) -> RunConfig:
+    try:
+        return load_run(suite.backbone, _overrides(keys))
+    except ValueError as error:
+        hint = " (train.steps follows from the suite's tokens)" if _STEPS in str(error) else ""
+        raise ValueError(f"variant {name}: {error}{hint}") from None
+
+
+def _overrides(keys: Keys) -> list[str]:
+    return [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
+
+
+def _flat(keys: Keys, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and their values."""
+    for key, value in keys.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _forbidden(
+    keys: Keys, where: str, reasons: dict[str, str], own_data: tuple[str, ...] | None = None
+) -> Iterator[str]:
+    """A sentence for every key that may not be set; only ``own_data`` of the data's unless that is None."""
+    for key, _ in _flat(keys):
+        if key in reasons:
+            yield f"{where} must not have {key}, because {reasons[key]}; leave it out"
+        elif own_data is not None and key.partition(".")[0] == "data" and key not in own_data:
+            yield (
+                f"{where} must not have {key}, because every run sees the same data in the same order; set it for all "
+                "variants, in the suite's own set"
+            )
+
+
+def _twice(seeds: list[int], where: str) -> list[str]:
+    twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
+    return [f"{where}seed {seed} stands twice, and two runs cannot share a folder; name it once" for seed in twice]
