@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from model.budget import Budget
-from model.flops import TRAINING_FACTOR, Routed, executed_flops
+from model.flops import full_windows, training_flops
 from settings import Strict, load
 from trainer.config import RunConfig, load_run
 
@@ -193,10 +193,8 @@ def plan(suite: Suite, out: Path) -> list[Run]:
 def planned_flops(config: RunConfig) -> float:
     """Executed FLOPs of the whole training, forward and backward, full windows assumed."""
     tokens = float(config.train.steps * step_tokens(config))
-    visible_keys = tokens * (config.data.sequence_tokens + 1) / 2
-    density, sites = mean_target(config), len(config.model.sites)
-    routed = Routed(tokens, visible_keys, [density * tokens] * sites, [density * visible_keys] * sites)
-    return TRAINING_FACTOR * executed_flops(config.model, routed)
+    routed = full_windows(config.model, tokens, config.data.sequence_tokens, mean_target(config))
+    return training_flops(config.model, routed)
 
 
 def mean_target(config: RunConfig) -> float:

@@ -17,7 +17,7 @@ from torch import nn
 
 from launch.stages import load_either, without_storage
 from model.config import ModelConfig
-from model.flops import TRAINING_FACTOR, Routed, executed_flops
+from model.flops import TRAINING_FACTOR, executed_flops, full_windows, training_flops
 from trainer.config import OptimizerConfig, StageConfig
 
 Stage = Literal[0, 1, 2, 3]
@@ -102,7 +102,9 @@ class Workload:
 
     def flops_per_token(self, density: float | None = None) -> float:
         """Forward and backward, at ``density`` (the target unless given), as the metrics count them."""
-        return TRAINING_FACTOR * self._forward(self.density if density is None else density)
+        tokens = self.config.data.sequence_tokens
+        counts = full_windows(self.model, tokens, tokens, self.density if density is None else density)
+        return training_flops(self.model, counts) / tokens
 
     def dense_flops_per_token(self) -> float:
         """The same without routers."""
@@ -111,7 +113,8 @@ class Workload:
 
     def hardware_flops_per_token(self) -> float:
         """What a device computes for them: with fillers, and with what activation checkpointing computes twice."""
-        flops = TRAINING_FACTOR * self._forward(self.computed_share)
+        explored = self.flops_per_token() - TRAINING_FACTOR * self._forward(self.density)
+        flops = TRAINING_FACTOR * self._forward(self.computed_share) + explored
         if self.config.train.activation_checkpointing:
             flops += self._forward(self.computed_share) - 2 * self.model.width * self.model.vocab_size
         return flops
@@ -122,10 +125,7 @@ class Workload:
 
 def forward_flops(model: ModelConfig, sequence_tokens: int, density: float) -> float:
     """FLOPs of a token's forward pass in full windows of T tokens, every routed site at ``density``."""
-    visible = sequence_tokens * (sequence_tokens + 1) / 2
-    sites = len(model.sites)
-    routed = Routed(sequence_tokens, visible, [density * sequence_tokens] * sites, [density * visible] * sites)
-    return executed_flops(model, routed) / sequence_tokens
+    return executed_flops(model, full_windows(model, sequence_tokens, sequence_tokens, density)) / sequence_tokens
 
 
 def computed_share(model: ModelConfig, sequence_tokens: int, density: float) -> float:

@@ -59,11 +59,13 @@ class Decision(NamedTuple):
         gate: the router's answer.
         executed: bool [B, T], tokens that execute: the gate's, less those beyond the capacity.
         selection: the tokens that are computed.
+        explored: skipped tokens for which the site's output is computed without a gradient of its own, and not added.
     """
 
     gate: Gate
     executed: Tensor
     selection: Selection
+    explored: Selection | None = None
 
 
 class FeedForward(nn.Module):
@@ -119,7 +121,8 @@ class Block(nn.Module):
             self._write_keys_values(h, inputs)
             return x, [decision]
         update = self._run(inputs, self._layer_update, x, h, decision.selection)
-        return decision.selection.add(x, _weigh(update, decision, config)), [decision]
+        added = decision.selection.add(x, _weigh(update, decision, config))
+        return _explore(added, decision, inputs, self._layer_update, x, h), [decision]
 
     def _module_routed(self, x: Tensor, inputs: PassInputs, config: RouterConfig) -> tuple[Tensor, list[Decision]]:
         h = self.input_layernorm(x)
@@ -129,12 +132,14 @@ class Block(nn.Module):
         else:
             update = self._run(inputs, self._attention_update, h, attention.selection)
             x = attention.selection.add(x, _weigh(update, attention, config))
+            x = _explore(x, attention, inputs, self._attention_update, h)
 
         h = self.post_attention_layernorm(x)
         ffn = _decide(self.ffn_router(h if config.input == "normed" else x, inputs.routing), config, inputs)
         if not _nothing_to_do(ffn, inputs):
             update = self._run(inputs, self._ffn_update, h, ffn.selection)
             x = ffn.selection.add(x, _weigh(update, ffn, config))
+            x = _explore(x, ffn, inputs, self._ffn_update, h)
         return x, [attention, ffn]
 
     def _layer_update(self, x: Tensor, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
@@ -172,14 +177,13 @@ class Block(nn.Module):
 
 
 def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
+    explored = None if gate.explored is None else Selection.of(gate.explored)
     if config.execution == "reference":
-        return Decision(
-            gate, gate.executed, Selection.everything(gate.executed.shape[0], gate.executed.shape[1], exact=False)
-        )
+        return Decision(gate, gate.executed, Selection.everything(*gate.executed.shape, exact=False), explored)
     if inputs.capacity_tokens is not None:
         selection, executed = Selection.capped(gate.executed, inputs.capacity_tokens)
         return Decision(gate, executed, selection)
-    return Decision(gate, gate.executed, Selection.of(gate.executed))
+    return Decision(gate, gate.executed, Selection.of(gate.executed), explored)
 
 
 def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
@@ -188,10 +192,20 @@ def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
 
 
 def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
-    """Multiply an update [N, D] by its tokens' gate values, letting gradients through as ``gate_gradient`` says."""
+    """Multiply an update [N, D] by its tokens' gate values; executed tokens' gates learn from it."""
     if decision.selection.exact and config.kind != "expert_choice" and not torch.is_grad_enabled():
         return update  # every one of these values is 1
-    value = decision.gate.value
-    if config.gate_gradient == "executed":
-        value = torch.where(decision.executed, value, value.detach())
+    value = torch.where(decision.executed, decision.gate.value, decision.gate.value.detach())
     return update * decision.selection.gather(value)[:, None].to(update.dtype)
+
+
+def _explore(
+    x: Tensor, decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Tensor
+) -> Tensor:
+    """``x`` [B, T, D] as it is; in the backward pass explored tokens' gates learn what ``part`` would have added."""
+    if decision.explored is None:
+        return x
+    with torch.no_grad():
+        update = part(*args, decision.explored, inputs)
+    value = torch.where(decision.executed, 0.0, decision.gate.value)  # fillers may be executed tokens
+    return decision.explored.add(x, update * decision.explored.gather(value)[:, None].to(update.dtype))

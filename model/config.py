@@ -111,19 +111,23 @@ class RouterConfig(Block):
     never drop."""
     capacity_factor: float = Field(1.25, ge=1)
     """capacity: room for this times the target density, rounded up to whole blocks of 128 tokens a window."""
-    gate_gradient: Literal["executed", "all"] = "executed"
-    """Which tokens' gates learn from the language-model loss; ``all`` (textbook straight-through) needs
-    ``execution: reference``, because a skipped token's layer output must be computed for it."""
+    explore: float = Field(0.0, ge=0, le=1)
+    """Share of skipped tokens for which a site computes in training (forward only) what it would have added, for their
+    gates to learn from. 1 is textbook straight-through; with 0 only executed tokens' gates learn from the loss."""
     budget: BudgetConfig = BudgetConfig()
     """How the learned router is held at its density."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RouterConfig:
-        if self.gate_gradient == "all" and self.execution != "reference":
+        if self.explore and self.kind != "learned":
             raise ValueError(
-                "router.gate_gradient 'all' needs the layer output of skipped tokens, which only router.execution "
-                f"'reference' computes, got {self.execution!r}; set router.execution: reference, or gate_gradient: "
-                "executed"
+                f"router.explore ({self.explore:g}) is for routers that learn from the loss, kind 'learned', got kind "
+                f"{self.kind!r}; leave out explore"
+            )
+        if self.explore and self.execution == "capacity":
+            raise ValueError(
+                f"router.explore ({self.explore:g}) computes a number of skipped tokens that varies, and "
+                "router.execution 'capacity' has static shapes; set execution: rounded, or explore: 0"
             )
         if self.execution == "capacity" and self.budget.kind == "global":
             raise ValueError(

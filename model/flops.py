@@ -6,7 +6,8 @@ attention and feed-forward are paid for by the tokens that executed, the head by
 
 Left out, as is usual: norms, rotary, softmax, activations, the embedding lookup, the optimiser, and what activation
 checkpointing computes a second time; of a late-layer ensemble its router and the logits inside the distillation term.
-Training costs three times the forward pass: less where weights are frozen.
+Training costs three times the forward pass, less where weights are frozen, and once what explored tokens take, whose
+gates learn from an output that has no backward pass of its own.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ class Routed:
         executed_tokens: per routed site, tokens that executed.
         attended_keys: per routed site, keys that those tokens saw.
         head_tokens: tokens whose logits were computed; all of them unless given.
+        explored_tokens: per routed site, skipped tokens whose gates learned from what it would have added; none unless
+            given.
+        explored_keys: per routed site, keys that those saw.
     """
 
     tokens: float
@@ -49,6 +53,21 @@ class Routed:
     executed_tokens: list[float]
     attended_keys: list[float]
     head_tokens: float | None = None
+    explored_tokens: list[float] | None = None
+    explored_keys: list[float] | None = None
+
+
+def full_windows(config: ModelConfig, tokens: float, sequence_tokens: int, density: float) -> Routed:
+    """What training runs on ``tokens`` in whole windows of one document each, every routed site at ``density``."""
+    visible, sites = tokens * (sequence_tokens + 1) / 2, len(config.sites)
+    explored = 0.0 if config.router is None else config.router.explore * (1 - density)
+    counts = [[share * total] * sites for share in (density, explored) for total in (tokens, visible)]
+    return Routed(tokens, visible, counts[0], counts[1], explored_tokens=counts[2], explored_keys=counts[3])
+
+
+def training_flops(config: ModelConfig, counts: Routed) -> float:
+    """Forward and backward FLOPs of training on ``counts``, exploration included."""
+    return TRAINING_FACTOR * executed_flops(config, counts) + _explored_flops(config, counts)
 
 
 def executed_flops(config: ModelConfig, counts: Routed) -> float:
@@ -60,11 +79,28 @@ def executed_flops(config: ModelConfig, counts: Routed) -> float:
     total += plain_layers * (counts.tokens * (cost.attention + cost.ffn) + counts.visible_keys * cost.per_key)
     if _has_weights(config):
         total += counts.tokens * len(config.sites) * cost.router
-    for site, executed, keys in zip(config.sites, counts.executed_tokens, counts.attended_keys, strict=True):
+    return total + _skippable_flops(config, cost, counts.executed_tokens, counts.attended_keys)
+
+
+def _explored_flops(config: ModelConfig, counts: Routed) -> float:
+    """Of the forward pass that explored tokens take; keys and values are computed a second time for it."""
+    if config.router is None or not config.router.explore or counts.explored_tokens is None:
+        return 0.0
+    assert counts.explored_keys is not None
+    cost = _Costs(config)
+    attending = sum(not site.startswith("ffn") for site in config.sites)
+    repeated = counts.tokens * attending * cost.keys_values
+    return repeated + _skippable_flops(config, cost, counts.explored_tokens, counts.explored_keys)
+
+
+def _skippable_flops(config: ModelConfig, cost: _Costs, tokens: list[float], keys: list[float]) -> float:
+    """What routed sites spend on ``tokens`` that see ``keys``, both per site."""
+    total = 0.0
+    for site, computed, seen in zip(config.sites, tokens, keys, strict=True):
         if not site.startswith("ffn"):
-            total += executed * cost.attention + keys * cost.per_key
+            total += computed * cost.attention + seen * cost.per_key
         if not site.startswith("attention"):
-            total += executed * cost.ffn
+            total += computed * cost.ffn
     return total
 
 

@@ -46,6 +46,16 @@ class RoutingRecord:
         return self.executed.sum((1, 2))
 
     @cached_property
+    def explored_tokens(self) -> Tensor:
+        """int64 [S], skipped tokens whose gates learned from what the site would have added."""
+        return self._explored.sum((1, 2))
+
+    @cached_property
+    def explored_keys(self) -> Tensor:
+        """int64 [S], keys that the explored tokens saw, summed over them."""
+        return (self._explored * self._keys).sum((1, 2))
+
+    @cached_property
     def overflow_tokens(self) -> Tensor:
         """int64 [S], tokens whose gate said execute and for which the capacity had no room."""
         if all(decision.executed is decision.gate.executed for decision in self._decisions):
@@ -68,6 +78,12 @@ class RoutingRecord:
         """fp32 [S, B, T], execute logit minus skip logit; None but for learned routers in evaluation mode."""
         margins = [d.gate.margin for d in self._decisions if d.gate.margin is not None]
         return torch.stack(margins) if margins else None
+
+    @cached_property
+    def _explored(self) -> Tensor:
+        """bool [S, B, T]."""
+        masks = [d.gate.explored for d in self._decisions if d.gate.explored is not None]
+        return torch.stack(masks) if masks else torch.zeros_like(self.executed)
 
     @cached_property
     def _keys(self) -> Tensor:

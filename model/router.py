@@ -25,6 +25,10 @@ from model import noise
 from model.config import RouterConfig
 
 
+_EXPLORATION = 1 << 32
+"""Added to the seed, so that who is explored does not follow from the noise."""
+
+
 class Gate(NamedTuple):
     """A site's decisions.
 
@@ -32,11 +36,13 @@ class Gate(NamedTuple):
         executed: bool [B, T].
         value: fp32 [B, T], what an executed token's output is multiplied by: exactly 1 where executed and 0 elsewhere
             for causal kinds, with the soft gate's gradient; expert choice weighs by its score.
+        explored: bool [B, T], skipped tokens whose gates learn from what the site would have added; None where none do.
         margin: fp32 [B, T], execute logit minus skip logit; only of a learned router in evaluation mode.
     """
 
     executed: Tensor
     value: Tensor
+    explored: Tensor | None = None
     margin: Tensor | None = None
 
 
@@ -82,18 +88,30 @@ class LearnedRouter(Router):
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D] -> decisions [B, T]."""
-        margin = _margin(x, self.weight)
+        # Detached: the layers below do not learn to please a router. Through the residual stream gradients of gates would
+        # multiply from site to site, until clipping leaves nothing of the language model's (LOG.md, 2026-11-23).
+        margin = _margin(x.detach(), self.weight)
         if not self.training:
             executed = margin >= (
                 0.0 if inputs.thresholds is None else inputs.thresholds.index_select(0, self.site.view(1))
             )
-            return Gate(executed, executed.float(), margin)
-        u = noise.uniform(inputs.seed, inputs.sample_ids, self.site, inputs.positions)
-        margin = margin + inputs.noise_scale * torch.logit(u)
+            return Gate(executed, executed.float(), margin=margin)
+        margin = margin + inputs.noise_scale * torch.logit(self._uniform(inputs))
         executed = margin >= 0
         soft = torch.sigmoid(margin / inputs.temperature)
-        # Added in this order the forward value is exactly 0 or 1: soft - soft is exactly 0.
-        return Gate(executed, executed.float() + (soft - soft.detach()))
+        # In this order the forward value is exactly 0 or 1: soft - soft is exactly 0.
+        learning = soft - soft.detach()
+        if self.config.explore == 0 or not torch.is_grad_enabled():
+            return Gate(executed, executed.float() + learning)
+        explored = ~executed & (self._uniform(inputs, _EXPLORATION) < self.config.explore)
+        # A skipped token that is explored stands for all those that are not. They learn neither what the site would add
+        # nor its price: price alone would drive every skipped token further away.
+        learning = learning * torch.where(executed, 1.0, explored / self.config.explore)
+        return Gate(executed, executed.float() + learning, explored)
+
+    def _uniform(self, inputs: RoutingInputs, stream: int = 0) -> Tensor:
+        """A number in (0, 1) for every token, fp32 [B, T]."""
+        return noise.uniform(inputs.seed + stream, inputs.sample_ids, self.site, inputs.positions)
 
 
 class RandomRouter(Router):

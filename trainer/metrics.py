@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data.files import write_atomically
 from model.budget import Budget
-from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops
+from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops, training_flops
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
@@ -164,7 +164,7 @@ class Metrics:
         good = [r for r in self._since_log if r.applied]
         config, count = self.config, len(self._since_log)
         routed = _add([r.tally.routed for r in self._since_log])
-        executed = TRAINING_FACTOR * executed_flops(config.model, routed)
+        executed = training_flops(config.model, routed)
         dense = TRAINING_FACTOR * dense_flops(config.model, routed.tokens, routed.visible_keys, routed.head_tokens)
         targets = sum(r.tally.targets for r in good)
         norms = [r.grad_norm for r in good if r.grad_norm is not None]
@@ -314,6 +314,8 @@ def _add(parts: list[Routed]) -> Routed:
         [sum(site) for site in zip(*(p.executed_tokens for p in parts), strict=True)],
         [sum(site) for site in zip(*(p.attended_keys for p in parts), strict=True)],
         sum(p.tokens if p.head_tokens is None else p.head_tokens for p in parts),
+        [sum(site) for site in zip(*(p.explored_tokens or () for p in parts), strict=True)],
+        [sum(site) for site in zip(*(p.explored_keys or () for p in parts), strict=True)],
     )
 
 

@@ -97,6 +97,10 @@ class StepResult:
     bad_ranks: list[tuple[int, list[int]]]
 
 
+_PER_SITE = 5
+"""Executed tokens, their keys, overflow, explored tokens, their keys."""
+
+
 class Counter:
     """Adds up forward passes on the device; one all-reduce makes a :class:`Tally`."""
 
@@ -105,7 +109,7 @@ class Counter:
 
     def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0):
         self.sites, self.late_layers, self.sources = sites, late_layers, sources
-        size = self._SCALARS + 3 * sites + 2 * late_layers + 2 * sources
+        size = self._SCALARS + _PER_SITE * sites + 2 * late_layers + 2 * sources
         self.sums = torch.zeros(size, dtype=torch.float64, device=device)
 
     def add(
@@ -124,6 +128,7 @@ class Counter:
             self.sums[place] += value
         self.sums[6] += ~torch.isfinite(loss.loss)
         parts = [routing.executed_tokens, routing.attended_keys, routing.overflow_tokens]
+        parts += [routing.explored_tokens, routing.explored_keys]
         if vote is not None:
             self.sums[7] += loss.distillation.detach()
             self.sums[8] += vote.entropy
@@ -141,7 +146,7 @@ class Counter:
 
     def wanted_density(self) -> Tensor:
         """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
-        executed, _, overflow = self._of_sites()
+        executed, _, overflow, *_ = self._of_sites()
         return ((executed + overflow) / self.sums[3]).float()
 
     def vote_largest(self) -> Tensor:
@@ -153,13 +158,13 @@ class Counter:
         """The sums on the host."""
         numbers = iter(self.sums.tolist())  # one copy, one wait
         nll, z, targets, tokens, visible, stop, bad, distillation, entropy, head = islice(numbers, self._SCALARS)
-        counts = [self.sites] * 3 + [self.late_layers] * 2 + [self.sources] * 2
-        executed, keys, overflow, *rest = (list(islice(numbers, count)) for count in counts)
-        routed = Routed(tokens, visible, executed, keys, head)
+        counts = [self.sites] * _PER_SITE + [self.late_layers] * 2 + [self.sources] * 2
+        executed, keys, overflow, explored, explored_keys, *rest = (list(islice(numbers, count)) for count in counts)
+        routed = Routed(tokens, visible, executed, keys, head, explored, explored_keys)
         return Tally(nll, z, int(targets), int(stop), routed, int(bad), overflow, distillation, entropy, *rest)
 
     def _of_sites(self) -> Tensor:
-        return self.sums[self._SCALARS : self._SCALARS + 3 * self.sites].view(3, self.sites)
+        return self.sums[self._SCALARS : self._SCALARS + _PER_SITE * self.sites].view(_PER_SITE, self.sites)
 
 
 def _window_nll(loss: LossSums, targets: Tensor, scored_targets: int | None) -> Tensor:

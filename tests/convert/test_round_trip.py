@@ -27,7 +27,7 @@ from trainer.weights_folder import read_weights
 Exported = Callable[[str], tuple[Path, Path]]
 CASES = ("dense", "dense-tied-llama3", "dense-odd-heads", "layer", "module-tied", "random", "stride", "ensemble",
          "layer-ensemble", "module-ensemble")  # fmt: skip
-OF_TRAINING = {"noise", "temperature", "execution", "capacity_factor", "gate_gradient", "budget"}
+OF_TRAINING = {"noise", "temperature", "execution", "capacity_factor", "explore", "budget"}
 TOKENS = torch.randint(VOCAB, (3, 40), generator=torch.Generator().manual_seed(4))
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.chunks import IGNORED
+from model.config import RouterConfig
 from model.decoder import Decoder, DecoderOutput
-from model.router import Gate
+from model.router import ROUTERS, Gate, RoutingInputs
 from tests.model.tiny import (
     LENGTH,
     VARIANTS,
@@ -28,7 +28,8 @@ from tests.model.tiny import (
 BATCH = 3
 KINDS = ["learned", "random", "stride", "expert_choice"]
 granular = pytest.mark.parametrize("granularity", ["layer", "module"])
-executions = pytest.mark.parametrize("execution", ["rounded", "reference"])
+EXECUTIONS = ["rounded", "reference"]
+executions = pytest.mark.parametrize("execution", EXECUTIONS)
 
 
 def step(model: Decoder, confined: bool = False) -> tuple[DecoderOutput, dict[str, Tensor]]:
@@ -193,61 +194,114 @@ def last_gate(model: Decoder) -> list[Gate]:
     return kept
 
 
-def test_gate_gradients_differ_for_skipped_tokens_only() -> None:
-    """The one difference by design: with ``all`` a skipped token's gate learns what its layer would have added.
-
-    Only the last layer is routed, so that nothing above it differs: the loss's gradient at its output is the same.
-    """
-    found: dict[str, tuple[Gate, dict[str, Tensor]]] = {}
-    for name, execution in (("all", "reference"), ("executed", "reference"), ("executed", "rounded")):
-        model = decoder(config("learned", always_on_first=2, gate_gradient=name, execution=execution))
-        gates = last_gate(model)
-        found[f"{name} {execution}"] = (gates, step(model)[1])
-    (textbook, *_), textbook_gradients = found["all reference"]
-    for name in ("executed reference", "executed rounded"):
-        (gate, *_), its_gradients = found[name]
-        assert torch.equal(gate.executed, textbook.executed)
-        assert_close(gate.value.grad[gate.executed], textbook.value.grad[gate.executed])
-        price = gate.value.grad[~gate.executed]  # the budget's share is all that a skipped token's gate gets
-        assert torch.equal(price, torch.full_like(price, -3 / gate.value.numel()))
-        skipped = textbook.value.grad[~gate.executed & (random_targets() != IGNORED)]
-        assert (skipped - price[0]).abs().min() > 0
-
-        for weight, gradient in textbook_gradients.items():
-            in_last = weight.startswith("layers.2.") and not weight.endswith(
-                ("router.weight", "input_layernorm.weight")
-            )
-            same = in_last or weight.startswith(("norm.", "lm_head."))
-            difference = (gradient - its_gradients[weight]).abs().max()
-            assert difference < 1e-4 if same else difference > 1e-3, (name, weight, float(difference))
-
-
-def test_a_skipped_gates_gradient_is_what_the_layer_would_have_added() -> None:
-    """``all``: d loss / d gate of every token is <what the layer computes for it, d loss / d output> + the price."""
-    model = decoder(config("learned", always_on_first=2, gate_gradient="all", execution="reference"))
-    gates, outputs, updates = last_gate(model), [], []
-    last = model.layers[-1]
+def added_by_last_layer(model: Decoder) -> tuple[list[Tensor], list[Tensor]]:
+    """Where the last layer's output, keeping its gradient, and its modules' outputs will be found."""
+    outputs: list[Tensor] = []
+    updates: list[Tensor] = []
 
     def keep(module: torch.nn.Module, args: object, out: tuple[Tensor, list[Gate]]) -> None:
         out[0].retain_grad()
         outputs.append(out[0])
 
-    last.register_forward_hook(keep)
-    last.mlp.register_forward_hook(lambda module, args, out: updates.append(out.detach()))
-    last.self_attn.register_forward_hook(lambda module, args, out: updates.append(out.detach()))
-    step(model)
-    added = (updates[0] + updates[1]).view_as(outputs[0])
-    expected = (added * outputs[0].grad).sum(-1) - 3 / gates[0].value.numel()
-    assert_close(gates[0].value.grad, expected)
+    model.layers[-1].register_forward_hook(keep)
+    for module in (model.layers[-1].self_attn, model.layers[-1].mlp):
+        module.register_forward_hook(lambda module, args, out: updates.append(out.detach()))
+    return outputs, updates
 
 
-def test_with_everything_executed_both_gate_gradients_are_one() -> None:
-    pair = []
-    for gate_gradient in ("all", "executed"):
-        cfg = config("learned", gate_gradient=gate_gradient, execution="reference")
-        pair.append(step(force(decoder(cfg), masks("all executed", 3)))[1])
-    for name in pair[0]:
-        assert torch.equal(pair[0][name], pair[1][name]), name
+@pytest.mark.parametrize("explore", [0.0, 0.4, 1.0])
+@executions
+def test_gates_learn_what_their_layer_adds(explore: float, execution: str) -> None:
+    """d loss / d gate is <what the layer computes for the token, d loss / d output> + the price: of executed tokens, and
+    of explored ones divided by the share that is explored. Other skipped tokens' gates learn nothing, and where none
+    are explored the price alone. Only the last layer is routed, so the loss's gradient at its output is always the same.
+    """
+    whole = decoder(config("learned", always_on_first=2, execution="reference"))
+    outputs, updates = added_by_last_layer(whole)
+    step(whole)
+    textbook = ((updates[0] + updates[1]).view_as(outputs[0]) * outputs[0].grad).sum(-1) - 3 / (BATCH * LENGTH)
+
+    model = decoder(config("learned", always_on_first=2, explore=explore, execution=execution))
+    gates = last_gate(model)
+    out, _ = step(model)
+    gate = gates[0]
+    explored = torch.zeros_like(gate.executed) if gate.explored is None else gate.explored
+    assert not (explored & gate.executed).any()
+    assert explored.sum() == out.routing.explored_tokens.sum()
+    share = explored.sum() / (~gate.executed).sum()
+    assert share == explore if explore in (0, 1) else abs(share - explore) < 0.15
+    learned = gate.value.grad
+    assert_close(learned[gate.executed], textbook[gate.executed])
+    others = ~gate.executed & ~explored
+    if explore == 0:
+        assert torch.equal(learned[others], torch.full_like(learned[others], -3 / learned.numel()))
+        return
+    assert_close(learned[explored], textbook[explored])
+    assert (textbook[explored] + 3 / learned.numel()).abs().max() > 1e-3
+
+
+def test_explored_gates_stand_for_those_that_are_not() -> None:
+    """Explored gates' gradients count 1 / explore times, so that on average the router's is the one with all explored."""
+    x = torch.randn(1, 400, 8, generator=torch.Generator().manual_seed(0))
+
+    def gradient(explore: float, seed: int) -> tuple[Gate, Tensor]:
+        made = ROUTERS["learned"](RouterConfig(density=0.5, explore=explore), 8, 0)
+        torch.nn.init.normal_(made.weight, std=0.3, generator=torch.Generator().manual_seed(1))
+        sharp = torch.tensor(0.0), torch.tensor(1.0)
+        gate = made(x, RoutingInputs(torch.tensor([3]), torch.arange(400), *sharp, seed))
+        (gate.value * x[..., 0]).sum().backward()
+        return gate, made.weight.grad
+
+    every, exact = gradient(1.0, 0)
+    assert torch.equal(every.explored, ~every.executed)
+    estimates = [gradient(0.25, seed) for seed in range(100)]
+    assert all(torch.equal(gate.executed, every.executed) for gate, _ in estimates)
+    shares = [gate.explored.sum() / every.explored.sum() for gate, _ in estimates]
+    assert 0.23 < torch.stack(shares).mean() < 0.27
+    mean = torch.stack([found for _, found in estimates]).mean(0)
+    assert (mean - exact).norm() < 0.1 * exact.norm()
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "no gradient", "nothing skipped"])
+def test_nothing_is_explored_without_a_gradient(mode: str) -> None:
+    model = decoder(config("learned", explore=1.0))
+    if mode == "nothing skipped":
+        force(model, masks("all executed", 3))
+    calls = []
+    for layer in model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    with torch.set_grad_enabled(mode == "nothing skipped"):
+        out = model.train(mode != "evaluation")(random_tokens(), random_targets())
+    assert out.routing.explored_tokens.sum() == 0
+    assert len(calls) == len(model.layers) or mode == "nothing skipped"
+
+
+@granular
+@pytest.mark.parametrize("confined", [False, True])
+def test_exploration_is_the_same_in_both_executions(granularity: str, confined: bool) -> None:
+    pair = [decoder(config("learned", granularity=granularity, explore=0.5, execution=e)) for e in EXECUTIONS]
+    assert_same_step(*pair, confined=confined)
+
+
+@granular
+def test_exploration_changes_no_output(granularity: str) -> None:
+    plain, exploring = (step(decoder(config("learned", granularity=granularity, explore=e)))[0] for e in (0.0, 0.7))
+    assert torch.equal(plain.loss.token_nll, exploring.loss.token_nll)
+    assert torch.equal(plain.routing.executed, exploring.routing.executed)
+    assert exploring.routing.explored_tokens.min() > 0 and plain.routing.explored_tokens.max() == 0
+
+
+def test_routers_leave_the_residual_streams_gradient_alone() -> None:
+    """Prices reach routers and nothing else: the layers below do not learn to please a router."""
+    found = []
+    for price in (0.0, 100.0):
+        model = decoder(config("learned", explore=0.3))
+        out = model(random_tokens(), random_targets(), noise_scale=0.7)
+        (out.loss.loss + price * out.routing.density.sum()).backward()
+        found.append(gradients(model))
+    for name in found[0]:
+        same = torch.equal(found[0][name], found[1][name])
+        assert same != name.endswith("router.weight"), name
 
 
 @pytest.mark.parametrize("kind", ["dense", *KINDS])

@@ -25,9 +25,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"router": ROUTER | {"always_on_first": 9}},
         r"always_on_first \(9\) \+ always_on_last \(0\) leave none of the 3 layers",
     ),
-    "gate gradient of skipped tokens that are not computed": (
-        {"router": ROUTER | {"gate_gradient": "all"}},
-        "gate_gradient 'all'.*only router.execution 'reference' computes, got 'rounded'; set router.execution: ref",
+    "exploration of routers that do not learn from the loss": (
+        {"router": ROUTER | {"explore": 0.1, "kind": "random"}},
+        "router.explore \\(0.1\\) is for routers that learn from the loss.*got kind 'random'; leave out explore",
+    ),
+    "exploration with static shapes": (
+        {"router": ROUTER | {"explore": 0.1, "execution": "capacity"}},
+        "router.explore \\(0.1\\) computes a number.*'capacity' has static shapes; set execution: rounded, or explore: 0",
     ),
     "one capacity for sites that may differ": (
         {"router": ROUTER | {"execution": "capacity", "budget": {"kind": "global"}}},

@@ -11,7 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import ModelConfig
 from model.decoder import Decoder, DecoderOutput
-from model.flops import Routed, dense_flops, executed_flops, parameter_counts, site_shares
+from model.flops import (
+    Routed,
+    dense_flops,
+    executed_flops,
+    full_windows,
+    parameter_counts,
+    site_shares,
+    training_flops,
+)
 from tests.model.tiny import LENGTH, VARIANTS, config, decoder, documents_of, random_tokens
 
 BATCH = 3
@@ -46,6 +54,30 @@ def test_projections_equal_torchs_count(kind: str, variant: str, granularity: st
     counts = routed(out)
     without_attention = Routed(TOKENS, 0, counts.executed_tokens, [0.0] * len(cfg.sites))
     assert executed_flops(cfg, without_attention) == projections
+
+
+@granular
+def test_exploration_equals_torchs_count(granularity: str) -> None:
+    """One forward pass of explored tokens, and keys and values a second time, on top of three of what executed."""
+    cfg = config("learned", granularity=granularity, explore=0.5, always_on_first=1)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        routing = decoder(cfg)(random_tokens()).routing
+    by_operation = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
+    del by_operation["aten.bmm"]
+    nothing = [0.0] * len(cfg.sites)
+    executed, explored = routing.executed_tokens.tolist(), routing.explored_tokens.tolist()
+    counts = Routed(TOKENS, 0, executed, nothing, None, explored, nothing)
+    assert min(explored) > 0
+    assert training_flops(cfg, counts) - 2 * executed_flops(cfg, counts) == sum(by_operation.values())
+
+
+def test_planned_exploration_follows_the_density() -> None:
+    cfg = config("learned", explore=0.5)
+    counts = full_windows(cfg, 40, 20, 0.2)
+    assert counts.executed_tokens == [8] * 3 and counts.explored_tokens == [16] * 3
+    assert counts.visible_keys == 420 and counts.explored_keys == [168] * 3
+    plain = full_windows(config("learned"), 40, 20, 0.2)
+    assert training_flops(config("learned"), plain) == 3 * executed_flops(cfg, counts) < training_flops(cfg, counts)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
