@@ -179,7 +179,8 @@ class Block(nn.Module):
 def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
     explored = None if gate.explored is None else Selection.of(gate.explored)
     if config.execution == "reference":
-        return Decision(gate, gate.executed, Selection.everything(*gate.executed.shape, exact=False), explored)
+        batch, tokens = gate.executed.shape
+        return Decision(gate, gate.executed, Selection.everything(batch, tokens, exact=False), explored)
     if inputs.capacity_tokens is not None:
         selection, executed = Selection.capped(gate.executed, inputs.capacity_tokens)
         return Decision(gate, executed, selection)

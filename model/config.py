@@ -70,7 +70,7 @@ class BudgetConfig(Block):
     """Weight of the squared density error in the loss."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """``adaptive`` adds an integral term, so that the target is met whatever the coefficient."""
-    adaptive_rate: float = Field(0.01, gt=0)
+    adaptive_rate: float = Field(0.001, gt=0)
     """adaptive: how far the price moves in one step, in nats per unit of density error."""
     dense_until: float = Field(0.0, ge=0, lt=1)
     """The target stays at 1 (every token executed) for this share of the training steps."""
@@ -112,19 +112,14 @@ class RouterConfig(Block):
     capacity_factor: float = Field(1.25, ge=1)
     """capacity: room for this times the target density, rounded up to whole blocks of 128 tokens a window."""
     explore: float = Field(0.0, ge=0, le=1)
-    """Share of skipped tokens for which a site computes in training (forward only) what it would have added, for their
+    """learned: share of skipped tokens for which a site computes in training (forward only) what it would have added, for their
     gates to learn from. 1 is textbook straight-through; with 0 only executed tokens' gates learn from the loss."""
     budget: BudgetConfig = BudgetConfig()
     """How the learned router is held at its density."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RouterConfig:
-        if self.explore and self.kind != "learned":
-            raise ValueError(
-                f"router.explore ({self.explore:g}) is for routers that learn from the loss, kind 'learned', got kind "
-                f"{self.kind!r}; leave out explore"
-            )
-        if self.explore and self.execution == "capacity":
+        if self.explores and self.execution == "capacity":
             raise ValueError(
                 f"router.explore ({self.explore:g}) computes a number of skipped tokens that varies, and "
                 "router.execution 'capacity' has static shapes; set execution: rounded, or explore: 0"
@@ -139,6 +134,11 @@ class RouterConfig(Block):
             if min(ramp.start, ramp.end) < 0 or (name == "temperature" and min(ramp.start, ramp.end) == 0):
                 raise ValueError(f"router.{name} must stay positive, got {ramp.start} to {ramp.end}")
         return self
+
+    @property
+    def explores(self) -> bool:
+        """Whether skipped tokens are computed in training, too."""
+        return self.kind == "learned" and self.explore > 0
 
     def capacity_tokens(self, tokens: int, target: float) -> int | None:
         """How many of a window's ``tokens`` a site may execute at density ``target``; None where there is no limit."""

@@ -60,7 +60,8 @@ class Routed:
 def full_windows(config: ModelConfig, tokens: float, sequence_tokens: int, density: float) -> Routed:
     """What training runs on ``tokens`` in whole windows of one document each, every routed site at ``density``."""
     visible, sites = tokens * (sequence_tokens + 1) / 2, len(config.sites)
-    explored = 0.0 if config.router is None else config.router.explore * (1 - density)
+    router = config.router
+    explored = router.explore * (1 - density) if router is not None and router.explores else 0.0
     counts = [[share * total] * sites for share in (density, explored) for total in (tokens, visible)]
     return Routed(tokens, visible, counts[0], counts[1], explored_tokens=counts[2], explored_keys=counts[3])
 
@@ -84,7 +85,7 @@ def executed_flops(config: ModelConfig, counts: Routed) -> float:
 
 def _explored_flops(config: ModelConfig, counts: Routed) -> float:
     """Of the forward pass that explored tokens take; keys and values are computed a second time for it."""
-    if config.router is None or not config.router.explore or counts.explored_tokens is None:
+    if config.router is None or not config.router.explores or counts.explored_tokens is None:
         return 0.0
     assert counts.explored_keys is not None
     cost = _Costs(config)

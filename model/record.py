@@ -82,8 +82,10 @@ class RoutingRecord:
     @cached_property
     def _explored(self) -> Tensor:
         """bool [S, B, T]."""
-        masks = [d.gate.explored for d in self._decisions if d.gate.explored is not None]
-        return torch.stack(masks) if masks else torch.zeros_like(self.executed)
+        if all(decision.gate.explored is None for decision in self._decisions):
+            return torch.zeros_like(self.executed)
+        none = torch.zeros_like(self.executed[0])
+        return torch.stack([none if d.gate.explored is None else d.gate.explored for d in self._decisions])
 
     @cached_property
     def _keys(self) -> Tensor:

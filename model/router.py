@@ -36,14 +36,14 @@ class Gate(NamedTuple):
         executed: bool [B, T].
         value: fp32 [B, T], what an executed token's output is multiplied by: exactly 1 where executed and 0 elsewhere
             for causal kinds, with the soft gate's gradient; expert choice weighs by its score.
-        explored: bool [B, T], skipped tokens whose gates learn from what the site would have added; None where none do.
         margin: fp32 [B, T], execute logit minus skip logit; only of a learned router in evaluation mode.
+        explored: bool [B, T], skipped tokens whose gates learn from what the site would have added; None where none do.
     """
 
     executed: Tensor
     value: Tensor
-    explored: Tensor | None = None
     margin: Tensor | None = None
+    explored: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class LearnedRouter(Router):
             executed = margin >= (
                 0.0 if inputs.thresholds is None else inputs.thresholds.index_select(0, self.site.view(1))
             )
-            return Gate(executed, executed.float(), margin=margin)
+            return Gate(executed, executed.float(), margin)
         margin = margin + inputs.noise_scale * torch.logit(self._uniform(inputs))
         executed = margin >= 0
         soft = torch.sigmoid(margin / inputs.temperature)
@@ -107,7 +107,7 @@ class LearnedRouter(Router):
         # A skipped token that is explored stands for all those that are not. They learn neither what the site would add
         # nor its price: price alone would drive every skipped token further away.
         learning = learning * torch.where(executed, 1.0, explored / self.config.explore)
-        return Gate(executed, executed.float() + learning, explored)
+        return Gate(executed, executed.float() + learning, explored=explored)
 
     def _uniform(self, inputs: RoutingInputs, stream: int = 0) -> Tensor:
         """A number in (0, 1) for every token, fp32 [B, T]."""

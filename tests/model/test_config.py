@@ -25,10 +25,6 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"router": ROUTER | {"always_on_first": 9}},
         r"always_on_first \(9\) \+ always_on_last \(0\) leave none of the 3 layers",
     ),
-    "exploration of routers that do not learn from the loss": (
-        {"router": ROUTER | {"explore": 0.1, "kind": "random"}},
-        "router.explore \\(0.1\\) is for routers that learn from the loss.*got kind 'random'; leave out explore",
-    ),
     "exploration with static shapes": (
         {"router": ROUTER | {"explore": 0.1, "execution": "capacity"}},
         "router.explore \\(0.1\\) computes a number.*'capacity' has static shapes; set execution: rounded, or explore: 0",

@@ -68,7 +68,9 @@ def starved(config: RunConfig, world: World) -> dict[str, Any]:
         if self.site != 1:
             return gate
         keep = (inputs.sample_ids % batch < batch // 2) & (inputs.sample_ids // batch != 1)
-        return Gate(gate.executed & keep[:, None], gate.value * keep[:, None])
+        keep = keep[:, None]
+        explored = None if gate.explored is None else gate.explored & keep
+        return Gate(gate.executed & keep, gate.value * keep, explored=explored)
 
     LearnedRouter.forward = forward  # type: ignore[method-assign]
     return _train(config, world)

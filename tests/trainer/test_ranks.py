@@ -45,7 +45,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -
     config = {
         "model": {
             "vocab_size": 400, "layers": 3, "width": 32, "heads": 2, "kv_heads": 1, "ffn_width": 48,
-            "router": {"density": 0.5},
+            "router": {"density": 0.5, "explore": 0.2},
         },
         "data": corpus,
         "train": {
