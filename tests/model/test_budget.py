@@ -15,7 +15,7 @@ TARGET = 0.4
 
 
 def budget(kind: str = "per_layer", controller: str = "fixed", **fields: float) -> Budget:
-    block = {"kind": kind, "controller": controller, **fields}
+    block = {"kind": kind, "controller": controller, "adaptive_rate": 0.01, **fields}
     return Budget(config(density=TARGET, granularity="module", budget=block), sequence_tokens=33)
 
 
