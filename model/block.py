@@ -200,9 +200,7 @@ def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
     return update * decision.selection.gather(value)[:, None].to(update.dtype)
 
 
-def _explore(
-    x: Tensor, decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Tensor
-) -> Tensor:
+def _explore(x: Tensor, decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Tensor) -> Tensor:
     """``x`` [B, T, D] as it is; in the backward pass explored tokens' gates learn what ``part`` would have added."""
     if decision.explored is None:
         return x
