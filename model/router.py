@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from model import noise
 from model.config import RouterConfig
 
-
 _EXPLORATION = 1 << 32
 """Added to the seed, so that who is explored does not follow from the noise."""
 
@@ -88,8 +87,8 @@ class LearnedRouter(Router):
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D] -> decisions [B, T]."""
-        # Detached: the layers below do not learn to please a router. Through the residual stream gradients of gates would
-        # multiply from site to site, until clipping leaves nothing of the language model's (LOG.md, 2026-11-23).
+        # Detached: the layers below do not learn to please a router. Through the residual stream the gates' gradients
+        # would multiply from site to site, until clipping leaves nothing of the language model's (docs/method.md).
         margin = _margin(x.detach(), self.weight)
         if not self.training:
             executed = margin >= (

@@ -212,9 +212,10 @@ def added_by_last_layer(model: Decoder) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("explore", [0.0, 0.4, 1.0])
 @executions
 def test_gates_learn_what_their_layer_adds(explore: float, execution: str) -> None:
-    """d loss / d gate is <what the layer computes for the token, d loss / d output> + the price: of executed tokens, and
-    of explored ones divided by the share that is explored. Other skipped tokens' gates learn nothing, and where none
-    are explored the price alone. Only the last layer is routed, so the loss's gradient at its output is always the same.
+    """d loss / d gate is <what the layer computes for the token, d loss / d output> + the price, of executed and explored
+    tokens. Where none are explored, skipped tokens' gates learn the price alone.
+
+    Only the last layer is routed, so the loss's gradient at its output is always the same.
     """
     whole = decoder(config("learned", always_on_first=2, execution="reference"))
     outputs, updates = added_by_last_layer(whole)
@@ -241,7 +242,7 @@ def test_gates_learn_what_their_layer_adds(explore: float, execution: str) -> No
 
 
 def test_explored_gates_stand_for_those_that_are_not() -> None:
-    """Explored gates' gradients count 1 / explore times, so that on average the router's is the one with all explored."""
+    """Explored gates' gradients count 1 / explore times: on average the router's gradient is that with all explored."""
     x = torch.randn(1, 400, 8, generator=torch.Generator().manual_seed(0))
 
     def gradient(explore: float, seed: int) -> tuple[Gate, Tensor]:

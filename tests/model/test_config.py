@@ -27,7 +27,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "exploration with static shapes": (
         {"router": ROUTER | {"explore": 0.1, "execution": "capacity"}},
-        "router.explore \\(0.1\\) computes a number.*'capacity' has static shapes; set execution: rounded, or explore: 0",
+        "router.explore \\(0.1\\) computes .*'capacity' has static shapes; set execution: rounded, or explore: 0",
     ),
     "one capacity for sites that may differ": (
         {"router": ROUTER | {"execution": "capacity", "budget": {"kind": "global"}}},
