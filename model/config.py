@@ -112,8 +112,9 @@ class RouterConfig(Block):
     capacity_factor: float = Field(1.25, ge=1)
     """capacity: room for this times the target density, rounded up to whole blocks of 128 tokens a window."""
     explore: float = Field(0.0, ge=0, le=1)
-    """learned: share of skipped tokens for which training computes, forward only, what the site would have added, so that
-    their gates learn from it. 1 is textbook straight-through; with 0 only executed tokens' gates learn from the loss."""
+    """learned: share of skipped tokens for which training computes, forward only, what the site would have added, for
+    their gates to learn from. 1 is textbook straight-through; with 0 only executed tokens' gates learn from the loss.
+    """
     budget: BudgetConfig = BudgetConfig()
     """How the learned router is held at its density."""
 

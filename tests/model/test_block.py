@@ -212,7 +212,7 @@ def added_by_last_layer(model: Decoder) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("explore", [0.0, 0.4, 1.0])
 @executions
 def test_gates_learn_what_their_layer_adds(explore: float, execution: str) -> None:
-    """d loss / d gate is <what the layer computes for the token, d loss / d output> + the price, of executed and explored
+    """d loss / d gate is <what the layer adds to the token, d loss / d output> + the price, of executed and explored
     tokens. Where none are explored, skipped tokens' gates learn the price alone.
 
     Only the last layer is routed, so the loss's gradient at its output is always the same.
