@@ -3,7 +3,7 @@
 ``bench/suites/*.yaml`` are suites, docs/isoflop.md says how to write one. Every run sees the same data in the same
 order, and its planned FLOPs follow from its config alone:
 
-    3 x forward FLOPs a token (model/flops.py: head, K/V of every token and routers included) x training tokens
+    (3 x forward FLOPs a token (model/flops.py: head, K/V of every token and routers included) + exploration) x tokens
 
 with full windows and every routed site at the mean over the steps of its target density, so that a dense warm-up is
 paid for. Where ``data.confine_attention`` is on, tokens see fewer keys than in full windows; then both sides of a match

@@ -30,7 +30,7 @@ from torch import Tensor
 from convert import hf_compare
 from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_seed
 from data.files import read_json
-from model.config import ModelConfig, RouterConfig
+from model.config import BudgetConfig, ModelConfig, RouterConfig
 from model.decoder import Decoder
 from model.router import Router
 from settings import user_errors
@@ -58,7 +58,7 @@ class Difference(NamedTuple):
 
 
 def new_routers(density: float, granularity: Literal["layer", "module"] = "layer") -> RouterConfig:
-    """Learned routers for a dense model.
+    """Learned routers for a dense model, with the recipe of docs/method.md.
 
     Raises:
         ValueError: if ``density`` is no share.
@@ -68,7 +68,8 @@ def new_routers(density: float, granularity: Literal["layer", "module"] = "layer
             f"--routers must be above 0 and at most 1, got {density:g}; it is the share of tokens that a routed site "
             "is to execute, such as 0.5"
         )
-    return RouterConfig(density=density, granularity=granularity)
+    budget = BudgetConfig(controller="adaptive")
+    return RouterConfig(density=density, granularity=granularity, explore=0.1, budget=budget)
 
 
 def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[Decoder, str]:

@@ -120,9 +120,9 @@ class Block(nn.Module):
         if _nothing_to_do(decision, inputs):
             self._write_keys_values(h, inputs)
             return x, [decision]
+        missed = _missed(decision, inputs, self._layer_update, x, h)
         update = self._run(inputs, self._layer_update, x, h, decision.selection)
-        added = decision.selection.add(x, _weigh(update, decision, config))
-        return _explore(added, decision, inputs, self._layer_update, x, h), [decision]
+        return _add(x, update, missed, decision, config), [decision]
 
     def _module_routed(self, x: Tensor, inputs: PassInputs, config: RouterConfig) -> tuple[Tensor, list[Decision]]:
         h = self.input_layernorm(x)
@@ -130,16 +130,16 @@ class Block(nn.Module):
         if _nothing_to_do(attention, inputs):
             self._write_keys_values(h, inputs)
         else:
+            missed = _missed(attention, inputs, self._attention_update, h)
             update = self._run(inputs, self._attention_update, h, attention.selection)
-            x = attention.selection.add(x, _weigh(update, attention, config))
-            x = _explore(x, attention, inputs, self._attention_update, h)
+            x = _add(x, update, missed, attention, config)
 
         h = self.post_attention_layernorm(x)
         ffn = _decide(self.ffn_router(h if config.input == "normed" else x, inputs.routing), config, inputs)
         if not _nothing_to_do(ffn, inputs):
+            missed = _missed(ffn, inputs, self._ffn_update, h)
             update = self._run(inputs, self._ffn_update, h, ffn.selection)
-            x = ffn.selection.add(x, _weigh(update, ffn, config))
-            x = _explore(x, ffn, inputs, self._ffn_update, h)
+            x = _add(x, update, missed, ffn, config)
         return x, [attention, ffn]
 
     def _layer_update(self, x: Tensor, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
@@ -182,6 +182,7 @@ def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
         batch, tokens = gate.executed.shape
         return Decision(gate, gate.executed, Selection.everything(batch, tokens, exact=False), explored)
     if inputs.capacity_tokens is not None:
+        assert explored is None, "a capacity does not go with exploration"
         selection, executed = Selection.capped(gate.executed, inputs.capacity_tokens)
         return Decision(gate, executed, selection)
     return Decision(gate, gate.executed, Selection.of(gate.executed), explored)
@@ -200,11 +201,22 @@ def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
     return update * decision.selection.gather(value)[:, None].to(update.dtype)
 
 
-def _explore(x: Tensor, decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Tensor) -> Tensor:
-    """``x`` [B, T, D] as it is; in the backward pass explored tokens' gates learn what ``part`` would have added."""
+def _missed(decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Tensor) -> Tensor | None:
+    """What ``part`` would have added to the explored tokens, [N, D], without a gradient of its own.
+
+    Before the executed tokens' pass: under ZeRO 3 a module's last call in the forward pass must be the one that has a
+    backward pass, or its weights are not released there.
+    """
     if decision.explored is None:
-        return x
+        return None
     with torch.no_grad():
-        update = part(*args, decision.explored, inputs)
-    value = torch.where(decision.executed, 0.0, decision.gate.value)  # fillers may be executed tokens
-    return decision.explored.add(x, update * decision.explored.gather(value)[:, None].to(update.dtype))
+        return part(*args, decision.explored, inputs)
+
+
+def _add(x: Tensor, update: Tensor, missed: Tensor | None, decision: Decision, config: RouterConfig) -> Tensor:
+    """``x`` [B, T, D] with executed tokens' updates; explored tokens' gates learn what they missed."""
+    x = decision.selection.add(x, _weigh(update, decision, config))
+    if missed is None or decision.explored is None:
+        return x
+    value = torch.where(decision.executed, 0.0, decision.gate.value)  # 0 for all: fillers may be executed tokens
+    return decision.explored.add(x, missed * decision.explored.gather(value)[:, None].to(missed.dtype))

@@ -6,8 +6,8 @@ attention and feed-forward are paid for by the tokens that executed, the head by
 
 Left out, as is usual: norms, rotary, softmax, activations, the embedding lookup, the optimiser, and what activation
 checkpointing computes a second time; of a late-layer ensemble its router and the logits inside the distillation term.
-Training costs three times the forward pass, less where weights are frozen, and once what explored tokens take, whose
-gates learn from an output that has no backward pass of its own.
+Training is counted as three times the forward pass, which is too much where weights are frozen, and once what explored
+tokens take, whose gates learn from an output that has no backward pass of its own.
 """
 
 from __future__ import annotations

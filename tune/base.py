@@ -84,6 +84,7 @@ def stage_two_model(model: ModelConfig, routers: Literal["frozen", "tuned"]) -> 
     }
     if routers == "frozen":
         # Greedy and complete, as in evaluation: nothing could adapt to noise, nor to tokens that find no room.
+        ended["explore"] = 0.0
         ended["noise"] = Ramp(start=0.0, end=0.0, until=1.0)
         ended["execution"] = "rounded" if router.execution == "capacity" else router.execution
     return model.model_copy(update={"router": router.model_copy(update=ended)})

@@ -263,6 +263,18 @@ def test_explored_gates_stand_for_those_that_are_not() -> None:
     assert (mean - exact).norm() < 0.1 * exact.norm()
 
 
+@granular
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_modules_last_call_is_the_one_with_a_gradient(granularity: str, recompute: bool) -> None:
+    """Under ZeRO 3 a last call without one would keep the module's weights gathered through the backward pass."""
+    model, calls = decoder(config("learned", granularity=granularity, explore=0.5), recompute=recompute), []
+    for module in (model.layers[1].mlp, model.layers[1].self_attn.o_proj):
+        module.register_forward_pre_hook(lambda module, args: calls.append((module, torch.is_grad_enabled())))
+    model(random_tokens(), random_targets(), noise_scale=0.7)
+    for module in (model.layers[1].mlp, model.layers[1].self_attn.o_proj):
+        assert [graded for called, graded in calls if called is module] == [False, True]
+
+
 @pytest.mark.parametrize("mode", ["evaluation", "no gradient", "nothing skipped"])
 def test_nothing_is_explored_without_a_gradient(mode: str) -> None:
     model = decoder(config("learned", explore=1.0))
@@ -311,11 +323,14 @@ def test_routers_leave_the_residual_streams_gradient_alone() -> None:
 def test_recomputation_changes_no_bit(kind: str, granularity: str, execution: str) -> None:
     found = []
     for recompute in (False, True):
-        model = decoder(config(kind, granularity=granularity, execution=execution), recompute=recompute)
+        explore = 0.3 if kind == "learned" else 0.0
+        model = decoder(
+            config(kind, granularity=granularity, execution=execution, explore=explore), recompute=recompute
+        )
         calls = []
         model.layers[1].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         found.append(step(model))
-        assert len(calls) == 1 + recompute
+        assert len(calls) == 1 + recompute + (explore > 0)
     (a, a_gradients), (b, b_gradients) = found
     assert torch.equal(a.loss.loss, b.loss.loss) and torch.equal(a.routing.executed, b.routing.executed)
     for name in a_gradients:

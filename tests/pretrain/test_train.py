@@ -69,9 +69,10 @@ def test_two_ranks_finish_and_leave_a_run_folder_that_can_be_run_again(tiny, wri
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_twenty_steps_are_ten_and_a_kill_and_ten_more_bit_by_bit(tiny, write_config, stage):
-    """Invariant 6, with two micro-batches a step, an adaptive budget and annealed noise."""
+    """Invariant 6, with two micro-batches a step, an adaptive budget, annealed noise and exploration."""
     tiny["train"] |= {"steps": 20, "checkpoint": {"every_steps": 10}, "evaluation": {"every_steps": 10, "samples": 5}}
     tiny["model"]["router"]["budget"] = {"controller": "adaptive", "dense_until": 0.1, "reach_by": 0.4}
+    tiny["model"]["router"]["explore"] = 0.3
     tiny["deepspeed"]["zero_stage"] = stage
     config, run_dir = write_config(tiny), tiny["train"]["run_dir"]
     straight = run(TRAIN, config, f"train.run_dir={run_dir}-straight", processes=2, launcher="deepspeed")

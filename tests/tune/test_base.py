@@ -145,6 +145,12 @@ def test_frozen_routers_drop_nothing() -> None:
         assert after.router is not None and after.router.execution == execution
 
 
+def test_frozen_routers_do_not_explore() -> None:
+    for routers, explore in (("frozen", 0.0), ("tuned", 0.2)):
+        after = stage_two_model(config(explore=0.2), routers)  # type: ignore[arg-type]
+        assert after.router is not None and after.router.explore == explore
+
+
 def test_frozen_routers_pay_no_price() -> None:
     after = stage_two_model(config(**ROUTER), "frozen")
     assert after.router is not None and after.router.noise == Ramp(start=0.0, end=0.0, until=1.0)
