@@ -24,7 +24,7 @@ from settings import load
 from trainer.config import RunConfig
 from trainer.distributed import uses_cuda
 from trainer.exit_status import EXIT_PREEMPTED
-from trainer.start import deepspeed_launcher, free_port
+from trainer.start import deepspeed_launcher, environment_alone, free_port
 
 HARNESS, DIAL = "harness.json", Path("dial/dial.json")
 """In a run folder: what downstream tasks and the compute dial gave."""
@@ -237,7 +237,7 @@ def device_sets(at_once: int, ranks: int) -> list[str | None]:
 def _run(job: Job, places: queue.SimpleQueue[str | None], threads: int) -> str | None:
     """Run a job on a free set of devices; a sentence if it did not do what it was to."""
     devices = places.get()
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = environment_alone(threads)
     command = [sys.executable, "-m", *job.arguments]
     if devices is None:
         environment.setdefault("DS_ACCELERATOR", "cpu")

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from bench.timing import ratios, take_turns
 from model.config import EnsembleConfig
 from settings import user_errors
 from trainer.distributed import ALONE
+from trainer.start import environment_alone
 from trainer.step import forward, to_device
 from tune.adapters import prepare
 from tune.base import load_base
@@ -97,11 +97,10 @@ def train(run: Run, options: argparse.Namespace) -> str | None:
         return None
     command = [sys.executable, "-m", "tune.train", f"configs/tune_{run.method}.yaml"]
     command += [*overrides(run, options.base, options.data, options.out), "train.checkpoint.resume=auto"]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(
         [*command, *options.overrides],
         check=False,
-        env=environment,
+        env=environment_alone(options.threads),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -1,10 +1,13 @@
-"""Start ranks on this machine: the words before ``--module``, and a port for them to meet at."""
+"""Start ranks on this machine: the words before ``--module``, their environment, a port for them to meet at."""
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
+
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def deepspeed_launcher(ranks: int, port: int, devices: str | None = None) -> list[str]:
@@ -18,6 +21,15 @@ def deepspeed_launcher(ranks: int, port: int, devices: str | None = None) -> lis
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
     launcher += ["--num_gpus", str(ranks)] if devices is None else ["--include", f"localhost:{devices}"]
     return [*launcher, "--master_port", str(port)]
+
+
+def environment_alone(threads: int) -> dict[str, str]:
+    """This process's environment for a run of its own with ``threads`` threads: without ranks and a place to meet.
+
+    DeepSpeed leaves those in the environment of a process that it has run in; two runs would meet at one port.
+    """
+    ours = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    return ours | {"OMP_NUM_THREADS": str(threads)}
 
 
 def free_port() -> int:

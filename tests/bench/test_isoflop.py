@@ -77,6 +77,7 @@ def test_a_real_suite_from_start_to_tables(
     tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("MASTER_PORT", "29500")  # as DeepSpeed leaves it: two runs at once must not meet there
     path, out = write_suite(tmp_path, tiny, set={"train.checkpoint.background": False}), tmp_path / "out"
     assert main([str(path), "--out", str(out)]) == 0
     for name in ("results.md", "results.csv", "suite.yaml", "loss.png", "density.png", "dial.png"):
@@ -366,7 +367,11 @@ def test_ctrl_c_starts_no_further_run(
         return SimpleNamespace(returncode=75)
 
     _replace(monkeypatch, run)
-    with pytest.raises(SystemExit) as ended:
-        main([str(suite), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main([str(suite), "--out", str(tmp_path / "out"), "--jobs", "1"])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert ended.value.code == 130 and len(started) < 4
     assert "interrupted" in capsys.readouterr().err

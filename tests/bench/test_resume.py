@@ -24,16 +24,21 @@ BASE = ["train.micro_batch_samples=2", "train.steps=10", "model.width=33", "mode
 def test_any_size_goes_on_from_any_other(
     tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, precision: str, stages: list[int]
 ) -> None:
-    """Odd sizes, so that partitions need filling; as far off as the uninterrupted runs are among themselves."""
+    """Odd sizes, so that partitions need filling; as far off as the uninterrupted runs are among themselves.
+
+    In bf16 one routing decision that falls differently moves so small a model by a thousandth of a nat, resumed or
+    not, so there a tenth of what lost moments cost is allowed.
+    """
     work = tmp_path / "work"
     work.mkdir()
     found = measure(Path(write_config(tiny)), BASE, precision, [1, 2], stages, str(work))
     print(table(found))
     written, resumed = found["written"], found["resumed"]
     assert len(written) == 2 * len(stages) and len(resumed) == len(written) ** 2
-    tolerance = 2 * max(difference(a, b) for a in written.values() for b in written.values())
+    among_themselves = max(difference(a, b) for a in written.values() for b in written.values())
     without = min(difference(losses, written[writer]) for writer, losses in found["weights_only"].items())
-    assert tolerance < without / 2
+    tolerance = 2 * among_themselves if precision == "fp32" else without / 10
+    assert among_themselves < tolerance < without / 2
     for pair, losses in resumed.items():
         writer, reader = pair.split()
         apart = difference(losses, written[writer])
