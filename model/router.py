@@ -100,7 +100,7 @@ class LearnedRouter(Router):
         soft = torch.sigmoid(margin / inputs.temperature)
         # In this order the forward value is exactly 0 or 1: soft - soft is exactly 0.
         learning = soft - soft.detach()
-        if self.config.explore == 0 or not torch.is_grad_enabled():
+        if not (self.config.explores and torch.is_grad_enabled()):
             return Gate(executed, executed.float() + learning)
         explored = ~executed & (self._uniform(inputs, _EXPLORATION) < self.config.explore)
         # A skipped token that is explored stands for all those that are not. They learn neither what the site would add
