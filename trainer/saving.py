@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,8 @@ def _on_host(value: Any, seen: dict[tuple[Any, ...], Tensor]) -> Any:
         return type(value)((key, _on_host(inner, seen)) for key, inner in value.items())
     if type(value) in (list, tuple):
         return type(value)(_on_host(inner, seen) for inner in value)
+    if isinstance(value, Enum):  # Python 3.11.2 pickles its members by a call to getattr, which loading refuses
+        return value.value
     return copy.deepcopy(value)
 
 

@@ -6,14 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from data.files import only_writer
-from tests.trainer.one_rank import engine_for, take_steps
+from tests.trainer.one_rank import engine_for, save_now, take_steps
 from trainer import checkpoint, saving
 from trainer.config import RunConfig
 from trainer.distributed import World
@@ -250,3 +252,20 @@ def test_a_copy_shares_nothing_and_keeps_what_was_one_tensor_one() -> None:
     assert copied["a"].tolist() == [0, 1, 2, 3, 4, 5] and copied["a"] is copied["same"]
     assert copied["part"].tolist() == [2, 3, 4, 5] and copied["part"].untyped_storage().nbytes() == 16
     assert copied["list"][1] == (1, "x") and isinstance(copied["size"], torch.Size)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_files_hold_no_enum(configure: Configure, world: World, tmp_path: Path, stage: int) -> None:
+    """Debian 12's Python 3.11.2 pickles one of DeepSpeed's by a call to getattr, and then refuses to load it."""
+
+    class Stage(IntEnum):
+        TWO = 2
+
+    assert type(_on_host({"a": [Stage.TWO]}, {})["a"][0]) is int
+    config = configure(f"deepspeed.zero_stage={stage}", "train.precision=bf16")
+    with engine_for(config, world) as engine:
+        take_steps(engine, config, world, 1)
+        saved = save_now(engine, tmp_path, 1, {"step": 1}, "f", config, world)
+    files = sorted((saved / "deepspeed").iterdir())
+    needed = {name.rpartition(".")[2] for file in files for name in get_unsafe_globals_in_checkpoint(file)}
+    assert files and needed <= {"LossScaler", "DynamicLossScaler", "fragment_address"}
