@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from evals.harness_tasks import is_local
 from model.budget import Budget
 from model.flops import full_windows, training_flops
 from settings import Strict, load
@@ -62,9 +63,9 @@ class Downstream(Strict):
     """Tasks for ``evals.harness``, on the last checkpoint of every run."""
 
     tasks: list[str] = Field(min_length=1)
-    """``blimp`` (the mean over its paradigms), ``blimp_NAME``, ``perplexity``."""
+    """``blimp`` (the mean over its paradigms), ``blimp_NAME``, ``classify_NAME`` (one shot), ``perplexity``."""
     data: str
-    """Folder that holds ``blimp/`` and ``books/``."""
+    """Folder that holds ``blimp/``, ``tuning/`` and ``books/``."""
     limit: int | None = Field(None, gt=0)
     """First documents of each task; all unless given."""
 
@@ -72,8 +73,8 @@ class Downstream(Strict):
     @classmethod
     def _local(cls, tasks: list[str]) -> list[str]:
         for task in tasks:
-            if task not in ("blimp", "perplexity") and not task.startswith("blimp_"):
-                raise ValueError(f"a task must be blimp, blimp_NAME or perplexity, got '{task}'")
+            if not is_local(task):
+                raise ValueError(f"a task must be blimp, blimp_NAME, classify_NAME or perplexity, got '{task}'")
         return tasks
 
 

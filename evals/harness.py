@@ -5,11 +5,11 @@
         --against runs/books-hf --trust-remote-code
     python -m evals.harness runs/books --tasks my_task --include my_tasks --shots 1
 
-Two tasks come from local files. ``blimp`` is every minimal pair in DATA/blimp/*.jsonl, ``blimp_NAME`` one of its
-paradigms: the sentence with the larger likelihood wins. ``perplexity`` is that of a text file or of JSON lines,
-DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token; ``evals.perplexity`` has
-sliding ones. Task files in the harness's own format are found through ``--include``; ``--shots 1`` is the paper's
-setting.
+Three kinds of tasks come from local files. ``blimp`` is every minimal pair in DATA/blimp/*.jsonl, ``blimp_NAME`` one of
+its paradigms: the sentence with the larger likelihood wins. ``classify_NAME`` asks for the label of each prompt in
+DATA/tuning/NAME-test.jsonl, after one example of NAME-train.jsonl. ``perplexity`` is that of a text file or of JSON
+lines, DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token; ``evals.perplexity``
+has sliding ones. Task files in the harness's own format are found through ``--include``.
 
 ``--against`` runs the same tasks on a Hugging Face folder, through the harness's own loader, and tells each task's
 largest difference of a log-likelihood, in nats: of a sentence, or of a whole text, which is a sum over many windows.
@@ -18,7 +18,6 @@ largest difference of a log-likelihood, in nats: of a sentence, or of a whole te
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import os
 import tempfile
@@ -27,18 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.files import write_atomically
+from evals.harness_tasks import BLIMP, PERPLEXITY, TEXT, local_tasks, near
 from evals.perplexity import check_windows, trained_tokens
 from evals.scoring import open_model
 from settings import user_errors
 
-BLIMP, PERPLEXITY = "blimp", "perplexity"
-TEXT = Path("books/test.jsonl.xz")
-_PERPLEXITIES = {
-    "bits_per_byte": "bits_per_byte",
-    "byte_perplexity": "weighted_perplexity",
-    "word_perplexity": "weighted_perplexity",
-}
-"""Metrics of ``perplexity``, and how the harness makes one number of each."""
 _INSTALL = "lm_eval is not installed; install it with: .venv/bin/pip install -r requirements-dev.txt"
 
 
@@ -51,101 +43,6 @@ class Outcome(NamedTuple):
     """By task."""
     loglikelihoods: dict[str, list[float]]
     """By task, of every request in order, nats; empty for tasks that generate."""
-
-
-def local_tasks(
-    names: Sequence[str], data: Path | None, text: Path | None, shots: int, cache: Path
-) -> list[dict[str, Any] | str]:
-    """The harness's configs of the tasks that read local files; other names stay names.
-
-    Args:
-        names: ``blimp``, ``blimp_NAME``, ``perplexity``, or a task of the user's.
-        data: holds ``blimp/`` and ``books/``.
-        text: of ``perplexity``, if it is not ``TEXT`` in ``data``.
-        shots: examples before each minimal pair.
-        cache: where the ``datasets`` library may write.
-
-    Raises:
-        ValueError: if there are no such files.
-    """
-    found: dict[str, dict[str, Any] | str] = {}
-    for name in names:
-        if name == PERPLEXITY:
-            found[name] = _perplexity(_text_file(data, text), cache)
-        elif name == BLIMP or name.startswith(f"{BLIMP}_"):
-            files = _blimp_files(data)
-            for chosen in sorted(files) if name == BLIMP else [name]:
-                if chosen not in files:
-                    raise ValueError(f"there is no task '{chosen}' in {data}/{BLIMP}{_near(chosen, files)}")
-                found[chosen] = _blimp(chosen, files[chosen], shots, cache)
-        else:
-            found[name] = name
-    return list(found.values())
-
-
-def _near(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(sorted(known))}"
-
-
-def _blimp_files(data: Path | None) -> dict[str, Path]:
-    if data is None:
-        raise ValueError(f"{BLIMP} reads DATA/{BLIMP}/*.jsonl; say with --data where DATA is")
-    files = {f"{BLIMP}_{path.stem}": path for path in sorted((data / BLIMP).glob("*.jsonl"))}
-    if not files:
-        raise ValueError(f"{data / BLIMP} holds no *.jsonl with minimal pairs; give another folder with --data")
-    return files
-
-
-def _text_file(data: Path | None, text: Path | None) -> Path:
-    if text is None and data is None:
-        raise ValueError(f"{PERPLEXITY} reads a text; name it with --text, or a folder with {TEXT} with --data")
-    path = text or (data or Path()) / TEXT
-    if not path.is_file():
-        raise ValueError(f"there is no file {path} for {PERPLEXITY}; name another with --text")
-    return path
-
-
-def _blimp(name: str, path: Path, shots: int, cache: Path) -> dict[str, Any]:
-    return {
-        "task": name,
-        **_dataset("json", path, cache),
-        "output_type": "multiple_choice",
-        "fewshot_split": "train",
-        "num_fewshot": shots,
-        "doc_to_text": "",
-        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
-        "doc_to_target": 0,
-        "target_delimiter": "",  # the default is a space, which would be scored with the sentence
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-
-
-def _perplexity(path: Path, cache: Path) -> dict[str, Any]:
-    kind = "text" if any(suffix in (".txt", ".text", ".md") for suffix in path.suffixes) else "json"
-    config = {
-        "task": PERPLEXITY,
-        **_dataset(kind, path, cache),
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [
-            {"metric": name, "aggregation": aggregation, "higher_is_better": False}
-            for name, aggregation in _PERPLEXITIES.items()
-        ],
-    }
-    if kind == "text":
-        config["dataset_kwargs"]["sample_by"] = "document"  # else a document is a line
-    return config
-
-
-def _dataset(kind: str, path: Path, cache: Path) -> dict[str, Any]:
-    return {
-        "dataset_path": kind,
-        "dataset_kwargs": {"data_files": str(path.resolve()), "cache_dir": str(cache)},
-        "test_split": "train",  # what the loader calls the only split
-        "metadata": {"version": 1.0},
-    }
 
 
 def evaluate(
@@ -174,7 +71,7 @@ def evaluate(
     for task in tasks:
         if isinstance(task, str) and task not in manager.all_tasks:
             known = [*manager.all_tasks, BLIMP, PERPLEXITY]
-            raise ValueError(f"there is no task '{task}'{_near(task, known)}; --include names a folder of task files")
+            raise ValueError(f"there is no task '{task}'{near(task, known)}; --include names a folder of task files")
     done = simple_evaluate(
         model, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=0, task_manager=manager
     )
@@ -236,10 +133,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     parser.add_argument("--tasks", nargs="+", default=[BLIMP, PERPLEXITY], metavar="TASK", help="blimp perplexity ...")
-    parser.add_argument("--data", type=Path, metavar="DATA", help=f"folder that holds {BLIMP}/ and {TEXT}")
+    parser.add_argument("--data", type=Path, metavar="DATA", help=f"folder that holds {BLIMP}/, tuning/ and {TEXT}")
     parser.add_argument("--text", type=Path, metavar="FILE", help=f"of {PERPLEXITY}, instead of DATA/{TEXT}")
     parser.add_argument("--include", type=Path, metavar="FOLDER", help="of task files of your own")
-    parser.add_argument("--shots", type=int, metavar="N", help="examples before each question (blimp: 0 unless given)")
+    parser.add_argument(
+        "--shots", type=int, metavar="N", help="examples before each question (unless given blimp 0, classify 1)"
+    )
     parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
     parser.add_argument("--limit", type=int, metavar="N", help="first documents of each task; all unless given")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="windows that run at once (default 16)")
@@ -271,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(name, "1")  # all that is read lies here
     with user_errors(), tempfile.TemporaryDirectory() as cache:
         _check(options)
-        tasks = local_tasks(options.tasks, options.data, options.text, options.shots or 0, Path(cache))
+        tasks = local_tasks(options.tasks, options.data, options.text, options.shots, Path(cache))
         opened = open_model(options.model)
         window = trained_tokens(opened) if options.window is None else options.window
         check_windows(window, window, opened.decoder.config.max_positions)

@@ -135,7 +135,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "task": (
         {"downstream": {"tasks": ["squad"], "data": "x"}},
-        "a task must be blimp, blimp_NAME or perplexity, got 'squ",
+        "a task must be blimp, blimp_NAME, classify_NAME or perplexity, got 'squ",
     ),
     "tokens": ({"tokens": 0}, "tokens: input should be greater than 0"),
     "validation": ({"set": {"data.validation": []}}, "has no data.validation, and validation losses are what"),

@@ -13,14 +13,17 @@ import torch
 pytest.importorskip("lm_eval")
 
 from convert.to_hf import main as export
-from evals.harness import differences, evaluate, local_tasks, main, table
+from evals.harness import differences, evaluate, main, table
 from evals.harness_model import OurModel
+from evals.harness_tasks import is_local, local_tasks
 from evals.perplexity import perplexity
 from evals.scoring import open_model
 from tests.evals.tiny import POSITIONS, weights_folder
 
 PAIRS = [("return a\n", "return return a\n"), ("x = y + 1\n", "x y = + 1\n"), ("for a in b:\n", "for in a b:\n")]
 TEXTS = ["def add(a, b):\n    return a\n", "import os\n"]
+LABELLED = [("x = 1\nmood:", " good"), ("y = 2\nmood:", " bad"), ("return\nmood:", " good")]
+EXAMPLES = [("a = b\nmood:", " bad")]
 OWN_TASK = """
 task: own
 dataset_path: json
@@ -42,12 +45,20 @@ def weights(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) ->
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two paradigms of minimal pairs, and a text."""
+    """Two paradigms of minimal pairs, prompts with labels, others with long answers, and a text."""
     folder = tmp_path_factory.mktemp("data")
     (folder / "blimp").mkdir()
     rows = [json.dumps({"sentence_good": good, "sentence_bad": bad}) + "\n" for good, bad in PAIRS]
     (folder / "blimp/one.jsonl").write_text("".join(rows))
     (folder / "blimp/two.jsonl").write_text("".join(rows[:2]))
+    (folder / "tuning").mkdir()
+    for name, split, rows in (("mood", "test", LABELLED), ("mood", "train", EXAMPLES), ("bare", "test", LABELLED)):
+        pairs = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in rows]
+        (folder / f"tuning/{name}-{split}.jsonl").write_text("".join(pairs))
+    (folder / "tuning/long-test.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a", "response": str(n)}) + "\n" for n in range(21))
+    )
+    (folder / "tuning/torn-test.jsonl").write_text('{"prompt": "a"}\n')
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     (folder / "text.txt").write_text("\n\n".join(TEXTS))
     return folder
@@ -63,6 +74,18 @@ def _likelihood(weights: Path, text: str) -> float:
     return float(logits.log_softmax(-1).gather(2, ids[:, 1:, None]).sum())
 
 
+def _answer_likelihood(weights: Path, context: str, answer: str) -> float:
+    """Of an answer after a context, from a plain pass."""
+    opened = open_model(weights)
+    tokenizer = opened.tokenizer
+    ids = torch.tensor([[*tokenizer.prefix, *tokenizer.encode(context + answer)]])
+    first = len(tokenizer.prefix) + len(tokenizer.encode(context))
+    with torch.no_grad():
+        logits = opened.decoder(ids[:, :-1]).logits
+    assert logits is not None
+    return float(logits.log_softmax(-1).gather(2, ids[:, 1:, None])[0, first - 1 :].sum())
+
+
 def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_path: Path) -> None:
     tasks = local_tasks(["blimp", "perplexity"], data, data / "texts.jsonl", 0, tmp_path)
     opened = open_model(weights)
@@ -76,6 +99,26 @@ def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_pa
     # Where a document fits into one window, both commands say the same.
     own = perplexity(opened, iter(TEXTS), "texts", POSITIONS, POSITIONS)
     assert outcome.metrics["perplexity"]["bits_per_byte"] == pytest.approx(own.bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize("shots", [None, 0])
+def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_path: Path, shots: int | None) -> None:
+    """After one example of the training file, unless told otherwise."""
+    outcome = evaluate(
+        OurModel(open_model(weights), POSITIONS, 4), local_tasks(["classify_mood"], data, None, shots, tmp_path)
+    )
+    before = "" if shots == 0 else "".join(f"{prompt}{label}\n\n" for prompt, label in EXAMPLES)
+    expected = [
+        _answer_likelihood(weights, before + prompt, label) for prompt, _ in LABELLED for label in (" bad", " good")
+    ]
+    assert outcome.loglikelihoods["classify_mood"] == pytest.approx(expected, abs=1e-3)
+    chosen = [" bad" if bad > good else " good" for bad, good in zip(expected[::2], expected[1::2], strict=True)]
+    right = sum(label == said for (_, label), said in zip(LABELLED, chosen, strict=True))
+    assert outcome.metrics["classify_mood"]["acc"] == pytest.approx(right / len(LABELLED))
+
+
+def test_local_names() -> None:
+    assert all(map(is_local, ("blimp", "blimp_one", "classify_mood", "perplexity"))) and not is_local("squad")
 
 
 def test_windows_of_a_long_text(weights: Path, data: Path, tmp_path: Path) -> None:
@@ -150,6 +193,12 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--tasks", "blimp", "--data", "/nowhere"], "holds no *.jsonl with minimal pairs"),
         (["--tasks", "perplexity", "--data", "DATA"], "there is no file"),
         (["--tasks", "blimp_on", "--data", "DATA"], "did you mean 'blimp_one'?"),
+        (["--tasks", "classify_mood"], "say with --data where DATA is"),
+        (["--tasks", "classify_mood", "--data", "/nowhere"], "holds no NAME-test.jsonl to classify"),
+        (["--tasks", "classify_mod", "--data", "DATA"], "did you mean 'classify_mood'?"),
+        (["--tasks", "classify_long", "--data", "DATA"], "has 21 different responses"),
+        (["--tasks", "classify_bare", "--data", "DATA"], "bare-train.jsonl, which is missing"),
+        (["--tasks", "classify_torn", "--data", "DATA"], "with 'prompt' and 'response' on every line"),
         (["--tasks", "unheard"], "there is no task 'unheard'; there are blimp, perplexity"),
         (["--tasks", "x", "--include", "/nowhere"], "there is no folder /nowhere"),
         (["--limit", "0"], "--limit must be at least 1"),

@@ -1,0 +1,181 @@
+"""Tasks of lm-evaluation-harness that read local files, as configs of its.
+
+blimp            DATA/blimp/*.jsonl, ``blimp_NAME`` one file of them: of two sentences the likelier one
+classify_NAME    DATA/tuning/NAME-test.jsonl: of a few labels the likeliest after the prompt
+perplexity       a text, or JSON lines with a ``text`` field
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+BLIMP, CLASSIFY, PERPLEXITY = "blimp", "classify_", "perplexity"
+PAIRS, TEXT = Path("tuning"), Path("books/test.jsonl.xz")
+"""In DATA: where prompts and responses lie, and what ``perplexity`` reads unless told otherwise."""
+MOST_LABELS = 20
+_PERPLEXITIES = {
+    "bits_per_byte": "bits_per_byte",
+    "byte_perplexity": "weighted_perplexity",
+    "word_perplexity": "weighted_perplexity",
+}
+"""Metrics of ``perplexity``, and how the harness makes one number of each."""
+
+
+def is_local(name: str) -> bool:
+    """Whether :func:`local_tasks` makes a config of ``name``."""
+    return name in (BLIMP, PERPLEXITY) or name.startswith((f"{BLIMP}_", CLASSIFY))
+
+
+def local_tasks(
+    names: Sequence[str], data: Path | None, text: Path | None, shots: int | None, cache: Path
+) -> list[dict[str, Any] | str]:
+    """The configs of the tasks that read local files; other names stay names.
+
+    Args:
+        names: ``blimp``, ``blimp_NAME``, ``classify_NAME``, ``perplexity``, or a task of the user's.
+        data: holds ``blimp/``, ``tuning/`` and ``books/``.
+        text: of ``perplexity``, if it is not ``TEXT`` in ``data``.
+        shots: examples before each question; unless given 0 before minimal pairs and 1 before what is classified,
+            the setting of Zeng et al. 2023.
+        cache: where the ``datasets`` library may write.
+
+    Raises:
+        ValueError: if there are no such files, or not a few labels in them.
+    """
+    found: dict[str, dict[str, Any] | str] = {}
+    for name in names:
+        if name == PERPLEXITY:
+            found[name] = _perplexity(_text_file(data, text), cache)
+        elif name == BLIMP or name.startswith(f"{BLIMP}_"):
+            files = _blimp_files(data)
+            for chosen in sorted(files) if name == BLIMP else [name]:
+                found[chosen] = _blimp(chosen, _file(chosen, files, f"{data}/{BLIMP}"), shots or 0, cache)
+        elif name.startswith(CLASSIFY):
+            path = _file(name, _pair_files(data), f"{data}/{PAIRS}")
+            found[name] = _classify(name, path, 1 if shots is None else shots, cache)
+        else:
+            found[name] = name
+    return list(found.values())
+
+
+def near(name: str, known: Sequence[str] | dict[str, Any]) -> str:
+    """The end of a sentence that there is no ``name``: which known one may be meant, or all of them."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(sorted(known))}"
+
+
+def _file(name: str, files: dict[str, Path], where: str) -> Path:
+    if name not in files:
+        raise ValueError(f"there is no task '{name}' in {where}{near(name, files)}")
+    return files[name]
+
+
+def _blimp_files(data: Path | None) -> dict[str, Path]:
+    if data is None:
+        raise ValueError(f"{BLIMP} reads DATA/{BLIMP}/*.jsonl; say with --data where DATA is")
+    files = {f"{BLIMP}_{path.stem}": path for path in sorted((data / BLIMP).glob("*.jsonl"))}
+    if not files:
+        raise ValueError(f"{data / BLIMP} holds no *.jsonl with minimal pairs; give another folder with --data")
+    return files
+
+
+def _pair_files(data: Path | None) -> dict[str, Path]:
+    if data is None:
+        raise ValueError(f"{CLASSIFY}NAME reads DATA/{PAIRS}/NAME-test.jsonl; say with --data where DATA is")
+    files = sorted((data / PAIRS).glob("*-test.jsonl"))
+    if not files:
+        raise ValueError(f"{data / PAIRS} holds no NAME-test.jsonl to classify; give another folder with --data")
+    return {f"{CLASSIFY}{path.name.removesuffix('-test.jsonl')}": path for path in files}
+
+
+def _text_file(data: Path | None, text: Path | None) -> Path:
+    if text is None and data is None:
+        raise ValueError(f"{PERPLEXITY} reads a text; name it with --text, or a folder with {TEXT} with --data")
+    path = text or (data or Path()) / TEXT
+    if not path.is_file():
+        raise ValueError(f"there is no file {path} for {PERPLEXITY}; name another with --text")
+    return path
+
+
+def _blimp(name: str, path: Path, shots: int, cache: Path) -> dict[str, Any]:
+    return {
+        "task": name,
+        **_dataset("json", {"test": path}, cache),
+        "output_type": "multiple_choice",
+        "fewshot_split": "test",
+        "num_fewshot": shots,
+        "doc_to_text": "",
+        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
+        "doc_to_target": 0,
+        **_ACCURACY,
+    }
+
+
+def _classify(name: str, test: Path, shots: int, cache: Path) -> dict[str, Any]:
+    labels = _labels(name, test)
+    train = test.with_name(test.name.removesuffix("-test.jsonl") + "-train.jsonl")
+    if shots and not train.is_file():
+        raise ValueError(f"{name} takes its examples from {train}, which is missing; add it, or give --shots 0")
+    return {
+        "task": name,
+        **_dataset("json", {"test": test} | ({"train": train} if shots else {}), cache),
+        "output_type": "multiple_choice",
+        "fewshot_split": "train" if shots else None,
+        "num_fewshot": shots,
+        "doc_to_text": "{{prompt}}",
+        "doc_to_choice": labels,
+        "doc_to_target": f"{{{{{labels}.index(response)}}}}",
+        **_ACCURACY,
+    }
+
+
+def _labels(name: str, test: Path) -> list[str]:
+    """The different responses, sorted."""
+    try:
+        with test.open(encoding="utf-8") as lines:
+            labels = sorted({json.loads(line)["response"] for line in lines if line.strip()})
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise ValueError(f"{test} must hold a JSON object with 'prompt' and 'response' on every line") from None
+    if not 2 <= len(labels) <= MOST_LABELS:
+        raise ValueError(
+            f"{name}: {test} has {len(labels)} different responses, and labels to choose from are 2 to {MOST_LABELS}; "
+            "take a set with a few labels"
+        )
+    return labels
+
+
+def _perplexity(path: Path, cache: Path) -> dict[str, Any]:
+    kind = "text" if any(suffix in (".txt", ".text", ".md") for suffix in path.suffixes) else "json"
+    config = {
+        "task": PERPLEXITY,
+        **_dataset(kind, {"test": path}, cache),
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [
+            {"metric": name, "aggregation": aggregation, "higher_is_better": False}
+            for name, aggregation in _PERPLEXITIES.items()
+        ],
+    }
+    if kind == "text":
+        config["dataset_kwargs"]["sample_by"] = "document"  # else a document is a line
+    return config
+
+
+_ACCURACY: dict[str, Any] = {
+    "target_delimiter": "",  # the default is a space, which would be scored with the answer
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+}
+
+
+def _dataset(kind: str, files: dict[str, Path], cache: Path) -> dict[str, Any]:
+    return {
+        "dataset_path": kind,
+        "dataset_kwargs": {"data_files": {k: str(f.resolve()) for k, f in files.items()}, "cache_dir": str(cache)},
+        "test_split": "test",
+        "metadata": {"version": 1.0},
+    }
