@@ -25,11 +25,6 @@ _PERPLEXITIES = {
 """Metrics of ``perplexity``, and how the harness makes one number of each."""
 
 
-def is_local(name: str) -> bool:
-    """Whether :func:`local_tasks` makes a config of ``name``."""
-    return name in (BLIMP, PERPLEXITY) or name.startswith((f"{BLIMP}_", CLASSIFY))
-
-
 def local_tasks(
     names: Sequence[str], data: Path | None, text: Path | None, shots: int | None, cache: Path
 ) -> list[dict[str, Any] | str]:

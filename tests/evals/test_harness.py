@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 from convert.to_hf import main as export
 from evals.harness import differences, evaluate, main, table
 from evals.harness_model import OurModel
-from evals.harness_tasks import is_local, local_tasks
+from evals.harness_tasks import local_tasks
 from evals.perplexity import perplexity
 from evals.scoring import open_model
 from tests.evals.tiny import POSITIONS, weights_folder
@@ -115,10 +115,6 @@ def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_pa
     chosen = [" bad" if bad > good else " good" for bad, good in zip(expected[::2], expected[1::2], strict=True)]
     right = sum(label == said for (_, label), said in zip(LABELLED, chosen, strict=True))
     assert outcome.metrics["classify_mood"]["acc"] == pytest.approx(right / len(LABELLED))
-
-
-def test_local_names() -> None:
-    assert all(map(is_local, ("blimp", "blimp_one", "classify_mood", "perplexity"))) and not is_local("squad")
 
 
 def test_windows_of_a_long_text(weights: Path, data: Path, tmp_path: Path) -> None:
