@@ -194,7 +194,7 @@ def only_tensors(checkpoint: Path) -> Iterator[None]:
         ValueError: for anything else in ``checkpoint``.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.runtime.zero.config import ZeroStageEnum  # in older checkpoints; saving writes its number now
     from deepspeed.utils.tensor_fragment import fragment_address
 
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
