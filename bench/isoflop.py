@@ -16,7 +16,6 @@ or differs from --against.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import io
 import shlex
@@ -33,7 +32,7 @@ from bench.suite_report import CSV, MARKDOWN, TOLERANCE, as_csv, compare, main_t
 from bench.suite_results import collect
 from bench.suite_runs import dial, downstream, is_done, prepare, side_by_side, submit, training
 from data.files import only_writer, write_atomically
-from settings import to_yaml, user_errors
+from settings import did_you_mean, to_yaml, user_errors
 from trainer import code_state
 
 PICTURES = {"loss.png": loss_figure, "density.png": density_figure, "dial.png": dial_figure}
@@ -71,9 +70,7 @@ def _chosen(suite: Suite, runs: Sequence[Run], only: Sequence[str] | None, seeds
     """
     for name in only or ():
         if name not in suite.variants:
-            near = difflib.get_close_matches(name, suite.variants, n=1, cutoff=0.5)
-            hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(suite.variants)}"
-            raise ValueError(f"--only: the suite has no variant '{name}'; {hint}")
+            raise ValueError(f"--only: the suite has no variant '{name}'; {did_you_mean(name, suite.variants)}")
     chosen = [r for r in runs if (only is None or r.variant in only) and (seeds is None or r.seed in seeds)]
     if not chosen:
         there = ", ".join(map(str, dict.fromkeys(r.seed for r in runs)))

@@ -207,8 +207,8 @@ def side_by_side(jobs: Sequence[Job], at_once: int, threads: int, unit: str) -> 
         places.put(devices)
     problems: dict[Job, str] = {}
     with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), unit=unit) as bar:
-        waiting = {pool.submit(_run, job, places, threads): job for job in jobs}
         try:
+            waiting = {pool.submit(_run, job, places, threads): job for job in jobs}
             for done in as_completed(waiting):
                 if problem := done.result():
                     problems[waiting[done]] = problem

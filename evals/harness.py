@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.files import write_atomically
-from evals.harness_tasks import BLIMP, PERPLEXITY, TEXT, local_tasks, near
+from evals.harness_tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
 from evals.perplexity import check_windows, trained_tokens
 from evals.scoring import open_model
-from settings import user_errors
+from settings import did_you_mean, user_errors
 
 _INSTALL = "lm_eval is not installed; install it with: .venv/bin/pip install -r requirements-dev.txt"
 
@@ -70,8 +70,10 @@ def evaluate(
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=False)
     for task in tasks:
         if isinstance(task, str) and task not in manager.all_tasks:
-            known = [*manager.all_tasks, BLIMP, PERPLEXITY]
-            raise ValueError(f"there is no task '{task}'{near(task, known)}; --include names a folder of task files")
+            known = [*manager.all_tasks, BLIMP, f"{CLASSIFY}NAME", PERPLEXITY]
+            raise ValueError(
+                f"there is no task '{task}'; {did_you_mean(task, known)}; --include names a folder of task files"
+            )
     done = simple_evaluate(
         model, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=0, task_manager=manager
     )

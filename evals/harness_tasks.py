@@ -7,11 +7,12 @@ perplexity       a text, or JSON lines with a ``text`` field
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from settings import did_you_mean
 
 BLIMP, CLASSIFY, PERPLEXITY = "blimp", "classify_", "perplexity"
 PAIRS, TEXT = Path("tuning"), Path("books/test.jsonl.xz")
@@ -57,15 +58,9 @@ def local_tasks(
     return list(found.values())
 
 
-def near(name: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """The end of a sentence that there is no ``name``: which known one may be meant, or all of them."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(sorted(known))}"
-
-
 def _file(name: str, files: dict[str, Path], where: str) -> Path:
     if name not in files:
-        raise ValueError(f"there is no task '{name}' in {where}{near(name, files)}")
+        raise ValueError(f"there is no task '{name}' in {where}; {did_you_mean(name, files)}")
     return files[name]
 
 

@@ -6,7 +6,6 @@ its metrics. The calibration part is evenly spread over what is left.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 
 from data.batches import Batch, ValidationSet
 from data.config import DataConfig
+from settings import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,7 @@ def open_set(config: DataConfig, name: str | None) -> ValidationSet:
         raise ValueError("the run's config has no data.validation, and there is nothing else to measure on; add a set")
     if name is None or name in names:
         return ValidationSet(config, name or names[0])
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"the run has {', '.join(names)}"
-    raise ValueError(f"there is no validation set '{name}'; {hint}")
+    raise ValueError(f"there is no validation set '{name}'; {did_you_mean(name, names)}")
 
 
 def split(validation_set: ValidationSet, calibration: int, held_out: int, batch_samples: int) -> Windows:

@@ -1,7 +1,8 @@
 """YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
 
 from settings.load import load, to_yaml
+from settings.near import did_you_mean
 from settings.strict import Strict
 from settings.user_errors import user_errors
 
-__all__ = ["Strict", "load", "to_yaml", "user_errors"]
+__all__ = ["Strict", "did_you_mean", "load", "to_yaml", "user_errors"]

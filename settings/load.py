@@ -7,7 +7,6 @@ is told in one message, each with its key and the value it got. What was loaded 
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+
+from settings.near import did_you_mean
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -117,8 +118,7 @@ def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str) -> list[str]:
     for key, value in raw.items():
         field = schema.model_fields.get(str(key))
         if field is None:
-            near = difflib.get_close_matches(str(key), schema.model_fields, n=1, cutoff=0.5)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"valid keys: {', '.join(schema.model_fields)}"
+            hint = did_you_mean(str(key), schema.model_fields, prefix=prefix, all_of_them="valid keys:")
             problems.append(f"unknown key '{prefix}{key}'; {hint}")
             continue
         for nested in _nested_schemas(field.annotation):

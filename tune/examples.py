@@ -10,7 +10,6 @@ E: entries (an example, or one of its choices, or a piece of a text), I: ids of 
 from __future__ import annotations
 
 import codecs
-import difflib
 import json
 import lzma
 from array import array
@@ -24,6 +23,7 @@ import zstandard
 
 from data.config import SourceConfig
 from data.sources import COMPRESSIONS, Cursor, Source, open_raw, require_whole_zstd
+from settings import did_you_mean
 from tune.config import ChatConfig, ExamplesConfig, ExampleSource
 from tune.text import TextTokenizer
 
@@ -195,7 +195,7 @@ def _chat(record: dict[str, Any], source: ExampleSource, chat: ChatConfig, token
     for message in messages:
         role, content = _text(message, "role"), _text(message, "content")
         if role not in before:
-            raise ValueError(f"unknown role '{role}'; {_hint(role, list(before))}")
+            raise ValueError(f"unknown role '{role}'; {did_you_mean(role, before)}")
         unlearned += before[role]
         if role != "assistant":
             unlearned += content + chat.end
@@ -294,7 +294,7 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
 def _value(record: dict[str, Any], field: str, setting: str = "") -> Any:
     if field not in record:
         change = f"; set the source's {setting}" if setting else ""
-        raise ValueError(f"there is no field '{field}'; {_hint(field, list(record))}{change}")
+        raise ValueError(f"there is no field '{field}'; {did_you_mean(field, record)}{change}")
     return record[field]
 
 
@@ -307,8 +307,3 @@ def _text(record: dict[str, Any], field: str, setting: str = "") -> str:
     except UnicodeEncodeError:  # JSON can spell half a character, which no tokenizer takes
         raise ValueError(f"field '{field}' holds half a surrogate pair, which is no Unicode text; correct it") from None
     return value
-
-
-def _hint(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(names) or 'none'}"

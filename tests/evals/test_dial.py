@@ -316,7 +316,7 @@ def test_what_the_command_refuses(trained_run: Path, tmp_path: Path, capsys: pyt
         ([run_folder, "--densities", "0.5", "0"], "a density must be above 0 and at most 1, got 0;"),
         ([run_folder, "--densities", "1.5"], "a density must be above 0 and at most 1, got 1.5;"),
         ([run_folder, "--set", "cod"], "there is no validation set 'cod'; did you mean 'code'?"),
-        ([run_folder, "--set", "xyz"], "there is no validation set 'xyz'; the run has code"),
+        ([run_folder, "--set", "xyz"], "there is no validation set 'xyz'; there are: code"),
         ([run_folder, "--samples", "100000"], "fewer than 100000 to calibrate on and 100000 others to measure on;"),
         ([run_folder, "--samples", "0"], "must be at least 1 each"),
         ([run_folder, "--out", str(in_the_way)], f"{in_the_way} cannot be written (File exists); give another folder"),

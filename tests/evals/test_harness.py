@@ -195,7 +195,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--tasks", "classify_long", "--data", "DATA"], "has 21 different responses"),
         (["--tasks", "classify_bare", "--data", "DATA"], "bare-train.jsonl, which is missing"),
         (["--tasks", "classify_torn", "--data", "DATA"], "with 'prompt' and 'response' on every line"),
-        (["--tasks", "unheard"], "there is no task 'unheard'; there are blimp, perplexity"),
+        (["--tasks", "unheard"], "there is no task 'unheard'; there are: blimp, classify_NAME, perplexity"),
         (["--tasks", "x", "--include", "/nowhere"], "there is no folder /nowhere"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--shots", "-1"], "--shots must be at least 0"),
