@@ -120,7 +120,7 @@ class Cluster:
         words = self.run("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def wait_for(self, job: str, *states: str, timeout_s: float = 120) -> dict[str, str]:
+    def wait_for(self, job: str, *states: str, timeout_s: float = 300) -> dict[str, str]:
         """Wait until a job is in one of ``states``; returns what is known of it."""
         self.wait(lambda: self.job(job)["JobState"] in states, f"job {job} {states}", timeout_s)
         return self.job(job)
@@ -135,7 +135,7 @@ class Cluster:
         """Both nodes are up and have nothing to do."""
         return self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"]
 
-    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
         """Poll until ``condition``."""
         end = time.monotonic() + timeout_s
         while not condition():

@@ -48,7 +48,7 @@ class Chain:
         self.rank = psutil.Process(int(self.line(1).split()[0]))
         self.parents = self.rank.parents()[: len(names)][::-1]
 
-    def line(self, number: int, timeout_s: float = 20) -> str:
+    def line(self, number: int, timeout_s: float = 60) -> str:
         end = time.monotonic() + timeout_s
         while not (self.said.exists() and self.said.read_text().count("\n") >= number):
             assert time.monotonic() < end, f"line {number} never came"

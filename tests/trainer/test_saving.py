@@ -230,9 +230,10 @@ def test_a_disk_that_is_not_shared_is_told_before_anything_is_written(
 
 
 def test_a_rank_that_could_not_write_ends_the_others_with_its_reason(
-    configure: Configure, world: World, tmp_path: Path
+    configure: Configure, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 does not wait for a receipt that will never come."""
+    monkeypatch.setattr(saving, "_QUIET_S", 1.0)
     config, two = configure(), TwoRanks(0, 2, 0, 1, torch.device("cpu"))
     with engine_for(config, world) as engine:
         saver = Saver(tmp_path, "f", config, two)
