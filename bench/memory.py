@@ -24,6 +24,8 @@ from torch.autograd.profiler import profile
 
 # The profiler's library would print a line at every start and stop. It reads this once, at the first of them.
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
+_GROUP = Path("/sys/fs/cgroup")
+"""A container's account of itself (cgroup v2)."""
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -111,10 +113,16 @@ def free_bytes() -> int | None:
     available = _status_bytes(Path("/proc/meminfo"), "MemAvailable")
     if available is not None:
         known.append(available)
-    group = Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):  # no container, or one without a limit ("max")
-        known.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        used = int((_GROUP / "memory.current").read_text()) - _cached_files_bytes(_GROUP / "memory.stat")
+        known.append(int((_GROUP / "memory.max").read_text()) - used)
     return min(known) if known else None
+
+
+def _cached_files_bytes(path: Path) -> int:
+    """Of a container's ``memory.stat``: what its account calls used and the kernel gives back when asked."""
+    figures = dict(line.split() for line in path.read_text().splitlines())
+    return int(figures["active_file"]) + int(figures["inactive_file"])
 
 
 def _status_bytes(path: Path, name: str) -> int | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
+import shutil
 import sysconfig
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,9 @@ from data.prepare import prepare
 from data.tokenizer import train_tokenizer
 
 VOCAB = 400
+# Nothing of the user's is read or written, and two processes do not write the same file of an export's code.
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a GPU machine, too: only tests marked gpu use it
 
 

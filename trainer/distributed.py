@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import random
 import re
 import warnings
 from dataclasses import dataclass
@@ -81,8 +80,6 @@ def join(timeout_s: float) -> World:
     rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     os.environ.setdefault("LOCAL_SIZE", str(local_size))
-    if size == 1 and os.environ["MASTER_PORT"] == "0":
-        os.environ["MASTER_PORT"] = str(random.SystemRandom().randint(20_000, 60_000))
     deepspeed = import_deepspeed()
     if uses_cuda():
         # With one GPU visible to each task, every task's GPU is its number 0.

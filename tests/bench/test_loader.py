@@ -53,12 +53,12 @@ def test_a_slow_loader_is_caught(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     def slow(data: TrainingData, first_step: int, samples: int) -> Iterator[Batch]:
         for batch in fast(data, first_step, samples):
-            time.sleep(0.05)
+            time.sleep(0.3)
             yield batch
 
     monkeypatch.setattr(loader, "step_batches", slow)
     with pytest.raises(SystemExit) as exit_info:
-        loader.main([*TOY, "--check"])
+        loader.main([*TOY, "--repeats=1", "--steps=1", "--check"])
     assert exit_info.value.code == 1
     out, err = capsys.readouterr()
     assert "1 of 1 limits missed: loader/waited_share is 0." in err
@@ -75,7 +75,7 @@ def test_a_fast_loader_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         return quick(ours)
 
     monkeypatch.setattr(loader.Ours, "step", long_step)
-    loader.main([*TOY, "--repeats=3", "--steps=2", "--check"])
+    loader.main([*TOY, "--repeats=5", "--steps=1", "--check"])
     assert "ok     loader/waited_share" in capsys.readouterr().out
 
 

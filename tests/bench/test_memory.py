@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,6 +125,18 @@ def test_other_errors_are_no_lack_of_memory(error: BaseException, expected: bool
 def test_free_memory_is_known_here_and_plausible() -> None:
     free = free_bytes()
     assert free is not None and KIB**2 < free < 1024 * KIB**3 * KIB
+
+
+def test_a_containers_cache_of_files_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its account has it under what is used, up to the limit after a large installation."""
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    (tmp_path / "memory.current").write_text("5000\n")
+    (tmp_path / "memory.stat").write_text("anon 1000\ninactive_file 2500\nactive_file 1400\nsock 7\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    without = free_bytes()
+    assert without is None or without > 6000
+    (tmp_path / "memory.max").write_text("6000\n")
+    assert free_bytes() == 6000 - (5000 - 2500 - 1400)
 
 
 @pytest.mark.gpu

@@ -46,17 +46,19 @@ def test_runs_ahead_no_further_than_depth() -> None:
 
 def test_waiting_is_measured() -> None:
     def slow() -> Iterator[int]:
-        for number in range(3):
-            time.sleep(0.1)
-            yield number
+        asked.wait()
+        time.sleep(0.5)
+        yield from range(3)
 
+    asked = threading.Event()
     waiting = prefetch(slow(), depth=1)
-    list(waiting)
-    assert waiting.waited_s >= 0.25
+    items = iter(waiting)
+    asked.set()
+    assert list(items) == [0, 1, 2] and waiting.waited_s >= 0.3
     busy = prefetch(range(3), depth=3)
     for _ in busy:
-        time.sleep(0.02)
-    assert busy.waited_s < 0.25
+        time.sleep(0.2)  # what is ready does not count as waiting
+    assert busy.waited_s < 0.3
 
 
 def test_leaving_early_ends_the_thread() -> None:

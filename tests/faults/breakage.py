@@ -61,6 +61,18 @@ def signal_in_save() -> None:
     saving._write = interrupted
 
 
+def hold_in_save() -> None:
+    """The checkpoint of step 4 is begun and never finished."""
+    write = saving._write
+
+    def held(path: Path, content: Any) -> None:
+        write(path, content)
+        if path.parent.name.startswith("step-00000004"):
+            time.sleep(3600)
+
+    saving._write = held
+
+
 if __name__ == "__main__":
     globals()[sys.argv.pop(next(n for n, word in enumerate(sys.argv) if word in globals()))]()
     raise SystemExit(main())

@@ -100,8 +100,9 @@ class Chain:
             running.wait_until(lambda: len(re.findall("^step +[0-9,]+  loss", running.output, re.MULTILINE)) >= count)
             time.sleep(self.dice.uniform(0, 0.1))
             return
-        partial, began = self.checkpoints / f"step-{before + 2 * self.dice.randint(1, 2):08d}.partial", time.time()
-        running.wait_until(lambda: _changed(partial) > began)
+        step, began = before + 2 * self.dice.randint(1, 2), time.time()
+        whole, partial = (self.checkpoints / f"step-{step:08d}{ending}" for ending in ("", ".partial"))
+        running.wait_until(lambda: _changed(partial) > began or whole.exists())  # it may be over in no time
         time.sleep(self.dice.uniform(0, 0.04))
 
     def to_the_end(self, ranks: int) -> None:

@@ -66,7 +66,7 @@ def log(run_dir: str) -> str:
 @pytest.fixture
 def long_run(tiny: dict[str, Any]) -> dict[str, Any]:
     """Enough steps to be interrupted in, without a checkpoint of its own on the way."""
-    tiny["train"] |= {"steps": 60, "checkpoint": {"every_steps": 10_000}}
+    tiny["train"] |= {"steps": 200, "checkpoint": {"every_steps": 10_000}}
     tiny["train"] |= {"evaluation": {"every_steps": 10_000, "samples": 5}}
     tiny["train"]["log"]["images"] = False
     return tiny

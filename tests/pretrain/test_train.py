@@ -140,7 +140,7 @@ def test_one_process_stops_with_the_documented_status(tiny, write_config):
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(tiny, write_config):
     tiny["train"] |= {"steps": 8, "evaluation": {"every_steps": 100, "samples": 2}}
     config, checkpoints = write_config(tiny), Path(tiny["train"]["run_dir"]) / "checkpoints"
-    process = start(TRAIN, config)
+    process = start("tests.faults.breakage", "hold_in_save", config)
     _wait_for(checkpoints / "step-00000004.partial")
     _kill_all(process)
     assert (checkpoints / "step-00000004.partial").exists() and not (checkpoints / "step-00000004").exists()

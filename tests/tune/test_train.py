@@ -32,6 +32,8 @@ from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
 from tune.weights import load_tuned
 
+pytestmark = pytest.mark.timeout(1800)  # the first test of all waits for every run
+
 METHODS = {
     "lora": ["adapter.kind=lora"],
     "dora": ["adapter.kind=dora"],
@@ -71,7 +73,7 @@ def runs(tuning: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ca
         listed = folder / f"{ranks}.json"
         listed.write_text(json.dumps([[*o, f"train.run_dir={folder}/{ranks}/{name}"] for name, o in cases.items()]))
         done = run(
-            "tests.tune.runs_worker", str(config), str(listed), processes=ranks, launcher=launcher, timeout_s=500
+            "tests.tune.runs_worker", str(config), str(listed), processes=ranks, launcher=launcher, timeout_s=1500
         )
         assert done.returncode == 0, done.stdout[-4000:]
     return lambda name: folder / name
