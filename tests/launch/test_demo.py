@@ -88,7 +88,7 @@ def test_it_starts_afresh_and_ends_with_the_status_of_what_failed(
     port = int(ran[-1][ran[-1].index("--master_port") + 1])
     assert port >= 1024 and ran == demo.commands(config, tune_config, 3, port)[:3]
     printed = capsys.readouterr().out
-    assert f"$ python -m data.tokenizer {config}" in printed and "demo done" not in printed
+    assert f"$ {Path(sys.executable).name} -m data.tokenizer {config}" in printed and "demo done" not in printed
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
