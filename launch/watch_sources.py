@@ -76,11 +76,11 @@ def read_checkpoint(folder: Path, alive: bool) -> tuple[str, float] | None:
     The age is against the newest heartbeat's file while the run is ``alive``, because the clock of the machine that
     writes both may not be ours.
     """
-    manifests = sorted((folder / "checkpoints").glob("step-*/manifest.json"), key=lambda path: path.parent.name)
-    manifests = [path for path in manifests if path.parent.name[5:].isdigit()]
-    if not manifests:
-        return None
     try:
+        manifests = sorted((folder / "checkpoints").glob("step-*/manifest.json"), key=lambda path: path.parent.name)
+        manifests = [path for path in manifests if path.parent.name[5:].isdigit()]
+        if not manifests:
+            return None
         beats = [path.stat().st_mtime for path in (folder / "heartbeat").glob("rank-*.json")]
         now = max(beats) if alive and beats else time.time()
         return manifests[-1].parent.name, max(now - manifests[-1].stat().st_mtime, 0.0)

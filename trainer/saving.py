@@ -164,7 +164,7 @@ class Saver:
         size, since, pause_s = -1, time.monotonic(), _POLL_S
         while not (self._written.is_set() and (self.failed or not self._partial.exists())):
             grown = bytes_below(self._partial)
-            if any(self._partial.glob(f"{_FAILED}*")):
+            if _is_given_up(self._partial):
                 return
             if grown != size:
                 size, since = grown, time.monotonic()
@@ -293,6 +293,14 @@ def _on_host(value: Any, seen: dict[tuple[Any, ...], Tensor]) -> Any:
     if isinstance(value, Enum):  # Python 3.11.2 pickles its members by a call to getattr, which loading refuses
         return value.value
     return copy.deepcopy(value)
+
+
+def _is_given_up(partial: Path) -> bool:
+    """True if a rank has left word that it cannot write its part; ``partial`` may get its final name meanwhile."""
+    try:
+        return any(name.startswith(_FAILED) for name in os.listdir(partial))
+    except FileNotFoundError:
+        return False
 
 
 def _write(path: Path, content: Any) -> None:

@@ -245,6 +245,13 @@ def test_a_rank_that_could_not_write_ends_the_others_with_its_reason(
     assert checkpoint.find(tmp_path, world) == (None, ["step-00000001.partial was never finished"])
 
 
+def test_a_checkpoint_may_become_whole_while_one_looks_for_word_of_a_failure(tmp_path: Path) -> None:
+    """A listing of the folder met its new name once, and ended a finished run."""
+    assert not saving._is_given_up(tmp_path / "step-00000001.partial") and not saving._is_given_up(tmp_path)
+    (tmp_path / f"{saving._FAILED}00001").touch()
+    assert saving._is_given_up(tmp_path)
+
+
 def test_a_copy_shares_nothing_and_keeps_what_was_one_tensor_one() -> None:
     base = torch.arange(6.0)
     original = {"a": base, "same": base, "part": base[2:], "list": [base[:2], (1, "x")], "size": torch.Size([2])}
