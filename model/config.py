@@ -101,7 +101,7 @@ class RouterConfig(Block):
     """How many first layers have no router and execute every token."""
     always_on_last: int = Field(0, ge=0)
     """How many last layers have no router and execute every token."""
-    noise: Ramp = Ramp(start=1.0, end=0.0, until=0.9)
+    noise: Ramp = Ramp(start=1.0, end=0.0, until=0.6)
     """Scale of the Gumbel noise on the logits in training; 1 throughout is the paper's."""
     temperature: Ramp = Ramp(start=1.0, end=1.0, until=1.0)
     """Temperature of the soft gate whose gradient the hard gate borrows."""

@@ -122,7 +122,7 @@ def test_defaults_are_the_papers_where_the_method_says_so() -> None:
     router = RouterConfig(density=0.5)
     assert (router.kind, router.granularity, router.execution) == ("learned", "layer", "rounded")
     assert (router.budget.kind, router.budget.coefficient, router.budget.controller) == ("per_layer", 0.1, "fixed")
-    assert (router.noise.at(0.0), router.noise.at(0.45), router.noise.at(0.9)) == (1.0, 0.5, 0.0)
+    assert (router.noise.at(0.0), router.noise.at(0.3), router.noise.at(0.6)) == (1.0, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("block", [ModelConfig, RouterConfig, BudgetConfig, RopeScaling, Ramp])
