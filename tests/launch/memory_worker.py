@@ -13,6 +13,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -70,6 +71,13 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
     others: list[float] = []
     kept: list[dict[str, float]] = []
 
+    def others_alive() -> int:
+        time.sleep(0.1)  # a thread of gloo's may hold what it has sent a moment longer
+        gc.collect()
+        everything = _alive() | _of(p.grad for p in engine.module.parameters() if p.grad is not None)
+        known = {**weights, **_optimizer(engine)}
+        return sum(size for at, size in everything.items() if at not in foreign and at not in known)
+
     def step(watch: bool) -> None:
         for number in range(accumulation):
             forward: Callable[[], Any] = lambda: engine(batch, batch, sample_ids=torch.arange(samples))  # noqa: E731
@@ -77,10 +85,7 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
             engine.backward(output.loss.loss / batch.numel(), scale_wrt_gas=False)
             del output
             if watch:
-                gc.collect()
-                everything = _alive() | _of(p.grad for p in engine.module.parameters() if p.grad is not None)
-                known = {**weights, **_optimizer(engine)}
-                others.append(sum(size for at, size in everything.items() if at not in foreign and at not in known))
+                others.append(min(others_alive() for _ in range(5)))
             if number + 1 < accumulation:
                 engine.step()
         engine.step()
