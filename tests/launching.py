@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 
@@ -65,6 +67,14 @@ def start(module: str, *arguments: str, processes: int = 1, launcher: str = "pyt
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def has_ended(process: psutil.Process) -> bool:
+    """Gone, or a zombie: whoever takes in a launcher's orphans may look at them late, or never."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE or not process.is_running()
+    except psutil.NoSuchProcess:
+        return True
 
 
 def free_port() -> int:

@@ -153,7 +153,7 @@ def test_the_calibration_windows_execute_what_was_asked(dial: Dial, decoder: Dec
             assert abs(reached - target) <= best + 1 / len(margins) + TOLERANCE
             misses.append(best)
         assert sum(point.site_targets) / len(dial.sites) == pytest.approx(point.density)
-    assert sorted(misses)[len(misses) // 2] <= 2 / (CALIBRATION * dial.window_tokens)  # most can be met
+    assert sorted(misses)[len(misses) // 2] <= 1 / (CALIBRATION * dial.window_tokens)  # most can be met
 
 
 def test_flops_are_those_of_the_record_and_rise_along_the_dial(dial: Dial, decoder: Decoder, windows: Windows) -> None:

@@ -67,7 +67,7 @@ def test_two_ranks_finish_and_leave_a_run_folder_that_can_be_run_again(tiny, wri
     assert _exact(f"{run_dir}-2") == steps
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_twenty_steps_are_ten_and_a_kill_and_ten_more_bit_by_bit(tiny, write_config, stage):
     """Invariant 6, with two micro-batches a step, an adaptive budget, annealed noise and exploration."""
     tiny["train"] |= {"steps": 20, "checkpoint": {"every_steps": 10}, "evaluation": {"every_steps": 10, "samples": 5}}

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import ROOT, start
+from tests.launching import ROOT, has_ended, start
 
 # A process that starts its first argument with the others, waits for it, and is named after its own script.
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
@@ -130,18 +130,10 @@ def test_no_orphans_and_a_whole_checkpoint(tiny, write_config, whom: str, number
 
 
 def _until_gone(processes: list[psutil.Process]) -> None:
-    """Ended, or a zombie: whoever takes orphans in need not look at them ever."""
     end = time.monotonic() + 60
-    while left := [process for process in processes if not _is_gone(process)]:
+    while left := [process for process in processes if not has_ended(process)]:
         assert time.monotonic() < end, left
         time.sleep(0.1)
-
-
-def _is_gone(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE or not process.is_running()
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _beat(run_dir: Path, rank: int) -> dict:
