@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
+import subprocess
 import time
 from pathlib import Path
-
-import pytest
 
 from tests.faults.breakage import signal_in_evaluation, signal_in_save
 from tests.faults.ranks import Ranks
 from tests.faults.test_kills import exact, lines
 from tests.launching import start
+from tests.programs import needs
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.heartbeat import BEAT_EVERY_S, read_beats
-
-FAKETIME = [*Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1")]
 
 
 def test_sigterm_in_an_evaluation_and_in_a_save(tiny, write_config) -> None:
@@ -39,8 +37,7 @@ def test_sigterm_in_an_evaluation_and_in_a_save(tiny, write_config) -> None:
     assert exact(run) == exact(Path(f"{run}-undisturbed"))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not FAKETIME, reason="needs libfaketime (apt-get install faketime)")
+@needs("faketime")
 def test_a_clock_that_jumps_by_hours_does_nothing(tiny, write_config, monkeypatch, tmp_path: Path) -> None:
     """The host's clock goes 5 hours forwards, then 3 back; only the monotonic one is the machine's own."""
     tiny["train"] |= {"stall_timeout_s": 60.0}
@@ -48,7 +45,9 @@ def test_a_clock_that_jumps_by_hours_does_nothing(tiny, write_config, monkeypatc
     clock = tmp_path / "clock"
     clock.write_text("+0\n")
     own = {"FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-    for name, value in {"LD_PRELOAD": str(FAKETIME[0]), **own}.items():
+    preload = ["faketime", "-m", "-f", "+0", "printenv", "LD_PRELOAD"]  # its library for programs with threads
+    own["LD_PRELOAD"] = subprocess.run(preload, check=True, capture_output=True, text=True).stdout.strip()
+    for name, value in own.items():
         monkeypatch.setenv(name, value)
     with start("pretrain.train", config) as process:
         for jump, more in (("+5h", 6), ("-3h", 14)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -13,16 +12,8 @@ from pathlib import Path
 import psutil
 
 from tests.launching import free_port
+from tests.programs import where
 
-SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
-
-
-def missing() -> str | None:
-    """Why there can be no hosts here, or None."""
-    for program in ("pdsh", "ssh", "ssh-keygen", SSHD):
-        if shutil.which(program) is None:
-            return f"needs {program}: apt-get install pdsh openssh-server"
-    return None
 
 
 class Hosts:
@@ -53,7 +44,7 @@ class Hosts:
             }
             given = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
             self._daemons.append(
-                subprocess.Popen([SSHD, "-D", "-e", "-f", "/dev/null", *given], stderr=subprocess.PIPE)
+                subprocess.Popen([str(where("sshd")), "-D", "-e", "-f", "/dev/null", *given], stderr=subprocess.PIPE)
             )
         (folder / "hostfile").write_text("".join(f"{address} slots=1\n" for address in addresses))
         self.hostfile = str(folder / "hostfile")

@@ -1,13 +1,12 @@
 """A real SLURM cluster of two nodes on this machine: munged, slurmctld and two slurmd in a temporary folder.
 
 The nodes are called 127.0.0.1 and 127.0.0.2, so that the first host of a job's node list is one that ranks can meet at.
-Needs Debian's ``slurm-wlm`` and ``munge``, and no root.
+Needs no root.
 """
 
 from __future__ import annotations
 
 import getpass
-import os
 import random
 import secrets
 import shutil
@@ -22,10 +21,9 @@ import psutil
 import pytest
 
 from tests.launching import ROOT, environment, free_port
+from tests.programs import SEARCH, where
 
 NODES = ("127.0.0.1", "127.0.0.2")
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
-SEARCH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -51,12 +49,6 @@ SlurmdTimeout=5
 ReturnToService=2
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
-
-
-def missing() -> str | None:
-    """Why there can be no cluster here, or None."""
-    lacking = [program for program in PROGRAMS if shutil.which(program, path=SEARCH) is None]
-    return f"needs {', '.join(lacking)} (Debian: slurm-wlm and munge)" if lacking else None
 
 
 class Cluster:
@@ -148,7 +140,7 @@ class Cluster:
             process.kill()
 
     def _daemon(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-        path = shutil.which(program, path=SEARCH)
+        path = where(program)
         assert path is not None
         log = (self.folder / f"{program}.out").open("ab")
         return subprocess.Popen([path, *arguments], env=self.environment, stdout=log, stderr=log)
@@ -166,10 +158,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running cluster; skipped with a reason where SLURM is not installed."""
-    reason = missing()
-    if reason is not None:
-        pytest.skip(reason)
+    """A running cluster, for tests marked ``needs(*SLURM)``."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: a socket's path may have 107 characters
     made = Cluster(folder)
     try:

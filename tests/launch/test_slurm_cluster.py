@@ -17,11 +17,12 @@ import yaml
 
 from tests.launch.slurm_cluster import NODES, Cluster
 from tests.launching import BIN, ROOT, run
+from tests.programs import SLURM, needs
 from trainer import manifest
 from trainer.distributed import ALONE
 
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1")
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.timeout(1800), needs(*SLURM)]
 
 
 def _launch(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,11 +17,9 @@ import pytest
 
 from tests.launch import hosts as two
 from tests.launching import BIN, ROOT, environment, free_port
+from tests.programs import HOSTS, needs
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(two.missing() is not None, reason=str(two.missing())),
-]
+pytestmark = needs(*HOSTS)
 
 
 @pytest.fixture
@@ -80,6 +78,7 @@ def test_a_hostfile_starts_a_rank_on_each_host(hosts, tiny, write_config, tmp_pa
     assert json.loads((_newest(tiny) / "manifest.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_host_that_dies_is_said_and_the_rest_ends(hosts, tiny, write_config, tmp_path: Path, number: int) -> None:
     with _endless(hosts, tiny, write_config, tmp_path) as (process, ranks):
@@ -94,6 +93,7 @@ def test_a_host_that_dies_is_said_and_the_rest_ends(hosts, tiny, write_config, t
     assert int(_newest(tiny).name[5:]) >= 2
 
 
+@pytest.mark.slow
 def test_a_lost_connection_saves_and_stops(hosts, tiny, write_config, tmp_path: Path) -> None:
     with _endless(hosts, tiny, write_config, tmp_path) as (process, ranks):
         clients = [p for p in psutil.Process(process.pid).children(recursive=True) if p.name() == "ssh"]
@@ -106,6 +106,7 @@ def test_a_lost_connection_saves_and_stops(hosts, tiny, write_config, tmp_path: 
     assert f"asked to stop: step {int(_newest(tiny).name[5:]):,} is saved" in output
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves_on_all_hosts(hosts, tiny, write_config, tmp_path: Path) -> None:
     with _endless(hosts, tiny, write_config, tmp_path) as (process, ranks):
         process.terminate()
