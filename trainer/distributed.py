@@ -111,13 +111,15 @@ def uses_cuda() -> bool:
 
 
 def leave() -> None:
-    """Tear the process group down, so that a finished run ends without warnings; all ranks together.
+    """Tear all process groups down, so that a finished run ends without warnings; all ranks together.
 
-    One that leaves first would close connections that the others may still use.
+    One that leaves first would close connections that the others may still use. DeepSpeed does it, as it keeps a group
+    of all ranks that torch's own function would leave alive, with gloo's threads: one of them that lets go of a tensor
+    while the interpreter ends aborts the process ("terminate called without an active exception").
     """
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
+        import_deepspeed().comm.destroy_process_group()
 
 
 def import_deepspeed() -> Any:

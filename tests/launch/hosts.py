@@ -15,7 +15,6 @@ from tests.launching import free_port
 from tests.programs import where
 
 
-
 class Hosts:
     """Running SSH daemons.
 
