@@ -6,9 +6,11 @@ none of the variables that the rendezvous needs, so they are derived from its ow
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
+import time
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+_SETTLE_S = 0.1
+"""How long gloo's threads get to let go of the tensors of collectives that are over."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +118,18 @@ def uses_cuda() -> bool:
 def leave() -> None:
     """Tear all process groups down, so that a finished run ends without warnings; all ranks together.
 
-    One that leaves first would close connections that the others may still use. DeepSpeed does it, as it keeps a group
-    of all ranks that torch's own function would leave alive, with gloo's threads: one of them that lets go of a tensor
-    while the interpreter ends aborts the process ("terminate called without an active exception").
+    One that leaves first would close connections that the others may still use. DeepSpeed's own function also drops the
+    group of all ranks that DeepSpeed keeps. A group to which something still refers lives on with gloo's threads, and
+    one of these that lets go of a tensor in the moment in which the interpreter begins to end aborts the process
+    ("terminate called without an active exception"); they have done their last collective and get time to let go.
     """
     if dist.is_initialized():
+        from deepspeed import comm
+
         dist.barrier()
-        import_deepspeed().comm.destroy_process_group()
+        comm.destroy_process_group()
+        gc.collect()
+        time.sleep(_SETTLE_S)  # without the interpreter lock, for which such a thread waits
 
 
 def import_deepspeed() -> Any:

@@ -52,8 +52,9 @@ def main() -> None:
         arguments.out.write_text(json.dumps(results))
     world.barrier()
     leave()
-    threads = [task.read_text() for task in Path("/proc/self/task").glob("*/comm")]
-    assert not [name for name in threads if name.startswith(("gloo", "pt_"))], threads  # one could abort at the end
+    from deepspeed.utils import groups
+
+    assert groups._WORLD_GROUP is None  # its threads could abort the process at its end
 
 
 def plain(config: RunConfig, world: World) -> dict[str, Any]:
