@@ -1,7 +1,8 @@
 """``python -m launch.plan``: what it prints, how it scales, and what it refuses."""
 
-from __future__ import re
+from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from itertools import pairwise
