@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 DEMO := configs/demo.yaml configs/tune_demo.yaml
 
-.PHONY: setup demo test faults check clean
+.PHONY: setup demo test faults check docs clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +32,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The page of all config fields, from the schemas; a test says when it is out of date.
+docs: setup
+	$(BIN)/python -m settings.reference trainer.config:RunConfig tune.config:TuneFile > docs/config.md
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

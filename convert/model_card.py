@@ -84,7 +84,9 @@ def _usage(model: Exported) -> str:
     flag = ", trust_remote_code=True" if model.remote_code else ""
     on_top = f'model = PeftModel.from_pretrained(model, "THIS_FOLDER/{model.adapter}")\n' if model.adapter else ""
     why = (
-        "`trust_remote_code=True` runs `modeling_hopscotch.py` from this folder; read it first if you did not write it."
+        "`trust_remote_code=True` runs `modeling_hopscotch.py` from this folder; read it first if you did not write "
+        "it. The tokenizer needs no code; without a flag `AutoTokenizer` asks all the same, because it looks at the "
+        "model's config first."
         if model.remote_code
         else "No code from this folder is run."
     )
@@ -92,7 +94,7 @@ def _usage(model: Exported) -> str:
         "```python\n"
         + ("from peft import PeftModel\n" if model.adapter else "")
         + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{flag})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{flag and ", trust_remote_code=False"})\n'
         f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{flag})\n{on_top}'
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n" + why

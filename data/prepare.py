@@ -31,7 +31,7 @@ from data.shards import (
 from data.sources import Document, Source
 from data.store import TokenStore, train_folder, validation_folder
 from data.tokenizer import load_tokenizer, tokenizer_sha256
-from settings import load, user_errors
+from settings import counted, load, user_errors
 
 BATCH_BYTES = 1 << 19
 """Text handed to a tokenizing process at once."""
@@ -151,7 +151,8 @@ def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
     for name, manifest in made:
         lines.append(
             f"{name}: {manifest.tokens:,} tokens, {manifest.documents:,} documents, {manifest.text_bytes:,} bytes of "
-            f"text ({manifest.text_bytes / manifest.tokens:.2f} bytes/token), {len(manifest.shards)} shards, "
+            f"text ({manifest.text_bytes / manifest.tokens:.2f} bytes/token), "
+            f"{counted(len(manifest.shards), 'shard')}, "
             f"{(manifest.tokens - 1) // sequence_tokens:,} windows of {sequence_tokens:,} tokens"
         )
         if manifest.empty_documents:

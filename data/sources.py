@@ -140,7 +140,8 @@ def _matching_files(config: SourceConfig) -> list[Path]:
         # A name that exists is taken as it is: "a[1].txt" would match nothing as a pattern.
         names = [wide] if Path(wide).is_file() else [n for n in glob.glob(wide, recursive=True) if Path(n).is_file()]
         if not names:
-            raise ValueError(f"source '{config.name}': no file matches '{pattern}'; correct data.*.files")
+            where = "" if Path(wide).is_absolute() else f" in {Path.cwd()}, which relative paths start from"
+            raise ValueError(f"source '{config.name}': no file matches '{pattern}'{where}; correct data.*.files")
         found.update(names)
     return [Path(name) for name in sorted(found)]
 
@@ -217,7 +218,10 @@ def _decode_keeping_errors(line: bytes) -> str:
 def _field(record: Any, field: str, place: str) -> Any:
     if not isinstance(record, dict) or field not in record:
         there = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{place} has no field '{field}' (there: {there}); set the source's text_field")
+        raise ValueError(
+            f"{place} has no field '{field}' (there: {there}); name the one with the text: the source's text_field in "
+            "a config, --text-field on a command line"
+        )
     return record[field]
 
 

@@ -162,6 +162,8 @@ def table(dial: Dial) -> str:
             f"{point.flops_per_token / 1e6:>15,.2f}{point.flops_per_token / point.dense_flops_per_token:>10.1%}"
             f"{point.loss:>9.4f}{against:>17}"
         )
+    if any(point.flops_per_token > point.dense_flops_per_token for point in dial.points):
+        lines.append("above 100 % of dense: every token runs every layer and its router, which a dense model has not")
     return "\n".join(lines)
 
 

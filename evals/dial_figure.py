@@ -57,5 +57,5 @@ def draw(dial: Dial, name: str) -> Figure:
     top = axes.secondary_xaxis("top", functions=(to_percent, to_mflops))
     top.set_xlabel("% of the FLOPs without routers", fontsize=9)
     axes.grid(color="0.9", linewidth=0.6)
-    axes.legend(fontsize=9)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9)  # inside, it would cover a point's label
     return figure

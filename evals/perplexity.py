@@ -24,10 +24,9 @@ from typing import Any, NamedTuple
 import yaml
 from tqdm import tqdm
 
-from data.config import SourceConfig
 from data.files import write_atomically
-from data.sources import Cursor, Source
 from evals.scoring import Opened, Scorer, Window, open_model, windows
+from evals.texts import add_text_options, refuse_missing, text_field_of, texts_of
 from settings import user_errors
 
 BATCHES_AT_ONCE = 32
@@ -133,19 +132,6 @@ def check_windows(window_tokens: int, stride_tokens: int, positions: int) -> Non
         )
 
 
-def documents_of(path: str, kind: str | None = None, text_field: str = "text") -> Iterator[str]:
-    """The texts of one file.
-
-    Raises:
-        ValueError: if it is missing, cannot be read, or is of no known format.
-    """
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}; give text, JSON lines, Parquet or CSV files, compressed or not")
-    config = SourceConfig.model_validate({"name": "FILES", "files": [path], "format": kind, "text_field": text_field})
-    for document in Source(config).documents(Cursor(0, 0)):
-        yield document.text.decode()
-
-
 def trained_tokens(opened: Opened) -> int:
     """Length of the training's windows, in tokens; all positions where no run says so."""
     positions = opened.decoder.config.max_positions
@@ -201,8 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--stride", type=int, metavar="N", help="tokens scored in a window; half of it unless given")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows that run at once (default 8)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first documents of each file; all unless given")
-    parser.add_argument("--format", choices=("text", "json", "parquet", "csv"), help="told from the name unless given")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field or column (default text)")
+    add_text_options(parser)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, too")
     return parser
 
@@ -215,14 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+        refuse_missing(options.files)
         opened = open_model(options.model)
+        field = options.text_field or text_field_of(opened.source)
         window_tokens = trained_tokens(opened) if options.window is None else options.window
         stride_tokens = max(window_tokens // 2, 1) if options.stride is None else options.stride
         check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
         print(f"{opened.source}: windows of {window_tokens} tokens, stride {stride_tokens}\n{HEADER}", flush=True)
         results = []
         for path in options.files:
-            texts = islice(documents_of(path, options.format, options.text_field), options.limit)
+            texts = islice(texts_of(path, options.format, field), options.limit)
             results.append(perplexity(opened, texts, path, window_tokens, stride_tokens, options.batch))
             print(line(results[-1]), flush=True)
         if len(results) > 1:

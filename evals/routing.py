@@ -29,6 +29,7 @@ from data.batches import NO_TARGET, Batch
 from data.files import write_atomically
 from evals.routing_page import LEARNED, Bar, History, Report, Routing, Token, Votes, page, visible
 from evals.routing_windows import file_windows, own_windows, read_history
+from evals.texts import add_text_options, refuse_missing, text_field_of
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.flops import dense_flops, executed_flops
@@ -282,8 +283,23 @@ def votes_of(observed: Observed, model: ModelConfig, tokenizer: TextTokenizer) -
     )
 
 
-def report_on(loaded: Loaded, files: Sequence[Path], tokens: int, name: str) -> Report:
+def report_on(
+    loaded: Loaded,
+    files: Sequence[Path],
+    tokens: int,
+    name: str,
+    kind: str | None = None,
+    text_field: str | None = None,
+) -> Report:
     """Run the model and put together what the page says.
+
+    Args:
+        loaded: the model.
+        files: texts to read; the run's validation set if none.
+        tokens: how many to run, about.
+        name: of the model, for the page.
+        kind: format of the files, see :func:`evals.texts.texts_of`.
+        text_field: theirs; that of the run's own data unless given.
 
     Raises:
         ValueError: if there is nothing to show or nothing to read.
@@ -298,7 +314,8 @@ def report_on(loaded: Loaded, files: Sequence[Path], tokens: int, name: str) -> 
     config = _config_of(loaded)
     length = min(_WINDOW, model.max_positions) if config is None else config.data.sequence_tokens
     if files:
-        what, batches = ", ".join(str(file) for file in files), file_windows(files, tokenizer, length, tokens)
+        what = ", ".join(str(file) for file in files)
+        batches = file_windows(files, tokenizer, length, tokens, kind, text_field or text_field_of(loaded.source))
     elif config is None:
         raise ValueError(f"{loaded.source} is a folder of weights, without a validation set; give text files")
     else:
@@ -377,6 +394,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tokens", type=int, default=TOKENS, metavar="N", help=f"how many tokens to run, about; {TOKENS} unless given"
     )
+    add_text_options(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"an .html file; RUN/{NAME} unless given")
     options = parser.parse_args(arguments)
     with user_errors():
@@ -385,7 +403,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.path.is_dir():
             raise ValueError(f"there is no folder {options.path}; give a run, a checkpoint or a folder of weights")
         out = _out(options.path, options.out)
-        report = report_on(load_any(options.path), options.files, options.tokens, _name_of(options.path))
+        refuse_missing(options.files)
+        loaded, name = load_any(options.path), _name_of(options.path)
+        report = report_on(loaded, options.files, options.tokens, name, options.format, options.text_field)
         for label, value in report.facts:
             print(f"{label}: {value}")
         content = page(report).encode()

@@ -6,7 +6,7 @@ Every window is a batch of its own, because the last one of a document is shorte
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from data.batches import NO_TARGET, Batch
-from data.config import SourceConfig
-from data.sources import COMPRESSIONS, FORMATS, Cursor, Source
 from evals.routing_page import History
+from evals.texts import texts_of
 from evals.windows import open_set
 from trainer.config import RunConfig
 from tune.config import TuneConfig
@@ -26,46 +25,36 @@ from tune.text import TextTokenizer
 _POINTS = 60  # of a line in the picture
 
 
-def file_windows(files: Sequence[Path], tokenizer: TextTokenizer, length: int, tokens: int) -> list[Batch]:
+def file_windows(
+    files: Sequence[Path],
+    tokenizer: TextTokenizer,
+    length: int,
+    tokens: int,
+    kind: str | None = None,
+    text_field: str = "text",
+) -> list[Batch]:
     """About ``tokens`` tokens of ``files``, an equal part of each, in windows of at most ``length`` tokens.
 
-    A window holds tokens of one document only; the end of the document is its last token. Formats are told from the
-    names as in training data; what has no known ending is plain text.
+    A window holds tokens of one document only; the end of the document is its last token. Files are read as
+    :func:`evals.texts.texts_of` does.
 
     Raises:
         ValueError: if a file cannot be read.
     """
     windows: list[Batch] = []
     for done, file in enumerate(files):
-        if not file.is_file():
-            raise ValueError(f"there is no file {file}; give text files, or none to take the run's validation set")
         room = (tokens - sum(batch.tokens.numel() for batch in windows)) // (len(files) - done)
-        for text in _documents(file):
+        for text in texts_of(file, kind, text_field):
             if room < 1:
                 break
+            if not text:
+                continue
             # No piece is near 64 characters, so this is enough of a long text, and the rest is not encoded.
             ids = [*tokenizer.prefix, *tokenizer.encode(text[: 64 * room]), tokenizer.eos_id][: room + 1]
             inputs = ids[:room]
             windows += _cut(inputs, [*ids[1:], NO_TARGET][: len(inputs)], length, len(windows))
             room -= len(inputs)
     return windows
-
-
-def _documents(file: Path) -> Iterator[str]:
-    """The texts of a file, the empty ones left out."""
-    suffix = Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
-    kind: Any = None if suffix.lower() in FORMATS else "text"
-    source = Source(SourceConfig(name="text", files=[str(file)], format=kind))
-    try:
-        for document in source.documents(Cursor(0, 0)):
-            if document.text:
-                yield document.text.decode()
-    except ValueError as error:
-        # Its advice is for a config.
-        reason = str(error.__cause__ or error).split(";")[0]
-        raise ValueError(
-            f"{file} cannot be read: {reason}; give plain text, or JSON lines, Parquet or CSV with a field 'text'"
-        ) from error
 
 
 def _cut(inputs: Sequence[int], targets: Sequence[int], length: int, first: int) -> list[Batch]:

@@ -136,7 +136,9 @@ def compute_s(workload: Workload, stage: Stage, ranks: int, gpu: GPU, mfu: float
     """Seconds of one rank's share of a step: executed FLOPs at ``mfu``, the update at the memory's bandwidth."""
     flops = workload.flops_per_token() * workload.tokens_per_step / ranks
     updated = workload.weights.trained / (ranks if stage > 0 else 1)
-    return flops / (gpu.tflops * 1e12 * mfu) + updated * _UPDATE_BYTES / (gpu.memory_gbs * 1e9)
+    return flops / (gpu.peak_flops(workload.config.train.precision) * mfu) + updated * _UPDATE_BYTES / (
+        gpu.memory_gbs * 1e9
+    )
 
 
 def step(workload: Workload, stage: Stage, ranks: int, cluster: Cluster, mfu: float) -> Step:

@@ -29,7 +29,7 @@ from launch.checks import Check, Finding, hosts, inputs, machine, merge, ranks, 
 from launch.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
 from launch.stages import load_either, without_storage
 from launch.workload import Workload, count_weights
-from settings import user_errors
+from settings import counted, user_errors
 from trainer.config import RunConfig
 from trainer.distributed import ALONE, World, join, leave
 from trainer.retention import most_at_once
@@ -125,11 +125,10 @@ def _sized(config: RunConfig | TuneFile | None, world: World) -> tuple[Workload 
         workload = Workload(resolved, count_weights(decoder, resolved))
         sized.append(workload)
         weights, stage = workload.weights, resolved.deepspeed.zero_stage
-        peak = memory(workload, stage, world.size).peak / GIB
-        told = (
-            f"{weights.total:,} parameters, {weights.trained:,} trained; about {peak:.1f} GiB a GPU at ZeRO {stage} on"
-        )
-        yield Finding("model", "ok", f"{told} {world.size} {'ranks' if world.size > 1 else 'rank'}")
+        held = memory(workload, stage, world.size)
+        size, place = (held.peak, "GPU") if world.device.type == "cuda" else (held.on_cpu, "process on this CPU")
+        told = f"{weights.total:,} parameters, {weights.trained:,} trained; about {size / GIB:,.1f} GiB a {place}"
+        yield Finding("model", "ok", f"{told} at ZeRO {stage} on {counted(world.size, 'rank')}")
 
     findings = run({"model": count})
     return (sized[0] if sized else None), findings
@@ -148,7 +147,7 @@ def _as_text(findings: list[Finding], world: World) -> str:
         if finding.remedy:
             lines.append(f"{'':7}  {'':{width}}  -> {finding.remedy}")
     counts = {level: sum(f.level == level for f in findings) for level in ("error", "warning")}
-    told = ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in counts.items() if n) or "nothing to mend"
+    told = ", ".join(f"{counted(n, level)}" for level, n in counts.items() if n) or "nothing to mend"
     return "\n".join([*lines, "", told])
 
 

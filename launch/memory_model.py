@@ -69,6 +69,12 @@ class Memory:
         state = self.weights + self.gradients + self.optimizer + self.context
         return state + max(self.buffers + self.activations + self.working, self.update)
 
+    @property
+    def on_cpu(self) -> float:
+        """Bytes of a rank on a CPU: no CUDA context, and of a bucket only its touched pages, which are few."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + max(self.activations + self.working, self.update)
+
     def fits(self, memory_gib: float) -> bool:
         """True if it fits on a device and leaves the allocator some room."""
         return self.peak <= memory_gib * GIB * (1 - FRAGMENTATION)

@@ -20,7 +20,7 @@ from launch.communication import Cluster, Step, expected_mfu, ladder, volume
 from launch.gpus import GPUS
 from launch.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.workload import Workload, read_workload
-from settings import user_errors
+from settings import counted, user_errors
 from trainer.retention import most_at_once
 
 LARGEST = 8192
@@ -45,9 +45,6 @@ def describe(workload: Workload, arguments: argparse.Namespace) -> str:
         ValueError: if the global batch does not divide over the GPUs.
     """
     workload.config.accumulation(arguments.gpus)
-    if workload.config.train.precision == "fp32":
-        why = "no time and no scaling for train.precision fp32: the peaks in launch/gpus.py are those of bf16 and fp16"
-        return "\n\n".join([_what(workload, arguments), _memory(workload, arguments), why])
     gpu = GPUS[arguments.gpu]
     per_node = arguments.gpus_per_node
     network = arguments.network_gbps or gpu.network_gbps * per_node
@@ -67,14 +64,15 @@ def _what(workload: Workload, arguments: argparse.Namespace) -> str:
     config, weights = workload.config, workload.weights
     train, dense = config.train, workload.dense_flops_per_token()
     nodes = -(-arguments.gpus // arguments.gpus_per_node)
+    accumulation = config.accumulation(arguments.gpus)
     lines = [
-        f"{arguments.config} on {arguments.gpus} x {arguments.gpu} ({nodes} {'nodes' if nodes > 1 else 'node'})",
+        f"{arguments.config} on {arguments.gpus} x {arguments.gpu} ({counted(nodes, 'node')})",
         "",
         f"parameters  {weights.total:,}"
         + (f", of which {weights.trained:,} trained" if weights.trained < weights.total else "")
         + (f"; {workload.active_parameters:,} active at density {workload.density:g}" if workload.model.sites else ""),
         f"batch       {workload.tokens_per_step:,} tokens a step: {train.global_batch_samples:,} windows of "
-        f"{config.data.sequence_tokens:,}; {config.accumulation(arguments.gpus)} micro-batches of "
+        f"{config.data.sequence_tokens:,}; {counted(accumulation, 'micro-batch', 'micro-batches')} of "
         f"{train.micro_batch_samples} a GPU; {train.precision}, ZeRO {config.deepspeed.zero_stage}",
         f"FLOPs       {workload.flops_per_token() / 1e9:,.3g} GFLOPs a token, forward and backward"
         + (f"; without routers {dense / 1e9:,.3g} GFLOPs" if workload.model.sites else ""),
@@ -132,7 +130,7 @@ def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, m
     slow, fast = (communication.step(workload, stage, arguments.gpus, cluster, share) for share in mfu)
     rates = [workload.tokens_per_step / seconds for seconds in (slow.worst_s, fast.best_s)]
     days = [workload.total_tokens / rate / 86_400 for rate in rates]
-    origin = "as given" if arguments.mfu else "from published dense runs, none of this code; measure yours: --mfu"
+    origin = "as given" if arguments.mfu else "from published dense bf16 runs, none of this code; measure yours: --mfu"
     size, keep = checkpoint_bytes(workload, stage), most_at_once(config.train) - 1
     return "\n".join(
         [
@@ -247,7 +245,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _gib(count: float) -> str:
-    return f"{count / GIB:,.2f}"
+    gib = count / GIB
+    return "<0.01" if 0 < gib < 0.005 else f"{gib:,.2f}"
 
 
 def _range(ends: Sequence[float], form: str) -> str:

@@ -63,13 +63,16 @@ def page(report: Report) -> str:
     lines = [f"{report.run}: {_headline(report)}"]
     lines += [f"  {text}" for text in ("   ".join(_facts(report)), *_troubles(report)) if text]
     shown = report.beats if len(report.beats) <= _ROWS else report.late[:_ROWS]
+    alive = any(beat.phase not in FINAL for beat in shown)
     if shown:
-        lines.append(f"  {'rank':>5}  {'host':<20} {'step':>10}  {'phase':<22} {'no progress':>11} {'heard of':>11}")
+        header = f"  {'rank':>5}  {'host':<20} {'step':>10}  {'phase':<22}"
+        lines.append(f"{header} {'no progress':>11} {'heard of':>11}" if alive else header.rstrip())
     for beat in shown:
         phase = f"{beat.phase} (while {beat.before})" if beat.phase in _BAD else beat.phase
         over = beat.phase in FINAL
         still, heard = ("", "") if over else (duration(beat.still_s), f"{duration(report.heard_s[beat.rank])} ago")
-        lines.append(f"  {beat.rank:>5}  {beat.host[:20]:<20} {beat.step:>10,}  {phase:<22} {still:>11} {heard:>11}")
+        row = f"  {beat.rank:>5}  {beat.host[:20]:<20} {beat.step:>10,}  {phase:<22} {still:>11} {heard:>11}"
+        lines.append(row.rstrip())
     if len(shown) < len(report.beats):
         lines.append(f"  {len(report.beats) - len(shown):,} more of {len(report.beats):,} ranks are not late")
     return "\n".join(lines)

@@ -121,7 +121,7 @@ def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str) -> list[str]:
             hint = did_you_mean(str(key), schema.model_fields, prefix=prefix, all_of_them="valid keys:")
             problems.append(f"unknown key '{prefix}{key}'; {hint}")
             continue
-        for nested in _nested_schemas(field.annotation):
+        for nested in nested_schemas(field.annotation):
             for place, item in _items(value, field.annotation, f"{prefix}{key}"):
                 problems += _unknown_keys(item, nested, f"{place}.")
     return problems
@@ -136,10 +136,11 @@ def _items(value: Any, annotation: Any, place: str) -> list[tuple[str, Any]]:
     return [(place, value)]
 
 
-def _nested_schemas(annotation: Any) -> list[type[BaseModel]]:
+def nested_schemas(annotation: Any) -> list[type[BaseModel]]:
+    """The config blocks that a field of this type may hold."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [schema for part in typing.get_args(annotation) for schema in _nested_schemas(part)]
+    return [schema for part in typing.get_args(annotation) for schema in nested_schemas(part)]
 
 
 def _sentence(error: Any, prefix: str) -> str:

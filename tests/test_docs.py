@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from settings.reference import reference
+from trainer.config import RunConfig
+from tune.config import TuneFile
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
@@ -17,3 +21,7 @@ def test_no_placeholders_and_no_dead_links(page: Path) -> None:
     assert not re.search(r"@@|\bTODO\b|\bXXX\b", text)
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+def test_the_page_of_config_fields_is_up_to_date() -> None:
+    assert (ROOT / "docs/config.md").read_text() == reference([RunConfig, TuneFile]), "run: make docs"

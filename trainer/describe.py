@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from data.batches import TrainingData
 from model.flops import dense_flops, executed_flops, parameter_counts
+from settings import counted
 from trainer.config import RunConfig, StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
@@ -38,8 +39,9 @@ def machine(config: StageConfig, world: World) -> str:
     """The line on ranks, precision and ZeRO."""
     train = config.train
     return (
-        f"machine   {world.size} ranks on {world.device.type}, {train.precision}, ZeRO {config.deepspeed.zero_stage}, "
-        f"{config.accumulation(world.size)} micro-batches of {train.micro_batch_samples} samples a step and rank"
+        f"machine   {counted(world.size, 'rank')} on {world.device.type}, {train.precision}, ZeRO "
+        f"{config.deepspeed.zero_stage}, {counted(config.accumulation(world.size), 'micro-batch', 'micro-batches')} of "
+        f"{train.micro_batch_samples} samples a step and rank"
     )
 
 

@@ -1,7 +1,9 @@
 """Metrics: one line of JSON a logged step, the same figures in TensorBoard, a progress line for people.
 
 Names are ``group/name``; docs/training.md has the table with units. Only rank 0 writes; every figure is already one
-of all ranks. A resumed run drops the lines after its checkpoint, so that ``metrics.jsonl`` has each step once.
+of all ranks. ``metrics.jsonl`` has each step once: what is found after the same step goes into the same line, which is
+written when the next step begins. A resumed run drops the lines after its checkpoint, which holds what was not written
+yet; so a stop moves no mean.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -30,7 +33,7 @@ from trainer.evaluate import Evaluation
 from trainer.heatmap import routing_figure
 from trainer.lines import Lines
 from trainer.run_folder import LOGGER, RunFolder
-from trainer.step import StepResult
+from trainer.step import StepResult, Tally
 
 
 class Metrics:
@@ -64,7 +67,8 @@ class Metrics:
         self.sources = [source.name for source in config.data.sources]
         self._since_log: list[StepResult] = []
         self._clock = time.perf_counter()
-        self._waited_s = 0.0
+        self._waited_s = self._waited_so_far_s = 0.0
+        self._line: dict[str, Any] = {}
         self._history: list[tuple[int, list[float]]] = []
         self._evaluated_at: set[int] = set()
         self._writer: SummaryWriter | None = None
@@ -91,14 +95,13 @@ class Metrics:
     def log_step(self, step: int, samples: int, result: StepResult, lr: float, budget: Budget, waited_s: float) -> None:
         """Take in the step that made it ``step`` steps and ``samples`` windows.
 
-        Every ``log.every_steps``, at the last step and when the run was asked to stop, write the means since the last
-        line.
+        Every ``log.every_steps`` and at the last step, log the means since the last time.
         """
         self._since_log.append(result)
+        self._waited_so_far_s = waited_s
         if self._bar is not None:
             self._bar.update()
-        ends = step == self.config.train.steps or result.tally.stop > 0
-        if step % self.config.train.log.every_steps and not ends:
+        if step % self.config.train.log.every_steps and step != self.config.train.steps:
             return
         now = time.perf_counter()
         elapsed_s, self._clock = now - self._clock, now
@@ -106,11 +109,11 @@ class Metrics:
         line = self._training_line(step, lr, budget, elapsed_s, waited_s)
         line["train/tokens"] = samples * self.config.data.sequence_tokens
         self._since_log = []
-        self._write(step, line)
+        self._add(step, line)
         self._tell(step, line)
 
     def log_evaluation(self, step: int, evaluations: list[Evaluation]) -> None:
-        """Write validation losses and densities, and draw the routing."""
+        """Log validation losses and densities, and draw the routing."""
         line: dict[str, Any] = {}
         for evaluation in evaluations:
             prefix = f"validation/{evaluation.name}"
@@ -122,15 +125,15 @@ class Metrics:
                 line[f"{prefix}/density"] = _mean(evaluation.greedy.density)
                 line |= {f"{prefix}/density/{s}": d for s, d in zip(self.sites, evaluation.greedy.density, strict=True)}
             line[f"{prefix}/flops_per_token"] = self._forward_flops(evaluation.greedy.routed)
-        self._write(step, line)
+        self._add(step, line)
         for evaluation in evaluations:
             self.log.info(_validation_sentence(step, evaluation))
         if evaluations and evaluations[0].executed is not None:
             self._draw(step, evaluations[0])
 
     def log_figures(self, step: int, figures: dict[str, float]) -> None:
-        """Write a stage's own figures."""
-        self._write(step, dict(figures))
+        """Log a stage's own figures."""
+        self._add(step, dict(figures))
 
     def draw(self, name: str, step: int, figure: Callable[[], Figure]) -> None:
         """Put a stage's own picture into TensorBoard and, its name's slashes replaced, beside ``metrics.jsonl``."""
@@ -152,9 +155,32 @@ class Metrics:
         yield
         self._clock += time.perf_counter() - start
 
+    def write_line(self) -> None:
+        """Write what was found after the last step as its line, if anything was."""
+        if self._writer is not None and self._line:
+            self._lines.add(json.dumps(self._line))
+        self._line = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that a resume goes on in the middle of a line: see :meth:`load_state_dict`."""
+        return {
+            "line": self._line,
+            "since_log": [asdict(result) for result in self._since_log],
+            "elapsed_s": time.perf_counter() - self._clock,
+            "waited_s": self._waited_so_far_s - self._waited_s,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the steps since the last line, and with the last step's line, if a kill kept it back."""
+        self._since_log = [_step_result(result) for result in state["since_log"]]
+        self._clock -= state["elapsed_s"]
+        self._waited_s -= state["waited_s"]
+        self._line = state["line"] | self._line
+
     def close(self) -> None:
         """Flush everything to disk."""
         self.close_bar()
+        self.write_line()
         if self._writer is not None:
             with self._to_look_at():
                 self._writer.close()
@@ -211,12 +237,15 @@ class Metrics:
     def _forward_flops(self, routed: Routed) -> float:
         return executed_flops(self.config.model, routed) / routed.tokens
 
-    def _write(self, step: int, line: dict[str, Any]) -> None:
-        if self._writer is None or not line:
+    def _add(self, step: int, figures: dict[str, Any]) -> None:
+        """Put ``figures`` into the line of ``step`` and into TensorBoard."""
+        if self._writer is None or not figures:
             return
         # JSON has no NaN: a figure that is not one is null.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        self._lines.add(json.dumps({"step": step, **clean}))
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        if self._line.get("step", step) != step:
+            self.write_line()
+        self._line = {"step": step, **self._line, **clean}
         with self._to_look_at():
             for name, value in clean.items():
                 if value is not None:
@@ -254,7 +283,10 @@ class Metrics:
         self.draw("routing", step, lambda: routing_figure(self.sites, steps, densities, executed, router.density))
 
     def _keep_lines_up_to(self, step: int) -> None:
-        """Drop what a run that was killed logged after the checkpoint it resumes from; read the densities back."""
+        """Drop what a run that was killed logged after the checkpoint it resumes from; read the densities back.
+
+        The line of the step itself is open again.
+        """
         if not self.run.metrics.exists():
             return
         kept = []
@@ -268,6 +300,8 @@ class Metrics:
                 self._remember(line)
                 if any(name.startswith("validation/") and name.endswith("/loss") for name in line):
                     self._evaluated_at.add(line["step"])
+        if kept and json.loads(kept[-1])["step"] == step:
+            self._line = json.loads(kept.pop())
         write_atomically(self.run.metrics, "".join(f"{text}\n" for text in kept).encode())
 
     def _remember(self, line: dict[str, Any]) -> None:
@@ -317,6 +351,12 @@ def _add(parts: list[Routed]) -> Routed:
         [sum(site) for site in zip(*(p.explored_tokens or () for p in parts), strict=True)],
         [sum(site) for site in zip(*(p.explored_keys or () for p in parts), strict=True)],
     )
+
+
+def _step_result(fields: dict[str, Any]) -> StepResult:
+    """The inverse of ``asdict``."""
+    tally = fields["tally"]
+    return StepResult(**fields | {"tally": Tally(**tally | {"routed": Routed(**tally["routed"])})})
 
 
 def _mean(values: list[float]) -> float:

@@ -42,6 +42,12 @@ def go_back(run: Path, step: int) -> Path | None:
         ValueError: if there is no whole checkpoint of ``step``, or the run is still going on.
     """
     folder = run / "checkpoints"
+    if not folder.is_dir():
+        owner = run.parent.parent if run.parent.name == "checkpoints" else None
+        hint = f", here {owner}" if owner else ", for example runs/my"
+        raise ValueError(
+            f"{run} is no run folder: it has no checkpoints; give the folder that train.run_dir names{hint}"
+        )
     there = newest_first(folder)
     named = ", ".join(str(step_of(found)) for found in reversed(there)) or "none"
     target = next((found for found in there if step_of(found) == step), None)

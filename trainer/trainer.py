@@ -101,6 +101,8 @@ class Trainer:
                 config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
             )
         if found is not None:
+            if "metrics" in state:
+                self.metrics.load_state_dict(state["metrics"])
             self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
         tick = self.run.heartbeat.tick
         self.saver = Saver(self.run.checkpoints, fingerprint, config, world, self.log.info, tick)
@@ -129,6 +131,7 @@ class Trainer:
 
     def begin_step(self) -> float:
         """Heartbeat and learning rate of the step to come; returns the rate."""
+        self.metrics.write_line()
         self.run.beat(self.step, "training")
         ratio = lr_ratio(self.config.train.schedule, self.step, self.config.train.steps)
         set_learning_rate(self.engine, ratio)
@@ -167,7 +170,7 @@ class Trainer:
         """
         self.run.beat(self.step, "saving")
         state: dict[str, Any] = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
-        state["spikes"] = self.spikes.state_dict()
+        state["spikes"], state["metrics"] = self.spikes.state_dict(), self.metrics.state_dict()
         ranges = [list(r) for r in self.config.data.skip_ranges]
         state["data"] = {"fingerprint": self.fingerprint, "skip_ranges": ranges}
         if self.balance.layers:

@@ -53,7 +53,8 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     with Tuner(config, config_path, data.fingerprint, sets, world, decoder, tokenizer) as trainer:
         trainer.log.info(describe_start(config, base, data, [*sets, *tests], decoder, world))
         trained, total = trainable_counts(decoder)
-        trainer.metrics.log_figures(trainer.step, {"parameters/trained": trained, "parameters/total": total})
+        if trainer.step == 0:
+            trainer.metrics.log_figures(0, {"parameters/trained": trained, "parameters/total": total})
         if not run(trainer, data):
             return EXIT_PREEMPTED
         trainer.save_adapter(peft)

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from launch.checks import Finding
 from launch.checks.machine import ROOT
+from settings import counted
 from trainer.config import StageConfig
 from trainer.distributed import World
 
@@ -75,7 +76,7 @@ def same_everywhere(ranks: Sequence[Facts]) -> Iterator[Finding]:
 def devices(ranks: Sequence[Facts]) -> Iterator[Finding]:
     """Which rank computes where."""
     hosts = len({one.host for one in ranks})
-    here = f"{len(ranks)} ranks on {hosts} {'host' if hosts == 1 else 'hosts'}, {ranks[0].device.split(':')[0]}"
+    here = f"{counted(len(ranks), 'rank')} on {counted(hosts, 'host')}, {ranks[0].device.split(':')[0]}"
     places = [(one.host, one.device) for one in ranks if one.device.startswith("cuda")]
     if len(set(places)) < len(places):
         remedy = (
@@ -104,10 +105,8 @@ def batch(config: StageConfig, world: World) -> Iterator[Finding]:
         ValueError: if it does not, in the config's own words.
     """
     count = config.accumulation(world.size)
-    what = (
-        f"{config.train.global_batch_samples} samples are {count} micro-batches of {config.train.micro_batch_samples}"
-    )
-    yield Finding("batch", "ok", f"{what} on each of {world.size} ranks")
+    what = f"{config.train.global_batch_samples} samples are {counted(count, 'micro-batch', 'micro-batches')} of"
+    yield Finding("batch", "ok", f"{what} {config.train.micro_batch_samples} on each of {world.size} ranks")
 
 
 def all_reduce(world: World) -> Iterator[Finding]:

@@ -16,15 +16,16 @@ Exit status: 0 when everything is submitted; 1 when nothing is, with a sentence 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch.slurm.config import SlurmConfig, load_site
 from launch.slurm.script import export_script, stage_script
-from launch.slurm.stages import Stage, load_next, load_stage, parse_array
+from launch.slurm.stages import Stage, load_next, load_stage, parse_array, refuse_held
 from launch.slurm.submit import Job, submit
-from settings import to_yaml, user_errors
+from settings import counted, to_yaml, user_errors
 
 SITE_OPTIONS = ("nodes", "gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos", "venv", "container")
 
@@ -45,7 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         jobs = _jobs(options, stages, site, submission)
         if options.dry_run:
             print("\n".join(job.script for job in jobs), end="")
+            _note_held(stages)
             return 0
+        for stage in stages:
+            refuse_held(stage)
         ids = submit(jobs, submission)
         print(_describe(jobs, ids, site))
     return 0
@@ -61,6 +65,15 @@ def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[Stage]:
     if twice:
         raise ValueError(f"two runs of the chain have the folder {', '.join(twice)}; give each its train.run_dir")
     return stages
+
+
+def _note_held(stages: list[Stage]) -> None:
+    """What a dry run prints is not submitted, so what would be refused then is only told."""
+    try:
+        for stage in stages:
+            refuse_held(stage)
+    except ValueError as error:
+        print(f"note: this would not be submitted: {error}", file=sys.stderr)
 
 
 def _jobs(options: argparse.Namespace, stages: list[Stage], site: SlurmConfig, submission: str) -> list[Job]:
@@ -80,7 +93,7 @@ def _jobs(options: argparse.Namespace, stages: list[Stage], site: SlurmConfig, s
 
 def _describe(jobs: list[Job], ids: list[str], site: SlurmConfig) -> str:
     """What was submitted, and how to look at it and stop it."""
-    lines = [f"training on {_count(site.nodes, 'node')} of {_count(site.ranks_per_node, 'rank')}"]
+    lines = [f"training on {counted(site.nodes, 'node')} of {counted(site.ranks_per_node, 'rank')}"]
     for number, (job, id_) in enumerate(zip(jobs, ids, strict=True)):
         tasks = job.stage.tasks
         folder = f"{job.stage.run}{tasks[0]}" + (f" to {tasks[-1]}" if len(tasks) > 1 else "")
@@ -89,10 +102,6 @@ def _describe(jobs: list[Job], ids: list[str], site: SlurmConfig) -> str:
     return "\n".join(
         [*lines, f"follow    squeue --me; tail -F {logs}/slurm-*.out", f"stop      scancel {' '.join(ids)}"]
     )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _parser() -> argparse.ArgumentParser:

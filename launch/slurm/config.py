@@ -35,8 +35,8 @@ class SlurmConfig(Strict):
     """GPUs on each node, one rank each; 0 for a job on CPUs."""
     tasks_per_node: int | None = Field(None, ge=1)
     """Ranks on each node of a job on CPUs; one per GPU otherwise."""
-    cpus_per_task: int = Field(1, ge=1)
-    """CPU cores of each rank, and its number of threads."""
+    cpus_per_task: int | None = Field(None, ge=1)
+    """CPU cores of each rank, and its number of threads; 4 for a rank with a GPU and 1 for one without unless given."""
     time: str | None = None
     """Time limit as SLURM writes it, in quotes ("24:00:00", "2-12:00:00", "90" minutes); the partition's unless given.
     A run goes on in a further job where it is longer."""
@@ -101,6 +101,11 @@ class SlurmConfig(Strict):
                 "time, or lower save_before_s in the site file"
             ]
         return []
+
+    @property
+    def cores_per_rank(self) -> int:
+        """A rank with a GPU also reads data, hashes checkpoints and feeds the GPU, each in a thread of its own."""
+        return self.cpus_per_task or (4 if self.gpus_per_node else 1)
 
     @property
     def ranks_per_node(self) -> int:

@@ -34,7 +34,7 @@ class Stage:
 
     Attributes:
         file: the config as written.
-        overrides: ``key.sub=value``, the same for every task.
+        overrides: ``key.sub=value``, the same for every task, without what the job sets itself.
         run: the run's folder, without its task's number.
         tasks: what follows ``run`` in the names of the folders: nothing for a single run; -0, -1 ... in an array.
         varied: the field that tells the tasks apart; None for a single run, and for what follows an array.
@@ -93,7 +93,8 @@ def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: A
     if array is not None:
         tasks = [(f"-{number}", [f"{array.key}={value}"]) for number, value in enumerate(array.values)]
     configs = tuple(load_either(file, [*overrides, *value, f"train.run_dir={run}{task}"]) for task, value in tasks)
-    return _checked(Stage(file, tuple(overrides), run, tuple(task for task, _ in tasks), array, None, configs), site)
+    names = tuple(task for task, _ in tasks)
+    return _checked(Stage(file, _passed_on(overrides), run, names, array, None, configs), site)
 
 
 def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: Stage) -> Stage:
@@ -112,21 +113,21 @@ def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: S
         load_file(file, [*overrides, f"base.path={before.run}{task}", f"train.run_dir={run}{task}"])
         for task in before.tasks
     )
-    return _checked(Stage(file, tuple(overrides), run, before.tasks, None, before.run, configs), site)
+    return _checked(Stage(file, _passed_on(overrides), run, before.tasks, None, before.run, configs), site)
 
 
 def _checked(stage: Stage, site: SlurmConfig) -> Stage:
     """``stage``, if it could start.
 
     Raises:
-        ValueError: if the batch does not divide, the data is not there, or a run folder holds another run.
+        ValueError: if the batch does not divide, or the data is not there.
     """
     if re.search(r"[^\w./+=:@-]", stage.run):
         raise ValueError(
             f"train.run_dir '{stage.run}' stands in SLURM's options, which read more into some characters; use letters "
             "and digits and . _ - / + = : @"
         )
-    for config, folder in zip(stage.configs, stage.folders, strict=True):
+    for config in stage.configs:
         config.train.accumulation(site.world_size)
         if isinstance(config, RunConfig):
             TrainingData(config.data)  # raises for shards that are missing, damaged or of another tokenizer
@@ -134,9 +135,19 @@ def _checked(stage: Stage, site: SlurmConfig) -> Stage:
             raise ValueError(
                 f"base.path {config.base.path} does not exist; give a run, a checkpoint or a folder of weights"
             )
+    return stage
+
+
+def refuse_held(stage: Stage) -> None:
+    """Raise ValueError if a run folder of ``stage`` holds another run, which is not to be gone on with."""
+    for config, folder in zip(stage.configs, stage.folders, strict=True):
         if config.train.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*[0-9]")):
             raise ValueError(
                 f"{folder} already holds checkpoints; give train.checkpoint.resume=auto to go on with that run, or "
                 "another train.run_dir"
             )
-    return stage
+
+
+def _passed_on(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Those that the job does not set itself: its run folder and what a start goes on from."""
+    return tuple(text for text in overrides if not text.startswith(("train.run_dir=", "train.checkpoint.resume=")))

@@ -230,7 +230,7 @@ def test_without_the_flag_nothing_of_an_export_runs(exported: Exported) -> None:
 def test_the_auto_classes_and_the_tokenizer(exported: Exported) -> None:
     out = exported("layer")[1]
     assert type(AutoModel.from_pretrained(out, trust_remote_code=True)).__name__ == "HopscotchModel"
-    tokenizer = AutoTokenizer.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     text = "def f(x):\n    return  x  # </s> is text"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (2, 3)

@@ -334,6 +334,13 @@ def test_a_run_without_validation_sets(loaded: tuple[Decoder, RunConfig, int]) -
         open_set(data, None)
 
 
+def test_more_than_a_dense_model_takes_is_explained(dial: Dial) -> None:
+    assert all(point.flops_per_token <= point.dense_flops_per_token for point in dial.points[:-1])
+    full = dial.points[-1].model_copy(update={"flops_per_token": 1.01 * dial.points[-1].dense_flops_per_token})
+    more = dial.model_copy(update={"points": [*dial.points[:-1], full]})
+    assert "101.0%" in table(more) and table(more).endswith("its router, which a dense model has not")
+
+
 def test_the_picture_shows_every_point(dial: Dial) -> None:
     axes = draw(dial, "a-run").axes[0]
     curve, marked, dense = axes.lines

@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evals.perplexity import documents_of, main, perplexity, trained_tokens
+from evals.perplexity import main, perplexity, trained_tokens
 from evals.scoring import Scorer, Window, layer_shares, open_model, windows
+from evals.texts import texts_of
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.flops import Routed, executed_flops
@@ -94,6 +95,30 @@ def test_share_of_layers() -> None:
     assert layer_shares(config.model_copy(update={"router": None}), executed[:0]).tolist() == [1.0] * 3
 
 
+def test_the_text_field_is_that_of_the_runs_own_data(
+    tiny: dict[str, Any], tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source in (*tiny["data"]["sources"], *tiny["data"]["validation"]):
+        source["text_field"] = "body"
+    run, file, out = run_folder(tmp_path / "run", tiny), tmp_path / "a.jsonl", tmp_path / "out.json"
+    file.write_text(json.dumps({"body": TEXTS[0], "text": TEXTS[0] + TEXTS[1]}) + "\n")
+    assert main([str(run), str(file), "--json", str(out)]) == 0
+    assert json.loads(out.read_text())["results"][0]["bytes"] == len(TEXTS[0].encode())
+    assert main([str(run), str(file), "--json", str(out), "--text-field", "text"]) == 0
+    assert json.loads(out.read_text())["results"][0]["bytes"] == len((TEXTS[0] + TEXTS[1]).encode())
+    capsys.readouterr()
+    error = _refused(capsys, str(weights), str(file), "--text-field", "titel")
+    assert "line 1 has no field 'titel' (there: body, text); name the one with the text" in error
+    assert "--text-field on a command line" in error
+
+
+def test_a_missing_file_is_told_before_the_model_is_read(
+    tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = _refused(capsys, str(tmp_path / "no-model"), str(jsonl), str(tmp_path / "gone.txt"))
+    assert f"there is no file {tmp_path / 'gone.txt'} (paths are relative to {Path.cwd()})" in error
+
+
 def test_the_command_on_several_files(
     weights: Path, jsonl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,8 +140,7 @@ def test_the_command_on_several_files(
 def test_more_context_changes_the_score_and_batches_do_not(weights: Path, jsonl: Path) -> None:
     opened = open_model(weights)
     one, other, many = (
-        perplexity(opened, documents_of(str(jsonl)), "x", 16, stride, batch)
-        for stride, batch in ((16, 1), (4, 1), (16, 5))
+        perplexity(opened, texts_of(str(jsonl)), "x", 16, stride, batch) for stride, batch in ((16, 1), (4, 1), (16, 5))
     )
     assert one.nll == pytest.approx(many.nll, rel=1e-6) and one.flops == many.flops
     assert one.nll != pytest.approx(other.nll, rel=1e-3) and other.flops > one.flops
@@ -160,7 +184,9 @@ def test_files_that_cannot_be(weights: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "empty.txt").touch()
     assert "holds no text" in _refused(capsys, str(weights), str(tmp_path / "empty.txt"))
     (tmp_path / "x.bin").write_bytes(b"x")
-    assert "format" in _refused(capsys, str(weights), str(tmp_path / "x.bin"))
+    assert "x.bin cannot be told from its name (known endings: .txt" in _refused(
+        capsys, str(weights), str(tmp_path / "x.bin")
+    )
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode())[:-9])
     assert "torn.txt.gz" in _refused(capsys, str(weights), str(tmp_path / "torn.txt.gz"))
 

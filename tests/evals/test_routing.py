@@ -292,7 +292,7 @@ def test_other_routers_are_told_apart(tmp_path: Path, corpus: dict[str, Any], ki
 
 
 def test_windows_of_files(tokenizer: TextTokenizer, tmp_path: Path) -> None:
-    plain, lines = tmp_path / "code.py", tmp_path / "lines.jsonl"
+    plain, lines = tmp_path / "code.txt", tmp_path / "lines.jsonl"
     plain.write_text("import sys\n" * 40)
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("one two", "", "three")))
     windows = file_windows([plain, lines], tokenizer, 16, 80)
@@ -354,7 +354,7 @@ def test_what_the_command_refuses(
         ([str(tmp_path), *out], "is neither a run folder nor a whole checkpoint"),
         ([model, *out], "is a folder of weights, without a validation set; give text files"),
         ([model, text], f"{folder} lies in no run folder; say with --out where to write"),
-        ([model, str(tmp_path / "no.txt"), *out], f"there is no file {tmp_path / 'no.txt'}; give text files, or none"),
+        ([model, str(tmp_path / "no.txt"), *out], f"there is no file {tmp_path / 'no.txt'} (paths are relative to"),
         ([model, str(empty), *out], f"the text has 0 tokens, and a report needs at least {FEWEST} to say anything;"),
         ([model, str(short), *out], "tokens, and a report needs at least 64 to say anything; give longer files"),
         ([model, str(tmp_path / "broken.jsonl"), *out], "broken.jsonl cannot be read: document 0: field 'text' must"),

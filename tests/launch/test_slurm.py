@@ -174,11 +174,32 @@ def test_an_earlier_run_is_not_gone_on_with_unasked(
     tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000004").mkdir(parents=True)
+    sentence = "already holds checkpoints; give train.checkpoint.resume=auto"
     with pytest.raises(SystemExit):
-        main([write_config(tiny), *DRY])
-    assert "already holds checkpoints; give train.checkpoint.resume=auto" in capsys.readouterr().err
+        main([write_config(tiny), *CPUS])
+    assert sentence in capsys.readouterr().err
+    assert main([write_config(tiny), *DRY]) == 0  # nothing is submitted: the script, and what would be wrong with it
+    printed = capsys.readouterr()
+    assert printed.out.startswith("#!/bin/bash")
+    assert printed.err.startswith(f"note: this would not be submitted: {tiny['train']['run_dir']}")
     (script,) = _scripts(capsys, write_config(tiny), *DRY, "train.checkpoint.resume=required")
     assert 'train.run_dir="$run" train.checkpoint.resume=required\n' in script
+    assert script.count("train.checkpoint.resume=") == 1
+
+
+def test_what_the_job_sets_itself_is_passed_once(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (script,) = _scripts(capsys, write_config(tiny), *DRY, f"train.run_dir={tmp_path / 'other'}", "train.steps=9")
+    assert script.count("train.run_dir=") == 1 and f"run={tmp_path / 'other'}\n" in script and "train.steps=9" in script
+
+
+def test_a_rank_with_a_gpu_has_some_cores(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (gpu,) = _scripts(capsys, write_config(tiny), "--gpus-per-node", "2", "--dry-run")
+    (cpu,) = _scripts(capsys, write_config(tiny), *DRY)
+    assert "#SBATCH --cpus-per-task=4\n" in gpu and "#SBATCH --cpus-per-task=1\n" in cpu
 
 
 def test_without_slurm_there_is_still_the_dry_run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -59,6 +60,16 @@ def test_other_ranks_wait_and_say_who_they_are(
         assert caught.value.code == 1
     assert capsys.readouterr().err == "error: no data\nrank 3: error: no data\n"
     assert len(waited) == 1 and waited[0] > 1
+
+
+def test_a_closed_pipe_ends_quietly() -> None:
+    """As in ``| head -1``, whether what is left is noticed while printing or when all is flushed."""
+    for count in (3, 300_000):
+        program = f"from settings import user_errors\nwith user_errors():\n    for n in range({count}): print(n)"
+        command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} | true; echo ${{PIPESTATUS[0]}}"
+        root = Path(__file__).parents[2]
+        done = subprocess.run(["bash", "-c", command], cwd=root, capture_output=True, text=True, check=False)
+        assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def test_as_a_command(tmp_path: Path) -> None:

@@ -24,11 +24,15 @@ from trainer import metrics
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
+from trainer.exit_status import EXIT_PREEMPTED
+from trainer.guards import StopRequest
 from trainer.metrics import Metrics, measure_peak_flops
 from trainer.run_folder import RunFolder
 from trainer.step import StepResult, Tally
 
 Train = Callable[..., int]
+
+_OF_TIME = ("speed/", "memory/")
 
 
 def _lines(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -154,13 +158,13 @@ def folder(tiny: dict[str, Any], configure: Callable[..., RunConfig], write_conf
     run.create(configure(), write_config(tiny))
     density = {f"validation/code/density/layer-{layer:02d}": 0.1 * layer for layer in range(3)}
     lines: list[dict[str, Any]] = [{"step": s, "train/loss": 5.0 - s} for s in range(1, 6)]
-    lines[2:2] = [{"step": 2, "validation/code/loss": 4.0, **density}]
-    lines[5:5] = [{"step": 4, "validation/code/loss": 3.0, **density}]
+    lines[1] |= {"validation/code/loss": 4.0, **density}
+    lines[3] |= {"validation/code/loss": 3.0, **density}
     run.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 6, "train/lo')
     return run
 
 
-@pytest.mark.parametrize(("resumed_at", "kept"), [(3, [1, 2, 2, 3]), (2, [1, 2, 2]), (0, []), (None, [])])
+@pytest.mark.parametrize(("resumed_at", "kept"), [(3, [1, 2, 3]), (2, [1, 2]), (0, []), (None, [])])
 def test_a_resume_keeps_the_lines_up_to_its_step(
     configure: Callable[..., RunConfig], world: World, folder: RunFolder, resumed_at: int | None, kept: list[int]
 ) -> None:
@@ -228,21 +232,51 @@ def test_saving_and_evaluating_are_not_step_time(
     assert [line["speed/step_s"] for line in _lines(folder.path)] == [0.25, 0.5]
 
 
-def test_a_run_that_is_asked_to_stop_logs_what_it_has(
+def test_a_stop_between_two_lines_moves_no_mean(tiny: dict[str, Any], train_here: Train, tmp_path: Path) -> None:
+    """Stopped after every step; lines are of three."""
+    tiny["train"]["log"]["every_steps"] = 3
+    tiny["train"]["checkpoint"] = {"every_steps": 2}
+    assert train_here(tiny, f"train.run_dir={tmp_path / 'whole'}") == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequest, "__init__", lambda self: setattr(self, "requested", True))
+        while train_here(tiny, "train.checkpoint.resume=auto") == EXIT_PREEMPTED:
+            pass
+    lines, whole = (_lines(folder) for folder in (tiny["train"]["run_dir"], tmp_path / "whole"))
+    assert [line["step"] for line in lines] == [line["step"] for line in whole] == [0, 2, 3, 4]
+    for own, other in zip(lines, whole, strict=True):
+        assert {n: v for n, v in own.items() if not n.startswith(_OF_TIME)} == {
+            n: v for n, v in other.items() if not n.startswith(_OF_TIME)
+        }
+        assert own.keys() == other.keys()
+
+
+def test_the_line_of_a_killed_evaluation_is_in_the_checkpoint(
     configure: Callable[..., RunConfig], world: World, folder: RunFolder
 ) -> None:
-    config = configure("train.log.every_steps=100", "train.steps=1000")
-    made = Metrics(config, folder, world, 0, 1e12)
-    for step in (1, 2, 3):
-        made.log_step(step, 8 * step, _step(stop=step == 3), 0.1, Budget(config.model, 32), 0.0)
-    made.close()
-    assert [(line["step"], line["train/tokens"]) for line in _lines(folder.path)] == [(3, 3 * 8 * 32)]
+    config = configure("train.log.every_steps=2", "train.steps=1000")
+    killed = Metrics(config, folder, world, None, 1e12)
+    for step in (1, 2):
+        killed.log_step(step, 8 * step, _step(), 0.1, Budget(config.model, 32), 0.25 * step)
+    state = killed.state_dict()
+    assert not folder.metrics.read_text()
+    made = Metrics(config, folder, world, 2, 1e12)
+    made.load_state_dict(state)
+    assert not made.has_evaluation(2)
+    made.log_evaluation(2, [_evaluation([0.7, 0.6, 0.5])])
+    made.write_line()
+    (line,) = _lines(folder.path)
+    assert (line["step"], line["train/tokens"]) == (2, 2 * 8 * 32) and line["validation/code/loss"] == 2.0
+    again = Metrics(config, folder, world, 2, 1e12)  # killed behind its line: nothing twice
+    again.load_state_dict(state)
+    assert again.has_evaluation(2)
+    again.close()
+    assert _lines(folder.path) == [line]
 
 
 def test_what_is_not_a_number_is_null(configure: Callable[..., RunConfig], world: World, folder: RunFolder) -> None:
     """Python would write NaN and Infinity, which no other JSON reader takes."""
     made = Metrics(configure(), folder, world, 0, 1e12)
-    made._write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5, "e": 3})
+    made.log_figures(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5, "e": 3})
     made.close()
     text = folder.metrics.read_text()
     assert text == '{"step": 1, "a": null, "b": null, "c": null, "d": 0.5, "e": 3}\n'

@@ -191,6 +191,17 @@ def test_a_checkpoint_that_is_not_there_or_torn_is_refused(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == everything
 
 
+@pytest.mark.parametrize(("given", "hint"), [("checkpoints/step-00000004", "here RUN"), ("heartbeat", "runs/my")])
+def test_another_folder_than_the_runs_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], given: str, hint: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        rewind.main([str(run / given), "4"])
+    sentence = f"{run / given} is no run folder: it has no checkpoints; give the folder that train.run_dir names"
+    error = capsys.readouterr().err
+    assert end.value.code == 1 and sentence in error and hint.replace("RUN", str(run)) in error
+
+
 def test_a_run_that_is_going_on_is_refused(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A heartbeat that moves while one looks; one that does not is of a run that was killed."""
     heartbeat = Heartbeat(run / "heartbeat", 0)

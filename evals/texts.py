@@ -1,0 +1,72 @@
+"""Text files named on a command line: looked at before anything runs, read as training data is."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.config import SourceConfig
+from data.sources import COMPRESSIONS, FORMATS, Cursor, Source
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """``--format`` and ``--text-field``, the same for every command that takes files of text."""
+    parser.add_argument("--format", choices=sorted(set(FORMATS.values())), help="told from the name unless given")
+    parser.add_argument(
+        "--text-field", metavar="NAME", help="field or column with the text; that of the run's own data unless given"
+    )
+
+
+def refuse_missing(paths: Sequence[str | Path]) -> None:
+    """Before a model is read for minutes.
+
+    Raises:
+        ValueError: naming every path that is no file.
+    """
+    if missing := [str(path) for path in paths if not Path(path).is_file()]:
+        raise ValueError(
+            f"there is no file {', '.join(missing)} (paths are relative to {Path.cwd()}); give text, JSON lines, "
+            "Parquet or CSV files, compressed or not"
+        )
+
+
+def text_field_of(folder: Path) -> str:
+    """The one ``text_field`` of all sources of the run that ``folder`` is a checkpoint of; ``text`` otherwise."""
+    config = folder / "config.yaml"
+    data: dict[str, Any] = (yaml.safe_load(config.read_bytes()) or {}).get("data") or {} if config.is_file() else {}
+    sources = [*(data.get("sources") or ()), *(data.get("validation") or ())]
+    fields = {source.get("text_field", "text") for source in sources}
+    return fields.pop() if len(fields) == 1 else "text"
+
+
+def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text") -> Iterator[str]:
+    """The texts of one file.
+
+    Args:
+        path: of the file.
+        kind: its format; told from its name unless given.
+        text_field: field of JSON lines, column of Parquet and CSV.
+
+    Raises:
+        ValueError: if it is missing, its format is not known, or it cannot be read.
+    """
+    refuse_missing([path])
+    file = Path(path)
+    suffix = Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
+    named: Any = kind or FORMATS.get(suffix.lower())
+    if named is None:
+        raise ValueError(
+            f"the format of {file} cannot be told from its name (known endings: {' '.join(FORMATS)}); say it: --format "
+            f"{' or '.join(sorted(set(FORMATS.values())))}"
+        )
+    source = Source(SourceConfig(name="FILES", files=[str(file)], format=named, text_field=text_field))
+    try:
+        for document in source.documents(Cursor(0, 0)):
+            yield document.text.decode()
+    except ValueError as error:
+        # What the source says around its reason is about a config.
+        raise ValueError(f"{file} cannot be read: {error.__cause__ or error}") from error
