@@ -207,15 +207,18 @@ class StageConfig(Strict):
             ValueError: if that does not go with the rest.
         """
         decided = self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
-        decided._fits_together()
+        decided._check()
         return decided
 
     @model_validator(mode="after")
     def _fits_together(self) -> StageConfig:
+        self._check()
+        return self
+
+    def _check(self) -> None:
         problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._timeouts_and_schedule()]
         if problems:
             raise ValueError("; ".join(problems))
-        return self
 
     def _model_against_data(self) -> list[str]:
         if self.data.sequence_tokens <= self.model.max_positions:
