@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
 
-from trainer.distributed import World
+from trainer import yardstick as yardstick_module
+from trainer.distributed import ALONE, World
 from trainer.yardstick import _PRODUCTS, DTYPES, Product, Yardstick, measure_peak
 
 CPU = torch.device("cpu")
@@ -33,7 +35,7 @@ def test_it_takes_the_best_and_is_quick(precision: str) -> None:
     assert time.process_time() - begun_s < 0.6 * torch.get_num_threads()
     assert torch.equal(torch.get_rng_state(), untouched)
     rates = {product: product.flops / seconds for product, seconds in yardstick.seconds.items()}
-    assert {name for name, _ in rates} == {"y", "dx", "dw"} and len({size for _, size in rates}) > 1
+    assert {name for name, _ in rates} == {"y", "dx", "dw"}
     assert yardstick.flops_per_s == max(rates.values()) > yardstick.layer_flops_per_s > 0
     before = yardstick.flops_per_s
     yardstick()
@@ -48,16 +50,18 @@ def test_what_is_far_slower_is_not_tried_at_larger_sizes(monkeypatch: pytest.Mon
         return torch.mm(left, right)
 
     monkeypatch.setitem(_PRODUCTS, "dx", slow)
+    monkeypatch.setattr(yardstick_module, "_SURVEY_S", 1.0)  # on a busy machine a quarter may not be enough
     yardstick = Yardstick(CPU, torch.float32)
     assert [size for name, size in yardstick.seconds if name == "dx"] == [256]
+    assert max(size for name, size in yardstick.seconds if name == "y") > 256
     assert yardstick.layer_flops_per_s < yardstick.flops_per_s / 2
 
 
-def test_the_peak_is_the_mean_of_the_ranks(world: World) -> None:
+def test_the_peak_is_the_mean_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(World):
         def gather_objects(self, value: float) -> list[float]:
             return [value, 3 * value]
 
-    assert 1e8 < measure_peak(world, "fp32") < 1e16
-    own = measure_peak(Two(0, 2, 0, 2, CPU), "fp32")
-    assert own > 1e8
+    assert 1e8 < measure_peak(ALONE, "fp32") < 1e16
+    monkeypatch.setattr(yardstick_module, "Yardstick", lambda device, dtype: SimpleNamespace(flops_per_s=2.0))
+    assert measure_peak(Two(0, 2, 0, 2, CPU), "fp32") == 4.0
