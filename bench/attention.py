@@ -35,12 +35,13 @@ from bench.contestants import DENSE, PEER
 from bench.memory import peak_bytes, tensor_bytes
 from bench.options import DTYPES, add_densities, add_numbers, add_run, parser, refuse, resolve
 from bench.report import Result, Row, spread, tell
-from bench.timing import Matmul, Spread, ratios, take_turns
+from bench.timing import Spread, ratios, take_turns
 from model.attend import attend
 from model.flops import TRAINING_FACTOR
 from model.selection import Selection
 from model.visibility import Visibility
 from settings import user_errors
+from trainer.yardstick import Yardstick
 
 CPU_SIZES = {"heads": 6, "kv_heads": 2, "head_width": 64, "samples": 4}
 CUDA_SIZES = {"heads": 16, "kv_heads": 4, "head_width": 128, "samples": 8}
@@ -215,16 +216,15 @@ def gathered_name(density: float) -> str:
 def measure(options: argparse.Namespace) -> Result:
     """Build, take turns at every length, count."""
     device = torch.device(options.device)
-    matmul = Matmul(device, DTYPES[options.dtype])
+    yardstick = Yardstick(device, DTYPES[options.dtype])
     taken: dict[int, tuple[dict[str, Contestant], dict[str, list[float]]]] = {}
-    peak = 0.0
     for length in options.lengths:
         contestants = build(options, length)
         calls: dict[str, Callable[[], object]] = {name: c.step for name, c in contestants.items()}
-        seconds = take_turns({**calls, PEAK: matmul}, options.repeats, device)
-        peak = max(peak, matmul.flops / min(seconds.pop(PEAK)))
+        seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
         taken[length] = contestants, seconds
     rows, measured, findings = [], {}, []
+    peak = yardstick.flops_per_s
     for length, (contestants, seconds) in taken.items():
         for name, contestant in contestants.items():
             rows.append(_row(f"{length}/{name}", contestant, contestants[DENSE], seconds, options, peak))

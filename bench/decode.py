@@ -51,11 +51,12 @@ from bench.options import (
     resolve,
 )
 from bench.report import Result, Row, spread, tell
-from bench.timing import Matmul, Spread, ratios, take_turns
+from bench.timing import Spread, ratios, take_turns
 from model.cache import KVCache
 from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
+from trainer.yardstick import Yardstick
 
 PEAK = "matmul"
 SECONDS = "token_s"
@@ -237,19 +238,18 @@ def measure(options: argparse.Namespace) -> Result:
     """Build, take turns at every batch size, count."""
     device = torch.device(options.device)
     decoders, llama = models(options)
-    matmul = Matmul(device, DTYPES[options.dtype])
+    yardstick = Yardstick(device, DTYPES[options.dtype])
     taken: dict[int, tuple[dict[str, Decoding], dict[str, list[float]]]] = {}
     notes: list[str] = []
-    peak = 0.0
     for batch in options.batches:
         decodings, said = behind_prompt(options, decoders, llama, batch)
         notes += said
         calls: dict[str, Callable[[], object]] = {name: decoding.run for name, decoding in decodings.items()}
-        seconds = take_turns({**calls, PEAK: matmul}, options.repeats, device)
-        peak = max(peak, matmul.flops / min(seconds.pop(PEAK)))
+        seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
         taken[batch] = decodings, seconds
     rows: list[Row] = []
     measured, findings = {}, []
+    peak = yardstick.flops_per_s
     for batch, (decodings, seconds) in taken.items():
         found = {name: _row(name, batch, decodings, seconds, options, peak) for name in decodings}
         rows += found.values()

@@ -49,8 +49,9 @@ from bench.options import (
 )
 from bench.report import Row, header, noisy, table, write_json
 from bench.step import PEAK, SECONDS, row
-from bench.timing import Matmul, take_turns
+from bench.timing import take_turns
 from settings import user_errors
+from trainer.yardstick import Yardstick
 
 CPU_PAIRS = ["512x4", "512x1", "1024x2", "2048x1", "4096x1", "8192x1"]
 CUDA_PAIRS = ["2048x8", "4096x4", "8192x2", "2048x1", "2048x16"]
@@ -94,7 +95,7 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
 
 
 def measure_pair(
-    pair: Pair, contestants: Mapping[str, Contestant], matmul: Matmul, options: argparse.Namespace
+    pair: Pair, contestants: Mapping[str, Contestant], yardstick: Yardstick, options: argparse.Namespace
 ) -> tuple[list[Row], float] | str:
     """Rows and matmul peak (FLOP/s) of one pair; what torch said where it does not fit into memory."""
     device = torch.device(options.device)
@@ -107,13 +108,13 @@ def measure_pair(
                 contestant.measure_peak()
                 contestant.forget()
             calls: dict[str, Callable[[], object]] = {name: _alone(c) for name, c in contestants.items()}
-            seconds = take_turns({**calls, PEAK: matmul}, options.repeats, device)
+            seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         said = textwrap.shorten(str(error).rpartition("Allocator: ")[2], 160)
     else:
-        peak = matmul.flops / min(seconds.pop(PEAK))
+        peak = yardstick.flops_per_s
         return [row(name, c, options, seconds, peak, f"{pair}/") for name, c in contestants.items()], peak
     # Behind the except block: until its end the error keeps the failed step's tensors alive.
     for contestant in contestants.values():
@@ -162,11 +163,11 @@ def measure(options: argparse.Namespace) -> tuple[dict[Pair, list[Row] | None], 
         ValueError: if none fits.
     """
     contestants = build(options)
-    matmul = Matmul(torch.device(options.device), DTYPES[options.dtype])
+    yardstick = Yardstick(torch.device(options.device), DTYPES[options.dtype])
     found: dict[Pair, list[Row] | None] = {}
     peak = 0.0
     for pair in options.pairs:
-        result = measure_pair(pair, contestants, matmul, options)
+        result = measure_pair(pair, contestants, yardstick, options)
         if isinstance(result, str):
             print(f"{pair}: left out, it does not fit into the memory of {options.device} ({result})", flush=True)
             found[pair] = None

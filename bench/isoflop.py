@@ -30,7 +30,7 @@ from bench.suite import Run, Suite, load_suite, plan
 from bench.suite_figures import density_figure, dial_figure, loss_figure
 from bench.suite_report import CSV, MARKDOWN, TOLERANCE, as_csv, compare, main_table, markdown, rows, time_table
 from bench.suite_results import collect
-from bench.suite_runs import dial, downstream, is_done, prepare, side_by_side, submit, training
+from bench.suite_runs import dial, downstream, is_done, prepare, side_by_side, submit, trained_in, training
 from data.files import only_writer, write_atomically
 from settings import did_you_mean, to_yaml, user_errors
 from trainer import code_state
@@ -153,10 +153,12 @@ def _report(suite: Suite, runs: Sequence[Run], out: Path, command: str, must: bo
     write_atomically(out / "suite.yaml", to_yaml(suite).encode())
     write_atomically(out / CSV, as_csv(table).encode())
     commits = {path.read_text().strip() for r in results if (path := r.run.folder / "code.commit").is_file()}
+    precisions = trained_in([result.run for result in results])
     made_by = [
         f"`{command}`; the suite as resolved is `suite.yaml` beside this file",
         f"the code: commit {', '.join(sorted(commits)) or 'unknown'} at the runs' last starts, "
         f"{code_state.commit() or 'unknown'} for these tables; torch {torch.__version__} here",
+        f"trained in {' and '.join(precisions)}",
     ]
     write_atomically(out / MARKDOWN, markdown(suite, results, len(runs), made_by).encode())
     written = [MARKDOWN, CSV]

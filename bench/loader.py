@@ -49,7 +49,7 @@ from bench.options import (
     resolve,
 )
 from bench.report import Result, Row, tell
-from bench.timing import WARM_UP_ROUNDS, Matmul, Spread, ratios, seconds_of
+from bench.timing import WARM_UP_ROUNDS, Spread, ratios
 from data.batches import Batch, TrainingData, step_sample_ids
 from data.config import DataConfig
 from data.files import write_atomically
@@ -61,9 +61,9 @@ from data.tokenizer import EOS_ID, MODEL_NAME, tokenizer_sha256
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
 from trainer.step import to_device
+from trainer.yardstick import Yardstick, seconds_of
 
 FROM_LOADER, LOADER = "from_loader", "loader"
-PEAK = "matmul"
 SECONDS = "step_s"
 DEPTH = 2
 """Steps loaded ahead, as in ``pretrain/train.py``."""
@@ -82,7 +82,7 @@ class Rounds:
         waited: share of the time of the steps ``from_loader`` that was waited for batches.
     """
 
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {FROM_LOADER: [], DENSE: [], LOADER: [], PEAK: []})
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {FROM_LOADER: [], DENSE: [], LOADER: []})
     waited: list[float] = field(default_factory=list)
 
 
@@ -157,19 +157,19 @@ def measure(options: argparse.Namespace) -> Result:
     """Write the shards, build the model, take rounds, count."""
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours = Ours(held_decoder(model_config(options, None, options.tokens), device, dtype))
-    matmul = Matmul(device, dtype)
+    yardstick = Yardstick(device, dtype)
     rounds = Rounds()
     with tempfile.TemporaryDirectory() as folder:
         config = write_shards(Path(folder), options.vocab, options.data_tokens, options.tokens)
         data = TrainingData(config, pin_memory=device.type == "cuda")
         for _ in range(WARM_UP_ROUNDS):
             train_on(ours, next(step_batches(data, 0, options.samples)), device)
-            matmul()
+            yardstick()
         for number in tqdm(range(options.repeats), unit="round", disable=not sys.stderr.isatty()):
             take_round(rounds, number, ours, data, options)
-            rounds.seconds[PEAK].append(seconds_of(matmul, device))
+            yardstick()
     ours.measure_peak()
-    return result(rounds, ours, options, matmul.flops / min(rounds.seconds[PEAK]))
+    return result(rounds, ours, options, yardstick.flops_per_s)
 
 
 def result(rounds: Rounds, ours: Ours, options: argparse.Namespace, peak: float) -> Result:

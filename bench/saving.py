@@ -27,6 +27,7 @@ from trainer.config import RunConfig, load_run
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
 from trainer.loop import micro_batches
+from trainer.precision import decide
 from trainer.saving import Saver
 from trainer.step import train_step
 
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = (options.steps + 1) * (3 * options.rounds + 1)
         config = load_run(options.config, [*options.overrides, f"train.steps={steps}"])
         world = join(60.0)
+        config, _ = decide(config, world)
         with tempfile.TemporaryDirectory(dir=options.disk) as folder:
             figures = measure(config, world, Path(folder), options.steps, options.rounds)
         leave()

@@ -11,9 +11,9 @@ layers and the peer are compiled; on the CPU both run as they come, unless asked
 
 Columns: ``FLOP bound`` is executed FLOPs over dense FLOPs, counted from what the routers really did: the ratio that
 a step would have if it cost nothing but matrix products at dense speed. ``MFU`` is executed FLOPs (3 x forward; what
-activation checkpointing computes again is not counted) a second over the fastest large matrix product seen in the same
-rounds. ``GiB`` is the peak memory of a step outside the timed rounds: what the process would need with this model
-alone in it, see ``bench/memory.py``.
+activation checkpointing computes again is not counted) a second over the fastest matrix product seen in the same rounds
+(``trainer/yardstick.py``, as in training). ``GiB`` is the peak memory of a step outside the timed rounds: what the
+process would need with this model alone in it, see ``bench/memory.py``.
 """
 
 from __future__ import annotations
@@ -53,9 +53,10 @@ from bench.options import (
     resolve,
 )
 from bench.report import Result, Row, spread, tell
-from bench.timing import Matmul, Spread, ratios, take_turns
+from bench.timing import Spread, ratios, take_turns
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
+from trainer.yardstick import Yardstick
 
 PEAK = "matmul"
 SECONDS = "step_s"
@@ -93,10 +94,10 @@ def measure(options: argparse.Namespace) -> Result:
     """Build, take turns, count."""
     device = torch.device(options.device)
     contestants = build(options)
-    matmul = Matmul(device, DTYPES[options.dtype])
+    yardstick = Yardstick(device, DTYPES[options.dtype])
     calls: dict[str, Callable[[], object]] = {name: c.step for name, c in contestants.items()}
-    seconds = take_turns({**calls, PEAK: matmul}, options.repeats, device)
-    peak = matmul.flops / min(seconds.pop(PEAK))
+    seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
+    peak = yardstick.flops_per_s
     rows = {name: row(name, contestants[name], options, seconds, peak) for name in contestants}
     to_peer = ratios(seconds[DENSE], seconds[PEER])
     notes = [contestant.note for contestant in contestants.values() if isinstance(contestant, Peer)]

@@ -50,6 +50,12 @@ class Job:
     finish: Callable[[], None] = lambda: None
 
 
+def trained_in(runs: Sequence[Run]) -> list[str]:
+    """The precisions of those ``runs`` that have begun; several if ``auto`` met unlike machines."""
+    configs = [run.folder / "config.yaml" for run in runs]
+    return sorted({load(path, [], RunConfig).train.precision for path in configs if path.is_file()})
+
+
 def by_step(folder: Path) -> dict[int, dict[str, Any]]:
     """Everything in a run's ``metrics.jsonl``, one dictionary a step; empty if there is none."""
     path, found = folder / "metrics.jsonl", dict[int, dict[str, Any]]()
@@ -82,6 +88,8 @@ def _refuse_other(run: Run) -> None:
     except ValueError as error:
         raise ValueError(f"{run.folder} holds a run that this version cannot read ({error}); {advice}") from None
     asked = _leaves(run.config)
+    if run.config.train.precision == "auto":  # the run's own machine decided
+        asked["train.precision"] = found["train.precision"]
     other = [key for key in sorted(found.keys() | asked.keys()) if found.get(key) != asked.get(key)]
     if other:
         told = ", ".join(f"{key} {found.get(key)} instead of {asked.get(key)}" for key in other[:_SHOWN])

@@ -31,7 +31,8 @@ from launch.stages import load_either, without_storage
 from launch.workload import Workload, count_weights
 from settings import counted, user_errors
 from trainer.config import RunConfig
-from trainer.distributed import ALONE, World, join, leave
+from trainer.distributed import ALONE, World, join, leave, uses_cuda
+from trainer.precision import auto_precision
 from trainer.retention import most_at_once
 from tune.config import TuneFile
 
@@ -119,9 +120,16 @@ def _sized(config: RunConfig | TuneFile | None, world: World) -> tuple[Workload 
     if config is None:
         return None, []
     sized: list[Workload] = []
+    # Alone the doctor has joined nothing, and stands for a run on the machine's GPUs.
+    precision, why = auto_precision(dataclasses.replace(world, device=torch.device("cuda")) if uses_cuda() else world)
 
     def count() -> Iterator[Finding]:
         resolved, decoder = without_storage(config)
+        if resolved.train.precision == "auto":
+            resolved = resolved.in_precision(precision)
+            yield Finding("precision", "ok", f"train.precision auto is {precision}: {why}")
+        elif resolved.train.precision == "bf16" and precision == "fp32":
+            yield Finding("precision", "warning", f"train.precision bf16 is slow: {why}", "set train.precision to fp32")
         workload = Workload(resolved, count_weights(decoder, resolved))
         sized.append(workload)
         weights, stage = workload.weights, resolved.deepspeed.zero_stage

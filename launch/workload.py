@@ -137,12 +137,14 @@ def computed_share(model: ModelConfig, sequence_tokens: int, density: float) -> 
 
 
 def read_workload(path: str, overrides: Sequence[str] = ()) -> Workload:
-    """The workload of a stage-one or stage-two config.
+    """The workload of a stage-one or stage-two config on GPUs; all of ``launch/gpus.py`` multiply bf16 fast.
 
     Raises:
         ValueError: with one sentence for each mistake.
     """
     config, decoder = without_storage(load_either(path, overrides))
+    if config.train.precision == "auto":
+        config = config.in_precision("bf16")
     return Workload(config, count_weights(decoder, config))
 
 

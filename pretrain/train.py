@@ -36,7 +36,7 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     _refuse_other_vocabulary(config, data)
     validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
     with Trainer(config, config_path, data.fingerprint, validation_sets, world) as trainer:
-        trainer.log.info(describe_start(config, data, world))
+        trainer.log.info(describe_start(trainer.config, data, world))
         resumed_at = trainer.step
         if not run(trainer, data):
             return EXIT_PREEMPTED

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -107,7 +107,7 @@ class LogConfig(Strict):
     every_steps: int = Field(10, gt=0)
     """Steps between two metric lines; figures are means over them."""
     peak_tflops: float | None = Field(None, gt=0)
-    """Peak of one device in TFLOP/s, for MFU; measured with a matrix product at the start unless given."""
+    """Peak of one device in TFLOP/s, for MFU; the fastest matrix product measured at the start unless given."""
     images: bool = True
     """Draw the routing heat map at every evaluation."""
 
@@ -125,8 +125,9 @@ class TrainConfig(Strict):
     """Windows in one optimiser step, over all ranks and micro-batches."""
     micro_batch_samples: int = Field(gt=0)
     """Windows in one forward pass of one rank."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of weights and activations in the step; master weights and optimiser state are fp32."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of weights and activations in the step; master weights and optimiser state are fp32. ``auto``: bf16 where all
+    devices multiply it fast, else fp32; a resume goes on in its checkpoint's. Decided when the run starts."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -199,12 +200,25 @@ class StageConfig(Strict):
         """Fields besides the model's that decide what is trained, by ``block.field``: the same in every resume."""
         return {}
 
+    def in_precision(self, precision: str) -> Self:
+        """The same config with ``train.precision`` decided.
+
+        Raises:
+            ValueError: if that does not go with the rest.
+        """
+        decided = self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
+        decided._check()
+        return decided
+
     @model_validator(mode="after")
     def _fits_together(self) -> StageConfig:
+        self._check()
+        return self
+
+    def _check(self) -> None:
         problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._timeouts_and_schedule()]
         if problems:
             raise ValueError("; ".join(problems))
-        return self
 
     def _model_against_data(self) -> list[str]:
         if self.data.sequence_tokens <= self.model.max_positions:

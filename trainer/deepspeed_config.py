@@ -14,6 +14,7 @@ def deepspeed_config(config: StageConfig, world_size: int) -> dict[str, Any]:
         ValueError: where ``deepspeed.extra`` contradicts a generated key, or the batch does not divide.
     """
     train, zero = config.train, config.deepspeed
+    assert train.precision != "auto", "decided before: see trainer/precision.py"
     accumulation = config.accumulation(world_size)
     generated: dict[str, Any] = {
         "train_batch_size": train.global_batch_samples,

@@ -6,13 +6,12 @@ from collections.abc import Mapping
 
 from data.batches import TrainingData
 from model.flops import dense_flops, executed_flops, parameter_counts
-from settings import counted
-from trainer.config import RunConfig, StageConfig
+from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 
 
-def describe_start(config: RunConfig, data: TrainingData, world: World) -> str:
+def describe_start(config: StageConfig, data: TrainingData, world: World) -> str:
     """Model, routing, data and machine, a line each."""
     model, train, router = config.model, config.train, config.model.router
     counts = parameter_counts(model)

@@ -44,7 +44,7 @@ class Metrics:
         run: its folder.
         world: this process; only rank 0 writes.
         resumed_at: optimiser steps done before this start; None for a fresh one.
-        peak_flops: FLOP/s that one device reaches, for MFU.
+        peak_flops: FLOP/s that one device reaches, for MFU; raised where steps turn out to reach more.
         history_of: name of the validation set whose densities the routing picture shows.
         late_layers: how many last layers vote; 0 without an ensemble.
     """
@@ -73,7 +73,7 @@ class Metrics:
         self._evaluated_at: set[int] = set()
         self._writer: SummaryWriter | None = None
         self._bar: tqdm | None = None
-        self._told_of_pictures = False
+        self._told_of_pictures = self._told_of_peak = False
         step = self._first_step = resumed_at or 0
         if world.is_main:
             self._keep_lines_up_to(-1 if resumed_at is None else step)
@@ -194,6 +194,7 @@ class Metrics:
         dense = TRAINING_FACTOR * dense_flops(config.model, routed.tokens, routed.visible_keys, routed.head_tokens)
         targets = sum(r.tally.targets for r in good)
         norms = [r.grad_norm for r in good if r.grad_norm is not None]
+        self._raise_peak(executed / self.world.size / elapsed_s)
         peak = self.peak_flops * self.world.size * elapsed_s
         line: dict[str, Any] = {
             "train/loss": sum(r.tally.nll for r in good) / targets if targets else math.nan,
@@ -233,6 +234,18 @@ class Metrics:
                 line[f"ensemble/weight/{layer}"] = sum(t.vote_weights[place] for t in tallies) / targets
                 line[f"ensemble/largest/{layer}"] = sum(t.vote_largest[place] for t in tallies) / targets
         return line
+
+    def _raise_peak(self, reached: float) -> None:
+        """What a device has done, FLOP/s, it can do: a peak below that was measured on a busy machine, or was wrong."""
+        if reached <= self.peak_flops:
+            return
+        if not self._told_of_peak:
+            self.log.warning(
+                f"the peak that MFU is measured against was {self.peak_flops / 1e12:.3g} TFLOP/s a device, and steps "
+                f"have reached {reached / 1e12:.3g}, which takes its place from here on; set train.log.peak_tflops to "
+                "what the device can do, or leave it out where it is set"
+            )
+        self.peak_flops, self._told_of_peak = reached, True
 
     def _forward_flops(self, routed: Routed) -> float:
         return executed_flops(self.config.model, routed) / routed.tokens
@@ -309,26 +322,6 @@ class Metrics:
         densities = [line[prefix + site] for site in self.sites if prefix + site in line]
         if densities and len(densities) == len(self.sites):
             self._history.append((line["step"], densities))
-
-
-def measure_peak_flops(world: World, precision: str) -> float:
-    """FLOP/s of one device in a large matrix product of the training dtype, the mean over ranks measuring at once."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    size = 8192 if world.device.type == "cuda" else 768
-    # A generator of its own: those of the run are part of what a resume restores.
-    own_generator = torch.Generator(world.device).manual_seed(0)
-    a = torch.randn(size, size, device=world.device, dtype=dtype, generator=own_generator)
-    best_s = math.inf
-    for _ in range(6):
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        a @ a
-        if world.device.type == "cuda":
-            torch.cuda.synchronize()
-        best_s = min(best_s, time.perf_counter() - start)
-    own = torch.tensor([2 * size**3 / best_s], dtype=torch.float64, device=world.device)
-    return float(world.sum(own)) / world.size
 
 
 def _validation_sentence(step: int, evaluation: Evaluation) -> str:

@@ -22,7 +22,8 @@ from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.guards import StopRequest, is_lost_rank, too_many_bad_steps
-from trainer.metrics import Metrics, measure_peak_flops
+from trainer.metrics import Metrics
+from trainer.precision import decide, slow_bf16_warning
 from trainer.rewind import how_to_go_back, refuse_other_past, sample_ids
 from trainer.rng import rng_state, set_rng_state
 from trainer.run_folder import RunFolder, open_log
@@ -31,6 +32,7 @@ from trainer.schedules import lr_ratio
 from trainer.spikes import SpikeDetector
 from trainer.step import StepResult
 from trainer.watchdog import Watchdog
+from trainer.yardstick import measure_peak
 
 
 class TrainingStream(Protocol):
@@ -52,6 +54,7 @@ class Trainer:
         decoder: the model to train; a freshly initialised one unless given.
 
     Attributes:
+        config: the run's, with its precision decided.
         step, samples: optimiser steps done and windows consumed.
         evaluations: what :meth:`validate` found in this start of the run, by step.
 
@@ -68,12 +71,13 @@ class Trainer:
         world: World,
         decoder: Decoder | None = None,
     ):
-        self.config, self.world, self.fingerprint = config, world, fingerprint
-        self.validation_sets = validation_sets
+        self.world, self.fingerprint, self.validation_sets = world, fingerprint, validation_sets
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
         self.samples = 0
         found = checkpoint.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
+        config, precision_told = decide(config, world, found)
+        self.config = config
         self.engine = build_engine(config, world, decoder)
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
@@ -91,10 +95,14 @@ class Trainer:
         if problem:
             raise ValueError(problem)
         self.log = open_log(self.run, world)
+        if precision_told:
+            self.log.info(precision_told)
+        if warning := slow_bf16_warning(config, world):
+            self.log.warning(warning)
         if warning := retention.check_plan(self.engine, self.run.checkpoints, config.train, world):
             self.log.warning(warning)
         peak_tflops = config.train.log.peak_tflops
-        peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak_flops(world, config.train.precision)
+        peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak(world, config.train.precision)
         history_of = validation_sets[0].name if validation_sets else None
         with _writing(self.run):
             self.metrics = Metrics(

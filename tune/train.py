@@ -51,7 +51,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
     with Tuner(config, config_path, data.fingerprint, sets, world, decoder, tokenizer) as trainer:
-        trainer.log.info(describe_start(config, base, data, [*sets, *tests], decoder, world))
+        trainer.log.info(describe_start(trainer.config, base, data, [*sets, *tests], decoder, world))
         trained, total = trainable_counts(decoder)
         if trainer.step == 0:
             trainer.metrics.log_figures(0, {"parameters/trained": trained, "parameters/total": total})

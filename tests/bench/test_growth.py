@@ -70,8 +70,8 @@ def test_what_failed_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) ->
     _fails_above(monkeypatch, 40)
     options = growth.parse([*TOY, "64x1"])
     contestants = growth.build(options)
-    matmul = growth.Matmul(torch.device("cpu"), torch.float32)
-    assert isinstance(growth.measure_pair(options.pairs[0], contestants, matmul, options), str)
+    yardstick = growth.Yardstick(torch.device("cpu"), torch.float32)
+    assert isinstance(growth.measure_pair(options.pairs[0], contestants, yardstick, options), str)
     gc.collect()
     assert all(p.grad is None for c in contestants.values() for p in c.model.parameters())
 

@@ -335,6 +335,18 @@ def test_a_harness_that_is_not_installed_is_told(
     _ended(capsys, "lm_eval is not installed; install it with", [str(suite), *words])
 
 
+def test_auto_is_what_each_runs_machine_made_of_it(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tiny["train"]["precision"] = "auto"
+    path, out = write_suite(tmp_path, tiny), tmp_path / "out"
+    _, runs = planned(path, out)
+    for run, precision in zip(runs, ("fp32", "bf16"), strict=True):
+        finish(run, [5.0, 4.0])
+        written = (run.folder / "config.yaml").read_text()
+        (run.folder / "config.yaml").write_text(written.replace("precision: auto", f"precision: {precision}"))
+    assert main([str(path), "--table", "--out", str(out)]) == 0
+    assert "* trained in bf16 and fp32\n" in (out / "results.md").read_text()
+
+
 def test_a_folder_with_another_run_ends_it_before_anything_runs(
     suite: Path, calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

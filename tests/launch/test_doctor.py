@@ -277,6 +277,20 @@ def test_stage_two_needs_its_base_its_tokenizer_and_its_files(
     assert finding.level == "error" and "has 400 pieces, the model's vocabulary is 300" in finding.found
 
 
+def test_it_tells_what_auto_is_here_and_warns_of_slow_bf16(
+    tiny: dict[str, Any],
+    write_config: Callable[..., str],
+    examined: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "auto_precision", lambda world: ("fp32", "this CPU is slow"))
+    path = write_config(tiny)
+    assert "train.precision auto is fp32: this CPU is slow" in examined(path, "train.precision=auto")[1]
+    out = examined(path, "train.precision=bf16")[1]
+    assert "warning" in out and "train.precision bf16 is slow: this CPU is slow" in out
+    assert "train.precision" not in examined(path, "train.precision=fp32")[1]
+
+
 # Hosts.
 
 

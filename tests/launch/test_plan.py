@@ -86,6 +86,14 @@ def test_small_numbers_are_no_zeros_and_one_is_no_plural(planned: Callable[..., 
     assert "<0.01" in row and "0.00" not in row
 
 
+def test_auto_is_planned_in_bf16_and_fp32_without_times(planned: Callable[..., tuple[int, str]]) -> None:
+    asked = (LARGE, "--gpus", "8", "--gpu", "h100-80g")
+    assert load_run(LARGE).train.precision == "auto"
+    assert planned(*asked) == planned(*asked, "train.precision=bf16")
+    out = planned(*asked, "train.precision=fp32")[1]
+    assert "no time and no scaling for train.precision fp32" in out and "GPU-hours" not in out
+
+
 def test_sizes_that_yaml_reads_as_text_are_told(planned: Callable[..., tuple[int, str]]) -> None:
     extra = "deepspeed.extra={zero_optimization: {reduce_bucket_size: 5e8}}"
     status, out = planned("configs/skip_1b.yaml", extra, "--gpus", "8", "--gpu", "h100-80g")

@@ -24,9 +24,7 @@ from trainer import metrics
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
-from trainer.exit_status import EXIT_PREEMPTED
-from trainer.guards import StopRequest
-from trainer.metrics import Metrics, measure_peak_flops
+from trainer.metrics import Metrics
 from trainer.run_folder import RunFolder
 from trainer.step import StepResult, Tally
 
@@ -299,5 +297,23 @@ def test_the_target_in_a_line_is_that_of_its_step(tiny: dict[str, Any], train_he
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_measured_peak_is_a_speed_of_this_machine(world: World, precision: str) -> None:
-    assert 1e8 < measure_peak_flops(world, precision) < 1e16
+def test_mfu_is_a_share_of_the_measured_peak(
+    precision: str, tiny: dict[str, Any], train_here: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny["train"] |= {"precision": precision, "log": {"every_steps": 1, "images": False}}
+    assert train_here(tiny) == 0
+    assert all(0 < line["speed/mfu_executed"] < 1 for line in _steps(tiny["train"]["run_dir"]).values())
+    assert "the peak that MFU is measured against" not in capsys.readouterr().out
+
+
+def test_a_peak_below_what_steps_reach_is_raised_and_told_once(
+    tiny: dict[str, Any], train_here: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny["train"]["log"] |= {"peak_tflops": 1e-9}
+    assert train_here(tiny) == 0
+    shares = [line["speed/mfu_executed"] for line in _steps(tiny["train"]["run_dir"]).values()]
+    assert shares[0] == 1 and all(0 < share <= 1 for share in shares)
+    told = [
+        line for line in capsys.readouterr().out.splitlines() if "MFU is measured against was 1e-09 TFLOP/s" in line
+    ]
+    assert len(told) == 1 and "set train.log.peak_tflops to what the device can do" in told[0]

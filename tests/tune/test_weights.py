@@ -74,7 +74,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"sequence_tokens": 16, "sources": [{"name": "none", "files": ["none.jsonl"]}]},
         "train": {
             "steps": 4, "global_batch_samples": 4, "micro_batch_samples": 2, "optimizer": {"lr": 0.003},
-            "evaluation": {"samples": 5},
+            "precision": "bf16", "evaluation": {"samples": 5},
         },
         "deepspeed": {"persistence_threshold": 0},
     }  # fmt: skip

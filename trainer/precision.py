@@ -1,0 +1,85 @@
+"""What ``train.precision: auto`` is on the devices of a run: bf16 where all multiply it fast, else fp32.
+
+Decided by what a device can do, not by a measurement, so that the same machine always gives the same answer; once, by
+all ranks together, before anything reads it. The run folder's config and the checkpoints hold what was decided, and a
+resume goes on in the precision of its checkpoint.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from trainer import manifest
+from trainer.config import StageConfig
+from trainer.distributed import World
+from trainer.yardstick import DTYPES, Yardstick
+
+Config = TypeVar("Config", bound=StageConfig)
+_INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's BF16"}
+"""By the names that torch gives a CPU's capabilities."""
+
+
+def decide(config: Config, world: World, checkpoint: Path | None = None) -> tuple[Config, str | None]:
+    """``config`` with its precision decided, and the sentence that tells why where it was ``auto``; collective.
+
+    Args:
+        config: the run's config.
+        world: this process among all.
+        checkpoint: which the run goes on from.
+
+    Raises:
+        ValueError: if the checkpoint's precision does not go with the rest of the config.
+    """
+    if config.train.precision != "auto":
+        return config, None
+    if checkpoint is not None:
+        written = manifest.read(checkpoint, world)["precision"]
+        return config.in_precision(written), f"precision {written}: that of the checkpoint"
+    precision, why = auto_precision(world)
+    return config.in_precision(precision), f"precision {precision}: {why}"
+
+
+def auto_precision(world: World) -> tuple[str, str]:
+    """What ``auto`` is for a fresh run of these ranks, and why: fp32 if one of them is slow in bf16; collective."""
+    everyone = world.gather_objects(fast_bf16(world.device))
+    for rank, (fast, why) in enumerate(everyone):
+        if not fast:
+            return "fp32", f"{why}, on rank {rank}" if world.size > 1 else why
+    return "bf16", everyone[0][1]
+
+
+def fast_bf16(device: torch.device) -> tuple[bool, str]:
+    """Whether ``device`` multiplies bf16 faster than fp32, and why.
+
+    A CPU needs both: the instructions, and a oneDNN that uses them, which ``ONEDNN_MAX_CPU_ISA`` may keep from it.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return True, "this GPU multiplies bf16 fast"
+        return False, "this GPU has no bf16 instructions"
+    capable = torch.cpu.get_capabilities()
+    found = [name for flag, name in _INSTRUCTIONS.items() if capable.get(flag)]
+    if not found:
+        return False, f"this CPU has no bf16 instructions ({', '.join(_INSTRUCTIONS.values())})"
+    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return False, f"this CPU multiplies bf16 fast ({found[0]}), but torch's oneDNN does not use that here"
+    return True, f"this CPU multiplies bf16 fast ({found[0]})"
+
+
+def slow_bf16_warning(config: StageConfig, world: World) -> str | None:
+    """A sentence with the measured ratio where a run in bf16 would be faster in fp32; collective."""
+    if config.train.precision != "bf16":
+        return None
+    precision, why = auto_precision(world)
+    if precision == "bf16":
+        return None
+    ratio = Yardstick(world.device, DTYPES["bf16"]).layer_flops_per_s
+    ratio /= Yardstick(world.device, DTYPES["fp32"]).layer_flops_per_s
+    lowest = min(world.gather_objects(ratio))
+    return (
+        f"train.precision bf16 is slow here ({why}): a linear layer's products run at {lowest:.2f} of the speed "
+        "that they have in fp32, as measured now; set train.precision=fp32"
+    )

@@ -1,0 +1,136 @@
+"""The yardstick of MFU: the fastest matrix product that a device is seen to make in a dtype.
+
+A linear layer makes three products, and each has its own memory layout, which a library may be good or bad at:
+
+    y = x w^T        dx = dy w        dw = dy^T x
+
+On a CPU without bf16 instructions they are up to twenty times apart. All three are tried at several sizes, small ones
+first; what is far slower than the fastest, or would take too long, is not tried at the larger ones. Training and
+benchmarks use the same yardstick; a layer consists of these products and more, so that it cannot be faster.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.distributed import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By the names that configs and command lines give them."""
+_PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "y": functional.linear,
+    "dx": torch.mm,
+    "dw": lambda left, right: torch.mm(left.t(), right),
+}
+_BLOCK = 256
+_SIZES = (256, 512, 1024, 2048, 4096, 8192)
+"""Edges of the square matrices: multiples of ``_BLOCK``."""
+_SURVEY_S = 0.25
+_FAR_SLOWER = 0.5
+_LEADERS = 3
+
+
+class Product(NamedTuple):
+    """One of ``_PRODUCTS`` at one of ``_SIZES``."""
+
+    name: str
+    size: int
+
+    @property
+    def flops(self) -> float:
+        """Of one call."""
+        return 2.0 * self.size**3
+
+
+class Yardstick:
+    """Measures on construction, for about a quarter of a second, and the fastest products again at every call.
+
+    Args:
+        device: where.
+        dtype: of the operands.
+
+    Attributes:
+        seconds: of the fastest call of each product that was tried.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device = device
+        self.seconds: dict[Product, float] = {}
+        # A generator of its own: those of a run are part of what a resume restores.
+        own = torch.Generator(device).manual_seed(0)
+        self._blocks = [torch.randn(_BLOCK, _BLOCK, device=device, generator=own).to(dtype) for _ in range(2)]
+        self._operands: dict[int, list[Tensor]] = {}
+        end_s = time.perf_counter() + _SURVEY_S
+        for size in _SIZES:
+            for name in _PRODUCTS:
+                self._try(Product(name, size), end_s - time.perf_counter())
+        while time.perf_counter() < end_s:
+            for product in [p for p in self.seconds if self._rate(p) > _FAR_SLOWER * self.flops_per_s]:
+                self._measure(product)
+
+    def __call__(self) -> None:
+        """Measure the fastest products once more."""
+        leaders = sorted(self.seconds, key=self._rate, reverse=True)[:_LEADERS]
+        sizes = {product.size for product in leaders}
+        self._operands = {size: operands for size, operands in self._operands.items() if size in sizes}
+        for product in leaders:
+            self._measure(product)
+
+    @property
+    def flops_per_s(self) -> float:
+        """Of the fastest product so far."""
+        return max(map(self._rate, self.seconds))
+
+    @property
+    def layer_flops_per_s(self) -> float:
+        """Of the three products of a small layer one after the other, which a slow one of them holds up."""
+        layer = [Product(name, _SIZES[0]) for name in _PRODUCTS]
+        return sum(product.flops for product in layer) / sum(self.seconds[product] for product in layer)
+
+    def _rate(self, product: Product) -> float:
+        return product.flops / self.seconds[product]
+
+    def _try(self, product: Product, left_s: float) -> None:
+        """Measure it twice, the first call being slow, unless it is hopeless or would take longer than ``left_s``."""
+        if product.size > _SIZES[0]:
+            tried = [p for p in self.seconds if p.name == product.name]
+            rate = max(map(self._rate, tried))
+            if rate < _FAR_SLOWER * self.flops_per_s or 2 * product.flops / rate > left_s:
+                return
+        for _ in range(2):
+            self._measure(product)
+
+    def _measure(self, product: Product) -> None:
+        if product.size not in self._operands:
+            times = product.size // _BLOCK
+            self._operands[product.size] = [block.repeat(times, times) for block in self._blocks]
+        left, right = self._operands[product.size]
+        call_s = seconds_of(lambda: _PRODUCTS[product.name](left, right), self.device)
+        self.seconds[product] = min(call_s, self.seconds.get(product, math.inf))
+
+
+def measure_peak(world: World, precision: str) -> float:
+    """FLOP/s of one device by the yardstick, the mean over ranks measuring at once; collective."""
+    own = Yardstick(world.device, DTYPES[precision]).flops_per_s
+    return sum(world.gather_objects(own)) / world.size
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``call`` takes, until ``device`` has done what it was given."""
+    _wait(device)
+    start_s = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start_s
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
