@@ -20,42 +20,34 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from bench.contestants import (
-    DENSE,
-    EXECUTIONS,
-    PEER,
-    Contestant,
-    Ours,
-    Peer,
-    assert_same,
-    held_decoder,
-    held_llama,
-    model_config,
-    random_tokens,
-    routed_name,
-)
 from bench.options import (
     BATCH,
     CPU_BATCH,
     CPU_SIZES,
     CUDA_BATCH,
     CUDA_SIZES,
-    DTYPES,
+    DENSE,
+    EXECUTIONS,
     MODEL,
+    PEER,
     add_densities,
     add_numbers,
     add_run,
+    model_config,
     parser,
     refuse,
     resolve,
+    routed_name,
 )
 from bench.report import Result, Row, spread, tell
 from bench.timing import Matmul, Spread, ratios, take_turns
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
+
+if TYPE_CHECKING:
+    from bench.contestants import Contestant, Ours
 
 PEAK = "matmul"
 SECONDS = "step_s"
@@ -63,6 +55,10 @@ SECONDS = "step_s"
 
 def build(options: argparse.Namespace) -> dict[str, Contestant]:
     """All contestants, dense first, one step done, with the peer's loss compared to ours."""
+    import torch
+
+    from bench.contestants import DTYPES, Ours, Peer, assert_same, held_decoder, held_llama, random_tokens
+
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = random_tokens(options.samples, options.tokens, options.vocab, device)
 
@@ -91,6 +87,10 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
 
 def measure(options: argparse.Namespace) -> Result:
     """Build, take turns, count."""
+    import torch
+
+    from bench.contestants import DTYPES, Peer
+
     device = torch.device(options.device)
     contestants = build(options)
     matmul = Matmul(device, DTYPES[options.dtype])

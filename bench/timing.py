@@ -12,10 +12,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import torch
 
 WARM_UP_ROUNDS = 2
 
@@ -67,12 +69,16 @@ class Matmul:
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
+        import torch
+
         size = 8192 if device.type == "cuda" else 1536
         self.left, self.right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         self.out = torch.empty_like(self.left)
         self.flops = 2.0 * size**3
 
     def __call__(self) -> None:
+        import torch
+
         torch.mm(self.left, self.right, out=self.out)
 
 
@@ -86,5 +92,7 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _wait(device: torch.device) -> None:
+    import torch
+
     if device.type == "cuda":
         torch.cuda.synchronize(device)

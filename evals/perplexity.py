@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from tqdm import tqdm
@@ -27,8 +27,10 @@ from tqdm import tqdm
 from data.config import SourceConfig
 from data.files import write_atomically
 from data.sources import Cursor, Source
-from evals.scoring import Opened, Scorer, Window, open_model, windows
 from settings import user_errors
+
+if TYPE_CHECKING:
+    from evals.scoring import Opened, Scorer, Window
 
 BATCHES_AT_ONCE = 32
 """Windows are sorted by length within so many batches, so that little is filled up."""
@@ -91,6 +93,8 @@ def perplexity(
     Raises:
         ValueError: if window, stride or batch cannot be, or there is no text.
     """
+    from evals.scoring import Scorer, windows
+
     check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
     scorer = Scorer(opened.decoder, batch_windows)
     documents = size = tokens = 0
@@ -215,6 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+        from evals.scoring import open_model
+
         opened = open_model(options.model)
         window_tokens = trained_tokens(opened) if options.window is None else options.window
         stride_tokens = max(window_tokens // 2, 1) if options.stride is None else options.stride

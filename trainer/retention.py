@@ -11,10 +11,12 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import CheckpointConfig, TrainConfig
-from trainer.distributed import World
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 
 def prune(folder: Path, newest: Path, config: CheckpointConfig) -> None:
