@@ -20,6 +20,7 @@ from settings import user_errors
 from trainer.config import RunConfig, load_run
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.guards import lost_rank
+from trainer.opening import open_run
 
 if TYPE_CHECKING:
     from data.batches import TrainingData
@@ -71,6 +72,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with user_errors(), lost_rank():
         config = load_run(arguments.config, arguments.overrides)
+        open_run(config.train)
         from trainer.distributed import join, leave
 
         world = join(config.train.timeout_s)

@@ -12,6 +12,12 @@ from contextlib import contextmanager
 _OTHER_RANKS_WAIT_S = 5.0
 
 
+def rank_by_environment() -> int:
+    """This process's rank as its launcher or ``srun`` says, before the ranks have met; 0 where there is only one."""
+    own = os.environ.get("SLURM_PROCID", "0") if "SLURM_STEP_NUM_TASKS" in os.environ else "0"
+    return int(os.environ.get("RANK", own))
+
+
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Turn ``ValueError`` and ``OSError`` raised inside into ``error: <sentence>`` on stderr and exit status 1.
@@ -28,8 +34,8 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(130) from None
     except (ValueError, OSError) as error:
         logging.getLogger("hopscotch").debug("ended by an error", exc_info=True)  # goes to a run's log file, if any
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        rank = rank_by_environment()
+        if rank:
             time.sleep(_OTHER_RANKS_WAIT_S)
-        print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}" if not rank else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

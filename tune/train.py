@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from settings import user_errors
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.guards import lost_rank
+from trainer.opening import open_run
 from tune.config import TuneConfig, TuneFile
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
@@ -87,6 +88,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with user_errors(), lost_rank():
         file = load_file(arguments.config, arguments.overrides)
+        open_run(file.train)
         from trainer.distributed import join, leave
 
         world = join(file.train.timeout_s)
