@@ -60,7 +60,7 @@ CONFIG_FIRST = {
     "pretrain.train": [],
     "tune.train": [],
     "launch.doctor": [],
-    "launch.slurm": ["--dry-run"],
+    "launch.slurm": ["--gpus-per-node", "8", "--dry-run"],
     "launch.plan": ["--gpus", "8", "--gpu", "h100-80g"],
 }
 
@@ -142,7 +142,7 @@ def test_commands_that_are_advised_are_commands() -> None:
 
 
 def test_overrides_that_are_advised_are_keys() -> None:
-    """``train.checkpoint.resume=auto`` in an error or a document is a key; a bare ``resume=auto`` could not be typed."""
+    """``train.checkpoint.resume=auto`` in an error or a document is a key; a bare ``resume=auto`` is none."""
     found = [
         (w, key) for w, text in _texts() for key in re.findall(rf"(?<![\w./-])((?:{BLOCKS})(?:\.\w+)+)=(?!=)", text)
     ]
