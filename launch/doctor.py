@@ -19,6 +19,7 @@ import dataclasses
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from launch.checks import Check, Finding, hosts, merge, run, worst
 from launch.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
 from launch.stages import load_either, without_storage
 from launch.workload import Workload, count_weights
-from settings import user_errors
+from settings import rank_by_environment, user_errors
 from trainer.config import RunConfig
 from trainer.retention import most_at_once
 from tune.config import TuneFile
@@ -44,6 +45,8 @@ def main() -> int:
     arguments = _parser().parse_intermixed_args()
     with user_errors():
         config = None if arguments.config is None else load_either(arguments.config, arguments.overrides)
+        if rank_by_environment() == 0 and not arguments.json:
+            print("looking; torch takes some seconds to load", file=sys.stderr, flush=True)
         from trainer.distributed import ALONE, join, leave
 
         world = join(_MEET_S) if _launched() else ALONE

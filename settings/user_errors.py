@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import sys
@@ -27,6 +29,7 @@ def user_errors() -> Iterator[None]:
     Under a launcher most mistakes hit every rank alike. Ranks other than 0 wait a little before they speak: the
     launcher ends them when rank 0 fails, and the reader is spared as many copies as there are ranks.
     """
+    atexit.register(gc.freeze)  # the interpreter's last search for cycles takes a second with torch loaded
     try:
         yield
     except KeyboardInterrupt:
