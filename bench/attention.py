@@ -25,23 +25,18 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-from bench.contestants import DENSE, PEER
-from bench.memory import peak_bytes, tensor_bytes
-from bench.options import DTYPES, add_densities, add_numbers, add_run, parser, refuse, resolve
+from bench.options import DENSE, PEER, add_densities, add_numbers, add_run, parser, refuse, resolve
 from bench.report import Result, Row, spread, tell
-from bench.timing import Spread, ratios, take_turns
-from model.attend import attend
+from bench.timing import Matmul, Spread, ratios, take_turns
 from model.flops import TRAINING_FACTOR
-from model.selection import Selection
-from model.visibility import Visibility
 from settings import user_errors
 from trainer.yardstick import Yardstick
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 CPU_SIZES = {"heads": 6, "kv_heads": 2, "head_width": 64, "samples": 4}
 CUDA_SIZES = {"heads": 16, "kv_heads": 4, "head_width": 128, "samples": 8}
@@ -73,6 +68,10 @@ class Inputs:
     @staticmethod
     def random(options: argparse.Namespace, length: int) -> Inputs:
         """Normal ones, the same on every device."""
+        import torch
+
+        from bench.contestants import DTYPES
+
         generator = torch.Generator().manual_seed(0)
 
         def normal(heads: int) -> Tensor:
@@ -108,15 +107,25 @@ class Contestant:
 
     def step(self) -> None:
         """Forward and backward."""
+        import torch
+
         torch.autograd.grad(self.forward(), self.leaves, self.grad)
 
     def peak_bytes(self) -> int:
         """Peak memory of a step, inputs included."""
+        from bench.memory import peak_bytes, tensor_bytes
+
         return tensor_bytes([*self.leaves, self.grad]) + peak_bytes(self.step, self.grad.device)
 
 
 def gathered(inputs: Inputs, executed: Tensor | None) -> Contestant:
     """``model/attend.py`` for the queries ``executed``, bool [B, T], or for all."""
+    import torch
+
+    from model.attend import attend
+    from model.selection import Selection
+    from model.visibility import Visibility
+
     batch, tokens, heads, width = inputs.queries.shape
     device = inputs.queries.device
     visibility = Visibility(tokens, 0, None, device)
@@ -151,12 +160,17 @@ def all_queries(inputs: Inputs, attention: Callable[[Tensor, Tensor, Tensor], Te
 
 def causal_sdpa(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """The call that Hugging Face's Llama makes."""
+    import torch.nn.functional as F
+
     grouped = queries.shape[1] != keys.shape[1]
     return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=grouped)
 
 
 def masked_sdpa(tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """One call with a mask over all pairs of ``tokens``."""
+    import torch
+    import torch.nn.functional as F
+
     mask = torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()
 
     def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -172,6 +186,9 @@ def masked_sdpa(tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, 
 
 def flex(tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """FlexAttention with a causal block mask; compiled, as it must be."""
+    import torch
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
     kernel = torch.compile(flex_attention)
     causal = create_block_mask(lambda b, h, query, key: key <= query, None, None, tokens, tokens, device=str(device))
 
@@ -184,6 +201,10 @@ def flex(tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor]
 
 def build(options: argparse.Namespace, length: int) -> dict[str, Contestant]:
     """All contestants at one length; dense, gathered ones and the peer give the reference's output."""
+    import torch
+
+    from model.selection import Selection
+
     device = torch.device(options.device)
     inputs = Inputs.random(options, length)
     contestants = {
@@ -215,6 +236,10 @@ def gathered_name(density: float) -> str:
 
 def measure(options: argparse.Namespace) -> Result:
     """Build, take turns at every length, count."""
+    import torch
+
+    from bench.contestants import DTYPES
+
     device = torch.device(options.device)
     yardstick = Yardstick(device, DTYPES[options.dtype])
     taken: dict[int, tuple[dict[str, Contestant], dict[str, list[float]]]] = {}

@@ -11,16 +11,15 @@ Dimension letters: B samples, T tokens a sample, D width.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from bench.memory import peak_bytes, tensor_bytes
+from bench.options import PEER
 from model import noise
 from model.chunks import IGNORED
 from model.config import ModelConfig, RouterConfig
@@ -29,43 +28,7 @@ from model.flops import Routed, dense_flops, executed_flops
 from model.init import initialise
 from model.router import Gate, LearnedRouter, RoutingInputs
 
-PEER, DENSE = "hf_llama", "dense"
-
-
-def routed_name(density: float) -> str:
-    """Name of the routed contestant that is asked for ``density``."""
-    return f"routed_{density:g}"
-
-
-def model_config(
-    options: argparse.Namespace, density: float | None, positions: int, execution: str = "rounded"
-) -> ModelConfig:
-    """The benchmark's model for contexts of ``positions`` tokens; dense where ``density`` is None.
-
-    ``execution`` is the router's: how executed tokens are computed in training.
-
-    Raises:
-        ValueError: for sizes that do not go together, in a sentence.
-    """
-    try:
-        router = {"kind": "learned", "density": density, "execution": execution}
-        return ModelConfig(
-            vocab_size=options.vocab,
-            layers=options.layers,
-            width=options.width,
-            heads=options.heads,
-            kv_heads=options.kv_heads,
-            ffn_width=options.ffn_width,
-            max_positions=positions,
-            router=None if density is None else RouterConfig.model_validate(router),
-        )
-    except ValidationError as error:
-        problems = (f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
-        raise ValueError("; ".join(problem.removeprefix("Value error, ") for problem in problems)) from None
-
-
-EXECUTIONS = get_args(RouterConfig.model_fields["execution"].annotation)
-"""What a router's ``execution`` can be."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def random_tokens(samples: int, tokens: int, vocab: int, device: torch.device) -> Tensor:

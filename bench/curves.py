@@ -12,15 +12,13 @@ import argparse
 import json
 from itertools import cycle
 from pathlib import Path
-from typing import Any
-
-import matplotlib
-
-matplotlib.use("Agg")
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from settings import user_errors
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Lines = list[dict[str, Any]]
 
@@ -47,6 +45,8 @@ def series(lines: Lines, name: str) -> tuple[list[int], list[float]]:
 
 def draw(runs: list[Path]) -> Figure:
     """Both panels for ``runs``."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     losses, densities = figure.subplots(1, 2)
     for run, style, marker in zip(runs, cycle(("-", "--", ":", "-.")), cycle("os^v"), strict=False):

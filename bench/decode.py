@@ -22,41 +22,33 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from bench.contestants import (
-    DENSE,
-    PEER,
-    draw,
-    held_decoder,
-    held_llama,
-    model_config,
-    random_tokens,
-    routed_name,
-)
-from bench.memory import peak_bytes, tensor_bytes
 from bench.options import (
     CPU_SIZES,
     CUDA_SIZES,
-    DTYPES,
+    DENSE,
     MODEL,
+    PEER,
     add_densities,
     add_numbers,
     add_run,
+    model_config,
     parser,
     refuse,
     resolve,
+    routed_name,
 )
 from bench.report import Result, Row, spread, tell
-from bench.timing import Spread, ratios, take_turns
-from model.cache import KVCache
-from model.decoder import Decoder
+from bench.timing import Matmul, Spread, ratios, take_turns
 from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
 from trainer.yardstick import Yardstick
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.decoder import Decoder
 
 PEAK = "matmul"
 SECONDS = "token_s"
@@ -82,6 +74,9 @@ class Ours:
     """
 
     def __init__(self, decoder: Decoder, prompt: Tensor, steps: int):
+        from bench.memory import peak_bytes, tensor_bytes
+        from model.cache import KVCache
+
         self.decoder, self.prompt, self.steps = decoder, prompt, steps
         weight = decoder.embed_tokens.weight
         batch, length = prompt.shape
@@ -97,6 +92,8 @@ class Ours:
 
     def counts(self) -> Routed:
         """What the steps execute, all of them together."""
+        import torch
+
         sites = torch.zeros(2, len(self.decoder.config.sites), dtype=torch.int64, device=self.prompt.device)
         visible = 0.0
         self.cache.length = self.prompt.shape[1]
@@ -121,6 +118,8 @@ class Peer:
 
     def __init__(self, llama: Any, prompt: Tensor, steps: int):
         from transformers import DynamicCache
+
+        from bench.memory import peak_bytes, tensor_bytes
 
         self.llama, self.steps = llama, steps
         self.cache: Any = DynamicCache(config=llama.config)
@@ -151,7 +150,10 @@ class StaticPeer:
     """
 
     def __init__(self, llama: Any, prompt: Tensor, steps: int, compiled: bool):
+        import torch
         from transformers import StaticCache
+
+        from bench.memory import peak_bytes, tensor_bytes
 
         self.prompt_tokens, self.steps = prompt.shape[1], steps
         self.cache: Any = StaticCache(config=llama.config, max_cache_len=self.prompt_tokens + steps)
@@ -167,6 +169,8 @@ class StaticPeer:
 
     def run(self) -> Tensor:
         """Go back to the prompt's end and decode; int64 [B, steps]."""
+        import torch
+
         for layer in _layers(self.cache):
             layer.cumulative_length.fill_(self.prompt_tokens)
         token, tokens = self.first, []
@@ -182,6 +186,8 @@ class StaticPeer:
 
 def _greedy(token: Tensor, steps: int, forward: Callable[[Tensor], Tensor]) -> Tensor:
     """The ``steps`` most likely tokens after ``token`` [B, 1], one by one: int64 [B, steps]."""
+    import torch
+
     tokens = []
     for _ in range(steps):
         token = _likeliest(forward(token))
@@ -201,6 +207,10 @@ def _likeliest(logits: Tensor) -> Tensor:
 
 def models(options: argparse.Namespace) -> tuple[dict[str, Decoder], Any]:
     """Our decoders, dense first, and the peer with the dense one's weights; in evaluation mode."""
+    import torch
+
+    from bench.contestants import DTYPES, draw, held_decoder, held_llama
+
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     context = options.prompt + options.steps
     decoders = {}
@@ -218,6 +228,10 @@ def behind_prompt(
     options: argparse.Namespace, decoders: Mapping[str, Decoder], llama: Any, batch: int
 ) -> tuple[dict[str, Decoding], list[str]]:
     """All contestants at one batch size, and what there is to say about them."""
+    import torch
+
+    from bench.contestants import random_tokens
+
     device = torch.device(options.device)
     prompt = random_tokens(batch, options.prompt, options.vocab, device)
     decodings: dict[str, Decoding] = {n: Ours(decoder, prompt, options.steps) for n, decoder in decoders.items()}
@@ -233,9 +247,19 @@ def behind_prompt(
     return decodings, notes
 
 
-@torch.inference_mode()
 def measure(options: argparse.Namespace) -> Result:
     """Build, take turns at every batch size, count."""
+    import torch
+
+    with torch.inference_mode():
+        return _measure(options)
+
+
+def _measure(options: argparse.Namespace) -> Result:
+    import torch
+
+    from bench.contestants import DTYPES
+
     device = torch.device(options.device)
     decoders, llama = models(options)
     yardstick = Yardstick(device, DTYPES[options.dtype])

@@ -13,24 +13,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from bench.memory import held_to_free_memory, peak_bytes
 from bench.options import parser, refuse
 from bench.timing import ratios, take_turns
-from model.head import LMHead, Teaching
 from settings import user_errors
 
-CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Case:
     """Hidden states of ``tokens`` tokens after ``layers`` late layers, and a head over ``vocab`` ids."""
 
     def __init__(self, layers: int, tokens: int, vocab: int, width: int):
+        import torch
+
+        from model.head import LMHead
+
         generator = torch.Generator().manual_seed(0)
         self.head = LMHead(width, vocab)
         with torch.no_grad():
@@ -44,11 +44,16 @@ class Case:
 
     def chunked(self) -> None:
         """Loss and distillation, a chunk of tokens at a time."""
+        from model.head import Teaching
+
         sums = self.head(self.states[-1], self.targets, 0.0, Teaching(self.states[:-1], self.states[-1], 1.0))
         self._backward(sums.loss + sums.distillation)
 
     def full(self) -> None:
         """Loss in chunks, distillation over the logits of all tokens and layers at once."""
+        import torch
+        import torch.nn.functional as F
+
         logits = [self.head(state) for state in self.states]
         teacher = logits[-1].detach().log_softmax(-1)
         students = [F.kl_div(one.log_softmax(-1), teacher, reduction="sum", log_target=True) for one in logits[:-1]]
@@ -67,10 +72,15 @@ class Case:
 
 def measure(case: Case, repeats: int) -> list[str]:
     """Cells: peak memory of the three, in MB, and the two ratios of time to the loss alone."""
+    import torch
+
+    from bench.memory import held_to_free_memory, peak_bytes
+
     calls: dict[str, Callable[[], object]] = {"alone": case.alone, "chunked": case.chunked, "full": case.full}
-    with held_to_free_memory(CPU):
-        peaks = [peak_bytes(call, CPU) for call in calls.values()]
-        seconds = take_turns(calls, repeats, CPU)
+    cpu = torch.device("cpu")
+    with held_to_free_memory(cpu):
+        peaks = [peak_bytes(call, cpu) for call in calls.values()]
+        seconds = take_turns(calls, repeats, cpu)
     times = [ratios(seconds[name], seconds["alone"]).median for name in ("chunked", "full")]
     return [*(f"{peak / 1e6:,.0f}" for peak in peaks), *(f"{ratio:.2f}" for ratio in times)]
 

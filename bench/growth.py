@@ -21,37 +21,30 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from bench.contestants import (
-    DENSE,
-    EXECUTIONS,
-    Contestant,
-    Ours,
-    held_decoder,
-    model_config,
-    random_tokens,
-    routed_name,
-)
-from bench.memory import held_to_free_memory, is_out_of_memory
 from bench.options import (
     CPU_SIZES,
     CUDA_SIZES,
-    DTYPES,
+    DENSE,
+    EXECUTIONS,
     MODEL,
     add_densities,
     add_numbers,
     add_run,
+    model_config,
     parser,
     refuse,
     resolve,
+    routed_name,
 )
 from bench.report import Row, header, noisy, table, write_json
-from bench.step import PEAK, SECONDS, row
-from bench.timing import take_turns
+from bench.timing import Matmul, take_turns
 from settings import user_errors
 from trainer.yardstick import Yardstick
+
+if TYPE_CHECKING:
+    from bench.contestants import Contestant
 
 CPU_PAIRS = ["512x4", "512x1", "1024x2", "2048x1", "4096x1", "8192x1"]
 CUDA_PAIRS = ["2048x8", "4096x4", "8192x2", "2048x1", "2048x16"]
@@ -84,6 +77,10 @@ class Pair:
 
 def build(options: argparse.Namespace) -> dict[str, Contestant]:
     """The dense decoder and the routed ones, for batches of any of the pairs."""
+    import torch
+
+    from bench.contestants import DTYPES, Ours, held_decoder
+
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = max(pair.tokens for pair in options.pairs)
     contestants: dict[str, Contestant] = {}
@@ -98,6 +95,12 @@ def measure_pair(
     pair: Pair, contestants: Mapping[str, Contestant], yardstick: Yardstick, options: argparse.Namespace
 ) -> tuple[list[Row], float] | str:
     """Rows and matmul peak (FLOP/s) of one pair; what torch said where it does not fit into memory."""
+    import torch
+
+    from bench.contestants import random_tokens
+    from bench.memory import held_to_free_memory, is_out_of_memory
+    from bench.step import PEAK, row
+
     device = torch.device(options.device)
     try:
         with held_to_free_memory(device):
@@ -162,6 +165,10 @@ def measure(options: argparse.Namespace) -> tuple[dict[Pair, list[Row] | None], 
     Raises:
         ValueError: if none fits.
     """
+    import torch
+
+    from bench.contestants import DTYPES
+
     contestants = build(options)
     yardstick = Yardstick(torch.device(options.device), DTYPES[options.dtype])
     found: dict[Pair, list[Row] | None] = {}
@@ -221,6 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found, peak = measure(options)
         rows = [found_row for pair_rows in found.values() for found_row in pair_rows or []]
         top, drawn = header(options, peak, [*MODEL, "execution", "compile"]), markdown(found, options.densities)
+        from bench.step import SECONDS
+
         print(top, table(rows, SECONDS), drawn, *noisy(rows), sep="\n\n")
         write_json(options.json, rows, SECONDS)
         if options.markdown is not None:

@@ -23,19 +23,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from bench.options import parser, refuse
 from bench.suite import Run, Suite, load_suite, plan
-from bench.suite_figures import density_figure, dial_figure, loss_figure
 from bench.suite_report import CSV, MARKDOWN, TOLERANCE, as_csv, compare, main_table, markdown, rows, time_table
 from bench.suite_results import collect
 from bench.suite_runs import dial, downstream, is_done, prepare, side_by_side, submit, trained_in, training
 from data.files import only_writer, write_atomically
 from settings import did_you_mean, to_yaml, user_errors
 from trainer import code_state
-
-PICTURES = {"loss.png": loss_figure, "density.png": density_figure, "dial.png": dial_figure}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +139,10 @@ def _report(suite: Suite, runs: Sequence[Run], out: Path, command: str, must: bo
     Raises:
         ValueError: if there is none, and there must be.
     """
+    import torch
+
+    from bench.suite_figures import PICTURES
+
     results = collect(suite, runs)
     if not results and must:
         raise ValueError(

@@ -28,29 +28,28 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from bench.contestants import DENSE, Ours, held_decoder, model_config
 from bench.options import (
     BATCH,
     CPU_BATCH,
     CPU_SIZES,
     CUDA_BATCH,
     CUDA_SIZES,
-    DTYPES,
+    DENSE,
     MODEL,
     add_numbers,
     add_run,
+    model_config,
     parser,
     refuse,
     resolve,
 )
 from bench.report import Result, Row, tell
-from bench.timing import WARM_UP_ROUNDS, Spread, ratios
-from data.batches import Batch, TrainingData, step_sample_ids
+from bench.timing import WARM_UP_ROUNDS, Matmul, Spread, ratios, seconds_of
 from data.config import DataConfig
 from data.files import write_atomically
 from data.prefetch import prefetch
@@ -60,8 +59,12 @@ from data.store import train_folder
 from data.tokenizer import EOS_ID, MODEL_NAME, tokenizer_sha256
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
-from trainer.step import to_device
-from trainer.yardstick import Yardstick, seconds_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.contestants import Ours
+    from data.batches import Batch, TrainingData
 
 FROM_LOADER, LOADER = "from_loader", "loader"
 SECONDS = "step_s"
@@ -118,6 +121,8 @@ def write_shards(folder: Path, vocab: int, tokens: int, sequence_tokens: int) ->
 
 def step_batches(data: TrainingData, first_step: int, samples: int) -> Iterator[Batch]:
     """One batch a step, for ever, as ``pretrain/train.py`` takes them on one rank."""
+    from data.batches import step_sample_ids
+
     for step in itertools.count(first_step):
         (ids,) = step_sample_ids(step * samples, samples, rank=0, world_size=1, micro_batch=samples, accumulation=1)
         yield data.batch(ids)
@@ -125,6 +130,8 @@ def step_batches(data: TrainingData, first_step: int, samples: int) -> Iterator[
 
 def train_on(ours: Ours, batch: Batch, device: torch.device) -> None:
     """One training step on ``batch``."""
+    from trainer.step import to_device
+
     moved = to_device(batch, device)
     ours.feed(moved.tokens, moved.targets)
     ours.step()
@@ -132,6 +139,8 @@ def train_on(ours: Ours, batch: Batch, device: torch.device) -> None:
 
 def take_round(rounds: Rounds, number: int, ours: Ours, data: TrainingData, options: argparse.Namespace) -> None:
     """One round of all contestants, on samples of its own."""
+    import torch
+
     device, steps = torch.device(options.device), options.steps
     first_step = number * (2 * DEPTH + 2 * steps)
     with prefetch(step_batches(data, first_step, options.samples), DEPTH) as batches:
@@ -155,6 +164,11 @@ def take_round(rounds: Rounds, number: int, ours: Ours, data: TrainingData, opti
 
 def measure(options: argparse.Namespace) -> Result:
     """Write the shards, build the model, take rounds, count."""
+    import torch
+
+    from bench.contestants import DTYPES, Ours, held_decoder
+    from data.batches import TrainingData
+
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours = Ours(held_decoder(model_config(options, None, options.tokens), device, dtype))
     yardstick = Yardstick(device, dtype)

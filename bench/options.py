@@ -10,14 +10,17 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import get_args
 
-import torch
+from pydantic import ValidationError
+
+from model.config import ModelConfig, RouterConfig
 
 CPU_SIZES = {"layers": 12, "width": 384, "heads": 6, "kv_heads": 2, "ffn_width": 1024, "vocab": 4096}
 CUDA_SIZES = {"layers": 16, "width": 2048, "heads": 16, "kv_heads": 4, "ffn_width": 7168, "vocab": 32768}
 CPU_BATCH = {"tokens": 512, "samples": 4}
 CUDA_BATCH = {"tokens": 2048, "samples": 8}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = ("fp32", "bf16")
 MODEL = {
     "layers": "decoder layers",
     "width": "width of the residual stream",
@@ -27,6 +30,10 @@ MODEL = {
     "vocab": "token ids",
 }
 BATCH = {"tokens": "tokens a sample", "samples": "samples a step"}
+PEER, DENSE = "hf_llama", "dense"
+"""Contestants that most benchmarks have; the others are routed ones, see :func:`routed_name`."""
+EXECUTIONS = get_args(RouterConfig.model_fields["execution"].annotation)
+"""What a router's ``execution`` can be."""
 
 
 def parser(module: str, doc: str) -> argparse.ArgumentParser:
@@ -71,6 +78,8 @@ def resolve(options: argparse.Namespace, cpu: Mapping[str, object], cuda: Mappin
     Raises:
         ValueError: for a device that is none or not there.
     """
+    import torch
+
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
         raise ValueError(f"--device must be cpu or cuda (or cuda:N), got {options.device}")
@@ -111,3 +120,35 @@ def refuse(options: argparse.Namespace, least: Mapping[str, int]) -> None:
             raise ValueError(f"--{name} {path}: the folder {path.parent} does not exist; create it first")
         if path is not None and path.is_dir():
             raise ValueError(f"--{name} {path} is a folder; give the name of a file")
+
+
+def routed_name(density: float) -> str:
+    """Name of the routed contestant that is asked for ``density``."""
+    return f"routed_{density:g}"
+
+
+def model_config(
+    options: argparse.Namespace, density: float | None, positions: int, execution: str = "rounded"
+) -> ModelConfig:
+    """The benchmark's model for contexts of ``positions`` tokens; dense where ``density`` is None.
+
+    ``execution`` is the router's: how executed tokens are computed in training.
+
+    Raises:
+        ValueError: for sizes that do not go together, in a sentence.
+    """
+    try:
+        router = {"kind": "learned", "density": density, "execution": execution}
+        return ModelConfig(
+            vocab_size=options.vocab,
+            layers=options.layers,
+            width=options.width,
+            heads=options.heads,
+            kv_heads=options.kv_heads,
+            ffn_width=options.ffn_width,
+            max_positions=positions,
+            router=None if density is None else RouterConfig.model_validate(router),
+        )
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+        raise ValueError("; ".join(problem.removeprefix("Value error, ") for problem in problems)) from None

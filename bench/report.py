@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench.limits import judge, require
 from bench.timing import Spread
 
@@ -107,6 +105,8 @@ def header(options: argparse.Namespace, peak: float, names: Iterable[str], notes
         names: options to show.
         notes: further lines.
     """
+    import torch
+
     device = torch.device(options.device)
     if device.type == "cuda":
         place = torch.cuda.get_device_name(device)

@@ -20,19 +20,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.batches import TrainingData
-from model.budget import Budget
 from settings import user_errors
-from trainer import checkpoint
 from trainer.config import RunConfig, load_run
-from trainer.distributed import World, join, leave
-from trainer.engine import build_engine, set_learning_rate
-from trainer.loop import micro_batches
-from trainer.saving import Saver
 from trainer.start import free_port
-from trainer.step import train_step
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 BEFORE, AFTER = 4, 4
 """Steps before the save, and after it."""
@@ -126,6 +121,8 @@ def difference(a: list[float], b: list[float]) -> float:
 
 
 def _rank(options: argparse.Namespace) -> None:
+    from trainer.distributed import join, leave
+
     world = join(120.0)
     found: dict[str, dict[str, list[float]]] = {"written": {}, "resumed": {}, "weights_only": {}}
     for stage in options.stages:
@@ -146,6 +143,9 @@ def _rank(options: argparse.Namespace) -> None:
 
 
 def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
+    from trainer.engine import build_engine
+    from trainer.saving import Saver
+
     engine = build_engine(config, world)
     _train(engine, config, world, 0, BEFORE)
     saver = Saver(folder, "", config, world, lambda sentence: None)
@@ -157,6 +157,9 @@ def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
 
 
 def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True) -> list[float]:
+    from trainer import checkpoint
+    from trainer.engine import build_engine
+
     engine = build_engine(config, world)
     found, _ = checkpoint.find(folder, world)
     assert found is not None
@@ -170,6 +173,12 @@ def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True
 
 def _train(engine: Any, config: RunConfig, world: World, first: int, count: int) -> list[float]:
     """Losses of ``count`` steps from step ``first`` on, at the peak rate."""
+    from data.batches import TrainingData
+    from model.budget import Budget
+    from trainer.engine import set_learning_rate
+    from trainer.loop import micro_batches
+    from trainer.step import train_step
+
     budget = Budget(config.model, config.data.sequence_tokens, world.device)
     data = micro_batches(TrainingData(config.data), config, world, first, first * config.train.global_batch_samples)
     losses = []

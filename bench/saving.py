@@ -18,18 +18,13 @@ from collections.abc import Callable, Sequence
 from itertools import count
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from data.batches import TrainingData
-from model.budget import Budget
 from settings import user_errors
 from trainer.config import RunConfig, load_run
-from trainer.distributed import World, join, leave
-from trainer.engine import build_engine, set_learning_rate
-from trainer.loop import micro_batches
-from trainer.precision import decide
-from trainer.saving import Saver
-from trainer.step import train_step
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         steps = (options.steps + 1) * (3 * options.rounds + 1)
         config = load_run(options.config, [*options.overrides, f"train.steps={steps}"])
+        from trainer.distributed import join, leave
+
         world = join(60.0)
         config, _ = decide(config, world)
         with tempfile.TemporaryDirectory(dir=options.disk) as folder:
@@ -68,6 +65,9 @@ def measure(config: RunConfig, world: World, folder: Path, steps: int, rounds: i
         steps: taken after each save.
         rounds: repetitions.
     """
+    from trainer.engine import build_engine
+    from trainer.saving import Saver
+
     engine = build_engine(config, world)
     step = _stepper(engine, config, world)
     saver, number = Saver(folder, "", config, world, lambda sentence: None), count(1)
@@ -109,6 +109,12 @@ def report(figures: dict[str, Any]) -> str:
 
 def _stepper(engine: Any, config: RunConfig, world: World) -> Callable[[], None]:
     """Takes the next step each time it is called."""
+    from data.batches import TrainingData
+    from model.budget import Budget
+    from trainer.engine import set_learning_rate
+    from trainer.loop import micro_batches
+    from trainer.step import train_step
+
     budget = Budget(config.model, config.data.sequence_tokens, world.device)
     data, places = micro_batches(TrainingData(config.data), config, world, 0, 0), count()
 

@@ -20,37 +20,26 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-
-from bench.contestants import (
-    DENSE,
-    EXECUTIONS,
-    PEER,
-    Contestant,
-    Ours,
-    Peer,
-    assert_same,
-    held_decoder,
-    held_llama,
-    model_config,
-    random_tokens,
-    routed_name,
-)
 from bench.options import (
     BATCH,
     CPU_BATCH,
     CPU_SIZES,
     CUDA_BATCH,
     CUDA_SIZES,
-    DTYPES,
+    DENSE,
+    EXECUTIONS,
     MODEL,
+    PEER,
     add_densities,
     add_numbers,
     add_run,
+    model_config,
     parser,
     refuse,
     resolve,
+    routed_name,
 )
 from bench.report import Result, Row, spread, tell
 from bench.timing import Spread, ratios, take_turns
@@ -58,12 +47,19 @@ from model.flops import TRAINING_FACTOR
 from settings import user_errors
 from trainer.yardstick import Yardstick
 
+if TYPE_CHECKING:
+    from bench.contestants import Contestant, Ours
+
 PEAK = "matmul"
 SECONDS = "step_s"
 
 
 def build(options: argparse.Namespace) -> dict[str, Contestant]:
     """All contestants, dense first, one step done, with the peer's loss compared to ours."""
+    import torch
+
+    from bench.contestants import DTYPES, Ours, Peer, assert_same, held_decoder, held_llama, random_tokens
+
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = random_tokens(options.samples, options.tokens, options.vocab, device)
 
@@ -92,6 +88,10 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
 
 def measure(options: argparse.Namespace) -> Result:
     """Build, take turns, count."""
+    import torch
+
+    from bench.contestants import DTYPES, Peer
+
     device = torch.device(options.device)
     contestants = build(options)
     yardstick = Yardstick(device, DTYPES[options.dtype])

@@ -21,7 +21,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from model.budget import Budget
 from model.flops import full_windows, training_flops
 from settings import Strict, load
 from trainer.config import RunConfig, load_run
@@ -199,6 +198,8 @@ def planned_flops(config: RunConfig) -> float:
 
 def mean_target(config: RunConfig) -> float:
     """The target density, as a mean over the steps of the run; 1 for a dense model."""
+    from model.budget import Budget
+
     budget, steps = Budget(config.model, config.data.sequence_tokens), config.train.steps
     return sum(budget.target(step / steps) for step in range(steps)) / steps
 

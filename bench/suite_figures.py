@@ -184,3 +184,7 @@ def _style(suite: Suite, result: Result) -> dict[str, Any]:
         "markersize": 6,
         "markerfacecolor": "white" if place % 2 else color,
     }
+
+
+PICTURES = {"loss.png": loss_figure, "density.png": density_figure, "dial.png": dial_figure}
+"""What a suite draws, by file name."""

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from bench.suite import Downstream, Run, Suite
-from data.batches import TrainingData, ValidationSet
 from data.config import DataConfig
 from data.files import read_json, write_json
 from settings import load
 from trainer.config import RunConfig
-from trainer.distributed import uses_cuda
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.start import deepspeed_launcher, environment_alone, free_port
 
@@ -129,6 +126,8 @@ def prepare(suite: Suite, run: Run) -> None:
 
 
 def _is_prepared(config: DataConfig) -> bool:
+    from data.batches import TrainingData, ValidationSet
+
     try:
         TrainingData(config)
         for source in config.validation:
@@ -233,6 +232,10 @@ def device_sets(at_once: int, ranks: int) -> list[str | None]:
     Raises:
         ValueError: if one job needs more than there are.
     """
+    import torch
+
+    from trainer.distributed import uses_cuda
+
     count = torch.cuda.device_count() if uses_cuda() else 0
     if not count:
         return [None] * at_once

@@ -11,12 +11,12 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from trainer.yardstick import seconds_of
+if TYPE_CHECKING:
+    import torch
 
 WARM_UP_ROUNDS = 2
 
@@ -57,3 +57,41 @@ def take_turns(
 def ratios(seconds: list[float], reference: list[float]) -> Spread:
     """Spread of the ratio within each round."""
     return Spread.of([a / b for a, b in zip(seconds, reference, strict=True)])
+
+
+class Matmul:
+    """A large square matrix product, the yardstick of MFU; call it as one of the contestants.
+
+    Args:
+        device: where.
+        dtype: of the operands.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        import torch
+
+        size = 8192 if device.type == "cuda" else 1536
+        self.left, self.right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        self.out = torch.empty_like(self.left)
+        self.flops = 2.0 * size**3
+
+    def __call__(self) -> None:
+        import torch
+
+        torch.mm(self.left, self.right, out=self.out)
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds that ``call`` takes, until ``device`` has done what it was given."""
+    _wait(device)
+    start_s = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start_s
+
+
+def _wait(device: torch.device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

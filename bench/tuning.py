@@ -20,19 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from bench.options import parser, refuse
 from bench.timing import ratios, take_turns
 from model.config import EnsembleConfig
 from settings import user_errors
-from trainer.distributed import ALONE
 from trainer.start import environment_alone
-from trainer.step import forward, to_device
-from tune.adapters import prepare
-from tune.base import load_base
-from tune.batches import TuningData
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
 
@@ -136,6 +130,14 @@ def outcome(folder: Path, task: str) -> Outcome | None:
 
 def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """One training step (forward, backward, AdamW) of every method on the same micro-batch of the first task."""
+    import torch
+
+    from trainer.distributed import ALONE
+    from trainer.step import forward, to_device
+    from tune.adapters import prepare
+    from tune.base import load_base
+    from tune.batches import TuningData
+
     calls: dict[str, Callable[[], object]] = {}
     for method in options.methods:
         run = Run(method, options.tasks[0], 0)
@@ -216,6 +218,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ThreadPoolExecutor(options.jobs) as pool:
             done = tqdm(pool.map(lambda run: train(run, options), runs), total=len(runs), unit="run")
             failed = [problem for problem in done if problem is not None]
+        import torch
+
         times = take_turns(step_calls(options), options.repeats, torch.device("cpu")) if options.repeats else {}
         text = tables(options, times)
     print(text)

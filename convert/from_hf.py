@@ -21,21 +21,19 @@ import argparse
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from convert import hf_compare
 from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_seed
 from data.files import read_json
 from model.config import BudgetConfig, ModelConfig, RouterConfig
-from model.decoder import Decoder
-from model.router import Router
 from settings import user_errors
-from trainer.allocate import without_memory
-from trainer.weights_folder import mismatch, require_absent, tokenizer_files, write_weights
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.decoder import Decoder
 
 TOLERANCE = 1e-4
 """Largest difference between logits, as a share of their range. Two fp32 implementations stay below 1e-5."""
@@ -82,6 +80,11 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
     Raises:
         ValueError: if it is not whole, something that this decoder cannot represent, or has routers already.
     """
+    import torch
+
+    from model.router import Router
+    from trainer.weights_folder import mismatch
+
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give a local folder with config.json and safetensors files")
     path = folder / "config.json"
@@ -113,7 +116,6 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
     return decoder, raw["model_type"]
 
 
-@torch.no_grad()
 def compare(decoder: Decoder, folder: Path) -> Difference:
     """How far ``decoder``'s logits are from those that transformers computes from ``folder``, both in fp32.
 
@@ -123,9 +125,12 @@ def compare(decoder: Decoder, folder: Path) -> Difference:
     Raises:
         ValueError: if transformers cannot load the checkpoint, or they differ by more than ``TOLERANCE``.
     """
+    import torch
+
     tokens, positions = _probe(decoder.config)
-    theirs = _reference_logits(folder, tokens, positions)
-    ours = copy.deepcopy(decoder).float()(tokens, positions=positions).logits
+    with torch.no_grad():
+        theirs = _reference_logits(folder, tokens, positions)
+        ours = copy.deepcopy(decoder).float()(tokens, positions=positions).logits
     largest, span = float((ours - theirs).abs().max()), float(theirs.max() - theirs.min())
     if not largest <= TOLERANCE * span:  # NaN as well
         raise ValueError(
@@ -150,6 +155,9 @@ def import_checkpoint(
     Raises:
         ValueError: with one sentence for what stands in the way.
     """
+    from convert import hf_compare
+    from trainer.weights_folder import require_absent, tokenizer_files, write_weights
+
     require_absent(out)
     if (folder / hf_compare.ADAPTER / "adapter_config.json").is_file():
         raise ValueError(
@@ -208,6 +216,8 @@ def _routing_lines(decoder: Decoder, new: bool) -> list[str]:
 
 def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None) -> Decoder:
     """What the ``config.json`` at ``path`` describes, with ``routers`` added, without memory for weights."""
+    from trainer.allocate import without_memory
+
     config = model_config(raw, path)
     if routers is not None:
         if config.router is not None:
@@ -275,6 +285,8 @@ def _tensors(files: list[Path]) -> dict[str, Tensor]:
 
 def _drop_tied_head(tensors: dict[str, Tensor], folder: Path) -> None:
     """Leave the head to the embedding, where the files hold both."""
+    import torch
+
     head, embedding = tensors.pop("lm_head.weight", None), tensors.get("embed_tokens.weight")
     if head is not None and embedding is not None and not torch.equal(head, embedding):
         raise ValueError(
@@ -285,6 +297,8 @@ def _drop_tied_head(tensors: dict[str, Tensor], folder: Path) -> None:
 
 def _probe(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Random tokens and their positions, int64 [2, T] each."""
+    import torch
+
     length = min(_COMPARED_TOKENS, config.max_positions)
     tokens = torch.randint(config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
     near = torch.arange(length)
@@ -293,6 +307,7 @@ def _probe(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 def _reference_logits(folder: Path, tokens: Tensor, positions: Tensor) -> Tensor:
     """What transformers computes, [2, T, V]."""
+    import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

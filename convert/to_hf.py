@@ -21,27 +21,24 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
-from convert.hf_compare import ADAPTER, compare, refer
-from convert.hf_tokenizer import GENERATION_NAME, write_tokenizer
-from convert.load import load_any
 from convert.model_card import Exported, model_card
 from data.files import temporary_name, write_atomically, write_json
 from model.config import ModelConfig
-from model.decoder import Decoder
 from settings import user_errors
 from trainer import code_state
-from tune.adapter_files import export_adapter
-from tune.adapters import has_adapters, take_out
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from model.decoder import Decoder
 
 SHARD_BYTES = 5_000_000_000
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MODELING = "modeling_hopscotch.py"
 ADAPTERS = ("merged", "separate")
 
@@ -67,6 +64,14 @@ def export(
     Raises:
         ValueError: with one sentence for what stands in the way.
     """
+    import torch
+
+    from convert.hf_compare import ADAPTER, compare, refer
+    from convert.hf_tokenizer import write_tokenizer
+    from convert.load import load_any
+    from tune.adapter_files import export_adapter
+    from tune.adapters import take_out
+
     _require_free(out)
     separate = adapters == "separate"
     loaded = load_any(path, merged=not separate, disk=_disk_of(out))
@@ -74,7 +79,7 @@ def export(
     _require_exportable(decoder, path, separate)
     with torch.no_grad():
         for parameter in decoder.parameters():  # what is compared is the rounded model, in fp32
-            parameter.copy_(parameter.to(DTYPES[dtype]))
+            parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
     partial = temporary_name(out)
     shutil.rmtree(partial, ignore_errors=True)  # of an export that failed
     partial.mkdir(parents=True)
@@ -108,6 +113,10 @@ def export(
 
 def _write_model(decoder: Decoder, config: dict[str, Any], ids: dict[str, Any], folder: Path, shard_bytes: int) -> int:
     """Configs, weights and, where there must be one, the modelling file; returns how many files of weights."""
+    import torch
+
+    from convert.hf_tokenizer import GENERATION_NAME
+
     write_json(folder / "config.json", config)
     if not (folder / GENERATION_NAME).is_file():
         write_json(folder / GENERATION_NAME, ids)
@@ -118,6 +127,8 @@ def _write_model(decoder: Decoder, config: dict[str, Any], ids: dict[str, Any], 
 
 def _exported(decoder: Decoder, separate: bool) -> Exported:
     """What the model card describes."""
+    from convert.hf_compare import ADAPTER
+
     return Exported(
         decoder.config,
         sum(parameter.numel() for parameter in decoder.parameters()),
@@ -146,7 +157,6 @@ def hf_config(decoder: Decoder, ids: dict[str, Any], dtype: str) -> dict[str, An
     kind, name = ("qwen3", "Qwen3") if config.qk_norm else ("llama", "Llama")
     kind, name = (kind, name) if native else ("hopscotch", "Hopscotch")
     rope = _rope(config)
-    dtype_name = str(DTYPES[dtype]).removeprefix("torch.")
     found: dict[str, Any] = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": kind,
@@ -170,8 +180,8 @@ def hf_config(decoder: Decoder, ids: dict[str, Any], dtype: str) -> dict[str, An
         # transformers 4 reads these and would silently take 10000 and no scaling without them.
         "rope_theta": float(config.rope_theta),
         "rope_scaling": None if config.rope_scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"},
-        "dtype": dtype_name,
-        "torch_dtype": dtype_name,
+        "dtype": DTYPES[dtype],
+        "torch_dtype": DTYPES[dtype],
     }
     if native:
         return found
@@ -223,6 +233,8 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
 
 def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
     """Write safetensors, one in memory at a time besides the decoder, and their index; returns how many."""
+    import torch
+
     state = decoder.state_dict()
     if decoder.config.tied_head:
         del state["lm_head.weight"]
@@ -250,6 +262,8 @@ def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byt
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # of a disk that is full, too
@@ -270,6 +284,8 @@ def _disk_of(out: Path) -> Path:
 
 
 def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:
+    from tune.adapters import has_adapters
+
     router = decoder.config.router
     if router is not None and router.kind == "expert_choice":
         raise ValueError(

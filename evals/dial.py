@@ -20,20 +20,20 @@ import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from data.files import write_atomically
-from evals.calibrate import calibrate, measure, site_targets
-from evals.dial_figure import draw
-from evals.dial_file import Dial, Point, fingerprint
-from evals.windows import Windows, open_set, split
 from model.config import ModelConfig
-from model.decoder import Decoder
 from model.flops import dense_flops, executed_flops
 from settings import user_errors
-from trainer.step import Tally
-from trainer.weights import load_decoder
+
+if TYPE_CHECKING:
+    import torch
+
+    from evals.dial_file import Dial, Point
+    from evals.windows import Windows
+    from model.decoder import Decoder
+    from trainer.step import Tally
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 JSON, PICTURE = "dial.json", "dial.png"
@@ -55,6 +55,11 @@ def turn(
         densities: plain means over the routed sites, each above 0 and at most 1.
         tell: called with each point once it is known, lowest density first.
     """
+    import torch
+
+    from evals.calibrate import calibrate, measure, site_targets
+    from evals.dial_file import Dial, fingerprint
+
     trained = measure(decoder, windows.calibration)
     own = trained.tally.density
     # One at the trained density is there anyway; but at density 1, thresholds of 0 need not be enough on other tokens.
@@ -91,6 +96,8 @@ def _point(
     calibration: Tally,
     held_out: Tally,
 ) -> Point:
+    from evals.dial_file import Point
+
     routed = held_out.routed
     return Point(
         density=density,
@@ -189,6 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="RUN/dial unless given")
     options = parser.parse_args(arguments)
     with user_errors():
+        from evals.dial_figure import draw
+        from evals.windows import open_set, split
+        from trainer.weights import load_decoder
+
         decoder, config, step = load_decoder(options.path)
         check(config.model, options.densities)
         validation_set = open_set(config.data, options.set)

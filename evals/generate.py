@@ -20,18 +20,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-import torch
-from torch import Tensor
-
-from evals.dial_file import Dial
-from evals.scoring import Opened, layer_shares, open_model
-from model.cache import KVCache
-from model.decoder import Decoder
-from model.generate import pick
 from settings import user_errors
 from tune.text import TextTokenizer
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from evals.scoring import Opened
+    from model.decoder import Decoder
 
 _CONTEXT_TOKENS = 5
 """Tokens decoded together with new ones, so that a space at the start of a piece is not lost."""
@@ -73,6 +72,12 @@ def stream(
         generator: of the sampling.
         thresholds: fp32 [S], the compute dial.
     """
+    import torch
+
+    from evals.scoring import layer_shares
+    from model.cache import KVCache
+    from model.generate import pick
+
     weight = decoder.embed_tokens.weight
     cache = KVCache(decoder.config, 1, len(prompt) + max_new_tokens, weight.device, weight.dtype)
     step = torch.tensor([list(prompt)], device=weight.device)
@@ -241,6 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         _check(options)
         prompt = _prompt(options)
+        import torch
+
+        from evals.dial_file import Dial
+        from evals.scoring import open_model
+
         opened = open_model(options.model)
         decoder, thresholds = opened.decoder, None
         if options.density is not None:

@@ -27,8 +27,6 @@ from typing import Any, NamedTuple
 
 from data.files import write_atomically
 from evals.harness_tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
-from evals.perplexity import check_windows, trained_tokens
-from evals.scoring import open_model
 from settings import did_you_mean, user_errors
 
 _INSTALL = "lm_eval is not installed; install it with: .venv/bin/pip install -r requirements-dev.txt"
@@ -173,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors(), tempfile.TemporaryDirectory() as cache:
         _check(options)
         tasks = local_tasks(options.tasks, options.data, options.text, options.shots, Path(cache))
+        from evals.perplexity import check_windows, trained_tokens
+        from evals.scoring import open_model
+
         opened = open_model(options.model)
         window = trained_tokens(opened) if options.window is None else options.window
         check_windows(window, window, opened.decoder.config.max_positions)

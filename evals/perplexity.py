@@ -19,15 +19,17 @@ import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from tqdm import tqdm
 
 from data.files import write_atomically
-from evals.scoring import Opened, Scorer, Window, open_model, windows
-from evals.texts import add_text_options, refuse_missing, text_field_of, texts_of
+from data.sources import Cursor, Source
 from settings import user_errors
+
+if TYPE_CHECKING:
+    from evals.scoring import Opened, Scorer, Window
 
 BATCHES_AT_ONCE = 32
 """Windows are sorted by length within so many batches, so that little is filled up."""
@@ -90,6 +92,8 @@ def perplexity(
     Raises:
         ValueError: if window, stride or batch cannot be, or there is no text.
     """
+    from evals.scoring import Scorer, windows
+
     check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
     scorer = Scorer(opened.decoder, batch_windows)
     documents = size = tokens = 0
@@ -200,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
-        refuse_missing(options.files)
+        from evals.scoring import open_model
+
         opened = open_model(options.model)
         field = options.text_field or text_field_of(opened.source)
         window_tokens = trained_tokens(opened) if options.window is None else options.window

@@ -20,25 +20,24 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from convert.load import PRETRAINED, WEIGHTS, Loaded, load_any
-from data.batches import NO_TARGET, Batch
 from data.files import write_atomically
 from evals.routing_page import LEARNED, Bar, History, Report, Routing, Token, Votes, page, visible
-from evals.routing_windows import file_windows, own_windows, read_history
-from evals.texts import add_text_options, refuse_missing, text_field_of
 from model.config import ModelConfig
-from model.decoder import Decoder
 from model.flops import dense_flops, executed_flops
 from settings import load, user_errors
 from trainer.config import RunConfig
-from trainer.step import Counter, Tally
-from tune.classes import token_classes
 from tune.config import TuneConfig
 from tune.text import WORD_START, TextTokenizer, load_text_tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convert.load import Loaded
+    from data.batches import Batch
+    from model.decoder import Decoder
+    from trainer.step import Tally
 
 NAME = "routing.html"
 TOKENS = 16_384
@@ -80,13 +79,16 @@ class Observed:
     tally: Tally
 
 
-@torch.no_grad()
 def observe(decoder: Decoder, batches: Sequence[Batch]) -> Observed:
     """Run ``decoder``, in evaluation mode, on windows, each a batch of its own.
 
     Raises:
         ValueError: if they hold fewer than ``FEWEST`` tokens, or a token that the model does not have.
     """
+    import torch
+
+    from trainer.step import Counter
+
     tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.tokens[0] for batch in batches)])
     if len(tokens) < FEWEST:
         raise ValueError(
@@ -102,13 +104,14 @@ def observe(decoder: Decoder, batches: Sequence[Batch]) -> Observed:
     counter = Counter(len(decoder.config.sites), torch.device("cpu"), late)
     executed, weights = [], []
     for batch in batches:
-        output = decoder(
-            batch.tokens,
-            batch.targets,
-            sample_ids=batch.sample_ids,
-            documents=batch.documents,
-            positions=batch.positions,
-        )
+        with torch.no_grad():
+            output = decoder(
+                batch.tokens,
+                batch.targets,
+                sample_ids=batch.sample_ids,
+                documents=batch.documents,
+                positions=batch.positions,
+            )
         counter.add(output, batch.targets)
         executed.append(output.routing.executed[:, 0])
         if output.vote is not None:
@@ -180,6 +183,8 @@ _TOLD = {
 
 
 def _by_class(observed: Observed, tokenizer: TextTokenizer) -> list[Bar]:
+    from tune.classes import token_classes
+
     names, class_of = token_classes(tokenizer)
     classes = class_of[observed.tokens]
     return [_bar(observed, classes == n, names[n], _TOLD[names[n]]) for n in classes.unique().tolist()]
@@ -187,6 +192,8 @@ def _by_class(observed: Observed, tokenizer: TextTokenizer) -> list[Bar]:
 
 def _by_frequency(observed: Observed) -> list[Bar]:
     """Tenths of the text from its rarest to its most frequent tokens; what occurs equally often stays together."""
+    import torch
+
     _, kind, counts = observed.tokens.unique(return_inverse=True, return_counts=True)
     occurs = counts[kind]  # [N]
     levels, sizes = occurs.unique(return_counts=True)
@@ -204,6 +211,10 @@ def _by_frequency(observed: Observed) -> list[Bar]:
 
 def _frequent(observed: Observed, tokenizer: TextTokenizer) -> list[Bar]:
     """Tokens that occur often enough to speak of a share."""
+    import torch
+
+    from tune.classes import token_classes
+
     names, class_of = token_classes(tokenizer)
     ids, kind, counts = observed.tokens.unique(return_inverse=True, return_counts=True)
     executed = torch.zeros(len(ids), dtype=torch.float64)
@@ -269,6 +280,9 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def votes_of(observed: Observed, model: ModelConfig, tokenizer: TextTokenizer) -> Votes | None:
     """Mean weights of the late layers by the class of the predicted token; None without an ensemble."""
+    from data.batches import NO_TARGET
+    from tune.classes import token_classes
+
     if observed.weights is None:
         return None
     known = observed.predicted != NO_TARGET
@@ -304,6 +318,8 @@ def report_on(
     Raises:
         ValueError: if there is nothing to show or nothing to read.
     """
+    from evals.routing_windows import file_windows, own_windows, read_history
+
     model = loaded.decoder.config
     if model.router is None and loaded.decoder.ensemble is None:
         raise ValueError(
@@ -332,6 +348,8 @@ def report_on(
 
 def _config_of(loaded: Loaded) -> RunConfig | TuneConfig | None:
     """The config of the run; None for a folder of weights."""
+    from convert.load import PRETRAINED, WEIGHTS
+
     if loaded.facts["kind"] == WEIGHTS:
         return None
     path = loaded.source / "config.yaml"
@@ -403,9 +421,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.path.is_dir():
             raise ValueError(f"there is no folder {options.path}; give a run, a checkpoint or a folder of weights")
         out = _out(options.path, options.out)
-        refuse_missing(options.files)
-        loaded, name = load_any(options.path), _name_of(options.path)
-        report = report_on(loaded, options.files, options.tokens, name, options.format, options.text_field)
+        from convert.load import load_any
+
+        report = report_on(load_any(options.path), options.files, options.tokens, _name_of(options.path))
         for label, value in report.facts:
             print(f"{label}: {value}")
         content = page(report).encode()

@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from settings import user_errors
 from trainer.config import load_run
 from trainer.start import deepspeed_launcher, free_port
@@ -34,6 +32,8 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2, help="ranks on this machine (at most one a GPU)")
     arguments = parser.parse_args()
     with user_errors():
+        import torch
+
         run_dirs = [
             Path(str(load_run(arguments.config).train.run_dir)),
             Path(str(load_file(arguments.tune_config).train.run_dir)),

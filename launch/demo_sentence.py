@@ -9,9 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from settings import user_errors
 
 PROMPT = 'def add(left, right):\n    """Return the sum of left and right."""\n'
@@ -34,6 +31,9 @@ def continued(folder: str, prompt: str) -> str:
     Raises:
         ValueError: if there is no export in ``folder``.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if not (Path(folder) / "config.json").is_file():
         raise ValueError(f"{folder} is no export: it has no config.json; write one with python -m convert.to_hf")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -19,22 +19,23 @@ import dataclasses
 import json
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from launch.checks import Check, Finding, hosts, inputs, machine, merge, ranks, run, storage, worst
+from launch.checks import Check, Finding, hosts, merge, run, worst
 from launch.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
 from launch.stages import load_either, without_storage
 from launch.workload import Workload, count_weights
-from settings import counted, user_errors
+from settings import rank_by_environment, user_errors
 from trainer.config import RunConfig
-from trainer.distributed import ALONE, World, join, leave, uses_cuda
-from trainer.precision import auto_precision
 from trainer.retention import most_at_once
 from tune.config import TuneFile
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 _MEET_S = 60.0
 
@@ -44,6 +45,10 @@ def main() -> int:
     arguments = _parser().parse_intermixed_args()
     with user_errors():
         config = None if arguments.config is None else load_either(arguments.config, arguments.overrides)
+        if rank_by_environment() == 0 and not arguments.json:
+            print("looking; torch takes some seconds to load", file=sys.stderr, flush=True)
+        from trainer.distributed import ALONE, join, leave
+
         world = join(_MEET_S) if _launched() else ALONE
         findings = diagnose(config, arguments.hostfile, world)
         if world.is_main:
@@ -55,6 +60,8 @@ def main() -> int:
 
 def diagnose(config: RunConfig | TuneFile | None, hostfile: Path | None, world: World) -> list[Finding]:
     """All findings of all ranks, the same list on each; collective."""
+    from launch.checks import inputs
+
     workload, sized = _sized(config, world)
     own = run(machine_checks(config, workload, world))
     found = merge(world.gather_objects((socket.gethostname(), own)))
@@ -70,6 +77,10 @@ def diagnose(config: RunConfig | TuneFile | None, hostfile: Path | None, world: 
 
 def machine_checks(config: RunConfig | TuneFile | None, workload: Workload | None, world: World) -> dict[str, Check]:
     """What each rank looks at: its GPU; the first of a machine at all else."""
+    import torch
+
+    from launch.checks import machine, storage
+
     train = None if config is None else config.train
     needed = size = None
     if workload is not None:
@@ -103,6 +114,8 @@ def machine_checks(config: RunConfig | TuneFile | None, workload: Workload | Non
 
 def between_ranks(workload: Workload | None, world: World) -> list[Finding]:
     """What only several ranks can find out together."""
+    from launch.checks import ranks
+
     everyone = world.gather_objects(ranks.facts(world))
     checks: dict[str, Check] = {
         "ranks": partial(ranks.devices, everyone),

@@ -13,7 +13,6 @@ import argparse
 from pathlib import Path
 
 from settings import user_errors
-from trainer.rewind import go_back
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -25,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("step", type=int, help="optimiser steps done at the checkpoint to go back to")
     options = parser.parse_args(arguments)
     with user_errors():
+        from trainer.rewind import go_back
+
         abandoned = go_back(options.run, options.step)
     if abandoned is None:
         print(f"nothing was done after step {options.step:,}; start again with train.checkpoint.resume=required")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import yaml
 
 from model.config import ModelConfig
-from model.decoder import Decoder
 from trainer.config import RunConfig, StageConfig, is_stage_two, load_run
-from tune.adapters import prepare
-from tune.base import Base, stage_two_model
 from tune.config import TuneFile
 from tune.resolve import load_file, resolve
+
+if TYPE_CHECKING:
+    from model.decoder import Decoder
 
 
 def load_either(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | TuneFile:
@@ -32,6 +32,8 @@ def model_of(config: RunConfig | TuneFile) -> ModelConfig:
     Raises:
         ValueError: if the base is not there or does not say what model it is.
     """
+    from tune.base import stage_two_model
+
     if isinstance(config, RunConfig):
         return config.model
     if config.model is not None:
@@ -59,6 +61,12 @@ def without_storage(config: RunConfig | TuneFile) -> tuple[StageConfig, Decoder]
     Raises:
         ValueError: if a stage-two config's blocks and base do not fit together.
     """
+    import torch
+
+    from model.decoder import Decoder
+    from tune.adapters import prepare
+    from tune.base import Base
+
     model = model_of(config)
     with torch.device("meta"):
         decoder = Decoder(model)

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
-from torch import nn
 
 from launch.stages import load_either, without_storage
 from model.config import ModelConfig
 from model.flops import TRAINING_FACTOR, executed_flops, full_windows, training_flops
 from trainer.config import OptimizerConfig, StageConfig
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data.batches import TrainingData, ValidationSet
 from settings import user_errors
 from trainer.config import RunConfig, load_run
-from trainer.describe import describe_end, describe_start
-from trainer.distributed import World, join, leave
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.guards import lost_rank
-from trainer.loop import run
-from trainer.trainer import Trainer
+from trainer.opening import open_run
+
+if TYPE_CHECKING:
+    from data.batches import TrainingData
+    from trainer.distributed import World
 
 
 def train(config: RunConfig, config_path: Path, world: World) -> int:
@@ -32,6 +33,11 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     Raises:
         ValueError: for anything that the user can mend; what was saved stays.
     """
+    from data.batches import TrainingData, ValidationSet
+    from trainer.describe import describe_end, describe_start
+    from trainer.loop import run
+    from trainer.trainer import Trainer
+
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
     _refuse_other_vocabulary(config, data)
     validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
@@ -66,6 +72,9 @@ def main() -> int:
     arguments = parser.parse_args()
     with user_errors(), lost_rank():
         config = load_run(arguments.config, arguments.overrides)
+        open_run(config.train)
+        from trainer.distributed import join, leave
+
         world = join(config.train.timeout_s)
         status = train(config, arguments.config, world)
         leave()

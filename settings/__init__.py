@@ -3,7 +3,6 @@
 from settings.load import load, to_yaml
 from settings.near import did_you_mean
 from settings.strict import Strict
-from settings.user_errors import user_errors
-from settings.words import counted
+from settings.user_errors import rank_by_environment, user_errors
 
-__all__ = ["Strict", "counted", "did_you_mean", "load", "to_yaml", "user_errors"]
+__all__ = ["Strict", "did_you_mean", "load", "rank_by_environment", "to_yaml", "user_errors"]

@@ -57,7 +57,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
             raise ValueError(f"{path} has no '{block}:' block; this command reads only that block, so add one")
         raw = raw[block]
     prefix = f"{block}." if block else ""
-    unknown = _unknown_keys(raw, schema, prefix)
+    unknown = _unknown_keys(raw, schema, prefix, [f"{prefix}{path}" for path in key_paths(schema)])
     if unknown:
         raise ValueError(f"{path}: " + "; ".join(unknown))
     try:
@@ -110,20 +110,36 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     here[last] = value
 
 
-def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str) -> list[str]:
-    """Every key below ``raw`` that the schema does not have, each as a sentence with the nearest valid key."""
+def key_paths(schema: type[BaseModel]) -> list[str]:
+    """Every key that an override can name, ``train`` and ``train.checkpoint`` as well as ``train.checkpoint.resume``.
+
+    What stands in lists and in mappings of the user's is not among them.
+    """
+    paths = []
+    for name, field in schema.model_fields.items():
+        paths.append(name)
+        if typing.get_origin(field.annotation) not in (list, dict, Sequence):
+            for nested in _nested_schemas(field.annotation):
+                paths += [f"{name}.{path}" for path in key_paths(nested)]
+    return list(dict.fromkeys(paths))
+
+
+def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str, paths: Sequence[str]) -> list[str]:
+    """Every key below ``raw`` that the schema does not have, each as a sentence with the nearest valid one."""
     if not isinstance(raw, dict):
         return []
     problems = []
     for key, value in raw.items():
         field = schema.model_fields.get(str(key))
         if field is None:
-            hint = did_you_mean(str(key), schema.model_fields, prefix=prefix, all_of_them="valid keys:")
+            hint = did_you_mean(
+                str(key), schema.model_fields, prefix=prefix, all_of_them="valid keys:", elsewhere=paths
+            )
             problems.append(f"unknown key '{prefix}{key}'; {hint}")
             continue
         for nested in nested_schemas(field.annotation):
             for place, item in _items(value, field.annotation, f"{prefix}{key}"):
-                problems += _unknown_keys(item, nested, f"{place}.")
+                problems += _unknown_keys(item, nested, f"{place}.", paths)
     return problems
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import logging
 import os
 import signal
@@ -11,6 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _OTHER_RANKS_WAIT_S = 5.0
+
+
+def rank_by_environment() -> int:
+    """This process's rank as its launcher or ``srun`` says, before the ranks have met; 0 where there is only one."""
+    own = os.environ.get("SLURM_PROCID", "0") if "SLURM_STEP_NUM_TASKS" in os.environ else "0"
+    return int(os.environ.get("RANK", own))
 
 
 @contextmanager
@@ -23,6 +31,7 @@ def user_errors() -> Iterator[None]:
     Under a launcher most mistakes hit every rank alike. Ranks other than 0 wait a little before they speak: the
     launcher ends them when rank 0 fails, and the reader is spared as many copies as there are ranks.
     """
+    atexit.register(gc.freeze)  # the interpreter's last search for cycles takes a second with torch loaded
     try:
         yield
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at the interpreter's end
@@ -34,8 +43,8 @@ def user_errors() -> Iterator[None]:
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
         logging.getLogger("hopscotch").debug("ended by an error", exc_info=True)  # goes to a run's log file, if any
-        rank = os.environ.get("RANK", "0")
-        if rank != "0":
+        rank = rank_by_environment()
+        if rank:
             time.sleep(_OTHER_RANKS_WAIT_S)
-        print(f"error: {error}" if rank == "0" else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {error}" if not rank else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

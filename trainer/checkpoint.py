@@ -31,7 +31,7 @@ from trainer import manifest
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.reshard import reshard
-from trainer.retention import newest_first
+from trainer.retention import newest_first, refuse_taken
 from trainer.rng import set_rng_state
 from trainer.saving import conditions, rng_name
 
@@ -63,22 +63,17 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
         ValueError: where a silent start from step 0 would throw away or overwrite work.
     """
     there = world.broadcast_object([p.name for p in newest_first(folder)] if world.is_main else None)
+    refuse_taken(folder, there, resume)
     if resume == "never":
-        if there:
-            raise ValueError(
-                f"{folder} already holds {there[0]}; set train.checkpoint.resume=auto to go on with that run, or "
-                "give another train.run_dir"
-            )
         return None
     found, torn = find(folder, world)
     if world.is_main:
         for sentence in torn:
             print(f"passed over: {sentence}", flush=True)
-    if found is None and (there or resume == "required"):
-        problem = f"none of {', '.join(there)} is whole" if there else "there is no checkpoint"
+    if found is None and there:
         raise ValueError(
-            f"cannot resume from {folder}: {problem}; check train.run_dir, or remove that folder and start afresh "
-            "with train.checkpoint.resume=never"
+            f"cannot resume from {folder}: none of {', '.join(there)} is whole; check train.run_dir, or remove that "
+            "folder and start afresh with train.checkpoint.resume=never"
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from trainer.exit_status import EXIT_STALLED
+from trainer.launcher import LAUNCHER
 from trainer.retention import newest_name
 
 _LOST = re.compile("gloo/transport|ncclRemoteError|remote process exited")
@@ -21,15 +23,25 @@ _FIRST_ERROR_S = 5.0
 """How long a rank that lost another one waits, so that a launcher sees the status of the one that went first."""
 
 
+_CTRL_C = "Ctrl-C: this step is finished and saved, then the run ends; once more ends it at once, unsaved"
+_LAUNCHERS_OWN = (
+    "\n(the deepspeed command ends before that: what it prints now, KeyboardInterrupt, is how it stops; wait for "
+    "'asked to stop')"
+)
+
+
 class StopRequest:
     """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the ranks can agree on them; a second Ctrl-C ends at once.
 
     The handler only sets a flag: launchers deliver the signal to one rank after the other, so a collective inside a
     handler would wait for ranks that never got it. The flag travels in the step's own all-reduce.
+
+    Args:
+        tell: answer Ctrl-C with a line on stderr; for one of the ranks.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, tell: bool = False) -> None:
+        self.requested, self._tell = False, tell
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
 
@@ -40,6 +52,9 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.request()
         if number == signal.SIGINT:
+            if self._tell:
+                with contextlib.suppress(OSError):  # past sys.stderr, whose lock the interrupted code may hold
+                    os.write(2, f"\n{_CTRL_C}{_LAUNCHERS_OWN if len(LAUNCHER) > 1 else ''}\n".encode())
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

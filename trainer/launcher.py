@@ -16,6 +16,9 @@ process or a shell that is closed may all leave a run behind on purpose.
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 _MOST_SHELLS = 3
@@ -46,6 +49,33 @@ def is_gone(chain: list[int]) -> bool:
     return parents[: len(chain)] != chain
 
 
+def started_as(chain: list[int]) -> list[str] | None:
+    """The words that this run was started with, as a person types them; None where only a scheduler knows them.
+
+    Args:
+        chain: see :func:`launcher_above`.
+    """
+    if not chain:
+        # sys.orig_argv has the interpreter as it was typed. What srun or another host's shell was given is not seen.
+        return None if "SLURM_STEP_NUM_TASKS" in os.environ or "RANK" in os.environ else list(sys.orig_argv)
+    line = _line(chain[-1])
+    for place, word in enumerate(line[:3]):
+        if Path(word).name in ("deepspeed", "ds", "torchrun"):
+            name = Path(word).name
+            return [name if shutil.which(name) == word else word, *line[place + 1 :]]
+        if word in ("torch.distributed.run", "deepspeed.launcher.runner"):
+            return ["python", *line[place - 1 :]]
+    return None
+
+
+def command_again(override: str) -> str:
+    """The command that starts this run once more, to be typed as it stands, with ``override`` (``key=value``)."""
+    if STARTED_AS is None:
+        return f"the same command and {override}"
+    key = f"{override.partition('=')[0]}="
+    return shlex.join([*(word for word in STARTED_AS if not word.startswith(key)), override])
+
+
 def _parent(pid: int) -> int | None:
     """Parent of ``pid``; None if there is no such process, or no /proc to see it in."""
     try:
@@ -64,12 +94,19 @@ def _name(pid: int) -> str:
 
 def _words(pid: int) -> set[str]:
     """What a process was started as: its interpreter, script or module, without folders and without arguments."""
+    return {Path(word).name for word in _line(pid)[:4]}
+
+
+def _line(pid: int) -> list[str]:
+    """The words of a process's command line; none if there is no such process."""
     try:
         line = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
-        return set()
-    return {Path(word).name for word in line.split("\0")[:4]}
+        return []
+    return line.removesuffix("\0").split("\0")
 
 
 LAUNCHER = launcher_above()
 """Read at import, before a rank does anything slow: an orphan can no longer tell who its parent was."""
+STARTED_AS = started_as(LAUNCHER)
+"""Read at import too: after Ctrl-C the ``deepspeed`` command ends at once, and the ranks when they have saved."""

@@ -8,6 +8,7 @@ from data.batches import Batch, step_sample_ids
 from data.prefetch import prefetch
 from trainer.config import StageConfig
 from trainer.distributed import World
+from trainer.launcher import command_again
 from trainer.step import train_step
 from trainer.trainer import Trainer, TrainingStream
 
@@ -52,7 +53,8 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
             if last or stopping or trainer.step % save_every == 0:
                 trainer.save(wait=last or stopping)
             if stopping and trainer.was_asked_to_stop():
-                trainer.log.info(f"asked to stop: step {trainer.step:,} is saved; start again with resume=auto")
+                again = command_again("train.checkpoint.resume=auto")
+                trainer.log.info(f"asked to stop: step {trainer.step:,} is saved; go on with: {again}")
                 return False
             if last or trainer.step % evaluate_every == 0:
                 trainer.validate()

@@ -7,10 +7,12 @@ manifest itself, because on a shared file system others may see it late.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data.files import read_json, sha256_of, write_json
-from trainer.distributed import World
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 FORMAT = 1
 NAME = "manifest.json"

@@ -16,12 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from data.files import write_atomically
@@ -30,10 +27,13 @@ from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops, tr
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
-from trainer.heatmap import routing_figure
 from trainer.lines import Lines
 from trainer.run_folder import LOGGER, RunFolder
 from trainer.step import StepResult, Tally
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class Metrics:
@@ -76,6 +76,8 @@ class Metrics:
         self._told_of_pictures = self._told_of_peak = False
         step = self._first_step = resumed_at or 0
         if world.is_main:
+            from torch.utils.tensorboard import SummaryWriter  # not on ranks that do not write
+
             self._keep_lines_up_to(-1 if resumed_at is None else step)
             self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
             self._lines = Lines(run.metrics, self.log.warning)
@@ -290,6 +292,8 @@ class Metrics:
         self._history.append((step, evaluation.greedy.density))
         if self._writer is None or not self.config.train.log.images:
             return
+        from trainer.heatmap import routing_figure  # matplotlib
+
         router, executed = self.config.model.router, evaluation.executed
         assert router is not None and executed is not None
         steps, densities = zip(*self._history, strict=True)

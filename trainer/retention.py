@@ -9,12 +9,32 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.config import CheckpointConfig, TrainConfig
-from trainer.distributed import World
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
+
+
+def refuse_taken(folder: Path, there: Sequence[str], resume: str) -> None:
+    """Raise ValueError if a start with ``resume`` must not be made where ``folder`` holds the checkpoints ``there``.
+
+    Where it may resume, whether one of them is whole is for :func:`trainer.checkpoint.to_resume` to find out.
+    """
+    if there and resume == "never":
+        raise ValueError(
+            f"{folder} already holds {there[0]}; set train.checkpoint.resume=auto to go on with that run, or "
+            "give another train.run_dir"
+        )
+    if not there and resume == "required":
+        raise ValueError(
+            f"cannot resume from {folder}: there is no checkpoint; check train.run_dir, or remove that folder and "
+            "start afresh with train.checkpoint.resume=never"
+        )
 
 
 def prune(folder: Path, newest: Path, config: CheckpointConfig) -> None:

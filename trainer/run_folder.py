@@ -19,6 +19,7 @@ import shutil
 import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -26,8 +27,10 @@ from data.files import write_atomically
 from settings import to_yaml
 from trainer import code_state
 from trainer.config import StageConfig
-from trainer.distributed import World
 from trainer.heartbeat import Heartbeat
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 LOGGER = "hopscotch"
 """Name of the logger that every rank writes to."""

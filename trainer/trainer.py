@@ -114,7 +114,7 @@ class Trainer:
             self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
         tick = self.run.heartbeat.tick
         self.saver = Saver(self.run.checkpoints, fingerprint, config, world, self.log.info, tick)
-        self.stop = StopRequest()
+        self.stop = StopRequest(tell=world.is_main)
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
         self.engine.module.register_forward_hook(lambda *_: tick())
         self.watchdog = Watchdog(self.run, config.train.stall_timeout_s, self.stop.request)

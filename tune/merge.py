@@ -15,15 +15,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from model.decoder import Decoder
 from settings import user_errors
-from trainer.weights_folder import require_absent, write_weights
-from tune.adapters import merge
-from tune.weights import load_tuned
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from model.decoder import Decoder
 
 ROWS, TOKENS = 8, 32
 TOLERANCE = 1e-3
@@ -39,6 +38,10 @@ def merge_checked(decoder: Decoder) -> tuple[float, int]:
     Raises:
         ValueError: if it is above ``TOLERANCE``, or there is no row to compare.
     """
+    import torch
+
+    from tune.adapters import merge
+
     config = decoder.config
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (ROWS, min(TOKENS, config.max_positions)), generator=generator)
@@ -56,10 +59,12 @@ def merge_checked(decoder: Decoder) -> tuple[float, int]:
     return difference, rows
 
 
-@torch.no_grad()
 def _run(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B, T] -> logits [B, T, V] and what was executed, bool [S, B, T]."""
-    output = decoder(tokens)
+    import torch
+
+    with torch.no_grad():
+        output = decoder(tokens)
     return output.logits, output.routing.executed
 
 
@@ -72,6 +77,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     options = parser.parse_args(arguments)
     with user_errors():
+        from trainer.weights_folder import require_absent, write_weights
+        from tune.weights import load_tuned
+
         require_absent(options.out)
         decoder, config, step = load_tuned(options.path, merged=False)
         difference, rows = merge_checked(decoder)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from model.config import ModelConfig
 from settings import load
 from trainer.config import name_run
-from tune.base import Base, stage_two_model
 from tune.config import TuneConfig, TuneFile
+
+if TYPE_CHECKING:
+    from tune.base import Base
 
 
 def load_file(path: str | Path, overrides: Sequence[str] = ()) -> TuneFile:
@@ -31,6 +33,8 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
     Raises:
         ValueError: if blocks and base do not fit together, or the file's own model block is another one.
     """
+    from tune.base import stage_two_model
+
     model = stage_two_model(base.model, file.base.routers)
     if file.model is not None:
         _refuse_another_model(file.model, model, file.base.path)

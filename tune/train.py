@@ -14,21 +14,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from settings import user_errors
-from trainer.describe import describe_end
-from trainer.distributed import World, join, leave
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.guards import lost_rank
-from trainer.loop import run
-from tune.adapters import prepare, trainable_counts
-from tune.base import load_base
-from tune.batches import ExampleSet, TuningData
+from trainer.opening import open_run
 from tune.config import TuneConfig, TuneFile
-from tune.describe import describe_start
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
-from tune.tuner import Tuner
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
 
 
 def train(file: TuneFile, config_path: Path, world: World) -> int:
@@ -37,6 +34,14 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     Raises:
         ValueError: for anything that the user can mend; what was saved stays.
     """
+    from trainer.describe import describe_end
+    from trainer.loop import run
+    from tune.adapters import prepare, trainable_counts
+    from tune.base import load_base
+    from tune.batches import ExampleSet, TuningData
+    from tune.describe import describe_start
+    from tune.tuner import Tuner
+
     base = load_base(file.base.path)
     config = resolve(file, base)
     tokenizer = load_text_tokenizer(str(config.data.tokenizer))
@@ -84,6 +89,9 @@ def main() -> int:
     arguments = parser.parse_args()
     with user_errors(), lost_rank():
         file = load_file(arguments.config, arguments.overrides)
+        open_run(file.train)
+        from trainer.distributed import join, leave
+
         world = join(file.train.timeout_s)
         status = train(file, arguments.config, world)
         leave()

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.batches import TrainingData
 from launch.slurm.config import SlurmConfig
 from launch.stages import load_either
 from trainer.config import RunConfig, is_stage_two
@@ -122,6 +121,8 @@ def _checked(stage: Stage, site: SlurmConfig) -> Stage:
     Raises:
         ValueError: if the batch does not divide, or the data is not there.
     """
+    from data.batches import TrainingData
+
     if re.search(r"[^\w./+=:@-]", stage.run):
         raise ValueError(
             f"train.run_dir '{stage.run}' stands in SLURM's options, which read more into some characters; use letters "

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import attention
+from model import attend
 from tests.bench.toy import RUN, refused, rows_of
 
 SIZES = ["--heads=4", "--kv-heads=2", "--head-width=16", "--samples=2", "--lengths", "24", "80"]
@@ -53,8 +54,8 @@ def test_flops_and_gradients_are_those_of_the_queries_that_ask() -> None:
 
 
 def test_a_wrong_output_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = attention.attend
-    monkeypatch.setattr(attention, "attend", lambda *arguments: right(*arguments) * 1.01)
+    right = attend.attend
+    monkeypatch.setattr(attend, "attend", lambda *arguments: right(*arguments) * 1.01)
     with pytest.raises(AssertionError, match="not close"):
         attention.measure(attention.parse(TOY))
 

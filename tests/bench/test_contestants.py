@@ -20,11 +20,10 @@ from bench.contestants import (
     draw,
     held_decoder,
     held_llama,
-    model_config,
     random_tokens,
-    routed_name,
 )
 from bench.memory import peak_bytes
+from bench.options import model_config, routed_name
 from model.config import RouterConfig
 from model.flops import Routed, dense_flops, executed_flops
 

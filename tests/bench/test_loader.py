@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bench import loader
+from bench.contestants import Ours
 from data.batches import Batch, TrainingData
 from tests.bench.toy import BATCH, MODEL, RUN, refused, rows_of
 
@@ -68,13 +69,13 @@ def test_a_slow_loader_is_caught(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 def test_a_fast_loader_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A step long enough that two cores under load cannot make up a wait of a hundredth of it."""
-    quick = loader.Ours.step
+    quick = Ours.step
 
-    def long_step(ours: loader.Ours) -> float:
+    def long_step(ours: Ours) -> float:
         time.sleep(0.5)
         return quick(ours)
 
-    monkeypatch.setattr(loader.Ours, "step", long_step)
+    monkeypatch.setattr(Ours, "step", long_step)
     loader.main([*TOY, "--repeats=5", "--steps=1", "--check"])
     assert "ok     loader/waited_share" in capsys.readouterr().out
 

@@ -101,7 +101,7 @@ def _main(folder: Path, small: Path, out: Path) -> None:
                 grown[name] = growth[0]  # transformers' own memory is not what this is about
                 return "not compared"
 
-            to_hf.compare = compare
+            hf_compare.compare = compare
             to_hf.export(folder / name, folder / f"{name}-hf", shard_bytes=SHARD_BYTES)
     out.write_text(json.dumps(grown))
 

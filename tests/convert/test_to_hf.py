@@ -300,7 +300,7 @@ def test_a_full_disk(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr(to_hf, "save_file", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(SystemExit):
         main([str(exported("layer")[0]), str(tmp_path / "out")])
     assert "could not be written (No space left on device); free some space" in capsys.readouterr().err

@@ -14,8 +14,9 @@ import yaml
 
 from data.batches import ValidationSet
 from evals.calibrate import TOLERANCE, Measured, _quantile, calibrate, measure, site_targets
-from evals.dial import Dial, check, main, table, turn
+from evals.dial import check, main, table, turn
 from evals.dial_figure import draw
+from evals.dial_file import Dial
 from evals.windows import Windows, open_set, split
 from model.config import ModelConfig
 from model.decoder import Decoder

@@ -131,6 +131,7 @@ def test_override_with_bad_value(write) -> None:
     [
         ("trian: {steps: 10}", [], "unknown key 'trian'; did you mean 'train'?"),
         ("train: {stepps: 10}", [], "unknown key 'train.stepps'; did you mean 'train.steps'?"),
+        (GOOD, ["warmup=3"], "unknown key 'warmup'; did you mean 'train.warmup'?"),
         (GOOD, ["train.warm_up=3"], "unknown key 'train.warm_up'; did you mean 'train.warmup'?"),
         ("train: {zzz: 10}", [], "unknown key 'train.zzz'; valid keys: steps, warmup, rate"),
         (

@@ -102,3 +102,21 @@ def test_in_fp16_only_a_bad_loss_counts(configure: Callable[..., RunConfig], bad
         return
     with pytest.raises(ValueError, match="2 steps in a row up to step 2"):
         trainer.end_step(result, 0.1, 0.0)
+
+
+def test_ctrl_c_is_answered_at_once_and_the_second_ends(capfd: pytest.CaptureFixture[str]) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        stop = StopRequest(tell=True)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        assert capfd.readouterr().err.startswith("\nCtrl-C: this step is finished and saved, then the run ends")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+        silent = StopRequest()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert silent.requested and capfd.readouterr().err == ""
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import pty
+import re
+import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launching import ROOT, has_ended, start
+from tests.launching import ROOT, command, environment, has_ended, start
+from trainer import launcher
 
 # A process that starts its first argument with the others, waits for it, and is named after its own script.
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
@@ -138,3 +143,69 @@ def _until_gone(processes: list[psutil.Process]) -> None:
 
 def _beat(run_dir: Path, rank: int) -> dict:
     return json.loads((run_dir / f"heartbeat/rank-{rank}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("line", "typed"),
+    [
+        (
+            ["/v/bin/python", "/v/bin/deepspeed", "--num_gpus", "2", "--module", "pretrain.train", "my run.yaml"],
+            "/v/bin/deepspeed --num_gpus 2 --module pretrain.train 'my run.yaml' train.checkpoint.resume=auto",
+        ),
+        (
+            ["/v/bin/python", "BIN/torchrun", "-m", "tune.train", "t.yaml", "train.checkpoint.resume=never", "a.b=1"],
+            "torchrun -m tune.train t.yaml a.b=1 train.checkpoint.resume=auto",
+        ),
+        (
+            ["/v/bin/python", "-m", "torch.distributed.run", "-m", "pretrain.train", "my.yaml"],
+            "python -m torch.distributed.run -m pretrain.train my.yaml train.checkpoint.resume=auto",
+        ),
+        (["sshd: me@notty"], "the same command and train.checkpoint.resume=auto"),
+    ],
+)
+def test_the_command_that_goes_on(tmp_path: Path, monkeypatch, line: list[str], typed: str) -> None:
+    (tmp_path / "torchrun").write_text("#!/bin/sh\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(launcher, "_line", lambda pid: [word.replace("BIN", str(tmp_path)) for word in line])
+    monkeypatch.setattr(launcher, "STARTED_AS", launcher.started_as([1, 2]))
+    assert launcher.command_again("train.checkpoint.resume=auto") == typed
+
+
+def test_without_a_launcher_it_is_this_process(monkeypatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "pretrain.train", "my.yaml"])
+    assert launcher.started_as([]) == ["python", "-m", "pretrain.train", "my.yaml"]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    assert launcher.started_as([]) is None
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_a_terminal(tiny, write_config) -> None:
+    """The deepspeed command ends at once, with a traceback that is not ours; the ranks save, and tell how to go on."""
+    tiny["train"] |= {"steps": 100_000, "checkpoint": {"every_steps": 50_000}, "evaluation": {"every_steps": 50_000}}
+    tiny["train"]["log"]["images"] = False
+    run_dir, config = Path(tiny["train"]["run_dir"]), write_config(tiny)
+    words = command("pretrain.train", config, processes=2, launcher="deepspeed")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execvpe(words[0], words, environment())
+    told, pressed, end = b"", False, time.monotonic() + 240
+    while time.monotonic() < end and b"\n" not in told.partition(b"go on with: ")[2]:
+        with contextlib.suppress(OSError):  # the terminal is gone with its last process
+            told += os.read(terminal, 65536) if select.select([terminal], [], [], 0.5)[0] else b""
+        if not pressed and told.count(b"tokens/s") > 3:
+            pressed = bool(os.write(terminal, b"\x03"))
+    assert pressed, told.decode()
+    _, status = os.waitpid(pid, 0)
+    assert os.WTERMSIG(status) == signal.SIGINT, told.decode()
+    text = told.decode().replace("\r\n", "\n")
+    assert text.index("Ctrl-C: this step is finished and saved") < text.index("asked to stop: step")
+    (again,) = re.findall(r"is saved; go on with: (.*)\n", text)
+    assert again == shlex.join([*words, "train.checkpoint.resume=auto"])
+    _until_gone(
+        [psutil.Process(pid) for pid in (_beat(run_dir, rank)["pid"] for rank in (0, 1)) if psutil.pid_exists(pid)]
+    )
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert saved.name == f"step-{_beat(run_dir, 0)['step']:08d}" and (saved / "manifest.json").exists()

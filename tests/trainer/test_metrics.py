@@ -20,7 +20,7 @@ from data.config import DataConfig
 from model.budget import Budget
 from model.flops import Routed
 from tests.launching import ROOT
-from trainer import metrics
+from trainer import heatmap
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
@@ -177,13 +177,13 @@ def test_an_evaluation_of_before_the_resume_is_drawn_again(
     configure: Callable[..., RunConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    draw = metrics.routing_figure
+    draw = heatmap.routing_figure
 
     def record(*arguments: Any) -> Any:
         seen.append(arguments)
         return draw(*arguments)
 
-    monkeypatch.setattr(metrics, "routing_figure", record)
+    monkeypatch.setattr(heatmap, "routing_figure", record)
     made = Metrics(configure(), folder, world, 3, 1e12, "code")
     made.log_evaluation(4, [_evaluation([0.7, 0.6, 0.5])])
     made.close()

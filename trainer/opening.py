@@ -1,0 +1,24 @@
+"""What a run says and refuses before torch and DeepSpeed are imported, which takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from settings import rank_by_environment
+from trainer.config import TrainConfig
+from trainer.retention import newest_first, refuse_taken
+
+
+def open_run(train: TrainConfig) -> None:
+    """On rank 0 name the run, and refuse a run folder that it must not start in; a launcher then ends the other ranks.
+
+    :func:`trainer.checkpoint.to_resume` looks again, at whole checkpoints and for all ranks.
+
+    Raises:
+        ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``.
+    """
+    if rank_by_environment() != 0:
+        return
+    print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
+    folder = Path(str(train.run_dir)) / "checkpoints"
+    refuse_taken(folder, [found.name for found in newest_first(folder)], train.checkpoint.resume)
