@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from bench import resume
 from bench.resume import difference, measure, table
+from tests.launching import run
 
 BASE = ["train.micro_batch_samples=2", "train.steps=10", "model.width=33", "model.head_width=6", "model.ffn_width=21"]
 
@@ -22,7 +24,12 @@ BASE = ["train.micro_batch_samples=2", "train.steps=10", "model.width=33", "mode
     ],
 )
 def test_any_size_goes_on_from_any_other(
-    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, precision: str, stages: list[int]
+    tiny: dict[str, Any],
+    write_config: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    stages: list[int],
 ) -> None:
     """Odd sizes, so that partitions need filling; as far off as the uninterrupted runs are among themselves.
 
@@ -31,6 +38,7 @@ def test_any_size_goes_on_from_any_other(
     """
     work = tmp_path / "work"
     work.mkdir()
+    monkeypatch.setattr(resume, "_start_ranks", lambda count, words: run("bench.resume", *words, processes=count))
     found = measure(Path(write_config(tiny)), BASE, precision, [1, 2], stages, str(work))
     print(table(found))
     written, resumed = found["written"], found["resumed"]
@@ -48,7 +56,10 @@ def test_any_size_goes_on_from_any_other(
 def test_another_order_of_the_partitions_is_noticed(
     tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
 ) -> None:
-    """As many ranks, the same stage and precision; loaded as it is it would be 0.3 nats off, and say nothing."""
+    """As many ranks, the same stage and precision; loaded as it is it would be 0.3 nats off, and say nothing.
+
+    Under torchrun, as the command itself starts its ranks.
+    """
     work = tmp_path / "work"
     work.mkdir()
     shuffled = "deepspeed.extra={zero_optimization: {round_robin_gradients: true}}"
