@@ -42,6 +42,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and "slow" not in chosen:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the long files first, so that the workers end at the same time
+        items.sort(key=lambda item: "processes" not in item.keywords)
 
 
 def _starts_processes(item: pytest.Item) -> bool:
