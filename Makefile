@@ -1,5 +1,6 @@
 # make setup   .venv with everything            make test    all tests that need no GPU
 # make demo    text to an exported, tuned model   make check   format, lint, types
+# make quick   the tests that start no processes, and one of each folder that has only such: two minutes
 # make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 DEMO := configs/demo.yaml configs/tune_demo.yaml
 
-.PHONY: setup demo test faults check docs clean
+.PHONY: setup demo quick test faults check clean
 
 setup: $(VENV)/.installed
 
@@ -22,8 +23,11 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt
 demo: setup
 	$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
 
+quick: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "quick or not processes"
+
 test: setup
-	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "slow or not slow" tests/faults

@@ -84,12 +84,10 @@ def measure(
     load_run(config, overrides)  # its mistakes are told once
     for phase in ("write", "read"):
         for count in ranks:
-            command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
-            further = read_with if phase == "read" else ()
-            command += [f"--master-port={free_port()}", "-m", "bench.resume", str(config), *overrides, *further]
-            command += ["--precision", precision, "--work", work, "--phase", phase]
-            command += ["--stages", *map(str, stages), "--ranks", str(count)]
-            done = subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            arguments = [str(config), *overrides, *(read_with if phase == "read" else ())]
+            arguments += ["--precision", precision, "--work", work, "--phase", phase]
+            arguments += ["--stages", *map(str, stages), "--ranks", str(count)]
+            done = _start_ranks(count, arguments)
             if done.returncode:
                 raise ValueError(f"{count} ranks ended with status {done.returncode} ({phase}):\n{done.stdout[-3000:]}")
     found: dict[str, Any] = {"precision": precision, "written": {}, "resumed": {}, "weights_only": {}}
@@ -118,6 +116,13 @@ def table(found: dict[str, Any]) -> str:
 def difference(a: list[float], b: list[float]) -> float:
     """The largest between losses of the same step."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+def _start_ranks(count: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    """This module in ``count`` ranks, to the end."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
+    command += [f"--master-port={free_port()}", "-m", "bench.resume", *arguments]
+    return subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
 def _rank(options: argparse.Namespace) -> None:

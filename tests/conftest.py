@@ -6,6 +6,7 @@ import atexit
 import copy
 import os
 import shutil
+import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Callable
@@ -18,6 +19,9 @@ import yaml
 from data.config import DataConfig
 from data.prepare import prepare
 from data.tokenizer import train_tokenizer
+from tests import launching, ranks
+from tests.once import once
+from tests.trainer.saved_runs import CASES, SHUFFLED, save_runs
 
 VOCAB = 400
 # Nothing of the user's is read or written, and two processes do not write the same file of an export's code.
@@ -27,47 +31,59 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a GPU machine, too: only te
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip, with a reason, what this machine cannot or should not run."""
+    """Mark what starts processes; skip, with a reason, what this machine cannot or should not run."""
     import torch
 
     chosen = config.getoption("-m")
     for item in items:
+        if _starts_processes(item):
+            item.add_marker("processes")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and "slow" not in chosen:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the long files first, so that the workers end at the same time
+        items.sort(key=lambda item: "processes" not in item.keywords)
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    """Whether its file knows how to, or one of its fixtures does."""
+    starters = (launching.run, launching.start, ranks.Processes, ranks.Ranks, subprocess)
+    names = vars(item.module).values() if isinstance(item, pytest.Function) else ()
+    return any(name is starter for name in names for starter in starters) or bool(
+        {"two_rank_runs", "base_run"} & set(getattr(item, "fixturenames", ()))
+    )
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The ``data`` block of a prepared corpus: a few files of the standard library, 400 pieces, windows of 32."""
-    folder = tmp_path_factory.mktemp("corpus")
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    block = {
-        "dir": str(folder),
+    block: dict[str, Any] = {
         "sequence_tokens": 32,
         "tokenizer": {"vocab_size": VOCAB, "train_bytes": 100_000},
         "sources": [{"name": "code", "format": "text", "files": [str(stdlib / n) for n in ("argparse.py", "ast.py")]}],
         "validation": [{"name": "code", "format": "text", "files": [str(stdlib / "bisect.py")]}],
     }
-    config = DataConfig.model_validate(block)
-    train_tokenizer(config)
-    prepare(config, workers=1)
-    return block
+
+    def make(folder: Path) -> None:
+        config = DataConfig.model_validate(block | {"dir": str(folder)})
+        train_tokenizer(config)
+        prepare(config, workers=1)
+
+    return block | {"dir": str(once(tmp_path_factory, "corpus", make))}
 
 
 @pytest.fixture(scope="session")
 def two_rank_runs(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> Path:
-    """What two ranks trained and saved at every ZeRO stage: see tests/trainer/test_weights.py."""
-    from tests.trainer.test_weights import CASES, SHUFFLED, save_runs
-
+    """What two ranks trained and saved at every ZeRO stage: see tests/trainer/saved_runs.py."""
     cases = {**CASES, "shuffled": [*CASES["bf16-2"], SHUFFLED]}
-    return save_runs(tmp_path_factory.mktemp("weights"), corpus, cases, ranks=2)
+    return once(tmp_path_factory, "two-rank-runs", lambda folder: save_runs(folder, corpus, cases, ranks=2)) / "out"
 
 
 @pytest.fixture
 def tiny(tmp_path: Path, corpus: dict[str, Any]) -> dict[str, Any]:
-    """A run's config as a dictionary: 3 routed layers, 8 windows a step, 4 steps, everything logged."""
+    """A run's config as a dictionary: 3 routed layers, 8 windows a step, 4 steps, everything logged but pictures."""
     return {
         "model": {
             "vocab_size": VOCAB,
@@ -89,7 +105,7 @@ def tiny(tmp_path: Path, corpus: dict[str, Any]) -> dict[str, Any]:
             "optimizer": {"lr": 0.003},
             "evaluation": {"every_steps": 2, "samples": 5},
             "checkpoint": {"every_steps": 2},
-            "log": {"every_steps": 1, "peak_tflops": 1.0},
+            "log": {"every_steps": 1, "peak_tflops": 1.0, "images": False},
         },
         "deepspeed": {"zero_stage": 2, "persistence_threshold": 0},
     }

@@ -1,4 +1,8 @@
-"""Start the project's commands as a user does: real processes, real launchers, one thread a rank."""
+"""Start the project's commands: forked ones (``tests/ranks.py``), or as a user does, by real launchers.
+
+Forked is the way unless the launcher, the interpreter's start or the noise of the imports is what a test is about: a
+launcher and two ranks import everything three times, which takes 20 seconds of a core.
+"""
 
 from __future__ import annotations
 
@@ -39,16 +43,33 @@ def run(
     module: str,
     *arguments: str,
     processes: int = 1,
-    launcher: str = "python",
+    launcher: str = "fork",
     device: str = "cpu",
     timeout_s: float = 240,
+    variables: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; stdout and stderr together in ``stdout``."""
+    """Run to the end; stdout and stderr together in ``stdout``.
+
+    Args:
+        module: run as ``python -m`` does.
+        arguments: the command's.
+        processes: ranks; one is a plain process.
+        launcher: fork, or one of :func:`command`.
+        device: of DeepSpeed; what is forked is on the CPU, so on another one fork is python.
+        timeout_s: after which all are killed, and ``subprocess.TimeoutExpired`` is raised.
+        variables: further environment.
+    """
+    if launcher == "fork" and device == "cpu":
+        from tests.ranks import Processes
+
+        with Processes(module, *arguments, count=processes, variables=variables) as forked:
+            status = forked.status(timeout_s)
+        return subprocess.CompletedProcess([module, *arguments], status, forked.output)
     return subprocess.run(
-        command(module, *arguments, processes=processes, launcher=launcher),
+        command(module, *arguments, processes=processes, launcher=launcher.replace("fork", "python")),
         check=False,
         cwd=ROOT,
-        env=environment(device),
+        env=environment(device) | (variables or {}),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

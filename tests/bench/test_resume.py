@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 
+from bench import resume
 from bench.resume import difference, measure, table
+from tests.launching import run
 
 BASE = ["train.micro_batch_samples=2", "train.steps=10", "model.width=33", "model.head_width=6", "model.ffn_width=21"]
+
+
+def _fork(count: int, words: list[str]) -> Any:
+    return run("bench.resume", *words, processes=count)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +28,12 @@ BASE = ["train.micro_batch_samples=2", "train.steps=10", "model.width=33", "mode
     ],
 )
 def test_any_size_goes_on_from_any_other(
-    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, precision: str, stages: list[int]
+    tiny: dict[str, Any],
+    write_config: Callable[..., str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    stages: list[int],
 ) -> None:
     """Odd sizes, so that partitions need filling; as far off as the uninterrupted runs are among themselves.
 
@@ -31,6 +42,7 @@ def test_any_size_goes_on_from_any_other(
     """
     work = tmp_path / "work"
     work.mkdir()
+    monkeypatch.setattr(resume, "_start_ranks", _fork)
     found = measure(Path(write_config(tiny)), BASE, precision, [1, 2], stages, str(work))
     print(table(found))
     written, resumed = found["written"], found["resumed"]
@@ -46,9 +58,16 @@ def test_any_size_goes_on_from_any_other(
 
 
 def test_another_order_of_the_partitions_is_noticed(
-    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
+    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many ranks, the same stage and precision; loaded as it is it would be 0.3 nats off, and say nothing."""
+    """As many ranks, the same stage and precision; loaded as it is it would be 0.3 nats off, and say nothing.
+
+    The writers are started as the command itself does it, under torchrun.
+    """
+    start = resume._start_ranks
+    monkeypatch.setattr(
+        resume, "_start_ranks", lambda count, words: (start if "write" in words else _fork)(count, words)
+    )
     work = tmp_path / "work"
     work.mkdir()
     shuffled = "deepspeed.extra={zero_optimization: {round_robin_gradients: true}}"

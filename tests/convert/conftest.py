@@ -11,6 +11,7 @@ import torch
 
 from convert.to_hf import export
 from tests.convert.exports import make
+from tests.once import once
 from trainer.weights_folder import write_weights
 
 
@@ -19,15 +20,16 @@ def exported(
     tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]
 ) -> Iterator[Callable[[str], tuple[Path, Path]]]:
     """Takes a case's name; gives its folder of weights and its export."""
-    root, threads = tmp_path_factory.mktemp("exports"), torch.get_num_threads()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)  # models so small that a second thread only waits for the first
 
     def folders(name: str) -> tuple[Path, Path]:
-        weights, out = root / name, root / f"{name}-hf"
-        if not out.exists():
-            write_weights(make(name), weights, Path(corpus["dir"]), {"source": "a test"})
-            export(weights, out)
-        return weights, out
+        def write(folder: Path) -> None:
+            write_weights(make(name), folder / name, Path(corpus["dir"]), {"source": "a test"})
+            export(folder / name, folder / f"{name}-hf")
+
+        folder = once(tmp_path_factory, f"export-{name}", write)
+        return folder / name, folder / f"{name}-hf"
 
     yield folders
     torch.set_num_threads(threads)

@@ -13,7 +13,8 @@ from convert.load import load_any
 from convert.to_hf import export
 from tests.conftest import VOCAB
 from tests.convert.test_to_hf import load
-from tests.trainer.test_weights import CASES, save_runs
+from tests.once import once
+from tests.trainer.saved_runs import CASES, save_runs
 
 ONE_RANK = {name: overrides for name, overrides in CASES.items() if name.startswith("fp32")}
 
@@ -21,7 +22,7 @@ ONE_RANK = {name: overrides for name, overrides in CASES.items() if name.startsw
 @pytest.fixture(scope="module")
 def one_rank_runs(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> Path:
     """The same as ``two_rank_runs``, of one rank and in fp32."""
-    return save_runs(tmp_path_factory.mktemp("alone"), corpus, ONE_RANK, ranks=1)
+    return once(tmp_path_factory, "one-rank-runs", lambda at: save_runs(at, corpus, ONE_RANK, ranks=1)) / "out"
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.ranks import Ranks
 from tests.faults.test_kills import lines
+from tests.ranks import Ranks
 from trainer import checkpoint
 from trainer.distributed import ALONE
 from trainer.exit_status import EXIT_PREEMPTED

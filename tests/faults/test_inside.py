@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from tests.faults.breakage import bad_loss_on_rank_1
-from tests.faults.ranks import Ranks
 from tests.launching import run
+from tests.ranks import Ranks
 from trainer.exit_status import EXIT_STALLED
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("launcher", [None, pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_losses_that_are_no_numbers_on_one_rank_end_the_run_and_name_it(tiny, write_config, launcher) -> None:
     """Nothing of them reaches the weights: the checkpoint of step 2 is followed by none."""

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.ranks import Ranks
 from tests.launching import start
+from tests.ranks import Ranks
 from trainer import checkpoint
 from trainer.distributed import ALONE
 from trainer.exit_status import EXIT_STALLED

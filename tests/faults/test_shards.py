@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.ranks import Ranks
+from tests.ranks import Ranks
 from trainer import checkpoint
 from trainer.distributed import ALONE
 from trainer.exit_status import EXIT_STALLED

@@ -44,7 +44,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_command_prints_every_part_and_no_noise() -> None:
-    done = run("launch.plan", LARGE, "--gpus", "64", "--gpu", "h100-80g", "train.steps=5000")
+    done = run("launch.plan", LARGE, "--gpus", "64", "--gpu", "h100-80g", "train.steps=5000", launcher="python")
     assert done.returncode == 0
     assert done.stdout.startswith(f"{LARGE} on 64 x h100-80g (8 nodes)\n")
     for part in (

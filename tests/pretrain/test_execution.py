@@ -22,7 +22,7 @@ def _lines(config: dict[str, Any]) -> list[dict[str, Any]]:
 def test_a_capacity_holds_in_training_and_its_overflow_is_logged(tiny, write_config):
     tiny["data"]["sequence_tokens"] = tiny["model"]["max_positions"] = 256
     tiny["model"]["router"] |= {"execution": "capacity", "capacity_factor": 1.0}
-    done = run(TRAIN, write_config(tiny), processes=2, launcher="deepspeed")
+    done = run(TRAIN, write_config(tiny), processes=2)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "capacity execution" in done.stdout
     lines = _lines(tiny)
@@ -33,7 +33,7 @@ def test_a_capacity_holds_in_training_and_its_overflow_is_logged(tiny, write_con
     rounded = copy.deepcopy(tiny)
     rounded["train"]["run_dir"] += "-rounded"
     rounded["model"]["router"]["execution"] = "rounded"
-    done = run(TRAIN, write_config(rounded), processes=2, launcher="deepspeed")
+    done = run(TRAIN, write_config(rounded), processes=2)
     assert done.returncode == 0, done.stdout[-3000:]
     assert all(line["density/overflow"] == 0 for line in _lines(rounded))
     assert lines[0]["density/layer-00"] < _lines(rounded)[0]["density/layer-00"]  # the same weights, less room
@@ -46,7 +46,7 @@ def test_compiled_layers_train_as_plain_ones_do(tiny, write_config):
         config = copy.deepcopy(tiny)
         config["train"]["compile"] = compiled
         config["train"]["run_dir"] += f"-{compiled}"
-        done = run(TRAIN, write_config(config), processes=2, launcher="deepspeed", timeout_s=500)
+        done = run(TRAIN, write_config(config), processes=2, timeout_s=500)
         assert done.returncode == 0, done.stdout[-3000:]
         losses.append([line["train/loss"] for line in _lines(config)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -7,14 +7,15 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.launching import ROOT, command, environment, run, start
+from tests.faults.breakage import hold_in_save
+from tests.launching import run, start
+from tests.ranks import Processes, Ranks
 
 TRAIN = "pretrain.train"
 
@@ -39,13 +40,9 @@ def _wait_for(path: Path, timeout_s: float = 240) -> None:
         time.sleep(0.002)
 
 
-def _kill_all(process: Any) -> None:
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
 def test_two_ranks_finish_and_leave_a_run_folder_that_can_be_run_again(tiny, write_config):
     run_dir = Path(tiny["train"]["run_dir"])
+    tiny["train"]["log"]["images"] = True
     done = run(TRAIN, write_config(tiny), processes=2, launcher="deepspeed")
     assert done.returncode == 0, done.stdout[-3000:]
     assert f"run folder       {run_dir}" in done.stdout and "against a target of 0.500" in done.stdout
@@ -75,16 +72,16 @@ def test_twenty_steps_are_ten_and_a_kill_and_ten_more_bit_by_bit(tiny, write_con
     tiny["model"]["router"]["explore"] = 0.3
     tiny["deepspeed"]["zero_stage"] = stage
     config, run_dir = write_config(tiny), tiny["train"]["run_dir"]
-    straight = run(TRAIN, config, f"train.run_dir={run_dir}-straight", processes=2, launcher="deepspeed")
+    straight = run(TRAIN, config, f"train.run_dir={run_dir}-straight", processes=2)
     assert straight.returncode == 0, straight.stdout[-3000:]
 
-    killed = start(TRAIN, config, processes=2, launcher="deepspeed")
-    _wait_for(Path(run_dir) / "checkpoints/step-00000010/manifest.json")
-    _kill_all(killed)
+    with Ranks(config) as ranks:
+        ranks.wait_until((Path(run_dir) / "checkpoints/step-00000010/manifest.json").exists)
+        ranks.kill()
     refused = run(TRAIN, config, processes=1)
     assert refused.returncode == 1 and "already holds step-00000010" in refused.stdout
 
-    resumed = run(TRAIN, config, "train.checkpoint.resume=required", processes=2, launcher="deepspeed")
+    resumed = run(TRAIN, config, "train.checkpoint.resume=required", processes=2)
     assert resumed.returncode == 0, resumed.stdout[-3000:]
     assert "at step 10" in resumed.stdout
     one, other = _exact(f"{run_dir}-straight"), _exact(run_dir)
@@ -124,25 +121,24 @@ def test_a_signal_is_agreed_on_saved_and_resumed_from(tiny, write_config):
 
     step = int(saved[0][5:])
     more = [f"train.steps={step + 2}", "train.checkpoint.resume=auto"]
-    resumed = run(TRAIN, config, *more, processes=2, launcher="deepspeed")
+    resumed = run(TRAIN, config, *more, processes=2)
     assert resumed.returncode == 0 and f"at step {step}" in resumed.stdout, resumed.stdout[-2000:]
 
 
 def test_one_process_stops_with_the_documented_status(tiny, write_config):
     tiny["train"] |= {"steps": 2000}
-    process = start(TRAIN, write_config(tiny))
-    _wait_for(Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000002/manifest.json")
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 75, output[-2000:]
+    with Processes(TRAIN, write_config(tiny)) as process:
+        process.wait_until((Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000002/manifest.json").exists)
+        process.processes[0].terminate()
+        assert process.end() == [75], process.output[-2000:]
 
 
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(tiny, write_config):
     tiny["train"] |= {"steps": 8, "evaluation": {"every_steps": 100, "samples": 2}}
     config, checkpoints = write_config(tiny), Path(tiny["train"]["run_dir"]) / "checkpoints"
-    process = start("tests.faults.breakage", "hold_in_save", config)
-    _wait_for(checkpoints / "step-00000004.partial")
-    _kill_all(process)
+    with Processes(TRAIN, config, first=hold_in_save) as process:
+        process.wait_until((checkpoints / "step-00000004.partial").exists)
+        process.kill()
     assert (checkpoints / "step-00000004.partial").exists() and not (checkpoints / "step-00000004").exists()
     resumed = run(TRAIN, config, "train.checkpoint.resume=auto")
     assert resumed.returncode == 0, resumed.stdout[-2000:]
@@ -205,16 +201,9 @@ def test_a_port_that_is_taken_is_one_sentence(tiny, write_config):
         taken.listen()
         port = str(taken.getsockname()[1])
         one_rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = subprocess.run(
-            command(TRAIN, write_config(tiny)),
-            cwd=ROOT,
-            env=environment() | one_rank,
-            text=True,
-            capture_output=True,
-            check=False,
-        )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"the ranks cannot meet at 127.0.0.1:{port}" in done.stderr and "--master_port N" in done.stderr
+        done = run(TRAIN, write_config(tiny), variables=one_rank)
+    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert f"the ranks cannot meet at 127.0.0.1:{port}" in done.stdout and "--master_port N" in done.stdout
 
 
 def test_ctrl_c_saves_and_stops(tiny, write_config):

@@ -19,6 +19,7 @@ from data.tokenizer import train_tokenizer
 from pretrain.train import train
 from settings import user_errors
 from settings.load import _apply_override
+from tests.once import once
 from trainer import trainer
 from trainer.config import RunConfig, load_run
 from trainer.distributed import World, join, leave
@@ -59,15 +60,17 @@ def configure(tiny: dict[str, Any]) -> Callable[..., RunConfig]:
 def mixed_corpus(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> dict[str, Any]:
     """A corpus with a second source, ``few``, that gives a quarter of the samples."""
     (few,) = corpus["validation"][0]["files"]
-    block = corpus | {"dir": str(tmp_path_factory.mktemp("mixed"))}
-    block["sources"] = [
+    sources = [
         {**corpus["sources"][0], "weight": 3.0},
         {"name": "few", "format": "text", "files": [few], "weight": 1.0},
     ]
-    config = DataConfig.model_validate(block)
-    train_tokenizer(config)
-    prepare(config, workers=1)
-    return block
+
+    def make(folder: Path) -> None:
+        config = DataConfig.model_validate(corpus | {"dir": str(folder), "sources": sources})
+        train_tokenizer(config)
+        prepare(config, workers=1)
+
+    return corpus | {"dir": str(once(tmp_path_factory, "mixed", make)), "sources": sources}
 
 
 @pytest.fixture

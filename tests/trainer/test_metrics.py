@@ -141,6 +141,7 @@ def test_a_line_is_the_mean_over_its_steps(tiny: dict[str, Any], train_here: Tra
 def test_tensorboard_holds_the_same_figures(tiny: dict[str, Any], train_here: Train) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    tiny["train"]["log"]["images"] = True
     assert train_here(tiny, "train.steps=2") == 0
     events = EventAccumulator(str(Path(tiny["train"]["run_dir"]) / "tensorboard")).Reload()
     names = {name for line in _lines(tiny["train"]["run_dir"]) for name in line} - {"step"}
@@ -183,8 +184,8 @@ def test_an_evaluation_of_before_the_resume_is_drawn_again(
         seen.append(arguments)
         return draw(*arguments)
 
-    monkeypatch.setattr(heatmap, "routing_figure", record)
-    made = Metrics(configure(), folder, world, 3, 1e12, "code")
+    monkeypatch.setattr(metrics, "routing_figure", record)
+    made = Metrics(configure("train.log.images=true"), folder, world, 3, 1e12, "code")
     made.log_evaluation(4, [_evaluation([0.7, 0.6, 0.5])])
     made.close()
     ((sites, steps, densities, executed, target),) = seen

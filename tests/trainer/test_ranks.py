@@ -57,11 +57,11 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     (folder / "cases.json").write_text(json.dumps(_cases()))
     results = {}
-    for ranks, launcher in ((1, "python"), (2, "deepspeed")):
+    for ranks in (1, 2):
         out = folder / f"{ranks}.json"
         done = run(
             "tests.trainer.ranks_worker", str(folder / "run.yaml"), str(folder / "cases.json"), str(out),
-            processes=ranks, launcher=launcher, timeout_s=400,
+            processes=ranks, timeout_s=400,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
         results[ranks] = json.loads(out.read_text())

@@ -83,7 +83,7 @@ def test_what_came_before_the_watch_is_not_counted(folder: RunFolder, monkeypatc
 
 def test_one_rank_that_hangs_ends_the_run_with_all_stacks_and_status_76(tiny, write_config) -> None:
     run_dir = Path(tiny["train"]["run_dir"])
-    done = _run_and_hang(tiny, write_config, "read", 2)
+    done = _run_and_hang(tiny, write_config, "read", 2, launcher="fork")
     assert done.returncode == EXIT_STALLED, done.stdout[-3000:]
     for rank in (0, 1):
         sentence = f"rank {rank}: no progress for train.stall_timeout_s (8 s); behind: rank 1 on "
@@ -130,12 +130,14 @@ def test_a_frozen_rank_is_named_and_killed_by_the_launcher(tiny, write_config) -
     assert has_ended(frozen)  # killed
 
 
-def _run_and_hang(tiny: dict[str, Any], write_config: Any, how: str, ranks: int, *more: str) -> Any:
+def _run_and_hang(
+    tiny: dict[str, Any], write_config: Any, how: str, ranks: int, *more: str, launcher: str = "deepspeed"
+) -> Any:
     tiny["train"] |= {"steps": 100, "evaluation": {"every_steps": 100, "samples": 2}, "stall_timeout_s": STALL_S}
     tiny["train"] |= {"log": {"every_steps": 1, "peak_tflops": 1.0, "images": False}}
     tiny["train"]["checkpoint"] = {"every_steps": 100}
     config = write_config(tiny)
-    return run("tests.trainer.hang_worker", how, config, *more, processes=ranks, launcher="deepspeed")
+    return run("tests.trainer.hang_worker", how, config, *more, processes=ranks, launcher=launcher)
 
 
 def test_a_lost_rank_is_one_sentence_and_status_76(

@@ -1,64 +1,19 @@
-"""A decoder read from a checkpoint has the engine's own fp32 weights, and nothing in the files can run.
-
-``python -m tests.trainer.test_weights CONFIG CASES OUT`` is what the two ranks run: train, save, and write down the
-engines' weights; one start for all cases.
-"""
+"""A decoder read from a checkpoint has the engine's own fp32 weights, and nothing in the files can run."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
 
-from settings import load
-from tests.launching import run
-from tests.trainer.one_rank import save_now, take_steps
+from tests.trainer.saved_runs import CASES, STEPS, rehash
 from tests.trainer.test_checkpoint_safety import plant
-from trainer.config import RunConfig
-from trainer.distributed import World, join, leave
-from trainer.engine import build_engine
-from trainer.manifest import entry_of
 from trainer.stored import MASTER, by_value
 from trainer.weights import load_decoder
-
-STAGES = (0, 1, 2, 3)
-STEPS = 2
-TIED = ["train.precision=bf16", "model.tied_head=true", "model.router.granularity=module"]
-CASES = {f"fp32-{stage}": [f"deepspeed.zero_stage={stage}"] for stage in STAGES} | {
-    f"bf16-{stage}": [f"deepspeed.zero_stage={stage}", *TIED] for stage in STAGES
-}
-SHUFFLED = "deepspeed.extra={zero_optimization: {round_robin_gradients: true}}"
-
-
-def save_runs(folder: Path, data: dict[str, Any], cases: dict[str, list[str]], ranks: int) -> Path:
-    """A folder below ``folder`` with one run folder a case; odd sizes, so that two partitions need padding."""
-    config = {
-        "model": {
-            "vocab_size": 400, "layers": 2, "width": 33, "heads": 2, "kv_heads": 1, "head_width": 6, "ffn_width": 21,
-            "router": {"density": 0.5},
-        },
-        "data": data,
-        "train": {
-            "steps": 4, "global_batch_samples": 4, "micro_batch_samples": 1, "precision": "fp32",
-            "optimizer": {"lr": 0.003}, "evaluation": {"samples": 5},
-        },
-        "deepspeed": {"persistence_threshold": 0},
-    }  # fmt: skip
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    (folder / "cases.json").write_text(json.dumps(cases))
-    arguments = [str(folder / name) for name in ("run.yaml", "cases.json", "out")]
-    launcher = "python" if ranks == 1 else "deepspeed"
-    done = run("tests.trainer.test_weights", *arguments, processes=ranks, launcher=launcher)
-    assert done.returncode == 0, done.stdout[-4000:]
-    return folder / "out"
 
 
 @pytest.fixture
@@ -134,7 +89,7 @@ def test_weights_that_do_not_match_the_config(copy: Callable[[str], Path], name:
     config = yaml.safe_load((saved / "config.yaml").read_text())
     config["model"]["ffn_width"], config["model"]["layers"] = 22, 3
     (saved / "config.yaml").write_text(yaml.safe_dump(config))
-    _rehash(saved, "config.yaml")
+    rehash(saved, "config.yaml")
     with pytest.raises(ValueError, match=r"do not match its config.yaml .*is \[21, 33\] there and \[22, 33\] by") as e:
         load_decoder(saved)
     assert "more); one of them was changed since" in str(e.value)
@@ -144,7 +99,7 @@ def test_a_tuning_run_is_sent_to_its_own_loader(copy: Callable[[str], Path]) -> 
     saved = copy("fp32-0") / "checkpoints" / f"step-{STEPS:08d}"
     config = yaml.safe_load((saved / "config.yaml").read_text())
     (saved / "config.yaml").write_text(yaml.safe_dump({**config, "base": {"path": "runs/base"}}))
-    _rehash(saved, "config.yaml")
+    rehash(saved, "config.yaml")
     with pytest.raises(
         ValueError, match=r"is of a tuning run, .* give the run that it was tuned from, or read this one"
     ):
@@ -164,7 +119,7 @@ def test_a_master_that_does_not_round_to_its_weight_is_not_taken(copy: Callable[
             flat = content["optimizer_state_dict"]["single_partition_of_fp32_groups"][0]
             flat.copy_(flat.roll(1))
     torch.save(content, saved / "deepspeed" / file)
-    _rehash(saved, f"deepspeed/{file}")
+    rehash(saved, f"deepspeed/{file}")
     with pytest.raises(ValueError, match=r"v_proj.weight is missing|is not where DeepSpeed 0.19 would have put it"):
         load_decoder(saved)
 
@@ -188,54 +143,3 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
     assert not mark.exists()
     torch.load(saved / "deepspeed" / file, weights_only=False)
     assert mark.exists()  # the payload was live
-
-
-def _rehash(saved: Path, name: str) -> None:
-    """Make the manifest agree with a changed file."""
-    parsed = json.loads((saved / "manifest.json").read_text())
-    parsed["files"][name] = entry_of(saved / name)
-    (saved / "manifest.json").write_text(json.dumps(parsed))
-
-
-def _masters(engine: Any, config: RunConfig) -> dict[str, Tensor]:
-    """The engine's own fp32 weights, whole, by name; collective."""
-    import deepspeed
-
-    named = dict(engine.module.named_parameters())
-    if config.deepspeed.zero_stage == 0 and config.train.precision == "fp32":
-        return {name: p.detach().clone() for name, p in named.items()}
-    if config.deepspeed.zero_stage == 0:
-        groups = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups, strict=True)
-        master = {low: high for lows, highs in groups for low, high in zip(lows, highs, strict=True)}
-        return {name: master[p].detach().clone() for name, p in named.items()}
-    found = {name: deepspeed.utils.safe_get_full_fp32_param(p) for name, p in named.items()}
-    return {name: whole.reshape(getattr(named[name], "ds_shape", named[name].shape)) for name, whole in found.items()}
-
-
-def _train_and_save(config: RunConfig, folder: Path, world: World) -> None:
-    engine = build_engine(config, world)
-    take_steps(engine, config, world, STEPS)
-    if world.is_main:
-        (folder / "checkpoints").mkdir(parents=True)
-    world.barrier()
-    save_now(engine, folder / "checkpoints", STEPS, {"step": STEPS}, "f" * 64, config, world)
-    masters = _masters(engine, config)
-    if world.is_main:
-        torch.save(masters, folder / "masters.pt")
-    engine.destroy()
-
-
-def _main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("config", "cases", "out"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--local_rank")
-    arguments = parser.parse_args()
-    world = join(60.0)
-    for name, overrides in json.loads(arguments.cases.read_text()).items():
-        _train_and_save(load(arguments.config, overrides, RunConfig), arguments.out / name, world)
-    leave()
-
-
-if __name__ == "__main__":
-    _main()

@@ -12,6 +12,7 @@ import yaml
 
 from tests.conftest import VOCAB
 from tests.launching import run
+from tests.once import once
 
 WORDS = ["for", "while", "import", "class", "return", "raise", "yield", "assert", "lambda", "global"]
 CHOICES = [" even", " odd"]
@@ -20,24 +21,27 @@ CHOICES = [" even", " odd"]
 @pytest.fixture(scope="session")
 def base_run(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> str:
     """Run folder of a tiny skip-routed decoder after four steps on two ranks."""
-    folder = tmp_path_factory.mktemp("base")
-    config = {
+    config: dict[str, Any] = {
         "model": {
             "vocab_size": VOCAB, "layers": 4, "width": 32, "heads": 2, "kv_heads": 1, "ffn_width": 48,
             "max_positions": 128, "router": {"density": 0.5},
         },
         "data": copy.deepcopy(corpus),
         "train": {
-            "run_dir": str(folder / "run"), "steps": 4, "global_batch_samples": 8, "micro_batch_samples": 4,
-            "precision": "fp32", "optimizer": {"lr": 0.003}, "log": {"peak_tflops": 1.0},
+            "steps": 4, "global_batch_samples": 8, "micro_batch_samples": 4,
+            "precision": "fp32", "optimizer": {"lr": 0.003}, "log": {"peak_tflops": 1.0, "images": False},
             "evaluation": {"every_steps": 4, "samples": 2},
         },
         "deepspeed": {"zero_stage": 2},
     }  # fmt: skip
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    done = run("pretrain.train", str(folder / "run.yaml"), processes=2, launcher="deepspeed")
-    assert done.returncode == 0, done.stdout[-3000:]
-    return str(folder / "run")
+
+    def make(folder: Path) -> None:
+        config["train"]["run_dir"] = str(folder / "run")
+        (folder / "run.yaml").write_text(yaml.safe_dump(config))
+        done = run("pretrain.train", str(folder / "run.yaml"), processes=2)
+        assert done.returncode == 0, done.stdout[-3000:]
+
+    return str(once(tmp_path_factory, "base", make) / "run")
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,15 +17,14 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import Tensor
 
 from data.batches import NO_TARGET, Batch
 from model.config import EnsembleConfig
 from model.decoder import Decoder
 from model.head import Scores
-from tests.launching import environment, free_port
 from tests.model import tiny
+from tests.ranks import Processes
 from trainer.distributed import World, import_deepspeed, join, leave
 from tune.batches import Scored
 from tune.config import TuneConfig
@@ -308,13 +306,10 @@ def as_json(evaluation: ExamplesEvaluation) -> str:
     return json.dumps(dataclasses.asdict(evaluation), default=lambda tensor: tensor.tolist())
 
 
-def test_two_ranks_find_what_one_does_with_zero_3_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_find_what_one_does_with_zero_3_too(tmp_path: Path) -> None:
     """Rank 1 has less to score than rank 0, and in the last batch nothing."""
-    for name, value in environment().items():
-        monkeypatch.setenv(name, value)
-    for name, value in {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}.items():
-        monkeypatch.setenv(name, value)
-    torch.multiprocessing.spawn(_rank, (tmp_path,), nprocs=2)
+    with Processes(_rank, tmp_path, count=2) as ranks:
+        assert ranks.end() == [0, 0], ranks.output
     decoder, config = build(ENSEMBLES[0], "learned")
     one = json.loads(as_json(evaluate_examples(decoder, Examples(), CLASSES, config, ALONE)))
     for rank in (0, 1):
@@ -324,10 +319,9 @@ def test_two_ranks_find_what_one_does_with_zero_3_too(tmp_path: Path, monkeypatc
             assert words == _flat(one)[0] and numbers == pytest.approx(_flat(one)[1], rel=1e-5), (kind, rank)
 
 
-def _rank(rank: int, folder: Path) -> None:
-    os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
-    torch.set_num_threads(1)
+def _rank(folder: Path) -> None:
     world = join(60.0)
+    rank = world.rank
     decoder, config = build(ENSEMBLES[0], "learned")
     last = list(Examples().scored_batches(1, 2, config.train.micro_batch_samples))[-1][0]
     assert world.size == 2 and last.scored_targets == 0

@@ -69,12 +69,10 @@ def runs(tuning: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ca
     folder = tmp_path_factory.mktemp("runs")
     config = folder / "tune.yaml"
     config.write_text(yaml.safe_dump(tuning))
-    for ranks, launcher, cases in ((1, "python", ONE_RANK), (2, "deepspeed", TWO_RANKS)):
+    for ranks, cases in ((1, ONE_RANK), (2, TWO_RANKS)):
         listed = folder / f"{ranks}.json"
         listed.write_text(json.dumps([[*o, f"train.run_dir={folder}/{ranks}/{name}"] for name, o in cases.items()]))
-        done = run(
-            "tests.tune.runs_worker", str(config), str(listed), processes=ranks, launcher=launcher, timeout_s=1500
-        )
+        done = run("tests.tune.runs_worker", str(config), str(listed), processes=ranks, timeout_s=1500)
         assert done.returncode == 0, done.stdout[-4000:]
     return lambda name: folder / name
 
@@ -178,7 +176,7 @@ def test_six_steps_are_three_and_three_more_bit_by_bit(
     done = run(
         "tune.train", str(config), *overrides, f"train.run_dir={again}", "train.checkpoint.resume=required",
         "train.log.peak_tflops=null",  # measured then, between the restored generators and the first step
-        processes=ranks, launcher="python" if ranks == 1 else "deepspeed",
+        processes=ranks,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "step-00000003 at step 3" in done.stdout

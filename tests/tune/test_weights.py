@@ -25,7 +25,7 @@ from model.router import Gate, RoutingInputs
 from settings import load
 from tests.launching import run
 from tests.trainer.one_rank import save_now
-from tests.trainer.test_weights import SHUFFLED, _rehash
+from tests.trainer.saved_runs import SHUFFLED, rehash
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
 from trainer.weights import load_decoder
@@ -81,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tune.yaml").write_text(yaml.safe_dump(config))
     (folder / "cases.json").write_text(json.dumps(CASES))
     arguments = [str(folder / name) for name in ("tune.yaml", "cases.json", "out")]
-    done = run("tests.tune.test_weights", *arguments, processes=RANKS, launcher="deepspeed")
+    done = run("tests.tune.test_weights", *arguments, processes=RANKS)
     assert done.returncode == 0, done.stdout[-4000:]
     return folder / "out"
 
@@ -187,7 +187,7 @@ def test_the_loaders_of_the_two_stages_send_to_each_other(copy: Callable[[str], 
     for block in ("base", "ensemble", "adapter"):
         del config[block]
     (saved / "config.yaml").write_text(yaml.safe_dump(config))
-    _rehash(saved, "config.yaml")
+    rehash(saved, "config.yaml")
     with pytest.raises(ValueError, match=r"is of a stage-one run, which has nothing to merge; give a tuning run, or"):
         load_tuned(folder)
 
@@ -198,7 +198,7 @@ def test_weights_that_do_not_match_the_config(copy: Callable[[str], Path], name:
     config = yaml.safe_load((saved / "config.yaml").read_text())
     config["ensemble"]["layers"] = 3
     (saved / "config.yaml").write_text(yaml.safe_dump(config))
-    _rehash(saved, "config.yaml")
+    rehash(saved, "config.yaml")
     with pytest.raises(ValueError, match=r"do not match its config.yaml \(ensemble.router.weight is \[2, 33\] there"):
         load_tuned(saved)
 
