@@ -38,6 +38,8 @@ LIMITS: dict[str, Limit] = {
     "decode/batch_1/routed_0.5": Limit("decoding at batch 1, routed at density 0.5 / dense", cpu=0.65, cuda=0.75),
     "attention/512/gathered_0.5": Limit("attention of half the queries / all of 512, masked", cpu=0.60, cuda=1.00),
     "attention/2048/gathered_0.5": Limit("attention of half the queries / all of 2048, masked", cpu=0.50, cuda=1.00),
+    "loop/dense": Limit("tokens a second of our dense loop / transformers.Trainer's", 1.1, 1.1, "at least"),
+    "loop/routed_0.5": Limit("of our loop routed at density 0.5 / transformers.Trainer's", 1.6, 1.6, "at least"),
     "loader/waited_share": Limit("share of a step spent waiting for data", cpu=0.01, cuda=0.01),
 }
 

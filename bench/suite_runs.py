@@ -16,6 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.suite import Downstream, Run, Suite
+from bench.turns import last_words
+from data.batches import TrainingData, ValidationSet
 from data.config import DataConfig
 from data.files import read_json, write_json
 from settings import load
@@ -267,16 +269,9 @@ def _run(job: Job, places: queue.SimpleQueue[str | None], threads: int) -> str |
     if status == EXIT_PREEMPTED:
         return f"{job.name}: it was asked to stop and has saved; the same command goes on with it"
     if status:
-        return f"{job.name}: {_last_words(job.log, status)} (all that it printed: {job.log})"
+        return f"{job.name}: {last_words(job.log, status)} (all that it printed: {job.log})"
     job.finish()
     return None
-
-
-def _last_words(log: Path, status: int) -> str:
-    """Its error, or else the last line that it printed; launchers have words of their own after an error."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return ([f"no output, status {status}", *lines, *errors])[-1].strip()
 
 
 def submit(suite: Suite, runs: Sequence[Run], options: Sequence[str]) -> list[str]:

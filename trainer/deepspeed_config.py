@@ -50,6 +50,10 @@ def owns_clipping(config: StageConfig) -> bool:
 def _zero(config: StageConfig) -> dict[str, Any]:
     settings = config.deepspeed
     zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.zero_stage == 2 and config.train.precision != "fp16":
+        # DeepSpeed's "scatter" is an all-reduce too, of a copy of the bucket, and copies its result back. Without it
+        # the bucket itself is reduced, and divided by the ranks after the sum, for which fp16 may not have the range.
+        zero["reduce_scatter"] = False
     if settings.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = settings.persistence_threshold
         if config.train.optimizer.kind == "muon":

@@ -17,6 +17,8 @@ Configure = Callable[..., RunConfig]
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_whole_json_of_every_stage(configure: Configure, stage: int, world_size: int) -> None:
     zero: dict[str, Any] = {"stage": stage}
+    if stage == 2:
+        zero["reduce_scatter"] = False
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = 0
     made = deepspeed_config(configure(f"deepspeed.zero_stage={stage}", "train.clip_norm=0.7"), world_size)
@@ -44,8 +46,9 @@ def test_bf16_sums_micro_batches_in_fp32_where_deepspeed_can(configure: Configur
     assert "data_types" not in deepspeed_config(configure("train.micro_batch_samples=8"), 1)
 
 
-def test_fp16_scales_its_loss(configure: Configure) -> None:
+def test_fp16_scales_its_loss_and_takes_means_before_sums(configure: Configure) -> None:
     made = deepspeed_config(configure("train.precision=fp16"), 1)
+    assert made["zero_optimization"] == {"stage": 2}
     assert made["fp16"] == {"enabled": True, "initial_scale_power": 12} and made["bf16"] == {"enabled": False}
 
 
@@ -90,7 +93,7 @@ def test_extra_is_merged_into_every_depth(configure: Configure) -> None:
     extra = "{wall_clock_breakdown: true, zero_optimization: {overlap_comm: false, stage: 2}, gradient_clipping: 1.0}"
     made = deepspeed_config(configure(f"deepspeed.extra={extra}"), 1)
     assert made["wall_clock_breakdown"] is True
-    assert made["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert made["zero_optimization"] == {"stage": 2, "reduce_scatter": False, "overlap_comm": False}
     assert made["gradient_clipping"] == 1.0  # the same value is no contradiction
 
 
