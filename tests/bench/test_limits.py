@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import limits
+from bench import decode, limits
 from bench.limits import LIMITS, Limit, judge, require
 
 
@@ -29,6 +29,15 @@ def test_each_limit_holds_on_one_side_only(metric: str, device: str) -> None:
 def test_a_device_has_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(limits.LIMITS, "step/routed_0.5", Limit("half", cpu=0.5, cuda=0.7))
     assert [judge({"step/routed_0.5": 0.6}, device)[0].holds for device in ("cpu", "cuda:0")] == [False, True]
+
+
+def test_decoding_is_judged_at_every_default_batch() -> None:
+    for batch in decode.parse([]).batches:
+        measured = {f"decode/batch_{batch}/routed_{density}": 1.01 for density in ("1", "0.5", "0.25")}
+        holds = {verdict.metric.rpartition("_")[2]: verdict.holds for verdict in judge(measured, "cpu")}
+        assert holds == {"1": True, "0.5": False}
+    at_once = "decode/batch_1/routed_0.5"
+    assert [judge({at_once: 0.7}, device)[0].holds for device in ("cpu", "cuda")] == [False, True]
 
 
 def test_more_utilisation_is_better_and_more_time_is_worse() -> None:
