@@ -89,8 +89,8 @@ class HopscotchRMSNorm(nn.Module):
 
 
 # One new token a row: of up to this many rows all are computed where any executes, because the weights are read anyway:
-# products of 4, 6, 8, 9 and 16 rows took 11.1, 15.1, 13.2, 13.4 and 14.2 ms (two Zen 4 cores, torch 2.13 with MKL, fp32).
-# Of more rows those that execute are taken out.
+# products of 4, 6, 8, 9 and 16 rows took 11.1, 15.1, 13.2, 13.4 and 14.2 ms (two Zen 4 cores, MKL, fp32). Of
+# more rows those that execute are taken out.
 WHOLE_BATCH = 8
 
 
