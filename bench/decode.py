@@ -1,6 +1,6 @@
 """Time token-by-token decoding from a KV cache: our dense decoder, routed ones, and Hugging Face's Llama.
 
-    python -m bench.decode                                 # CPU: 22M parameters; CUDA: 1B; batches of 1 and 8
+    python -m bench.decode                                 # CPU: 22M parameters; CUDA: 1B; batches of 1 to 64
     python -m bench.decode --batches 1 --densities 0.5 --repeats 30 --json decode.json
     python -m bench.decode --check                         # exit 1 if a limit of bench/limits.py is missed
 
@@ -24,6 +24,21 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
+from torch import Tensor
+
+from bench.contestants import (
+    DENSE,
+    PEER,
+    draw,
+    held_decoder,
+    held_llama,
+    model_config,
+    random_tokens,
+    routed_name,
+)
+from bench.limits import DECODE_BATCHES
+from bench.memory import peak_bytes, tensor_bytes
 from bench.options import (
     CPU_SIZES,
     CUDA_SIZES,
@@ -319,7 +334,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options_parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt (default: %(default)s)")
     options_parser.add_argument("--steps", type=int, default=32, help="tokens decoded a round (default: %(default)s)")
     options_parser.add_argument(
-        "--batches", type=int, nargs="+", default=[1, 8], help="rows decoded together (default: %(default)s)"
+        "--batches",
+        type=int,
+        nargs="+",
+        default=list(DECODE_BATCHES),
+        help="rows decoded together (default: %(default)s)",
     )
     add_run(options_parser, repeats=10)
     options = options_parser.parse_args(arguments)

@@ -28,6 +28,9 @@ class Limit:
     sense: Literal["at most", "at least"] = "at most"
 
 
+DECODE_BATCHES = (1, 2, 4, 8, 16, 64)
+"""The batch sizes at which ``bench.decode`` is judged, and its default."""
+
 LIMITS: dict[str, Limit] = {
     "step/routed_1": Limit("routed step at density 1 / dense step", cpu=1.05, cuda=1.08),
     "step/routed_0.5": Limit("routed step at density 0.5 / dense step", cpu=0.58, cuda=0.62),
@@ -35,6 +38,14 @@ LIMITS: dict[str, Limit] = {
     "step/dense_to_peer": Limit("dense step / Hugging Face Llama's step", cpu=0.95, cuda=0.80),
     "step/dense_mfu": Limit("MFU of the dense step, of the measured matmul peak", 0.60, 0.50, "at least"),
     "step/memory_routed_0.5": Limit("peak memory of a step, routed at density 0.5 / dense", cpu=0.75, cuda=0.75),
+    **{
+        f"decode/batch_{batch}/routed_1": Limit(f"decoding at batch {batch}, routed at density 1 / dense", 1.02, 1.02)
+        for batch in DECODE_BATCHES
+    },
+    **{
+        f"decode/batch_{batch}/routed_0.5": Limit(f"decoding at batch {batch}, routed at density 0.5 / dense", 1.0, 1.0)
+        for batch in DECODE_BATCHES
+    },
     "decode/batch_1/routed_0.5": Limit("decoding at batch 1, routed at density 0.5 / dense", cpu=0.65, cuda=0.75),
     "attention/512/gathered_0.5": Limit("attention of half the queries / all of 512, masked", cpu=0.60, cuda=1.00),
     "attention/2048/gathered_0.5": Limit("attention of half the queries / all of 2048, masked", cpu=0.50, cuda=1.00),

@@ -88,6 +88,12 @@ class HopscotchRMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.variance_epsilon)
 
 
+# One new token a row: of up to this many rows all are computed where any executes, because the weights are read anyway:
+# products of 4, 6, 8, 9 and 16 rows took 11.1, 15.1, 13.2, 13.4 and 14.2 ms (two Zen 4 cores, MKL, fp32). Of
+# more rows those that execute are taken out.
+WHOLE_BATCH = 8
+
+
 class Rows:
     """The tokens of a [B, T] grid that a site computes.
 
@@ -103,7 +109,10 @@ class Rows:
         self.index: Tensor | None = None
         if executed is not None and gather:
             index = executed.flatten().nonzero().squeeze(-1)
-            self.index = None if len(index) == executed.numel() else index
+            if self.tokens == 1 and 0 < len(index) < self.batch <= WHOLE_BATCH:
+                self.kept = executed
+            elif len(index) < executed.numel():
+                self.index = index
 
     @property
     def empty(self) -> bool:

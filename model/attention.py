@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from model.attend import attend
 from model.config import ModelConfig
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.rotary import rotate
 from model.selection import Selection
@@ -32,10 +33,10 @@ class Attention(nn.Module):
         super().__init__()
         d, k = config.width, config.head_dim
         self.heads, self.kv_heads, self.head_dim = config.heads, config.kv_heads, k
-        self.q_proj = nn.Linear(d, config.heads * k, bias=False)
-        self.k_proj = nn.Linear(d, config.kv_heads * k, bias=False)
-        self.v_proj = nn.Linear(d, config.kv_heads * k, bias=False)
-        self.o_proj = nn.Linear(config.heads * k, d, bias=False)
+        self.q_proj = Linear(d, config.heads * k)
+        self.k_proj = Linear(d, config.kv_heads * k)
+        self.v_proj = Linear(d, config.kv_heads * k)
+        self.o_proj = Linear(config.heads * k, d)
         self.q_norm = RMSNorm(k, config.norm_epsilon) if config.qk_norm else None
         self.k_norm = RMSNorm(k, config.norm_epsilon) if config.qk_norm else None
 

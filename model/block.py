@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import Attention
 from model.cache import KVCache
 from model.config import ModelConfig, RouterConfig
+from model.linear import Linear
 from model.norm import RMSNorm
 from model.router import ROUTERS, Gate, RoutingInputs
 from model.selection import Selection
@@ -73,9 +74,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.ffn_width, bias=False)
-        self.down_proj = nn.Linear(config.ffn_width, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.ffn_width)
+        self.up_proj = Linear(config.width, config.ffn_width)
+        self.down_proj = Linear(config.ffn_width, config.width)
 
     def forward(self, h: Tensor) -> Tensor:
         """[N, D] -> [N, D]."""
@@ -195,8 +196,11 @@ def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
 
 def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
     """Multiply an update [N, D] by its tokens' gate values; executed tokens' gates learn from it."""
-    if decision.selection.exact and config.kind != "expert_choice" and not torch.is_grad_enabled():
-        return update  # every one of these values is 1
+    if config.kind != "expert_choice" and not torch.is_grad_enabled():  # these values are 1, and 0 for fillers
+        if decision.selection.exact:
+            return update
+        executed = decision.selection.gather(decision.executed)
+        return torch.where(executed[:, None], update, 0.0)  # no product: what a filler gives need not be finite
     value = torch.where(decision.executed, decision.gate.value, decision.gate.value.detach())
     return update * decision.selection.gather(value)[:, None].to(update.dtype)
 

@@ -3,6 +3,7 @@
 Counted: matrix products, two FLOPs a multiply-add, and the attention's two products over the keys that each query
 really saw. A routed site always pays for its keys and values and for its router; queries, output projection,
 attention and feed-forward are paid for by the tokens that executed, the head by those whose logits are computed.
+A skipped token that is computed to make up a shape, and dropped (a filler of model/selection.py), is not counted.
 
 Left out, as is usual: norms, rotary, softmax, activations, the embedding lookup, the optimiser, and what activation
 checkpointing computes a second time; of a late-layer ensemble its router and the logits inside the distillation term.

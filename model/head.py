@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from model.chunks import IGNORED, accumulate, chunk_rows
 from model.distillation import distillation
+from model.linear import linear
 
 
 class LossSums(NamedTuple):
@@ -85,7 +86,7 @@ class LMHead(nn.Linear):
             candidates: C hidden states [N, D] to score against targets [N], all of them valid.
         """
         if targets is None:
-            return super().forward(hidden)
+            return linear(hidden, self.weight)
         if candidates:
             return self._score(candidates, targets)
         flat, weight = hidden.flatten(0, -2), self.weight
@@ -105,7 +106,7 @@ class LMHead(nn.Linear):
         for number, hidden in enumerate(candidates):
             for start in range(0, len(targets), rows):
                 part = slice(start, start + rows)
-                logits = super().forward(hidden[part]).float()
+                logits = linear(hidden[part], self.weight).float()
                 nll[number, part] = F.cross_entropy(logits, targets[part], reduction="none")
                 hit[number, part] = logits.argmax(dim=-1) == targets[part]
         return Scores(nll, hit)

@@ -16,7 +16,8 @@ Two ways to choose, same results where nothing overflows:
              wait; executed tokens beyond the capacity are dropped.
 
 Both may take in **fillers**, tokens that were to be skipped, to make up the number. Their gate is 0, so what is
-computed for them is multiplied away.
+computed for them is multiplied away, or dropped where there is no gradient. The counts of executed compute are of the
+tokens that routers asked for and got, without fillers, which are there to save time and of which nothing is used.
 
 An empty selection still runs every module, on zero rows: under ZeRO each rank must call the same modules in the same
 order and produce a gradient (of zeros) for each parameter, whatever its tokens chose.
@@ -34,9 +35,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Shapes that differ by a few rows cost a GPU new kernel choices and memory blocks; the CPU takes any number of many
-# rows, but multiplies 4 or 5 rows no faster than 8.
+# Shapes that differ by a few rows cost a GPU new kernel choices and memory blocks; the CPU takes any number of rows.
 _ROUND_TO = {"cpu": 1, "other": 128, "one": 8}
+
+# A step of one token a row on the CPU: if any row of a batch of up to this many executes, all are computed, because the
+# weights are read anyway and two rows take as long as one (the table in model/linear.py); of a larger batch those that
+# execute, because 4 rows take 0.7 of the time of 8, and so on up to 64. `python -m bench.decode` measures it.
+_WHOLE_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -92,13 +97,15 @@ class Selection:
     def of(mask: Tensor, round_to: int | None = None) -> Selection:
         """The tokens where the bool ``mask`` [B, T] is set, and fillers up to a multiple of ``round_to``.
 
-        Waits for the device to count them. Unless given, ``round_to`` is 1 on the CPU and 128 elsewhere, and 8 for one
-        token a row (T = 1). No token at all is rounded up too, but for T = 1, where that saves the whole site.
+        Waits for the device to count them. Unless given, ``round_to`` is 1 on the CPU and 128 elsewhere, and 8 there
+        for one token a row (T = 1). No token at all is rounded up too, but for T = 1, where that saves the whole site.
         """
         batch, tokens = mask.shape
+        if tokens == 1 and round_to is None and mask.is_cpu:
+            return _of_one(mask)
         flat = mask.flatten()
         if round_to is None:
-            round_to = _ROUND_TO["one" if tokens == 1 else "cpu" if mask.is_cpu else "other"]
+            round_to = _ROUND_TO["cpu" if mask.is_cpu else "one" if tokens == 1 else "other"]
         index = flat.nonzero().squeeze(-1)
         count = len(index)
         size = -(-count // round_to) * round_to
@@ -186,6 +193,14 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         (index,) = ctx.saved_tensors
         return grad, None, grad.index_select(0, index)
+
+
+def _of_one(mask: Tensor) -> Selection:
+    """:meth:`Selection.of` for ``mask`` [B, 1] on the CPU, where the host sees the answers for nothing."""
+    rows = [row for row, executed in enumerate(mask.flatten().tolist()) if executed]
+    if rows and (len(rows) == len(mask) or len(mask) <= _WHOLE_BATCH):
+        return Selection.everything(len(mask), 1, exact=len(rows) == len(mask))
+    return Selection(len(mask), 1, torch.tensor(rows, dtype=torch.int64))
 
 
 def _fill(mask: Tensor, missing: Tensor | int) -> Tensor:

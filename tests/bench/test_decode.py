@@ -77,7 +77,7 @@ def test_peak_memory_is_weights_cache_and_a_little(models: tuple[dict[str, Any],
         assert weights + cache <= decoding.peak_bytes < 1.2 * (weights + cache)
 
 
-def test_the_check_judges_batch_1_at_density_half(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_check_judges_default_batches_only(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         decode.main([*TOY[:-2], "3", "--densities", "0.5", "--check"])
     assert exit_info.value.code == 1

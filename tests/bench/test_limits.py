@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import limits
+from bench import decode, limits
 from bench.limits import LIMITS, Limit, judge, require
 
 
@@ -31,9 +31,17 @@ def test_a_device_has_its_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [judge({"step/routed_0.5": 0.6}, device)[0].holds for device in ("cpu", "cuda:0")] == [False, True]
 
 
-def test_more_utilisation_and_tokens_are_better_and_more_time_is_worse() -> None:
-    rates = {"step/dense_mfu", "loop/dense", "loop/routed_0.5"}
-    assert {name for name, limit in LIMITS.items() if limit.sense == "at least"} == rates
+def test_decoding_is_judged_at_every_default_batch() -> None:
+    for batch in decode.parse([]).batches:
+        measured = {f"decode/batch_{batch}/routed_{density}": 1.01 for density in ("1", "0.5", "0.25")}
+        holds = {verdict.metric.rpartition("_")[2]: verdict.holds for verdict in judge(measured, "cpu")}
+        assert holds == {"1": True, "0.5": False}
+    at_once = "decode/batch_1/routed_0.5"
+    assert [judge({at_once: 0.7}, device)[0].holds for device in ("cpu", "cuda")] == [False, True]
+
+
+def test_more_utilisation_is_better_and_more_time_is_worse() -> None:
+    assert {name for name, limit in LIMITS.items() if limit.sense == "at least"} == {"step/dense_mfu"}
     assert judge({"step/dense_mfu": 0.9}, "cpu")[0].holds
     assert not judge({"step/dense_mfu": 0.1}, "cpu")[0].holds
 

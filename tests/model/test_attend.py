@@ -98,16 +98,39 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 
 @confined
-@pytest.mark.parametrize("rows", [[], [2], [0, 3], [0, 1, 2, 3]])
-def test_one_new_token_a_row(confined: bool, rows: list[int]) -> None:
+@pytest.mark.parametrize("rows", [[], [2], [0, 3], [1, 3], [0, 1, 2, 3]])
+@pytest.mark.parametrize("keys", [40, 200, 300])
+def test_one_new_token_a_row(confined: bool, rows: list[int], keys: int) -> None:
     chosen = torch.zeros(4, 1, dtype=torch.bool)
     chosen[rows] = True
     selection = Selection.of(chosen)
-    documents = documents_of(4, 40) if confined else None
-    tensors = inputs(selection, 40)
-    found = attend(*tensors, selection, Visibility(1, 39, documents, CPU))
-    expected = reference(*tensors, dense_mask(selection, 39, documents, 40))
+    documents = documents_of(4, keys) if confined else None
+    tensors = inputs(selection, keys)
+    found = attend(*tensors, selection, Visibility(1, keys - 1, documents, CPU))
+    expected = reference(*tensors, dense_mask(selection, keys - 1, documents, keys))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "calls"),
+    [([1, 2, 6], 100, [2, 1]), ([1, 2, 5], 100, [5]), ([1, 3], 300, [1, 1]), ([0, 1], 300, [2]), ([], 100, [])],
+)
+def test_rows_that_do_not_ask_are_read_only_where_a_call_would_cost_more(
+    rows: list[int], keys: int, calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    sdpa = F.scaled_dot_product_attention
+
+    def counting(q: Tensor, *args: object, **kwargs: object) -> Tensor:
+        read.append(q.shape[0])
+        return sdpa(q, *args, **kwargs)
+
+    monkeypatch.setattr(attend_module.F, "scaled_dot_product_attention", counting)
+    chosen = torch.zeros(8, 1, dtype=torch.bool)
+    chosen[rows] = True
+    selection = Selection.of(chosen)
+    attend(*inputs(selection, keys), selection, Visibility(1, keys - 1, None, CPU))
+    assert read == calls
 
 
 def test_blocks_skip_keys_that_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> None:

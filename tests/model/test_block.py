@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.block import Decision, _weigh
 from model.config import RouterConfig
 from model.decoder import Decoder, DecoderOutput
 from model.router import ROUTERS, Gate, RoutingInputs
+from model.selection import Selection
 from tests.model.tiny import (
     LENGTH,
     VARIANTS,
@@ -109,6 +112,17 @@ def test_rounded_equals_reference_whatever_is_executed(pattern: str, granularity
         cfg = config("learned", granularity=granularity, execution=execution)
         pair.append(force(decoder(cfg), masks(pattern, len(cfg.sites))))
     assert_same_step(*pair, confined=confined)
+
+
+@torch.no_grad()
+def test_a_row_that_is_computed_and_dropped_may_overflow() -> None:
+    """Nought times infinity would be NaN."""
+    executed = torch.tensor([[True], [False]])
+    router = RouterConfig(density=0.5)
+    decision = Decision(Gate(executed, executed.float()), executed, Selection.everything(2, 1, exact=False))
+    for bad in (math.inf, math.nan):
+        update = torch.tensor([[1.0, 2.0], [bad, -bad]])
+        assert _weigh(update, decision, router).tolist() == [[1, 2], [0, 0]]
 
 
 @granular

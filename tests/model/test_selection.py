@@ -100,12 +100,26 @@ def test_rounding_takes_in_the_first_skipped_tokens(name: str, round_to: int) ->
 
 
 @pytest.mark.parametrize("rows", [0, 1, 8, 9, 16, 17, 20])
-def test_one_token_a_row_is_rounded_up_to_eight_but_not_from_none(rows: int) -> None:
+def test_one_token_a_row_is_rounded_up_but_not_from_none(rows: int) -> None:
     chosen = (torch.arange(20) < rows)[:, None]
-    selection = Selection.of(chosen)
+    selection = Selection.of(chosen, round_to=8)
     assert selection.size == {0: 0, 1: 8, 8: 8, 9: 16, 16: 16, 17: 20, 20: 20}[rows]
     assert selection.exact == (selection.size == rows)
-    assert Selection.of(chosen[:1]).size == min(rows, 1)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 20])
+@pytest.mark.parametrize("chosen", ["none", "last", "all"])
+def test_one_token_a_row_on_the_cpu_is_taken_exactly_but_of_two_rows(batch: int, chosen: str) -> None:
+    rows = {"none": [], "last": [batch - 1], "all": list(range(batch))}[chosen]
+    executed = torch.zeros(batch, 1, dtype=torch.bool)
+    executed[rows] = True
+    selection = Selection.of(executed)
+    if chosen == "last" and batch == 2:
+        assert selection.index is None and not selection.exact
+    elif len(rows) == batch:
+        assert selection.index is None and selection.exact
+    else:
+        assert selection.index.tolist() == rows and selection.exact
 
 
 @masks
