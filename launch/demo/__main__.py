@@ -3,8 +3,8 @@
     python -m launch.demo configs/demo.yaml configs/tune_demo.yaml --processes 2
 
 Tokenizer, shards, stage one and stage two under DeepSpeed, export, answers from the export: each stage is the command
-that a user would type, printed before it runs. Ctrl-C, SIGTERM or SIGHUP ends what runs, with what was trained saved, and
-the same command goes on from there; after a demo that was done it starts afresh, and keeps the earlier one.
+that a user would type, printed before it runs. Ctrl-C, SIGTERM or SIGHUP ends what runs, with what was trained saved,
+and the same command goes on from there; after a demo that was done it starts afresh, and keeps the earlier one.
 """
 
 from __future__ import annotations
@@ -135,10 +135,8 @@ def _introduce(demo: Demo, stages: list[Stage], speed: Speed, ranks: int, going_
     where = f"{ranks} GPUs" if speed.gpus else f"{ranks} processes on the CPU"
     about = speed.demo_s(demo, ranks)
     again = "; goes on where the last one stopped (afresh: rm -r runs/demo*)" if going_on else ""
-    print(
-        f"raw text to a tuned, exported decoder in {len(stages)} commands, on {where}: about {_minutes(about)} here{again}",
-        flush=True,
-    )
+    what = f"raw text to a tuned, exported decoder in {len(stages)} commands, on {where}"
+    print(f"{what}: about {_minutes(about)} here{again}", flush=True)
 
 
 def _minutes(seconds: float) -> str:

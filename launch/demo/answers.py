@@ -35,10 +35,9 @@ class Answer:
         return self.given == self.right
 
     def sentence(self) -> str:
-        """Verdict, the line of code, the answer, and the right one where it is another."""
-        line = self.question.splitlines()[0]
-        instead = "" if self.is_right else f"   (it was {self.right.strip()})"
-        return f"{'right' if self.is_right else 'wrong'}   {line:<64} {self.given.strip() or 'nothing'}{instead}"
+        """Verdict, the code with what the model closes it with, and the right one where it is another."""
+        instead = "" if self.is_right else f"      right: {self.right}"
+        return f"{'right' if self.is_right else 'wrong'}   {self.question.strip()}  {self.given or 'nothing'}{instead}"
 
 
 def main() -> int:

@@ -40,14 +40,7 @@ class Speed:
 
     def demo_s(self, demo: Demo, ranks: int) -> float:
         """Seconds that the whole demo will take, about."""
-        tokens = sum(
-            train.steps * train.global_batch_samples * data.sequence_tokens
-            for train, data in (
-                (demo.stage_one.train, demo.stage_one.data),
-                (demo.stage_two.train, demo.stage_two.data),
-            )
-        )
-        return _STARTS * self.import_s + _WHOLE_STEP * tokens / (self.tokens_per_s * ranks)
+        return _STARTS * self.import_s + _WHOLE_STEP * demo.trained_tokens / (self.tokens_per_s * ranks)
 
 
 def measure(config: RunConfig, ranks: int) -> Speed:

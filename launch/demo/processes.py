@@ -1,9 +1,9 @@
 """Commands one after the other: what they say is shown as it comes, and a signal ends all that they started.
 
-Every command has a session of its own, so that Ctrl-C, or a signal to the process group that this process is in, reaches
-this process alone. It asks the command's processes with SIGTERM: ranks save the step that they are at, everything else
-just ends and is done again the next time. The ``deepspeed`` command and its launcher are left to see that their ranks
-have ended, because either would end before them, and say so at length.
+Every command has a session of its own, so that Ctrl-C, or a signal to the process group that this process is in,
+reaches this process alone. It asks the command's processes with SIGTERM: ranks save the step that they are at,
+everything else just ends and is done again the next time. The ``deepspeed`` command and its launcher are left to
+see that their ranks have ended, because either would end before them, and say so at length.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Commands:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_parent(),
+            preexec_fn=_end_with_parent(),  # noqa: PLW1509  one call into C, which waits for no thread
         )
         assert process.stdout is not None
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()

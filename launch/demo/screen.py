@@ -42,11 +42,9 @@ class Screen:
         return time.monotonic() - self._started_s
 
     def line(self, text: str) -> None:
-        """Show a line; an empty one is left out."""
+        """Show a line of the command's; an empty one is left out."""
         if text:
-            tqdm.write(f"  {text}", file=sys.stdout)
-            sys.stdout.flush()
-            self._said_s = time.monotonic()
+            self._show(text)
 
     def tick(self) -> None:
         """Show how far it is; to be called several times a second."""
@@ -54,8 +52,13 @@ class Screen:
             self._bar.n = self._step() if self._bar.total else 0
             self._bar.refresh()
         elif time.monotonic() - self._said_s > _SILENCE_S:
-            self.line(f"... {self._title}, {self.took_s:.0f} s")
+            self._show(f"... {self._title}, {self.took_s:.0f} s")
 
     def close(self) -> None:
         """Take the bar away."""
         self._bar.close()
+
+    def _show(self, text: str) -> None:
+        tqdm.write(f"  {text}", file=sys.stdout)
+        sys.stdout.flush()
+        self._said_s = time.monotonic()

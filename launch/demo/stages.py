@@ -65,8 +65,16 @@ class Demo:
 
     @property
     def folders(self) -> list[Path]:
-        """Everything that the demo makes."""
-        return [Path(self.stage_one.data.dir), *self.run_dirs, self.export]
+        """Everything that the demo makes: ``runs/demo``, ``runs/demo-data`` and the like, no data from elsewhere."""
+        run = self.run_dirs[0]
+        folders = [run, Path(self.stage_one.data.dir), self.run_dirs[1], self.export]
+        return [folder for folder in folders if folder == run or str(folder).startswith(f"{run}-")]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that both stages train on."""
+        stages = ((self.stage_one.train, self.stage_one.data), (self.stage_two.train, self.stage_two.data))
+        return sum(train.steps * train.global_batch_samples * data.sequence_tokens for train, data in stages)
 
     def stages(self, processes: int, port: int) -> list[Stage]:
         """All stages in order; ``processes`` ranks meet at ``port``."""
@@ -84,10 +92,10 @@ class Demo:
                 run / "checkpoints" / f"step-{one.steps:08d}" / "manifest.json",
                 one,
             ),
-            Stage("examples", "lines of code without their keyword", [*python, "launch.demo.examples", data]),
+            Stage("examples", "lines of code with open brackets", [*python, "launch.demo.examples", data]),
             Stage(
                 "stage two",
-                f"{two.steps} steps of tuning on them, the last layers voting",
+                f"{two.steps} steps of learning to close them, the last layers voting",
                 [*launcher, "tune.train", str(self.tune_config)],
                 tuned / "checkpoints" / f"step-{two.steps:08d}" / "manifest.json",
                 two,
