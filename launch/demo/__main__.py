@@ -60,7 +60,8 @@ def run(demo: Demo, ranks: int) -> int:
         _start_afresh(demo, path)
     record = Record(path)
     going_on = any(record.seconds(stage) for stage in stages)
-    _introduce(demo, stages, speed, ranks, going_on)
+    left = [stage for stage in stages if not record.is_done(stage)]
+    _introduce(left, speed, ranks, going_on)
     for number, stage in enumerate(stages, start=1):
         print(f"\n[{number}/{len(stages)}] {stage.name}: {stage.what}", flush=True)
         if stage.product is not None and record.is_done(stage):
@@ -97,7 +98,7 @@ class _Quiet(Screen):
     last = ""
 
     def line(self, text: str) -> None:
-        self.last = text or self.last
+        self.last = text
 
 
 def _measure(demo: Demo, ranks: int, commands: Commands, environment: dict[str, str]) -> Speed | None:
@@ -131,9 +132,9 @@ def _start_afresh(demo: Demo, record: Path) -> None:
         print(f"an earlier demo is kept; remove it when you like: rm -r {' '.join(moved)}")
 
 
-def _introduce(demo: Demo, stages: list[Stage], speed: Speed, ranks: int, going_on: bool) -> None:
+def _introduce(stages: list[Stage], speed: Speed, ranks: int, going_on: bool) -> None:
     where = f"{ranks} GPUs" if speed.gpus else f"{ranks} processes on the CPU"
-    about = speed.demo_s(demo, ranks)
+    about = speed.demo_s(stages, ranks)
     again = "; goes on where the last one stopped (afresh: rm -r runs/demo*)" if going_on else ""
     what = f"raw text to a tuned, exported decoder in {len(stages)} commands, on {where}"
     print(f"{what}: about {_minutes(about)} here{again}", flush=True)

@@ -1,7 +1,7 @@
-"""How long the demo takes on this machine, from a second's measurement: ``python -m launch.demo.estimate CONFIG``.
+"""How fast this machine is, so that the demo can say how long it takes: ``python -m launch.demo.estimate CONFIG``.
 
-Prints the number of GPUs, and two speeds. A start of Python with torch is timed, because seven commands, four of them
-with ranks, spend much of the demo in that; and the decoder's forward and backward pass.
+Prints, after a second, the number of GPUs and two speeds: of Python, since starting seven commands, two of them with
+ranks, is a third of the demo, and of the decoder's forward and backward pass.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.demo.stages import Demo
+from launch.demo.stages import Stage
 from settings import user_errors
 from trainer.config import RunConfig, load_run
 
-_STARTS = 26.0
-"""All that is no training, as a multiple of torch's import: as measured on two cores (LOG.md)."""
-_WHOLE_STEP = 1.25
+_STARTS = 65.0 / 0.013
+"""Seconds that are no training, over those of ``_python_s``: as measured on two cores (LOG.md)."""
+_WHOLE_STEP = 2.0
 """Time of a training step with its optimiser, communication, evaluations and saves, over forward and backward."""
 
 
@@ -30,25 +31,24 @@ class Speed:
 
     Attributes:
         gpus: how many there are.
-        import_s: seconds to import torch.
+        python_s: seconds of a little Python.
         tokens_per_s: of one rank's forward and backward pass.
     """
 
     gpus: int
-    import_s: float
+    python_s: float
     tokens_per_s: float
 
-    def demo_s(self, demo: Demo, ranks: int) -> float:
-        """Seconds that the whole demo will take, about."""
-        return _STARTS * self.import_s + _WHOLE_STEP * demo.trained_tokens / (self.tokens_per_s * ranks)
+    def demo_s(self, stages: Sequence[Stage], ranks: int) -> float:
+        """Seconds that ``stages`` will take, about."""
+        starts = _STARTS * self.python_s * sum(stage.start for stage in stages)
+        return starts + _WHOLE_STEP * sum(stage.tokens for stage in stages) / (self.tokens_per_s * ranks)
 
 
 def measure(config: RunConfig, ranks: int) -> Speed:
     """Measure ``config``'s model on this machine, on as many threads as one of ``ranks`` has."""
-    start = time.perf_counter()
     import torch
 
-    import_s = time.perf_counter() - start
     from model.decoder import Decoder
 
     gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
@@ -60,7 +60,7 @@ def measure(config: RunConfig, ranks: int) -> Speed:
     shape = (config.train.micro_batch_samples, config.data.sequence_tokens)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)
     best_s = min(_pass_s(decoder, tokens) for _ in range(3))
-    return Speed(gpus, import_s, tokens.numel() / best_s)
+    return Speed(gpus, min(_python_s() for _ in range(5)), tokens.numel() / best_s)
 
 
 def _pass_s(decoder: Any, tokens: Any) -> float:
@@ -68,6 +68,12 @@ def _pass_s(decoder: Any, tokens: Any) -> float:
     start = time.perf_counter()
     decoder(tokens, tokens).loss.loss.backward()
     float(decoder.embed_tokens.weight.grad.sum())  # waits for a GPU
+    return time.perf_counter() - start
+
+
+def _python_s() -> float:
+    start = time.perf_counter()
+    sum(number * number for number in range(300_000))
     return time.perf_counter() - start
 
 

@@ -62,20 +62,23 @@ class Commands:
         ending = _Ending(process.pid)
         try:
             # The pipe is closed when the last process that holds it has ended: a rank whose launcher is gone, too.
-            while (line := self._next(lines, screen)) is not None:
-                screen.line(line)
-                if self.signals:
-                    ending.go_on(at_once=self.signals > 1)
+            while (line := self._next(lines)) is not None:
+                try:
+                    screen.line(line) if line else screen.tick()
+                except OSError:  # nobody is there to read: a terminal that was closed, a pipe's other end
+                    self.signals = max(self.signals, 1)
+                if self.signals and ending.go_on(at_once=self.signals > 1):
+                    with suppress(OSError):
+                        screen.line("stopping; what was trained is being saved (again: at once, not saved)")
         finally:
             ending.kill()
         return process.wait()
 
-    def _next(self, lines: queue.SimpleQueue[str | None], screen: Screen) -> str | None:
+    def _next(self, lines: queue.SimpleQueue[str | None]) -> str | None:
         """The next line, empty if none came for a moment; None after the last one."""
         try:
             return lines.get(timeout=_TICK_S)
         except queue.Empty:
-            screen.tick()
             return ""
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -90,12 +93,16 @@ class _Ending:
         self._asked: set[int] = set()
         self._first_s = 0.0
 
-    def go_on(self, at_once: bool) -> None:
-        """Ask those who were not asked yet; kill them ``at_once``, or if they were given time enough."""
+    def go_on(self, at_once: bool) -> bool:
+        """Ask those who were not asked yet; kill them ``at_once``, or if they were given time enough.
+
+        True the first time.
+        """
+        first = not self._first_s
         self._first_s = self._first_s or time.monotonic()
         if at_once or time.monotonic() - self._first_s > _LAST_RESORT_S:
             self.kill()
-            return
+            return first
         members = self._members()
         workers = [process for process in members if not _is_launcher(process)]
         # A launcher without ranks has none yet, or, if some were asked, is about to see that they have ended.
@@ -104,6 +111,7 @@ class _Ending:
                 with suppress(psutil.NoSuchProcess):
                     process.terminate()
                 self._asked.add(process.pid)
+        return first
 
     def kill(self) -> None:
         """Kill what is left."""

@@ -42,9 +42,8 @@ class Screen:
         return time.monotonic() - self._started_s
 
     def line(self, text: str) -> None:
-        """Show a line of the command's; an empty one is left out."""
-        if text:
-            self._show(text)
+        """Show a line of the command's."""
+        self._show(text)
 
     def tick(self) -> None:
         """Show how far it is; to be called several times a second."""

@@ -22,14 +22,18 @@ class Stage:
         what: what it does, in half a sentence.
         command: to run.
         product: what is there when it is done; None if it is quick, and done again each time.
+        start: its part of the demo's time that is no training; all parts are 1.
         train: for a stage that trains, its block of the config.
+        tokens: that it trains on.
     """
 
     name: str
     what: str
     command: list[str]
+    start: float
     product: Path | None = None
     train: TrainConfig | None = None
+    tokens: int = 0
 
     @property
     def steps(self) -> int:
@@ -70,12 +74,6 @@ class Demo:
         folders = [run, Path(self.stage_one.data.dir), self.run_dirs[1], self.export]
         return [folder for folder in folders if folder == run or str(folder).startswith(f"{run}-")]
 
-    @property
-    def trained_tokens(self) -> int:
-        """Tokens that both stages train on."""
-        stages = ((self.stage_one.train, self.stage_one.data), (self.stage_two.train, self.stage_two.data))
-        return sum(train.steps * train.global_batch_samples * data.sequence_tokens for train, data in stages)
-
     def stages(self, processes: int, port: int) -> list[Stage]:
         """All stages in order; ``processes`` ranks meet at ``port``."""
         python, launcher = [sys.executable, "-m"], [*deepspeed_launcher(processes, port), "--module"]
@@ -83,33 +81,39 @@ class Demo:
         validation = self.stage_two.data.validation[0].files[0]
         one, two = self.stage_one.train, self.stage_two.train
         return [
-            Stage("tokenizer", "learns pieces of text", [*python, "data.tokenizer", str(self.config)]),
-            Stage("data", "text to tokens", [*python, "data.prepare", str(self.config)]),
+            Stage("tokenizer", "learns pieces of text", [*python, "data.tokenizer", str(self.config)], 0.03),
+            Stage("data", "text to tokens", [*python, "data.prepare", str(self.config)], 0.04),
             Stage(
                 "stage one",
                 f"{one.steps} steps of pretraining on {processes} ranks",
                 [*launcher, "pretrain.train", str(self.config)],
+                0.25,
                 run / "checkpoints" / f"step-{one.steps:08d}" / "manifest.json",
                 one,
+                one.steps * one.global_batch_samples * self.stage_one.data.sequence_tokens,
             ),
-            Stage("examples", "lines of code with open brackets", [*python, "launch.demo.examples", data]),
+            Stage("examples", "lines of code with open brackets", [*python, "launch.demo.examples", data], 0.03),
             Stage(
                 "stage two",
                 f"{two.steps} steps of learning to close them, the last layers voting",
                 [*launcher, "tune.train", str(self.tune_config)],
+                0.4,
                 tuned / "checkpoints" / f"step-{two.steps:08d}" / "manifest.json",
                 two,
+                two.steps * two.global_batch_samples * self.stage_two.data.sequence_tokens,
             ),
             Stage(
                 "export",
                 "Hugging Face's format, compared with the original",
                 [*python, "convert.to_hf", str(tuned), str(self.export)],
+                0.14,
                 self.export,
             ),
             Stage(
                 "answers",
                 "of the export, in transformers",
                 [*python, "launch.demo.answers", str(self.export), validation],
+                0.11,
             ),
         ]
 

@@ -113,6 +113,19 @@ def test_the_second_signal_kills_what_does_not_end() -> None:
     wait_until_ended(processes)
 
 
+def test_nobody_reading_is_a_signal_too() -> None:
+    command = [sys.executable, "-c", RUN, FAMILY.replace("{child}", "SIG_DFL").replace("time.sleep(600)\n", "\n", 1)]
+    endless = command[-1] + "while True: print('more', flush=True); time.sleep(0.1)\n"
+    process = subprocess.Popen(
+        [*command[:-1], endless], cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    pids = next(line.split()[1:] for line in process.stdout if b"pids" in line)
+    process.stdout.close()
+    process.wait(PATIENCE_S)
+    wait_until_ended([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))])
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not hear that its parent has died")
 def test_the_command_does_not_outlive_a_demo_that_is_killed() -> None:
     started, processes = family("SIG_DFL")
