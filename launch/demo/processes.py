@@ -27,6 +27,8 @@ import psutil
 from launch.demo.screen import Screen
 
 _TICK_S = 0.25
+_SAME_S = 2.0
+"""Signals within this time of the first are the same one: make passes a SIGTERM on that its process group has had."""
 _LAST_RESORT_S = 30.0
 """What has not ended this long after it was asked to is killed."""
 _LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch"}
@@ -42,6 +44,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.signals = 0
+        self._first_s = 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._note)
 
@@ -82,7 +85,11 @@ class Commands:
             return ""
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.signals += 1
+        now_s = time.monotonic()
+        if not self.signals:
+            self._first_s = now_s
+        if not self.signals or now_s - self._first_s > _SAME_S:
+            self.signals += 1
 
 
 class _Ending:

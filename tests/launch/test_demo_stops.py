@@ -103,12 +103,14 @@ def test_a_signal_ends_a_command_and_what_it_started(number: signal.Signals, to:
     assert all(map(has_ended, processes))
 
 
-def test_the_second_signal_kills_what_does_not_end() -> None:
+def test_the_second_signal_kills_what_does_not_end_but_not_one_that_make_passes_on() -> None:
     started, processes = family("SIG_IGN")
-    started.process.send_signal(signal.SIGINT)
+    os.killpg(started.process.pid, signal.SIGTERM)
+    started.process.send_signal(signal.SIGTERM)
     wait_until_ended(processes[:1])
+    time.sleep(2.5)
     assert not has_ended(processes[1]) and started.process.poll() is None
-    started.process.send_signal(signal.SIGINT)
+    started.process.send_signal(signal.SIGTERM)
     assert started.end() == 0 and started.lines[-1].split()[:2] == ["ended", "2"]
     wait_until_ended(processes)
 
