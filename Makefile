@@ -1,45 +1,52 @@
-# make setup   .venv with everything            make test    all tests that need no GPU
-# make demo    text to an exported, tuned model   make check   format, lint, types
-# make quick   the tests that start no processes, and one of each folder that has only such: two minutes
+# make setup   .venv with what it takes to train    make test    all tests that need no GPU
+# make demo    text to an exported, tuned model      make check   format, lint, types
 # make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
+# make lock    newest versions of what requirements.txt and requirements-dev.txt need, into requirements.lock
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
 DEMO := configs/demo.yaml configs/tune_demo.yaml
+UV := $(BIN)/uv pip
+INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock --requirement
 
-.PHONY: setup demo quick test faults check clean
+.PHONY: setup tools demo test faults check lock clean
 
 setup: $(VENV)/.installed
+tools: $(VENV)/.tools
 
-# The stamp is renewed when the requirements change. DeepSpeed builds from source and must see the same torch.
-$(VENV)/.installed: requirements.txt requirements-dev.txt
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hopscotch needs Python 3.11 or newer")'
+# The stamps are renewed when the requirements change. pip installs torch, because it knows where this machine has it
+# from (a CPU build, or one for its CUDA); uv, several times as fast, leaves that as it is and installs the rest.
+$(VENV)/.installed: requirements.txt requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hopscotch needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
-	touch $@
+	@echo "installing torch: 0.2 GB for a CPU, 3 GB with CUDA ..."
+	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock torch uv
+	$(INSTALL) requirements.txt
+	@touch $@
+
+$(VENV)/.tools: $(VENV)/.installed requirements-dev.txt
+	$(INSTALL) requirements-dev.txt
+	@touch $@
 
 demo: setup
-	$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
+	@$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
 
-quick: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "quick or not processes"
+test: tools
+	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
-test: setup
-	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-
-faults: setup
+faults: tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "slow or not slow" tests/faults
 
-check: setup
+check: tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# The page of all config fields, from the schemas; a test says when it is out of date.
-docs: setup
-	$(BIN)/python -m settings.reference trainer.config:RunConfig tune.config:TuneFile > docs/config.md
+# For every platform and every Python from 3.11 on; what CUDA builds of torch need is in it, and installed with them only.
+lock: setup
+	$(UV) compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
+		--custom-compile-command "make lock" requirements-dev.txt --output-file requirements.lock
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

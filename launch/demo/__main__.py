@@ -1,0 +1,171 @@
+"""From nothing to a tuned decoder in Hugging Face's format: what ``make demo`` runs.
+
+    python -m launch.demo configs/demo.yaml configs/tune_demo.yaml --processes 2
+
+Tokenizer, shards, stage one and stage two under DeepSpeed, export, answers from the export: each stage is the command
+that a user would type, printed before it runs. Ctrl-C, SIGTERM or SIGHUP ends what runs, with what was trained saved,
+and the same command goes on from there; after a demo that was done it starts afresh, and keeps the earlier one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from launch.demo.estimate import Speed
+from launch.demo.processes import Commands
+from launch.demo.screen import Screen
+from launch.demo.stages import Demo, Record, Stage
+from settings import load, user_errors
+from trainer.config import load_run, name_run
+from trainer.exit_status import EXIT_PREEMPTED
+from trainer.start import free_port
+from tune.config import TuneFile
+
+
+def main() -> int:
+    """Run the demo; the exit status is that of the first command that fails, 75 if it was stopped."""
+    parser = argparse.ArgumentParser(
+        prog="launch.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML of stage one")
+    parser.add_argument("tune_config", type=Path, help="YAML of stage two")
+    parser.add_argument("--processes", type=int, default=2, help="ranks on this machine (at most one a GPU)")
+    arguments = parser.parse_args()
+    with user_errors():
+        one, two = load_run(arguments.config), load(arguments.tune_config, [], TuneFile)
+        two = two.model_copy(update={"train": name_run(two.train, arguments.tune_config)})
+        demo = Demo(arguments.config, arguments.tune_config, one, two)
+        return run(demo, arguments.processes)
+
+
+def run(demo: Demo, ranks: int) -> int:
+    """All stages that are not done yet; returns the exit status."""
+    commands, environment = Commands(), _environment()
+    speed = _measure(demo, ranks, commands, environment)
+    if speed is None:
+        return _stopped("before it began")
+    if speed.gpus:
+        ranks = min(ranks, speed.gpus)
+    else:
+        environment["DS_ACCELERATOR"] = "cpu"  # what DeepSpeed would find out by itself, with warnings
+    stages = demo.stages(ranks, free_port())
+    path = demo.run_dirs[0].with_name(f"{demo.run_dirs[0].name}-stages.json")
+    if all(Record(path).is_done(stage) for stage in stages) or not path.exists():
+        _start_afresh(demo, path)
+    record = Record(path)
+    going_on = any(record.seconds(stage) for stage in stages)
+    left = [stage for stage in stages if not record.is_done(stage)]
+    _introduce(left, speed, ranks, going_on)
+    for number, stage in enumerate(stages, start=1):
+        print(f"\n[{number}/{len(stages)}] {stage.name}: {stage.what}", flush=True)
+        if stage.product is not None and record.is_done(stage):
+            print(f"  done already: {stage.product}", flush=True)
+            continue
+        status = _run(stage, record, commands, environment)
+        if commands.signals:
+            return _stopped(f"in {stage.name}")
+        if status:
+            return status
+    _conclude(demo, stages, record)
+    return 0
+
+
+def _run(stage: Stage, record: Record, commands: Commands, environment: dict[str, str]) -> int:
+    print(f"$ {shlex.join([Path(stage.command[0]).name, *stage.command[1:]])}", flush=True)
+    screen = Screen(stage.name, stage.steps, stage.step)
+    try:
+        status = commands.run(stage.command, environment, screen)
+    finally:
+        screen.close()
+    record.add(stage, screen.took_s, done=status == 0 and not commands.signals)
+    return status
+
+
+def _environment() -> dict[str, str]:
+    """Of the commands: their lines come at once, and without bars, since there is one here."""
+    return os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+
+
+class _Quiet(Screen):
+    """Keeps the last line instead of showing it."""
+
+    last = ""
+
+    def line(self, text: str) -> None:
+        self.last = text
+
+
+def _measure(demo: Demo, ranks: int, commands: Commands, environment: dict[str, str]) -> Speed | None:
+    """The speed of this machine; None if a signal came meanwhile.
+
+    Raises:
+        ValueError: if it cannot be measured.
+    """
+    print("looking how fast this machine is ...", flush=True)
+    screen = _Quiet("measuring")
+    command = [sys.executable, "-m", "launch.demo.estimate", str(demo.config), "--ranks", str(ranks)]
+    status = commands.run(command, environment, screen)
+    screen.close()
+    if commands.signals:
+        return None
+    if status:
+        raise ValueError(f"{shlex.join(command)} failed ({screen.last}); run it to see why")
+    return Speed(**json.loads(screen.last))
+
+
+def _start_afresh(demo: Demo, record: Path) -> None:
+    """Move what an earlier demo made out of the way; every other command refuses to run over an earlier run."""
+    record.unlink(missing_ok=True)
+    now = time.strftime("%Y%m%d-%H%M%S")
+    moved = []
+    for folder in demo.folders:
+        if folder.exists():
+            folder.rename(earlier := folder.with_name(f"{folder.name}-before-{now}"))
+            moved.append(str(earlier))
+    if moved:
+        print(f"an earlier demo is kept; remove it when you like: rm -r {' '.join(moved)}")
+
+
+def _introduce(stages: list[Stage], speed: Speed, ranks: int, going_on: bool) -> None:
+    where = f"{ranks} GPUs" if speed.gpus else f"{ranks} processes on the CPU"
+    about = speed.demo_s(stages, ranks)
+    again = "; goes on where the last one stopped (afresh: rm -r runs/demo*)" if going_on else ""
+    what = f"raw text to a tuned, exported decoder in {len(stages)} commands, on {where}"
+    print(f"{what}: about {_minutes(about)} here{again}", flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    """To ten seconds: ``50 s``, ``2 min 40 s``."""
+    minutes, rest = divmod(max(round(seconds / 10), 1) * 10, 60)
+    return " ".join(part for part in (f"{minutes} min" * (minutes > 0), f"{rest} s" * (rest > 0)) if part)
+
+
+def _stopped(where: str) -> int:
+    print(f"\nstopped {where}; the same command goes on from there", flush=True)
+    return EXIT_PREEMPTED
+
+
+def _conclude(demo: Demo, stages: list[Stage], record: Record) -> None:
+    """The stages with their seconds, and where things lie."""
+    rows = [(stage.name, record.seconds(stage)) for stage in stages]
+    total = sum(seconds for _, seconds in rows)
+    print("\nstage      seconds")
+    for name, seconds in [*rows, ("all", total)]:
+        print(f"{name:<10} {seconds:>7.1f}")
+    logs = ",".join(f"{path.name}:{path}" for path in demo.run_dirs)
+    print(
+        f"\nruns       {', '.join(map(str, demo.run_dirs))}; losses, densities, votes: "
+        f".venv/bin/tensorboard --logdir_spec {logs}"
+        f"\nrouting    who uses which layers: .venv/bin/python -m evals.routing {demo.run_dirs[0]}"
+        f"\nexport     {demo.export}: transformers loads it"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,147 @@
+"""The demo's stages: the command of each, which a user would type as it stands, and what it leaves behind."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.files import read_json, write_json
+from trainer.config import RunConfig, TrainConfig
+from trainer.heartbeat import read_beats
+from trainer.start import deepspeed_launcher
+from tune.config import TuneFile
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command.
+
+    Attributes:
+        name: a word or two.
+        what: what it does, in half a sentence.
+        command: to run.
+        product: what is there when it is done; None if it is quick, and done again each time.
+        start: its part of the demo's time that is no training; all parts are 1.
+        train: for a stage that trains, its block of the config.
+        tokens: that it trains on.
+    """
+
+    name: str
+    what: str
+    command: list[str]
+    start: float
+    product: Path | None = None
+    train: TrainConfig | None = None
+    tokens: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps; 0 if it does not train."""
+        return 0 if self.train is None else self.train.steps
+
+    def step(self) -> int:
+        """How many are done, as its first rank says."""
+        if self.train is None:
+            return 0
+        beats = read_beats(Path(str(self.train.run_dir)) / "heartbeat")
+        return beats[0].step if beats else 0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Configs of both stages and where things go."""
+
+    config: Path
+    tune_config: Path
+    stage_one: RunConfig
+    stage_two: TuneFile
+
+    @property
+    def run_dirs(self) -> list[Path]:
+        """Of both stages."""
+        return [Path(str(train.run_dir)) for train in (self.stage_one.train, self.stage_two.train)]
+
+    @property
+    def export(self) -> Path:
+        """The folder in Hugging Face's format."""
+        return self.run_dirs[0].with_name(f"{self.run_dirs[0].name}-hf")
+
+    @property
+    def folders(self) -> list[Path]:
+        """Everything that the demo makes: ``runs/demo``, ``runs/demo-data`` and the like, no data from elsewhere."""
+        run = self.run_dirs[0]
+        folders = [run, Path(self.stage_one.data.dir), self.run_dirs[1], self.export]
+        return [folder for folder in folders if folder == run or str(folder).startswith(f"{run}-")]
+
+    def stages(self, processes: int, port: int) -> list[Stage]:
+        """All stages in order; ``processes`` ranks meet at ``port``."""
+        python, launcher = [sys.executable, "-m"], [*deepspeed_launcher(processes, port), "--module"]
+        (run, tuned), data = self.run_dirs, self.stage_one.data.dir
+        validation = self.stage_two.data.validation[0].files[0]
+        one, two = self.stage_one.train, self.stage_two.train
+        return [
+            Stage("tokenizer", "learns pieces of text", [*python, "data.tokenizer", str(self.config)], 0.03),
+            Stage("data", "text to tokens", [*python, "data.prepare", str(self.config)], 0.04),
+            Stage(
+                "stage one",
+                f"{one.steps} steps of pretraining on {processes} ranks",
+                [*launcher, "pretrain.train", str(self.config)],
+                0.25,
+                run / "checkpoints" / f"step-{one.steps:08d}" / "manifest.json",
+                one,
+                one.steps * one.global_batch_samples * self.stage_one.data.sequence_tokens,
+            ),
+            Stage("examples", "lines of code with open brackets", [*python, "launch.demo.examples", data], 0.03),
+            Stage(
+                "stage two",
+                f"{two.steps} steps of learning to close them, the last layers voting",
+                [*launcher, "tune.train", str(self.tune_config)],
+                0.4,
+                tuned / "checkpoints" / f"step-{two.steps:08d}" / "manifest.json",
+                two,
+                two.steps * two.global_batch_samples * self.stage_two.data.sequence_tokens,
+            ),
+            Stage(
+                "export",
+                "Hugging Face's format, compared with the original",
+                [*python, "convert.to_hf", str(tuned), str(self.export)],
+                0.14,
+                self.export,
+            ),
+            Stage(
+                "answers",
+                "of the export, in transformers",
+                [*python, "launch.demo.answers", str(self.export), validation],
+                0.11,
+            ),
+        ]
+
+
+class Record:
+    """Which stages are done, and the seconds that each took; a file, so that a demo that was stopped can go on.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._stages: dict[str, dict[str, float | bool]] = read_json(path) if path.exists() else {}
+
+    def seconds(self, stage: Stage) -> float:
+        """Seconds that ``stage`` took, all starts of it together."""
+        return float(self._stages.get(stage.name, {}).get("seconds", 0.0))
+
+    def is_done(self, stage: Stage) -> bool:
+        """True if ``stage`` is done and what it made is still there."""
+        if stage.product is not None and not stage.product.exists():
+            return False
+        # An export gets its name when it is whole; a training run still evaluates after its last checkpoint.
+        whole = stage.product is not None and stage.train is None
+        return whole or bool(self._stages.get(stage.name, {}).get("done", False))
+
+    def add(self, stage: Stage, seconds: float, done: bool) -> None:
+        """``stage`` ran for ``seconds``."""
+        self._stages[stage.name] = {"seconds": self.seconds(stage) + seconds, "done": done}
+        write_json(self._path, self._stages)
