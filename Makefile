@@ -1,5 +1,6 @@
 # make setup   .venv with what it takes to train    make test    all tests that need no GPU
 # make demo    text to an exported, tuned model      make check   format, lint, types
+# make quick   the tests that start no processes, and one fault: some of every folder
 # make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
 # make lock    newest versions of what requirements.txt and requirements-dev.txt need, into requirements.lock
 PYTHON ?= python3
@@ -10,7 +11,7 @@ DEMO := configs/demo.yaml configs/tune_demo.yaml
 UV := $(BIN)/uv pip
 INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock --requirement
 
-.PHONY: setup tools demo test faults check lock clean
+.PHONY: setup tools demo quick test faults check docs lock clean
 
 setup: $(VENV)/.installed
 tools: $(VENV)/.tools
@@ -32,8 +33,11 @@ $(VENV)/.tools: $(VENV)/.installed requirements-dev.txt
 demo: setup
 	@$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
 
+quick: tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "quick or not processes"
+
 test: tools
-	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 faults: tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "slow or not slow" tests/faults
@@ -42,6 +46,10 @@ check: tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The page of all config fields, from the schemas; a test says when it is out of date.
+docs: setup
+	$(BIN)/python -m settings.reference trainer.config:RunConfig tune.config:TuneFile > docs/config.md
 
 # For every platform and every Python from 3.11 on; what CUDA builds of torch need is in it, and installed with them only.
 lock: setup

@@ -29,10 +29,9 @@ from typing import TYPE_CHECKING
 
 from bench.options import DENSE, PEER, add_densities, add_numbers, add_run, parser, refuse, resolve
 from bench.report import Result, Row, spread, tell
-from bench.timing import Matmul, Spread, ratios, take_turns
+from bench.timing import Spread, ratios, take_turns
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
-from trainer.yardstick import Yardstick
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +69,7 @@ class Inputs:
         """Normal ones, the same on every device."""
         import torch
 
-        from bench.contestants import DTYPES
+        from trainer.yardstick import DTYPES
 
         generator = torch.Generator().manual_seed(0)
 
@@ -238,7 +237,7 @@ def measure(options: argparse.Namespace) -> Result:
     """Build, take turns at every length, count."""
     import torch
 
-    from bench.contestants import DTYPES
+    from trainer.yardstick import DTYPES, Yardstick
 
     device = torch.device(options.device)
     yardstick = Yardstick(device, DTYPES[options.dtype])

@@ -28,8 +28,6 @@ from model.flops import Routed, dense_flops, executed_flops
 from model.init import initialise
 from model.router import Gate, LearnedRouter, RoutingInputs
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def random_tokens(samples: int, tokens: int, vocab: int, device: torch.device) -> Tensor:
     """int64 [B, T], the same on every device."""

@@ -24,21 +24,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from bench.contestants import (
-    DENSE,
-    PEER,
-    draw,
-    held_decoder,
-    held_llama,
-    model_config,
-    random_tokens,
-    routed_name,
-)
 from bench.limits import DECODE_BATCHES
-from bench.memory import peak_bytes, tensor_bytes
 from bench.options import (
     CPU_SIZES,
     CUDA_SIZES,
@@ -55,10 +41,9 @@ from bench.options import (
     routed_name,
 )
 from bench.report import Result, Row, spread, tell
-from bench.timing import Matmul, Spread, ratios, take_turns
+from bench.timing import Spread, ratios, take_turns
 from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
-from trainer.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,7 +209,8 @@ def models(options: argparse.Namespace) -> tuple[dict[str, Decoder], Any]:
     """Our decoders, dense first, and the peer with the dense one's weights; in evaluation mode."""
     import torch
 
-    from bench.contestants import DTYPES, draw, held_decoder, held_llama
+    from bench.contestants import draw, held_decoder, held_llama
+    from trainer.yardstick import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     context = options.prompt + options.steps
@@ -273,7 +259,7 @@ def measure(options: argparse.Namespace) -> Result:
 def _measure(options: argparse.Namespace) -> Result:
     import torch
 
-    from bench.contestants import DTYPES
+    from trainer.yardstick import DTYPES, Yardstick
 
     device = torch.device(options.device)
     decoders, llama = models(options)

@@ -39,12 +39,12 @@ from bench.options import (
     routed_name,
 )
 from bench.report import Row, header, noisy, table, write_json
-from bench.timing import Matmul, take_turns
+from bench.timing import take_turns
 from settings import user_errors
-from trainer.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from bench.contestants import Contestant
+    from trainer.yardstick import Yardstick
 
 CPU_PAIRS = ["512x4", "512x1", "1024x2", "2048x1", "4096x1", "8192x1"]
 CUDA_PAIRS = ["2048x8", "4096x4", "8192x2", "2048x1", "2048x16"]
@@ -79,7 +79,8 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
     """The dense decoder and the routed ones, for batches of any of the pairs."""
     import torch
 
-    from bench.contestants import DTYPES, Ours, held_decoder
+    from bench.contestants import Ours, held_decoder
+    from trainer.yardstick import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = max(pair.tokens for pair in options.pairs)
@@ -167,7 +168,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[Pair, list[Row] | None], 
     """
     import torch
 
-    from bench.contestants import DTYPES
+    from trainer.yardstick import DTYPES, Yardstick
 
     contestants = build(options)
     yardstick = Yardstick(torch.device(options.device), DTYPES[options.dtype])

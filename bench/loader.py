@@ -49,7 +49,7 @@ from bench.options import (
     resolve,
 )
 from bench.report import Result, Row, tell
-from bench.timing import WARM_UP_ROUNDS, Matmul, Spread, ratios, seconds_of
+from bench.timing import WARM_UP_ROUNDS, Spread, ratios
 from data.config import DataConfig
 from data.files import write_atomically
 from data.prefetch import prefetch
@@ -141,6 +141,8 @@ def take_round(rounds: Rounds, number: int, ours: Ours, data: TrainingData, opti
     """One round of all contestants, on samples of its own."""
     import torch
 
+    from trainer.yardstick import seconds_of
+
     device, steps = torch.device(options.device), options.steps
     first_step = number * (2 * DEPTH + 2 * steps)
     with prefetch(step_batches(data, first_step, options.samples), DEPTH) as batches:
@@ -166,8 +168,9 @@ def measure(options: argparse.Namespace) -> Result:
     """Write the shards, build the model, take rounds, count."""
     import torch
 
-    from bench.contestants import DTYPES, Ours, held_decoder
+    from bench.contestants import Ours, held_decoder
     from data.batches import TrainingData
+    from trainer.yardstick import DTYPES, Yardstick
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours = Ours(held_decoder(model_config(options, None, options.tokens), device, dtype))

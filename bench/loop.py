@@ -29,33 +29,31 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tqdm import tqdm
 
-from bench.contestants import DENSE, assert_same, model_config, routed_name
 from bench.loader import write_shards
-from bench.loop_ranks import OURS, PEER, WINDOWS, write_windows
 from bench.options import (
     BATCH,
     CPU_BATCH,
     CPU_SIZES,
     CUDA_BATCH,
     CUDA_SIZES,
-    DTYPES,
+    DENSE,
     MODEL,
     add_densities,
     add_numbers,
     add_run,
+    model_config,
     parser,
     refuse,
     resolve,
+    routed_name,
 )
 from bench.report import Result, Row, spread, tell
-from bench.timing import Matmul, Spread, ratios, seconds_of
+from bench.timing import Spread, ratios
 from bench.turns import Turns
-from data.batches import TrainingData
 from data.config import DataConfig
 from data.files import write_atomically
 from model.config import RouterConfig
@@ -63,6 +61,12 @@ from settings import to_yaml, user_errors
 from trainer.config import RunConfig
 from trainer.start import deepspeed_launcher, environment_alone, free_port
 
+if TYPE_CHECKING:
+    import torch
+
+OURS, PEER = "ours", "hf_trainer"
+WINDOWS = "windows.bin"
+"""In the data folder: the windows of the whole run, T + 1 tokens each, in the order in which they are taken."""
 SECONDS = "step_s"
 DATA_TOKENS = 2_000_000
 LEARNING_RATE = 3e-4
@@ -165,9 +169,13 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
 
 def measure(options: argparse.Namespace) -> Result:
     """Write the data, start all, compare, give turns."""
-    device = torch.device(options.device)
-    matmul = Matmul(device, DTYPES[options.dtype])
-    peaks_s: list[float] = []
+    import torch
+
+    from bench.loop_contestants import write_windows
+    from data.batches import TrainingData
+    from trainer.yardstick import DTYPES, Yardstick
+
+    yardstick = Yardstick(torch.device(options.device), DTYPES[options.dtype])
     with tempfile.TemporaryDirectory(dir=options.disk) as place, Turns() as turns:
         folder = Path(place)
         (folder / "data").mkdir()
@@ -184,18 +192,20 @@ def measure(options: argparse.Namespace) -> Result:
             rounds.first = turns.give(name, warm_up(options))[1][0]
         compare(found[DENSE].first, found[PEER].first, DTYPES[options.dtype])
         for _ in range(options.repeats):
-            peaks_s += [seconds_of(matmul, device) for _ in range(3)]
+            yardstick()
             for name, rounds in found.items():
                 bar.set_postfix_str(name)
                 take(rounds, *turns.give(name, options.steps), options.steps)
                 bar.update()
         bar.close()
         turns.end()
-    return result(found, options, matmul.flops / min(peaks_s))
+    return result(found, options, yardstick.flops_per_s)
 
 
 def compare(ours: Mapping[str, float], peers: Mapping[str, float], dtype: torch.dtype) -> None:
     """Both dense models must have learned the same in the unmeasured turn."""
+    from bench.contestants import assert_same
+
     for name in ("loss", "grad_norm"):
         assert_same(ours[name], peers[name], dtype)
 
@@ -270,6 +280,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add_run(options_parser, repeats=3)
     options = options_parser.parse_args(arguments)
+    import torch
+
     devices = max(torch.cuda.device_count(), 1)
     resolve(
         options,

@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = (options.steps + 1) * (3 * options.rounds + 1)
         config = load_run(options.config, [*options.overrides, f"train.steps={steps}"])
         from trainer.distributed import join, leave
+        from trainer.precision import decide
 
         world = join(60.0)
         config, _ = decide(config, world)

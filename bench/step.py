@@ -45,7 +45,6 @@ from bench.report import Result, Row, spread, tell
 from bench.timing import Spread, ratios, take_turns
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
-from trainer.yardstick import Yardstick
 
 if TYPE_CHECKING:
     from bench.contestants import Contestant, Ours
@@ -58,7 +57,8 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
     """All contestants, dense first, one step done, with the peer's loss compared to ours."""
     import torch
 
-    from bench.contestants import DTYPES, Ours, Peer, assert_same, held_decoder, held_llama, random_tokens
+    from bench.contestants import Ours, Peer, assert_same, held_decoder, held_llama, random_tokens
+    from trainer.yardstick import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = random_tokens(options.samples, options.tokens, options.vocab, device)
@@ -90,7 +90,8 @@ def measure(options: argparse.Namespace) -> Result:
     """Build, take turns, count."""
     import torch
 
-    from bench.contestants import DTYPES, Peer
+    from bench.contestants import Peer
+    from trainer.yardstick import DTYPES, Yardstick
 
     device = torch.device(options.device)
     contestants = build(options)

@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 from bench.suite import Downstream, Run, Suite
 from bench.turns import last_words
-from data.batches import TrainingData, ValidationSet
 from data.config import DataConfig
 from data.files import read_json, write_json
 from settings import load

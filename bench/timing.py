@@ -41,6 +41,8 @@ def take_turns(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of every call: ``rounds`` times each contestant once, in order, after ``WARM_UP_ROUNDS`` unmeasured."""
+    from trainer.yardstick import seconds_of
+
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     bar = tqdm(total=(WARM_UP_ROUNDS + rounds) * len(contestants), unit="call", disable=not sys.stderr.isatty())
     with bar:
@@ -57,41 +59,3 @@ def take_turns(
 def ratios(seconds: list[float], reference: list[float]) -> Spread:
     """Spread of the ratio within each round."""
     return Spread.of([a / b for a, b in zip(seconds, reference, strict=True)])
-
-
-class Matmul:
-    """A large square matrix product, the yardstick of MFU; call it as one of the contestants.
-
-    Args:
-        device: where.
-        dtype: of the operands.
-    """
-
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        import torch
-
-        size = 8192 if device.type == "cuda" else 1536
-        self.left, self.right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        self.out = torch.empty_like(self.left)
-        self.flops = 2.0 * size**3
-
-    def __call__(self) -> None:
-        import torch
-
-        torch.mm(self.left, self.right, out=self.out)
-
-
-def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that ``call`` takes, until ``device`` has done what it was given."""
-    _wait(device)
-    start_s = time.perf_counter()
-    call()
-    _wait(device)
-    return time.perf_counter() - start_s
-
-
-def _wait(device: torch.device) -> None:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

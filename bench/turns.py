@@ -21,8 +21,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import TCPStore
-
 HOST = "127.0.0.1"
 PATIENCE = timedelta(hours=6)
 """How long a rank waits for its turn; one whose command has died hears of it at once."""
@@ -44,6 +42,8 @@ class Turn:
     """
 
     def __init__(self, port: int, name: str, rank: int):
+        from torch.distributed import TCPStore
+
         self._store = TCPStore(HOST, port, is_master=False, timeout=PATIENCE)
         self._key = f"{name}/{rank}"
         self._go = f"{name}/go"
@@ -99,6 +99,8 @@ class Turns:
     """The command's side: start contestants, and give one of them steps at a time. Leaves no process behind."""
 
     def __init__(self) -> None:
+        from torch.distributed import TCPStore
+
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
         self.contestants: dict[str, Contestant] = {}
 

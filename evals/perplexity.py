@@ -25,7 +25,7 @@ import yaml
 from tqdm import tqdm
 
 from data.files import write_atomically
-from data.sources import Cursor, Source
+from evals.texts import add_text_options, refuse_missing, text_field_of, texts_of
 from settings import user_errors
 
 if TYPE_CHECKING:
@@ -204,6 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+        refuse_missing(options.files)
         from evals.scoring import open_model
 
         opened = open_model(options.model)

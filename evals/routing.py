@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from data.files import write_atomically
 from evals.routing_page import LEARNED, Bar, History, Report, Routing, Token, Votes, page, visible
+from evals.texts import add_text_options, refuse_missing, text_field_of
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import load, user_errors
@@ -421,9 +422,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.path.is_dir():
             raise ValueError(f"there is no folder {options.path}; give a run, a checkpoint or a folder of weights")
         out = _out(options.path, options.out)
+        refuse_missing(options.files)
         from convert.load import load_any
 
-        report = report_on(load_any(options.path), options.files, options.tokens, _name_of(options.path))
+        loaded, name = load_any(options.path), _name_of(options.path)
+        report = report_on(loaded, options.files, options.tokens, name, options.format, options.text_field)
         for label, value in report.facts:
             print(f"{label}: {value}")
         content = page(report).encode()

@@ -29,7 +29,7 @@ from launch.checks import Check, Finding, hosts, merge, run, worst
 from launch.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
 from launch.stages import load_either, without_storage
 from launch.workload import Workload, count_weights
-from settings import rank_by_environment, user_errors
+from settings import counted, rank_by_environment, user_errors
 from trainer.config import RunConfig
 from trainer.retention import most_at_once
 from tune.config import TuneFile
@@ -132,6 +132,11 @@ def _sized(config: RunConfig | TuneFile | None, world: World) -> tuple[Workload 
     """Parameters and memory of the config; without them where stage two's base is not there."""
     if config is None:
         return None, []
+    import torch
+
+    from trainer.distributed import uses_cuda
+    from trainer.precision import auto_precision
+
     sized: list[Workload] = []
     # Alone the doctor has joined nothing, and stands for a run on the machine's GPUs.
     precision, why = auto_precision(dataclasses.replace(world, device=torch.device("cuda")) if uses_cuda() else world)

@@ -29,8 +29,8 @@ from model.visibility import Visibility, mask
 # gradient of the keys that it was given until all have one.
 _BLOCK_QUERIES_MIN, _BLOCKS_MAX = 64, 8
 
-# In decoding on the CPU a call for some rows of the cache takes as long as reading this many more keys in one call
-# (two query groups of 64 on two cores: 18 us a call, 8 us a row of 150 keys).
+# In decoding on the CPU a call of its own for some rows of the cache takes about as long as reading this many more keys
+# in one call: an estimate from single calls on one thread.
 _CALL_KEYS = 256
 
 

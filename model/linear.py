@@ -7,7 +7,7 @@ other way round, ``weight @ x.T``, does not, but for one row, which is therefore
 
     rows           1     2     4     8    16    32    64
     x @ W.T      8.1  11.7  11.1  13.2  14.2  19.5  28.2
-    W @ x.T      3.0   3.0   4.8   6.9   9.3  14.0  19.9      one row: two of them
+    W @ x.T      7.9   3.0   4.8   6.9   9.3  14.0  19.9
 
 Above eight rows the two come near each other, and the order changes from size to size and from one instruction set to
 another. In training and prefill, with hundreds of rows, nothing is changed.

@@ -54,11 +54,12 @@ class _LeanNorm(torch.autograd.Function):
         x, weight, r = ctx.saved_tensors
         product = grad * x
         grad_x = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            slope = (product @ weight)[..., None] * r**3 / x.shape[-1]
-            grad_x = (grad * weight).mul_(r).addcmul_(x, slope, value=-1)
         if ctx.needs_input_grad[1]:
             grad_weight = r.flatten() @ product.flatten(0, -2)
+        if ctx.needs_input_grad[0]:
+            slope = (product @ weight)[..., None] * r**3 / x.shape[-1]
+            # In the product's memory, which is in the cache and no longer needed.
+            grad_x = torch.mul(grad, weight, out=product).mul_(r).addcmul_(x, slope, value=-1)
         return grad_x, grad_weight, None
 
 

@@ -4,5 +4,6 @@ from settings.load import load, to_yaml
 from settings.near import did_you_mean
 from settings.strict import Strict
 from settings.user_errors import rank_by_environment, user_errors
+from settings.words import counted
 
-__all__ = ["Strict", "did_you_mean", "load", "rank_by_environment", "to_yaml", "user_errors"]
+__all__ = ["Strict", "counted", "did_you_mean", "load", "rank_by_environment", "to_yaml", "user_errors"]

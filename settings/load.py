@@ -119,7 +119,7 @@ def key_paths(schema: type[BaseModel]) -> list[str]:
     for name, field in schema.model_fields.items():
         paths.append(name)
         if typing.get_origin(field.annotation) not in (list, dict, Sequence):
-            for nested in _nested_schemas(field.annotation):
+            for nested in nested_schemas(field.annotation):
                 paths += [f"{name}.{path}" for path in key_paths(nested)]
     return list(dict.fromkeys(paths))
 

@@ -5,10 +5,10 @@ python -m settings.reference trainer.config:RunConfig tune.config:TuneFile > doc
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
-import sys
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -101,14 +101,16 @@ def _words(text: str | None) -> str:
     return re.sub(r":\w+:`([^`]+)`", r"`\1`", plain)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Print the page for ``MODULE:CLASS ...``."""
+def main() -> None:
+    """Print the page."""
+    parser = argparse.ArgumentParser(prog="settings.reference", description=__doc__.splitlines()[0])
+    parser.add_argument("schemas", nargs="+", metavar="MODULE:CLASS", help="a section each")
     schemas = []
-    for argument in arguments:
+    for argument in parser.parse_args().schemas:
         module, _, name = argument.partition(":")
         schemas.append(getattr(importlib.import_module(module), name))
     print(reference(schemas), end="")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -27,6 +27,10 @@ VOCAB = 400
 # Nothing of the user's is read or written, and two processes do not write the same file of an export's code.
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+if "ATEN_CPU_CAPABILITY" in os.environ:  # its cache mixes up kernels of several instruction sets
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/inductor-{os.environ['ATEN_CPU_CAPABILITY']}"
+    )
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a GPU machine, too: only tests marked gpu use it
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from data.batches import TrainingData
 from model.flops import dense_flops, executed_flops, parameter_counts
+from settings import counted
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation

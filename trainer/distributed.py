@@ -10,7 +10,7 @@ import gc
 import logging
 import os
 import re
-import time
+import threading
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -129,7 +129,7 @@ def leave() -> None:
         dist.barrier()
         comm.destroy_process_group()
         gc.collect()
-        time.sleep(_SETTLE_S)  # without the interpreter lock, for which such a thread waits
+        threading.Event().wait(_SETTLE_S)  # without the interpreter lock, for which such a thread waits
 
 
 def import_deepspeed() -> Any:

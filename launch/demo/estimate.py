@@ -50,12 +50,15 @@ def measure(config: RunConfig, ranks: int) -> Speed:
     import torch
 
     from model.decoder import Decoder
+    from trainer.precision import fast_bf16
 
     gpus = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
     device = torch.device("cuda" if gpus else "cpu")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max((os.cpu_count() or 1) // ranks, 1))
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    precision = config.train.precision
+    bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(device)[0])
+    dtype = torch.bfloat16 if bf16 else torch.float32
     decoder = Decoder(config.model, seed=0).to(device, dtype)
     shape = (config.train.micro_batch_samples, config.data.sequence_tokens)
     tokens = torch.randint(config.model.vocab_size, shape, device=device)

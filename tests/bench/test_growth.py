@@ -15,6 +15,7 @@ from bench.growth import Pair
 from bench.report import Row
 from bench.timing import Spread
 from tests.bench.toy import MODEL, RUN, refused, rows_of
+from trainer.yardstick import Yardstick
 
 TOY = [*RUN, *MODEL, "--densities", "1", "0.25", "--pairs"]
 NAMES = ["dense", "routed_1", "routed_0.25"]
@@ -70,7 +71,7 @@ def test_what_failed_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) ->
     _fails_above(monkeypatch, 40)
     options = growth.parse([*TOY, "64x1"])
     contestants = growth.build(options)
-    yardstick = growth.Yardstick(torch.device("cpu"), torch.float32)
+    yardstick = Yardstick(torch.device("cpu"), torch.float32)
     assert isinstance(growth.measure_pair(options.pairs[0], contestants, yardstick, options), str)
     gc.collect()
     assert all(p.grad is None for c in contestants.values() for p in c.model.parameters())

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from bench import loop
 from bench.loader import write_shards
-from bench.loop_ranks import Windows, write_windows
+from bench.loop_contestants import Windows, write_windows
 from data.batches import TrainingData
 from tests.bench.toy import MODEL, refused, rows_of
 

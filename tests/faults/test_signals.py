@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import re
+import subprocess
 import time
 from pathlib import Path
 
 from tests.faults.breakage import signal_in_evaluation, signal_in_save
 from tests.faults.test_kills import exact, lines
 from tests.launching import start
+from tests.programs import needs
 from tests.ranks import Ranks
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.heartbeat import BEAT_EVERY_S, read_beats

@@ -80,18 +80,16 @@ def test_fp32_takes_as_much_longer_as_its_products(planned: Callable[..., tuple[
 
 
 def test_small_numbers_are_no_zeros_and_one_is_no_plural(planned: Callable[..., tuple[int, str]]) -> None:
-    status, out = planned("configs/demo.yaml", "train.micro_batch_samples=16", "--gpus", "1", "--gpu", "a100-80g")
-    assert status == 0 and "1 micro-batch of 16" in out and "(1 node)" in out
+    status, out = planned("configs/demo.yaml", "train.micro_batch_samples=8", "--gpus", "1", "--gpu", "a100-80g")
+    assert status == 0 and "1 micro-batch of 8" in out and "(1 node)" in out
     (row,) = [line for line in out.splitlines() if line.startswith("weights")]
     assert "<0.01" in row and "0.00" not in row
 
 
-def test_auto_is_planned_in_bf16_and_fp32_without_times(planned: Callable[..., tuple[int, str]]) -> None:
+def test_auto_is_planned_in_bf16(planned: Callable[..., tuple[int, str]]) -> None:
     asked = (LARGE, "--gpus", "8", "--gpu", "h100-80g")
     assert load_run(LARGE).train.precision == "auto"
     assert planned(*asked) == planned(*asked, "train.precision=bf16")
-    out = planned(*asked, "train.precision=fp32")[1]
-    assert "no time and no scaling for train.precision fp32" in out and "GPU-hours" not in out
 
 
 def test_sizes_that_yaml_reads_as_text_are_told(planned: Callable[..., tuple[int, str]]) -> None:

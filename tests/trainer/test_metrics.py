@@ -24,6 +24,8 @@ from trainer import heatmap
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
+from trainer.exit_status import EXIT_PREEMPTED
+from trainer.guards import StopRequest
 from trainer.metrics import Metrics
 from trainer.run_folder import RunFolder
 from trainer.step import StepResult, Tally
@@ -184,7 +186,7 @@ def test_an_evaluation_of_before_the_resume_is_drawn_again(
         seen.append(arguments)
         return draw(*arguments)
 
-    monkeypatch.setattr(metrics, "routing_figure", record)
+    monkeypatch.setattr(heatmap, "routing_figure", record)
     made = Metrics(configure("train.log.images=true"), folder, world, 3, 1e12, "code")
     made.log_evaluation(4, [_evaluation([0.7, 0.6, 0.5])])
     made.close()
@@ -237,7 +239,7 @@ def test_a_stop_between_two_lines_moves_no_mean(tiny: dict[str, Any], train_here
     tiny["train"]["checkpoint"] = {"every_steps": 2}
     assert train_here(tiny, f"train.run_dir={tmp_path / 'whole'}") == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(StopRequest, "__init__", lambda self: setattr(self, "requested", True))
+        patch.setattr(StopRequest, "__init__", lambda self, **_: setattr(self, "requested", True))
         while train_here(tiny, "train.checkpoint.resume=auto") == EXIT_PREEMPTED:
             pass
     lines, whole = (_lines(folder) for folder in (tiny["train"]["run_dir"], tmp_path / "whole"))

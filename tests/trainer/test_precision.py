@@ -88,7 +88,7 @@ def test_the_run_folder_holds_what_was_decided_and_a_resume_keeps_it(
     has(monkeypatch, SLOW)
     assert train_here(tiny, "train.steps=2") == 0
     out = capsys.readouterr().out
-    assert out.splitlines()[0] == f"precision fp32: {SLOW[1]}" and "1 ranks on cpu, fp32" in out
+    assert out.splitlines()[0] == f"precision fp32: {SLOW[1]}" and "1 rank on cpu, fp32" in out
     assert resolved() == "fp32"
     assert yaml.safe_load((run_dir / "config.original.yaml").read_text())["train"]["precision"] == "auto"
     has(monkeypatch, FAST)  # another machine

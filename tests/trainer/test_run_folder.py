@@ -142,7 +142,7 @@ def test_the_start_tells_sizes_that_are_true(configure: Configure, world: World)
     assert "routing   learned, 3 sites, density 0.5, rounded execution" in told
     assert "training  4 steps of 256 tokens, 1,024 in all" in told
     assert "data      code: " in told and "100% of samples" in told
-    assert "machine   1 ranks on " in told and "fp32, ZeRO 2, 4 micro-batches of 2 samples" in told
+    assert "machine   1 rank on " in told and "fp32, ZeRO 2, 4 micro-batches of 2 samples" in told
     dense = configure("model.router=null")
     assert "routing   none, every token runs every layer" in describe_start(dense, TrainingData(dense.data), world)
 
