@@ -135,14 +135,17 @@ def _sized(config: RunConfig | TuneFile | None, world: World) -> tuple[Workload 
     import torch
 
     from trainer.distributed import uses_cuda
-    from trainer.precision import auto_precision
+    from trainer.precision import CPU_WIDTH, auto_precision, fast_bf16
 
     sized: list[Workload] = []
     # Alone the doctor has joined nothing, and stands for a run on the machine's GPUs.
-    precision, why = auto_precision(dataclasses.replace(world, device=torch.device("cuda")) if uses_cuda() else world)
+    devices = dataclasses.replace(world, device=torch.device("cuda")) if uses_cuda() else world
+    everywhere = auto_precision(devices, CPU_WIDTH)
 
     def count() -> Iterator[Finding]:
         resolved, decoder = without_storage(config)
+        fast, reason = fast_bf16(devices.device, resolved.model.width)
+        precision, why = everywhere if fast else ("fp32", reason)
         if resolved.train.precision == "auto":
             resolved = resolved.in_precision(precision)
             yield Finding("precision", "ok", f"train.precision auto is {precision}: {why}")

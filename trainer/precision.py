@@ -1,7 +1,7 @@
 """What ``train.precision: auto`` is on the devices of a run: bf16 where all multiply it fast, else fp32.
 
-Decided by what a device can do, not by a measurement, so that the same machine always gives the same answer; once, by
-all ranks together, before anything reads it. The run folder's config and the checkpoints hold what was decided, and a
+Decided by what a device can do and how wide the model is, not by a measurement, so that the same machine always gives
+the same answer; once, by all ranks together, before anything reads it. The run folder's config and the checkpoints hold what was decided, and a
 resume goes on in the precision of its checkpoint.
 """
 
@@ -18,6 +18,9 @@ from trainer.distributed import World
 from trainer.yardstick import DTYPES, Yardstick
 
 Config = TypeVar("Config", bound=StageConfig)
+CPU_WIDTH = 256
+"""On a CPU with AVX512-BF16 a forward and backward pass takes 1.07, 0.65 and 0.49 of the time in fp32 at widths of 128,
+384 and 768 (two cores, LOG.md); a whole step at 128, with DeepSpeed's conversions, takes longer still."""
 _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's BF16"}
 """By the names that torch gives a CPU's capabilities."""
 
@@ -38,23 +41,29 @@ def decide(config: Config, world: World, checkpoint: Path | None = None) -> tupl
     if checkpoint is not None:
         written = manifest.read(checkpoint, world)["precision"]
         return config.in_precision(written), f"precision {written}: that of the checkpoint"
-    precision, why = auto_precision(world)
+    precision, why = auto_precision(world, config.model.width)
     return config.in_precision(precision), f"precision {precision}: {why}"
 
 
-def auto_precision(world: World) -> tuple[str, str]:
-    """What ``auto`` is for a fresh run of these ranks, and why: fp32 if one of them is slow in bf16; collective."""
-    everyone = world.gather_objects(fast_bf16(world.device))
+def auto_precision(world: World, width: int) -> tuple[str, str]:
+    """What ``auto`` is for a fresh run of these ranks, and why: fp32 if one of them is slow in bf16; collective.
+
+    Args:
+        world: this process among all.
+        width: of the model.
+    """
+    everyone = world.gather_objects(fast_bf16(world.device, width))
     for rank, (fast, why) in enumerate(everyone):
         if not fast:
             return "fp32", f"{why}, on rank {rank}" if world.size > 1 else why
     return "bf16", everyone[0][1]
 
 
-def fast_bf16(device: torch.device) -> tuple[bool, str]:
-    """Whether ``device`` multiplies bf16 faster than fp32, and why.
+def fast_bf16(device: torch.device, width: int) -> tuple[bool, str]:
+    """Whether a model of ``width`` trains faster in bf16 than in fp32 on ``device``, and why.
 
-    A CPU needs both: the instructions, and a oneDNN that uses them, which ``ONEDNN_MAX_CPU_ISA`` may keep from it.
+    A CPU needs the instructions, a oneDNN that uses them, which ``ONEDNN_MAX_CPU_ISA`` may keep from it, and layers wide
+    enough for products to outweigh the conversions around them.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -66,6 +75,8 @@ def fast_bf16(device: torch.device) -> tuple[bool, str]:
         return False, f"this CPU has no bf16 instructions ({', '.join(_INSTRUCTIONS.values())})"
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False, f"this CPU multiplies bf16 fast ({found[0]}), but torch's oneDNN does not use that here"
+    if width < CPU_WIDTH:
+        return False, f"on a CPU bf16 gains nothing in layers of width {width}, but from {CPU_WIDTH} on"
     return True, f"this CPU multiplies bf16 fast ({found[0]})"
 
 
@@ -73,12 +84,14 @@ def slow_bf16_warning(config: StageConfig, world: World) -> str | None:
     """A sentence with the measured ratio where a run in bf16 would be faster in fp32; collective."""
     if config.train.precision != "bf16":
         return None
-    precision, why = auto_precision(world)
+    precision, why = auto_precision(world, config.model.width)
     if precision == "bf16":
         return None
     ratio = Yardstick(world.device, DTYPES["bf16"]).layer_flops_per_s
     ratio /= Yardstick(world.device, DTYPES["fp32"]).layer_flops_per_s
     lowest = min(world.gather_objects(ratio))
+    if lowest >= 1:
+        return None
     return (
         f"train.precision bf16 is slow here ({why}): a linear layer's products run at {lowest:.2f} of the speed "
         "that they have in fp32, as measured now; set train.precision=fp32"

@@ -57,7 +57,7 @@ def measure(config: RunConfig, ranks: int) -> Speed:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max((os.cpu_count() or 1) // ranks, 1))
     precision = config.train.precision
-    bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(device)[0])
+    bf16 = precision == "bf16" or (precision == "auto" and fast_bf16(device, config.model.width)[0])
     dtype = torch.bfloat16 if bf16 else torch.float32
     decoder = Decoder(config.model, seed=0).to(device, dtype)
     shape = (config.train.micro_batch_samples, config.data.sequence_tokens)

@@ -285,7 +285,7 @@ def test_it_tells_what_auto_is_here_and_warns_of_slow_bf16(
     examined: Callable[..., tuple[int, str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(precision, "auto_precision", lambda world: ("fp32", "this CPU is slow"))
+    monkeypatch.setattr(precision, "fast_bf16", lambda *_: (False, "this CPU is slow"))
     path = write_config(tiny)
     assert "train.precision auto is fp32: this CPU is slow" in examined(path, "train.precision=auto")[1]
     out = examined(path, "train.precision=bf16")[1]

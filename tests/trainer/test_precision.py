@@ -15,7 +15,7 @@ from trainer import precision
 from trainer.config import RunConfig
 from trainer.deepspeed_config import deepspeed_config
 from trainer.distributed import World
-from trainer.precision import auto_precision, decide, fast_bf16, slow_bf16_warning
+from trainer.precision import CPU_WIDTH, auto_precision, decide, fast_bf16, slow_bf16_warning
 
 CPU = torch.device("cpu")
 IMITATION = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -35,14 +35,14 @@ def ranks(*found: tuple[bool, str]) -> World:
 
 def has(monkeypatch: pytest.MonkeyPatch, device: tuple[bool, str]) -> None:
     """Let every device of this process be that."""
-    monkeypatch.setattr(precision, "fast_bf16", lambda _: device)
+    monkeypatch.setattr(precision, "fast_bf16", lambda *_: device)
 
 
 def test_one_slow_rank_decides_for_all(configure: Callable[..., RunConfig]) -> None:
-    assert auto_precision(ranks(FAST)) == ("bf16", FAST[1])
-    assert auto_precision(ranks(SLOW)) == ("fp32", SLOW[1])
-    assert auto_precision(ranks(FAST, FAST)) == ("bf16", FAST[1])
-    assert auto_precision(ranks(FAST, SLOW, FAST)) == ("fp32", f"{SLOW[1]}, on rank 1")
+    assert auto_precision(ranks(FAST), 512) == ("bf16", FAST[1])
+    assert auto_precision(ranks(SLOW), 512) == ("fp32", SLOW[1])
+    assert auto_precision(ranks(FAST, FAST), 512) == ("bf16", FAST[1])
+    assert auto_precision(ranks(FAST, SLOW, FAST), 512) == ("fp32", f"{SLOW[1]}, on rank 1")
     config, told = decide(configure("train.precision=auto"), ranks(FAST, SLOW))
     assert config.train.precision == "fp32" and told == f"precision fp32: {SLOW[1]}, on rank 1"
     assert decide(configure("train.precision=bf16"), ranks(SLOW)) == (configure("train.precision=bf16"), None)
@@ -63,14 +63,15 @@ def test_a_cpu_needs_the_instructions_and_a_library_that_uses_them(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-    fast, why = fast_bf16(CPU)
+    fast, why = fast_bf16(CPU, CPU_WIDTH)
     assert fast is expected[0] and expected[1] in why
+    assert fast_bf16(CPU, CPU_WIDTH - 1)[0] is False
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_a_gpu_that_emulates_bf16_is_slow(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: supported or including_emulation)
-    assert fast_bf16(torch.device("cuda"))[0] is supported
+    assert fast_bf16(torch.device("cuda"), 32)[0] is supported
 
 
 def test_the_run_folder_holds_what_was_decided_and_a_resume_keeps_it(
