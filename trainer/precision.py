@@ -1,8 +1,8 @@
 """What ``train.precision: auto`` is on the devices of a run: bf16 where all multiply it fast, else fp32.
 
 Decided by what a device can do and how wide the model is, not by a measurement, so that the same machine always gives
-the same answer; once, by all ranks together, before anything reads it. The run folder's config and the checkpoints hold what was decided, and a
-resume goes on in the precision of its checkpoint.
+the same answer; once, by all ranks together, before anything reads it. The run folder's config and the checkpoints hold
+what was decided, and a resume goes on in the precision of its checkpoint.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def auto_precision(world: World, width: int) -> tuple[str, str]:
 def fast_bf16(device: torch.device, width: int) -> tuple[bool, str]:
     """Whether a model of ``width`` trains faster in bf16 than in fp32 on ``device``, and why.
 
-    A CPU needs the instructions, a oneDNN that uses them, which ``ONEDNN_MAX_CPU_ISA`` may keep from it, and layers wide
-    enough for products to outweigh the conversions around them.
+    A CPU needs the instructions, a oneDNN that uses them, which ``ONEDNN_MAX_CPU_ISA`` may keep from it, and layers so
+    wide that products outweigh the conversions around them.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):

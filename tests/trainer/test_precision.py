@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,11 +125,15 @@ def test_bf16_on_a_slow_cpu_is_warned_of_with_its_ratio(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     has(monkeypatch, SLOW)
+    speeds = {torch.bfloat16: 1.0, torch.float32: 8.0}
+    monkeypatch.setattr(precision, "Yardstick", lambda _, dtype: SimpleNamespace(layer_flops_per_s=speeds[dtype]))
     tiny["train"]["precision"] = "bf16"
     assert train_here(tiny, "train.steps=1") == 0
     warned = [line for line in capsys.readouterr().out.splitlines() if "is slow here" in line]
     assert len(warned) == 1
-    assert f"({SLOW[1]})" in warned[0] and " of the speed that they have in fp32" in warned[0]
+    assert f"({SLOW[1]})" in warned[0] and "at 0.12 of the speed that they have in fp32" in warned[0]
+    speeds[torch.bfloat16] = 9.0  # it is not slow, whatever was expected
+    assert slow_bf16_warning(configure("train.precision=bf16"), world) is None
     assert slow_bf16_warning(configure("train.precision=fp32"), world) is None
     has(monkeypatch, FAST)
     assert slow_bf16_warning(configure("train.precision=bf16"), world) is None
