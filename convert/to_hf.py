@@ -29,7 +29,7 @@ from convert.model_card import Exported, model_card
 from data.files import temporary_name, write_atomically, write_json
 from model.config import ModelConfig
 from settings import user_errors
-from trainer import code_state
+from trainer import code_state, opening
 
 if TYPE_CHECKING:
     import torch
@@ -328,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         if not options.shard_gb > 0:
             raise ValueError(f"--shard-gb must be above 0, got {options.shard_gb}; leave it out for 5")
+        opening.open_model(options.path)
         lines = export(
             options.path,
             options.out,

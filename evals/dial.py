@@ -26,6 +26,7 @@ from data.files import write_atomically
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import user_errors
+from trainer import opening
 
 if TYPE_CHECKING:
     import torch
@@ -196,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="RUN/dial unless given")
     options = parser.parse_args(arguments)
     with user_errors():
+        opening.open_model(options.path)
         from evals.dial_figure import draw
         from evals.windows import open_set, split
         from trainer.weights import load_decoder

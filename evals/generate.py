@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from settings import user_errors
+from trainer import opening
 from tune.text import TextTokenizer
 
 if TYPE_CHECKING:
@@ -246,6 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         _check(options)
         prompt = _prompt(options)
+        opening.open_model(options.model)
         import torch
 
         from evals.dial_file import Dial

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from data.files import write_atomically
 from evals.harness_tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
 from settings import did_you_mean, user_errors
+from trainer import opening
 
 _INSTALL = "lm_eval is not installed; install it with: .venv/bin/pip install -r requirements-dev.txt"
 
@@ -171,6 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors(), tempfile.TemporaryDirectory() as cache:
         _check(options)
         tasks = local_tasks(options.tasks, options.data, options.text, options.shots, Path(cache))
+        opening.open_model(options.model)
         from evals.perplexity import check_windows, trained_tokens
         from evals.scoring import open_model
 

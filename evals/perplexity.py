@@ -27,6 +27,7 @@ from tqdm import tqdm
 from data.files import write_atomically
 from evals.texts import add_text_options, refuse_missing, text_field_of, texts_of
 from settings import user_errors
+from trainer import opening
 
 if TYPE_CHECKING:
     from evals.scoring import Opened, Scorer, Window
@@ -205,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
         refuse_missing(options.files)
+        opening.open_model(options.model)
         from evals.scoring import open_model
 
         opened = open_model(options.model)

@@ -28,6 +28,7 @@ from evals.texts import add_text_options, refuse_missing, text_field_of
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import load, user_errors
+from trainer import opening
 from trainer.config import RunConfig
 from tune.config import TuneConfig
 from tune.text import WORD_START, TextTokenizer, load_text_tokenizer
@@ -419,8 +420,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         if options.tokens < FEWEST:
             raise ValueError(f"--tokens must be at least {FEWEST} to say anything, got {options.tokens}; raise it")
-        if not options.path.is_dir():
-            raise ValueError(f"there is no folder {options.path}; give a run, a checkpoint or a folder of weights")
+        opening.open_model(options.path)
         out = _out(options.path, options.out)
         refuse_missing(options.files)
         from convert.load import load_any

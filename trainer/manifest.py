@@ -67,6 +67,8 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     try:
         manifest = read_json(folder / NAME)
         known = manifest["format"] == FORMAT and isinstance(manifest["files"], dict)
+    except FileNotFoundError:
+        return None, f"it has no {NAME}"
     except (OSError, ValueError, KeyError) as error:
         return None, f"its {NAME} cannot be read ({error})"
     if not known:

@@ -1,12 +1,25 @@
-"""What a run says and refuses before torch and DeepSpeed are imported, which takes seconds."""
+"""What a command says and refuses before torch and DeepSpeed are imported, which takes seconds."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from settings import rank_by_environment
 from trainer.config import TrainConfig
 from trainer.retention import newest_first, refuse_taken
+
+
+def open_model(path: Path) -> None:
+    """Refuse a path where no model can be, and name what a command reads to whoever waits at a terminal.
+
+    Raises:
+        ValueError: if ``path`` is no folder.
+    """
+    if not path.is_dir():
+        raise ValueError(f"there is no folder {path}; give a run, a checkpoint or a folder of weights")
+    if sys.stderr.isatty():
+        print(f"{path}: reading; torch takes some seconds to load", file=sys.stderr, flush=True)
 
 
 def open_run(train: TrainConfig) -> None:

@@ -55,7 +55,7 @@ def auto_precision(world: World, width: int) -> tuple[str, str]:
     everyone = world.gather_objects(fast_bf16(world.device, width))
     for rank, (fast, why) in enumerate(everyone):
         if not fast:
-            return "fp32", f"{why}, on rank {rank}" if world.size > 1 else why
+            return "fp32", why if all(found == (fast, why) for found in everyone) else f"{why}, on rank {rank}"
     return "bf16", everyone[0][1]
 
 
@@ -76,7 +76,7 @@ def fast_bf16(device: torch.device, width: int) -> tuple[bool, str]:
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False, f"this CPU multiplies bf16 fast ({found[0]}), but torch's oneDNN does not use that here"
     if width < CPU_WIDTH:
-        return False, f"on a CPU bf16 gains nothing in layers of width {width}, but from {CPU_WIDTH} on"
+        return False, f"a model of width {width} gains nothing from bf16 on a CPU, one of {CPU_WIDTH} or more does"
     return True, f"this CPU multiplies bf16 fast ({found[0]})"
 
 

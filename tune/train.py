@@ -60,8 +60,11 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         trained, total = trainable_counts(decoder)
         if trainer.step == 0:
             trainer.metrics.log_figures(0, {"parameters/trained": trained, "parameters/total": total})
+        resumed_at = trainer.step
         if not run(trainer, data):
             return EXIT_PREEMPTED
+        if resumed_at == config.train.steps:
+            trainer.log.info(f"all {config.train.steps:,} steps were done already; raise train.steps to go on")
         trainer.save_adapter(peft)
         trainer.test(tests)
         trainer.log.info(describe_end(config, trainer.evaluations))

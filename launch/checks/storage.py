@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launch.checks import Finding
+from settings import counted
 from trainer import checkpoint, retention
 from trainer.config import TrainConfig
 from trainer.distributed import ALONE
@@ -45,7 +46,8 @@ def space(folder: Path, size_bytes: float | None, keep: int) -> Iterator[Finding
         yield Finding("disk", "ok", here)
         return
     needed = (keep + 1) * size_bytes
-    what = f"{here}; {keep} checkpoints of {size_bytes / 1e9:,.3g} GB and one being written take {needed / 1e9:,.3g} GB"
+    kept = f"{counted(keep, 'checkpoint')} of {size_bytes / 1e9:,.3g} GB"
+    what = f"{here}; {kept} and one being written take {needed / 1e9:,.3g} GB"
     if free < needed:
         remedy = "make room, set train.run_dir elsewhere, or keep fewer (train.checkpoint.keep, keep_every_steps)"
         yield Finding("disk", "error" if free < size_bytes else "warning", what, remedy)

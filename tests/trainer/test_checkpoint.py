@@ -53,7 +53,7 @@ TEARS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: (p / "deepspeed/weights.pt").write_bytes(b"weights of step 8"),
         "the contents of deepspeed/weights.pt do not match its SHA-256",
     ),
-    "no manifest": (lambda p: (p / "manifest.json").unlink(), "its manifest.json cannot be read"),
+    "no manifest": (lambda p: (p / "manifest.json").unlink(), "it has no manifest.json"),
     "half a manifest": (lambda p: (p / "manifest.json").write_text('{"format": 1, "fi'), "cannot be read"),
     "not an object": (lambda p: (p / "manifest.json").write_text("[]"), "cannot be read"),
     "no files": (lambda p: (p / "manifest.json").write_text('{"format": 1}'), "cannot be read ('files')"),
@@ -243,6 +243,13 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     with pytest.raises(ValueError) as error:
         checkpoint.load(None, saved, other.get("fingerprint", FINGERPRINT), configure(*overrides), world)
     assert sentence in str(error.value) and str(saved) in str(error.value)
+
+
+def test_a_run_of_the_other_stage_is_told_apart(configure: Configure, world: World, saved: Path) -> None:
+    path = saved / "config.yaml"
+    path.write_text(path.read_text() + "base: {path: runs/base}\n")
+    with pytest.raises(ValueError, match=r"was written by tune.train, this is pretrain.train; give each"):
+        checkpoint._check_fit(manifest.read(saved, world), saved, "0" * 64, configure(), world)
 
 
 def test_what_may_change_on_the_way_is_not_refused(configure: Configure, world: World, saved: Path) -> None:

@@ -79,7 +79,7 @@ def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_told(
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .*/none; give a run folder \(train.run_dir\) or one of"):
         load_decoder(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"is neither a run folder nor a whole checkpoint: its manifest.json cannot"):
+    with pytest.raises(ValueError, match=r"is neither a run folder nor a whole checkpoint: it has no manifest.json"):
         load_decoder(tmp_path)
 
 
