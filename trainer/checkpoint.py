@@ -135,8 +135,8 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
     """Refuse what cannot be gone on from; return how its state is laid out otherwise than here."""
     blocks = yaml.safe_load((checkpoint / "config.yaml").read_text())
     if ("base" in blocks) != hasattr(config, "base"):
-        there, own = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
-        raise ValueError(f"{checkpoint} was written by {there}, this is {own}; give each its own train.run_dir")
+        writer, reader = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
+        raise ValueError(f"{checkpoint} was written by {writer}, this is {reader}; give each its own train.run_dir")
     here = conditions(config, world)
     differ = [f"{n} {written.get(n)} there, {here[n]} here" for n in ("optimizer", "seed") if written.get(n) != here[n]]
     if differ:
