@@ -178,6 +178,7 @@ def test_flex_block_mask_is_the_dense_mask(name: str, confined: bool, past: int,
         assert ours.shape == theirs.shape
 
 
+@pytest.mark.processes  # of a C++ compiler
 def test_flex_attention_compiled_and_not_again_for_other_shapes() -> None:
     """The compiled CPU kernel reads the block mask; it has no backward pass, so gradients wait for a GPU."""
     for number, name in enumerate(["everything", "half", "lopsided", "rounded", "capped", "half"]):

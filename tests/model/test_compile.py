@@ -9,6 +9,8 @@ import torch
 
 from tests.model.tiny import assert_close, config, decoder, gradients, random_targets, random_tokens
 
+pytestmark = pytest.mark.processes  # of a C++ compiler, a minute of them
+
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
