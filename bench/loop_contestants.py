@@ -6,7 +6,6 @@ Both read the same run's config: the peer takes from it what our trainer would, 
 from __future__ import annotations
 
 import os
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from model.init import initialise
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.loop import run
+from trainer.metrics import peak_bytes
 from trainer.step import StepResult
 from trainer.trainer import Trainer
 
@@ -62,7 +62,7 @@ class OnTurn(Trainer):
             "density": sum(shares) / len(shares) if shares else 1.0,
             "executed_flops": sum(training_flops(model, counts) for counts in routed),
             "dense_flops": sum(TRAINING_FACTOR * dense_flops(model, c.tokens, c.visible_keys) for c in routed),
-            "peak_bytes": _peak_bytes(self.world),
+            "peak_bytes": peak_bytes(self.world.device),
         }
 
 
@@ -122,7 +122,7 @@ def peer(config: RunConfig, world: World, turn: Turn) -> None:
             self._logged: dict[str, Any] = {}
 
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            turn.begin(state.global_step, lambda: {**self._logged, "peak_bytes": _peak_bytes(world)})
+            turn.begin(state.global_step, lambda: {**self._logged, "peak_bytes": peak_bytes(world.device)})
 
         def on_log(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             logs = named["logs"]
@@ -173,10 +173,3 @@ def _peer_arguments(config: RunConfig, world: World) -> Any:
         disable_tqdm=True,
         seed=train.seed,
     )
-
-
-def _peak_bytes(world: World) -> int:
-    """Most memory that this process has held: of its GPU, or all of it on a CPU."""
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(world.device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

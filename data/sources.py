@@ -146,15 +146,21 @@ def _matching_files(config: SourceConfig) -> list[Path]:
     return [Path(name) for name in sorted(found)]
 
 
-def _format_of(path: Path, source: str) -> str:
+def format_of(path: Path) -> str | None:
+    """A file's format by its name, a compression's ending left out; None for an ending that is not known."""
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-    if suffix.lower() not in FORMATS:
+    return FORMATS.get(suffix.lower())
+
+
+def _format_of(path: Path, source: str) -> str:
+    found = format_of(path)
+    if found is None:
         known = " ".join(FORMATS)
         raise ValueError(
             f"source '{source}': the format of {path} cannot be told from its name (known: {known}); "
             "set the source's format to text, json, parquet or csv"
         )
-    return FORMATS[suffix.lower()]
+    return found
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from data.config import SourceConfig
-from data.sources import COMPRESSIONS, FORMATS, Cursor, Source
+from data.sources import FORMATS, Cursor, Source, format_of
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +56,7 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
     """
     refuse_missing([path])
     file = Path(path)
-    suffix = Path(file.stem).suffix if file.suffix in COMPRESSIONS else file.suffix
-    named: Any = kind or FORMATS.get(suffix.lower())
+    named: Any = kind or format_of(file)
     if named is None:
         raise ValueError(
             f"the format of {file} cannot be told from its name (known endings: {' '.join(FORMATS)}); say it: --format "

@@ -212,7 +212,7 @@ class Metrics:
             "speed/mfu_executed": executed / peak,
             "speed/mfu_dense_equivalent": dense / peak,
             "speed/data_wait_share": waited_s / elapsed_s,
-            "memory/peak_bytes": _peak_bytes(),
+            "memory/peak_bytes": peak_bytes(self.world.device),
         }
         if self.sites:
             progress = (step - 1) / config.train.steps
@@ -361,8 +361,8 @@ def _mean(values: list[float]) -> float:
     return sum(values) / len(values)
 
 
-def _peak_bytes() -> int:
-    """Most memory held so far: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held so far: of ``device``, or all of it on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
