@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp"
 """Suffix of a file being written. Whatever carries it is left over from a killed command and may be deleted."""
-_HASHED_AT_ONCE_BYTES = 1 << 24
+_HASHED_AT_ONCE_BYTES = 1 << 22
 """Between two blocks a thread asks for the interpreter lock, and waits for it where another one computes in Python."""
 
 

@@ -22,6 +22,7 @@ from convert import hf_compare, to_hf
 from model.decoder import Decoder
 from tests.convert.exports import make_large, make_tuned, write_run
 from tests.launching import ROOT, environment
+from trainer.distributed import import_deepspeed
 from trainer.weights_folder import write_weights
 
 SHARD_BYTES = 8_000_000
@@ -91,6 +92,7 @@ def _growth() -> Iterator[list[int]]:
 
 
 def _main(folder: Path, small: Path, out: Path) -> None:
+    import_deepspeed()  # which SMALL does not need, and checkpoints of stage one do
     to_hf.export(small, folder / "small-hf")
     hf_compare._GREEDY_TOKENS = 4
     grown: dict[str, int] = {}
