@@ -34,8 +34,25 @@ def random_tokens(samples: int, tokens: int, vocab: int, device: torch.device) -
     return torch.randint(vocab, (samples, tokens), generator=torch.Generator().manual_seed(0)).to(device)
 
 
+class _Place:
+    """The place of a decoding pass's one token, looked at once for all routers: the host waits to see it."""
+
+    def __init__(self) -> None:
+        self._inputs: RoutingInputs | None = None
+        self._place = 0
+
+    def of(self, inputs: RoutingInputs) -> int:
+        if inputs is not self._inputs:
+            self._inputs, self._place = inputs, int(inputs.positions)
+        return self._place
+
+
 class HeldRouter(LearnedRouter):
     """A learned router at its full cost, whose decisions are draws at the density asked for, one a place and site.
+
+    Args:
+        config, width, site: as of a learned router.
+        place: shared by all routers of a decoder.
 
     Attributes:
         draws: bool [B, T], of the largest B and T (or context length) that it will see; see :func:`draw`.
@@ -45,30 +62,39 @@ class HeldRouter(LearnedRouter):
     draws: Tensor
     hold: Tensor
 
-    def __init__(self, config: RouterConfig, width: int, site: int):
+    def __init__(self, config: RouterConfig, width: int, site: int, place: _Place):
         super().__init__(config, width, site)
         self.register_buffer("draws", torch.ones(0, 0, dtype=torch.bool), persistent=False)
         self.register_buffer("hold", torch.tensor(True), persistent=False)
+        self._place = place
+        self._cut: tuple[Tensor, ...] = ()
+        self._cut_from: Tensor | None = None
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D] -> decisions [B, T]."""
         gate = super().forward(x, inputs)
-        if x.shape[1] == 1 and x.is_cpu and not self.training:  # decoding: little on top of the router's own work
-            drawn = self.draws[: x.shape[0], int(inputs.positions), None]
-            return Gate(drawn, drawn.float(), gate.margin)
+        if x.shape[1] == 1 and x.is_cpu and not self.training:  # decoding: next to nothing on top of the router's work
+            return gate._replace(executed=self._column(x.shape[0], self._place.of(inputs)))
         drawn = self.draws[: x.shape[0]].index_select(1, inputs.positions)
         if not self.training:
-            return Gate(drawn, drawn.float(), gate.margin)
+            return gate._replace(executed=drawn)
         executed = torch.where(self.hold, drawn, gate.executed)
-        return Gate(executed, executed.float() + (gate.value - gate.value.detach()), gate.margin)
+        return gate._replace(executed=executed, soft=executed.float() + (gate.value - gate.value.detach()))
+
+    def _column(self, rows: int, place: int) -> Tensor:
+        """``draws`` of the first ``rows`` at a place, bool [rows, 1]."""
+        if self._cut_from is not self.draws or len(self._cut[0]) != rows:
+            self._cut, self._cut_from = self.draws[:rows].split(1, dim=1), self.draws
+        return self._cut[place]
 
 
 def held_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, recompute: bool = False) -> Decoder:
     """Our decoder with random weights and, where it is routed, held routers; :func:`draw` before it runs."""
     decoder = Decoder(config, recompute=recompute)
     if config.router is not None:
+        place = _Place()
         for site, layer in enumerate(decoder.layers):
-            layer.router = HeldRouter(config.router, config.width, site)
+            layer.router = HeldRouter(config.router, config.width, site, place)
     initialise(decoder, config, seed=0)
     return decoder.to(device, dtype)
 

@@ -29,20 +29,34 @@ _EXPLORATION = 1 << 32
 
 
 class Gate(NamedTuple):
-    """A site's decisions.
+    """A site's decisions. What few ask for is computed when they do: a step of decoding is a chain of small operations.
 
     Attributes:
         executed: bool [B, T].
-        value: fp32 [B, T], what an executed token's output is multiplied by: exactly 1 where executed and 0 elsewhere
-            for causal kinds, with the soft gate's gradient; expert choice weighs by its score.
-        margin: fp32 [B, T], execute logit minus skip logit; only of a learned router in evaluation mode.
+        soft: fp32 [B, T], :attr:`value` where it is more than ``executed`` as a number: in training, and of expert
+            choice.
+        logits: fp32 [B, T, 2], skip and execute; only of a learned router in evaluation mode.
         explored: bool [B, T], skipped tokens whose gates learn from what the site would have added; None where none do.
     """
 
     executed: Tensor
-    value: Tensor
-    margin: Tensor | None = None
+    soft: Tensor | None = None
+    logits: Tensor | None = None
     explored: Tensor | None = None
+
+    @property
+    def value(self) -> Tensor:
+        """fp32 [B, T], what an executed token's output is multiplied by.
+
+        Exactly 1 where executed and 0 elsewhere for causal kinds, with the soft gate's gradient in training; expert
+        choice weighs by its score.
+        """
+        return self.executed.float() if self.soft is None else self.soft
+
+    @property
+    def margin(self) -> Tensor | None:
+        """fp32 [B, T], execute logit minus skip logit; None without logits."""
+        return None if self.logits is None else _difference(self.logits)
 
 
 @dataclass(frozen=True)
@@ -89,13 +103,10 @@ class LearnedRouter(Router):
         """x: [B, T, D] -> decisions [B, T]."""
         # Detached: the layers below do not learn to please a router. Through the residual stream the gates' gradients
         # would multiply from site to site, until clipping leaves nothing of the language model's (docs/method.md).
-        margin = _margin(x.detach(), self.weight)
+        logits = _logits(x.detach() if torch.is_grad_enabled() else x, self.weight)
         if not self.training:
-            executed = margin >= (
-                0.0 if inputs.thresholds is None else inputs.thresholds.index_select(0, self.site.view(1))
-            )
-            return Gate(executed, executed.float(), margin)
-        margin = margin + inputs.noise_scale * torch.logit(self._uniform(inputs))
+            return Gate(self._greedy(logits, inputs.thresholds), logits=logits)
+        margin = _difference(logits) + inputs.noise_scale * torch.logit(self._uniform(inputs))
         executed = margin >= 0
         soft = torch.sigmoid(margin / inputs.temperature)
         # In this order the forward value is exactly 0 or 1: soft - soft is exactly 0.
@@ -107,6 +118,13 @@ class LearnedRouter(Router):
         # nor its price: price alone would drive every skipped token further away.
         learning = learning * torch.where(executed, 1.0, explored / self.config.explore)
         return Gate(executed, executed.float() + learning, explored=explored)
+
+    def _greedy(self, logits: Tensor, thresholds: Tensor | None) -> Tensor:
+        """bool [B, T] of the logits [B, T, 2]."""
+        if thresholds is None:
+            skip, execute = logits.unbind(-1)
+            return execute >= skip
+        return _difference(logits) >= thresholds.index_select(0, self.site.view(1))
 
     def _uniform(self, inputs: RoutingInputs, stream: int = 0) -> Tensor:
         """A number in (0, 1) for every token, fp32 [B, T]."""
@@ -120,7 +138,7 @@ class RandomRouter(Router):
         """x: [B, T, D], read for nothing but its batch size."""
         u = noise.uniform(inputs.seed, inputs.sample_ids, self.site, inputs.positions)
         executed = u < self.config.density
-        return Gate(executed, executed.float())
+        return Gate(executed)
 
 
 class StrideRouter(Router):
@@ -133,7 +151,7 @@ class StrideRouter(Router):
         start, end = steps * density + phase, (steps + 1) * density + phase
         executed = torch.floor(end) > torch.floor(start)
         executed = executed.expand(x.shape[0], -1)
-        return Gate(executed, executed.float())
+        return Gate(executed)
 
 
 class ExpertChoiceRouter(Router):
@@ -149,7 +167,7 @@ class ExpertChoiceRouter(Router):
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D] -> decisions [B, T]."""
-        margin = _margin(x, self.weight)
+        margin = _difference(_logits(x, self.weight))
         chosen = margin.topk(max(round(self.config.density * margin.shape[1]), 1), dim=1).indices
         executed = torch.zeros_like(margin, dtype=torch.bool).scatter(1, chosen, True)
         return Gate(executed, torch.where(executed, torch.sigmoid(margin), 0.0))
@@ -163,14 +181,21 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def _margin(x: Tensor, weight: Tensor) -> Tensor:
-    """Execute logit minus skip logit, fp32 [B, T]."""
+def _logits(x: Tensor, weight: Tensor) -> Tensor:
+    """Skip and execute, fp32 [B, T, 2]."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _margin(x, weight)
+            return _logits(x, weight)
+    if not torch.is_grad_enabled():
+        return F.linear(x.float(), weight.float())
     wide = x.float()
     with _kept_as(wide, x):
-        skip, execute = F.linear(wide, weight.float()).unbind(-1)
+        return F.linear(wide, weight.float())
+
+
+def _difference(logits: Tensor) -> Tensor:
+    """Execute minus skip, [B, T]."""
+    skip, execute = logits.unbind(-1)
     return execute - skip
 
 

@@ -93,29 +93,15 @@ class Selection:
         return Selection(batch, tokens, None, exact, tokens)
 
     @staticmethod
-    @torch.compiler.disable
     def of(mask: Tensor, round_to: int | None = None) -> Selection:
         """The tokens where the bool ``mask`` [B, T] is set, and fillers up to a multiple of ``round_to``.
 
         Waits for the device to count them. Unless given, ``round_to`` is 1 on the CPU and 128 elsewhere, and 8 there
         for one token a row (T = 1). No token at all is rounded up too, but for T = 1, where that saves the whole site.
         """
-        batch, tokens = mask.shape
-        if tokens == 1 and round_to is None and mask.is_cpu:
+        if mask.shape[1] == 1 and round_to is None and mask.is_cpu and not torch.compiler.is_compiling():
             return _of_one(mask)
-        flat = mask.flatten()
-        if round_to is None:
-            round_to = _ROUND_TO["cpu" if mask.is_cpu else "one" if tokens == 1 else "other"]
-        index = flat.nonzero().squeeze(-1)
-        count = len(index)
-        size = -(-count // round_to) * round_to
-        if size == 0 and min(tokens, round_to) > 1:
-            size = round_to
-        if size >= len(flat):
-            return Selection.everything(batch, tokens, exact=count == len(flat))
-        if size > count:
-            index = _first(_fill(flat, size - count), size)
-        return Selection(batch, tokens, index, exact=size == count)
+        return _counted(mask, round_to)
 
     @staticmethod
     def capped(mask: Tensor, capacity: int) -> tuple[Selection, Tensor]:
@@ -193,6 +179,25 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
         (index,) = ctx.saved_tensors
         return grad, None, grad.index_select(0, index)
+
+
+@torch.compiler.disable
+def _counted(mask: Tensor, round_to: int | None) -> Selection:
+    """:meth:`Selection.of` by counting on the device."""
+    batch, tokens = mask.shape
+    flat = mask.flatten()
+    if round_to is None:
+        round_to = _ROUND_TO["cpu" if mask.is_cpu else "one" if tokens == 1 else "other"]
+    index = flat.nonzero().squeeze(-1)
+    count = len(index)
+    size = -(-count // round_to) * round_to
+    if size == 0 and min(tokens, round_to) > 1:
+        size = round_to
+    if size >= len(flat):
+        return Selection.everything(batch, tokens, exact=count == len(flat))
+    if size > count:
+        index = _first(_fill(flat, size - count), size)
+    return Selection(batch, tokens, index, exact=size == count)
 
 
 def _of_one(mask: Tensor) -> Selection:

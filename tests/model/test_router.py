@@ -10,7 +10,7 @@ from torch import Tensor
 
 from model import noise
 from model.config import RouterConfig
-from model.router import ROUTERS, Gate, RoutingInputs, _margin
+from model.router import ROUTERS, Gate, RoutingInputs, _difference, _logits
 
 BATCH, TOKENS, WIDTH, SITE = 4, 50, 16, 3
 SEED = 9
@@ -136,7 +136,7 @@ def test_the_margins_gradient_without_an_fp32_copy_of_the_input(dtype: torch.dty
     """Two rows of width 4: as many entries as the weight has, which must not be taken for the input."""
     x = torch.randn(1, 2, 4, dtype=dtype, requires_grad=True)
     weight = torch.randn(2, 4, dtype=dtype, requires_grad=True)
-    found = torch.autograd.grad(_margin(x, weight).square().sum(), (x, weight))
+    found = torch.autograd.grad(_difference(_logits(x, weight)).square().sum(), (x, weight))
     margin = x.float() @ (weight[1].float() - weight[0].float())
     expected = torch.autograd.grad(margin.square().sum(), (x, weight))
     for gradient, truth in zip(found, expected, strict=True):
