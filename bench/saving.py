@@ -66,8 +66,8 @@ def measure(config: RunConfig, world: World, folder: Path, steps: int, rounds: i
         steps: taken after each save.
         rounds: repetitions.
     """
+    from trainer.checkpoints.save import Saver
     from trainer.engine import build_engine
-    from trainer.saving import Saver
 
     engine = build_engine(config, world)
     step = _stepper(engine, config, world)

@@ -5,7 +5,8 @@
 
 Every run is ``tune.train`` on ``configs/tune_METHOD.yaml`` with one process and one thread, in its own folder below
 ``--out``; what is done is not run again, so an interrupted suite goes on where it was. Step times are taken afterwards,
-all methods taking turns in one process (see ``bench/timing.py``), because those of runs side by side mean nothing.
+all methods taking turns in one process (see ``bench/common/timing.py``), because those of runs side by side mean
+nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bench.options import parser, refuse
-from bench.timing import ratios, take_turns
+from bench.common.options import parser, refuse
+from bench.common.timing import ratios, take_turns
 from model.config import EnsembleConfig
 from settings import user_errors
-from trainer.start import environment_alone
+from trainer.local_ranks import environment_alone
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
 

@@ -3,7 +3,7 @@
     loaded = load_any(Path("runs/demo-tuned"))
     loaded.decoder, loaded.tokenizer_folder, loaded.facts["validation_losses"]
 
-Reading runs no code: see :mod:`trainer.weights` and :mod:`trainer.weights_folder`.
+Reading runs no code: see :mod:`trainer.checkpoints.read_weights` and :mod:`trainer.checkpoints.weights_folder`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from model.decoder import Decoder
-from trainer import manifest
+from trainer.checkpoints import manifest
+from trainer.checkpoints.read_weights import load_decoder
+from trainer.checkpoints.weights_folder import is_weights_folder, read_weights
 from trainer.config import StageConfig, is_stage_two
 from trainer.distributed import ALONE
-from trainer.weights import load_decoder
-from trainer.weights_folder import is_weights_folder, read_weights
 from tune.weights import load_tuned
 
 PRETRAINED, TUNED, WEIGHTS = "pretrained", "tuned", "weights"

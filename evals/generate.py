@@ -250,7 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         opening.open_model(options.model)
         import torch
 
-        from evals.dial_file import Dial
+        from evals.dial.file import Dial
         from evals.scoring import open_model
 
         opened = open_model(options.model)

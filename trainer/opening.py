@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 from settings import rank_by_environment
+from trainer.checkpoints.retention import newest_first, refuse_taken
 from trainer.config import TrainConfig
-from trainer.retention import newest_first, refuse_taken
 
 
 def open_model(path: Path) -> None:
@@ -25,7 +25,7 @@ def open_model(path: Path) -> None:
 def open_run(train: TrainConfig) -> None:
     """On rank 0 name the run, and refuse a run folder that it must not start in; a launcher then ends the other ranks.
 
-    :func:`trainer.checkpoint.to_resume` looks again, at whole checkpoints and for all ranks.
+    :func:`trainer.checkpoints.resume.to_resume` looks again, at whole checkpoints and for all ranks.
 
     Raises:
         ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``.

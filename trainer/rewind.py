@@ -21,11 +21,11 @@ import numpy as np
 
 from data.batches import pass_over
 from data.files import write_atomically
-from trainer import manifest
+from trainer.checkpoints import manifest
+from trainer.checkpoints.retention import newest_first, step_of
 from trainer.distributed import ALONE
 from trainer.heartbeat import BEAT_EVERY_S, FINAL, read_beats
-from trainer.retention import newest_first, step_of
-from trainer.spikes import Spike
+from trainer.monitor.spikes import Spike
 
 Ranges = Sequence[Sequence[int]]
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from data.files import read_json, write_json
 from model.config import EnsembleConfig
 from model.decoder import Decoder
+from trainer.checkpoints.weights_folder import mismatch
 from trainer.distributed import World, import_deepspeed
-from trainer.weights_folder import mismatch
 from tune.adapters import part_of
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -10,10 +10,10 @@ import yaml
 from data.files import read_json, sha256_of
 from model.config import BudgetConfig, ModelConfig, Ramp
 from model.decoder import Decoder
-from trainer import manifest
+from trainer.checkpoints import manifest
+from trainer.checkpoints.read_weights import load_decoder
+from trainer.checkpoints.weights_folder import is_weights_folder, read_weights
 from trainer.distributed import ALONE
-from trainer.weights import load_decoder
-from trainer.weights_folder import is_weights_folder, read_weights
 
 _WHAT = "give base.path a stage-one run, one of its checkpoints, or what convert.from_hf wrote"
 

@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     options = parser.parse_args(arguments)
     with user_errors():
-        from trainer.weights_folder import require_absent, write_weights
+        from trainer.checkpoints.weights_folder import require_absent, write_weights
         from tune.weights import load_tuned
 
         require_absent(options.out)

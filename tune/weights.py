@@ -2,7 +2,8 @@
 
     decoder, config, step = load_tuned(Path("runs/demo-tuned"))
 
-The decoder is a plain one with its ensemble, adapters merged. How the files are read: :mod:`trainer.weights`.
+The decoder is a plain one with its ensemble, adapters merged. How the files are read:
+:mod:`trainer.checkpoints.read_weights`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from pathlib import Path
 
 from model.decoder import Decoder
 from settings import load
-from trainer.allocate import allocate, without_memory
+from trainer.checkpoints.empty_decoder import allocate, without_memory
+from trainer.checkpoints.read_weights import checkpoint_of, fill
 from trainer.config import is_stage_two
-from trainer.weights import checkpoint_of, fill
 from tune.adapters import merge, prepare
 from tune.config import TuneConfig
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from data.files import read_json, write_json
 from trainer.config import RunConfig, TrainConfig
 from trainer.heartbeat import read_beats
-from trainer.start import deepspeed_launcher
+from trainer.local_ranks import deepspeed_launcher
 from tune.config import TuneFile
 
 

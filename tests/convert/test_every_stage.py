@@ -14,7 +14,7 @@ from convert.to_hf import export
 from tests.conftest import VOCAB
 from tests.convert.test_to_hf import load
 from tests.once import once
-from tests.trainer.saved_runs import CASES, save_runs
+from tests.trainer.checkpoints.saved_runs import CASES, save_runs
 
 ONE_RANK = {name: overrides for name, overrides in CASES.items() if name.startswith("fp32")}
 

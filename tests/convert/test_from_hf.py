@@ -19,7 +19,7 @@ from convert import from_hf
 from convert.from_hf import compare, import_checkpoint, main, read_checkpoint
 from model.config import RopeScaling
 from tests.threads import one_thread as one_thread
-from trainer.weights_folder import read_weights
+from trainer.checkpoints.weights_folder import read_weights
 
 SIZES = {
     "vocab_size": 97,

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.hf_compare import Reference, compare, refer
-from trainer.weights_folder import read_weights
+from trainer.checkpoints.weights_folder import read_weights
 
 Exported = Callable[[str], tuple[Path, Path]]
 

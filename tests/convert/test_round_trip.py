@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from tests.conftest import VOCAB
 from tests.model.tiny import assert_close
-from trainer.weights_folder import read_weights
+from trainer.checkpoints.weights_folder import read_weights
 
 Exported = Callable[[str], tuple[Path, Path]]
 CASES = ("dense", "dense-tied-llama3", "dense-odd-heads", "layer", "module-tied", "random", "stride", "ensemble",

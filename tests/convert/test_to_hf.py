@@ -28,9 +28,9 @@ from model.generate import generate
 from tests.conftest import VOCAB
 from tests.convert.exports import CASES, NATIVE, make, make_tuned, write_run
 from tests.model.tiny import SIZES, decoder
-from tests.trainer.test_checkpoint_safety import Payload
-from trainer import manifest
-from trainer.weights_folder import read_weights, write_weights
+from tests.trainer.checkpoints.test_resume_safety import Payload
+from trainer.checkpoints import manifest
+from trainer.checkpoints.weights_folder import read_weights, write_weights
 from tune import adapter_files
 
 Exported = Callable[[str], tuple[Path, Path]]

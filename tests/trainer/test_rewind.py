@@ -16,11 +16,11 @@ import pytest
 
 from data.batches import Batch, TrainingData
 from launch import rewind
-from tests.trainer.test_checkpoint import fake
+from tests.trainer.checkpoints.test_resume import fake
+from trainer.checkpoints.read_weights import checkpoint_of
 from trainer.heartbeat import Heartbeat
+from trainer.monitor.spikes import Spike
 from trainer.rewind import go_back, how_to_go_back, refuse_other_past
-from trainer.spikes import Spike
-from trainer.weights import checkpoint_of
 
 Train = Callable[..., int]
 POISON = (17 * 8, 20 * 8)  # the samples of steps 18 to 20

@@ -14,9 +14,9 @@ import yaml
 from model.config import EnsembleConfig, ModelConfig, Ramp
 from model.decoder import Decoder
 from tests.model.tiny import config, decoder
-from trainer import manifest
+from trainer.checkpoints import manifest
+from trainer.checkpoints.weights_folder import write_weights
 from trainer.distributed import World
-from trainer.weights_folder import write_weights
 from tune.base import load_base, stage_two_model
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))

@@ -14,9 +14,9 @@ from model.decoder import Decoder
 from settings import load, to_yaml
 from tests.model import tiny
 from tests.tune.test_adapters import tuned
-from trainer import manifest
+from trainer.checkpoints import manifest
+from trainer.checkpoints.weights_folder import read_weights
 from trainer.distributed import World
-from trainer.weights_folder import read_weights
 from tune.config import TuneConfig
 from tune.merge import ROWS, main, merge_checked
 

@@ -20,11 +20,11 @@ from settings import user_errors
 from settings.load import _apply_override
 from tests.conftest import VOCAB
 from tests.launching import run
-from trainer.checkpoint import _check_fit
+from trainer.checkpoints.read_weights import load_decoder
+from trainer.checkpoints.resume import _check_fit
+from trainer.checkpoints.save import conditions
+from trainer.checkpoints.weights_folder import read_weights
 from trainer.distributed import ALONE
-from trainer.saving import conditions
-from trainer.weights import load_decoder
-from trainer.weights_folder import read_weights
 from tune.base import load_base
 from tune.batches import ExampleSet, TuningData
 from tune.config import ExamplesConfig, TuneFile

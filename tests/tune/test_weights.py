@@ -24,11 +24,11 @@ from model.init import initialise
 from model.router import Gate, RoutingInputs
 from settings import load
 from tests.launching import run
+from tests.trainer.checkpoints.saved_runs import SHUFFLED, rehash
 from tests.trainer.one_rank import save_now
-from tests.trainer.saved_runs import SHUFFLED, rehash
+from trainer.checkpoints.read_weights import load_decoder
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
-from trainer.weights import load_decoder
 from tune.adapter_files import load_adapter, save_adapter
 from tune.adapters import prepare
 from tune.config import TuneConfig
