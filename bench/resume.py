@@ -162,11 +162,11 @@ def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
 
 
 def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True) -> list[float]:
-    from trainer.checkpoints import resume
+    from trainer.checkpoints import manifest, resume
     from trainer.engine import build_engine
 
     engine = build_engine(config, world)
-    found, _ = resume.find(folder, world)
+    found, _ = manifest.newest_whole(folder, world)
     assert found is not None
     resume.load(engine, found, "", config, world)
     if not keep_state:

@@ -28,6 +28,7 @@ from bench.common.timing import ratios, take_turns
 from model.config import EnsembleConfig
 from settings import user_errors
 from trainer.local_ranks import environment_alone
+from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
 
@@ -107,15 +108,8 @@ def train(run: Run, options: argparse.Namespace) -> str | None:
 
 def outcome(folder: Path, task: str) -> Outcome | None:
     """What the run in ``folder`` reached; None if it is not done."""
-    lines = []
-    if (folder / "metrics.jsonl").is_file():
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found: dict[str, Any] = {}
-    for line in lines:
-        found |= {
-            name: value for name, value in line.items() if name.startswith((f"test/{task}/choice", "parameters/"))
-        }
-    accuracies = {n.rpartition("/")[2]: v for n, v in found.items() if n.startswith("test/")}
+    found = metrics_file.latest(folder / metrics_file.NAME)
+    accuracies = {n.rpartition("/")[2]: v for n, v in found.items() if n.startswith(f"test/{task}/choice")}
     if not accuracies:
         return None
     layers = [value for name, value in sorted(accuracies.items()) if name.startswith("layer-")]

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+from evals.dial import JSON, folder_of
 from settings import user_errors
 from trainer import opening
 from tune.text import TextTokenizer
@@ -143,8 +144,7 @@ def prompt_ids(opened: Opened, prompt: str, max_new_tokens: int) -> list[int]:
 
 def dial_of(model: Path) -> Path:
     """Where ``evals.dial`` writes by itself for a run or one of its checkpoints."""
-    run = model if (model / "checkpoints").is_dir() else model.resolve().parent.parent
-    return run / "dial" / "dial.json"
+    return (folder_of(model) or model) / JSON
 
 
 def summary(tokens: Sequence[Token], layers: int, seconds: float) -> str:

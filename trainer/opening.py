@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from settings import rank_by_environment
-from trainer.checkpoints.retention import newest_first, refuse_taken
+from trainer.checkpoints.layout import checkpoints_of, newest_first
+from trainer.checkpoints.retention import refuse_taken
 from trainer.config import TrainConfig
 
 
@@ -33,5 +34,5 @@ def open_run(train: TrainConfig) -> None:
     if rank_by_environment() != 0:
         return
     print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
-    folder = Path(str(train.run_dir)) / "checkpoints"
+    folder = checkpoints_of(str(train.run_dir))
     refuse_taken(folder, [found.name for found in newest_first(folder)], train.checkpoint.resume)

@@ -8,7 +8,7 @@ runs/NAME/
   tensorboard/            the same, to look at
   heartbeat/rank-N.json   step and phase of every rank: see trainer/heartbeat.py
   logs/rank-N.log         what every rank had to say
-  checkpoints/            see trainer/checkpoints/resume.py
+  checkpoints/            see trainer/checkpoints/layout.py
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from pathlib import Path
 from data.files import write_atomically
 from settings import to_yaml
 from trainer import code_state
+from trainer.checkpoints.layout import CONFIG, checkpoints_of
 from trainer.config import StageConfig
 from trainer.heartbeat import Heartbeat
+from trainer.monitor import metrics_file
 
 
 class RunFolder:
@@ -29,9 +31,9 @@ class RunFolder:
     def __init__(self, path: str | Path, rank: int):
         self.path = Path(path)
         self.rank = rank
-        self.metrics = self.path / "metrics.jsonl"
+        self.metrics = self.path / metrics_file.NAME
         self.tensorboard = self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = checkpoints_of(self.path)
         self.heartbeat = Heartbeat(self.path / "heartbeat", rank)
         self.log = self.path / "logs" / f"rank-{rank}.log"
 
@@ -42,7 +44,7 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         for old in beats.iterdir():
             old.unlink()  # of an earlier start, which may have had more ranks
-        write_atomically(self.path / "config.yaml", to_yaml(config).encode())
+        write_atomically(self.path / CONFIG, to_yaml(config).encode())
         copy = self.path / "config.original.yaml"
         if not (copy.exists() and copy.samefile(original)):
             shutil.copyfile(original, copy)

@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 from data.batches import Batch
 from data.files import only_writer
+from data.skip_ranges import refuse_other_past, sample_ids
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
@@ -25,12 +26,11 @@ from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.log import open_log
 from trainer.monitor.metrics import Metrics
-from trainer.monitor.spikes import SpikeDetector
+from trainer.monitor.spikes import SpikeDetector, how_to_go_back
 from trainer.monitor.stop import StopRequest, is_lost_rank, too_many_bad_steps
 from trainer.monitor.watchdog import Watchdog
 from trainer.monitor.yardstick import measure_peak
 from trainer.precision import decide, slow_bf16_warning
-from trainer.rewind import how_to_go_back, refuse_other_past, sample_ids
 from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import subprocess
@@ -20,9 +19,11 @@ from bench.isoflop.suite import Downstream, Run, Suite
 from data.config import DataConfig
 from data.files import read_json, write_json
 from settings import load
+from trainer.checkpoints.layout import CONFIG
 from trainer.config import RunConfig
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.local_ranks import deepspeed_launcher, environment_alone, free_port
+from trainer.monitor import metrics_file
 
 HARNESS, DIAL = "harness.json", Path("dial/dial.json")
 """In a run folder: what downstream tasks and the compute dial gave."""
@@ -50,18 +51,14 @@ class Job:
 
 def trained_in(runs: Sequence[Run]) -> list[str]:
     """The precisions of those ``runs`` that have begun; several if ``auto`` met unlike machines."""
-    configs = [run.folder / "config.yaml" for run in runs]
+    configs = [run.folder / CONFIG for run in runs]
     return sorted({load(path, [], RunConfig).train.precision for path in configs if path.is_file()})
 
 
 def by_step(folder: Path) -> dict[int, dict[str, Any]]:
     """Everything in a run's ``metrics.jsonl``, one dictionary a step; empty if there is none."""
-    path, found = folder / "metrics.jsonl", dict[int, dict[str, Any]]()
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the line that a kill cut in half
+    found = dict[int, dict[str, Any]]()
+    for line in metrics_file.read(folder / metrics_file.NAME):
         found.setdefault(line["step"], {}).update(line)
     return found
 
@@ -78,7 +75,7 @@ def is_done(run: Run) -> bool:
 
 
 def _refuse_other(run: Run) -> None:
-    path, advice = run.folder / "config.yaml", "remove the folder, or choose another --out"
+    path, advice = run.folder / CONFIG, "remove the folder, or choose another --out"
     if not path.is_file():
         return
     try:

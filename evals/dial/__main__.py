@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.files import write_atomically
+from evals.dial import JSON, PICTURE, folder_of
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import user_errors
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from trainer.step import Tally
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-JSON, PICTURE = "dial.json", "dial.png"
 
 
 def turn(
@@ -150,12 +150,10 @@ def _writable(folder: Path) -> Path:
 
 def _folder_of(run_or_checkpoint: Path) -> Path:
     """``RUN/dial``, for a run or one of its checkpoints."""
-    if (run_or_checkpoint / "checkpoints").is_dir():
-        return run_or_checkpoint / "dial"
-    parent = run_or_checkpoint.resolve().parent
-    if parent.name == "checkpoints":
-        return parent.parent / "dial"
-    raise ValueError(f"{run_or_checkpoint} lies in no run folder; say with --out where to write")
+    folder = folder_of(run_or_checkpoint)
+    if folder is None:
+        raise ValueError(f"{run_or_checkpoint} lies in no run folder; say with --out where to write")
+    return folder
 
 
 HEADER = "density: asked  calibration  held out   MFLOPs/token  of dense     loss  against trained"

@@ -29,7 +29,9 @@ from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import load, user_errors
 from trainer import opening
+from trainer.checkpoints.layout import run_of
 from trainer.config import RunConfig
+from trainer.monitor import metrics_file
 from tune.config import TuneConfig
 from tune.text import WORD_START, TextTokenizer, load_text_tokenizer
 
@@ -341,8 +343,10 @@ def report_on(
     observed = observe(loaded.decoder, batches)
     history = None
     if config is not None and model.router is not None:
-        metrics = loaded.source.resolve().parent.parent / "metrics.jsonl"
-        history = read_history(metrics, model.sites, model.router.density, loaded.facts["step"])
+        run = run_of(loaded.source)
+        if run is not None:
+            metrics = run / metrics_file.NAME
+            history = read_history(metrics, model.sites, model.router.density, loaded.facts["step"])
     facts = _facts(loaded, observed, what)
     routing = summarise(observed, model, tokenizer, history)
     return Report(name, facts, model.layers, routing, votes_of(observed, model, tokenizer))
@@ -383,16 +387,18 @@ def _facts(loaded: Loaded, observed: Observed, what: str) -> list[tuple[str, str
 def _name_of(path: Path) -> str:
     """What the page calls the model."""
     path = path.resolve()
-    return f"{path.parent.parent.name}, {path.name}" if path.parent.name == "checkpoints" else path.name
+    run = run_of(path)
+    return path.name if run is None or run == path else f"{run.name}, {path.name}"
 
 
 def _out(path: Path, given: Path | None) -> Path:
     """Where to write; told before the work, not after it."""
     out = given
     if out is None:
-        if not (path / "checkpoints").is_dir() and path.resolve().parent.name != "checkpoints":
+        run = run_of(path)
+        if run is None:
             raise ValueError(f"{path} lies in no run folder; say with --out where to write")
-        out = (path if (path / "checkpoints").is_dir() else path.resolve().parent.parent) / NAME
+        out = run / NAME
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out must end in .html, got {out}; a report is a page for a browser")
     if not out.parent.is_dir():

@@ -5,7 +5,6 @@ Every window is a batch of its own, because the last one of a document is shorte
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from evals.routing.page import History
 from evals.texts import texts_of
 from evals.windows import open_set
 from trainer.config import RunConfig
+from trainer.monitor import metrics_file
 from tune.config import TuneConfig
 from tune.examples import read_examples
 from tune.text import TextTokenizer
@@ -94,12 +94,8 @@ def read_history(metrics: Path, sites: Sequence[str], target: float, step: int) 
     """Densities up to ``step`` from a run's ``metrics.jsonl``; None where it is missing or has none."""
     names = [f"density/{site}" for site in sites]
     found: dict[int, dict[str, Any]] = {}
-    for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:  # the last line of a run that still goes on, or was killed
-            continue
-        if all(name in entry for name in names) and entry.get("step", step) <= step:
+    for entry in metrics_file.read(metrics):
+        if all(name in entry for name in names) and entry["step"] <= step:
             found[entry["step"]] = entry  # of a step that was taken again after a resume, the later one
     if len(found) < 2 or not names:
         return None

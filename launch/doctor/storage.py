@@ -12,6 +12,7 @@ from pathlib import Path
 from launch.doctor.findings import Finding
 from settings import counted
 from trainer.checkpoints import resume, retention
+from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.config import TrainConfig
 from trainer.distributed import ALONE
 
@@ -25,13 +26,13 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
     Raises:
         ValueError: if it would refuse to, in its own words.
     """
-    folder = Path(str(train.run_dir)) / "checkpoints"
+    folder = checkpoints_of(str(train.run_dir))
     if train.checkpoint.resume == "never":
         resume.to_resume(folder, "never", ALONE)
         yield Finding("run folder", "ok", f"{train.run_dir} holds no checkpoints; the run starts afresh")
         return
     there = retention.newest_name(folder)
-    if train.checkpoint.resume == "required" and not any(folder.glob("step-*[0-9]")):
+    if train.checkpoint.resume == "required" and not newest_first(folder):
         remedy = "check train.run_dir, or set train.checkpoint.resume=auto"
         yield Finding("run folder", "error", f"{train.run_dir} has nothing to resume from: {there}", remedy)
     else:

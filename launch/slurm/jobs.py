@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.configs import load_either
 from launch.slurm.config import SlurmConfig
+from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.config import RunConfig, is_stage_two
 from tune.config import TuneFile
 from tune.resolve import load_file
@@ -142,7 +143,7 @@ def _checked(stage: Stage, site: SlurmConfig) -> Stage:
 def refuse_held(stage: Stage) -> None:
     """Raise ValueError if a run folder of ``stage`` holds another run, which is not to be gone on with."""
     for config, folder in zip(stage.configs, stage.folders, strict=True):
-        if config.train.checkpoint.resume == "never" and any((folder / "checkpoints").glob("step-*[0-9]")):
+        if config.train.checkpoint.resume == "never" and newest_first(checkpoints_of(folder)):
             raise ValueError(
                 f"{folder} already holds checkpoints; give train.checkpoint.resume=auto to go on with that run, or "
                 "another train.run_dir"

@@ -24,6 +24,7 @@ from launch.watch.sources import Figures, read_checkpoint, read_figures, read_st
 from settings import user_errors
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 from trainer.heartbeat import FINAL, Beat, read_beats
+from trainer.monitor import metrics_file
 
 STATUS = {"ended": 0, "stopped": EXIT_PREEMPTED, "stalled": EXIT_STALLED, "lost": EXIT_STALLED, "failed": 1}
 """Exit status by the state in which a run is over; of one that goes on it is 0."""
@@ -63,7 +64,7 @@ class Watch:
         heard_s = {beat.rank: now_s - self._heard[beat.rank][1] for beat in beats}
         silent = {b.rank for b in beats if b.phase not in FINAL and heard_s[b.rank] > self.patience_s}
         waited = now_s - self._began_s > self.patience_s
-        figures = read_figures(self.folder / "metrics.jsonl", _LAST_LINES)
+        figures = read_figures(self.folder / metrics_file.NAME, _LAST_LINES)
         state = state_of(beats, silent, waited)
         return Report(
             run=str(self.folder),

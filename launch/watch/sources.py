@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import CONFIG, checkpoints_of, newest_first
+from trainer.monitor import metrics_file
 
 _TAIL_BYTES = 1 << 18
 
@@ -34,9 +37,9 @@ def read_steps(folder: Path) -> int:
     Raises:
         ValueError: if there is no run.
     """
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     if not path.is_file():
-        there = "it has no config.yaml" if folder.is_dir() else "there is no such folder"
+        there = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"{folder} is no run ({there}); give the folder that train.run_dir names, such as runs/demo")
     try:
         return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
@@ -49,18 +52,12 @@ def read_steps(folder: Path) -> int:
 def read_figures(path: Path, last: int) -> Figures:
     """The newest figures, and the step times of the ``last`` training lines; empty where nothing is logged yet."""
     try:
-        with path.open("rb") as file:
-            file.seek(max(path.stat().st_size - _TAIL_BYTES, 0))
-            texts = file.read().splitlines()
-    except OSError:
+        lines = metrics_file.read(path, _TAIL_BYTES)
+    except OSError:  # of a network file system, for the moment
         return Figures()
     training: list[dict[str, Any]] = []
     validation: dict[str, float] = {}
-    for text in texts:
-        try:
-            told = json.loads(text)
-        except ValueError:
-            continue  # the first, cut by the seek, or the last, still being written
+    for told in lines:
         if "train/loss" in told:
             training.append(told)
         for name, value in told.items():
@@ -77,12 +74,12 @@ def read_checkpoint(folder: Path, alive: bool) -> tuple[str, float] | None:
     writes both may not be ours.
     """
     try:
-        manifests = sorted((folder / "checkpoints").glob("step-*/manifest.json"), key=lambda path: path.parent.name)
-        manifests = [path for path in manifests if path.parent.name[5:].isdigit()]
-        if not manifests:
+        manifests = [path / manifest.NAME for path in newest_first(checkpoints_of(folder))]
+        newest = next((path for path in manifests if path.is_file()), None)
+        if newest is None:
             return None
         beats = [path.stat().st_mtime for path in (folder / "heartbeat").glob("rank-*.json")]
         now = max(beats) if alive and beats else time.time()
-        return manifests[-1].parent.name, max(now - manifests[-1].stat().st_mtime, 0.0)
+        return newest.parent.name, max(now - newest.stat().st_mtime, 0.0)
     except OSError:  # pruned, or written anew, between two looks
         return None

@@ -20,7 +20,7 @@ import pytest
 
 from tests.launching import start
 from tests.ranks import Ranks
-from trainer.checkpoints import resume
+from trainer.checkpoints import manifest
 from trainer.checkpoints.retention import step_of
 from trainer.distributed import ALONE
 from trainer.exit_status import EXIT_STALLED
@@ -66,7 +66,7 @@ class Chain:
 
     def newest(self) -> int:
         """Step of the newest whole checkpoint; 0 without one."""
-        found, _ = resume.find(self.checkpoints, ALONE)
+        found, _ = manifest.newest_whole(self.checkpoints, ALONE)
         return 0 if found is None else step_of(found)
 
     def once(self, ranks: int) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import read_json, sha256_of, write_json
+from trainer.checkpoints.layout import newest_first, unfinished
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -61,6 +62,22 @@ def problem_of(folder: Path, world: World) -> str | None:
         if own:
             break
     return next((problem for problem in world.gather_objects(own) if problem), None)
+
+
+def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint in ``folder`` or None, and a sentence for each torn one passed over; collective.
+
+    Every file's size and SHA-256 is compared with the manifest; the files are shared out over the ranks.
+    """
+    torn = [f"{p.name} was never finished" for p in unfinished(folder)] if world.is_main else []
+    candidates = world.broadcast_object(newest_first(folder) if world.is_main else None)
+    torn = world.broadcast_object(torn)
+    for candidate in candidates:
+        problem = problem_of(candidate, world)
+        if problem is None:
+            return candidate, torn
+        torn.append(f"{candidate.name} is torn: {problem}")
+    return None, torn
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from model.decoder import Decoder
 from settings import load
-from trainer.checkpoints import manifest, resume
+from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import allocate, without_memory
-from trainer.checkpoints.zero_files import MASTER, Stored, stored
+from trainer.checkpoints.layout import CONFIG, ENGINE, checkpoints_of, is_run
+from trainer.checkpoints.zero_files import MASTER, Stored, only_tensors, stored
 from trainer.config import RunConfig, is_stage_two
 from trainer.distributed import ALONE, import_deepspeed
 from trainer.engine import optimizer_order
@@ -37,12 +38,12 @@ def load_decoder(run_or_checkpoint: Path, disk: Path | None = None) -> tuple[Dec
             says, or anything but tensors and numbers.
     """
     folder = checkpoint_of(run_or_checkpoint)
-    if is_stage_two(folder / "config.yaml"):
+    if is_stage_two(folder / CONFIG):
         raise ValueError(
             f"{folder} is of a tuning run, and only stage one can be read here; give the run that it was tuned from, "
             "or read this one in Python with tune.weights.load_tuned"
         )
-    config = load(folder / "config.yaml", [], RunConfig)
+    config = load(folder / CONFIG, [], RunConfig)
     decoder = without_memory(config.model, config.train.seed)
     allocate(decoder, disk)
     step = fill(decoder, folder, config.deepspeed.zero_stage)
@@ -67,8 +68,8 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     written = manifest.read(folder, ALONE)
     trained = optimizer_order(module)
     import_deepspeed()  # quietly: the allowed types are its own
-    with resume.only_tensors(folder), torch.no_grad():
-        _fill(module, stored(folder / "deepspeed", zero_stage, written["world_size"], trained, state=False), folder)
+    with only_tensors(folder), torch.no_grad():
+        _fill(module, stored(folder / ENGINE, zero_stage, written["world_size"], trained, state=False), folder)
     return written["step"]
 
 
@@ -84,13 +85,13 @@ def checkpoint_of(path: Path) -> Path:
     what = "give a run folder (train.run_dir) or one of the step-N folders in its checkpoints/"
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; {what}")
-    folder = path / "checkpoints"
-    if not folder.is_dir():
+    if not is_run(path):
         problem = manifest.problem_of(path, ALONE)
         if problem is not None:
             raise ValueError(f"{path} is neither a run folder nor a whole checkpoint: {problem}; {what}")
         return path
-    found, torn = resume.find(folder, ALONE)
+    folder = checkpoints_of(path)
+    found, torn = manifest.newest_whole(folder, ALONE)
     for sentence in torn:
         print(f"passed over: {sentence}", file=sys.stderr, flush=True)
     if found is None:

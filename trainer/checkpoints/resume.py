@@ -1,25 +1,10 @@
-"""Checkpoints that are whole or not there: finding them, and going on from one. Writing them: ``save.py``.
+"""Going on from a checkpoint: which one, whether it fits, and everything put back.
 
-    checkpoints/step-00001000/
-      deepspeed/            the engine's own files: weights, optimiser state, per rank under ZeRO
-      trainer.pt            step, samples consumed, budget prices
-      rng-00000.pt          random-number generators of rank 0, and so on
-      config.yaml           the run's config
-      manifest.json         written last: size and SHA-256 of every file, world size, ZeRO stage, data fingerprint,
-                            commit of the code
-
-DeepSpeed writes in place and names a checkpoint ``latest`` before every rank has finished, so a kill leaves a torn
-one that looks whole. Here everything goes to ``step-N.partial``; when all ranks are done and the hashes are taken the
-manifest is written and the folder renamed. Resume takes the newest folder whose files match its manifest.
+Resume takes the newest folder whose files match its manifest (``manifest.py``). How it was written: ``save.py``.
 """
 
 from __future__ import annotations
 
-import os
-import pickle
-import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +13,14 @@ import yaml
 
 from model.init import generator_of
 from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import CONFIG, ENGINE, STATE, newest_first, rng_name
 from trainer.checkpoints.reshard import reshard
-from trainer.checkpoints.retention import newest_first, refuse_taken
+from trainer.checkpoints.retention import refuse_taken
 from trainer.checkpoints.rng import set_rng_state
-from trainer.checkpoints.save import conditions, rng_name
+from trainer.checkpoints.save import conditions
+from trainer.checkpoints.zero_files import only_tensors
 from trainer.config import StageConfig
 from trainer.distributed import World
-
-
-def find(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint, or None, and a sentence for each torn one that was passed over; collective.
-
-    Every file's size and SHA-256 is compared with the manifest; the files are shared out over the ranks.
-    """
-    torn = [f"{p.name} was never finished" for p in sorted(folder.glob("*.partial"))] if world.is_main else []
-    candidates = world.broadcast_object(newest_first(folder) if world.is_main else None)
-    torn = world.broadcast_object(torn)
-    for candidate in candidates:
-        problem = manifest.problem_of(candidate, world)
-        if problem is None:
-            return candidate, torn
-        torn.append(f"{candidate.name} is torn: {problem}")
-    return None, torn
 
 
 def to_resume(folder: Path, resume: str, world: World) -> Path | None:
@@ -66,7 +37,7 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     refuse_taken(folder, there, resume)
     if resume == "never":
         return None
-    found, torn = find(folder, world)
+    found, torn = manifest.newest_whole(folder, world)
     if world.is_main:
         for sentence in torn:
             print(f"passed over: {sentence}", flush=True)
@@ -93,10 +64,10 @@ def load(
     change = _check_fit(written, checkpoint, fingerprint, config, world)
     with only_tensors(checkpoint):
         if change:
-            reshard(engine, checkpoint / "deepspeed", written, world.rank, world.size)
+            reshard(engine, checkpoint / ENGINE, written, world.rank, world.size)
         else:
             _load_as_it_is(engine, checkpoint)
-        state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         rng = None
         if written["world_size"] == world.size:
             rng = torch.load(checkpoint / rng_name(world.rank), map_location="cpu", weights_only=True)
@@ -123,7 +94,7 @@ def _layout_change(written: dict[str, Any], blocks: dict[str, Any], config: Stag
 
 def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
     settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-    path, _ = engine.load_checkpoint(str(checkpoint), tag="deepspeed")
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
     if path is None:
         raise ValueError(f"DeepSpeed found nothing to load in {checkpoint}; the checkpoint is not one of this project")
     # With an optimiser's state come the checkpoint's rates and decays; this run's are those of its config.
@@ -133,7 +104,7 @@ def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
 
 def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> str:
     """Refuse what cannot be gone on from; return how its state is laid out otherwise than here."""
-    blocks = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    blocks = yaml.safe_load((checkpoint / CONFIG).read_text())
     if ("base" in blocks) != hasattr(config, "base"):
         writer, reader = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
         raise ValueError(f"{checkpoint} was written by {writer}, this is {reader}; give each its own train.run_dir")
@@ -180,35 +151,3 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             "with, or start a new run_dir"
         )
     return change
-
-
-@contextmanager
-def only_tensors(checkpoint: Path) -> Iterator[None]:
-    """Let ``torch.load`` build tensors, plain containers and four DeepSpeed types, and nothing else.
-
-    DeepSpeed itself asks for unrestricted unpickling, which would run whatever code a checkpoint holds.
-
-    Raises:
-        ValueError: for anything else in ``checkpoint``.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum  # in older checkpoints; saving writes its number now
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
-            yield
-    except pickle.UnpicklingError as error:
-        what = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(
-            f"{checkpoint} holds more than tensors and numbers ({what[1] if what else 'an unknown object'}), which "
-            "could run code when read; it was not written by this project or was changed since, so do not use it"
-        ) from error
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.checkpoints.layout import leftovers, newest_first, newest_name, removed_of, step_of
 from trainer.config import CheckpointConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def check_plan(engine: Any, folder: Path, train: TrainConfig, world: World) -> s
     if world.is_main:
         count, size = most_at_once(train), _checkpoint_bytes(engine)
         # Those of the run itself, and what the next save will remove.
-        own = (*newest_first(folder), *folder.glob("*.partial"), *folder.glob("*.removed"))
+        own = (*newest_first(folder), *leftovers(folder))
         present = sum(bytes_below(found) for found in own)
         others = bytes_below(folder) - present
         what = (
@@ -108,26 +109,9 @@ def check_room(engine: Any, folder: Path, name: str, max_gb: float | None) -> No
         )
 
 
-def newest_name(folder: Path) -> str:
-    """Which checkpoint a run could go on from, as half a sentence."""
-    names = [p.name for p in newest_first(folder)]
-    return f"the newest checkpoint is {names[0]}" if names else "no earlier checkpoint was written"
-
-
-def newest_first(folder: Path) -> list[Path]:
-    """All that have a finished checkpoint's name."""
-    found = [p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return sorted(found, key=step_of, reverse=True)
-
-
-def step_of(checkpoint: Path) -> int:
-    """Optimiser steps done, by its name."""
-    return int(checkpoint.name[5:])
-
-
 def remove(checkpoint: Path) -> None:
     """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint."""
-    doomed = checkpoint.with_name(checkpoint.name + ".removed")
+    doomed = removed_of(checkpoint)
     checkpoint.rename(doomed)
     shutil.rmtree(doomed)
 

@@ -30,13 +30,22 @@ from data.files import read_json, write_json
 from settings import to_yaml
 from trainer import code_state
 from trainer.checkpoints import manifest
-from trainer.checkpoints.retention import bytes_below, check_room, newest_name, prune, remove
+from trainer.checkpoints.layout import (
+    CONFIG,
+    ENGINE,
+    STATE,
+    checkpoint_at,
+    leftovers,
+    newest_name,
+    partial_of,
+    rng_name,
+)
+from trainer.checkpoints.retention import bytes_below, check_room, prune, remove
 from trainer.checkpoints.rng import rng_state
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.log import logger_of_run
 
-_ENGINE = "deepspeed"
 _POLL_S = 0.05
 _SHARED_DISK_S = 30.0
 """How long a folder that rank 0 has made may take to show on other machines."""
@@ -46,11 +55,6 @@ _FIRST_ERROR_S = 5.0
 """The same where an error has ended this rank, and probably others."""
 _FAILED = "failed-"
 """Begins the name of the file that a rank leaves which cannot write its part."""
-
-
-def rng_name(rank: int) -> str:
-    """File of a rank's random-number generators."""
-    return f"rng-{rank:05d}.pt"
 
 
 def conditions(config: StageConfig, world: World) -> dict[str, Any]:
@@ -108,14 +112,14 @@ class Saver:
         """
         self.wait()
         start = time.perf_counter()
-        final = self.folder / f"step-{step:08d}"
-        partial = self.folder / f"{final.name}.partial"
+        final = checkpoint_at(self.folder, step)
+        partial = partial_of(final)
         self._make_room(engine, partial)
         files = _captured(engine, partial)
         files[partial / rng_name(self.world.rank)] = rng_state()
         if self.world.is_main:
-            files[partial / "trainer.pt"] = _on_host(state, {})
-            files[partial / "config.yaml"] = to_yaml(self.config)
+            files[partial / STATE] = _on_host(state, {})
+            files[partial / CONFIG] = to_yaml(self.config)
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies to pinned memory are under way
         facts = {
@@ -185,7 +189,7 @@ class Saver:
         if self.world.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                for stale in (*self.folder.glob("*.partial"), *self.folder.glob("*.removed")):
+                for stale in leftovers(self.folder):
                     shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
                 check_room(engine, self.folder, partial.stem, self.config.train.checkpoint.max_gb)
                 partial.mkdir()
@@ -274,7 +278,7 @@ def _capturing(engine: Any, taken: dict[Path, Any]) -> Iterator[None]:
 def _captured(engine: Any, partial: Path) -> dict[Path, Any]:
     taken: dict[Path, Any] = {}
     with _capturing(engine, taken):
-        engine.save_checkpoint(str(partial), tag=_ENGINE, save_latest=False)
+        engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
     return taken
 
 

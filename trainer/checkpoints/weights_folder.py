@@ -29,9 +29,10 @@ from model.decoder import Decoder
 from settings import Strict, load, to_yaml
 from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import allocate, without_memory
+from trainer.checkpoints.layout import CONFIG
 from trainer.distributed import ALONE
 
-CONFIG, WEIGHTS = "config.yaml", "model.safetensors"
+WEIGHTS = "model.safetensors"
 TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Either is enough to turn text into token ids."""
 _BESIDE_A_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")

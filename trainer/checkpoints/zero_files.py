@@ -22,7 +22,11 @@ Files are mapped, not read: a parameter's values are copied when it is their tur
 from __future__ import annotations
 
 import math
+import os
+import pickle
+import re
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,6 +220,38 @@ def _optimizer_states(folder: Path, ranks: int) -> list[dict[str, Any]]:
         name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         names.append(name if (folder / name).exists() else f"bf16_{name}")
     return [_load(folder, name)["optimizer_state_dict"] for name in names]
+
+
+@contextmanager
+def only_tensors(checkpoint: Path) -> Iterator[None]:
+    """Let ``torch.load`` build tensors, plain containers and four DeepSpeed types, and nothing else.
+
+    DeepSpeed itself asks for unrestricted unpickling, which would run whatever code a checkpoint holds.
+
+    Raises:
+        ValueError: for anything else in ``checkpoint``.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum  # in older checkpoints; saving writes its number now
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{checkpoint} holds more than tensors and numbers ({what[1] if what else 'an unknown object'}), which "
+            "could run code when read; it was not written by this project or was changed since, so do not use it"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _load(folder: Path, name: str) -> Any:

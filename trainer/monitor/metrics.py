@@ -8,7 +8,6 @@ yet; so a stop moves no mean.
 
 from __future__ import annotations
 
-import json
 import math
 import resource
 import sys
@@ -28,6 +27,7 @@ from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.log import logger_of_run
+from trainer.monitor import metrics_file
 from trainer.monitor.append_only import Lines
 from trainer.run_folder import RunFolder
 from trainer.step import StepResult, Tally
@@ -161,7 +161,7 @@ class Metrics:
     def write_line(self) -> None:
         """Write what was found after the last step as its line, if anything was."""
         if self._writer is not None and self._line:
-            self._lines.add(json.dumps(self._line))
+            self._lines.add(metrics_file.text_of(self._line))
         self._line = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -307,20 +307,14 @@ class Metrics:
         """
         if not self.run.metrics.exists():
             return
-        kept = []
-        for text in self.run.metrics.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue  # the line that the kill cut in half
-            if line["step"] <= step:
-                kept.append(text)
-                self._remember(line)
-                if any(name.startswith("validation/") and name.endswith("/loss") for name in line):
-                    self._evaluated_at.add(line["step"])
-        if kept and json.loads(kept[-1])["step"] == step:
-            self._line = json.loads(kept.pop())
-        write_atomically(self.run.metrics, "".join(f"{text}\n" for text in kept).encode())
+        kept = [line for line in metrics_file.read(self.run.metrics) if line["step"] <= step]
+        for line in kept:
+            self._remember(line)
+            if any(name.startswith("validation/") and name.endswith("/loss") for name in line):
+                self._evaluated_at.add(line["step"])
+        if kept and kept[-1]["step"] == step:
+            self._line = kept.pop()
+        write_atomically(self.run.metrics, metrics_file.content_of(kept))
 
     def _remember(self, line: dict[str, Any]) -> None:
         prefix = f"validation/{self._history_of}/density/"

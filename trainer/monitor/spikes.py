@@ -14,12 +14,17 @@ Everything here is computed from figures that are the same on every rank, so eve
 
 from __future__ import annotations
 
+import json
 import math
+import shlex
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from data.skip_ranges import Ranges, sample_ids
+from trainer.checkpoints.layout import checkpoints_of, newest_first, step_of
 from trainer.config import SpikeConfig
 
 
@@ -122,3 +127,20 @@ class SpikeDetector:
             f"the {name} rose to {show(value)} from a mean of {show(mean)} over {len(window)} steps; expected was at "
             f"most {show(limit)} ({self.config.threshold:g} standard deviations above it)"
         )
+
+
+def how_to_go_back(run: Path, spike: Spike, skip_ranges: Ranges) -> str:
+    """The commands, as half a sentence, that take ``run`` back before ``spike`` and have it pass over its samples."""
+    before = next((found for found in newest_first(checkpoints_of(run)) if step_of(found) < spike.first_step), None)
+    if before is None:
+        return (
+            "no checkpoint from before it is left to go back to; save more often or keep more "
+            "(train.checkpoint.every_steps, keep, keep_every_steps)"
+        )
+    first, last = sample_ids(spike.consumed_before, spike.consumed, skip_ranges)
+    others = [list(r) for r in skip_ranges if r[1] <= first or r[0] > last]
+    ranges = json.dumps(sorted([*others, [first, last + 1]]), separators=(",", ":"))
+    return (
+        f"to go back before it: python -m launch.rewind {shlex.quote(str(run))} {step_of(before)}, then start again "
+        f"with train.checkpoint.resume=required data.skip_ranges={ranges}"
+    )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from trainer.checkpoints.retention import newest_name
+from trainer.checkpoints.layout import newest_name
 from trainer.exit_status import EXIT_STALLED
 from trainer.monitor.orphan import LAUNCHER
 

@@ -11,7 +11,7 @@ import pytest
 
 from model.flops import parameter_counts
 from tests.trainer.one_rank import engine_for, save_now, take_steps
-from trainer.checkpoints import resume
+from trainer.checkpoints import manifest
 from trainer.config import RunConfig
 from trainer.distributed import World
 
@@ -105,7 +105,7 @@ def test_a_disk_that_fills_up_while_saving_costs_only_that_save(
     assert f"checkpoint step-00000004 could not be written to {folder}" in error
     assert error.endswith("make room there and resume: the newest checkpoint is step-00000002")
     assert "step-00000002" in _names(folder) and "step-00000004" not in _names(folder)
-    found, torn = resume.find(folder, world)
+    found, torn = manifest.newest_whole(folder, world)
     assert found == folder / "step-00000002" and torn == ["step-00000004.partial was never finished"]
 
     # Room for two whole ones is enough; what the failed save left behind must not be in the way.
@@ -114,4 +114,4 @@ def test_a_disk_that_fills_up_while_saving_costs_only_that_save(
     output = capsys.readouterr().out
     assert "resumed from" in output and "at step 2" in output
     assert _names(folder) == ["step-00000002", "step-00000004"]
-    assert resume.find(folder, world) == (folder / "step-00000004", [])
+    assert manifest.newest_whole(folder, world) == (folder / "step-00000004", [])

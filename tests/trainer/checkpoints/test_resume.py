@@ -69,10 +69,10 @@ TEARS: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("tear", TEARS)
 def test_a_torn_checkpoint_is_told_and_the_one_before_taken(folder: Path, world: World, tear: str) -> None:
     older, newest = fake(folder, 8), fake(folder, 9)
-    assert resume.find(folder, world) == (newest, [])
+    assert manifest.newest_whole(folder, world) == (newest, [])
     damage, sentence = TEARS[tear]
     damage(newest)
-    found, torn = resume.find(folder, world)
+    found, torn = manifest.newest_whole(folder, world)
     assert found == older
     assert len(torn) == 1 and torn[0].startswith("step-00000009 is torn: ") and sentence in torn[0]
 
@@ -82,7 +82,7 @@ def test_the_newest_is_the_highest_step_and_partial_ones_do_not_count(folder: Pa
         fake(folder, step)
     (folder / "step-00000011.partial").mkdir()
     (folder / "step-notes").mkdir()
-    found, torn = resume.find(folder, world)
+    found, torn = manifest.newest_whole(folder, world)
     assert found == folder / "step-100000000"
     assert torn == ["step-00000011.partial was never finished"]
 
@@ -147,7 +147,7 @@ def test_a_kill_during_the_removal_leaves_nothing_that_looks_whole(
     with pytest.raises(KeyboardInterrupt):
         prune(folder, folder / "step-00000002", CheckpointConfig.model_validate({"keep": 1}))
     assert _names(folder) == ["step-00000001.removed", "step-00000002"]
-    assert resume.find(folder, world) == (folder / "step-00000002", [])
+    assert manifest.newest_whole(folder, world) == (folder / "step-00000002", [])
 
 
 def _save(engine: Any, folder: Path, step: int, config: RunConfig, world: World) -> Path:
@@ -275,7 +275,7 @@ def test_saving_a_step_again_replaces_it(configure: Configure, world: World, sav
         take_steps(engine, config, world, 1, first=2)
         assert _save(engine, folder, 1, config, world) == saved
         kept = weights(engine)
-    assert _names(folder) == ["step-00000001"] and resume.find(folder, world) == (saved, [])
+    assert _names(folder) == ["step-00000001"] and manifest.newest_whole(folder, world) == (saved, [])
     assert (saved / "deepspeed" / "mp_rank_00_model_states.pt").read_bytes() != before
     with engine_for(config, world) as engine:
         resume.load(engine, saved, FINGERPRINT, config, world)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from tests.trainer.one_rank import engine_for, save_now, take_steps
-from trainer.checkpoints import resume
+from trainer.checkpoints import manifest, resume
 from trainer.checkpoints.manifest import entry_of
+from trainer.checkpoints.zero_files import only_tensors
 from trainer.config import RunConfig
 from trainer.distributed import World
 
@@ -68,7 +69,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
         saved = save_now(engine, folder, 1, {"step": 1}, "f", config, world)
         resume.load(engine, saved, "f", config, world)  # as it is it loads
         plant(saved / name, mark)
-        assert resume.find(folder, world) == (saved, [])  # the hashes have nothing to say
+        assert manifest.newest_whole(folder, world) == (saved, [])  # the hashes have nothing to say
         with pytest.raises(ValueError, match=r"holds more than tensors and numbers \(posix\.mkdir\)"):
             resume.load(engine, saved, "f", config, world)
         assert not mark.exists()
@@ -83,7 +84,7 @@ def test_the_rule_is_lifted_again_after_a_load(monkeypatch: pytest.MonkeyPatch, 
     if before is None:
         monkeypatch.delenv(name)
     allowed = set(torch.serialization.get_safe_globals())
-    with pytest.raises(KeyError), resume.only_tensors(Path("a")):
+    with pytest.raises(KeyError), only_tensors(Path("a")):
         assert os.environ[name] == "1" and len(torch.serialization.get_safe_globals()) == len(allowed) + 4
         raise KeyError
     assert os.environ.get(name) == before and set(torch.serialization.get_safe_globals()) == allowed

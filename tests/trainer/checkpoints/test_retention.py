@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.trainer.checkpoints.test_resume import fake
-from trainer.checkpoints import resume, retention
+from trainer.checkpoints import manifest, retention
 from trainer.checkpoints import save as saving
 from trainer.config import CheckpointConfig, TrainConfig
 from trainer.distributed import World
@@ -142,4 +142,4 @@ def test_a_run_with_a_quota_ends_before_it_begins_or_with_the_older_checkpoint_w
         assert train_here(tiny, "train.checkpoint.resume=auto", "train.checkpoint.max_gb=0.01") == 1
     error = capsys.readouterr().err
     assert "checkpoint step-00000004 needs about 0.00" in error and error.endswith("checkpoint is step-00000002\n")
-    assert resume.find(folder, world) == (folder / "step-00000002", [])
+    assert manifest.newest_whole(folder, world) == (folder / "step-00000002", [])

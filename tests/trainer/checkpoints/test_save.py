@@ -16,7 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from data.files import only_writer
 from tests.trainer.one_rank import engine_for, save_now, take_steps
-from trainer.checkpoints import resume
+from trainer.checkpoints import manifest, resume
 from trainer.checkpoints import save as saving
 from trainer.checkpoints.save import Saver, _on_host
 from trainer.config import RunConfig
@@ -52,10 +52,10 @@ def test_what_is_written_is_the_moment_of_the_save(
         saver = Saver(folder, "f", config, world, said.append)
         final = saver.save(engine, 1, {"step": 1})
         straight = [r.tally.loss for r in take_steps(engine, config, world, 2, first=1)]
-        assert resume.find(folder, world) == (None, ["step-00000001.partial was never finished"]) and not said
+        assert manifest.newest_whole(folder, world) == (None, ["step-00000001.partial was never finished"]) and not said
         hold.set()
         saver.wait()
-    assert resume.find(folder, world) == (final, [])
+    assert manifest.newest_whole(folder, world) == (final, [])
     assert len(said) == 1 and said[0].startswith(f"saved {final} in ")
     with engine_for(config, world) as engine:
         resume.load(engine, final, "f", config, world)
@@ -73,9 +73,9 @@ def test_the_next_save_waits_for_the_one_before(
         first = saver.save(engine, 1, {"step": 1})
         threading.Timer(0.3, hold.set).start()
         saver.save(engine, 2, {"step": 2})
-        assert resume.find(tmp_path, world)[0] == first
+        assert manifest.newest_whole(tmp_path, world)[0] == first
         saver.wait()
-    assert resume.find(tmp_path, world)[0] == tmp_path / "step-00000002"
+    assert manifest.newest_whole(tmp_path, world)[0] == tmp_path / "step-00000002"
 
 
 @pytest.mark.parametrize("lasting", [True, False])
@@ -100,7 +100,7 @@ def test_a_write_that_fails_is_tried_once_more_at_the_next_step_and_then_ends_th
     tiny["train"] |= {"steps": 12, "checkpoint": {"every_steps": 2}}
     status, told = train_here(tiny), capsys.readouterr()
     checkpoints = Path(tiny["train"]["run_dir"]) / "checkpoints"
-    newest = resume.find(checkpoints, world)[0]
+    newest = manifest.newest_whole(checkpoints, world)[0]
     first = f"checkpoint step-00000004 could not be written to {checkpoints} ([Errno 28] No space left on device)"
     assert f"{first}; make room there and resume: the newest checkpoint is step-00000002; trying once more" in told.out
     if lasting:
@@ -200,7 +200,7 @@ def test_a_folder_that_cannot_be_made(configure: Configure, world: World, tmp_pa
         again = Saver(tmp_path / "vanished" / "checkpoints", "f", config, world)
         saved = again.save(engine, 1, {"step": 1})
         again.wait()
-        assert resume.find(saved.parent, world) == (saved, [])
+        assert manifest.newest_whole(saved.parent, world) == (saved, [])
 
 
 class TwoRanks(World):
@@ -243,7 +243,7 @@ def test_a_rank_that_could_not_write_ends_the_others_with_its_reason(
         TwoRanks.said = "(disk of rank 1 is gone); make room there and resume"
         with pytest.raises(ValueError, match=r"could not be written .* \(disk of rank 1 is gone\)"):
             saver.wait()
-    assert resume.find(tmp_path, world) == (None, ["step-00000001.partial was never finished"])
+    assert manifest.newest_whole(tmp_path, world) == (None, ["step-00000001.partial was never finished"])
 
 
 def test_a_checkpoint_may_become_whole_while_one_looks_for_word_of_a_failure(tmp_path: Path) -> None:

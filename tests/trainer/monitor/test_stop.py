@@ -14,7 +14,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from model.flops import Routed
-from trainer.checkpoints import resume
+from trainer.checkpoints import manifest
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.monitor.stop import StopRequest, too_many_bad_steps
@@ -56,7 +56,7 @@ def test_a_run_that_blows_up_ends_with_the_steps_samples_and_a_whole_checkpoint(
     errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "3 steps in a row up to step 6" in errors[0]
     assert errors[0].endswith("the newest checkpoint is step-00000002")
-    assert resume.find(run_dir / "checkpoints", world) == (run_dir / "checkpoints/step-00000002", [])
+    assert manifest.newest_whole(run_dir / "checkpoints", world) == (run_dir / "checkpoints/step-00000002", [])
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     skipped = {r["step"]: (r["train/skipped_steps"], r["train/loss"]) for r in logged if "train/loss" in r}
     assert [skipped[step] for step in (4, 5, 6)] == [(1, None)] * 3 and skipped[3][0] == 0

@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from data.batches import Batch, TrainingData
+from data.skip_ranges import refuse_other_past
 from launch import rewind
+from launch.rewind import go_back
 from tests.trainer.checkpoints.test_resume import fake
 from trainer.checkpoints.read_weights import checkpoint_of
 from trainer.heartbeat import Heartbeat
-from trainer.monitor.spikes import Spike
-from trainer.rewind import go_back, how_to_go_back, refuse_other_past
+from trainer.monitor.spikes import Spike, how_to_go_back
 
 Train = Callable[..., int]
 POISON = (17 * 8, 20 * 8)  # the samples of steps 18 to 20
@@ -252,7 +253,7 @@ def test_a_kill_while_it_moves_loses_nothing(run: Path, monkeypatch: pytest.Monk
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", move)
-        patch.setattr("trainer.rewind.write_atomically", cut)
+        patch.setattr("launch.rewind.write_atomically", cut)
         with pytest.raises(KeyboardInterrupt):
             go_back(run, 2)
     assert moved == ["step-00000004", "step-00000006"][:killed_at]
