@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         decoder, thresholds = opened.decoder, None
         if options.density is not None:
             path = options.dial or dial_of(options.model)
-            thresholds = Dial.load(path, decoder.config, opened.facts.get("step")).thresholds(options.density)
+            thresholds = Dial.load(path, decoder.config, opened.loaded.step).thresholds(options.density)
         ids = prompt_ids(opened, prompt, options.max_new_tokens)
         generator = torch.Generator().manual_seed(options.seed)
         tokens = stream(

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from model.config import ModelConfig
+from settings import peek
+from trainer.checkpoints.layout import CONFIG
 from trainer.config import RunConfig, StageConfig, is_stage_two, load_run
 from tune.config import TuneFile
 from tune.resolve import load_file, resolve
@@ -38,7 +38,7 @@ def model_of(config: RunConfig | TuneFile) -> ModelConfig:
         return config.model
     if config.model is not None:
         return config.model
-    blocks = _blocks(Path(config.base.path) / "config.yaml")
+    blocks = peek(Path(config.base.path) / CONFIG)
     if "model" not in blocks:
         raise ValueError(
             f"base.path {config.base.path} holds no config.yaml with a model block, from which the sizes are read; "
@@ -51,7 +51,7 @@ def tokenizer_folder(file: TuneFile) -> Path:
     """Where stage two takes its tokenizer from: what its config says, or its base's."""
     if file.data.tokenizer is not None:
         return Path(file.data.tokenizer)
-    data = _blocks(Path(file.base.path) / "config.yaml").get("data")
+    data = peek(Path(file.base.path) / CONFIG).get("data")
     return Path(data["dir"]) if isinstance(data, dict) and "dir" in data else Path(file.base.path)
 
 
@@ -77,12 +77,3 @@ def without_storage(config: RunConfig | TuneFile) -> tuple[StageConfig, Decoder]
         decoder.add_ensemble(resolved.ensemble)
     prepare(decoder, resolved.adapter, resolved.base.routers, resolved.train.seed)
     return resolved, decoder
-
-
-def _blocks(path: Path) -> dict[str, object]:
-    """The blocks of a YAML file; none if it is missing or not a mapping, about which its own loader has more to say."""
-    try:
-        blocks = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError):
-        return {}
-    return blocks if isinstance(blocks, dict) else {}

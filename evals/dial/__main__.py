@@ -8,7 +8,7 @@ For each density the routers' thresholds are calibrated on some windows of a val
 threshold 0, is one line of the table. ``RUN/dial`` gets ``dial.json`` and ``dial.png``; generation at any budget in
 between is then
 
-    decoder, config, step = load_decoder(run)
+    loaded = load_model(run)
     thresholds = Dial.load(run / "dial" / "dial.json", config.model, step).thresholds(0.7)
     decoder(tokens, thresholds=thresholds)
 """
@@ -29,6 +29,7 @@ from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import user_errors
 from trainer import opening
+from trainer.config import RunConfig
 
 if TYPE_CHECKING:
     import torch
@@ -199,9 +200,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         opening.open_model(options.path)
         from evals.dial.figure import draw
         from evals.windows import open_set, split
-        from trainer.checkpoints.read_weights import load_decoder
+        from tune.load import load_model
 
-        decoder, config, step = load_decoder(options.path)
+        loaded = load_model(options.path)
+        config = loaded.config
+        if not isinstance(config, RunConfig):
+            raise ValueError(
+                f"{loaded.source} is not of a stage-one run, whose validation windows the dial is measured on; give a "
+                "stage-one run or one of its checkpoints"
+            )
+        assert loaded.step is not None
         check(config.model, options.densities)
         validation_set = open_set(config.data, options.set)
         samples = options.samples
@@ -210,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         calibration_samples = samples if options.calibration_samples is None else options.calibration_samples
         windows = split(validation_set, calibration_samples, samples, config.train.micro_batch_samples)
         folder = _writable(options.out or _folder_of(options.path))
-        dial = turn(decoder, step, windows, options.densities, _tell)
+        dial = turn(loaded.decoder, loaded.step, windows, options.densities, _tell)
         print(f"\n{table(dial)}\n")
         picture = io.BytesIO()
         draw(dial, Path(str(config.train.run_dir)).name).savefig(picture, dpi=110)

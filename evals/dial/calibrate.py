@@ -32,7 +32,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from model.decoder import Decoder
-from trainer.step import Counter, Tally
+from trainer.step import Counter, Tally, run
 
 TOLERANCE = 1e-3
 """Density that no site is off by once calibration ends early."""
@@ -58,14 +58,7 @@ def measure(decoder: Decoder, batches: Sequence[Batch], thresholds: Tensor | Non
     """Run ``decoder``, in evaluation mode and with learned routers, at ``thresholds`` fp32 [S] (0 unless given)."""
     counter, margins = Counter(len(decoder.config.sites), torch.device("cpu")), []
     for batch in batches:
-        output = decoder(
-            batch.tokens,
-            batch.targets,
-            sample_ids=batch.sample_ids,
-            documents=batch.documents,
-            positions=batch.positions,
-            thresholds=thresholds,
-        )
+        output = run(decoder, batch, thresholds=thresholds)
         counter.add(output, batch.targets)
         assert output.routing.margins is not None
         margins.append(output.routing.margins.flatten(1))

@@ -187,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ours = evaluate(OurModel(*how), *rest)
         export = evaluate(against, *rest) if against else None
         print(table(ours, export), flush=True)
-        content: dict[str, Any] = {"model": str(opened.source), "ours": ours._asdict()}
+        content: dict[str, Any] = {"model": str(opened.loaded.source), "ours": ours._asdict()}
         if export is not None:
             apart = differences(ours, export)
             content |= {"against": str(options.against), "export": export._asdict(), "differences": apart}

@@ -27,21 +27,20 @@ from evals.routing.page import LEARNED, Bar, History, Report, Routing, Token, Vo
 from evals.texts import add_text_options, refuse_missing, text_field_of
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
-from settings import load, user_errors
+from settings import user_errors
 from trainer import opening
 from trainer.checkpoints.layout import run_of
-from trainer.config import RunConfig
+from trainer.config import WeightsConfig
 from trainer.monitor import metrics_file
-from tune.config import TuneConfig
 from tune.text import WORD_START, TextTokenizer, load_text_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from convert.load import Loaded
     from data.batches import Batch
     from model.decoder import Decoder
     from trainer.step import Tally
+    from tune.load import Loaded
 
 NAME = "routing.html"
 TOKENS = 16_384
@@ -91,7 +90,7 @@ def observe(decoder: Decoder, batches: Sequence[Batch]) -> Observed:
     """
     import torch
 
-    from trainer.step import Counter
+    from trainer.step import Counter, run
 
     tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.tokens[0] for batch in batches)])
     if len(tokens) < FEWEST:
@@ -109,13 +108,7 @@ def observe(decoder: Decoder, batches: Sequence[Batch]) -> Observed:
     executed, weights = [], []
     for batch in batches:
         with torch.no_grad():
-            output = decoder(
-                batch.tokens,
-                batch.targets,
-                sample_ids=batch.sample_ids,
-                documents=batch.documents,
-                positions=batch.positions,
-            )
+            output = run(decoder, batch)
         counter.add(output, batch.targets)
         executed.append(output.routing.executed[:, 0])
         if output.vote is not None:
@@ -331,42 +324,30 @@ def report_on(
             "to show; give a run with a router block"
         )
     tokenizer = load_text_tokenizer(loaded.tokenizer_folder)
-    config = _config_of(loaded)
+    config = None if isinstance(loaded.config, WeightsConfig) else loaded.config
     length = min(_WINDOW, model.max_positions) if config is None else config.data.sequence_tokens
     if files:
         what = ", ".join(str(file) for file in files)
-        batches = file_windows(files, tokenizer, length, tokens, kind, text_field or text_field_of(loaded.source))
+        batches = file_windows(files, tokenizer, length, tokens, kind, text_field or text_field_of(loaded.config))
     elif config is None:
         raise ValueError(f"{loaded.source} is a folder of weights, without a validation set; give text files")
     else:
         what, batches = own_windows(config, tokenizer, tokens)
     observed = observe(loaded.decoder, batches)
     history = None
-    if config is not None and model.router is not None:
-        run = run_of(loaded.source)
-        if run is not None:
-            metrics = run / metrics_file.NAME
-            history = read_history(metrics, model.sites, model.router.density, loaded.facts["step"])
+    run = run_of(loaded.source)
+    if run is not None and loaded.step is not None and model.router is not None:
+        history = read_history(run / metrics_file.NAME, model.sites, model.router.density, loaded.step)
     facts = _facts(loaded, observed, what)
     routing = summarise(observed, model, tokenizer, history)
     return Report(name, facts, model.layers, routing, votes_of(observed, model, tokenizer))
 
 
-def _config_of(loaded: Loaded) -> RunConfig | TuneConfig | None:
-    """The config of the run; None for a folder of weights."""
-    from convert.load import PRETRAINED, WEIGHTS
-
-    if loaded.facts["kind"] == WEIGHTS:
-        return None
-    path = loaded.source / "config.yaml"
-    return load(path, [], RunConfig) if loaded.facts["kind"] == PRETRAINED else load(path, [], TuneConfig)
-
-
 def _facts(loaded: Loaded, observed: Observed, what: str) -> list[tuple[str, str]]:
     model, tally = loaded.decoder.config, observed.tally
     facts = [("Model", str(loaded.source))]
-    if "step" in loaded.facts:
-        facts.append(("Training steps", f"{loaded.facts['step']:,}"))
+    if loaded.step is not None:
+        facts.append(("Training steps", f"{loaded.step:,}"))
     facts.append(("Layers, width", f"{model.layers}, {model.width}"))
     if model.router is not None:
         sites, router = len(model.sites), model.router
@@ -429,9 +410,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         opening.open_model(options.path)
         out = _out(options.path, options.out)
         refuse_missing(options.files)
-        from convert.load import load_any
+        from tune.load import load_model
 
-        loaded, name = load_any(options.path), _name_of(options.path)
+        loaded, name = load_model(options.path), _name_of(options.path)
         report = report_on(loaded, options.files, options.tokens, name, options.format, options.text_field)
         for label, value in report.facts:
             print(f"{label}: {value}")

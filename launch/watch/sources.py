@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from settings import peek
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import CONFIG, checkpoints_of, newest_first
 from trainer.monitor import metrics_file
@@ -42,8 +41,8 @@ def read_steps(folder: Path) -> int:
         there = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"{folder} is no run ({there}); give the folder that train.run_dir names, such as runs/demo")
     try:
-        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
-    except (yaml.YAMLError, KeyError, TypeError, ValueError):
+        return int(peek(path)["train"]["steps"])
+    except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path} names no train.steps, so it is not the config of a run; give the folder that train.run_dir names"
         ) from None

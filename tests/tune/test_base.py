@@ -94,7 +94,7 @@ def test_what_lies_elsewhere_is_told_how_to_get_here(tmp_path: Path, stage_one: 
     hf.mkdir()
     (hf / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(
-        ValueError, match=r"is a Hugging Face checkpoint; import it with: python -m convert.from_hf .*/hf"
+        ValueError, match=r"is a Hugging Face folder, not a run; import it with: python -m convert.from_hf .*/hf OUT"
     ):
         load_base(hf)
     run, _ = stage_one

@@ -1,8 +1,7 @@
-"""A trained decoder out of a checkpoint, in one process: no ranks, no engine, and no code from pickles is run.
+"""Weights out of a checkpoint into a module, in one process: no ranks, no engine, and no code from pickles is run.
 
 The weights are the fp32 masters wherever there are any; ``zero_files.py`` knows where they lie. In memory is the fp32
-model, and of the files, which are mapped, what the system likes to keep; with ``disk`` the model is in a file, too
-(:mod:`trainer.checkpoints.empty_decoder`).
+model, and of the files, which are mapped, what the system likes to keep. Decoders are read by :mod:`tune.load`.
 """
 
 from __future__ import annotations
@@ -14,40 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.decoder import Decoder
-from settings import load
 from trainer.checkpoints import manifest
-from trainer.checkpoints.empty_decoder import allocate, without_memory
-from trainer.checkpoints.layout import CONFIG, ENGINE, checkpoints_of, is_run
+from trainer.checkpoints.layout import ENGINE, checkpoints_of, is_run
 from trainer.checkpoints.zero_files import MASTER, Stored, only_tensors, stored
-from trainer.config import RunConfig, is_stage_two
 from trainer.distributed import ALONE, import_deepspeed
 from trainer.engine import optimizer_order
-
-
-def load_decoder(run_or_checkpoint: Path, disk: Path | None = None) -> tuple[Decoder, RunConfig, int]:
-    """The decoder in evaluation mode, fp32 on the CPU; the config of its run; and the optimiser steps it has had.
-
-    Args:
-        run_or_checkpoint: a run folder, of which the newest whole checkpoint is taken (torn ones are told on stderr and
-            passed over), or one checkpoint's folder.
-        disk: keep the weights in a file without a name in this folder; in memory unless given.
-
-    Raises:
-        ValueError: if there is no whole checkpoint, or it is of a tuning run, or it holds another model than its config
-            says, or anything but tensors and numbers.
-    """
-    folder = checkpoint_of(run_or_checkpoint)
-    if is_stage_two(folder / CONFIG):
-        raise ValueError(
-            f"{folder} is of a tuning run, and only stage one can be read here; give the run that it was tuned from, "
-            "or read this one in Python with tune.weights.load_tuned"
-        )
-    config = load(folder / CONFIG, [], RunConfig)
-    decoder = without_memory(config.model, config.train.seed)
-    allocate(decoder, disk)
-    step = fill(decoder, folder, config.deepspeed.zero_stage)
-    return decoder, config, step
 
 
 def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:

@@ -18,18 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from data.files import temporary_name, write_atomically
-from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
-from settings import Strict, load, to_yaml
+from settings import load, to_yaml
 from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import allocate, without_memory
 from trainer.checkpoints.layout import CONFIG
+from trainer.config import WeightsConfig
 from trainer.distributed import ALONE
 
 WEIGHTS = "model.safetensors"
@@ -37,17 +36,6 @@ TOKENIZERS = ("tokenizer.model", "tokenizer.json")
 """Either is enough to turn text into token ids."""
 _BESIDE_A_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 _TOLD = 3
-
-
-class WeightsConfig(Strict):
-    """What the weights are the weights of."""
-
-    model: ModelConfig
-    """The decoder's sizes and routers."""
-    ensemble: EnsembleConfig | None = None
-    """The late-layer ensemble; the final layer alone unless given."""
-    seed: int = Field(0, ge=0, lt=2**62)
-    """Of the routing noise, by which routers of kind ``random`` decide in evaluation too."""
 
 
 def is_weights_folder(path: Path) -> bool:
@@ -87,7 +75,7 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
         raise
 
 
-def read_weights(folder: Path, disk: Path | None = None) -> Decoder:
+def read_weights(folder: Path, disk: Path | None = None) -> tuple[Decoder, WeightsConfig]:
     """The decoder that ``folder`` holds, with its ensemble if it has one: fp32, on the CPU, in evaluation mode.
 
     Args:
@@ -112,7 +100,7 @@ def read_weights(folder: Path, disk: Path | None = None) -> Decoder:
             )
         for name, parameter in wanted.items():
             parameter.copy_(file.get_tensor(name))
-    return decoder
+    return decoder, config
 
 
 def require_absent(out: Path) -> None:

@@ -23,8 +23,8 @@ from model.decoder import Decoder
 from model.flops import Routed, executed_flops
 from tests.launching import run
 from tests.model.tiny import force
-from trainer.checkpoints.read_weights import load_decoder
-from trainer.config import RunConfig
+from trainer.checkpoints.weights_folder import write_weights
+from tune.load import Loaded, load_model
 
 DENSITIES = [0.2, 0.4, 0.7, 0.9, 1.0]
 CALIBRATION, HELD_OUT = 12, 5
@@ -54,17 +54,17 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def loaded(trained_run: Path) -> tuple[Decoder, RunConfig, int]:
-    return load_decoder(trained_run)
+def loaded(trained_run: Path) -> Loaded:
+    return load_model(trained_run)
 
 
 @pytest.fixture(scope="module")
-def decoder(loaded: tuple[Decoder, RunConfig, int]) -> Decoder:
+def decoder(loaded: Loaded) -> Decoder:
     return loaded[0]
 
 
 @pytest.fixture(scope="module")
-def windows(loaded: tuple[Decoder, RunConfig, int]) -> Windows:
+def windows(loaded: Loaded) -> Windows:
     return split(open_set(loaded[1].data, None), CALIBRATION, HELD_OUT, 4)
 
 
@@ -88,7 +88,7 @@ def _loss(decoder: Decoder, windows: Windows, **options: Any) -> float:
 
 
 def test_the_command_writes_a_dial_through_the_trained_point(
-    trained_run: Path, loaded: tuple[Decoder, RunConfig, int], capsys: pytest.CaptureFixture[str]
+    trained_run: Path, loaded: Loaded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(trained_run), "--densities", "0.3", "1", "--calibration-samples", "6"]) == 0
     printed = capsys.readouterr().out
@@ -128,13 +128,11 @@ def test_thresholds_of_zero_are_the_trained_model(
     assert dial.trained.density == dial.trained.calibration_density == sum(own) / len(own)
 
 
-def test_density_one_executes_everything(
-    loaded: tuple[Decoder, RunConfig, int], trained_run: Path, windows: Windows, dial: Dial
-) -> None:
+def test_density_one_executes_everything(loaded: Loaded, trained_run: Path, windows: Windows, dial: Dial) -> None:
     point = dial.points[-1]
     assert point.density == point.held_out_density == 1.0 and point.thresholds == [None] * len(dial.sites)
     shape = (len(dial.sites), HELD_OUT, dial.window_tokens)
-    forced = force(load_decoder(trained_run)[0], torch.ones(shape, dtype=torch.bool))
+    forced = force(load_model(trained_run).decoder, torch.ones(shape, dtype=torch.bool))
     assert point.loss == pytest.approx(_loss(forced, windows), rel=1e-6)
     assert abs(point.loss - dial.trained.loss) > 1e-4
     routers = 2 * 2 * loaded[1].model.width * len(dial.sites)
@@ -219,7 +217,7 @@ def test_a_threshold_lies_in_a_gap(margins: list[float], share: float, threshold
     assert float((torch.tensor(margins) >= found).float().mean()) == pytest.approx(share, abs=0.21)
 
 
-def test_the_two_parts_share_no_window(loaded: tuple[Decoder, RunConfig, int]) -> None:
+def test_the_two_parts_share_no_window(loaded: Loaded) -> None:
     config = loaded[1]
     whole = ValidationSet(config.data, "code")
     for held_out in (HELD_OUT, whole.samples // 2):
@@ -329,7 +327,7 @@ def test_what_the_command_refuses(trained_run: Path, tmp_path: Path, capsys: pyt
         assert sentence in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_a_run_without_validation_sets(loaded: tuple[Decoder, RunConfig, int]) -> None:
+def test_a_run_without_validation_sets(loaded: Loaded) -> None:
     data = loaded[1].data.model_copy(update={"validation": []})
     with pytest.raises(ValueError, match=r"the run's config has no data.validation, and there is nothing else"):
         open_set(data, None)
@@ -357,3 +355,15 @@ def _refused(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
     assert end.value.code == 1
+
+
+def test_what_is_not_of_stage_one_has_no_dial(
+    decoder: Decoder, trained_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = load_model(trained_run).tokenizer_folder
+    write_weights(decoder, tmp_path / "weights", data, {})
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "weights"), "--out", str(tmp_path)])
+    assert (
+        "weights is not of a stage-one run, whose validation windows the dial is measured on" in capsys.readouterr().err
+    )

@@ -12,8 +12,8 @@ import yaml
 
 from tests.trainer.checkpoints.saved_runs import CASES, STEPS, rehash
 from tests.trainer.checkpoints.test_resume_safety import plant
-from trainer.checkpoints.read_weights import load_decoder
 from trainer.checkpoints.zero_files import MASTER, by_value
+from tune.load import load_model
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def copy(runs: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_weights_are_the_engines_fp32_masters(runs: Path, name: str) -> None:
-    decoder, config, step = load_decoder(runs / name)
+    decoder, config, step, _ = load_model(runs / name)
     masters = torch.load(runs / name / "masters.pt")
     loaded = dict(decoder.named_parameters())
     assert loaded.keys() == masters.keys() and step == STEPS and not decoder.training
@@ -44,7 +44,7 @@ def test_the_weights_are_the_engines_fp32_masters(runs: Path, name: str) -> None
 
 def test_partitions_in_another_order_than_the_models(runs: Path) -> None:
     """``round_robin_gradients``, where DeepSpeed itself gives a master for another parameter's."""
-    loaded, expected = (load_decoder(runs / name)[0].state_dict() for name in ("shuffled", "bf16-2"))
+    loaded, expected = (load_model(runs / name).decoder.state_dict() for name in ("shuffled", "bf16-2"))
     for name, weight in loaded.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
@@ -65,22 +65,22 @@ def test_the_newest_whole_checkpoint_is_taken_and_torn_ones_are_told(
     whole = folder / "checkpoints" / f"step-{STEPS:08d}"
     newer = Path(shutil.copytree(whole, whole.with_name("step-00000009")))
     (newer / "deepspeed/mp_rank_00_model_states.pt").write_bytes(b"half")
-    assert load_decoder(folder)[2] == STEPS
+    assert load_model(folder).step == STEPS
     assert "passed over: step-00000009 is torn: deepspeed/mp_rank_00_model_states.pt" in capsys.readouterr().err
-    assert load_decoder(whole)[2] == STEPS
+    assert load_model(whole).step == STEPS
     with pytest.raises(ValueError, match=r"step-00000009 is neither a run folder nor a whole checkpoint: .* 4 bytes"):
-        load_decoder(newer)
+        load_model(newer)
     shutil.rmtree(whole)
     with pytest.raises(ValueError, match=r"checkpoints holds no whole checkpoint; train until one is saved"):
-        load_decoder(folder)
+        load_model(folder)
     assert "step-00000009 is torn" in capsys.readouterr().err
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .*/none; give a run folder \(train.run_dir\) or one of"):
-        load_decoder(tmp_path / "none")
+        load_model(tmp_path / "none")
     with pytest.raises(ValueError, match=r"is neither a run folder nor a whole checkpoint: it has no manifest.json"):
-        load_decoder(tmp_path)
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["fp32-0", "bf16-1", "fp32-3"])
@@ -91,19 +91,8 @@ def test_weights_that_do_not_match_the_config(copy: Callable[[str], Path], name:
     (saved / "config.yaml").write_text(yaml.safe_dump(config))
     rehash(saved, "config.yaml")
     with pytest.raises(ValueError, match=r"do not match its config.yaml .*is \[21, 33\] there and \[22, 33\] by") as e:
-        load_decoder(saved)
+        load_model(saved)
     assert "more); one of them was changed since" in str(e.value)
-
-
-def test_a_tuning_run_is_sent_to_its_own_loader(copy: Callable[[str], Path]) -> None:
-    saved = copy("fp32-0") / "checkpoints" / f"step-{STEPS:08d}"
-    config = yaml.safe_load((saved / "config.yaml").read_text())
-    (saved / "config.yaml").write_text(yaml.safe_dump({**config, "base": {"path": "runs/base"}}))
-    rehash(saved, "config.yaml")
-    with pytest.raises(
-        ValueError, match=r"is of a tuning run, .* give the run that it was tuned from, or read this one"
-    ):
-        load_decoder(saved)
 
 
 @pytest.mark.parametrize("name", ["bf16-0", "bf16-2"])
@@ -121,7 +110,7 @@ def test_a_master_that_does_not_round_to_its_weight_is_not_taken(copy: Callable[
     torch.save(content, saved / "deepspeed" / file)
     rehash(saved, f"deepspeed/{file}")
     with pytest.raises(ValueError, match=r"v_proj.weight is missing|is not where DeepSpeed 0.19 would have put it"):
-        load_decoder(saved)
+        load_model(saved)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +128,7 @@ def test_code_in_a_checkpoint_is_refused_and_does_not_run(
     saved, mark = copy(name) / "checkpoints" / f"step-{STEPS:08d}", tmp_path / "executed"
     plant(saved / "deepspeed" / file, mark)
     with pytest.raises(ValueError, match=r"holds more than tensors and numbers \(posix\.mkdir\)"):
-        load_decoder(saved)
+        load_model(saved)
     assert not mark.exists()
     torch.load(saved / "deepspeed" / file, weights_only=False)
     assert mark.exists()  # the payload was live

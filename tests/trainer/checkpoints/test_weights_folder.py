@@ -50,7 +50,7 @@ def logits(model: Decoder) -> torch.Tensor:
 def test_what_is_read_is_what_was_written(tmp_path: Path, tokenizer: Path, kind: str, variant: str) -> None:
     model = decoder(config(kind, variant), seed=7)
     write_weights(model, tmp_path / "deep/out", tokenizer, {"source": "a test"})
-    read = read_weights(tmp_path / "deep/out")
+    read = read_weights(tmp_path / "deep/out")[0]
     assert is_weights_folder(tmp_path / "deep/out") and not is_weights_folder(tokenizer)
     assert read.config == model.config and not read.training and read.ensemble is None
     assert (read.lm_head.weight is read.embed_tokens.weight) == model.config.tied_head
@@ -65,7 +65,7 @@ def test_an_ensemble_is_written_and_read(tmp_path: Path, tokenizer: Path) -> Non
         for parameter in model.ensemble.parameters():
             parameter.uniform_(0.5, 1.5)
     write_weights(model, tmp_path / "out", tokenizer, {})
-    read = read_weights(tmp_path / "out")
+    read = read_weights(tmp_path / "out")[0]
     assert read.ensemble is not None and read.ensemble.config == model.ensemble.config
     assert torch.equal(logits(read), logits(model))
 
@@ -83,7 +83,7 @@ def test_the_files(tmp_path: Path, tokenizer: Path) -> None:
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
         assert all(file.get_slice(name).get_dtype() == "BF16" for name in file.keys())  # noqa: SIM118
-    assert all(p.dtype == torch.float32 and p.requires_grad for p in read_weights(tmp_path / "out").parameters())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in read_weights(tmp_path / "out")[0].parameters())
 
 
 def test_nothing_is_written_over_and_a_tokenizer_is_needed(tmp_path: Path, tokenizer: Path, written: Path) -> None:

@@ -26,13 +26,13 @@ from settings import load
 from tests.launching import run
 from tests.trainer.checkpoints.saved_runs import SHUFFLED, rehash
 from tests.trainer.one_rank import save_now
-from trainer.checkpoints.read_weights import load_decoder
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
+from tune import merge
 from tune.adapter_files import load_adapter, save_adapter
 from tune.adapters import prepare
 from tune.config import TuneConfig
-from tune.weights import load_tuned
+from tune.load import load_model
 
 RANKS, STEPS = 2, 2
 EARLY = ["train.precision=fp32", "adapter.kind=lora", "adapter.layers=early"]
@@ -81,7 +81,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tune.yaml").write_text(yaml.safe_dump(config))
     (folder / "cases.json").write_text(json.dumps(CASES))
     arguments = [str(folder / name) for name in ("tune.yaml", "cases.json", "out")]
-    done = run("tests.tune.test_weights", *arguments, processes=RANKS)
+    done = run("tests.tune.test_load", *arguments, processes=RANKS)
     assert done.returncode == 0, done.stdout[-4000:]
     return folder / "out"
 
@@ -94,7 +94,7 @@ def copy(runs: Path, tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_weights_are_the_masters_of_what_trains_and_the_base_for_the_rest(runs: Path, name: str) -> None:
-    decoder, config, step = load_tuned(runs / name, merged=False)
+    decoder, config, step, _ = load_model(runs / name, merged=False)
     expected, base = torch.load(runs / name / "expected.pt"), dict(_base(config).named_parameters())
     loaded = dict(decoder.named_parameters())
     assert loaded.keys() == expected.keys() and step == STEPS and not decoder.training
@@ -116,7 +116,7 @@ def test_the_weights_are_the_masters_of_what_trains_and_the_base_for_the_rest(ru
 
 
 def test_partitions_in_another_order_than_the_models(runs: Path) -> None:
-    loaded, expected = (load_tuned(runs / name)[0].state_dict() for name in ("shuffled-2", "dora-2"))
+    loaded, expected = (load_model(runs / name).decoder.state_dict() for name in ("shuffled-2", "dora-2"))
     for name, weight in loaded.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-6)
 
@@ -133,8 +133,8 @@ def test_losses_are_the_same_at_every_stage(runs: Path, cases: dict[str, Any]) -
 @pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_merged_it_is_the_same_model(runs: Path, name: str) -> None:
-    merged, config, _ = load_tuned(runs / name)
-    apart, *_ = load_tuned(runs / name, merged=False)
+    merged, config, *_ = load_model(runs / name)
+    apart, *_ = load_model(runs / name, merged=False)
     tokens = _tokens(0, 0)
     torch.testing.assert_close(merged(tokens).logits, apart(tokens).logits, rtol=0, atol=1e-5)
     assert merged.state_dict().keys() == _base(config).state_dict().keys()
@@ -142,7 +142,7 @@ def test_merged_it_is_the_same_model(runs: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", SAVED)
 def test_the_saved_adapter_on_its_base_is_the_tuned_model(runs: Path, name: str) -> None:
-    apart, config, _ = load_tuned(runs / name, merged=False)
+    apart, config, *_ = load_model(runs / name, merged=False)
     decoder, expected = _base(config, ensemble=False), dict(apart.named_parameters())
     wrapper = load_adapter(decoder, runs / name / "adapter")
     assert (wrapper is None) == (config.adapter.kind == "none")
@@ -162,7 +162,7 @@ def test_the_saved_adapter_on_its_base_is_the_tuned_model(runs: Path, name: str)
 
 @torch.no_grad()
 def test_the_saved_adapter_is_pefts_own(runs: Path) -> None:
-    apart, config, _ = load_tuned(runs / "lora-3", merged=False)
+    apart, config, *_ = load_model(runs / "lora-3", merged=False)
     decoder = _base(config)
     PeftModel.from_pretrained(decoder, str(runs / "lora-3/adapter"))
     for name, weight in decoder.named_parameters():
@@ -177,19 +177,12 @@ def test_a_model_of_which_the_backbone_trained_is_not_saved_as_an_adapter(runs: 
     assert not (runs / "full-0/adapter").exists() and not (runs / "full-3/adapter").exists()
 
 
-def test_the_loaders_of_the_two_stages_send_to_each_other(copy: Callable[[str], Path]) -> None:
-    folder = copy("lora-2")
-    sentence = r"is of a tuning run, and only .*; give the run that it was tuned from, or read this one in Python with"
-    with pytest.raises(ValueError, match=sentence):
-        load_decoder(folder)
-    saved = folder / "checkpoints" / f"step-{STEPS:08d}"
-    config = yaml.safe_load((saved / "config.yaml").read_text())
-    for block in ("base", "ensemble", "adapter"):
-        del config[block]
-    (saved / "config.yaml").write_text(yaml.safe_dump(config))
-    rehash(saved, "config.yaml")
-    with pytest.raises(ValueError, match=r"is of a stage-one run, which has nothing to merge; give a tuning run, or"):
-        load_tuned(folder)
+def test_a_run_of_stage_one_has_nothing_to_merge(
+    two_rank_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        merge.main([str(two_rank_runs / "fp32-2"), str(tmp_path / "out")])
+    assert "has no adapters to merge; give a tuning run, or use that one as it is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["dora-0", "dora-2", "none-3"])
@@ -200,7 +193,7 @@ def test_weights_that_do_not_match_the_config(copy: Callable[[str], Path], name:
     (saved / "config.yaml").write_text(yaml.safe_dump(config))
     rehash(saved, "config.yaml")
     with pytest.raises(ValueError, match=r"do not match its config.yaml \(ensemble.router.weight is \[2, 33\] there"):
-        load_tuned(saved)
+        load_model(saved)
 
 
 def _tokens(step: int, rank: int) -> Tensor:
