@@ -2,7 +2,7 @@
 
     python -m bench.attention                              # CPU: 6 heads of 64, batch 4; CUDA: 16 heads of 128, batch 8
     python -m bench.attention --lengths 2048 --densities 0.5 --repeats 30 --json attention.json
-    python -m bench.attention --check                      # exit 1 if a limit of bench/limits.py is missed
+    python -m bench.attention --check                      # exit 1 if a limit of bench/common/limits.py is missed
 
 Contestants at every length, on the same keys and values:
 
@@ -27,9 +27,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from bench.options import DENSE, PEER, add_densities, add_numbers, add_run, parser, refuse, resolve
-from bench.report import Result, Row, spread, tell
-from bench.timing import Spread, ratios, take_turns
+from bench.common.options import DENSE, PEER, add_densities, add_numbers, add_run, parser, refuse, resolve
+from bench.common.report import Result, Row, spread, tell
+from bench.common.timing import Spread, ratios, take_turns
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
 
@@ -69,7 +69,7 @@ class Inputs:
         """Normal ones, the same on every device."""
         import torch
 
-        from trainer.yardstick import DTYPES
+        from trainer.monitor.yardstick import DTYPES
 
         generator = torch.Generator().manual_seed(0)
 
@@ -112,7 +112,7 @@ class Contestant:
 
     def peak_bytes(self) -> int:
         """Peak memory of a step, inputs included."""
-        from bench.memory import peak_bytes, tensor_bytes
+        from bench.common.memory import peak_bytes, tensor_bytes
 
         return tensor_bytes([*self.leaves, self.grad]) + peak_bytes(self.step, self.grad.device)
 
@@ -237,7 +237,7 @@ def measure(options: argparse.Namespace) -> Result:
     """Build, take turns at every length, count."""
     import torch
 
-    from trainer.yardstick import DTYPES, Yardstick
+    from trainer.monitor.yardstick import DTYPES, Yardstick
 
     device = torch.device(options.device)
     yardstick = Yardstick(device, DTYPES[options.dtype])

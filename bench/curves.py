@@ -9,12 +9,12 @@ mean and target. Line styles, not colours, tell runs apart, so that a print in b
 from __future__ import annotations
 
 import argparse
-import json
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from settings import user_errors
+from trainer.monitor import metrics_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,12 +29,12 @@ def read_metrics(run: Path) -> Lines:
     Raises:
         ValueError: if the folder is not a run.
     """
-    path = run / "metrics.jsonl"
+    path = run / metrics_file.NAME
     if not path.is_file():
         raise ValueError(
             f"{run} is not a run folder: it has no metrics.jsonl; give the folder that train.run_dir names"
         )
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return metrics_file.read(path)
 
 
 def series(lines: Lines, name: str) -> tuple[list[int], list[float]]:

@@ -2,7 +2,7 @@
 
     python -m bench.decode                                 # CPU: 22M parameters; CUDA: 1B; batches of 1 to 64
     python -m bench.decode --batches 1 --densities 0.5 --repeats 30 --json decode.json
-    python -m bench.decode --check                         # exit 1 if a limit of bench/limits.py is missed
+    python -m bench.decode --check                         # exit 1 if a limit of bench/common/limits.py is missed
 
 Every contestant reads the prompt once. A round then puts its cache back to the prompt's length and takes ``--steps``
 greedy steps of one token for every row of the batch, the most likely one each time: what ``model/generate.py`` does.
@@ -11,7 +11,7 @@ produce the same tokens (fp32) before anything is timed.
 
 The peer decodes with its own ``DynamicCache``, as it comes; on CUDA also with its ``StaticCache`` and
 ``torch.compile``, where that works. Routers pay for their logits, and their decisions are drawn, one for every row,
-place and site, so that each row executes exactly the share asked for: see ``bench/contestants.py``.
+place and site, so that each row executes exactly the share asked for: see ``bench/common/contestants.py``.
 
 ``FLOP bound`` and ``MFU`` count the forward pass of the steps, from what the routers really did. At batch 1 decoding
 waits for weights to be read rather than for products, so MFU is low. ``GiB`` is weights, cache and what a step needs
@@ -24,8 +24,8 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bench.limits import DECODE_BATCHES
-from bench.options import (
+from bench.common.limits import DECODE_BATCHES
+from bench.common.options import (
     CPU_SIZES,
     CUDA_SIZES,
     DENSE,
@@ -40,8 +40,8 @@ from bench.options import (
     resolve,
     routed_name,
 )
-from bench.report import Result, Row, spread, tell
-from bench.timing import Spread, ratios, take_turns
+from bench.common.report import Result, Row, spread, tell
+from bench.common.timing import Spread, ratios, take_turns
 from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
 
@@ -74,7 +74,7 @@ class Ours:
     """
 
     def __init__(self, decoder: Decoder, prompt: Tensor, steps: int):
-        from bench.memory import peak_bytes, tensor_bytes
+        from bench.common.memory import peak_bytes, tensor_bytes
         from model.cache import KVCache
 
         self.decoder, self.prompt, self.steps = decoder, prompt, steps
@@ -119,7 +119,7 @@ class Peer:
     def __init__(self, llama: Any, prompt: Tensor, steps: int):
         from transformers import DynamicCache
 
-        from bench.memory import peak_bytes, tensor_bytes
+        from bench.common.memory import peak_bytes, tensor_bytes
 
         self.llama, self.steps = llama, steps
         self.cache: Any = DynamicCache(config=llama.config)
@@ -153,7 +153,7 @@ class StaticPeer:
         import torch
         from transformers import StaticCache
 
-        from bench.memory import peak_bytes, tensor_bytes
+        from bench.common.memory import peak_bytes, tensor_bytes
 
         self.prompt_tokens, self.steps = prompt.shape[1], steps
         self.cache: Any = StaticCache(config=llama.config, max_cache_len=self.prompt_tokens + steps)
@@ -209,8 +209,8 @@ def models(options: argparse.Namespace) -> tuple[dict[str, Decoder], Any]:
     """Our decoders, dense first, and the peer with the dense one's weights; in evaluation mode."""
     import torch
 
-    from bench.contestants import draw, held_decoder, held_llama
-    from trainer.yardstick import DTYPES
+    from bench.common.contestants import draw, held_decoder, held_llama
+    from trainer.monitor.yardstick import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     context = options.prompt + options.steps
@@ -231,7 +231,7 @@ def behind_prompt(
     """All contestants at one batch size, and what there is to say about them."""
     import torch
 
-    from bench.contestants import random_tokens
+    from bench.common.contestants import random_tokens
 
     device = torch.device(options.device)
     prompt = random_tokens(batch, options.prompt, options.vocab, device)
@@ -259,7 +259,7 @@ def measure(options: argparse.Namespace) -> Result:
 def _measure(options: argparse.Namespace) -> Result:
     import torch
 
-    from trainer.yardstick import DTYPES, Yardstick
+    from trainer.monitor.yardstick import DTYPES, Yardstick
 
     device = torch.device(options.device)
     decoders, llama = models(options)

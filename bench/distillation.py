@@ -5,7 +5,7 @@
 
 Forward and backward pass of the head: the loss alone, with the distillation term in chunks (``model/distillation.py``),
 and with the same term over full logits of all late layers, as it stands in the formula. They take turns; memory is
-counted apart, exactly (``bench/memory.py``).
+counted apart, exactly (``bench/common/memory.py``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.options import parser, refuse
-from bench.timing import ratios, take_turns
+from bench.common.options import parser, refuse
+from bench.common.timing import ratios, take_turns
 from settings import user_errors
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def measure(case: Case, repeats: int) -> list[str]:
     """Cells: peak memory of the three, in MB, and the two ratios of time to the loss alone."""
     import torch
 
-    from bench.memory import held_to_free_memory, peak_bytes
+    from bench.common.memory import held_to_free_memory, peak_bytes
 
     calls: dict[str, Callable[[], object]] = {"alone": case.alone, "chunked": case.chunked, "full": case.full}
     cpu = torch.device("cpu")

@@ -9,7 +9,7 @@ bound: executed FLOPs over dense FLOPs, counted from what the routers did. As se
 does not skip (keys, values, head), so the bound falls towards the density.
 
 A pair that does not fit into memory is left out, and the table says so. On the CPU too: allocations beyond the memory
-that is free when the pair begins are made to fail, see ``bench/memory.py``.
+that is free when the pair begins are made to fail, see ``bench/common/memory.py``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.options import (
+from bench.common.options import (
     CPU_SIZES,
     CUDA_SIZES,
     DENSE,
@@ -38,13 +38,13 @@ from bench.options import (
     resolve,
     routed_name,
 )
-from bench.report import Row, header, noisy, table, write_json
-from bench.timing import take_turns
+from bench.common.report import Row, header, noisy, table, write_json
+from bench.common.timing import take_turns
 from settings import user_errors
 
 if TYPE_CHECKING:
-    from bench.contestants import Contestant
-    from trainer.yardstick import Yardstick
+    from bench.common.contestants import Contestant
+    from trainer.monitor.yardstick import Yardstick
 
 CPU_PAIRS = ["512x4", "512x1", "1024x2", "2048x1", "4096x1", "8192x1"]
 CUDA_PAIRS = ["2048x8", "4096x4", "8192x2", "2048x1", "2048x16"]
@@ -79,8 +79,8 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
     """The dense decoder and the routed ones, for batches of any of the pairs."""
     import torch
 
-    from bench.contestants import Ours, held_decoder
-    from trainer.yardstick import DTYPES
+    from bench.common.contestants import Ours, held_decoder
+    from trainer.monitor.yardstick import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = max(pair.tokens for pair in options.pairs)
@@ -98,8 +98,8 @@ def measure_pair(
     """Rows and matmul peak (FLOP/s) of one pair; what torch said where it does not fit into memory."""
     import torch
 
-    from bench.contestants import random_tokens
-    from bench.memory import held_to_free_memory, is_out_of_memory
+    from bench.common.contestants import random_tokens
+    from bench.common.memory import held_to_free_memory, is_out_of_memory
     from bench.step import PEAK, row
 
     device = torch.device(options.device)
@@ -168,7 +168,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[Pair, list[Row] | None], 
     """
     import torch
 
-    from trainer.yardstick import DTYPES, Yardstick
+    from trainer.monitor.yardstick import DTYPES, Yardstick
 
     contestants = build(options)
     yardstick = Yardstick(torch.device(options.device), DTYPES[options.dtype])

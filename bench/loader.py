@@ -2,7 +2,7 @@
 
     python -m bench.loader                                 # CPU: 22M parameters; CUDA: 1B
     python -m bench.loader --steps 20 --repeats 3 --json loader.json
-    python -m bench.loader --check                         # exit 1 if steps wait longer than bench/limits.py allows
+    python -m bench.loader --check                         # exit 1 if steps wait longer than the limit
 
 Two sources of random documents are written to a temporary folder as ``data.prepare`` would. A round then takes
 
@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from bench.options import (
+from bench.common.options import (
     BATCH,
     CPU_BATCH,
     CPU_SIZES,
@@ -48,8 +48,8 @@ from bench.options import (
     refuse,
     resolve,
 )
-from bench.report import Result, Row, tell
-from bench.timing import WARM_UP_ROUNDS, Spread, ratios
+from bench.common.report import Result, Row, tell
+from bench.common.timing import WARM_UP_ROUNDS, Spread, ratios
 from data.config import DataConfig
 from data.files import write_atomically
 from data.prefetch import prefetch
@@ -63,7 +63,7 @@ from settings import user_errors
 if TYPE_CHECKING:
     import torch
 
-    from bench.contestants import Ours
+    from bench.common.contestants import Ours
     from data.batches import Batch, TrainingData
 
 FROM_LOADER, LOADER = "from_loader", "loader"
@@ -141,7 +141,7 @@ def take_round(rounds: Rounds, number: int, ours: Ours, data: TrainingData, opti
     """One round of all contestants, on samples of its own."""
     import torch
 
-    from trainer.yardstick import seconds_of
+    from trainer.monitor.yardstick import seconds_of
 
     device, steps = torch.device(options.device), options.steps
     first_step = number * (2 * DEPTH + 2 * steps)
@@ -168,9 +168,9 @@ def measure(options: argparse.Namespace) -> Result:
     """Write the shards, build the model, take rounds, count."""
     import torch
 
-    from bench.contestants import Ours, held_decoder
+    from bench.common.contestants import Ours, held_decoder
     from data.batches import TrainingData
-    from trainer.yardstick import DTYPES, Yardstick
+    from trainer.monitor.yardstick import DTYPES, Yardstick
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours = Ours(held_decoder(model_config(options, None, options.tokens), device, dtype))

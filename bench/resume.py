@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from settings import user_errors
 from trainer.config import RunConfig, load_run
-from trainer.start import free_port
+from trainer.local_ranks import free_port
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -148,8 +148,8 @@ def _rank(options: argparse.Namespace) -> None:
 
 
 def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
+    from trainer.checkpoints.save import Saver
     from trainer.engine import build_engine
-    from trainer.saving import Saver
 
     engine = build_engine(config, world)
     _train(engine, config, world, 0, BEFORE)
@@ -162,13 +162,13 @@ def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
 
 
 def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True) -> list[float]:
-    from trainer import checkpoint
+    from trainer.checkpoints import manifest, resume
     from trainer.engine import build_engine
 
     engine = build_engine(config, world)
-    found, _ = checkpoint.find(folder, world)
+    found, _ = manifest.newest_whole(folder, world)
     assert found is not None
-    checkpoint.load(engine, found, "", config, world)
+    resume.load(engine, found, "", config, world)
     if not keep_state:
         getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
     losses = _train(engine, config, world, BEFORE, AFTER)

@@ -66,8 +66,9 @@ def measure(config: RunConfig, world: World, folder: Path, steps: int, rounds: i
         steps: taken after each save.
         rounds: repetitions.
     """
+    from trainer.checkpoints.layout import newest_first
+    from trainer.checkpoints.save import Saver
     from trainer.engine import build_engine
-    from trainer.saving import Saver
 
     engine = build_engine(config, world)
     step = _stepper(engine, config, world)
@@ -89,7 +90,7 @@ def measure(config: RunConfig, world: World, folder: Path, steps: int, rounds: i
         found["waiting"].append(waiting_s / alone_s - steps)
         found["background"].append(background_s / alone_s - steps)
         found["copying"].append(copying_s / alone_s)
-    size = sum(file.stat().st_size for file in max(folder.glob("step-*")).rglob("*") if file.is_file())
+    size = sum(file.stat().st_size for file in newest_first(folder)[0].rglob("*") if file.is_file())
     engine.destroy()
     return {"checkpoint_bytes": size, "steps": steps, "cost_in_steps": found}
 

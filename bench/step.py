@@ -2,18 +2,18 @@
 
     python -m bench.step                                   # CPU: 22M parameters; CUDA: 1B
     python -m bench.step --densities 0.5 --repeats 30 --json step.json
-    python -m bench.step --check                           # exit 1 if a limit of bench/limits.py is missed
+    python -m bench.step --check                           # exit 1 if a limit of bench/common/limits.py is missed
     python -m bench.step --checkpointing --no-compile --execution rounded
 
-The contestants are described in ``bench/contestants.py``. Ours and the peer, which has our weights copied in, must
-find the same loss before anything is timed. All take turns in one process, see ``bench/timing.py``. On CUDA our
-layers and the peer are compiled; on the CPU both run as they come, unless asked otherwise.
+The contestants are described in ``bench/common/contestants.py``. Ours and the peer, which has our weights copied in,
+must find the same loss before anything is timed. All take turns in one process, see ``bench/common/timing.py``. On CUDA
+our layers and the peer are compiled; on the CPU both run as they come, unless asked otherwise.
 
-Columns: ``FLOP bound`` is executed FLOPs over dense FLOPs, counted from what the routers really did: the ratio that
-a step would have if it cost nothing but matrix products at dense speed. ``MFU`` is executed FLOPs (3 x forward; what
+Columns: ``FLOP bound`` is executed FLOPs over dense FLOPs, counted from what the routers really did: the ratio that a
+step would have if it cost nothing but matrix products at dense speed. ``MFU`` is executed FLOPs (3 x forward; what
 activation checkpointing computes again is not counted) a second over the fastest matrix product seen in the same rounds
-(``trainer/yardstick.py``, as in training). ``GiB`` is the peak memory of a step outside the timed rounds: what the
-process would need with this model alone in it, see ``bench/memory.py``.
+(``trainer/monitor/yardstick.py``, as in training). ``GiB`` is the peak memory of a step outside the timed rounds: what
+the process would need with this model alone in it, see ``bench/common/memory.py``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from bench.options import (
+from bench.common.options import (
     BATCH,
     CPU_BATCH,
     CPU_SIZES,
@@ -41,13 +41,13 @@ from bench.options import (
     resolve,
     routed_name,
 )
-from bench.report import Result, Row, spread, tell
-from bench.timing import Spread, ratios, take_turns
+from bench.common.report import Result, Row, spread, tell
+from bench.common.timing import Spread, ratios, take_turns
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
 
 if TYPE_CHECKING:
-    from bench.contestants import Contestant, Ours
+    from bench.common.contestants import Contestant, Ours
 
 PEAK = "matmul"
 SECONDS = "step_s"
@@ -57,8 +57,8 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
     """All contestants, dense first, one step done, with the peer's loss compared to ours."""
     import torch
 
-    from bench.contestants import Ours, Peer, assert_same, held_decoder, held_llama, random_tokens
-    from trainer.yardstick import DTYPES
+    from bench.common.contestants import Ours, Peer, assert_same, held_decoder, held_llama, random_tokens
+    from trainer.monitor.yardstick import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = random_tokens(options.samples, options.tokens, options.vocab, device)
@@ -90,8 +90,8 @@ def measure(options: argparse.Namespace) -> Result:
     """Build, take turns, count."""
     import torch
 
-    from bench.contestants import Peer
-    from trainer.yardstick import DTYPES, Yardstick
+    from bench.common.contestants import Peer
+    from trainer.monitor.yardstick import DTYPES, Yardstick
 
     device = torch.device(options.device)
     contestants = build(options)

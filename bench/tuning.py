@@ -5,7 +5,8 @@
 
 Every run is ``tune.train`` on ``configs/tune_METHOD.yaml`` with one process and one thread, in its own folder below
 ``--out``; what is done is not run again, so an interrupted suite goes on where it was. Step times are taken afterwards,
-all methods taking turns in one process (see ``bench/timing.py``), because those of runs side by side mean nothing.
+all methods taking turns in one process (see ``bench/common/timing.py``), because those of runs side by side mean
+nothing.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bench.options import parser, refuse
-from bench.timing import ratios, take_turns
+from bench.common.options import parser, refuse
+from bench.common.timing import ratios, take_turns
 from model.config import EnsembleConfig
 from settings import user_errors
-from trainer.start import environment_alone
+from trainer.local_ranks import environment_alone
+from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
 
@@ -106,15 +108,8 @@ def train(run: Run, options: argparse.Namespace) -> str | None:
 
 def outcome(folder: Path, task: str) -> Outcome | None:
     """What the run in ``folder`` reached; None if it is not done."""
-    lines = []
-    if (folder / "metrics.jsonl").is_file():
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    found: dict[str, Any] = {}
-    for line in lines:
-        found |= {
-            name: value for name, value in line.items() if name.startswith((f"test/{task}/choice", "parameters/"))
-        }
-    accuracies = {n.rpartition("/")[2]: v for n, v in found.items() if n.startswith("test/")}
+    found = metrics_file.latest(folder / metrics_file.NAME)
+    accuracies = {n.rpartition("/")[2]: v for n, v in found.items() if n.startswith(f"test/{task}/choice")}
     if not accuracies:
         return None
     layers = [value for name, value in sorted(accuracies.items()) if name.startswith("layer-")]

@@ -83,7 +83,7 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
     import torch
 
     from model.router import Router
-    from trainer.weights_folder import mismatch
+    from trainer.checkpoints.weights_folder import mismatch
 
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give a local folder with config.json and safetensors files")
@@ -156,7 +156,7 @@ def import_checkpoint(
         ValueError: with one sentence for what stands in the way.
     """
     from convert import hf_compare
-    from trainer.weights_folder import require_absent, tokenizer_files, write_weights
+    from trainer.checkpoints.weights_folder import require_absent, tokenizer_files, write_weights
 
     require_absent(out)
     if (folder / hf_compare.ADAPTER / "adapter_config.json").is_file():
@@ -216,7 +216,7 @@ def _routing_lines(decoder: Decoder, new: bool) -> list[str]:
 
 def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None) -> Decoder:
     """What the ``config.json`` at ``path`` describes, with ``routers`` added, without memory for weights."""
-    from trainer.allocate import without_memory
+    from trainer.checkpoints.empty_decoder import without_memory
 
     config = model_config(raw, path)
     if routers is not None:

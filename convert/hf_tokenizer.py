@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from data.files import read_json, write_json
 from data.tokenizer import load_tokenizer
-from trainer.weights_folder import TOKENIZERS, tokenizer_files
+from trainer.checkpoints.weights_folder import TOKENIZERS, tokenizer_files
 from tune.text import JSON_NAME, load_text_tokenizer
 
 MODEL_NAME, CONFIG_NAME, GENERATION_NAME = TOKENIZERS[0], "tokenizer_config.json", "generation_config.json"

@@ -42,7 +42,7 @@ def model_card(model: Exported, facts: dict[str, Any], checks: list[str]) -> str
 
     Args:
         model: what was exported.
-        facts: as :func:`convert.load.load_any` returns them; what is None or missing is left out.
+        facts: as :func:`convert.facts.facts_of` returns them; what is None or missing is left out.
         checks: sentences on what was compared.
     """
     parts = [_front_matter(model), "# A Hopscotch model", _description(model), _usage(model)]

@@ -54,7 +54,7 @@ def export(
     """Export what ``path`` holds to ``out``; returns what was done, a line each.
 
     Args:
-        path: as for :func:`convert.load.load_any`.
+        path: as for :func:`tune.load.load_model`.
         out: does not exist, or is empty.
         dtype: of the weights, a key of ``DTYPES``.
         tokenizer: folder of the tokenizer; where the run says it is unless given.
@@ -66,15 +66,16 @@ def export(
     """
     import torch
 
+    from convert.facts import facts_of
     from convert.hf_compare import ADAPTER, compare, refer
     from convert.hf_tokenizer import write_tokenizer
-    from convert.load import load_any
     from tune.adapter_files import export_adapter
     from tune.adapters import take_out
+    from tune.load import load_model
 
     _require_free(out)
     separate = adapters == "separate"
-    loaded = load_any(path, merged=not separate, disk=_disk_of(out))
+    loaded = load_model(path, merged=not separate, disk=_disk_of(out))
     decoder = loaded.decoder
     _require_exportable(decoder, path, separate)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def export(
     config = hf_config(decoder, ids, dtype)
     files = _write_model(decoder, config, ids, partial, shard_bytes)
     model = _exported(decoder, separate)
-    facts = {**loaded.facts, "export_commit": code_state.commit()}
+    facts = {**facts_of(loaded), "export_commit": code_state.commit()}
     if facts.get("adapter") in ("lora", "dora"):
         facts["adapter"] += f", {adapters}"
     del loaded, decoder  # transformers' model takes its place

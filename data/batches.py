@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data.config import DataConfig
 from data.order import ORDER_VERSION, Order
+from data.skip_ranges import pass_over
 from data.store import TokenStore, train_folder, validation_folder
 from data.tokenizer import tokenizer_sha256
 
@@ -219,14 +220,6 @@ def step_sample_ids(
         )
     first = [consumed + (micro_step * world_size + rank) * micro_batch for micro_step in range(accumulation)]
     return [range(start, start + micro_batch) for start in first]
-
-
-def pass_over(consumed: np.ndarray, skip_ranges: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Sample ids, int64 [N], when the samples in ``skip_ranges`` (ascending, [first, end)) are never taken."""
-    sample_ids = consumed
-    for first, end in skip_ranges:
-        sample_ids = np.where(sample_ids >= first, sample_ids + (end - first), sample_ids)
-    return sample_ids
 
 
 def _open(folder: Path, expected_tokenizer: str, config: DataConfig) -> TokenStore:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+from evals.dial import JSON, folder_of
 from settings import user_errors
 from trainer import opening
 from tune.text import TextTokenizer
@@ -143,8 +144,7 @@ def prompt_ids(opened: Opened, prompt: str, max_new_tokens: int) -> list[int]:
 
 def dial_of(model: Path) -> Path:
     """Where ``evals.dial`` writes by itself for a run or one of its checkpoints."""
-    run = model if (model / "checkpoints").is_dir() else model.resolve().parent.parent
-    return run / "dial" / "dial.json"
+    return (folder_of(model) or model) / JSON
 
 
 def summary(tokens: Sequence[Token], layers: int, seconds: float) -> str:
@@ -250,14 +250,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         opening.open_model(options.model)
         import torch
 
-        from evals.dial_file import Dial
+        from evals.dial.file import Dial
         from evals.scoring import open_model
 
         opened = open_model(options.model)
         decoder, thresholds = opened.decoder, None
         if options.density is not None:
             path = options.dial or dial_of(options.model)
-            thresholds = Dial.load(path, decoder.config, opened.facts.get("step")).thresholds(options.density)
+            thresholds = Dial.load(path, decoder.config, opened.loaded.step).thresholds(options.density)
         ids = prompt_ids(opened, prompt, options.max_new_tokens)
         generator = torch.Generator().manual_seed(options.seed)
         tokens = stream(

@@ -21,13 +21,13 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
 from tqdm import tqdm
 
 from data.files import write_atomically
 from evals.texts import add_text_options, refuse_missing, text_field_of, texts_of
 from settings import user_errors
 from trainer import opening
+from trainer.config import WeightsConfig
 
 if TYPE_CHECKING:
     from evals.scoring import Opened, Scorer, Window
@@ -140,8 +140,8 @@ def check_windows(window_tokens: int, stride_tokens: int, positions: int) -> Non
 def trained_tokens(opened: Opened) -> int:
     """Length of the training's windows, in tokens; all positions where no run says so."""
     positions = opened.decoder.config.max_positions
-    block = yaml.safe_load((opened.source / "config.yaml").read_bytes()).get("data") or {}
-    return min(block.get("sequence_tokens", positions), positions)
+    config = opened.loaded.config
+    return positions if isinstance(config, WeightsConfig) else min(config.data.sequence_tokens, positions)
 
 
 def together(results: Sequence[Result]) -> Result:
@@ -210,11 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from evals.scoring import open_model
 
         opened = open_model(options.model)
-        field = options.text_field or text_field_of(opened.source)
+        source = opened.loaded.source
+        field = options.text_field or text_field_of(opened.loaded.config)
         window_tokens = trained_tokens(opened) if options.window is None else options.window
         stride_tokens = max(window_tokens // 2, 1) if options.stride is None else options.stride
         check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
-        print(f"{opened.source}: windows of {window_tokens} tokens, stride {stride_tokens}\n{HEADER}", flush=True)
+        print(f"{source}: windows of {window_tokens} tokens, stride {stride_tokens}\n{HEADER}", flush=True)
         results = []
         for path in options.files:
             texts = islice(texts_of(path, options.format, field), options.limit)
@@ -224,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.append(together(results))
             print(line(results[-1]))
         if options.json is not None:
-            content = {"model": str(opened.source), "results": [to_json(result) for result in results]}
+            content = {"model": str(source), "results": [to_json(result) for result in results]}
             write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
             print(f"wrote {options.json}")
     return 0

@@ -17,30 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from convert.load import load_any
 from model.chunks import IGNORED
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
+from tune.load import Loaded, load_model
 from tune.text import TextTokenizer, load_text_tokenizer
 
 
 class Opened(NamedTuple):
     """A model that is ready to read text."""
 
-    decoder: Decoder
-    """fp32, on the CPU, in evaluation mode."""
+    loaded: Loaded
+    """The decoder, in evaluation mode, and where it came from."""
     tokenizer: TextTokenizer
     """Every id that it gives has a row in the embedding."""
-    facts: dict[str, Any]
-    """What is known of the training; see :func:`convert.load.load_any`."""
-    source: Path
-    """The checkpoint's folder, or the folder of weights."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """fp32, on the CPU, in evaluation mode."""
+        return self.loaded.decoder
 
     @property
     def start(self) -> list[int]:
@@ -54,7 +55,7 @@ def open_model(path: Path) -> Opened:
     Raises:
         ValueError: if one of them cannot be read, they do not fit each other, or the routers look at later tokens.
     """
-    loaded = load_any(path)
+    loaded = load_model(path)
     tokenizer = load_text_tokenizer(loaded.tokenizer_folder)
     model = loaded.decoder.config
     if tokenizer.vocab_size > model.vocab_size:
@@ -67,7 +68,7 @@ def open_model(path: Path) -> Opened:
             "router.kind expert_choice picks tokens by looking at later ones, so it gives no likelihood of a next "
             "token; use a causal kind: learned, random or stride"
         )
-    return Opened(loaded.decoder, tokenizer, loaded.facts, loaded.source)
+    return Opened(loaded, tokenizer)
 
 
 class Window(NamedTuple):

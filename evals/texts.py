@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.config import SourceConfig
 from data.sources import FORMATS, Cursor, Source, format_of
+from trainer.config import RunConfig, WeightsConfig
+from tune.config import TuneConfig
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -34,12 +34,11 @@ def refuse_missing(paths: Sequence[str | Path]) -> None:
         )
 
 
-def text_field_of(folder: Path) -> str:
-    """The one ``text_field`` of all sources of the run that ``folder`` is a checkpoint of; ``text`` otherwise."""
-    config = folder / "config.yaml"
-    data: dict[str, Any] = (yaml.safe_load(config.read_bytes()) or {}).get("data") or {} if config.is_file() else {}
-    sources = [*(data.get("sources") or ()), *(data.get("validation") or ())]
-    fields = {source.get("text_field", "text") for source in sources}
+def text_field_of(config: RunConfig | TuneConfig | WeightsConfig) -> str:
+    """The one ``text_field`` of all sources of a run; ``text`` otherwise."""
+    if isinstance(config, WeightsConfig):
+        return "text"
+    fields = {source.text_field for source in (*config.data.sources, *config.data.validation)}
     return fields.pop() if len(fields) == 1 else "text"
 
 

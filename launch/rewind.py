@@ -2,7 +2,10 @@
 
     python -m launch.rewind runs/my 4000
 
-What was done after that step is moved to RUN/checkpoints/abandoned-N; nothing is deleted. Then start the run again,
+What was done after that step, later checkpoints and later lines of ``metrics.jsonl``, is moved to
+RUN/checkpoints/abandoned-N; nothing is deleted. From then on the run goes on from that step at every start, after a
+preemption too; that is why this is a command and not a field of the config, which would go back once more at every
+requeue. Then start the run again,
 with train.checkpoint.resume=required and what is to be different: data.skip_ranges to pass over samples, a lower
 train.optimizer.lr, another data.seed. Exit status: 0 when step STEP is the newest; 1 on an error, nothing moved.
 """
@@ -10,9 +13,75 @@ train.optimizer.lr, another data.seed. Exit status: 0 when step STEP is the newe
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
+from data.files import write_atomically
 from settings import user_errors
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import checkpoints_of, is_run, newest_first, next_abandoned, run_of, step_of
+from trainer.heartbeat import BEAT_EVERY_S, FINAL, read_beats
+from trainer.monitor import metrics_file
+
+
+def go_back(run: Path, step: int) -> Path | None:
+    """Move all that ``run`` did after ``step`` into a new folder ``checkpoints/abandoned-N``.
+
+    A kill at any moment leaves every checkpoint in one of the two places, and a repetition finishes the move.
+
+    Returns:
+        The folder; None if nothing was done after ``step``.
+
+    Raises:
+        ValueError: if there is no whole checkpoint of ``step``, or the run is still going on.
+    """
+    from trainer.distributed import ALONE  # torch
+
+    folder = checkpoints_of(run)
+    if not is_run(run):
+        owner = run_of(run)
+        hint = f", here {owner}" if owner else ", for example runs/my"
+        raise ValueError(
+            f"{run} is no run folder: it has no checkpoints; give the folder that train.run_dir names{hint}"
+        )
+    there = newest_first(folder)
+    named = ", ".join(str(step_of(found)) for found in reversed(there)) or "none"
+    target = next((found for found in there if step_of(found) == step), None)
+    if target is None:
+        raise ValueError(f"{run} has no checkpoint of step {step}; give one of the steps that are there: {named}")
+    problem = manifest.problem_of(target, ALONE)
+    if problem is not None:
+        raise ValueError(f"{target} is torn: {problem}; give another of the steps that are there: {named}")
+    _refuse_if_alive(run)
+    metrics = run / metrics_file.NAME
+    lines = metrics_file.read(metrics)
+    later_lines = [line for line in lines if line["step"] > step]
+    later = [found for found in there if step_of(found) > step]
+    if not later and not later_lines:
+        return None
+    abandoned = next_abandoned(folder)
+    abandoned.mkdir()
+    write_atomically(abandoned / metrics_file.NAME, metrics_file.content_of(later_lines))
+    for found in reversed(later):  # the newest last: until then a start goes on as if nothing had happened
+        found.rename(abandoned / found.name)
+    if later_lines:
+        kept = (line for line in lines if line["step"] <= step)
+        write_atomically(metrics, metrics_file.content_of(kept))
+    return abandoned
+
+
+def _refuse_if_alive(run: Path) -> None:
+    """A rank that has not said that it ended is alive if its heartbeat goes on while we look."""
+    first = {beat.rank: beat for beat in read_beats(run / "heartbeat") if beat.phase not in FINAL}
+    if not first:
+        return
+    time.sleep(2.5 * BEAT_EVERY_S)
+    for beat in read_beats(run / "heartbeat"):
+        if beat.rank in first and beat.beat != first[beat.rank].beat:
+            raise ValueError(
+                f"{run} is going on: rank {beat.rank} (process {beat.pid} on {beat.host}) is {beat.doing} at step "
+                f"{beat.step:,}; stop it first (kill {beat.pid}), it saves and ends"
+            )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,8 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("step", type=int, help="optimiser steps done at the checkpoint to go back to")
     options = parser.parse_args(arguments)
     with user_errors():
-        from trainer.rewind import go_back
-
         abandoned = go_back(options.run, options.step)
     if abandoned is None:
         print(f"nothing was done after step {options.step:,}; start again with train.checkpoint.resume=required")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from settings import user_errors
 from trainer.config import RunConfig, load_run
 from trainer.exit_status import EXIT_PREEMPTED
-from trainer.guards import lost_rank
+from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
         ValueError: for anything that the user can mend; what was saved stays.
     """
     from data.batches import TrainingData, ValidationSet
-    from trainer.describe import describe_end, describe_start
     from trainer.loop import run
+    from trainer.monitor.summary import describe_end, describe_start
     from trainer.trainer import Trainer
 
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")

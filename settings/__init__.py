@@ -1,9 +1,9 @@
 """YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
 
-from settings.load import load, to_yaml
+from settings.load import load, peek, to_yaml
 from settings.near import did_you_mean
 from settings.strict import Strict
 from settings.user_errors import rank_by_environment, user_errors
 from settings.words import counted
 
-__all__ = ["Strict", "counted", "did_you_mean", "load", "rank_by_environment", "to_yaml", "user_errors"]
+__all__ = ["Strict", "counted", "did_you_mean", "load", "peek", "rank_by_environment", "to_yaml", "user_errors"]

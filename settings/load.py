@@ -66,6 +66,15 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
         raise ValueError(f"{path}: " + "; ".join(_sentence(e, prefix) for e in error.errors())) from None
 
 
+def peek(path: str | Path) -> dict[str, Any]:
+    """The blocks of a YAML file as they stand; none if it is missing or no mapping, of which :func:`load` says more."""
+    try:
+        blocks = yaml.safe_load(Path(path).read_bytes())
+    except (OSError, yaml.YAMLError):
+        return {}
+    return blocks if isinstance(blocks, dict) else {}
+
+
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML that :func:`load` accepts unchanged."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

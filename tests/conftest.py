@@ -21,7 +21,7 @@ from data.prepare import prepare
 from data.tokenizer import train_tokenizer
 from tests import launching, ranks
 from tests.once import once
-from tests.trainer.saved_runs import CASES, SHUFFLED, save_runs
+from tests.trainer.checkpoints.saved_runs import CASES, SHUFFLED, save_runs
 
 VOCAB = 400
 # Nothing of the user's is read or written, and two processes do not write the same file of an export's code.
@@ -80,7 +80,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def two_rank_runs(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> Path:
-    """What two ranks trained and saved at every ZeRO stage: see tests/trainer/saved_runs.py."""
+    """What two ranks trained and saved at every ZeRO stage: see tests/trainer/checkpoints/saved_runs.py."""
     cases = {**CASES, "shuffled": [*CASES["bf16-2"], SHUFFLED]}
     return once(tmp_path_factory, "two-rank-runs", lambda folder: save_runs(folder, corpus, cases, ranks=2)) / "out"
 

@@ -1,8 +1,10 @@
-"""Imports run one way, and the model knows nothing of training."""
+"""Imports run one way, between packages and within them, and the model knows nothing of training."""
 
 from __future__ import annotations
 
 import ast
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,17 +22,49 @@ MAY_IMPORT = {
     "bench": {"settings", "data", "model", "trainer", "tune"},
     "evals": {"settings", "data", "model", "trainer", "tune", "convert"},
 }
+# What a package within one of those may import of its siblings; modules beside it are named, other folders may not be.
+MAY_IMPORT_WITHIN = {
+    "trainer.checkpoints": {"trainer.code_state", "trainer.config", "trainer.distributed", "trainer.engine"}
+    | {"trainer.log"},
+    "trainer.monitor": {"trainer.checkpoints", "trainer.config", "trainer.distributed", "trainer.evaluate"}
+    | {"trainer.exit_status", "trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.step"},
+    "bench.common": set(),
+    "bench.isoflop": {"bench.common"},
+    "bench.loop": {"bench.common", "bench.loader"},
+    "evals.dial": {"evals.windows"},
+    "evals.harness": {"evals.generate", "evals.perplexity", "evals.scoring"},
+    "evals.routing": {"evals.texts", "evals.windows"},
+    "launch.demo": set(),
+    "launch.doctor": {"launch.configs", "launch.plan"},
+    "launch.plan": {"launch.configs"},
+    "launch.slurm": {"launch.configs"},
+    "launch.watch": set(),
+}
 
 
-def _imports(path: Path) -> set[str]:
-    """First parts of all names that a file imports."""
+@cache
+def _modules() -> dict[str, Path]:
+    """Every module of the project by its dotted name, packages too."""
+    files = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+
+
+@cache
+def _imports(path: Path) -> frozenset[str]:
+    """Dotted names that a file imports: modules, and what it takes from them."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module.split(".")[0])
-    return found
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+def _our_imports(path: Path) -> set[str]:
+    """The modules of ours that a file imports."""
+    names = (name if name in _modules() else name.rpartition(".")[0] for name in _imports(path))
+    return {name for name in names if name in _modules()}
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
@@ -38,14 +72,39 @@ def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
     files = list((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
-        ours = _imports(path) & (MAY_IMPORT.keys() - {package})
+        ours = {name.partition(".")[0] for name in _imports(path)} & (MAY_IMPORT.keys() - {package})
         assert ours <= MAY_IMPORT[package], f"{path.relative_to(ROOT)} imports {sorted(ours - MAY_IMPORT[package])}"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT_WITHIN)
+def test_a_package_within_another_imports_only_the_siblings_that_it_may(package: str) -> None:
+    parent, found = package.partition(".")[0], set()
+    for path in (ROOT / package.replace(".", "/")).rglob("*.py"):
+        for name in _our_imports(path):
+            top, _, rest = name.partition(".")
+            sibling = f"{top}.{rest.partition('.')[0]}"
+            if top == parent and rest and sibling != package:
+                found.add(sibling)
+    assert found == MAY_IMPORT_WITHIN[package]
 
 
 def test_every_package_is_listed() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests"}
     assert packages == set(MAY_IMPORT)
+    within = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("*/*/__init__.py")}
+    assert {name for name in within if not name.startswith("tests.")} == set(MAY_IMPORT_WITHIN)
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports inside functions and for annotations count: whoever reads the one file has to read the other."""
+    graph = {name: _our_imports(path) - {name} for name, path in _modules().items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" imports ".join(reversed(error.args[1]))) from None
 
 
 def test_the_model_does_not_know_deepspeed() -> None:
-    assert not any("deepspeed" in _imports(path) for path in (ROOT / "model").rglob("*.py"))
+    assert not any(
+        name.partition(".")[0] == "deepspeed" for p in (ROOT / "model").rglob("*.py") for name in _imports(p)
+    )

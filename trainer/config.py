@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import Field, model_validator
 
 from data.config import DataConfig, StreamConfig
-from model.config import ModelConfig
-from settings import Strict, load
+from model.config import EnsembleConfig, ModelConfig
+from settings import Strict, load, peek
 
 
 class OptimizerConfig(Strict):
@@ -301,13 +300,20 @@ class RunConfig(StageConfig):
         return problems
 
 
-def is_stage_two(path: Path) -> bool:
-    """By the config's ``base`` block; what cannot be read is left to its own loader, which says why."""
-    try:
-        blocks = yaml.safe_load(path.read_bytes())
-    except (OSError, yaml.YAMLError):
-        return False
-    return isinstance(blocks, dict) and "base" in blocks
+class WeightsConfig(Strict):
+    """What stands beside weights that no run is said to have trained: see trainer/checkpoints/weights_folder.py."""
+
+    model: ModelConfig
+    """The decoder's sizes and routers."""
+    ensemble: EnsembleConfig | None = None
+    """The late-layer ensemble; the final layer alone unless given."""
+    seed: int = Field(0, ge=0, lt=2**62)
+    """Of the routing noise, by which routers of kind ``random`` decide in evaluation too."""
+
+
+def is_stage_two(path: str | Path) -> bool:
+    """Whether a config file is of stage two, by its ``base`` block."""
+    return "base" in peek(path)
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

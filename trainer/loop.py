@@ -8,7 +8,7 @@ from data.batches import Batch, step_sample_ids
 from data.prefetch import prefetch
 from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.launcher import command_again
+from trainer.monitor.orphan import command_again
 from trainer.step import train_step
 from trainer.trainer import Trainer, TrainingStream
 

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from settings import rank_by_environment
+from trainer.checkpoints.layout import checkpoints_of, newest_first
+from trainer.checkpoints.retention import refuse_taken
 from trainer.config import TrainConfig
-from trainer.retention import newest_first, refuse_taken
 
 
 def open_model(path: Path) -> None:
@@ -25,7 +26,7 @@ def open_model(path: Path) -> None:
 def open_run(train: TrainConfig) -> None:
     """On rank 0 name the run, and refuse a run folder that it must not start in; a launcher then ends the other ranks.
 
-    :func:`trainer.checkpoint.to_resume` looks again, at whole checkpoints and for all ranks.
+    :func:`trainer.checkpoints.resume.to_resume` looks again, at whole checkpoints and for all ranks.
 
     Raises:
         ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``.
@@ -33,5 +34,5 @@ def open_run(train: TrainConfig) -> None:
     if rank_by_environment() != 0:
         return
     print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
-    folder = Path(str(train.run_dir)) / "checkpoints"
+    folder = checkpoints_of(str(train.run_dir))
     refuse_taken(folder, [found.name for found in newest_first(folder)], train.checkpoint.resume)

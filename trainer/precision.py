@@ -12,10 +12,10 @@ from typing import TypeVar
 
 import torch
 
-from trainer import manifest
+from trainer.checkpoints import manifest
 from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.yardstick import DTYPES, Yardstick
+from trainer.monitor.yardstick import DTYPES, Yardstick
 
 Config = TypeVar("Config", bound=StageConfig)
 CPU_WIDTH = 256

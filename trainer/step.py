@@ -180,30 +180,35 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def forward(
-    engine: Any,
-    batch: Batch,
-    config: StageConfig,
-    progress: float,
-    capacity_tokens: int | None = None,
-) -> DecoderOutput:
-    """Run the engine on a batch on its device, with the routers' noise and temperature as they are at ``progress``.
-
-    In training ``capacity_tokens`` is the most tokens of a window that a routed site executes.
-    """
-    router = config.model.router
+def run(engine: Any, batch: Batch, **options: Any) -> DecoderOutput:
+    """Run a decoder, or the engine around one, on a batch on its device; ``options`` are the decoder's own."""
     return engine(
         batch.tokens,
         batch.targets,
         sample_ids=batch.sample_ids,
         documents=batch.documents,
         positions=batch.positions,
+        scored_targets=batch.scored_targets,
+        **options,
+    )
+
+
+def forward(
+    engine: Any, batch: Batch, config: StageConfig, progress: float, capacity_tokens: int | None = None
+) -> DecoderOutput:
+    """:func:`run` with the routers' noise and temperature as they are at ``progress``.
+
+    In training ``capacity_tokens`` is the most tokens of a window that a routed site executes.
+    """
+    router = config.model.router
+    return run(
+        engine,
+        batch,
         # Plain numbers: DeepSpeed would cast fp32 tensors to the model's dtype on the way in.
         noise_scale=0.0 if router is None else router.noise.at(progress),
         temperature=1.0 if router is None else router.temperature.at(progress),
         z_coefficient=config.train.z_loss,
         capacity_tokens=capacity_tokens,
-        scored_targets=batch.scored_targets,
     )
 
 

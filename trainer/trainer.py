@@ -13,26 +13,27 @@ from typing import Any, Protocol, Self
 
 from data.batches import Batch
 from data.files import only_writer
+from data.skip_ranges import refuse_other_past, sample_ids
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
-from trainer import checkpoint, retention
+from trainer.checkpoints import resume, retention
+from trainer.checkpoints.rng import rng_state, set_rng_state
+from trainer.checkpoints.save import Saver
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
-from trainer.guards import StopRequest, is_lost_rank, too_many_bad_steps
-from trainer.metrics import Metrics
+from trainer.log import open_log
+from trainer.monitor.metrics import Metrics
+from trainer.monitor.spikes import SpikeDetector, how_to_go_back
+from trainer.monitor.stop import StopRequest, is_lost_rank, too_many_bad_steps
+from trainer.monitor.watchdog import Watchdog
+from trainer.monitor.yardstick import measure_peak
 from trainer.precision import decide, slow_bf16_warning
-from trainer.rewind import how_to_go_back, refuse_other_past, sample_ids
-from trainer.rng import rng_state, set_rng_state
-from trainer.run_folder import RunFolder, open_log
-from trainer.saving import Saver
+from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
-from trainer.spikes import SpikeDetector
 from trainer.step import StepResult
-from trainer.watchdog import Watchdog
-from trainer.yardstick import measure_peak
 
 
 class TrainingStream(Protocol):
@@ -75,7 +76,7 @@ class Trainer:
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
         self.samples = 0
-        found = checkpoint.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
+        found = resume.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
         config, precision_told = decide(config, world, found)
         self.config = config
         self.engine = build_engine(config, world, decoder)
@@ -84,7 +85,7 @@ class Trainer:
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
         self.spikes = SpikeDetector(config.train.spike)
         if found is not None:
-            state, change = checkpoint.load(self.engine, found, self.fingerprint, config, world)
+            state, change = resume.load(self.engine, found, self.fingerprint, config, world)
             dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
             self._take_back(state)
         self._hold = ExitStack()  # until the end no other run may write here
@@ -94,7 +95,7 @@ class Trainer:
         problem = world.broadcast_object(problem)
         if problem:
             raise ValueError(problem)
-        self.log = open_log(self.run, world)
+        self.log = open_log(self.run.log, world.is_main)
         if precision_told:
             self.log.info(precision_told)
         if warning := slow_bf16_warning(config, world):

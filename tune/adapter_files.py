@@ -7,7 +7,7 @@
 
 Each pair is there or not. What is written are fp32 master weights, where the engine has any within reach (ZeRO 1 to 3);
 at stage 0 in bf16 the weights of the forward pass. The masters of a run in bf16 are in its checkpoints at every stage:
-see :func:`tune.weights.load_tuned`.
+see :func:`tune.load.load_model`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from torch import Tensor
 from data.files import read_json, write_json
 from model.config import EnsembleConfig
 from model.decoder import Decoder
+from trainer.checkpoints.weights_folder import mismatch
 from trainer.distributed import World, import_deepspeed
-from trainer.weights_folder import mismatch
 from tune.adapters import part_of
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import yaml
-
-from data.files import read_json, sha256_of
+from data.files import sha256_of
 from model.config import BudgetConfig, ModelConfig, Ramp
 from model.decoder import Decoder
-from trainer import manifest
+from settings import peek
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import CONFIG
 from trainer.distributed import ALONE
-from trainer.weights import load_decoder
-from trainer.weights_folder import is_weights_folder, read_weights
+from tune.load import load_model
 
 _WHAT = "give base.path a stage-one run, one of its checkpoints, or what convert.from_hf wrote"
 
@@ -42,22 +41,29 @@ def load_base(path: str | Path) -> Base:
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; {_WHAT}")
-    if is_weights_folder(folder):
-        return _from_weights(folder)
-    if (folder / "config.json").is_file() and "model_type" in read_json(folder / "config.json"):
-        raise ValueError(
-            f"{folder} is a Hugging Face checkpoint; import it with: python -m convert.from_hf {folder} OUT, and give "
-            "base.path that folder"
-        )
-    blocks = _blocks(folder / "config.yaml")
+    blocks = peek(folder / CONFIG)
     if "base" in blocks:
         fix = f"merge them first with: python -m tune.merge {folder} OUT, and give base.path that folder"
         if blocks.get("ensemble") is not None:
             fix = "no second ensemble goes on top of its own, so give base.path what it was tuned from"
         raise ValueError(f"{folder} is a stage-two run, whose weights lie on top of its own base; {fix}")
-    decoder, config, step = load_decoder(folder)
-    checkpoint = folder / "checkpoints" / f"step-{step:08d}" if (folder / "checkpoints").is_dir() else folder
-    return _base(decoder, Path(config.data.dir), f"stage-one checkpoint {checkpoint}, step {step:,}", checkpoint)
+    loaded = load_model(folder)
+    decoder, model = loaded.decoder, loaded.decoder.config
+    if decoder.ensemble is not None:
+        raise ValueError(
+            f"{folder} was tuned already: it has an ensemble of its last {decoder.ensemble.config.layers} layers, and "
+            "no second one goes on top; give base.path what it was tuned from"
+        )
+    if loaded.step is None:
+        what = f"{manifest.read(folder, ALONE).get('source', 'weights')} in {folder}"
+    else:
+        what = f"stage-one checkpoint {loaded.source}, step {loaded.step:,}"
+    routers = "dense"
+    if model.router is not None:
+        routers = f"{model.router.kind} routers at density {model.router.density} on {len(model.sites)} sites"
+    parameters = sum(parameter.numel() for parameter in decoder.parameters())
+    description = f"{what}: {parameters:,} parameters, {model.layers} layers, {routers}"
+    return Base(decoder, model, loaded.tokenizer_folder, description, sha256_of(loaded.source / manifest.NAME))
 
 
 def stage_two_model(model: ModelConfig, routers: Literal["frozen", "tuned"]) -> ModelConfig:
@@ -90,36 +96,5 @@ def stage_two_model(model: ModelConfig, routers: Literal["frozen", "tuned"]) -> 
     return model.model_copy(update={"router": router.model_copy(update=ended)})
 
 
-def _from_weights(folder: Path) -> Base:
-    decoder = read_weights(folder)
-    if decoder.ensemble is not None:
-        raise ValueError(
-            f"{folder} was tuned already: it has an ensemble of its last {decoder.ensemble.config.layers} layers, and "
-            "no second one goes on top; give base.path what it was tuned from"
-        )
-    source = manifest.read(folder, ALONE).get("source", "weights")
-    return _base(decoder, folder, f"{source} in {folder}", folder)
-
-
-def _base(decoder: Decoder, tokenizer_folder: Path, what: str, folder: Path) -> Base:
-    """``folder`` is the one with the manifest."""
-    model = decoder.config
-    routers = "dense"
-    if model.router is not None:
-        routers = f"{model.router.kind} routers at density {model.router.density} on {len(model.sites)} sites"
-    parameters = sum(parameter.numel() for parameter in decoder.parameters())
-    description = f"{what}: {parameters:,} parameters, {model.layers} layers, {routers}"
-    return Base(decoder, model, tokenizer_folder, description, sha256_of(folder / manifest.NAME))
-
-
 def _standing(ramp: Ramp) -> Ramp:
     return Ramp(start=ramp.end, end=ramp.end, until=1.0)
-
-
-def _blocks(path: Path) -> dict[str, Any]:
-    """The blocks of a YAML file; none if it is missing or no mapping, about which others know more to say."""
-    try:
-        blocks = yaml.safe_load(path.read_bytes()) if path.is_file() else None
-    except yaml.YAMLError:
-        blocks = None
-    return blocks if isinstance(blocks, dict) else {}

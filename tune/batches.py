@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import NO_SAMPLE, NO_TARGET, Batch, pass_over
+from data.batches import NO_SAMPLE, NO_TARGET, Batch
 from data.order import ORDER_VERSION, Order
+from data.skip_ranges import pass_over
 from tune.config import ExamplesConfig, ExampleSource
 from tune.examples import Examples, read_examples
 from tune.packing import Windows, pack

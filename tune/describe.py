@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from model.decoder import Decoder
-from trainer.describe import machine
 from trainer.distributed import World
+from trainer.monitor.summary import machine
 from tune.adapters import trainable_counts
 from tune.base import Base
 from tune.batches import ExampleSet, TuningData

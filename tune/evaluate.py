@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.decoder import DecoderOutput
 from trainer.distributed import World
-from trainer.step import to_device
+from trainer.step import run, to_device
 from tune.batches import ExampleSet, Scored
 from tune.config import TuneConfig
 
@@ -146,16 +146,7 @@ def evaluate_examples(
     engine.eval()
     for host_batch, scored in example_set.scored_batches(world.rank, world.size, config.train.micro_batch_samples):
         batch = to_device(host_batch, world.device)
-        output = engine(
-            batch.tokens,
-            batch.targets,
-            sample_ids=batch.sample_ids,
-            documents=batch.documents,
-            positions=batch.positions,
-            noise_scale=0.0,
-            scored_targets=batch.scored_targets,
-            score=True,
-        )
+        output = run(engine, batch, noise_scale=0.0, score=True)
         sums.add(output, scored, class_of)
     engine.train()
     for part in (sums.nll, sums.misses, sums.tokens, sums.votes):

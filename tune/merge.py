@@ -77,16 +77,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
     options = parser.parse_args(arguments)
     with user_errors():
-        from trainer.weights_folder import require_absent, write_weights
-        from tune.weights import load_tuned
+        from trainer.checkpoints.weights_folder import require_absent, write_weights
+        from tune.config import TuneConfig
+        from tune.load import load_model
 
         require_absent(options.out)
-        decoder, config, step = load_tuned(options.path, merged=False)
+        loaded = load_model(options.path, merged=False)
+        decoder, config = loaded.decoder, loaded.config
+        if not isinstance(config, TuneConfig):
+            raise ValueError(f"{loaded.source} has no adapters to merge; give a tuning run, or use that one as it is")
         difference, rows = merge_checked(decoder)
         print(f"logits with adapters and merged differ by at most {difference:.2g} on {rows} of {ROWS} rows")
-        assert config.data.tokenizer is not None  # filled in when the run started
-        source = f"{options.path}, {config.base.path} tuned for {step:,} steps"
-        write_weights(decoder, options.out, Path(config.data.tokenizer), {"source": source})
+        source = f"{options.path}, {config.base.path} tuned for {loaded.step:,} steps"
+        write_weights(decoder, options.out, loaded.tokenizer_folder, {"source": source})
         print(f"wrote {options.out}")
     return 0
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from settings import user_errors
 from trainer.exit_status import EXIT_PREEMPTED
-from trainer.guards import lost_rank
+from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
 from tune.config import TuneConfig, TuneFile
 from tune.resolve import load_file, resolve
@@ -34,8 +34,8 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     Raises:
         ValueError: for anything that the user can mend; what was saved stays.
     """
-    from trainer.describe import describe_end
     from trainer.loop import run
+    from trainer.monitor.summary import describe_end
     from tune.adapters import prepare, trainable_counts
     from tune.base import load_base
     from tune.batches import ExampleSet, TuningData

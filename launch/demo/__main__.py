@@ -24,7 +24,7 @@ from launch.demo.stages import Demo, Record, Stage
 from settings import load, user_errors
 from trainer.config import load_run, name_run
 from trainer.exit_status import EXIT_PREEMPTED
-from trainer.start import free_port
+from trainer.local_ranks import free_port
 from tune.config import TuneFile
 
 

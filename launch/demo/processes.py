@@ -152,7 +152,7 @@ def _read(pipe: IO[bytes], lines: queue.SimpleQueue[str | None]) -> None:
 def _end_with_parent() -> Callable[[], object] | None:
     """For a new process to call: SIGTERM to it when this one dies, even by SIGKILL; None but on Linux.
 
-    Ranks are not the command itself: they see that their launcher is gone (trainer/launcher.py), save and end.
+    Ranks are not the command itself: they see that their launcher is gone (trainer/monitor/orphan.py), save and end.
     """
     if sys.platform != "linux":
         return None

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import read_json, write_json
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import checkpoint_at, checkpoints_of
 from trainer.config import RunConfig, TrainConfig
 from trainer.heartbeat import read_beats
-from trainer.start import deepspeed_launcher
+from trainer.local_ranks import deepspeed_launcher
 from tune.config import TuneFile
 
 
@@ -88,7 +90,7 @@ class Demo:
                 f"{one.steps} steps of pretraining on {processes} ranks",
                 [*launcher, "pretrain.train", str(self.config)],
                 0.25,
-                run / "checkpoints" / f"step-{one.steps:08d}" / "manifest.json",
+                checkpoint_at(checkpoints_of(run), one.steps) / manifest.NAME,
                 one,
                 one.steps * one.global_batch_samples * self.stage_one.data.sequence_tokens,
             ),
@@ -98,7 +100,7 @@ class Demo:
                 f"{two.steps} steps of learning to close them, the last layers voting",
                 [*launcher, "tune.train", str(self.tune_config)],
                 0.4,
-                tuned / "checkpoints" / f"step-{two.steps:08d}" / "manifest.json",
+                checkpoint_at(checkpoints_of(tuned), two.steps) / manifest.NAME,
                 two,
                 two.steps * two.global_batch_samples * self.stage_two.data.sequence_tokens,
             ),

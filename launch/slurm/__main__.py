@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.slurm.config import SlurmConfig, load_site
+from launch.slurm.jobs import Stage, load_next, load_stage, parse_array, refuse_held
 from launch.slurm.script import export_script, stage_script
-from launch.slurm.stages import Stage, load_next, load_stage, parse_array, refuse_held
 from launch.slurm.submit import Job, submit
 from settings import counted, to_yaml, user_errors
 

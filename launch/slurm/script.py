@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.slurm.config import SlurmConfig
-from launch.slurm.stages import Stage
+from launch.slurm.jobs import Stage
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 
 STARTS_WITHOUT_PROGRESS = 3

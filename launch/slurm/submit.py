@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import write_atomically
-from launch.slurm.stages import Stage
+from launch.slurm.jobs import Stage
 from settings import to_yaml
 from trainer import code_state
 

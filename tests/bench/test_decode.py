@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("transformers")
 
 from bench import decode
-from bench.contestants import HeldRouter, random_tokens
+from bench.common.contestants import HeldRouter, random_tokens
 from model.flops import Routed, executed_flops
 from model.generate import generate
 from tests.bench.toy import MODEL, RUN, refused, rows_of

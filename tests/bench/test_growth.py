@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import growth, memory
-from bench.contestants import Ours
+from bench import growth
+from bench.common import memory
+from bench.common.contestants import Ours
+from bench.common.report import Row
+from bench.common.timing import Spread
 from bench.growth import Pair
-from bench.report import Row
-from bench.timing import Spread
 from tests.bench.toy import MODEL, RUN, refused, rows_of
-from trainer.yardstick import Yardstick
+from trainer.monitor.yardstick import Yardstick
 
 TOY = [*RUN, *MODEL, "--densities", "1", "0.25", "--pairs"]
 NAMES = ["dense", "routed_1", "routed_0.25"]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bench import loader
-from bench.contestants import Ours
+from bench.common.contestants import Ours
 from data.batches import Batch, TrainingData
 from tests.bench.toy import BATCH, MODEL, RUN, refused, rows_of
 

@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from bench import step
-from bench.report import Row
-from bench.timing import Spread
+from bench.common.report import Row
+from bench.common.timing import Spread
 from tests.bench.toy import BATCH, MODEL, RUN, refused, rows_of
 
 TOY = [*RUN, *MODEL, *BATCH]

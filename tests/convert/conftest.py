@@ -12,7 +12,7 @@ import torch
 from convert.to_hf import export
 from tests.convert.exports import make
 from tests.once import once
-from trainer.weights_folder import write_weights
+from trainer.checkpoints.weights_folder import write_weights
 
 
 @pytest.fixture(scope="session")

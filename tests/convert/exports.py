@@ -14,7 +14,7 @@ from model.decoder import Decoder
 from settings import to_yaml
 from tests.conftest import VOCAB
 from tests.model.tiny import SIZES, VARIANTS, decoder
-from trainer import manifest
+from trainer.checkpoints import manifest
 from trainer.config import RunConfig
 from trainer.distributed import World
 from tune.adapters import part_of, prepare

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from convert.load import load_any
 from convert.to_hf import export
 from tests.conftest import VOCAB
 from tests.convert.test_to_hf import load
 from tests.once import once
-from tests.trainer.saved_runs import CASES, save_runs
+from tests.trainer.checkpoints.saved_runs import CASES, save_runs
+from tune.load import load_model
 
 ONE_RANK = {name: overrides for name, overrides in CASES.items() if name.startswith("fp32")}
 
@@ -36,7 +36,7 @@ def test_logits_are_those_of_the_engines_weights(
     run: Path = request.getfixturevalue(fixture) / name
     said = export(run, tmp_path / "out")
     assert "the same 64 tokens greedily" in said[1]
-    decoder = load_any(run).decoder
+    decoder = load_model(run).decoder
     masters = torch.load(run / "masters.pt")  # what the engine itself called its weights
     decoder.load_state_dict(masters, strict=not decoder.config.tied_head)
     tokens = torch.randint(VOCAB, (2, 40), generator=torch.Generator().manual_seed(0))

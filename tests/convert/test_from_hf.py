@@ -19,7 +19,7 @@ from convert import from_hf
 from convert.from_hf import compare, import_checkpoint, main, read_checkpoint
 from model.config import RopeScaling
 from tests.threads import one_thread as one_thread
-from trainer.weights_folder import read_weights
+from tune.load import load_model
 
 SIZES = {
     "vocab_size": 97,
@@ -115,7 +115,7 @@ def test_logits_are_those_of_transformers(
     folder = checkpoints(name)
     assert main([str(folder), str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
-    decoder = read_weights(tmp_path / "out")
+    decoder = load_model(tmp_path / "out").decoder
     tokens = torch.randint(97, (2, 96), generator=torch.Generator().manual_seed(1))
     expected = theirs(folder, tokens)
     with torch.no_grad():
@@ -351,7 +351,7 @@ def test_what_transformers_cannot_load_is_imported_without_a_comparison(edited: 
     ):
         compare(decoder, folder)
     assert main([str(folder), str(tmp_path / "out"), "--no-compare"]) == 0
-    assert read_weights(tmp_path / "out").config.heads == 3
+    assert load_model(tmp_path / "out").decoder.config.heads == 3
 
 
 def test_the_help_gives_units(capsys: pytest.CaptureFixture[str]) -> None:

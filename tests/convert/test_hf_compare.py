@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from convert.hf_compare import Reference, compare, refer
-from trainer.weights_folder import read_weights
+from tune.load import load_model
 
 Exported = Callable[[str], tuple[Path, Path]]
 
 
 @pytest.fixture(scope="module")
 def reference(exported: Exported) -> Reference:
-    return refer(read_weights(exported("layer")[0]))
+    return refer(load_model(exported("layer")[0]).decoder)
 
 
 def test_ties(exported: Exported, reference: Reference) -> None:

@@ -22,7 +22,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from tests.conftest import VOCAB
 from tests.model.tiny import assert_close
-from trainer.weights_folder import read_weights
+from tune.load import load_model
 
 Exported = Callable[[str], tuple[Path, Path]]
 CASES = ("dense", "dense-tied-llama3", "dense-odd-heads", "layer", "module-tied", "random", "stride", "ensemble",
@@ -66,7 +66,7 @@ def test_an_export_comes_back_as_it_was(
 ) -> None:
     weights, folder = exported(name)
     assert main([str(folder), str(tmp_path / "out"), *(["--no-compare"] if name.startswith("dense") else [])]) == 0
-    before, after = read_weights(weights), read_weights(tmp_path / "out")
+    before, after = load_model(weights).decoder, load_model(tmp_path / "out").decoder
     stored, kept = load_file(weights / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert stored.keys() == kept.keys() and all(torch.equal(stored[key], kept[key]) for key in stored)
     assert of_inference(after.config) == of_inference(before.config)
@@ -90,7 +90,7 @@ def test_the_folders_own_code_runs_only_when_trusted(exported: Exported, tmp_pat
         out = tmp_path / name
         assert main([str(exported(name)[1]), str(out), "--trust-remote-code",
                      *(["--routers", "0.5"] if routers else [])]) == 0  # fmt: skip
-        assert (read_weights(out).config.router is not None) and out.is_dir()
+        assert (load_model(out).decoder.config.router is not None) and out.is_dir()
     monkeypatch.setattr(hf_compare, "TOLERANCE", -1.0)
     with pytest.raises(ValueError, match="logits differ by"):
         import_checkpoint(exported("random")[1], tmp_path / "wrong", trusted=True)
@@ -138,7 +138,7 @@ def test_new_routers_execute_everything_until_they_are_trained(
     assert "compared  logits are transformers': largest difference" in printed
     source = json.loads((out / "manifest.json").read_text())["source"]
     assert source.endswith(f", with new {granularity} routers for density 0.5")
-    model = read_weights(out)
+    model = load_model(out).decoder
     assert len(model.config.sites) == sites
     assert_close(logits_of(model), logits_of(read_checkpoint(folder)[0]))  # gathered rows round apart
     assert bool(model(TOKENS).routing.executed.all())

@@ -28,10 +28,11 @@ from model.generate import generate
 from tests.conftest import VOCAB
 from tests.convert.exports import CASES, NATIVE, make, make_tuned, write_run
 from tests.model.tiny import SIZES, decoder
-from tests.trainer.test_checkpoint_safety import Payload
-from trainer import manifest
-from trainer.weights_folder import read_weights, write_weights
+from tests.trainer.checkpoints.test_resume_safety import Payload
+from trainer.checkpoints import manifest
+from trainer.checkpoints.weights_folder import write_weights
 from tune import adapter_files
+from tune.load import load_model
 
 Exported = Callable[[str], tuple[Path, Path]]
 
@@ -59,7 +60,7 @@ def logits_of(decoder: Decoder, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_logits_and_greedy_continuation(exported: Exported, name: str) -> None:
     weights, out = exported(name)
-    ours, theirs, tokens = read_weights(weights), load(out), random_ids(3, 100)
+    ours, theirs, tokens = load_model(weights).decoder, load(out), random_ids(3, 100)
     assert type(theirs).__name__ == f"{NATIVE.get(name, 'Hopscotch')}ForCausalLM"
     assert (out / to_hf.MODELING).exists() == (name not in NATIVE)
     with torch.no_grad():
@@ -72,13 +73,13 @@ def test_logits_and_greedy_continuation(exported: Exported, name: str) -> None:
 @pytest.mark.parametrize("name", ["dense", "dense-tied-llama3", "dense-qk-norm", "module-tied", "module-ensemble"])
 def test_weights_are_ours_bit_by_bit(exported: Exported, tmp_path: Path, name: str) -> None:
     weights, out = exported(name)
-    state = read_weights(weights).state_dict()
+    state = load_model(weights).decoder.state_dict()
     stored = load_file(out / "model.safetensors")
     assert set(stored) >= {"model.embed_tokens.weight", "model.norm.weight"}
     assert all(torch.equal(tensor, state[key.removeprefix("model.")]) for key, tensor in stored.items())
     if name in NATIVE:
         import_checkpoint(out, tmp_path / "back")
-        back = read_weights(tmp_path / "back")
+        back = load_model(tmp_path / "back").decoder
         assert all(torch.equal(tensor, state[key]) for key, tensor in back.state_dict().items())
         assert (back.config.rope_scaling, back.config.rope_theta) == (
             make(name).config.rope_scaling,
@@ -195,7 +196,7 @@ def test_a_run_without_adapters_has_none_to_keep_apart(
 def test_bf16_is_the_rounded_model(tmp_path: Path, exported: Exported) -> None:
     export(exported("layer")[0], tmp_path / "out", dtype="bf16")
     stored = load_file(tmp_path / "out/model.safetensors")
-    state = read_weights(exported("layer")[0]).state_dict()
+    state = load_model(exported("layer")[0]).decoder.state_dict()
     assert all(torch.equal(tensor, state[key.removeprefix("model.")].bfloat16()) for key, tensor in stored.items())
     assert load(tmp_path / "out").dtype == torch.bfloat16
 
@@ -219,7 +220,7 @@ def test_a_fresh_process_that_cannot_import_this_project(tmp_path: Path, exporte
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     theirs = torch.load(tmp_path / "logits.pt")
-    assert float((theirs - logits_of(read_weights(weights), torch.arange(40)[None])).abs().max()) < 1e-4
+    assert float((theirs - logits_of(load_model(weights).decoder, torch.arange(40)[None])).abs().max()) < 1e-4
 
 
 def test_without_the_flag_nothing_of_an_export_runs(exported: Exported) -> None:

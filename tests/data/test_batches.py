@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import Batch, TrainingData, ValidationSet, pass_over, step_sample_ids
+from data.batches import Batch, TrainingData, ValidationSet, step_sample_ids
 from data.config import DataConfig
+from data.skip_ranges import pass_over
 from tests.data.helpers import config_of, documents, prepared, write_jsonl
 from tests.data.test_store import everything
 

@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 
-from evals.dial_file import Dial, Point, fingerprint
+from evals.dial.file import Dial, Point, fingerprint
 from evals.generate import Speller, Token, bar, main, shaded, show, stream, summary
 from evals.scoring import layer_shares
 from model.config import ModelConfig

@@ -12,8 +12,8 @@ import yaml
 from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
 from tests.model.tiny import decoder
-from trainer import manifest
-from trainer.weights_folder import write_weights
+from trainer.checkpoints import manifest
+from trainer.checkpoints.weights_folder import write_weights
 
 POSITIONS = 64
 SIZES = {

@@ -16,8 +16,8 @@ from typing import Any
 import trainer.step
 from model.decoder import DecoderOutput
 from pretrain.train import main
-from trainer import saving
 from trainer import trainer as trainers
+from trainer.checkpoints import save as saving
 
 
 def bad_loss_on_rank_1() -> None:

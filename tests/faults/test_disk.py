@@ -1,6 +1,6 @@
 """The run folder's disk: full, read-only, and gone. A file system of its own below it; needs the right to mount one.
 
-What a full disk does to a save by the byte: ``tests/trainer/test_full_disk.py``.
+What a full disk does to a save by the byte: ``tests/trainer/checkpoints/test_full_disk.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pytest
 
 from tests.faults.test_kills import lines
 from tests.ranks import Ranks
-from trainer import checkpoint
+from trainer.checkpoints import manifest
 from trainer.distributed import ALONE
 from trainer.exit_status import EXIT_PREEMPTED
 
@@ -87,7 +87,7 @@ def test_a_disk_that_is_full_at_a_save_ends_the_run_and_the_next_start(tiny, wri
         ranks.wait_until(lambda: ranks.output.count("saved ") == 2)
         disk.fill()
         error = ranks.error()
-    newest, _ = checkpoint.find(run / "checkpoints", ALONE)
+    newest, _ = manifest.newest_whole(run / "checkpoints", ALONE)
     assert newest is not None and error.endswith(f"resume: the newest checkpoint is {newest.name}")
     with Ranks(config) as ranks:  # refused at once, or at its first save if the heartbeats' removal made a little room
         assert "make room there" in ranks.error() and str(run) in ranks.error()
@@ -105,7 +105,7 @@ def test_a_run_folder_that_becomes_read_only_and_one_that_is(tiny, write_config,
         error = ranks.error()
         assert ranks.output.count("TensorBoard and pictures in") == 1
     checkpoints = Path(tiny["train"]["run_dir"]) / "checkpoints"
-    newest, _ = checkpoint.find(checkpoints, ALONE)
+    newest, _ = manifest.newest_whole(checkpoints, ALONE)
     assert newest is not None and "Read-only file system" in error and newest.name in error
     with Ranks(config) as ranks:
         assert "cannot be written (Read-only file system); make room there and make it" in ranks.error()
@@ -134,7 +134,7 @@ def test_a_run_folder_that_is_removed_is_written_anew_with_the_state_in_memory(
         assert f"the run folder {run} is gone, with what it held; a checkpoint of now is written" in ranks.output
         assert "Traceback" not in ranks.output and "Logging error" not in ranks.output, ranks.output
         (step,) = re.findall("asked to stop: step ([0-9,]+) is saved", ranks.output)
-    newest, torn = checkpoint.find(run / "checkpoints", ALONE)
+    newest, torn = manifest.newest_whole(run / "checkpoints", ALONE)
     assert newest == run / f"checkpoints/step-{int(step.replace(',', '')):08d}" and not torn
     with Ranks(config) as ranks:
         ranks.wait_until(lambda: f"resumed from {newest} at step {step}" in ranks.output and len(lines(run)) > 2)

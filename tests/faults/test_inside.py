@@ -1,4 +1,7 @@
-"""Losses that are no numbers, and native code that crashes, on one rank. Hangs: ``tests/trainer/test_watchdog.py``."""
+"""Losses that are no numbers, and native code that crashes, on one rank.
+
+Hangs: ``tests/trainer/monitor/test_watchdog.py``.
+"""
 
 from __future__ import annotations
 

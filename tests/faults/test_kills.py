@@ -1,6 +1,6 @@
 """``kill -9`` at random moments, again and again: no run is lost, and none goes on wrong without a word.
 
-The launchers' own deaths are in ``tests/trainer/test_launcher.py``.
+The launchers' own deaths are in ``tests/trainer/monitor/test_orphan.py``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import pytest
 
 from tests.launching import start
 from tests.ranks import Ranks
-from trainer import checkpoint
+from trainer.checkpoints import manifest
+from trainer.checkpoints.retention import step_of
 from trainer.distributed import ALONE
 from trainer.exit_status import EXIT_STALLED
-from trainer.retention import step_of
 
 Write = Callable[[dict[str, Any]], str]
 
@@ -66,7 +66,7 @@ class Chain:
 
     def newest(self) -> int:
         """Step of the newest whole checkpoint; 0 without one."""
-        found, _ = checkpoint.find(self.checkpoints, ALONE)
+        found, _ = manifest.newest_whole(self.checkpoints, ALONE)
         return 0 if found is None else step_of(found)
 
     def once(self, ranks: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import Ranks
-from trainer import checkpoint
+from trainer.checkpoints import manifest
 from trainer.distributed import ALONE
 from trainer.exit_status import EXIT_STALLED
 
@@ -44,7 +44,7 @@ def test_a_shard_that_is_changed_ends_the_run_and_the_next_start(
         assert 1 in statuses and set(statuses) <= {1, EXIT_STALLED}
         assert re.search(f"error: {shard} was changed after it was prepared: its SHA-256 differs", ranks.output)
         assert "Traceback" not in ranks.output
-    newest, _ = checkpoint.find(Path(tiny["train"]["run_dir"]) / "checkpoints", ALONE)
+    newest, _ = manifest.newest_whole(Path(tiny["train"]["run_dir"]) / "checkpoints", ALONE)
     assert newest is not None
     with Ranks(config) as ranks:
         assert 1 in ranks.end()

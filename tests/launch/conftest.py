@@ -1,5 +1,5 @@
 """Fixtures of the launch tests."""
 
-from tests.launch.slurm_cluster import cluster
+from tests.launch.slurm.slurm_cluster import cluster
 
 __all__ = ["cluster"]

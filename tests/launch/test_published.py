@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from launch.communication import UTILISATION
-from launch.gpus import GPUS
-from launch.workload import forward_flops
+from launch.plan.communication import UTILISATION
+from launch.plan.gpus import GPUS
+from launch.plan.workload import forward_flops
 from model.config import ModelConfig
 from model.flops import TRAINING_FACTOR, parameter_counts
 from tests.launching import ROOT

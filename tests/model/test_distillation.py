@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import model.chunks as chunks_module
-from bench.memory import peak_bytes
+from bench.common.memory import peak_bytes
 from model.chunks import IGNORED
 from model.distillation import distillation
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from data.batches import TrainingData
 from model.budget import Budget
+from trainer.checkpoints.save import Saver
 from trainer.config import RunConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.loop import micro_batches
-from trainer.saving import Saver
 from trainer.step import StepResult, train_step
 
 

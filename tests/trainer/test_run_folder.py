@@ -19,11 +19,12 @@ from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
 from trainer import code_state
 from trainer.config import RunConfig, load_run
-from trainer.describe import describe_end, describe_start
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.heartbeat import read_beats
-from trainer.run_folder import RunFolder, open_log
+from trainer.log import open_log
+from trainer.monitor.summary import describe_end, describe_start
+from trainer.run_folder import RunFolder
 from trainer.step import StepResult, Tally
 from trainer.trainer import Trainer
 
@@ -74,7 +75,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(
     run: RunFolder, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the connection that started the run is lost: the run must go on to its save."""
-    logger = open_log(run, world)
+    logger = open_log(run.log, world.is_main)
     readable, writable = os.pipe()
     os.close(readable)
     with open(writable, "w") as gone:
@@ -90,7 +91,7 @@ def test_a_terminal_that_is_gone_does_not_end_the_run(
 def test_every_rank_logs_to_its_file_and_only_rank_0_to_the_terminal(
     run: RunFolder, world: World, rank: int, shown: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    logger = open_log(RunFolder(run.path, rank), World(rank, 2, rank, 2, world.device))
+    logger = open_log(RunFolder(run.path, rank).log, rank == 0)
     logger.info("to all")
     logger.warning("careful")
     with pytest.raises(SystemExit), user_errors():
@@ -107,7 +108,7 @@ def test_a_thread_that_a_disk_has_ended_prints_no_traceback(
 ) -> None:
     """Those of TensorBoard are not ours to catch; any other error is still printed."""
     before = threading.excepthook
-    open_log(run, world)
+    open_log(run.log, world.is_main)
     try:
 
         def die() -> None:

@@ -14,9 +14,9 @@ import yaml
 from model.config import EnsembleConfig, ModelConfig, Ramp
 from model.decoder import Decoder
 from tests.model.tiny import config, decoder
-from trainer import manifest
+from trainer.checkpoints import manifest
+from trainer.checkpoints.weights_folder import write_weights
 from trainer.distributed import World
-from trainer.weights_folder import write_weights
 from tune.base import load_base, stage_two_model
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -94,7 +94,7 @@ def test_what_lies_elsewhere_is_told_how_to_get_here(tmp_path: Path, stage_one: 
     hf.mkdir()
     (hf / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(
-        ValueError, match=r"is a Hugging Face checkpoint; import it with: python -m convert.from_hf .*/hf"
+        ValueError, match=r"is a Hugging Face folder, not a run; import it with: python -m convert.from_hf .*/hf OUT"
     ):
         load_base(hf)
     run, _ = stage_one

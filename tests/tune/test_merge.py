@@ -14,10 +14,10 @@ from model.decoder import Decoder
 from settings import load, to_yaml
 from tests.model import tiny
 from tests.tune.test_adapters import tuned
-from trainer import manifest
+from trainer.checkpoints import manifest
 from trainer.distributed import World
-from trainer.weights_folder import read_weights
 from tune.config import TuneConfig
+from tune.load import load_model
 from tune.merge import ROWS, main, merge_checked
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -59,7 +59,7 @@ def test_the_folder_holds_the_tuned_model(checkpoint: Path, tmp_path: Path, caps
     assert main([str(checkpoint), str(tmp_path / "out")]) == 0
     told = capsys.readouterr().out
     assert f"rows\nwrote {tmp_path / 'out'}" in told and "logits with adapters and merged differ by at most" in told
-    merged, tokens = read_weights(tmp_path / "out"), tiny.random_tokens()
+    merged, tokens = load_model(tmp_path / "out").decoder, tiny.random_tokens()
     tiny.assert_close(merged(tokens).logits, tuned("lora").eval()(tokens).logits)
     assert merged.ensemble is not None and merged.ensemble.config.final_weight == 0.6
     facts = manifest.read(tmp_path / "out", ALONE)

@@ -20,17 +20,15 @@ from settings import user_errors
 from settings.load import _apply_override
 from tests.conftest import VOCAB
 from tests.launching import run
-from trainer.checkpoint import _check_fit
+from trainer.checkpoints.resume import _check_fit
+from trainer.checkpoints.save import conditions
 from trainer.distributed import ALONE
-from trainer.saving import conditions
-from trainer.weights import load_decoder
-from trainer.weights_folder import read_weights
 from tune.base import load_base
 from tune.batches import ExampleSet, TuningData
 from tune.config import ExamplesConfig, TuneFile
+from tune.load import load_model
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
-from tune.weights import load_tuned
 
 pytestmark = pytest.mark.timeout(1800)  # the first test of all waits for every run
 
@@ -143,9 +141,9 @@ def test_activation_checkpointing_and_packing_change_nothing(runs: Callable[[str
 )
 def test_what_is_frozen_is_the_base_bit_by_bit(runs: Callable[[str], Path], base_run: str, name: str) -> None:
     """In the checkpoint; a layer with adapters is merged there, so what carries one is compared before the merge."""
-    base = weights(load_decoder(Path(base_run))[0])
+    base = weights(load_model(Path(base_run)).decoder)
     adapted = name.split("/")[1].split("-")[0] in ("lora", "dora", "early")
-    tuned = weights(load_tuned(runs(name))[0])
+    tuned = weights(load_model(runs(name)).decoder)
     moved = {n for n, w in base.items() if not torch.equal(tuned[n], w)}
     early = {0, 1} if "early" in name else {0, 1, 2, 3}
     may_move = {n for n in base if adapted and "_proj." in n and int(n.split(".")[1]) in early} | {"norm.weight"}
@@ -154,9 +152,9 @@ def test_what_is_frozen_is_the_base_bit_by_bit(runs: Callable[[str], Path], base
 
 @pytest.mark.parametrize("name", ["1/full", "2/full-3"])
 def test_frozen_skip_routers_stay_under_full_tuning(runs: Callable[[str], Path], base_run: str, name: str) -> None:
-    base, tuned = weights(load_decoder(Path(base_run))[0]), weights(load_tuned(runs(name))[0])
+    base, tuned = weights(load_model(Path(base_run)).decoder), weights(load_model(runs(name)).decoder)
     assert {n for n, w in base.items() if torch.equal(tuned[n], w)} == {n for n in base if ".router." in n}
-    free = weights(load_tuned(runs("1/routers-tuned"))[0])
+    free = weights(load_model(runs("1/routers-tuned")).decoder)
     assert not any(torch.equal(free[n], w) for n, w in base.items() if ".router." in n)
 
 
@@ -182,7 +180,7 @@ def test_six_steps_are_three_and_three_more_bit_by_bit(
     assert "step-00000003 at step 3" in done.stdout
     one, other = metrics(straight), metrics(again)
     assert [one[step] for step in (4, 5, 6)] == [other[step] for step in (4, 5, 6)]
-    decoder, _, _ = load_tuned(again, merged=False)
+    decoder = load_model(again, merged=False).decoder
     assert not any(module.training for module in decoder.modules())  # dropout, too
     merged = run("tune.merge", str(again), str(tmp_path / "merged"))
     assert merged.returncode == 0, merged.stdout[-2000:]
@@ -384,7 +382,7 @@ def test_a_checkpoint_from_hugging_face_is_imported_tuned_and_merged(
     assert done.returncode == 0, done.stdout[-2000:]
 
     # What was merged is what was trained, and does not go under a second ensemble.
-    merged, tuned = read_weights(tmp_path / "merged"), load_tuned(tmp_path / "run")[0]
+    merged, tuned = load_model(tmp_path / "merged").decoder, load_model(tmp_path / "run").decoder
     tokens = torch.arange(40)[None] % VOCAB
     with torch.no_grad():
         assert torch.equal(merged(tokens).logits, tuned(tokens).logits)

@@ -1,0 +1,195 @@
+"""Turns for whole training loops: each contestant has processes of its own, and only one of them runs at a time.
+
+The command and the ranks that it has started share a store. Before a step a rank looks whether its turn is over; if so
+it tells what it has seen and waits, without using the CPU, until the command gives it further steps. So start-up is
+paid once, and neighbours in time can be compared as within one process (``bench/common/timing.py``).
+
+    rank      begin(0)  waits ......... begin(1) begin(2) begin(3)  waits ............
+    command             give(3)                                     elapsed_s, next contestant
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+HOST = "127.0.0.1"
+PATIENCE = timedelta(hours=6)
+"""How long a rank waits for its turn; one whose command has died hears of it at once."""
+_POLL_S = 0.002
+_TO_END_S = 30.0
+
+
+class TurnsAreOver(Exception):
+    """No further step will be given: a rank leaves its loop."""
+
+
+class Turn:
+    """A rank's side.
+
+    Args:
+        port: of the command's store.
+        name: of the contestant.
+        rank: this process within it.
+    """
+
+    def __init__(self, port: int, name: str, rank: int):
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore(HOST, port, is_master=False, timeout=PATIENCE)
+        self._key = f"{name}/{rank}"
+        self._go = f"{name}/go"
+        self._number = 0
+        self._until = 0
+        self._began_s: list[float] = []
+
+    def begin(self, step: int, report: Callable[[], dict[str, Any]]) -> None:
+        """Go on with ``step`` (0 is the first), once it is this contestant's turn.
+
+        Args:
+            step: optimiser steps done.
+            report: called when a turn is over, within its time: finishes what the turn has begun, and tells of it.
+
+        Raises:
+            TurnsAreOver: instead of going on, at the end.
+        """
+        now = time.perf_counter()
+        self._began_s.append(now)
+        if step < self._until:
+            return
+        told = {**report(), "steps_s": [b - a for a, b in zip(self._began_s, self._began_s[1:], strict=False)]}
+        self._store.set(f"{self._key}/{self._number}", json.dumps(told))
+        go = f"{self._go}/{self._number}"
+        self._store.wait([go], PATIENCE)
+        steps = int(self._store.get(go))
+        if not steps:
+            raise TurnsAreOver
+        self._number, self._until = self._number + 1, step + steps
+        self._began_s = [time.perf_counter()]
+
+
+@dataclass
+class Contestant:
+    """Started processes.
+
+    Attributes:
+        name: of the contestant.
+        ranks: how many processes take steps.
+        process: the launcher, which leads a session.
+        log: all that they print.
+        turns: how often they have stopped.
+    """
+
+    name: str
+    ranks: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    turns: int = 0
+
+
+class Turns:
+    """The command's side: start contestants, and give one of them steps at a time. Leaves no process behind."""
+
+    def __init__(self) -> None:
+        from torch.distributed import TCPStore
+
+        self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
+        self.contestants: dict[str, Contestant] = {}
+
+    def __enter__(self) -> Turns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for contestant in self.contestants.values():
+            if contestant.process.poll() is None:
+                os.killpg(contestant.process.pid, signal.SIGKILL)
+                contestant.process.wait()
+
+    @property
+    def port(self) -> int:
+        """Where a :class:`Turn` finds the store."""
+        return int(self._store.port)
+
+    def start(
+        self, name: str, command: Sequence[str], environment: dict[str, str], ranks: int, log: Path
+    ) -> tuple[float, list[dict[str, Any]]]:
+        """Start a contestant and wait until all its ranks are before their first step.
+
+        Returns:
+            Seconds that it took, and what each rank reports.
+
+        Raises:
+            ValueError: with its last words if it ends instead.
+        """
+        start_s = time.perf_counter()
+        with log.open("wb") as file:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        contestant = self.contestants[name] = Contestant(name, ranks, process, log)
+        told = self._reports(contestant)
+        return time.perf_counter() - start_s, told
+
+    def give(self, name: str, steps: int) -> tuple[float, list[dict[str, Any]]]:
+        """Let a contestant take ``steps`` steps.
+
+        Returns:
+            Seconds until the last of its ranks had done them, and what each reports.
+
+        Raises:
+            ValueError: with its last words if it ends instead.
+        """
+        contestant = self.contestants[name]
+        start_s = time.perf_counter()
+        self._store.set(f"{name}/go/{contestant.turns}", str(steps))
+        contestant.turns += 1
+        told = self._reports(contestant)
+        return time.perf_counter() - start_s, told
+
+    def end(self) -> None:
+        """Have all contestants leave their loops.
+
+        Raises:
+            ValueError: if one does not end well.
+        """
+        for name, contestant in self.contestants.items():
+            self._store.set(f"{name}/go/{contestant.turns}", "0")
+        for contestant in self.contestants.values():
+            try:
+                status = contestant.process.wait(_TO_END_S)
+            except subprocess.TimeoutExpired:
+                raise ValueError(
+                    f"{contestant.name} did not end within {_TO_END_S:.0f} s: {last_words(contestant.log, 0)}"
+                ) from None
+            if status:
+                raise ValueError(f"{contestant.name}: {last_words(contestant.log, status)}")
+
+    def _reports(self, contestant: Contestant) -> list[dict[str, Any]]:
+        keys = [f"{contestant.name}/{rank}/{contestant.turns}" for rank in range(contestant.ranks)]
+        while not self._store.check(keys):
+            status = contestant.process.poll()
+            if status is not None:
+                raise ValueError(f"{contestant.name}: {last_words(contestant.log, status)}")
+            time.sleep(_POLL_S)
+        return [json.loads(self._store.get(key)) for key in keys]
+
+
+def last_words(log: Path, status: int) -> str:
+    """An ended process's error, or else the last line that it printed; launchers have words of their own after an
+    error."""
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return ([f"no output, status {status}", *lines, *errors])[-1].strip()

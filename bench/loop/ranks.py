@@ -1,0 +1,44 @@
+"""A rank of a contestant of ``bench.loop``, which starts it under the ``deepspeed`` launcher."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bench.common.turns import Turn, TurnsAreOver
+from bench.loop import OURS, PEER
+from settings import user_errors
+from trainer.config import load_run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Take steps until there are no more turns."""
+    parser = argparse.ArgumentParser(prog="bench.loop.ranks", description=__doc__)
+    parser.add_argument("kind", choices=[OURS, PEER], help="whose loop")
+    parser.add_argument("config", type=Path, help="YAML of a stage-one run")
+    parser.add_argument("name", help="of the contestant")
+    parser.add_argument("port", type=int, help="of the store by which turns are given")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    options = parser.parse_args(arguments)
+    with user_errors():
+        config = load_run(options.config)
+        from bench.loop.contestants import ours, peer
+        from trainer.distributed import join, leave
+
+        world = join(config.train.timeout_s)
+        turn = Turn(options.port, options.name, world.rank)
+        loops: dict[str, Callable[[], None]] = {
+            OURS: lambda: ours(config, options.config, world, turn),
+            PEER: lambda: peer(config, world, turn),
+        }
+        try:
+            loops[options.kind]()
+        except TurnsAreOver:
+            leave()
+            return
+    raise AssertionError("the loop ended before its turns did")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What is known of a model's training, for the card of its export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import run_of
+from trainer.config import RunConfig, StageConfig, WeightsConfig
+from trainer.distributed import ALONE
+from trainer.monitor import metrics_file
+from tune.load import Loaded
+
+PRETRAINED, TUNED, WEIGHTS = "pretrained", "tuned", "weights"
+"""The values of ``kind``."""
+_VALIDATION, _DENSITY = "validation/", "density/"
+
+
+def facts_of(loaded: Loaded) -> dict[str, Any]:
+    """Ready for JSON: ``kind`` and ``source`` always, ``step`` and the rest for runs."""
+    config, source = loaded.config, loaded.source
+    if isinstance(config, WeightsConfig):
+        entries = {n: value for n, value in manifest.read(source, ALONE).items() if n not in ("format", "files")}
+        return {"source": str(source), **entries, "kind": WEIGHTS}
+    assert loaded.step is not None
+    if isinstance(config, RunConfig):
+        own: dict[str, Any] = {"kind": PRETRAINED, "confine_attention": config.data.confine_attention}
+    else:
+        own = {"kind": TUNED, "base": config.base.path, "adapter": config.adapter.kind}
+    return own | _run_facts(source, config, loaded.step)
+
+
+def _run_facts(checkpoint: Path, config: StageConfig, step: int) -> dict[str, Any]:
+    """What config, manifest and metrics say of a run at ``step``; of the metrics nothing where they did not come along.
+
+    Losses are nats per token, densities shares of the tokens.
+    """
+    written = manifest.read(checkpoint, ALONE)
+    router = config.model.router
+    facts: dict[str, Any] = {
+        "source": str(checkpoint),
+        "step": step,
+        "world_size": written["world_size"],
+        "zero_stage": config.deepspeed.zero_stage,
+        "precision": config.train.precision,
+        "target_density": None if router is None else router.density,
+        "commit": written.get("commit"),
+    }
+    run = run_of(checkpoint)
+    metrics = {} if run is None else metrics_file.latest(run / metrics_file.NAME, step)
+    losses = {
+        name.removeprefix(_VALIDATION).removesuffix("/loss"): value for name, value in metrics.items() if _is_loss(name)
+    }
+    return facts | {
+        "tokens": metrics.get("train/tokens"),
+        "train_loss": metrics.get("train/loss"),
+        "validation_losses": losses,
+        "densities": {
+            name.removeprefix(_DENSITY): value for name, value in metrics.items() if name.startswith(_DENSITY)
+        },
+        "executed_flops_per_token": metrics.get("flops/executed_per_token"),
+        "dense_flops_per_token": metrics.get("flops/dense_per_token"),
+    }
+
+
+def _is_loss(name: str) -> bool:
+    return name.startswith(_VALIDATION) and name.endswith("/loss")

@@ -1,0 +1,201 @@
+"""lm-evaluation-harness on our checkpoints, offline, and on their exports beside them.
+
+    python -m evals.harness runs/books --data ../shared/data
+    python -m evals.harness runs/books --tasks blimp_causative perplexity --data ../shared/data --limit 100 \\
+        --against runs/books-hf --trust-remote-code
+    python -m evals.harness runs/books --tasks my_task --include my_tasks --shots 1
+
+Three kinds of tasks come from local files. ``blimp`` is every minimal pair in DATA/blimp/*.jsonl, ``blimp_NAME`` one of
+its paradigms: the sentence with the larger likelihood wins. ``classify_NAME`` asks for the label of each prompt in
+DATA/tuning/NAME-test.jsonl, after one example of NAME-train.jsonl. ``perplexity`` is that of a text file or of JSON
+lines, DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token; ``evals.perplexity``
+has sliding ones. Task files in the harness's own format are found through ``--include``.
+
+``--against`` runs the same tasks on a Hugging Face folder, through the harness's own loader, and tells each task's
+largest difference of a log-likelihood, in nats: of a sentence, or of a whole text, which is a sum over many windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.files import write_atomically
+from evals.harness.tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
+from settings import did_you_mean, user_errors
+from trainer import opening
+
+_INSTALL = "lm_eval is not installed; install it with: .venv/bin/pip install -r requirements-dev.txt"
+
+
+class Outcome(NamedTuple):
+    """What one model did on some tasks."""
+
+    metrics: dict[str, dict[str, float]]
+    """By task, then by metric."""
+    documents: dict[str, int]
+    """By task."""
+    loglikelihoods: dict[str, list[float]]
+    """By task, of every request in order, nats; empty for tasks that generate."""
+
+
+def evaluate(
+    model: Any,
+    tasks: Sequence[dict[str, Any] | str],
+    include: Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+) -> Outcome:
+    """Run ``tasks`` on ``model``, a model of the harness.
+
+    Args:
+        model: as :mod:`evals.harness.model` makes them.
+        tasks: configs, or names in ``include``.
+        include: folder of the user's task files.
+        limit: the first documents of each task only.
+        shots: for the tasks in ``include``; what they say themselves unless given.
+
+    Raises:
+        ValueError: if a name is no task there.
+    """
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=False)
+    for task in tasks:
+        if isinstance(task, str) and task not in manager.all_tasks:
+            known = [*manager.all_tasks, BLIMP, f"{CLASSIFY}NAME", PERPLEXITY]
+            raise ValueError(
+                f"there is no task '{task}'; {did_you_mean(task, known)}; --include names a folder of task files"
+            )
+    done = simple_evaluate(
+        model, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=0, task_manager=manager
+    )
+    assert done is not None
+    metrics, documents, loglikelihoods = {}, {}, {}
+    for name, samples in done["samples"].items():
+        values = {key.split(",")[0]: value for key, value in done["results"][name].items()}
+        metrics[name] = {key: float(v) for key, v in values.items() if isinstance(v, float) and "stderr" not in key}
+        documents[name] = len({sample["doc_id"] for sample in samples})
+        loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
+    return Outcome(metrics, documents, loglikelihoods)
+
+
+def _numbers(answers: Any) -> list[float]:
+    """The log-likelihoods in a sample's answers, which come in lists, with whether they are greedy or without."""
+    if isinstance(answers, float):
+        return [answers]
+    if isinstance(answers, (list, tuple)):
+        return [number for answer in answers for number in _numbers(answer)]
+    return []
+
+
+def differences(one: Outcome, other: Outcome) -> dict[str, float]:
+    """By task, the largest difference of a log-likelihood, nats; 0 for tasks that generate."""
+    return {
+        task: max((abs(a - b) for a, b in zip(values, other.loglikelihoods[task], strict=True)), default=0.0)
+        for task, values in one.loglikelihoods.items()
+    }
+
+
+def table(ours: Outcome, export: Outcome | None = None) -> str:
+    """The metrics as text, a line each; the export's beside them, with the largest difference of a log-likelihood."""
+    wide = max((len(name) for name in ours.metrics), default=0) + 2
+    both = [ours] if export is None else [ours, export]
+    apart = {} if export is None else differences(ours, export)
+
+    def line(task: str, metric: str, values: list[float], documents: int, apart_nats: float) -> str:
+        numbers = "".join(f"{value:>12.4f}" for value in values)
+        difference = "" if export is None else f"{apart_nats:>18.1e}"
+        return f"{task:<{wide}}{metric:<18}{numbers}{documents:>12,}{difference}"
+
+    names = f"{'ours':>12}" if export is None else f"{'ours':>12}{'export':>12}"
+    lines = [f"{'task':<{wide}}{'metric':<18}{names}{'documents':>12}{'' if export is None else '  difference, nats'}"]
+    for task, metrics in ours.metrics.items():
+        for metric in metrics:
+            values = [outcome.metrics[task][metric] for outcome in both]
+            lines.append(line(task, metric, values, ours.documents[task], apart.get(task, 0.0)))
+    paradigms = [task for task in ours.metrics if task.startswith(f"{BLIMP}_")]
+    if len(paradigms) > 1:
+        means = [sum(outcome.metrics[task]["acc"] for task in paradigms) / len(paradigms) for outcome in both]
+        count, most = sum(ours.documents[task] for task in paradigms), max(apart.get(task, 0.0) for task in paradigms)
+        lines.append(line(BLIMP, "acc, mean", means, count, most))
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evals.harness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
+    parser.add_argument("--tasks", nargs="+", default=[BLIMP, PERPLEXITY], metavar="TASK", help="blimp perplexity ...")
+    parser.add_argument("--data", type=Path, metavar="DATA", help=f"folder that holds {BLIMP}/, tuning/ and {TEXT}")
+    parser.add_argument("--text", type=Path, metavar="FILE", help=f"of {PERPLEXITY}, instead of DATA/{TEXT}")
+    parser.add_argument("--include", type=Path, metavar="FOLDER", help="of task files of your own")
+    parser.add_argument(
+        "--shots", type=int, metavar="N", help="examples before each question (unless given blimp 0, classify 1)"
+    )
+    parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
+    parser.add_argument("--limit", type=int, metavar="N", help="first documents of each task; all unless given")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="windows that run at once (default 16)")
+    parser.add_argument("--against", type=Path, metavar="HF_DIR", help="an export to run the same tasks on")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that HF_DIR brings")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write metrics and log-likelihoods to this file, too")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name, least in (("limit", 1), ("shots", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}")
+    if options.include is not None and not options.include.is_dir():
+        raise ValueError(f"there is no folder {options.include}; --include names one with task files")
+    if options.json is not None and not options.json.parent.is_dir():
+        raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise ValueError(_INSTALL) from None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tasks, on both models if there are two, print, write."""
+    options = _parser().parse_args(arguments)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        os.environ.setdefault(name, "1")  # all that is read lies here
+    with user_errors(), tempfile.TemporaryDirectory() as cache:
+        _check(options)
+        tasks = local_tasks(options.tasks, options.data, options.text, options.shots, Path(cache))
+        opening.open_model(options.model)
+        from evals.perplexity import check_windows, trained_tokens
+        from evals.scoring import open_model
+
+        opened = open_model(options.model)
+        window = trained_tokens(opened) if options.window is None else options.window
+        check_windows(window, window, opened.decoder.config.max_positions)
+        from evals.harness.model import OurModel, open_export
+
+        how = (opened, window, options.batch)
+        against = options.against and open_export(options.against, *how, options.trust_remote_code)
+        rest = (tasks, options.include, options.limit, options.shots)
+        ours = evaluate(OurModel(*how), *rest)
+        export = evaluate(against, *rest) if against else None
+        print(table(ours, export), flush=True)
+        content: dict[str, Any] = {"model": str(opened.loaded.source), "ours": ours._asdict()}
+        if export is not None:
+            apart = differences(ours, export)
+            content |= {"against": str(options.against), "export": export._asdict(), "differences": apart}
+        if options.json is not None:
+            write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
+            print(f"wrote {options.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,79 @@
+"""Either stage's config from one path, and the model that it trains, without reading any weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from model.config import ModelConfig
+from settings import peek
+from trainer.checkpoints.layout import CONFIG
+from trainer.config import RunConfig, StageConfig, is_stage_two, load_run
+from tune.config import TuneFile
+from tune.resolve import load_file, resolve
+
+if TYPE_CHECKING:
+    from model.decoder import Decoder
+
+
+def load_either(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | TuneFile:
+    """A stage-one config, or a stage-two one as written, told apart by its ``base`` block.
+
+    Raises:
+        ValueError: with one sentence for each mistake.
+    """
+    return (load_file if is_stage_two(Path(path)) else load_run)(path, overrides)
+
+
+def model_of(config: RunConfig | TuneFile) -> ModelConfig:
+    """The model that is trained; for stage two the config's own block, or its base's.
+
+    Raises:
+        ValueError: if the base is not there or does not say what model it is.
+    """
+    from tune.base import stage_two_model
+
+    if isinstance(config, RunConfig):
+        return config.model
+    if config.model is not None:
+        return config.model
+    blocks = peek(Path(config.base.path) / CONFIG)
+    if "model" not in blocks:
+        raise ValueError(
+            f"base.path {config.base.path} holds no config.yaml with a model block, from which the sizes are read; "
+            "give base.path a stage-one run, one of its checkpoints, or what convert.from_hf wrote"
+        )
+    return stage_two_model(ModelConfig.model_validate(blocks["model"]), config.base.routers)
+
+
+def tokenizer_folder(file: TuneFile) -> Path:
+    """Where stage two takes its tokenizer from: what its config says, or its base's."""
+    if file.data.tokenizer is not None:
+        return Path(file.data.tokenizer)
+    data = peek(Path(file.base.path) / CONFIG).get("data")
+    return Path(data["dir"]) if isinstance(data, dict) and "dir" in data else Path(file.base.path)
+
+
+def without_storage(config: RunConfig | TuneFile) -> tuple[StageConfig, Decoder]:
+    """The resolved config and its decoder on the meta device, with ``requires_grad`` as it will be trained.
+
+    Raises:
+        ValueError: if a stage-two config's blocks and base do not fit together.
+    """
+    import torch
+
+    from model.decoder import Decoder
+    from tune.adapters import prepare
+    from tune.base import Base
+
+    model = model_of(config)
+    with torch.device("meta"):
+        decoder = Decoder(model)
+    if isinstance(config, RunConfig):
+        return config, decoder
+    resolved = resolve(config, Base(decoder, model, Path(config.base.path), "", config.base.sha256 or ""))
+    if resolved.ensemble is not None:
+        decoder.add_ensemble(resolved.ensemble)
+    prepare(decoder, resolved.adapter, resolved.base.routers, resolved.train.seed)
+    return resolved, decoder

@@ -1,0 +1,203 @@
+"""Look at everything that commonly ends a run early, in seconds, before it is started.
+
+    python -m launch.doctor                                        # this machine
+    python -m launch.doctor configs/skip_1b.yaml                   # and disk, data and memory for that config
+    python -m launch.doctor my.yaml --hostfile hostfile            # and the hosts of a deepspeed hostfile
+    deepspeed --module launch.doctor my.yaml                       # and the ranks: same code, clocks, all-reduce
+    srun python -m launch.doctor my.yaml
+    torchrun --nproc-per-node 8 -m launch.doctor my.yaml
+
+Start it in the way in which the run will be started. One report, by rank 0: ``ok``, ``warning`` (slow or fragile) or
+``error`` (would fail or hang), each with what to do. Exit status: 0 without errors, 1 with. Nothing is changed: a file
+of 64 MiB is written beside the run folder and removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.configs import load_either, without_storage
+from launch.doctor import hosts
+from launch.doctor.findings import Check, Finding, merge, run, worst
+from launch.plan.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
+from launch.plan.workload import Workload, count_weights
+from settings import counted, rank_by_environment, user_errors
+from trainer.checkpoints.retention import most_at_once
+from trainer.config import RunConfig
+from tune.config import TuneFile
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
+
+_MEET_S = 60.0
+
+
+def main() -> int:
+    """Print the report; 1 if it holds an error."""
+    arguments = _parser().parse_intermixed_args()
+    with user_errors():
+        config = None if arguments.config is None else load_either(arguments.config, arguments.overrides)
+        if rank_by_environment() == 0 and not arguments.json:
+            print("looking; torch takes some seconds to load", file=sys.stderr, flush=True)
+        from trainer.distributed import ALONE, join, leave
+
+        world = join(_MEET_S) if _launched() else ALONE
+        findings = diagnose(config, arguments.hostfile, world)
+        if world.is_main:
+            print(_as_json(findings) if arguments.json else _as_text(findings, world), flush=True)
+        if world is not ALONE:
+            leave()
+    return 1 if worst(findings) == "error" else 0
+
+
+def diagnose(config: RunConfig | TuneFile | None, hostfile: Path | None, world: World) -> list[Finding]:
+    """All findings of all ranks, the same list on each; collective."""
+    from launch.doctor import inputs
+
+    workload, sized = _sized(config, world)
+    own = run(machine_checks(config, workload, world))
+    found = merge(world.gather_objects((socket.gethostname(), own)))
+    if config is not None:
+        data = partial(inputs.shards, config) if isinstance(config, RunConfig) else partial(inputs.examples, config)
+        found += sized + world.broadcast_object(run({"data": data}) if world.is_main else None)
+    if hostfile is not None:
+        found += world.broadcast_object(run({"hostfile": partial(hosts.hostfile, hostfile)}) if world.is_main else None)
+    if world.size > 1:
+        found += between_ranks(workload, world)
+    return found
+
+
+def machine_checks(config: RunConfig | TuneFile | None, workload: Workload | None, world: World) -> dict[str, Check]:
+    """What each rank looks at: its GPU; the first of a machine at all else."""
+    import torch
+
+    from launch.doctor import machine, storage
+
+    train = None if config is None else config.train
+    needed = size = None
+    if workload is not None:
+        stage = workload.config.deepspeed.zero_stage
+        # Started alone on a machine of several GPUs, it stands for a run on all of them.
+        expected = world.size if world.size > 1 else max(torch.cuda.device_count(), 1)
+        needed = memory(workload, stage, expected).peak - CONTEXT_BYTES
+        size = checkpoint_bytes(workload, stage)
+    checks: dict[str, Check] = {"gpus": partial(machine.gpus, needed, world.device.index)}
+    if world.local_rank:
+        return checks
+    folder = storage.existing_parent(Path.cwd() if train is None else Path(str(train.run_dir)))
+    keep = 0 if train is None else most_at_once(train) - 1
+    checks = {
+        "python": machine.python,
+        "packages": machine.packages,
+        "cuda": machine.cuda,
+        **checks,
+        "compiler": partial(machine.compiler, train),
+        "locks": machine.locks,
+        "limits": machine.limits,
+        "disk": partial(storage.space, folder, size, keep),
+        "write speed": partial(storage.write_speed, folder, size),
+    }
+    if train is not None:
+        checks["run folder"] = partial(storage.run_folder, train)
+    if "RANK" not in os.environ:
+        checks["port"] = machine.port  # of launched ranks it is in use, by them
+    return checks
+
+
+def between_ranks(workload: Workload | None, world: World) -> list[Finding]:
+    """What only several ranks can find out together."""
+    from launch.doctor import ranks
+
+    everyone = world.gather_objects(ranks.facts(world))
+    checks: dict[str, Check] = {
+        "ranks": partial(ranks.devices, everyone),
+        "code": partial(ranks.same_everywhere, everyone),
+        "clocks": partial(ranks.clocks, everyone),
+        "all-reduce": partial(ranks.all_reduce, world),
+    }
+    if workload is not None:
+        checks["batch"] = partial(ranks.batch, workload.config, world)
+    return world.broadcast_object(run(checks))
+
+
+def _sized(config: RunConfig | TuneFile | None, world: World) -> tuple[Workload | None, list[Finding]]:
+    """Parameters and memory of the config; without them where stage two's base is not there."""
+    if config is None:
+        return None, []
+    import torch
+
+    from trainer.distributed import uses_cuda
+    from trainer.precision import CPU_WIDTH, auto_precision, fast_bf16
+
+    sized: list[Workload] = []
+    # Alone the doctor has joined nothing, and stands for a run on the machine's GPUs.
+    devices = dataclasses.replace(world, device=torch.device("cuda")) if uses_cuda() else world
+    everywhere = auto_precision(devices, CPU_WIDTH)
+
+    def count() -> Iterator[Finding]:
+        resolved, decoder = without_storage(config)
+        fast, reason = fast_bf16(devices.device, resolved.model.width)
+        precision, why = everywhere if fast else ("fp32", reason)
+        if resolved.train.precision == "auto":
+            resolved = resolved.in_precision(precision)
+            yield Finding("precision", "ok", f"train.precision auto is {precision}: {why}")
+        elif resolved.train.precision == "bf16" and precision == "fp32":
+            yield Finding("precision", "warning", f"train.precision bf16 is slow: {why}", "set train.precision to fp32")
+        workload = Workload(resolved, count_weights(decoder, resolved))
+        sized.append(workload)
+        weights, stage = workload.weights, resolved.deepspeed.zero_stage
+        held = memory(workload, stage, world.size)
+        size, place = (held.peak, "GPU") if world.device.type == "cuda" else (held.on_cpu, "process on this CPU")
+        told = f"{weights.total:,} parameters, {weights.trained:,} trained; about {size / GIB:,.1f} GiB a {place}"
+        yield Finding("model", "ok", f"{told} at ZeRO {stage} on {counted(world.size, 'rank')}")
+
+    findings = run({"model": count})
+    return (sized[0] if sized else None), findings
+
+
+def _launched() -> bool:
+    """True under a launcher with several ranks; a shell in a SLURM allocation is none."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+
+
+def _as_text(findings: list[Finding], world: World) -> str:
+    width = max(len(finding.check) for finding in findings)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level:7}  {finding.check:{width}}  {finding.found}")
+        if finding.remedy:
+            lines.append(f"{'':7}  {'':{width}}  -> {finding.remedy}")
+    counts = {level: sum(f.level == level for f in findings) for level in ("error", "warning")}
+    told = ", ".join(f"{counted(n, level)}" for level, n in counts.items() if n) or "nothing to mend"
+    return "\n".join([*lines, "", told])
+
+
+def _as_json(findings: list[Finding]) -> str:
+    return json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "config", type=Path, nargs="?", help="YAML of a run of either stage; without it the machine only"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
+    parser.add_argument("--hostfile", type=Path, help="of the deepspeed launcher: every host is asked")
+    parser.add_argument("--json", action="store_true", help="findings as JSON: check, level, found, remedy")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,60 @@
+"""What a run reads: shards against tokenizer and model for stage one; tokenizer and files for stage two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from data.batches import TrainingData
+from data.config import SourceConfig
+from data.sources import Source
+from data.store import TokenStore, validation_folder
+from data.tokenizer import tokenizer_sha256
+from launch.configs import model_of, tokenizer_folder
+from launch.doctor.findings import Finding
+from trainer.config import RunConfig
+from tune.config import TuneFile
+from tune.text import load_text_tokenizer
+
+
+def shards(config: RunConfig) -> Iterator[Finding]:
+    """Every source and validation set: all files there, of the manifest's size, made with this tokenizer.
+
+    Raises:
+        ValueError: in the loader's own words, for the first that is not.
+    """
+    data = TrainingData(config.data)
+    if data.vocab_size != config.model.vocab_size:
+        raise ValueError(
+            f"the shards in {config.data.dir} have a vocabulary of {data.vocab_size}, model.vocab_size is "
+            f"{config.model.vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {data.vocab_size}, or "
+            "prepare the data again"
+        )
+    sha256 = tokenizer_sha256(config.data.dir)
+    for source in config.data.validation:
+        TokenStore(validation_folder(config.data, source.name), sha256)
+    samples = config.train.steps * config.train.global_batch_samples
+    told = ", ".join(f"{s.name} {s.tokens:,} tokens, {s.epochs(samples):.2f} epochs" for s in data.summary())
+    yield Finding(
+        "data", "ok", f"{told}; tokenizer and model agree on {data.vocab_size:,} ids, sizes as in the manifests"
+    )
+
+
+def examples(file: TuneFile) -> Iterator[Finding]:
+    """The tokenizer against the base's vocabulary, and whether every pattern of files finds some.
+
+    Raises:
+        ValueError: if something is missing or does not fit.
+    """
+    folder = tokenizer_folder(file)
+    tokenizer, vocab_size = load_text_tokenizer(folder), model_of(file).vocab_size
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} pieces, the model's vocabulary is {vocab_size}; set "
+            "data.tokenizer to the folder of the tokenizer that the model was trained with"
+        )
+    files: list[Path] = []
+    for source in (*file.data.sources, *file.data.validation, *file.data.test):
+        files += Source(SourceConfig(name=source.name, files=source.files, format="text")).files
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    yield Finding("data", "ok", f"{len(files)} files, {megabytes:,.1f} MB; the tokenizer in {folder} fits the model")

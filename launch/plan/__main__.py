@@ -1,0 +1,258 @@
+"""What a run will take before it is started: memory, FLOPs, days, disk, and where more GPUs stop paying.
+
+    python -m launch.plan configs/skip_1b.yaml --gpus 64 --gpu h100-80g
+    python -m launch.plan configs/skip_1b.yaml train.micro_batch_samples=8 --gpus 512 --gpu a100-80g --network-gbps 800
+    python -m launch.plan configs/skip_160m.yaml --gpus 8 --gpu rtx4090-24g --mfu 0.31 --disk-gbs 0.5
+
+Nothing is run and no GPU is needed. Memory is counted from what DeepSpeed and autograd keep
+(``launch/plan/memory_model.py``), time from executed FLOPs and a range of MFU (``launch/plan/communication.py``).
+``--mfu`` takes the ``speed/mfu_executed`` of a short run of yours, which is worth more than any range.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.plan import communication
+from launch.plan.communication import Cluster, Step, expected_mfu, ladder, volume
+from launch.plan.gpus import GPUS
+from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
+from launch.plan.workload import Workload, read_workload
+from settings import counted, user_errors
+from trainer.checkpoints.retention import most_at_once
+
+LARGEST = 8192
+"""GPUs up to which the scaling table goes."""
+_POOR = 0.8  # efficiency below which the table says so
+
+
+def main() -> int:
+    """Print the plan."""
+    arguments = _parser().parse_intermixed_args()
+    with user_errors():
+        _refuse_nonsense(arguments)
+        workload = read_workload(arguments.config, arguments.overrides)
+        print(describe(workload, arguments))
+    return 0
+
+
+def describe(workload: Workload, arguments: argparse.Namespace) -> str:
+    """The whole report.
+
+    Raises:
+        ValueError: if the global batch does not divide over the GPUs.
+    """
+    workload.config.accumulation(arguments.gpus)
+    gpu = GPUS[arguments.gpu]
+    per_node = arguments.gpus_per_node
+    network = arguments.network_gbps or gpu.network_gbps * per_node
+    cluster = Cluster(gpu, per_node, network)
+    mfu = (arguments.mfu, arguments.mfu) if arguments.mfu else expected_mfu(workload)
+    parts = [
+        _what(workload, arguments),
+        _memory(workload, arguments),
+        _time(workload, arguments, cluster, mfu),
+        _communication(workload, arguments.gpus, cluster),
+        _scaling(workload, arguments.gpus, cluster, sum(mfu) / 2),
+    ]
+    return "\n\n".join(parts)
+
+
+def _what(workload: Workload, arguments: argparse.Namespace) -> str:
+    config, weights = workload.config, workload.weights
+    train, dense = config.train, workload.dense_flops_per_token()
+    nodes = -(-arguments.gpus // arguments.gpus_per_node)
+    accumulation = config.accumulation(arguments.gpus)
+    lines = [
+        f"{arguments.config} on {arguments.gpus} x {arguments.gpu} ({counted(nodes, 'node')})",
+        "",
+        f"parameters  {weights.total:,}"
+        + (f", of which {weights.trained:,} trained" if weights.trained < weights.total else "")
+        + (f"; {workload.active_parameters:,} active at density {workload.density:g}" if workload.model.sites else ""),
+        f"batch       {workload.tokens_per_step:,} tokens a step: {train.global_batch_samples:,} windows of "
+        f"{config.data.sequence_tokens:,}; {counted(accumulation, 'micro-batch', 'micro-batches')} of "
+        f"{train.micro_batch_samples} a GPU; {train.precision}, ZeRO {config.deepspeed.zero_stage}",
+        f"FLOPs       {workload.flops_per_token() / 1e9:,.3g} GFLOPs a token, forward and backward"
+        + (f"; without routers {dense / 1e9:,.3g} GFLOPs" if workload.model.sites else ""),
+    ]
+    if weights.trained < weights.total:
+        lines.append(
+            "            (frozen weights save up to a third of it, and activations; neither is taken off here)"
+        )
+    return "\n".join(lines)
+
+
+_ROWS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "master weights, moments": "optimizer",
+    "buckets, gathered layers": "buffers",
+    "activations": "activations",
+    "logits, one layer's backward": "working",
+    "instead: fp32 gradients *": "update",
+    "CUDA and libraries (estimate)": "context",
+    "peak": "peak",
+}
+
+
+def _memory(workload: Workload, arguments: argparse.Namespace) -> str:
+    """One column a stage, the config's marked; and what checkpointing and density change."""
+    gpu, ranks, config = GPUS[arguments.gpu], arguments.gpus, workload.config
+    own, recompute = config.deepspeed.zero_stage, config.train.activation_checkpointing
+    columns: list[Memory] = [memory(workload, stage, ranks) for stage in workload.stages]
+    table = [["", *(f"ZeRO {stage}{' <' if stage == own else ''}" for stage in workload.stages)]]
+    table += [[label, *(_gib(getattr(m, part)) for m in columns)] for label, part in _ROWS.items()]
+    table.append(["fits", *("yes" if m.fits(gpu.memory_gib) else "no" for m in columns)])
+    if config.deepspeed.offload != "none":
+        table.append(["host memory, offloaded", *(_gib(m.host) for m in columns)])
+    other = [memory(workload, stage, ranks, checkpointing=not recompute) for stage in workload.stages]
+    table.append([f"peak {'without' if recompute else 'with'} checkpointing", *(_gib(m.peak) for m in other)])
+    table.append(["fits", *("yes" if m.fits(gpu.memory_gib) else "no" for m in other)])
+    lines = [
+        f"memory of a GPU at its fullest moment, GiB of {gpu.memory_gib:g}; checkpointing "
+        f"{'on' if recompute else 'off'}, as in the config",
+        _table(table),
+        "* in the optimiser's step, when activations are gone: the peak has the larger of the two",
+    ]
+    if workload.model.sites:
+        all_run = activation_bytes(workload, density=1.0)
+        lines.append(
+            f"activations are {_gib(all_run)} GiB if every token runs every layer; an untrained router runs about half"
+        )
+    return "\n".join(lines)
+
+
+def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, mfu: tuple[float, float]) -> str:
+    """Throughput and days between the low and the high MFU; the checkpoints."""
+    config, stage = workload.config, workload.config.deepspeed.zero_stage
+    slow, fast = (communication.step(workload, stage, arguments.gpus, cluster, share) for share in mfu)
+    rates = [workload.tokens_per_step / seconds for seconds in (slow.worst_s, fast.best_s)]
+    days = [workload.total_tokens / rate / 86_400 for rate in rates]
+    origin = "as given" if arguments.mfu else "from published dense bf16 runs, none of this code; measure yours: --mfu"
+    size, keep = checkpoint_bytes(workload, stage), most_at_once(config.train) - 1
+    return "\n".join(
+        [
+            f"MFU         {_range(mfu, '.0%')} on executed FLOPs ({origin})",
+            f"speed       {_range(rates, ',.0f')} tokens/s, communication included; a step takes "
+            f"{_range((fast.best_s, slow.worst_s), '.3g')} s",
+            f"run         {config.train.steps:,} steps, {workload.total_tokens:,} tokens: "
+            f"{_range(days[::-1], '.3g')} days, {_range([24 * d * arguments.gpus for d in days[::-1]], ',.0f')} "
+            "GPU-hours, saving and evaluation not included",
+            f"checkpoint  {size / 1e9:,.3g} GB, written in {size / 1e9 / arguments.disk_gbs:,.2g} s at "
+            f"{arguments.disk_gbs:g} GB/s every {config.train.checkpoint.every_steps:,} steps; {keep} kept and one "
+            f"being written take {(keep + 1) * size / 1e9:,.3g} GB",
+        ]
+    )
+
+
+def _communication(workload: Workload, gpus: int, cluster: Cluster) -> str:
+    """What a GPU sends in a step at each stage, and how long that takes by itself."""
+    config = workload.config
+    accumulation = config.accumulation(gpus)
+    table = [["ZeRO", "sent, GB", "all-reduce", "all-gather", "reduce-scatter", "alone, s"]]
+    for stage in workload.stages:
+        moved = volume(workload, stage, accumulation)
+        gigabytes = (moved.sent_bytes(gpus), moved.all_reduce, moved.all_gather, moved.reduce_scatter)
+        mark = " <" if stage == config.deepspeed.zero_stage else ""
+        alone = communication.communication_s(moved, gpus, cluster)
+        table.append([f"{stage}{mark}", *(f"{g / 1e9:,.3g}" for g in gigabytes), f"{alone:.3g}"])
+    return "\n".join(
+        [
+            f"communication of a GPU in a step; {cluster.gpu.link_gbs:g} GB/s within a node of "
+            f"{cluster.gpus_per_node}, {cluster.network_gbps:g} Gbit/s a node between them",
+            _table(table),
+        ]
+    )
+
+
+def _scaling(workload: Workload, gpus: int, cluster: Cluster, mfu: float) -> str:
+    """The same global batch on more and more GPUs."""
+    stage = workload.config.deepspeed.zero_stage
+    counts = ladder(gpus, cluster.gpus_per_node, max(LARGEST, gpus))
+    steps = [communication.step(workload, stage, count, cluster, mfu) for count in counts]
+    table = [["GPUs", "compute, s", "communication, s", "million tokens/s", "efficiency", "GiB a GPU", ""]]
+    for s in steps:
+        mark = " <" if s.gpus == gpus else ""
+        if s.problem:
+            continue
+        rates = _range([workload.tokens_per_step / seconds / 1e6 for seconds in (s.worst_s, s.best_s)], ",.3g")
+        note = "" if s.memory_bytes / GIB <= cluster.gpu.memory_gib else "does not fit"
+        cells = [f"{s.compute_s:.3g}", f"{s.communication_s:.3g}", rates, _range(s.efficiency, ".0%")]
+        table.append([f"{s.gpus:,}{mark}", *cells, _gib(s.memory_bytes), note])
+    overlap = "from no overlap of compute and communication to all of it" if stage == 3 else "no overlap"
+    head = f"scaling of this global batch at MFU {mfu:.0%} and ZeRO {stage}; {overlap}"
+    lines = [head, _table(table), *_limits(workload, steps)]
+    return "\n".join(lines)
+
+
+def _limits(workload: Workload, steps: Sequence[Step]) -> list[str]:
+    """Where the table above stops paying, and where it stops."""
+    train, lines = workload.config.train, []
+    poor = [s for s in steps if not s.problem and s.efficiency[0] < _POOR]
+    if poor:
+        lines.append(
+            f"from {poor[0].gpus:,} GPUs on communication can take more than {1 - _POOR:.0%} of the time; larger "
+            "micro-batches at ZeRO 2 and 3, a lower ZeRO stage, or a larger global batch moves that"
+        )
+    impossible = [s for s in steps if s.problem]
+    if impossible:
+        most = train.global_batch_samples // train.micro_batch_samples
+        told = ", ".join(f"{s.gpus:,}" for s in impossible)
+        lines.append(
+            f"{told} GPUs: {train.global_batch_samples:,} windows do not divide into micro-batches of "
+            f"{train.micro_batch_samples} over them; {most:,} GPUs is the most, with one micro-batch each"
+        )
+    return lines
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=Path, help="YAML of a run of either stage, for example configs/skip_1b.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole run")
+    parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="which; figures in launch/plan/gpus.py")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs in a node (default 8)")
+    parser.add_argument(
+        "--network-gbps", type=float, help="network of a node, Gbit/s in one direction; the vendor's reference system's"
+    )
+    parser.add_argument("--mfu", type=float, help="speed/mfu_executed of a run of yours, a share; a range unless given")
+    parser.add_argument("--disk-gbs", type=float, default=1.0, help="write speed of the run folder, GB/s (default 1)")
+    return parser
+
+
+def _refuse_nonsense(arguments: argparse.Namespace) -> None:
+    for name in ("gpus", "gpus_per_node", "network_gbps", "mfu", "disk_gbs"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be larger than 0, got {value:g}")
+    if arguments.mfu is not None and not arguments.mfu <= 1:
+        raise ValueError(f"--mfu is a share of the peak, at most 1, got {arguments.mfu:g}; 40 % is 0.4")
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of equal width, the first to the left, the others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _gib(count: float) -> str:
+    gib = count / GIB
+    return "<0.01" if 0 < gib < 0.005 else f"{gib:,.2f}"
+
+
+def _range(ends: Sequence[float], form: str) -> str:
+    first, last = (format(end, form) for end in ends)
+    return first if first == last else f"{first} to {last}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

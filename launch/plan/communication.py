@@ -1,0 +1,168 @@
+"""What the ranks send each other in one optimiser step, how long that takes, and where more GPUs stop paying.
+
+Volumes are those of DeepSpeed 0.19 as ``trainer/deepspeed_config.py`` sets it up; a test counts them on a real engine.
+Per step, with P trained parameters in the step's dtype and A micro-batches a rank:
+
+    stage   all-reduce   all-gather      reduce-scatter   overlaps with the backward pass
+    0       P            -               -                no
+    1       P            P               -                no
+    2       A P          P               -                no
+    3       -            A P to 2 A P    A P              yes
+
+The ZeRO paper's stages 1 and 2 scatter where DeepSpeed all-reduces, so a rank sends 2 P there and 3 P here; stage 2
+reduces every micro-batch's gradients, because it keeps only a part of them. Stage 3 gathers every layer for the forward
+pass, and again for the backward pass what did not stay within ``stage3_max_live_parameters``.
+
+Time is bandwidth and latency: a gathered or scattered tensor of V bytes crosses a GPU's link as V (g - 1) / g within a
+node of g GPUs, and the node's network as V (n - 1) / n between n nodes, at the same time; an all-reduce is both.
+Latency grows with the ring. Sources of the bandwidths: ``launch/plan/gpus.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launch.plan.gpus import GPU
+from launch.plan.memory_model import memory, zero_sizes
+from launch.plan.workload import WEIGHT_BYTES, Stage, Workload
+
+ACHIEVED = 0.8
+"""Share of the nominal bandwidth that large collectives reach: an assumption; launch.doctor measures yours."""
+HOP_S = {"link": 2e-6, "network": 6e-6}
+"""Latency of one hop of a ring within and between nodes: an assumption."""
+UTILISATION = (0.35, 0.50)
+"""Share of the peak that all products of a step reach: what published dense runs of 7 to 405 B parameters on A100 and
+H100 come to when counted as here (docs/clusters.md). No run of this project on a GPU is among them."""
+_UPDATE_BYTES = 30  # read gradient, master, two moments; write the last three and the weight
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Equal GPUs in equal nodes.
+
+    Attributes:
+        gpu: each device.
+        gpus_per_node: devices in a node.
+        network_gbps: between nodes, Gbit/s a node in one direction.
+    """
+
+    gpu: GPU
+    gpus_per_node: int
+    network_gbps: float
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Bytes of the whole tensors that are reduced, gathered and scattered in a step, and in how many collectives."""
+
+    all_reduce: float
+    all_gather: float
+    reduce_scatter: float
+    collectives: int
+
+    def sent_bytes(self, ranks: int) -> float:
+        """What one of ``ranks`` ranks sends in a ring."""
+        return (2 * self.all_reduce + self.all_gather + self.reduce_scatter) * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step on a number of GPUs; ``problem`` says why there is none.
+
+    Attributes:
+        gpus: how many.
+        compute_s: forward, backward, update.
+        communication_s: all collectives, one after the other.
+        best_s: the whole step, if as much overlaps as DeepSpeed lets overlap.
+        memory_bytes: peak of one GPU.
+        problem: why the global batch does not go on them.
+    """
+
+    gpus: int
+    compute_s: float = math.nan
+    communication_s: float = math.nan
+    best_s: float = math.nan
+    memory_bytes: float = math.nan
+    problem: str | None = None
+
+    @property
+    def worst_s(self) -> float:
+        """The whole step, if nothing overlaps."""
+        return self.compute_s + self.communication_s
+
+    @property
+    def efficiency(self) -> tuple[float, float]:
+        """Share of the time that is compute, in the worst and the best case."""
+        return self.compute_s / self.worst_s, self.compute_s / self.best_s
+
+
+def volume(workload: Workload, stage: Stage, accumulation: int) -> Volume:
+    """What a step of ``accumulation`` micro-batches a rank moves at ZeRO ``stage``."""
+    weights, model = workload.weights, workload.model
+    width = WEIGHT_BYTES[workload.config.train.precision]
+    bucket, live, _ = zero_sizes(workload)
+    trained = width * weights.trained
+    buckets = math.ceil(weights.trained / bucket)
+    if stage < 3:
+        reductions = accumulation if stage == 2 else 1
+        gathered = trained if stage > 0 else 0
+        return Volume(reductions * trained, gathered, 0, reductions * buckets + (1 if stage > 0 else 0))
+    gathers = weights.total + max(weights.total - live, 0)
+    return Volume(
+        0, accumulation * width * gathers, accumulation * trained, accumulation * (2 * model.layers + buckets)
+    )
+
+
+def communication_s(moved: Volume, ranks: int, cluster: Cluster) -> float:
+    """Seconds that the collectives take one after the other."""
+    if ranks == 1:
+        return 0.0
+    inside, nodes = min(ranks, cluster.gpus_per_node), math.ceil(ranks / cluster.gpus_per_node)
+    one_way = 2 * moved.all_reduce + moved.all_gather + moved.reduce_scatter
+    link = one_way * (inside - 1) / inside / (cluster.gpu.link_gbs * 1e9)
+    network = one_way * (nodes - 1) / nodes / (cluster.network_gbps / 8 * 1e9)
+    hops = (inside - 1) * HOP_S["link"] + (nodes - 1) * HOP_S["network"]
+    return max(link, network) / ACHIEVED + moved.collectives * hops
+
+
+def expected_mfu(workload: Workload) -> tuple[float, float]:
+    """Low and high MFU on executed FLOPs: :data:`UTILISATION`, less what is computed and not counted."""
+    counted = workload.flops_per_token() / workload.hardware_flops_per_token()
+    return UTILISATION[0] * counted, UTILISATION[1] * counted
+
+
+def compute_s(workload: Workload, stage: Stage, ranks: int, gpu: GPU, mfu: float) -> float:
+    """Seconds of one rank's share of a step: executed FLOPs at ``mfu``, the update at the memory's bandwidth."""
+    flops = workload.flops_per_token() * workload.tokens_per_step / ranks
+    updated = workload.weights.trained / (ranks if stage > 0 else 1)
+    return flops / (gpu.peak_flops(workload.config.train.precision) * mfu) + updated * _UPDATE_BYTES / (
+        gpu.memory_gbs * 1e9
+    )
+
+
+def step(workload: Workload, stage: Stage, ranks: int, cluster: Cluster, mfu: float) -> Step:
+    """One optimiser step of the config's global batch on ``ranks`` GPUs."""
+    try:
+        accumulation = workload.config.accumulation(ranks)
+    except ValueError:
+        train = workload.config.train
+        most = train.global_batch_samples // train.micro_batch_samples
+        reason = "exceeds" if ranks > most else "does not divide"
+        return Step(ranks, problem=f"{ranks} x {train.micro_batch_samples} samples {reason} the global batch")
+    compute = compute_s(workload, stage, ranks, cluster.gpu, mfu)
+    moved = volume(workload, stage, accumulation)
+    communication = communication_s(moved, ranks, cluster)
+    # DeepSpeed overlaps by default at stage 3 only.
+    best = max(compute, communication) if stage == 3 else compute + communication
+    return Step(ranks, compute, communication, best, memory(workload, stage, ranks).peak)
+
+
+def ladder(gpus: int, gpus_per_node: int, limit: int) -> list[int]:
+    """Powers of two from one node to ``limit`` GPUs, and ``gpus`` itself."""
+    counts = {gpus}
+    count = gpus_per_node
+    while count <= limit:
+        counts.add(count)
+        count *= 2
+    return sorted(counts)

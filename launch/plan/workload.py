@@ -1,0 +1,175 @@
+"""What a config asks of a machine, whatever the machine: parameters, FLOPs and data of one optimiser step.
+
+Counted on the decoder itself, built without storage, so that a plan cannot disagree with the model. FLOPs are those of
+``model/flops.py`` with every routed site at its target density and full windows.
+
+Dimension letters: T tokens in a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import ValidationError
+
+from launch.configs import load_either, without_storage
+from model.config import ModelConfig
+from model.flops import TRAINING_FACTOR, executed_flops, full_windows, training_flops
+from trainer.config import OptimizerConfig, StageConfig
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Stage = Literal[0, 1, 2, 3]
+STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Parameters by what ZeRO does with them.
+
+    Attributes:
+        total, trained: all, and those with a gradient and optimiser state.
+        small: of those, the elements of parameters below ``deepspeed.persistence_threshold``, whole at stage 3.
+        largest: elements of the largest.
+        moment_bytes: fp32 optimiser state besides the master weights, over all ranks.
+    """
+
+    total: int
+    trained: int
+    small: int
+    largest: int
+    moment_bytes: float
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A config with its parameters counted."""
+
+    config: StageConfig
+    weights: Weights
+
+    @property
+    def model(self) -> ModelConfig:
+        """The decoder's sizes."""
+        return self.config.model
+
+    @property
+    def density(self) -> float:
+        """Target share of tokens that a routed site executes; 1 for a dense model."""
+        return 1.0 if self.model.router is None else self.model.router.density
+
+    @property
+    def computed_share(self) -> float:
+        """Share of tokens that a routed site computes, fillers of a capacity and masked tokens included."""
+        return computed_share(self.model, self.config.data.sequence_tokens, self.density)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """ZeRO stages that the config could be set to: not all go with every optimiser, offloading or compilation."""
+        blocks = self.config.model_dump(mode="json")
+        possible = []
+        for stage in STAGES:
+            changed = {**blocks, "deepspeed": {**blocks["deepspeed"], "zero_stage": stage}}
+            try:
+                type(self.config).model_validate(changed)
+            except ValidationError:
+                continue
+            possible.append(stage)
+        return possible
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks and micro-batches."""
+        return self.config.train.global_batch_samples * self.config.data.sequence_tokens
+
+    @property
+    def total_tokens(self) -> int:
+        """Of the whole run."""
+        return self.config.train.steps * self.tokens_per_step
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token meets on average at the target density; all of the embedding and head among them."""
+        d, k, model = self.model.width, self.model.head_dim, self.model
+        attention, ffn = 2 * d * model.heads * k + d, 3 * d * model.ffn_width + d
+        skippable = sum(
+            (0 if site.startswith("ffn") else attention) + (0 if site.startswith("attention") else ffn)
+            for site in model.sites
+        )
+        return self.weights.total - round((1 - self.density) * skippable)
+
+    def flops_per_token(self, density: float | None = None) -> float:
+        """Forward and backward, at ``density`` (the target unless given), as the metrics count them."""
+        tokens = self.config.data.sequence_tokens
+        counts = full_windows(self.model, tokens, tokens, self.density if density is None else density)
+        return training_flops(self.model, counts) / tokens
+
+    def dense_flops_per_token(self) -> float:
+        """The same without routers."""
+        dense = self.model.model_copy(update={"router": None})
+        return TRAINING_FACTOR * forward_flops(dense, self.config.data.sequence_tokens, 1.0)
+
+    def hardware_flops_per_token(self) -> float:
+        """What a device computes for them: with fillers, and with what activation checkpointing computes twice."""
+        explored = self.flops_per_token() - TRAINING_FACTOR * self._forward(self.density)
+        flops = TRAINING_FACTOR * self._forward(self.computed_share) + explored
+        if self.config.train.activation_checkpointing:
+            flops += self._forward(self.computed_share) - 2 * self.model.width * self.model.vocab_size
+        return flops
+
+    def _forward(self, density: float) -> float:
+        return forward_flops(self.model, self.config.data.sequence_tokens, density)
+
+
+def forward_flops(model: ModelConfig, sequence_tokens: int, density: float) -> float:
+    """FLOPs of a token's forward pass in full windows of T tokens, every routed site at ``density``."""
+    return executed_flops(model, full_windows(model, sequence_tokens, sequence_tokens, density)) / sequence_tokens
+
+
+def computed_share(model: ModelConfig, sequence_tokens: int, density: float) -> float:
+    """Share of a window's tokens that a routed site computes in training when routers pick ``density`` of them."""
+    if model.router is None or model.router.execution == "reference":
+        return 1.0
+    capacity = model.router.capacity_tokens(sequence_tokens, model.router.density)
+    return density if capacity is None else capacity / sequence_tokens
+
+
+def read_workload(path: str, overrides: Sequence[str] = ()) -> Workload:
+    """The workload of a stage-one or stage-two config on GPUs; all of ``launch/plan/gpus.py`` multiply bf16 fast.
+
+    Raises:
+        ValueError: with one sentence for each mistake.
+    """
+    config, decoder = without_storage(load_either(path, overrides))
+    if config.train.precision == "auto":
+        config = config.in_precision("bf16")
+    return Workload(config, count_weights(decoder, config))
+
+
+def count_weights(decoder: nn.Module, config: StageConfig) -> Weights:
+    """Parameters of ``decoder``, which may be without storage."""
+    named = dict(decoder.named_parameters())  # a tied head once
+    trained = {name: p for name, p in named.items() if p.requires_grad}
+    threshold = config.deepspeed.persistence_threshold
+    return Weights(
+        total=sum(p.numel() for p in named.values()),
+        trained=sum(p.numel() for p in trained.values()),
+        small=sum(p.numel() for p in named.values() if p.numel() < threshold),
+        largest=max(p.numel() for p in named.values()),
+        moment_bytes=sum(_moment_bytes(name, p, config.train.optimizer) for name, p in trained.items()),
+    )
+
+
+def _moment_bytes(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> float:
+    """fp32 optimiser state of one parameter, its master copy left out."""
+    matrix = parameter.dim() >= 2
+    if optimizer.kind == "adafactor" and matrix:
+        return 4.0 * sum(parameter.shape)
+    one = optimizer.kind == "adafactor" or (
+        optimizer.kind == "muon" and matrix and "embed" not in name and "lm_head" not in name
+    )
+    return 4.0 * parameter.numel() * (1 if one else 2)

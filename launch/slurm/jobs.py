@@ -1,0 +1,155 @@
+"""What is submitted: a run of either stage, or an array of them, read and checked as its training command will."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.configs import load_either
+from launch.slurm.config import SlurmConfig
+from trainer.checkpoints.layout import checkpoints_of, newest_first
+from trainer.config import RunConfig, is_stage_two
+from tune.config import TuneFile
+from tune.resolve import load_file
+
+
+@dataclass(frozen=True)
+class Array:
+    """A job array: one run for every value of a field.
+
+    Attributes:
+        key: the field, ``train.seed``.
+        values: one a task, as on the command line.
+    """
+
+    key: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Stage one or two, once or as an array.
+
+    Attributes:
+        file: the config as written.
+        overrides: ``key.sub=value``, the same for every task, without what the job sets itself.
+        run: the run's folder, without its task's number.
+        tasks: what follows ``run`` in the names of the folders: nothing for a single run; -0, -1 ... in an array.
+        varied: the field that tells the tasks apart; None for a single run, and for what follows an array.
+        base: ``run`` of the stage before it in the chain; None for a chain's first.
+        configs: resolved, one a task.
+    """
+
+    file: Path
+    overrides: tuple[str, ...]
+    run: str
+    tasks: tuple[str, ...]
+    varied: Array | None
+    base: str | None
+    configs: tuple[RunConfig | TuneFile, ...]
+
+    @property
+    def module(self) -> str:
+        """What trains it."""
+        return "tune.train" if isinstance(self.configs[0], TuneFile) else "pretrain.train"
+
+    @property
+    def folders(self) -> list[Path]:
+        """The run's folder, or every task's."""
+        return [Path(f"{self.run}{task}") for task in self.tasks]
+
+
+def parse_array(text: str) -> Array:
+    """``train.seed=0,1,2``.
+
+    Raises:
+        ValueError: if it names no field, or fewer than two different values.
+    """
+    key, equals, values = text.partition("=")
+    parts = tuple(value.strip() for value in values.split(","))
+    if not equals or not key or not all(parts) or len(set(parts)) < max(len(parts), 2):
+        raise ValueError(f"--array '{text}' must be a field and two or more different values: train.seed=0,1,2")
+    if key in ("train.run_dir", "train.checkpoint.resume", "base.path"):
+        raise ValueError(f"--array {key} would be overridden: every job sets {key} itself; vary another field")
+    return Array(key, parts)
+
+
+def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: Array | None = None) -> Stage:
+    """The first stage of a chain, or the only one.
+
+    Args:
+        file: a config of either stage; one with a ``base`` block is of stage two.
+        overrides: ``key.sub=value``.
+        site: the resources, over whose ranks the global batch must divide.
+        array: its tasks; a single run if None.
+
+    Raises:
+        ValueError: with one sentence for each mistake.
+    """
+    run = str(load_either(file, overrides).train.run_dir)
+    tasks: list[tuple[str, list[str]]] = [("", [])]
+    if array is not None:
+        tasks = [(f"-{number}", [f"{array.key}={value}"]) for number, value in enumerate(array.values)]
+    configs = tuple(load_either(file, [*overrides, *value, f"train.run_dir={run}{task}"]) for task, value in tasks)
+    names = tuple(task for task, _ in tasks)
+    return _checked(Stage(file, _passed_on(overrides), run, names, array, None, configs), site)
+
+
+def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: Stage) -> Stage:
+    """A stage-two run of what the stage ``before`` trains, or one for each of its tasks.
+
+    Raises:
+        ValueError: with one sentence for each mistake.
+    """
+    if not is_stage_two(file):
+        raise ValueError(f"--then {file} is no config of stage two, it has no base block; submit it by itself")
+    given = next((text for text in overrides if text.startswith("base.path=")), None)
+    if given is not None:
+        raise ValueError(f"--then tunes {before.run}, the run before it; leave {given} out, or submit {file} by itself")
+    run = str(load_file(file, overrides).train.run_dir)
+    configs = tuple(
+        load_file(file, [*overrides, f"base.path={before.run}{task}", f"train.run_dir={run}{task}"])
+        for task in before.tasks
+    )
+    return _checked(Stage(file, _passed_on(overrides), run, before.tasks, None, before.run, configs), site)
+
+
+def _checked(stage: Stage, site: SlurmConfig) -> Stage:
+    """``stage``, if it could start.
+
+    Raises:
+        ValueError: if the batch does not divide, or the data is not there.
+    """
+    from data.batches import TrainingData
+
+    if re.search(r"[^\w./+=:@-]", stage.run):
+        raise ValueError(
+            f"train.run_dir '{stage.run}' stands in SLURM's options, which read more into some characters; use letters "
+            "and digits and . _ - / + = : @"
+        )
+    for config in stage.configs:
+        config.train.accumulation(site.world_size)
+        if isinstance(config, RunConfig):
+            TrainingData(config.data)  # raises for shards that are missing, damaged or of another tokenizer
+        elif stage.base is None and not Path(config.base.path).exists():
+            raise ValueError(
+                f"base.path {config.base.path} does not exist; give a run, a checkpoint or a folder of weights"
+            )
+    return stage
+
+
+def refuse_held(stage: Stage) -> None:
+    """Raise ValueError if a run folder of ``stage`` holds another run, which is not to be gone on with."""
+    for config, folder in zip(stage.configs, stage.folders, strict=True):
+        if config.train.checkpoint.resume == "never" and newest_first(checkpoints_of(folder)):
+            raise ValueError(
+                f"{folder} already holds checkpoints; give train.checkpoint.resume=auto to go on with that run, or "
+                "another train.run_dir"
+            )
+
+
+def _passed_on(overrides: Sequence[str]) -> tuple[str, ...]:
+    """Those that the job does not set itself: its run folder and what a start goes on from."""
+    return tuple(text for text in overrides if not text.startswith(("train.run_dir=", "train.checkpoint.resume=")))

@@ -1,0 +1,84 @@
+"""What a run folder says of its run: total steps, newest figures, newest checkpoint. Reads, never writes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from settings import peek
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import CONFIG, checkpoints_of, newest_first
+from trainer.monitor import metrics_file
+
+_TAIL_BYTES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The newest of ``metrics.jsonl``.
+
+    Attributes:
+        training: the newest training line, by the names of docs/training.md; empty before the first.
+        validation: newest loss of each validation set, nats per token.
+        step_s: seconds a step took, of the last lines.
+    """
+
+    training: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    step_s: list[float] = field(default_factory=list)
+
+
+def read_steps(folder: Path) -> int:
+    """``train.steps`` of the run in ``folder``, of either stage.
+
+    Raises:
+        ValueError: if there is no run.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        there = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
+        raise ValueError(f"{folder} is no run ({there}); give the folder that train.run_dir names, such as runs/demo")
+    try:
+        return int(peek(path)["train"]["steps"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(
+            f"{path} names no train.steps, so it is not the config of a run; give the folder that train.run_dir names"
+        ) from None
+
+
+def read_figures(path: Path, last: int) -> Figures:
+    """The newest figures, and the step times of the ``last`` training lines; empty where nothing is logged yet."""
+    try:
+        lines = metrics_file.read(path, _TAIL_BYTES)
+    except OSError:  # of a network file system, for the moment
+        return Figures()
+    training: list[dict[str, Any]] = []
+    validation: dict[str, float] = {}
+    for told in lines:
+        if "train/loss" in told:
+            training.append(told)
+        for name, value in told.items():
+            if name.startswith("validation/") and name.endswith("/loss") and value is not None:
+                validation[name.split("/")[1]] = value
+    step_s = [told["speed/step_s"] for told in training[-last:] if told.get("speed/step_s")]
+    return Figures(training[-1] if training else {}, validation, step_s)
+
+
+def read_checkpoint(folder: Path, alive: bool) -> tuple[str, float] | None:
+    """Name and age in seconds of the newest checkpoint; None before the first.
+
+    The age is against the newest heartbeat's file while the run is ``alive``, because the clock of the machine that
+    writes both may not be ours.
+    """
+    try:
+        manifests = [path / manifest.NAME for path in newest_first(checkpoints_of(folder))]
+        newest = next((path for path in manifests if path.is_file()), None)
+        if newest is None:
+            return None
+        beats = [path.stat().st_mtime for path in (folder / "heartbeat").glob("rank-*.json")]
+        now = max(beats) if alive and beats else time.time()
+        return newest.parent.name, max(now - newest.stat().st_mtime, 0.0)
+    except OSError:  # pruned, or written anew, between two looks
+        return None

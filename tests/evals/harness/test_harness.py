@@ -1,0 +1,219 @@
+"""The harness gets our likelihoods, the same from an export, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+from convert.to_hf import main as export
+from evals.harness.__main__ import differences, evaluate, main, table
+from evals.harness.model import OurModel
+from evals.harness.tasks import local_tasks
+from evals.perplexity import perplexity
+from evals.scoring import open_model
+from tests.evals.tiny import POSITIONS, weights_folder
+
+PAIRS = [("return a\n", "return return a\n"), ("x = y + 1\n", "x y = + 1\n"), ("for a in b:\n", "for in a b:\n")]
+TEXTS = ["def add(a, b):\n    return a\n", "import os\n"]
+LABELLED = [("x = 1\nmood:", " good"), ("y = 2\nmood:", " bad"), ("return\nmood:", " good")]
+EXAMPLES = [("a = b\nmood:", " bad")]
+OWN_TASK = """
+task: own
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+output_type: generate_until
+test_split: train
+fewshot_split: train
+doc_to_text: "{{{{sentence_good}}}}"
+doc_to_target: "{{{{sentence_bad}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 6, do_sample: false}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> Path:
+    return weights_folder(tmp_path_factory.mktemp("harness") / "weights", "layer", corpus)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two paradigms of minimal pairs, prompts with labels, others with long answers, and a text."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "blimp").mkdir()
+    rows = [json.dumps({"sentence_good": good, "sentence_bad": bad}) + "\n" for good, bad in PAIRS]
+    (folder / "blimp/one.jsonl").write_text("".join(rows))
+    (folder / "blimp/two.jsonl").write_text("".join(rows[:2]))
+    (folder / "tuning").mkdir()
+    for name, split, rows in (("mood", "test", LABELLED), ("mood", "train", EXAMPLES), ("bare", "test", LABELLED)):
+        pairs = [json.dumps({"prompt": prompt, "response": response}) + "\n" for prompt, response in rows]
+        (folder / f"tuning/{name}-{split}.jsonl").write_text("".join(pairs))
+    (folder / "tuning/long-test.jsonl").write_text(
+        "".join(json.dumps({"prompt": "a", "response": str(n)}) + "\n" for n in range(21))
+    )
+    (folder / "tuning/torn-test.jsonl").write_text('{"prompt": "a"}\n')
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (folder / "text.txt").write_text("\n\n".join(TEXTS))
+    return folder
+
+
+def _likelihood(weights: Path, text: str) -> float:
+    """Of a text after the document's start, from a plain pass."""
+    opened = open_model(weights)
+    ids = torch.tensor([[*opened.start, *opened.tokenizer.encode(text)]])
+    with torch.no_grad():
+        logits = opened.decoder(ids[:, :-1]).logits
+    assert logits is not None
+    return float(logits.log_softmax(-1).gather(2, ids[:, 1:, None]).sum())
+
+
+def _answer_likelihood(weights: Path, context: str, answer: str) -> float:
+    """Of an answer after a context, from a plain pass."""
+    opened = open_model(weights)
+    tokenizer = opened.tokenizer
+    ids = torch.tensor([[*tokenizer.prefix, *tokenizer.encode(context + answer)]])
+    first = len(tokenizer.prefix) + len(tokenizer.encode(context))
+    with torch.no_grad():
+        logits = opened.decoder(ids[:, :-1]).logits
+    assert logits is not None
+    return float(logits.log_softmax(-1).gather(2, ids[:, 1:, None])[0, first - 1 :].sum())
+
+
+def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_path: Path) -> None:
+    tasks = local_tasks(["blimp", "perplexity"], data, data / "texts.jsonl", 0, tmp_path)
+    opened = open_model(weights)
+    outcome = evaluate(OurModel(opened, POSITIONS, 4), tasks)
+    expected = [_likelihood(weights, sentence) for pair in PAIRS for sentence in pair]
+    assert outcome.loglikelihoods["blimp_one"] == pytest.approx(expected, abs=1e-3)
+    right = sum(good > bad for good, bad in zip(expected[::2], expected[1::2], strict=True))
+    assert outcome.metrics["blimp_one"]["acc"] == pytest.approx(right / 3)
+    assert outcome.documents == {"blimp_one": 3, "blimp_two": 2, "perplexity": 2}
+    assert outcome.loglikelihoods["perplexity"] == pytest.approx([_likelihood(weights, t) for t in TEXTS], abs=1e-3)
+    # Where a document fits into one window, both commands say the same.
+    own = perplexity(opened, iter(TEXTS), "texts", POSITIONS, POSITIONS)
+    assert outcome.metrics["perplexity"]["bits_per_byte"] == pytest.approx(own.bits_per_byte, rel=1e-5)
+
+
+@pytest.mark.parametrize("shots", [None, 0])
+def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_path: Path, shots: int | None) -> None:
+    """After one example of the training file, unless told otherwise."""
+    outcome = evaluate(
+        OurModel(open_model(weights), POSITIONS, 4), local_tasks(["classify_mood"], data, None, shots, tmp_path)
+    )
+    before = "" if shots == 0 else "".join(f"{prompt}{label}\n\n" for prompt, label in EXAMPLES)
+    expected = [
+        _answer_likelihood(weights, before + prompt, label) for prompt, _ in LABELLED for label in (" bad", " good")
+    ]
+    assert outcome.loglikelihoods["classify_mood"] == pytest.approx(expected, abs=1e-3)
+    chosen = [" bad" if bad > good else " good" for bad, good in zip(expected[::2], expected[1::2], strict=True)]
+    right = sum(label == said for (_, label), said in zip(LABELLED, chosen, strict=True))
+    assert outcome.metrics["classify_mood"]["acc"] == pytest.approx(right / len(LABELLED))
+
+
+def test_windows_of_a_long_text(weights: Path, data: Path, tmp_path: Path) -> None:
+    model = OurModel(open_model(weights), 8, 4)
+    whole = evaluate(model, local_tasks(["perplexity"], None, data / "text.txt", 0, tmp_path))
+    assert whole.documents == {"perplexity": 1} and len(whole.loglikelihoods["perplexity"]) == 1
+    tokens = len(model.tok_encode("\n\n".join(TEXTS)))
+    assert tokens > 8 and model.scorer.routed.head_tokens == tokens  # each is scored once
+
+
+def test_the_export_has_the_same_scores(
+    weights: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export([str(weights), str(tmp_path / "hf")])
+    options = ["--data", str(data), "--text", str(data / "texts.jsonl"), "--against", str(tmp_path / "hf")]
+    assert "--trust-remote-code" in _refused(capsys, str(weights), *options)
+    out = tmp_path / "out.json"
+    assert main([str(weights), *options, "--trust-remote-code", "--window", "16", "--json", str(out)]) == 0
+    written, printed = json.loads(out.read_text()), capsys.readouterr().out
+    assert set(written["differences"]) == {"blimp_one", "blimp_two", "perplexity"}
+    assert max(written["differences"].values()) <= 1e-4
+    assert written["ours"]["metrics"]["blimp_one"] == written["export"]["metrics"]["blimp_one"]
+    assert "difference, nats" in printed and "acc, mean" in printed and str(out) in printed
+
+
+def test_tasks_of_the_users_own(weights: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(OWN_TASK.format(data=data / "blimp/one.jsonl"))
+    model = OurModel(open_model(weights), POSITIONS, 4)
+    outcome = evaluate(model, ["own"], tmp_path, limit=2, shots=1)
+    assert outcome.documents == {"own": 2} and "exact_match" in outcome.metrics["own"]
+    assert outcome.loglikelihoods == {"own": []} and differences(outcome, outcome) == {"own": 0.0}
+    assert "own" in table(outcome)
+
+
+def test_generation_ends_where_it_is_told(weights: Path) -> None:
+    model = OurModel(open_model(weights), POSITIONS, 4)
+
+    class Request:
+        def __init__(self, context: str, **options: Any) -> None:
+            self.args = (context, options)
+
+    free, empty = model.generate_until([Request("return", max_gen_toks=12), Request("", max_gen_toks=2)])
+    assert isinstance(empty, str) and len(free) > 3
+    stop = free[2:4]
+    (ended,) = model.generate_until([Request("return", max_gen_toks=12, until=[stop])])
+    assert ended == free[: free.index(stop)]
+    assert model.generate_until([Request("return " * 200, max_gen_toks=4)])  # cut on the left
+
+
+def test_an_export_that_keeps_its_adapters_apart(
+    weights: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    options = ["--tasks", "blimp", "--data", str(data), "--against", str(tmp_path)]
+    assert "keeps its adapters apart, in adapter/, and would be" in _refused(capsys, str(weights), *options)
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(list(arguments))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 1 and error.startswith("error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--tasks", "blimp"], "say with --data where DATA is"),
+        (["--tasks", "perplexity"], "name it with --text"),
+        (["--tasks", "blimp", "--data", "/nowhere"], "holds no *.jsonl with minimal pairs"),
+        (["--tasks", "perplexity", "--data", "DATA"], "there is no file"),
+        (["--tasks", "blimp_on", "--data", "DATA"], "did you mean 'blimp_one'?"),
+        (["--tasks", "classify_mood"], "say with --data where DATA is"),
+        (["--tasks", "classify_mood", "--data", "/nowhere"], "holds no NAME-test.jsonl to classify"),
+        (["--tasks", "classify_mod", "--data", "DATA"], "did you mean 'classify_mood'?"),
+        (["--tasks", "classify_long", "--data", "DATA"], "has 21 different responses"),
+        (["--tasks", "classify_bare", "--data", "DATA"], "bare-train.jsonl, which is missing"),
+        (["--tasks", "classify_torn", "--data", "DATA"], "with 'prompt' and 'response' on every line"),
+        (["--tasks", "unheard"], "there is no task 'unheard'; there are: blimp, classify_NAME, perplexity"),
+        (["--tasks", "x", "--include", "/nowhere"], "there is no folder /nowhere"),
+        (["--limit", "0"], "--limit must be at least 1"),
+        (["--shots", "-1"], "--shots must be at least 0"),
+        (["--tasks", "blimp", "--data", "DATA", "--window", "65"], "--window must be 1 to 64"),
+        (["--tasks", "blimp", "--data", "DATA", "--window", "1"], "does not fit into a window of 1"),
+        (["--tasks", "blimp", "--data", "DATA", "--batch", "0"], "raise --batch"),
+        (["--tasks", "blimp", "--data", "DATA", "--against", "DATA"], "has no config.json"),
+        (["--json", "/nowhere/x.json"], "there is no folder /nowhere"),
+    ],
+)
+def test_options_that_cannot_be(
+    weights: Path, data: Path, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in _refused(capsys, str(weights), *[str(data) if o == "DATA" else o for o in options])
+
+
+def test_without_the_library(
+    weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    assert "requirements-dev.txt" in _refused(capsys, str(weights), "--tasks", "blimp")

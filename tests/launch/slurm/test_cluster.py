@@ -1,0 +1,241 @@
+"""Runs on a real cluster: cut short, robbed of a node, cancelled, in arrays and chains."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.launch.slurm.slurm_cluster import NODES, Cluster
+from tests.launching import BIN, ROOT, run
+from tests.programs import SLURM, needs
+from trainer.checkpoints import manifest
+from trainer.distributed import ALONE
+
+TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1")
+pytestmark = [pytest.mark.timeout(1800), needs(*SLURM)]
+
+
+def _launch(cluster: Cluster, *arguments: str) -> subprocess.CompletedProcess[str]:
+    site = str(ROOT / "launch/slurm/site.yaml")  # not that of whoever runs the tests
+    command = [sys.executable, "-m", "launch.slurm", "--site", site, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, check=False)
+
+
+def submit(cluster: Cluster, *arguments: str) -> list[str]:
+    """What ``launch.slurm`` submits; the ids of its jobs."""
+    done = _launch(cluster, *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.findall(r"^job (\S+)", done.stdout, flags=re.MULTILINE)
+
+
+def refused(cluster: Cluster, *arguments: str) -> str:
+    """The sentence that ``launch.slurm`` ends with, with nothing submitted."""
+    before = cluster.run("squeue", "--noheader", "--format=%i")
+    done = _launch(cluster, *arguments)
+    assert done.returncode == 1 and not done.stdout and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert cluster.run("squeue", "--noheader", "--format=%i") == before
+    return done.stderr
+
+
+def steps_done(run_dir: str) -> int:
+    """Lines of metrics so far."""
+    metrics = Path(run_dir) / "metrics.jsonl"
+    return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+
+def losses(run_dir: str) -> list[tuple[int, float]]:
+    """Every step's training loss, as written."""
+    lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+
+
+def log(run_dir: str) -> str:
+    """What the run's jobs printed."""
+    return "".join(path.read_text() for path in sorted(Path(run_dir).glob("logs/slurm-*.out")))
+
+
+@pytest.fixture
+def long_run(tiny: dict[str, Any]) -> dict[str, Any]:
+    """Enough steps to be interrupted in, without a checkpoint of its own on the way."""
+    tiny["train"] |= {"steps": 200, "checkpoint": {"every_steps": 10_000}}
+    tiny["train"] |= {"evaluation": {"every_steps": 10_000, "samples": 5}}
+    tiny["train"]["log"]["images"] = False
+    return tiny
+
+
+Reference = Callable[[], list[tuple[int, float]]]
+
+
+@pytest.fixture
+def uninterrupted(long_run: dict[str, Any], write_config: Callable[..., str]) -> Reference:
+    """Gives the losses of the same run on two ranks without SLURM."""
+
+    def reference() -> list[tuple[int, float]]:
+        folder = f"{long_run['train']['run_dir']}-straight"
+        config = write_config(long_run)
+        done = run(
+            "pretrain.train", config, f"train.run_dir={folder}", processes=2, launcher="torchrun", timeout_s=1500
+        )
+        assert done.returncode == 0, done.stdout[-3000:]
+        return losses(folder)
+
+    return reference
+
+
+def test_a_run_told_to_stop_is_requeued_and_ends_as_if_it_had_not_been(
+    cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], uninterrupted: Reference
+) -> None:
+    """By the signal that SLURM sends before the time limit."""
+    run_dir = long_run["train"]["run_dir"]
+    (job,) = submit(cluster, write_config(long_run), *TWO_NODES)
+    cluster.wait(lambda: steps_done(run_dir) > 5, "step 5", 120)
+    cluster.run("scancel", "--signal=USR1", job)
+    cluster.wait_for(job, "PENDING")
+    cluster.start_now(job)
+    assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log(run_dir)[-3000:]
+    assert losses(run_dir) == uninterrupted()
+    printed = log(run_dir)
+    assert f"saved; job {job} goes back into the queue" in printed and "resumed from" in printed
+    assert "restart 0, goes on from nothing" in printed and "restart 1, goes on from step-000" in printed
+
+
+@pytest.mark.slow
+def test_a_run_longer_than_its_time_limit_finishes_by_itself(
+    cluster: Cluster,
+    long_run: dict[str, Any],
+    write_config: Callable[..., str],
+    uninterrupted: Reference,
+    tmp_path: Path,
+) -> None:
+    """A limit of two minutes, the shortest that leaves room for SLURM's being up to a minute early."""
+    long_run["train"]["steps"] = 4000
+    run_dir = long_run["train"]["run_dir"]
+    site = tmp_path / "site.yaml"
+    site.write_text("save_before_s: 30\n")
+    (job,) = submit(cluster, write_config(long_run), *TWO_NODES, "--time", "2", "--site", str(site))
+    straight = uninterrupted()  # meanwhile
+    ends = ("COMPLETED", "FAILED", "TIMEOUT")
+    while (found := cluster.wait_for(job, "PENDING", *ends, timeout_s=600))["JobState"] == "PENDING":
+        cluster.start_now(job)
+        cluster.wait_for(job, "RUNNING", *ends)
+    assert found["JobState"] == "COMPLETED" and int(found["Restarts"]) >= 1, log(run_dir)[-3000:]
+    assert losses(run_dir) == straight
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_node_is_requeued_and_ends_as_if_it_had_not(
+    cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], uninterrupted: Reference
+) -> None:
+    long_run["train"] |= {"steps": 300, "checkpoint": {"every_steps": 10}}
+    run_dir = long_run["train"]["run_dir"]
+    (job,) = submit(cluster, write_config(long_run), *TWO_NODES)
+    cluster.wait(lambda: steps_done(run_dir) > 30, "step 30", 120)
+    cluster.kill_node(NODES[1])
+    assert cluster.wait_for(job, "PENDING", "COMPLETED")["JobState"] == "PENDING"
+    cluster.start_node(NODES[1])
+    found = cluster.wait_for(job, "COMPLETED", "FAILED", timeout_s=400)  # by itself, two minutes later
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1"), log(run_dir)[-3000:]
+    assert losses(run_dir) == uninterrupted()
+
+
+@pytest.mark.slow
+def test_scancel_leaves_a_whole_checkpoint_of_the_last_step_and_nothing_in_the_queue(
+    cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], uninterrupted: Reference
+) -> None:
+    long_run["train"]["steps"] = 400
+    run_dir, config = long_run["train"]["run_dir"], write_config(long_run)
+    (job,) = submit(cluster, config, *TWO_NODES)
+    cluster.wait(lambda: steps_done(run_dir) > 5, "step 5", 120)
+    again = refused(cluster, config, *TWO_NODES, "train.checkpoint.resume=auto")
+    assert f"job {job} of {run_dir} is in the queue or running" in again
+    cluster.run("scancel", job)
+    found = cluster.wait_for(job, "CANCELLED")
+    cluster.wait(lambda: "asked to stop" in log(run_dir), "the ranks' end")
+    cluster.wait(lambda: not cluster.run("squeue", "--noheader"), "an empty queue")
+    assert found["Restarts"] == "0" and "goes back into the queue" not in log(run_dir)
+    (saved,) = (Path(run_dir) / "checkpoints").iterdir()
+    assert manifest.problem_of(saved, ALONE) is None and int(saved.name[5:]) == losses(run_dir)[-1][0] < 400
+
+    assert "give train.checkpoint.resume=auto" in refused(cluster, config, *TWO_NODES)
+    (job,) = submit(cluster, config, *TWO_NODES, "train.checkpoint.resume=auto")
+    assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log(run_dir)[-3000:]
+    assert losses(run_dir) == uninterrupted()
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_job_and_cancels_what_follows(
+    cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    long_run["train"]["steps"] = 100_000
+    run_dir = long_run["train"]["run_dir"]
+    job, export = submit(cluster, write_config(long_run), *TWO_NODES, "--export", str(tmp_path / "hf"))
+    cluster.wait(lambda: steps_done(run_dir) > 5, "step 5", 120)
+    os.kill(json.loads((Path(run_dir) / "heartbeat/rank-1.json").read_text())["pid"], signal.SIGKILL)
+    found = cluster.wait_for(job, "FAILED", "COMPLETED", "PENDING")
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "137:0", "0")
+    cluster.wait_for(export, "CANCELLED")
+
+
+@pytest.mark.slow
+def test_a_job_that_gets_nowhere_is_not_started_for_ever(
+    cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str]
+) -> None:
+    long_run["train"]["steps"] = 100_000
+    run_dir = long_run["train"]["run_dir"]
+    (job,) = submit(cluster, write_config(long_run), *TWO_NODES)
+    for number in range(3):
+        cluster.wait(lambda number=number: f"restart {number}, goes on from nothing" in log(run_dir), f"start {number}")
+        cluster.run("scontrol", "requeue", job)
+        cluster.wait_for(job, "PENDING")
+        cluster.start_now(job)
+    found = cluster.wait_for(job, "FAILED", "COMPLETED")
+    assert (found["JobState"], found["ExitCode"]) == ("FAILED", "1:0")
+    assert f"error: 3 starts of job {job} came no further than the beginning" in log(run_dir)
+
+
+@pytest.mark.slow
+def test_an_array_of_chains_in_one_command(
+    cluster: Cluster, tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    """Two seeds, each pretrained, tuned and exported, by the code and with the settings that were submitted."""
+    (tmp_path / "examples.jsonl").write_text('{"prompt": "def", "response": " f"}\n' * 20)
+    tuning = {
+        "base": {"path": "overridden"},
+        "adapter": {"kind": "lora", "rank": 2},
+        "data": {"sequence_tokens": 32, "sources": [{"name": "few", "files": [str(tmp_path / "examples.jsonl")]}]},
+        "train": {**tiny["train"], "run_dir": str(tmp_path / "tuned")},
+    }
+    first, second = write_config(tiny), write_config(tuning, "tune.yaml")
+    site = tmp_path / "site.yaml"
+    container = f"env PATH={BIN}:/usr/bin:/bin"  # what goes before python3 need not be a container
+    site.write_text(
+        f"tasks_per_node: 1\ninterface: lo\nenvironment: {{GREETING: 'two words'}}\ncontainer: {container}\n"
+    )
+    options = ["--array", "train.seed=5,6", "--then", second, "train.steps=2", "--export", str(tmp_path / "hf")]
+    jobs = submit(cluster, first, *options, "--site", str(site))
+    assert len(jobs) == 3
+    cluster.wait(lambda: not cluster.run("squeue", "--noheader"), "the end of all jobs", 400)
+    for task, seed in enumerate((5, 6)):
+        run_dir = f"{tiny['train']['run_dir']}-{task}"
+        assert len(losses(run_dir)) == 4, log(run_dir)[-3000:]
+        assert yaml.safe_load(Path(run_dir, "config.yaml").read_text())["train"]["seed"] == seed
+        tuned = yaml.safe_load((tmp_path / f"tuned-{task}/config.yaml").read_text())
+        assert (tuned["base"]["path"], tuned["train"]["steps"]) == (run_dir, 2)
+        assert (tmp_path / f"hf-{task}/model.safetensors").is_file(), log(str(tmp_path / f"tuned-{task}"))[-3000:]
+
+
+def test_what_sbatch_refuses_is_one_sentence_and_takes_the_chain_with_it(
+    cluster: Cluster, tiny: dict[str, Any], write_config: Callable[..., str]
+) -> None:
+    said = refused(cluster, write_config(tiny), *TWO_NODES, "--partition", "no-such", "--export", "/tmp/never")
+    assert said.startswith("error: sbatch refused the script of ") and "invalid partition specified: no-such" in said

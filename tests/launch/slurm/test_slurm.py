@@ -1,0 +1,271 @@
+"""What launch.slurm checks and writes; what SLURM makes of it is in test_slurm_cluster.py."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from launch.slurm import submit
+from launch.slurm.__main__ import main
+from launch.slurm.config import SHIPPED_FILE, SlurmConfig, load_site, seconds
+from launch.slurm.jobs import parse_array
+from settings import load
+from tests.launching import ROOT
+
+CPUS = ["--nodes", "2", "--tasks-per-node", "1"]
+DRY = [*CPUS, "--dry-run"]
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home without a site file."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def tuning(tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path) -> str:
+    """Path of a stage-two config."""
+    source = {"name": "few", "files": ["examples.jsonl"]}
+    train = {**tiny["train"], "run_dir": str(tmp_path / "tuned")}
+    config = {"base": {"path": "nowhere"}, "data": {"sequence_tokens": 32, "sources": [source]}, "train": train}
+    return write_config(config, "tune.yaml")
+
+
+def _scripts(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """What a dry run prints, a script each, which bash can parse and which leaves no trace."""
+    assert main(arguments) == 0
+    scripts = re.split(r"(?<=\n)\n(?=#!/bin/bash\n)", capsys.readouterr().out)
+    for script in scripts:
+        checked = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+        _, body = script.split("\n\n", 1)
+        assert (
+            "#SBATCH" not in body and "{{" not in script and "{%" not in script
+        )  # SLURM reads no options after a command
+    return scripts
+
+
+def test_a_script_says_once_what_it_needs(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny["train"]["global_batch_samples"] = 64
+    site = tmp_path / "site.yaml"
+    site.write_text(
+        "gpus_per_node: 8\ncpus_per_task: 6\npartition: gpu\naccount: lm\nqos: high\nsave_before_s: 600\n"
+        "sbatch: [--mem=0]\nsrun: [--cpu-bind=cores]\nmodules: [cuda/11]\ninterface: ib0\n"
+        "environment: {NCCL_IB_HCA: 'mlx5 0'}\n"
+    )
+    options = [
+        "--nodes",
+        "4",
+        "--time",
+        "1-00:00:00",
+        "--modules",
+        "cuda/12.8,gcc",
+        "--partition",
+        "big",
+        "--sbatch=--exclusive",
+        "--venv",
+        "/v",
+    ]
+    arguments = [write_config(tiny), "--site", str(site), *options, "train.steps=9", "--job-name", "mine", "--dry-run"]
+    (script,) = _scripts(capsys, *arguments)
+    run = tiny["train"]["run_dir"]
+    wanted = {
+        'job-name="mine"', f'chdir="{Path.cwd()}"', f"output={run}/logs/slurm-%j.out", "open-mode=append", "nodes=4",
+        "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "time=1-00:00:00", "partition=big", "account=lm",
+        "qos=high", "mem=0", "exclusive", "requeue", "signal=USR1@600",
+    }  # fmt: skip
+    assert {line[10:] for line in script.splitlines() if line.startswith("#SBATCH ")} == wanted
+    body = script.split("\n\n", 1)[1]
+    assert "module load cuda/12.8 gcc || exit 1" in body and "export NCCL_IB_HCA='mlx5 0'" in body
+    assert "export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0" in body and "DS_ACCELERATOR" not in body
+    assert "--cpu-bind=cores /v/bin/python -P -m pretrain.train" in body and "    train.steps=9 \\" in body
+    assert not Path(run).exists()
+
+
+def test_cpus_containers_and_the_users_own_site_file(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], home: Path
+) -> None:
+    (home / ".config/hopscotch").mkdir(parents=True)
+    (home / ".config/hopscotch/slurm.yaml").write_text("tasks_per_node: 2\ncontainer: apptainer exec /i.sif\n")
+    (script,) = _scripts(capsys, write_config(tiny), "--dry-run")
+    assert "apptainer exec /i.sif python3 -P -m pretrain.train" in script and "DS_ACCELERATOR=cpu" in script
+    assert "#SBATCH --ntasks-per-node=2\n" in script and "gpus" not in script and "--time" not in script
+
+
+def test_an_array_of_chains(
+    tiny: dict[str, Any], tuning: str, write_config: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [write_config(tiny), *DRY, "--array", "train.optimizer.lr=1e-3,3e-3", "--export", "runs/hf"]
+    first, second, third = _scripts(capsys, *arguments, "--then", tuning, "train.steps=2")
+    assert all("#SBATCH --array=0-1\n" in script for script in (first, second, third))
+    assert "values=(1e-3 3e-3)\n" in first and '"train.optimizer.lr=${values[$SLURM_ARRAY_TASK_ID]}"' in first
+    assert f"run={tiny['train']['run_dir']}-$SLURM_ARRAY_TASK_ID\n" in first and "/run-%a/logs/" in first
+    assert f"base.path={tiny['train']['run_dir']}-$SLURM_ARRAY_TASK_ID \\" in second and "values" not in second
+    assert "-m tune.train" in second and "    train.steps=2 \\" in second
+    assert '-m convert.to_hf "$run" runs/hf-$SLURM_ARRAY_TASK_ID' in third and "run-" not in third
+
+    assert main([*arguments[:-2], "--print-config", "--then", tuning]) == 0
+    configs = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [config["train"]["run_dir"][-2:] for config in configs] == ["-0", "-1", "-0", "-1"]
+    assert [config["train"]["optimizer"]["lr"] for config in configs[:2]] == [0.001, 0.003]
+    assert configs[3]["base"]["path"] == configs[1]["train"]["run_dir"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train.stepz=3", *DRY], "unknown key 'train.stepz'; did you mean 'train.steps'?"),
+        (
+            ["--dry-run"],
+            "how many ranks a node has is not said; give --gpus-per-node N, or --tasks-per-node N for CPUs",
+        ),
+        (["--tasks-per-node", "3", "--dry-run"], "micro_batch_samples x ranks (2 x 3 = 6)"),
+        (["--gpus-per-node", "2", *DRY], "tasks_per_node (1) must be gpus_per_node (2)"),
+        (["--nodes", "0", "--tasks-per-node", "1"], "nodes: input should be greater than or equal to 1, got 0"),
+        (["--time", "24h", *DRY], 'time must look like "24:00:00", "2-12:00:00" or "90" (minutes), got \'24h\''),
+        (["--time", "6", *DRY], "time (6, 360 s) must be more than save_before_s (300 s) and the 60 s"),
+        (["--container", "c", "--venv", "v", *DRY], "venv (v) and container (c) exclude each other"),
+        (["--site", "no-such.yaml", *DRY], "config file no-such.yaml does not exist"),
+        (["data.dir=nowhere", *DRY], "nowhere"),
+        (["train.run_dir=my run", *DRY], "train.run_dir 'my run' stands in SLURM's options"),
+        (["--array", "train.seed", *DRY], "--array 'train.seed' must be a field and two or more different values"),
+        (["--array", "train.seed=1,1", *DRY], "two or more different values"),
+        (["--array", "train.sed=1,2", *DRY], "unknown key 'train.sed'; did you mean 'train.seed'?"),
+        (["--then", "{config}", *DRY], "is no config of stage two, it has no base block"),
+        (["--then", "{tuning}", "base.path=x", *DRY], "leave base.path=x out"),
+        (["--then", "{tuning}", "train.run_dir={run}", *DRY], "two runs of the chain have the folder"),
+        (["--export", "{full}", *DRY], "exists already, and nothing is written over"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_nothing_is_written(
+    tiny: dict[str, Any],
+    tuning: str,
+    write_config: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    config, run = write_config(tiny), tiny["train"]["run_dir"]
+    places = {"config": config, "tuning": tuning, "run": run, "full": str(Path(config).parent)}
+    with pytest.raises(SystemExit) as end:
+        main([config, *(argument.format(**places) for argument in arguments)])
+    printed = capsys.readouterr()
+    assert end.value.code == 1 and not printed.out and not Path(run).exists()
+    assert printed.err.startswith("error: ") and sentence in printed.err and printed.err.count("\n") == 1
+
+
+def test_stage_two_needs_its_base_unless_it_comes_before(tuning: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([tuning, *DRY])
+    assert "base.path nowhere does not exist" in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_not_gone_on_with_unasked(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000004").mkdir(parents=True)
+    sentence = "already holds checkpoints; give train.checkpoint.resume=auto"
+    with pytest.raises(SystemExit):
+        main([write_config(tiny), *CPUS])
+    assert sentence in capsys.readouterr().err
+    assert main([write_config(tiny), *DRY]) == 0  # nothing is submitted: the script, and what would be wrong with it
+    printed = capsys.readouterr()
+    assert printed.out.startswith("#!/bin/bash")
+    assert printed.err.startswith(f"note: this would not be submitted: {tiny['train']['run_dir']}")
+    (script,) = _scripts(capsys, write_config(tiny), *DRY, "train.checkpoint.resume=required")
+    assert 'train.run_dir="$run" train.checkpoint.resume=required\n' in script
+    assert script.count("train.checkpoint.resume=") == 1
+
+
+def test_what_the_job_sets_itself_is_passed_once(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (script,) = _scripts(capsys, write_config(tiny), *DRY, f"train.run_dir={tmp_path / 'other'}", "train.steps=9")
+    assert script.count("train.run_dir=") == 1 and f"run={tmp_path / 'other'}\n" in script and "train.steps=9" in script
+
+
+def test_a_rank_with_a_gpu_has_some_cores(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (gpu,) = _scripts(capsys, write_config(tiny), "--gpus-per-node", "2", "--dry-run")
+    (cpu,) = _scripts(capsys, write_config(tiny), *DRY)
+    assert "#SBATCH --cpus-per-task=4\n" in gpu and "#SBATCH --cpus-per-task=1\n" in cpu
+
+
+def test_without_slurm_there_is_still_the_dry_run(
+    tiny: dict[str, Any],
+    write_config: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = write_config(tiny)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(SystemExit):
+        main([config, *CPUS])
+    assert "there is no sbatch here" in capsys.readouterr().err and not Path(tiny["train"]["run_dir"]).exists()
+    assert main([config, *DRY]) == 0
+
+
+def test_the_copied_code_is_complete_and_knows_its_commit(tmp_path: Path) -> None:
+    submit.copy_code(tmp_path / "code")
+    check = (
+        "from importlib.util import find_spec\n"
+        "import trainer.code_state as state\n"
+        "print(*(find_spec(n).origin for n in ('pretrain.train', 'tune.train', 'convert.to_hf')), state.commit())"
+    )
+    command = [sys.executable, "-P", "-c", check]
+    environment = {"PYTHONPATH": str(tmp_path / "code"), "PATH": "/usr/bin:/bin", "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *files, commit = done.stdout.split()
+    assert files == [str(tmp_path / f"code/{name}.py") for name in ("pretrain/train", "tune/train", "convert/to_hf")]
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert commit.removesuffix("-dirty") == (head.stdout.strip() or "None")
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [
+        ("90", 5400), ("1:30", 90), ("2:00:00", 7200), ("1-0", 86_400), ("1-12:30", 131_400), ("1-12:30:15", 131_415),
+        ("24h", None), ("1:2:3:4", None), ("", None), ("-1", None),
+    ],
+)  # fmt: skip
+def test_time_limits_are_read_as_slurm_reads_them(time: str, expected: int | None) -> None:
+    assert seconds(time) == expected
+
+
+def test_an_unquoted_time_is_not_taken_for_minutes(tmp_path: Path) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("tasks_per_node: 1\ntime: 24:00:00\n")
+    with pytest.raises(ValueError, match="time: must be in quotes"):
+        load_site(site, {})
+
+
+def test_every_field_is_described_shown_and_used(tmp_path: Path) -> None:
+    text = SHIPPED_FILE.read_text()
+    sources = "".join(path.read_text() for path in SHIPPED_FILE.parent.iterdir() if path.suffix in (".py", ".sbatch"))
+    for name, field in SlurmConfig.model_fields.items():
+        assert field.description and field.description.rstrip().endswith("."), name
+        assert re.search(rf"^(# )?{name}:", text, re.MULTILINE), name
+        assert re.search(rf"\b(site|self)\.{name}\b", sources), name
+    for line in re.findall(r"^# (\w+:.*)", text, re.MULTILINE):  # each example is valid
+        site = tmp_path / "site.yaml"
+        needed = "" if "per_node" in line else "tasks_per_node: 1\n"
+        site.write_text(needed + line)
+        assert load(site, [], SlurmConfig)
+
+
+@pytest.mark.parametrize("key", ["train.run_dir", "train.checkpoint.resume", "base.path"])
+def test_an_array_over_what_every_job_sets_itself_is_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"--array {key} would be overridden"):
+        parse_array(f"{key}=a,b")

@@ -1,0 +1,145 @@
+"""What stays, what it takes at most, and that a disk or quota too small for it is noticed at the start."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.trainer.checkpoints.test_resume import fake
+from trainer.checkpoints import manifest, retention
+from trainer.checkpoints import save as saving
+from trainer.config import CheckpointConfig, TrainConfig
+from trainer.distributed import World
+
+GB = 10**9
+
+
+def training(steps: int = 100, **checkpoints: Any) -> TrainConfig:
+    block = {"steps": steps, "global_batch_samples": 1, "micro_batch_samples": 1, "checkpoint": checkpoints}
+    return TrainConfig.model_validate(block)
+
+
+@pytest.fixture
+def engine() -> Any:
+    """One whose checkpoints take 16 GB: 1.5e9 bf16 parameters of which 13/12e9 are trained."""
+    trained = torch.empty(13 * GB // 12, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    frozen = torch.empty(3 * GB // 2 - trained.numel(), dtype=torch.bfloat16, device="meta")
+    return SimpleNamespace(module=SimpleNamespace(parameters=lambda: iter([trained, frozen])))
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Have every disk so many GB free."""
+
+    def free(gigabytes: float) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=int(gigabytes * GB)))
+
+    return free
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "keep", "milestones"),
+    [
+        (100, 10, 2, 0),
+        (100, 10, 2, 30),
+        (95, 10, 3, 20),
+        (9, 10, 2, 5),
+        (10, 10, 1, 10),
+        (40, 7, 1, 14),
+        (30, 10, 5, 10),
+    ],
+)
+def test_themost_at_once_is_what_a_run_comes_to(
+    tmp_path: Path, world: World, steps: int, every: int, keep: int, milestones: int
+) -> None:
+    config = CheckpointConfig.model_validate({"every_steps": every, "keep": keep, "keep_every_steps": milestones})
+    most = 0
+    for step in [*range(every, steps, every), steps]:
+        saved = fake(tmp_path, step)
+        most = max(most, len(retention.newest_first(tmp_path)))
+        retention.prune(tmp_path, saved, config)
+    train = training(steps, every_steps=every, keep=keep, keep_every_steps=milestones)
+    assert retention.most_at_once(train) == most
+
+
+def test_a_disk_that_will_not_hold_the_run_is_told_at_its_start(
+    tmp_path: Path, world: World, engine: Any, disk: Callable[[float], None]
+) -> None:
+    """Two to keep, one being written, and the milestones of steps 30 and 60 behind them: 80 GB."""
+    train = training(every_steps=10, keep=2, keep_every_steps=30)
+    disk(80.001)
+    assert retention.check_plan(engine, tmp_path, train, world) is None
+    disk(79)
+    assert retention.check_plan(engine, tmp_path, train, world) == (
+        "this run will have 5 checkpoints at once (train.checkpoint.keep, keep_every_steps and the one being written), "
+        f"about 16.000 GB each, and {tmp_path} has 79.000 GB for them; make room there before it is full, or keep fewer"
+    )
+    big = fake(tmp_path, 30) / "deepspeed" / "weights.pt"  # a resumed run: what it has saved is part of the five
+    with open(big, "wb") as file:
+        file.truncate(2 * GB)
+    assert retention.check_plan(engine, tmp_path, train, world) is None
+
+
+def test_a_quota_too_small_for_the_run_does_not_let_it_start(
+    tmp_path: Path, world: World, engine: Any, disk: Callable[[float], None]
+) -> None:
+    disk(1000)
+    checkpoints = {"every_steps": 10, "keep": 2, "keep_every_steps": 30}
+    assert retention.check_plan(engine, tmp_path, training(**checkpoints, max_gb=80.001), world) is None
+    with pytest.raises(ValueError) as told:
+        retention.check_plan(engine, tmp_path, training(**checkpoints, max_gb=79.5), world)
+    assert str(told.value).startswith("train.checkpoint.max_gb (79.5) is too little for 5 checkpoints at once")
+    assert str(told.value).endswith(f"in {tmp_path}; raise it to 80.000, or keep fewer")
+    for name in ("abandoned-1", "step-00000020.partial"):  # the second is gone with the next save
+        (tmp_path / name).mkdir()
+        with open(tmp_path / name / "weights.pt", "wb") as file:
+            file.truncate(3 * GB)
+    with pytest.raises(ValueError, match=r"each beside 3\.000 GB of other files in .*; raise it to 83\.000"):
+        retention.check_plan(engine, tmp_path, training(**checkpoints, max_gb=81), world)
+
+
+def test_a_save_that_the_quota_has_no_room_for_is_refused(
+    tmp_path: Path, world: World, engine: Any, disk: Callable[[float], None]
+) -> None:
+    disk(1000)
+    with open(fake(tmp_path, 7) / "deepspeed" / "more.pt", "wb") as file:
+        file.truncate(15 * GB)
+    retention.check_room(engine, tmp_path, "step-00000008", 31.1)
+    retention.check_room(engine, tmp_path, "step-00000008", None)
+    with pytest.raises(ValueError) as told:
+        retention.check_room(engine, tmp_path, "step-00000008", 30.0)
+    assert str(told.value) == (
+        f"checkpoint step-00000008 needs about 16.000 GB in {tmp_path}, where train.checkpoint.max_gb (30) leaves "
+        "15.000 GB; raise it or remove what is no longer wanted there and resume: the newest checkpoint is "
+        "step-00000007"
+    )
+
+
+def test_a_run_with_a_quota_ends_before_it_begins_or_with_the_older_checkpoint_whole(
+    tiny: dict[str, Any], world: World, train_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 1.2 MB each and three at once; the quota then shrinks by what somebody else puts there."""
+    folder = Path(tiny["train"]["run_dir"]) / "checkpoints"
+    tiny["train"]["log"]["images"] = False
+    assert train_here(tiny, "train.checkpoint.max_gb=0.001") == 1
+    assert "error: train.checkpoint.max_gb (0.001) is too little for 2 checkpoints at once" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+    assert train_here(tiny, "train.steps=2", "train.checkpoint.max_gb=0.01") == 0
+    save = saving.check_room
+
+    def meanwhile(*arguments: Any) -> None:
+        (folder / "notes").write_bytes(bytes(8_500_000))
+        save(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "check_room", meanwhile)
+        assert train_here(tiny, "train.checkpoint.resume=auto", "train.checkpoint.max_gb=0.01") == 1
+    error = capsys.readouterr().err
+    assert "checkpoint step-00000004 needs about 0.00" in error and error.endswith("checkpoint is step-00000002\n")
+    assert manifest.newest_whole(folder, world) == (folder / "step-00000002", [])

@@ -1,0 +1,94 @@
+"""What a run and a checkpoint are, and where everything of a checkpoint lies; nobody else knows the names.
+
+RUN/                        a run: a folder with checkpoints/ in it; the rest of it is in trainer/run_folder.py
+  checkpoints/
+    step-00001000/          a checkpoint that was finished; whether it still is whole, manifest.py finds out
+      deepspeed/            the engine's own files: weights, optimiser state, per rank under ZeRO
+      trainer.pt            step, samples consumed, budget prices, and what else the trainer must get back
+      rng-00000.pt          random-number generators of rank 0, and so on
+      config.yaml           the run's config
+      manifest.json         written last
+    step-00002000.partial/  being written, or never finished
+    step-00000500.removed/  no longer kept
+    abandoned-1/            what launch.rewind has taken out of the way
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG = "config.yaml"
+"""Of a run, a checkpoint and a folder of weights alike."""
+ENGINE, STATE = "deepspeed", "trainer.pt"
+_CHECKPOINTS, _STEP, _PARTIAL, _REMOVED, _ABANDONED = "checkpoints", "step-", ".partial", ".removed", "abandoned-"
+
+
+def checkpoints_of(run: str | Path) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(run) / _CHECKPOINTS
+
+
+def is_run(path: Path) -> bool:
+    """True for a run folder that was started at least once."""
+    return checkpoints_of(path).is_dir()
+
+
+def run_of(path: Path) -> Path | None:
+    """The run that ``path`` is, or is a checkpoint of; None for anything else, such as a checkpoint that was copied."""
+    if is_run(path):
+        return path
+    parent = path.resolve().parent
+    return parent.parent if parent.name == _CHECKPOINTS else None
+
+
+def checkpoint_at(folder: Path, step: int) -> Path:
+    """The checkpoint after ``step`` optimiser steps, there or not; ``folder`` as :func:`checkpoints_of` gives it."""
+    return folder / f"{_STEP}{step:08d}"
+
+
+def newest_first(folder: Path) -> list[Path]:
+    """All that have a finished checkpoint's name."""
+    found = [p for p in folder.glob(f"{_STEP}*") if p.is_dir() and p.name.removeprefix(_STEP).isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def newest_name(folder: Path) -> str:
+    """Which checkpoint a run could go on from, as half a sentence."""
+    names = [p.name for p in newest_first(folder)]
+    return f"the newest checkpoint is {names[0]}" if names else "no earlier checkpoint was written"
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps done, by its name."""
+    return int(checkpoint.name.removeprefix(_STEP))
+
+
+def rng_name(rank: int) -> str:
+    """File of a rank's random-number generators."""
+    return f"rng-{rank:05d}.pt"
+
+
+def partial_of(checkpoint: Path) -> Path:
+    """Where ``checkpoint`` is written until it is whole."""
+    return checkpoint.with_name(checkpoint.name + _PARTIAL)
+
+
+def removed_of(checkpoint: Path) -> Path:
+    """What ``checkpoint`` is called while it is deleted."""
+    return checkpoint.with_name(checkpoint.name + _REMOVED)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What is being written, or was never finished."""
+    return sorted(folder.glob(f"*{_PARTIAL}"))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What the next save removes: see :func:`partial_of` and :func:`removed_of`."""
+    return [*unfinished(folder), *folder.glob(f"*{_REMOVED}")]
+
+
+def next_abandoned(folder: Path) -> Path:
+    """A folder for what a run did and is to be forgotten, with a number that none has had yet."""
+    names = [path.name.removeprefix(_ABANDONED) for path in folder.glob(f"{_ABANDONED}*")]
+    return folder / f"{_ABANDONED}{max((int(name) for name in names if name.isdigit()), default=0) + 1}"

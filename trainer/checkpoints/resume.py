@@ -1,0 +1,153 @@
+"""Going on from a checkpoint: which one, whether it fits, and everything put back.
+
+Resume takes the newest folder whose files match its manifest (``manifest.py``). How it was written: ``save.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.init import generator_of
+from settings import peek
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import CONFIG, ENGINE, STATE, newest_first, rng_name
+from trainer.checkpoints.reshard import reshard
+from trainer.checkpoints.retention import refuse_taken
+from trainer.checkpoints.rng import set_rng_state
+from trainer.checkpoints.save import conditions
+from trainer.checkpoints.zero_files import only_tensors
+from trainer.config import StageConfig
+from trainer.distributed import World
+
+
+def to_resume(folder: Path, resume: str, world: World) -> Path | None:
+    """The checkpoint to start from, or None for a fresh start; torn ones are told and passed over; collective.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        resume: ``never``, ``auto`` or ``required``, as in the config.
+
+    Raises:
+        ValueError: where a silent start from step 0 would throw away or overwrite work.
+    """
+    there = world.broadcast_object([p.name for p in newest_first(folder)] if world.is_main else None)
+    refuse_taken(folder, there, resume)
+    if resume == "never":
+        return None
+    found, torn = manifest.newest_whole(folder, world)
+    if world.is_main:
+        for sentence in torn:
+            print(f"passed over: {sentence}", flush=True)
+    if found is None and there:
+        raise ValueError(
+            f"cannot resume from {folder}: none of {', '.join(there)} is whole; check train.run_dir, or remove that "
+            "folder and start afresh with train.checkpoint.resume=never"
+        )
+    return found
+
+
+def load(
+    engine: Any, checkpoint: Path, fingerprint: str, config: StageConfig, world: World
+) -> tuple[dict[str, Any], str]:
+    """Put everything back; return the trainer's ``state``, and how it is laid out otherwise here; collective.
+
+    Written by as many ranks, at the same ZeRO stage and precision, it comes back bit by bit. Otherwise weights and
+    optimiser state are dealt out anew, and the run goes on to float tolerance; see ``reshard.py``.
+
+    Raises:
+        ValueError: if the run's config or data do not fit the checkpoint.
+    """
+    written = manifest.read(checkpoint, world)
+    change = _check_fit(written, checkpoint, fingerprint, config, world)
+    with only_tensors(checkpoint):
+        if change:
+            reshard(engine, checkpoint / ENGINE, written, world.rank, world.size)
+        else:
+            _load_as_it_is(engine, checkpoint)
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+        rng = None
+        if written["world_size"] == world.size:
+            rng = torch.load(checkpoint / rng_name(world.rank), map_location="cpu", weights_only=True)
+    if rng is None:  # there are none for these ranks: dropout goes on with others, the same at every such resume
+        name = f"resume/{state['step']}/{world.rank}/{world.size}"
+        torch.manual_seed(generator_of(config.train.seed, name).initial_seed())
+    else:
+        set_rng_state(rng)
+    return state, change
+
+
+def _layout_change(written: dict[str, Any], blocks: dict[str, Any], config: StageConfig, world: World) -> str:
+    """How a checkpoint's state is laid out otherwise than here, in words; empty if it is not."""
+    here = conditions(config, world)
+    names = {"world_size": "ranks", "zero_stage": "ZeRO stage", "precision": "precision"}
+    if written["zero_stage"] == here["zero_stage"] == 0:
+        del names["world_size"]  # every rank has everything
+    pairs = {word: (written[name], here[name]) for name, word in names.items()}
+    extra = (blocks["deepspeed"] or {}).get("extra", {})
+    for name in ("zero_optimization", "data_types"):  # order and cuts of the partitions, class of the optimiser
+        pairs[f"deepspeed.extra.{name}"] = extra.get(name), config.deepspeed.extra.get(name)
+    return ", ".join(f"{word} {there} there and {own} here" for word, (there, own) in pairs.items() if there != own)
+
+
+def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    path, _ = engine.load_checkpoint(str(checkpoint), tag=ENGINE)
+    if path is None:
+        raise ValueError(f"DeepSpeed found nothing to load in {checkpoint}; the checkpoint is not one of this project")
+    # With an optimiser's state come the checkpoint's rates and decays; this run's are those of its config.
+    for group, own in zip(engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+
+
+def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> str:
+    """Refuse what cannot be gone on from; return how its state is laid out otherwise than here."""
+    blocks = peek(checkpoint / CONFIG)
+    if ("base" in blocks) != hasattr(config, "base"):
+        writer, reader = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
+        raise ValueError(f"{checkpoint} was written by {writer}, this is {reader}; give each its own train.run_dir")
+    here = conditions(config, world)
+    differ = [f"{n} {written.get(n)} there, {here[n]} here" for n in ("optimizer", "seed") if written.get(n) != here[n]]
+    if differ:
+        raise ValueError(
+            f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same optimizer "
+            "and seed"
+        )
+    change = _layout_change(written, blocks, config, world)
+    if change and here["optimizer"] != "adamw":
+        raise ValueError(
+            f"{checkpoint} has the state of {here['optimizer']}, which cannot be dealt out anew ({change}); resume it "
+            "with the same number of ranks, ZeRO stage and precision"
+        )
+    there = written["data_fingerprint"]
+    if there != fingerprint and there[:12] != config.train.checkpoint.accept_data:
+        raise ValueError(
+            f"{checkpoint} was trained on other data or another order (its data fingerprint is {there[:12]}, this "
+            f"config's is {fingerprint[:12]}); resume with the same shards, data.seed, sequence_tokens and weights, "
+            f"start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on with the other data"
+        )
+    model = blocks["model"]
+    sizes = config.model.model_dump(mode="json")
+    changed = [
+        f"model.{key} {model.get(key)} there, {value} here"
+        for key, value in sizes.items()
+        if key != "router" and model.get(key) != value
+    ]
+    routers = model["router"] or {}, sizes["router"] or {}
+    for key in ("granularity", "kind", "input", "always_on_first", "always_on_last"):
+        then, now = (router.get(key) for router in routers)
+        if then != now:
+            changed.append(f"router {key} {then} there, {now} here")
+    for name, value in config.structure().items():
+        block, _, field = name.partition(".")
+        there = (blocks.get(block) or {}).get(field)
+        if there != value:
+            changed.append(f"{name} {there} there, {value} here")
+    if changed:
+        raise ValueError(
+            f"{checkpoint} holds another model ({'; '.join(changed)}); resume with the blocks that the run was started "
+            "with, or start a new run_dir"
+        )
+    return change

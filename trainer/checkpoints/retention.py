@@ -1,0 +1,144 @@
+"""Which checkpoints stay, and whether the disk holds them.
+
+The ``keep`` newest stay, and those at multiples of ``keep_every_steps``; one more is there while it is written. A run
+says at its start if the disk has no room for as many, long before the save that would fail; and no save begins for
+which there is no room. ``max_gb`` is for disks whose quota the system does not tell as free space.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.checkpoints.layout import leftovers, newest_first, newest_name, removed_of, step_of
+from trainer.config import CheckpointConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
+
+
+def refuse_taken(folder: Path, there: Sequence[str], resume: str) -> None:
+    """Raise ValueError if a start with ``resume`` must not be made where ``folder`` holds the checkpoints ``there``.
+
+    Where it may resume, whether one of them is whole is for :func:`trainer.checkpoints.resume.to_resume` to find out.
+    """
+    if there and resume == "never":
+        raise ValueError(
+            f"{folder} already holds {there[0]}; set train.checkpoint.resume=auto to go on with that run, or "
+            "give another train.run_dir"
+        )
+    if not there and resume == "required":
+        raise ValueError(
+            f"cannot resume from {folder}: there is no checkpoint; check train.run_dir, or remove that folder and "
+            "start afresh with train.checkpoint.resume=never"
+        )
+
+
+def prune(folder: Path, newest: Path, config: CheckpointConfig) -> None:
+    """Remove checkpoints older than ``newest`` (just written, so whole) beyond the ``keep`` newest.
+
+    Those at multiples of ``keep_every_steps`` stay. Torn ones with a higher step do not count: a run that went back
+    behind them must not lose what it went back to.
+    """
+    mine = [found for found in newest_first(folder) if step_of(found) <= step_of(newest)]
+    for old in mine[config.keep :]:
+        if not config.keep_every_steps or step_of(old) % config.keep_every_steps:
+            remove(old)
+
+
+def check_plan(engine: Any, folder: Path, train: TrainConfig, world: World) -> str | None:
+    """A sentence if the disk of ``folder`` has no room for all that the run will keep at once; collective.
+
+    Raises:
+        ValueError: if ``max_gb`` has none.
+    """
+    warning, problem = None, None
+    if world.is_main:
+        count, size = most_at_once(train), _checkpoint_bytes(engine)
+        # Those of the run itself, and what the next save will remove.
+        own = (*newest_first(folder), *leftovers(folder))
+        present = sum(bytes_below(found) for found in own)
+        others = bytes_below(folder) - present
+        what = (
+            f"{count} checkpoints at once (train.checkpoint.keep, keep_every_steps and the one being written), about "
+            f"{size / 1e9:.3f} GB each"
+        )
+        max_gb, room = train.checkpoint.max_gb, shutil.disk_usage(folder).free + present
+        if max_gb is not None and others + count * size > max_gb * 1e9:
+            beside = f" beside {others / 1e9:.3f} GB of other files" if others else ""
+            problem = (
+                f"train.checkpoint.max_gb ({max_gb:g}) is too little for {what}{beside} in {folder}; raise it to "
+                f"{(others + count * size) / 1e9:.3f}, or keep fewer"
+            )
+        elif count * size > room:
+            warning = (
+                f"this run will have {what}, and {folder} has {room / 1e9:.3f} GB for them; make room there before "
+                "it is full, or keep fewer"
+            )
+    warning, problem = world.broadcast_object((warning, problem))
+    if problem:
+        raise ValueError(problem)
+    return warning
+
+
+def check_room(engine: Any, folder: Path, name: str, max_gb: float | None) -> None:
+    """Refuse, before anything is written, a save that there is no room for.
+
+    Raises:
+        ValueError: with how much is needed and how much is there.
+    """
+    needed = _checkpoint_bytes(engine)
+    free = shutil.disk_usage(folder).free
+    left = float("inf") if max_gb is None else max_gb * 1e9 - bytes_below(folder)
+    shortage = None
+    if free < needed:
+        shortage = f"where {free / 1e9:.3f} GB are free; make room there"
+    elif left < needed:
+        shortage = (
+            f"where train.checkpoint.max_gb ({max_gb:g}) leaves {max(left, 0) / 1e9:.3f} GB; raise it or remove what "
+            "is no longer wanted there"
+        )
+    if shortage:
+        raise ValueError(
+            f"checkpoint {name} needs about {needed / 1e9:.3f} GB in {folder}, {shortage} and resume: "
+            f"{newest_name(folder)}"
+        )
+
+
+def remove(checkpoint: Path) -> None:
+    """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint."""
+    doomed = removed_of(checkpoint)
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def most_at_once(train: TrainConfig) -> int:
+    """Most checkpoints of the run that are there at the same time: while the last one is being written."""
+    config = train.checkpoint
+    saves = [*range(config.every_steps, train.steps, config.every_steps), train.steps]
+    older = saves[: -config.keep - 1]
+    milestones = [step for step in older if config.keep_every_steps and step % config.keep_every_steps == 0]
+    return len(saves) - len(older) + len(milestones)
+
+
+def _checkpoint_bytes(engine: Any) -> int:
+    """About what one takes: weights, and for those that are trained fp32 masters and two moments."""
+    total = 0
+    for parameter in engine.module.parameters():
+        count = getattr(parameter, "ds_numel", parameter.numel())
+        total += count * (parameter.element_size() + 12 * parameter.requires_grad)
+    return total
+
+
+def bytes_below(folder: Path) -> int:
+    """Of all files below ``folder``, as far as they stay while one looks."""
+    total = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += os.stat(os.path.join(inside, name)).st_size
+    return total

@@ -1,0 +1,347 @@
+"""Writing a checkpoint while training goes on.
+
+    copy     every rank copies its state to host memory; only for this does training wait
+    write    a thread of each rank writes its own files, syncs and hashes them, and leaves a receipt
+    finish   rank 0's thread, once all receipts are there, writes the manifest and renames the folder
+
+A save begins only after the one before has ended, so at most one copy of a rank's state is held. The threads use no
+collectives, which would cross those of the training step: what they agree on are files. A thread that fails makes its
+rank ask to stop; at the next step all ranks end together with its reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.files import read_json, write_json
+from settings import to_yaml
+from trainer import code_state
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import (
+    CONFIG,
+    ENGINE,
+    STATE,
+    checkpoint_at,
+    leftovers,
+    newest_name,
+    partial_of,
+    rng_name,
+)
+from trainer.checkpoints.retention import bytes_below, check_room, prune, remove
+from trainer.checkpoints.rng import rng_state
+from trainer.config import StageConfig
+from trainer.distributed import World
+from trainer.log import logger_of_run
+
+_POLL_S = 0.05
+_SHARED_DISK_S = 30.0
+"""How long a folder that rank 0 has made may take to show on other machines."""
+_QUIET_S = 60.0
+"""How long nothing new may come into a checkpoint before a rank that waits for it stops saying that all is well."""
+_FIRST_ERROR_S = 5.0
+"""The same where an error has ended this rank, and probably others."""
+_FAILED = "failed-"
+"""Begins the name of the file that a rank leaves which cannot write its part."""
+
+
+def conditions(config: StageConfig, world: World) -> dict[str, Any]:
+    """What decides how a checkpoint's state is laid out and computed, besides the data and the model."""
+    return {
+        "world_size": world.size,
+        "zero_stage": config.deepspeed.zero_stage,
+        "precision": config.train.precision,
+        "optimizer": config.train.optimizer.kind,
+        "seed": config.train.seed,
+    }
+
+
+class Saver:
+    """Writes a run's checkpoints, one after the other.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        fingerprint: of the data and its order.
+        config: the run's config.
+        world: this process among all; :meth:`save` and :meth:`wait` are collective.
+        tell: takes a sentence for each checkpoint that is whole; called on rank 0, from the thread.
+        tick: called while one waits for a checkpoint that grows, so that a long save is not taken for a hang.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        config: StageConfig,
+        world: World,
+        tell: Callable[[str], None] = print,
+        tick: Callable[[], None] = lambda: None,
+    ):
+        self.folder, self.fingerprint, self.config, self.world = folder, fingerprint, config, world
+        self.tell, self.tick = tell, tick
+        self._thread: threading.Thread | None = None
+        self._reset()
+
+    @property
+    def failed(self) -> bool:
+        """True once this rank knows that a checkpoint will not become whole; :meth:`wait` says why."""
+        return self._problem is not None
+
+    def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
+        """Copy everything, start to write it, and return the folder that it will have.
+
+        Args:
+            engine: the DeepSpeed engine, at an accumulation boundary.
+            step: optimiser steps done.
+            state: what the trainer must get back, the same on every rank; tensors, numbers, strings, lists and dicts.
+
+        Raises:
+            ValueError: if the save before failed, or this one has no room or no folder; older ones are untouched.
+        """
+        self.wait()
+        start = time.perf_counter()
+        final = checkpoint_at(self.folder, step)
+        partial = partial_of(final)
+        self._make_room(engine, partial)
+        files = _captured(engine, partial)
+        files[partial / rng_name(self.world.rank)] = rng_state()
+        if self.world.is_main:
+            files[partial / STATE] = _on_host(state, {})
+            files[partial / CONFIG] = to_yaml(self.config)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the copies to pinned memory are under way
+        facts = {
+            "step": step,
+            **conditions(self.config, self.world),
+            "data_fingerprint": self.fingerprint,
+            "commit": code_state.commit() if self.world.is_main else None,
+        }
+        self._final, self._partial = final, partial
+        self._thread = threading.Thread(target=self._run, args=(files, partial, facts, start), name=f"save {step}")
+        self._waited_s = time.perf_counter() - start
+        self._thread.start()
+        return final
+
+    def wait(self) -> None:
+        """Return when the checkpoint under way, if any, is whole.
+
+        Raises:
+            ValueError: if it could not be written, on every rank.
+        """
+        if self._thread is None:
+            return
+        self._watch(_QUIET_S)
+        self._written.wait()
+        problem = next((p for p in self.world.gather_objects(self._problem) if p), None)
+        if problem:
+            self._given_up.set()
+        self._thread.join()
+        problem = problem or self.world.broadcast_object(self._problem)
+        name = self._final.name
+        self._reset()
+        if problem:
+            raise ValueError(
+                f"checkpoint {name} could not be written to {self.folder} {problem}: {newest_name(self.folder)}"
+            )
+
+    def end(self) -> None:
+        """After an error: finish what this rank has begun to write; of the others wait for nobody who has stopped."""
+        if self._thread is not None:
+            self._watch(_FIRST_ERROR_S)
+            self._given_up.set()
+            self._thread.join()
+
+    def _watch(self, quiet_s: float) -> None:
+        """Tick as long as the checkpoint under way grows; return when it is over, or nothing has come for a while."""
+        size, since, pause_s = -1, time.monotonic(), _POLL_S
+        while not (self._written.is_set() and (self.failed or not self._partial.exists())):
+            grown = bytes_below(self._partial)
+            if _is_given_up(self._partial):
+                return
+            if grown != size:
+                size, since = grown, time.monotonic()
+                self.tick()
+            if self._written.is_set() and time.monotonic() - since > quiet_s:
+                return
+            self._given_up.wait(pause_s)
+            pause_s = min(2 * pause_s, 1.0)
+
+    def _reset(self) -> None:
+        self._problem: str | None = None
+        self._thread, self._waited_s, self._final, self._partial = None, 0.0, self.folder, self.folder
+        self._written, self._given_up = threading.Event(), threading.Event()
+
+    def _make_room(self, engine: Any, partial: Path) -> None:
+        """An empty folder that all ranks see, on a disk with room for the checkpoint."""
+        problem = None
+        if self.world.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                for stale in leftovers(self.folder):
+                    shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
+                check_room(engine, self.folder, partial.stem, self.config.train.checkpoint.max_gb)
+                partial.mkdir()
+            except ValueError as error:
+                problem = str(error)
+            except OSError as error:
+                problem = (
+                    f"{partial} cannot be made ({error.strerror}); make {self.folder} writable, and resume: "
+                    f"{newest_name(self.folder)}"
+                )
+        problem = self.world.broadcast_object(problem)
+        if problem is None:
+            unseen = [r for r, seen in enumerate(self.world.gather_objects(_appears(partial))) if not seen]
+            if unseen:
+                problem = (
+                    f"rank {unseen[0]} does not see {partial}, which rank 0 has made; put train.run_dir on a disk that "
+                    "all machines share"
+                )
+        if problem:
+            raise ValueError(problem)
+
+    def _run(self, files: dict[Path, Any], partial: Path, facts: dict[str, Any], start: float) -> None:
+        """The thread: nothing that it raises may be lost, and nothing else of it may wait for ever."""
+        try:
+            receipt = {}
+            while files:  # each file's copy is let go once it is on the disk
+                path, content = files.popitem()
+                _write(path, content)
+                del content
+                receipt[str(path.relative_to(partial))] = manifest.entry_of(path)
+            write_json(partial / _receipt_name(self.world.rank), receipt)
+        except Exception as error:
+            self._problem = _reason(error)
+            with suppress(OSError):  # an empty file may find room where nothing else does
+                (partial / f"{_FAILED}{self.world.rank:05d}").touch()
+        finally:
+            files.clear()
+            self._written.set()
+        if not self.world.is_main or self._problem:
+            return
+        try:
+            if self._finish(partial, facts):
+                took_s = time.perf_counter() - start
+                self.tell(f"saved {self._final} in {took_s:.1f} s, of which training waited {self._waited_s:.1f} s")
+        except Exception as error:
+            self._problem = _reason(error)
+
+    def _finish(self, partial: Path, facts: dict[str, Any]) -> bool:
+        """Rank 0, when all have written: manifest, name, and away with what is no longer kept; False if given up."""
+        receipts = [partial / _receipt_name(rank) for rank in range(self.world.size)]
+        start, patience_s = time.monotonic(), self.config.train.timeout_s
+        while not all(receipt.is_file() for receipt in receipts):
+            if self._given_up.wait(_POLL_S):
+                return False
+            if time.monotonic() - start > patience_s:
+                raise OSError(f"not every rank had written its part after {patience_s:.0f} s")
+        files = {name: entry for receipt in receipts for name, entry in read_json(receipt).items()}
+        for receipt in receipts:
+            receipt.unlink()
+        manifest.write(partial, facts, files)
+        if self._final.exists():  # a torn one, or a run that was rewound and came here again
+            remove(self._final)
+        partial.rename(self._final)
+        _sync(self.folder)
+        prune(self.folder, self._final, self.config.train.checkpoint)
+        return True
+
+
+@contextmanager
+def _capturing(engine: Any, taken: dict[Path, Any]) -> Iterator[None]:
+    """Let what DeepSpeed would write come here instead, as copies on the host."""
+    writer = engine.checkpoint_engine
+
+    def save(state_dict: Any, path: str) -> None:
+        taken[Path(path)] = _on_host(state_dict, {})
+
+    writer.save = save
+    # Its converters unpickle whatever a file holds, and do not know every stage: no code goes into a checkpoint.
+    engine._copy_recovery_script = lambda folder: None
+    try:
+        yield
+    finally:
+        del writer.save, engine._copy_recovery_script  # the classes' own are back
+
+
+def _captured(engine: Any, partial: Path) -> dict[Path, Any]:
+    taken: dict[Path, Any] = {}
+    with _capturing(engine, taken):
+        engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
+    return taken
+
+
+def _on_host(value: Any, seen: dict[tuple[Any, ...], Tensor]) -> Any:
+    """A copy in host memory that shares nothing with ``value``; tensors that are the same one stay so."""
+    if isinstance(value, Tensor):
+        place = (value.data_ptr(), value.storage_offset(), value.dtype, value.shape, value.stride())
+        if place not in seen:
+            target = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            seen[place] = target.copy_(value.detach(), non_blocking=True)
+        return seen[place]
+    if isinstance(value, dict):
+        return type(value)((key, _on_host(inner, seen)) for key, inner in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_on_host(inner, seen) for inner in value)
+    if isinstance(value, Enum):  # Python 3.11.2 pickles its members by a call to getattr, which loading refuses
+        return value.value
+    return copy.deepcopy(value)
+
+
+def _is_given_up(partial: Path) -> bool:
+    """True if a rank has left word that it cannot write its part; ``partial`` may get its final name meanwhile."""
+    try:
+        return any(name.startswith(_FAILED) for name in os.listdir(partial))
+    except FileNotFoundError:
+        return False
+
+
+def _write(path: Path, content: Any) -> None:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    else:
+        torch.save(content, path)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _appears(folder: Path) -> bool:
+    """Whether ``folder`` can be seen from here; a network file system may take a while to show it."""
+    deadline = time.monotonic() + _SHARED_DISK_S
+    while not folder.is_dir():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
+
+
+def _receipt_name(rank: int) -> str:
+    return f"receipt-{rank:05d}.json"
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, and what to do."""
+    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # What torch's file writer says of a full disk; anything else is no matter of the disk.
+    if isinstance(error, OSError) or re.search("write|iostream|inline_container", what):
+        return f"({what}); make room there and resume"
+    logger_of_run().error("saving failed", exc_info=error)
+    return f"({type(error).__name__}: {what}), an error of this program; report it with logs/rank-N.log, and resume"

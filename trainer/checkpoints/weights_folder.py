@@ -1,0 +1,148 @@
+"""A decoder without a run: what an import or a merge writes, and what stage two starts from.
+
+OUT/
+  config.yaml         blocks ``model`` and ``ensemble`` (null without one), and the routing's seed
+  model.safetensors   weights by the decoder's names, in the dtype they came in; a tied head is stored once
+  tokenizer.model ... the tokenizer's files as they were
+  manifest.json       written last: size and SHA-256 of every file, and where the weights came from
+
+Everything is written to ``OUT.tmp``, which is renamed: OUT is either whole or absent.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data.files import temporary_name, write_atomically
+from model.decoder import Decoder
+from settings import load, to_yaml
+from trainer.checkpoints import manifest
+from trainer.checkpoints.empty_decoder import allocate, without_memory
+from trainer.checkpoints.layout import CONFIG
+from trainer.config import WeightsConfig
+from trainer.distributed import ALONE
+
+WEIGHTS = "model.safetensors"
+TOKENIZERS = ("tokenizer.model", "tokenizer.json")
+"""Either is enough to turn text into token ids."""
+_BESIDE_A_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_TOLD = 3
+
+
+def is_weights_folder(path: Path) -> bool:
+    """True for what :func:`write_weights` makes, whole or not."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+
+
+def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: dict[str, Any]) -> None:
+    """Write ``decoder`` and the tokenizer in ``tokenizer_folder`` to ``out``.
+
+    Args:
+        decoder: on the CPU, in any dtypes; they are kept.
+        out: the new folder.
+        tokenizer_folder: holds at least one of ``TOKENIZERS``.
+        facts: further entries of the manifest; ``source`` says in words where the weights came from.
+
+    Raises:
+        ValueError: if ``out`` exists, or there is no tokenizer.
+        OSError: if it cannot be written; nothing is left then.
+    """
+    require_absent(out)
+    tokenizer = tokenizer_files(tokenizer_folder)
+    ensemble = None if decoder.ensemble is None else decoder.ensemble.config
+    config = WeightsConfig(model=decoder.config, ensemble=ensemble, seed=decoder.seed)
+    partial = temporary_name(out)
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed command
+    partial.mkdir(parents=True)
+    try:
+        for file in tokenizer:
+            shutil.copyfile(file, partial / file.name)
+        write_atomically(partial / CONFIG, to_yaml(config).encode())
+        _save(decoder, partial / WEIGHTS)
+        manifest.write(partial, {"kind": "weights", **facts})
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def read_weights(folder: Path, disk: Path | None = None) -> tuple[Decoder, WeightsConfig]:
+    """The decoder that ``folder`` holds, with its ensemble if it has one: fp32, on the CPU, in evaluation mode.
+
+    Args:
+        folder: as :func:`write_weights` makes it.
+        disk: keep the weights in a file without a name in this folder; in memory unless given.
+
+    Raises:
+        ValueError: if a file is missing or was changed, or the weights are those of another model.
+    """
+    problem = manifest.problem_of(folder, ALONE)
+    if problem is not None:
+        raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
+    config = load(folder / CONFIG, [], WeightsConfig)
+    decoder = without_memory(config.model, config.seed, config.ensemble)
+    allocate(decoder, disk)
+    wanted = dict(decoder.named_parameters())  # a tied head is not among them
+    with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():
+        difference = mismatch(wanted, {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+        if difference is not None:
+            raise ValueError(
+                f"{folder} is a checkpoint of another shape than its {CONFIG}: {difference}; write it again"
+            )
+        for name, parameter in wanted.items():
+            parameter.copy_(file.get_tensor(name))
+    return decoder, config
+
+
+def require_absent(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ValueError: if ``out`` exists.
+    """
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists already, and nothing is written over; give another folder, or remove it")
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in ``folder``, and those that say how to use it.
+
+    Raises:
+        ValueError: if there is no tokenizer.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZERS):
+        raise ValueError(f"{folder} has no tokenizer, {' or '.join(TOKENIZERS)}; copy one of them there")
+    return [folder / name for name in (*TOKENIZERS, *_BESIDE_A_TOKENIZER) if (folder / name).is_file()]
+
+
+def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -> str | None:
+    """How the shapes ``found``, by name, differ from the ``wanted`` parameters', in words; None if they do not."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is not a weight of this model" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {list(found[name])} instead of {list(parameter.shape)}"
+        for name, parameter in wanted.items()
+        if name in found and list(found[name]) != list(parameter.shape)
+    ]
+    more = f"; and {len(problems) - _TOLD} more" if len(problems) > _TOLD else ""
+    return f"{'; '.join(problems[:_TOLD])}{more}" if problems else None
+
+
+def _save(decoder: Decoder, path: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}
+    if decoder.config.tied_head:
+        del state["lm_head.weight"]
+    try:
+        save_file(state, path)
+    except SafetensorError as error:  # of a disk that is full, too
+        raise OSError(f"{path} could not be written ({error}); free some space, or give another folder") from None
+    path.chmod(0o644)  # the library keeps others from reading it

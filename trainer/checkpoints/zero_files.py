@@ -1,0 +1,258 @@
+"""DeepSpeed's checkpoint files, parameter by parameter: fp32 masters and optimiser state, whole, whatever wrote them.
+
+What the files hold depends on the ZeRO stage and the precision (0.19; W ranks, groups of parameters):
+
+    stage 0, 1, 2   fp32         whole weights, which are the fp32 master weights
+    stage 0         bf16         whole bf16 weights; fp32 masters, one tensor a parameter, without names
+    stage 1, 2      bf16, fp16   whole weights; each group's masters joined end to end and cut into W partitions
+    stage 3         any          no weights; each parameter's master cut into W equal partitions, the last one padded
+
+The optimiser's moments lie as the masters do, at stages 1 and 2 in fp32 too. A parameter that does not train has no
+master. Its weight is whole at stages 0 to 2 and cut like a master at stage 3, in the precision of the forward pass,
+which is what the others were trained with.
+
+Masters are read wherever there are any. A bf16 weight is its master rounded, so at stages 0 to 2 every weight says
+whether its master was found in the right place. DeepSpeed's own converter does not know stage 0 and asks for
+unrestricted unpickling; the table of fragments beside the partitions is wrong under ``round_robin_gradients``. So the
+order of the parameters in ``param_shapes`` is what counts here.
+
+Files are mapped, not read: a parameter's values are copied when it is their turn.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MASTER = "master"
+"""The name of the weights among the values of a parameter; the others are the optimiser's, as ``exp_avg``."""
+
+
+class Stored(NamedTuple):
+    """A parameter in the files.
+
+    Attributes:
+        name: as in the model.
+        shape: of the whole parameter.
+        values: by name, flat tensors; one after the other they are its values. ``MASTER`` is always among them, what
+            the optimiser keeps of every entry only for parameters that train.
+        rounded: the weight in the precision of the forward pass, where the files hold it too.
+        updates: the optimiser's own count of steps; None where it keeps none.
+    """
+
+    name: str
+    shape: torch.Size
+    values: dict[str, list[Tensor]]
+    rounded: Tensor | None = None
+    updates: float | None = None
+
+    def part(self, name: str, start: int = 0, size: int | None = None) -> Tensor:
+        """``size`` entries of one of ``values`` (all unless given) from ``start`` on, copied out of the file: fp32."""
+        pieces = Joined(self.values[name]).pieces(start, self.shape.numel() - start if size is None else size)
+        return torch.cat([piece.float() for piece in pieces]) if pieces else torch.empty(0)
+
+    def check(self, master: Tensor, folder: Path) -> None:
+        """Refuse a whole master that is not as long as its parameter, or does not round to its weight.
+
+        Raises:
+            ValueError: naming ``folder``.
+        """
+        right = master.numel() == self.shape.numel()
+        if right and self.rounded is not None:
+            right = torch.equal(master.view(self.shape).to(self.rounded.dtype), self.rounded)
+        if not right:
+            raise ValueError(
+                f"{self.name} in {folder} is not where DeepSpeed 0.19 would have put it; read the checkpoint with the "
+                "version of this project that wrote it"
+            )
+
+
+def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: bool) -> Iterator[Stored]:
+    """All parameters of a checkpoint, in no particular order.
+
+    Args:
+        folder: DeepSpeed's own.
+        stage, ranks: that it was written at.
+        trained: names of the parameters that the optimiser has, in its order; needed at stage 0, whose files do not
+            say.
+        state: of the optimiser is wanted too, not the masters alone.
+    """
+    if stage == 3:
+        models = [_load(folder, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
+        own = _optimizer_states(folder, ranks)
+        moments = [rank["optimizer_state_dict"]["state"] if state else {} for rank in own]
+        parts = [_partition(rank["fp32_flat_groups"], of) for rank, of in zip(own, moments, strict=True)]
+        updates = _updates(list(moments[0].values()))
+        yield from _whole_from_equal_parts(models[0]["param_shapes"], parts, updates)
+        frozen = [{MASTER: Joined(list(m["frozen_param_fragments"].values()))} for m in models]
+        yield from _whole_from_equal_parts([models[0]["frozen_param_shapes"]], frozen)
+        return
+    states = _load(folder, "mp_rank_00_model_states.pt")
+    weights: dict[str, Tensor] = states["module"]
+    whole = all(weight.dtype == torch.float32 for weight in weights.values())
+    if whole and not state:
+        yield from _as_they_are(weights, set())
+    elif stage > 0:
+        yield from _in_order(weights, states["param_shapes"], _optimizer_states(folder, ranks), state)
+        yield from _as_they_are(weights, {name for group in states["param_shapes"] for name in group})
+    elif whole:
+        kept = states["optimizer"]["state"]
+        for place, name in enumerate(trained):
+            yield _one_tensor(name, weights[name], weights[name], kept.get(place, {}))
+        yield from _as_they_are(weights, set(trained))
+    else:
+        masters = [master for group in states["optimizer"]["fp32_groups"] for master in group]
+        low = {name: weights[name] for name in weights if name in set(trained)}
+        kept = states["optimizer"]["optimizer_state_dict"]["state"] if state else {}
+        yield from by_value(low, masters, kept)
+        yield from _as_they_are(weights, set(trained))
+
+
+class Joined:
+    """Flat tensors as if they were one, without a copy."""
+
+    def __init__(self, parts: Sequence[Tensor]):
+        self.parts = parts
+
+    def pieces(self, start: int, count: int) -> list[Tensor]:
+        """``count`` entries from ``start`` on, as views; fewer where the parts end, or begin after ``start``."""
+        found = []
+        for part in self.parts:
+            piece = part[max(start, 0) : max(start + count, 0)]
+            if piece.numel():
+                found.append(piece)
+            start -= part.numel()
+        return found
+
+
+def by_value(weights: dict[str, Tensor], masters: list[Tensor], state: dict[int, Any]) -> Iterator[Stored]:
+    """Masters without names: a weight's is the first of its shape that rounds to it (equal shapes keep their order)."""
+    left = dict(enumerate(masters))
+    for name, weight in weights.items():
+        for place, master in left.items():
+            if master.shape == weight.shape and torch.equal(master.to(weight.dtype), weight):
+                yield _one_tensor(name, left.pop(place), weight, state.get(place, {}))
+                break
+
+
+def _like(state: dict[str, Any], like: torch.Size) -> dict[str, Tensor]:
+    """What an optimiser keeps of every entry of a parameter."""
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == like}
+
+
+def _one_tensor(name: str, master: Tensor, weight: Tensor, state: dict[str, Any]) -> Stored:
+    values = {MASTER: master} | _like(state, master.shape)
+    flat = {name: [value.reshape(-1)] for name, value in values.items()}
+    return Stored(name, weight.shape, flat, weight, _updates([state]))
+
+
+def _as_they_are(weights: dict[str, Tensor], but: set[str]) -> Iterator[Stored]:
+    """Whole weights, all ``but`` those."""
+    for name, weight in weights.items():
+        if name not in but:
+            yield Stored(name, weight.shape, {MASTER: [weight.reshape(-1)]})
+
+
+def _in_order(
+    weights: dict[str, Tensor], shapes: list[dict[str, torch.Size]], optimizers: list[dict[str, Any]], state: bool
+) -> Iterator[Stored]:
+    """Stages 1 and 2: a group is its parameters end to end (with gaps, if DeepSpeed aligned them) over all ranks."""
+    for number, group in enumerate(shapes):
+        states = [rank["base_optimizer_state"]["state"].get(number, {}) if state else {} for rank in optimizers]
+        masters = [rank["single_partition_of_fp32_groups"][number] for rank in optimizers]
+        # The last partitions are saved without the filling behind the last parameter, their moments with it.
+        names = [name for name, value in states[0].items() if isinstance(value, Tensor) and value.dim()]
+        joined = {MASTER: Joined(masters)} | {name: Joined([rank[name] for rank in states]) for name in names}
+        gaps = optimizers[0].get("param_alignment_paddings", [[0] * len(group)] * len(shapes))[number]
+        for (name, shape), start in zip(group.items(), starts(group, gaps), strict=True):
+            values = {key: flat.pieces(start, shape.numel()) for key, flat in joined.items()}
+            yield Stored(name, shape, values, weights[name], _updates(states))
+
+
+def starts(group: dict[str, torch.Size], gaps: Sequence[int]) -> Iterator[int]:
+    """Where each parameter of a group begins, stages 1 and 2."""
+    start = 0
+    for shape, gap in zip(group.values(), gaps, strict=True):
+        yield start
+        start += shape.numel() + gap
+
+
+def _whole_from_equal_parts(
+    shapes: list[dict[str, torch.Size]], ranks: list[dict[str, Joined]], updates: float | None = None
+) -> Iterator[Stored]:
+    """Stage 3: every rank holds an equal part of every parameter, in the same order; the last parts are padded."""
+    start = 0
+    for name, shape in (entry for group in shapes for entry in group.items()):
+        part = math.ceil(shape.numel() / len(ranks))
+        values: dict[str, list[Tensor]] = {key: [] for key in ranks[0]}
+        for rank, joined in enumerate(ranks):
+            for key, flat in joined.items():
+                values[key] += flat.pieces(start, max(min(part, shape.numel() - rank * part), 0))
+        yield Stored(name, shape, values, updates=updates)
+        start += part
+
+
+def _partition(masters: list[Tensor], state: dict[int, Any]) -> dict[str, Joined]:
+    """Stage 3: one rank's flat tensors, one a sub-group, by name of the values."""
+    states = [state.get(number, {}) for number in range(len(masters))]
+    names = _like(states[0], masters[0].shape)
+    return {MASTER: Joined(masters)} | {name: Joined([group[name] for group in states]) for name in names}
+
+
+def _updates(states: Sequence[dict[str, Any]]) -> float | None:
+    step = states[0].get("step") if states else None
+    return None if step is None else float(step)
+
+
+def _optimizer_states(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """What each rank's optimiser wrote, in rank order; the names begin with ``bf16_`` or do not."""
+    names = []
+    for rank in range(ranks):
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        names.append(name if (folder / name).exists() else f"bf16_{name}")
+    return [_load(folder, name)["optimizer_state_dict"] for name in names]
+
+
+@contextmanager
+def only_tensors(checkpoint: Path) -> Iterator[None]:
+    """Let ``torch.load`` build tensors, plain containers and four DeepSpeed types, and nothing else.
+
+    DeepSpeed itself asks for unrestricted unpickling, which would run whatever code a checkpoint holds.
+
+    Raises:
+        ValueError: for anything else in ``checkpoint``.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum  # in older checkpoints; saving writes its number now
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    except pickle.UnpicklingError as error:
+        what = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(
+            f"{checkpoint} holds more than tensors and numbers ({what[1] if what else 'an unknown object'}), which "
+            "could run code when read; it was not written by this project or was changed since, so do not use it"
+        ) from error
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def _load(folder: Path, name: str) -> Any:
+    return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)

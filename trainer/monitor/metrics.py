@@ -1,0 +1,362 @@
+"""Metrics: one line of JSON a logged step, the same figures in TensorBoard, a progress line for people.
+
+Names are ``group/name``; docs/training.md has the table with units. Only rank 0 writes; every figure is already one
+of all ranks. ``metrics.jsonl`` has each step once: what is found after the same step goes into the same line, which is
+written when the next step begins. A resumed run drops the lines after its checkpoint, which holds what was not written
+yet; so a stop moves no mean.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from data.files import write_atomically
+from model.budget import Budget
+from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops, training_flops
+from trainer.config import StageConfig
+from trainer.distributed import World
+from trainer.evaluate import Evaluation
+from trainer.log import logger_of_run
+from trainer.monitor import metrics_file
+from trainer.monitor.append_only import Lines
+from trainer.run_folder import RunFolder
+from trainer.step import StepResult, Tally
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+
+class Metrics:
+    """Collects a run's figures and writes them.
+
+    Args:
+        config: the run's config.
+        run: its folder.
+        world: this process; only rank 0 writes.
+        resumed_at: optimiser steps done before this start; None for a fresh one.
+        peak_flops: FLOP/s that one device reaches, for MFU; raised where steps turn out to reach more.
+        history_of: name of the validation set whose densities the routing picture shows.
+        late_layers: how many last layers vote; 0 without an ensemble.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        run: RunFolder,
+        world: World,
+        resumed_at: int | None,
+        peak_flops: float,
+        history_of: str | None = None,
+        late_layers: int = 0,
+    ):
+        self._history_of = history_of
+        self.late_layers = [f"layer-{n:02d}" for n in range(config.model.layers - late_layers, config.model.layers)]
+        self.config, self.run, self.world, self.peak_flops = config, run, world, peak_flops
+        self.log = logger_of_run()
+        self.sites = config.model.sites
+        self.sources = [source.name for source in config.data.sources]
+        self._since_log: list[StepResult] = []
+        self._clock = time.perf_counter()
+        self._waited_s = self._waited_so_far_s = 0.0
+        self._line: dict[str, Any] = {}
+        self._history: list[tuple[int, list[float]]] = []
+        self._evaluated_at: set[int] = set()
+        self._writer: SummaryWriter | None = None
+        self._bar: tqdm | None = None
+        self._told_of_pictures = self._told_of_peak = False
+        step = self._first_step = resumed_at or 0
+        if world.is_main:
+            from torch.utils.tensorboard import SummaryWriter  # not on ranks that do not write
+
+            self._keep_lines_up_to(-1 if resumed_at is None else step)
+            self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
+            self._lines = Lines(run.metrics, self.log.warning)
+
+    def open_bar(self) -> None:
+        """Show a progress bar from here on, if rank 0 writes to a terminal."""
+        if self.world.is_main and sys.stdout.isatty():
+            total, done = self.config.train.steps, self._first_step
+            self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False, file=sys.stdout)
+
+    def close_bar(self) -> None:
+        """Take the progress bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def log_step(self, step: int, samples: int, result: StepResult, lr: float, budget: Budget, waited_s: float) -> None:
+        """Take in the step that made it ``step`` steps and ``samples`` windows.
+
+        Every ``log.every_steps`` and at the last step, log the means since the last time.
+        """
+        self._since_log.append(result)
+        self._waited_so_far_s = waited_s
+        if self._bar is not None:
+            self._bar.update()
+        if step % self.config.train.log.every_steps and step != self.config.train.steps:
+            return
+        now = time.perf_counter()
+        elapsed_s, self._clock = now - self._clock, now
+        waited_s, self._waited_s = waited_s - self._waited_s, waited_s
+        line = self._training_line(step, lr, budget, elapsed_s, waited_s)
+        line["train/tokens"] = samples * self.config.data.sequence_tokens
+        self._since_log = []
+        self._add(step, line)
+        self._tell(step, line)
+
+    def log_evaluation(self, step: int, evaluations: list[Evaluation]) -> None:
+        """Log validation losses and densities, and draw the routing."""
+        line: dict[str, Any] = {}
+        for evaluation in evaluations:
+            prefix = f"validation/{evaluation.name}"
+            line[f"{prefix}/loss"] = evaluation.greedy.loss
+            if evaluation.noisy is not None:
+                line[f"{prefix}/loss_with_noise"] = evaluation.noisy.loss
+                line[f"{prefix}/loss_greedy_minus_noisy"] = evaluation.greedy.loss - evaluation.noisy.loss
+            if self.sites:
+                line[f"{prefix}/density"] = _mean(evaluation.greedy.density)
+                line |= {f"{prefix}/density/{s}": d for s, d in zip(self.sites, evaluation.greedy.density, strict=True)}
+            line[f"{prefix}/flops_per_token"] = self._forward_flops(evaluation.greedy.routed)
+        self._add(step, line)
+        for evaluation in evaluations:
+            self.log.info(_validation_sentence(step, evaluation))
+        if evaluations and evaluations[0].executed is not None:
+            self._draw(step, evaluations[0])
+
+    def log_figures(self, step: int, figures: dict[str, float]) -> None:
+        """Log a stage's own figures."""
+        self._add(step, dict(figures))
+
+    def draw(self, name: str, step: int, figure: Callable[[], Figure]) -> None:
+        """Put a stage's own picture into TensorBoard and, its name's slashes replaced, beside ``metrics.jsonl``."""
+        if self._writer is None or not self.config.train.log.images:
+            return
+        drawn = figure()
+        with self._to_look_at():
+            drawn.savefig(self.run.path / f"{name.replace('/', '-')}.png", dpi=110)
+            self._writer.add_figure(name, drawn, step)
+
+    def has_evaluation(self, step: int) -> bool:
+        """True if ``step`` was evaluated before a resume; known on every rank."""
+        return bool(self.world.broadcast_object(step in self._evaluated_at))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside (saving, evaluating) out of the step time."""
+        start = time.perf_counter()
+        yield
+        self._clock += time.perf_counter() - start
+
+    def write_line(self) -> None:
+        """Write what was found after the last step as its line, if anything was."""
+        if self._writer is not None and self._line:
+            self._lines.add(metrics_file.text_of(self._line))
+        self._line = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that a resume goes on in the middle of a line: see :meth:`load_state_dict`."""
+        return {
+            "line": self._line,
+            "since_log": [asdict(result) for result in self._since_log],
+            "elapsed_s": time.perf_counter() - self._clock,
+            "waited_s": self._waited_so_far_s - self._waited_s,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the steps since the last line, and with the last step's line, if a kill kept it back."""
+        self._since_log = [_step_result(result) for result in state["since_log"]]
+        self._clock -= state["elapsed_s"]
+        self._waited_s -= state["waited_s"]
+        self._line = state["line"] | self._line
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        self.close_bar()
+        self.write_line()
+        if self._writer is not None:
+            with self._to_look_at():
+                self._writer.close()
+            self._lines.close()
+
+    def _training_line(self, step: int, lr: float, budget: Budget, elapsed_s: float, waited_s: float) -> dict[str, Any]:
+        good = [r for r in self._since_log if r.applied]
+        config, count = self.config, len(self._since_log)
+        routed = _add([r.tally.routed for r in self._since_log])
+        executed = training_flops(config.model, routed)
+        dense = TRAINING_FACTOR * dense_flops(config.model, routed.tokens, routed.visible_keys, routed.head_tokens)
+        targets = sum(r.tally.targets for r in good)
+        norms = [r.grad_norm for r in good if r.grad_norm is not None]
+        self._raise_peak(executed / self.world.size / elapsed_s)
+        peak = self.peak_flops * self.world.size * elapsed_s
+        line: dict[str, Any] = {
+            "train/loss": sum(r.tally.nll for r in good) / targets if targets else math.nan,
+            "train/z": sum(r.tally.z for r in good) / targets if targets else math.nan,
+            "train/skipped_steps": count - len(good),
+            "optimizer/lr": lr,
+            "optimizer/grad_norm": _mean(norms) if norms else math.nan,
+            "flops/executed_per_token": executed / routed.tokens,
+            "flops/dense_per_token": dense / routed.tokens,
+            "speed/tokens_per_s": routed.tokens / elapsed_s,
+            "speed/step_s": elapsed_s / count,
+            "speed/mfu_executed": executed / peak,
+            "speed/mfu_dense_equivalent": dense / peak,
+            "speed/data_wait_share": waited_s / elapsed_s,
+            "memory/peak_bytes": peak_bytes(self.world.device),
+        }
+        if self.sites:
+            progress = (step - 1) / config.train.steps
+            density = [tokens / routed.tokens for tokens in routed.executed_tokens]
+            line["budget/penalty"] = _mean([r.penalty for r in good]) if good else math.nan
+            line["budget/target"] = budget.target(progress)
+            line["density/mean"] = _mean(density)
+            line["density/overflow"] = _mean([r.tally.overflow for r in self._since_log])
+            line |= {f"density/{site}": value for site, value in zip(self.sites, density, strict=True)}
+            prices = budget.prices().tolist()
+            line |= {f"budget/price/{site}": value for site, value in zip(self.sites, prices, strict=True)}
+        if len(self.sources) > 1 and targets:
+            for place, source in enumerate(self.sources):
+                own = sum(r.tally.source_targets[place] for r in good)
+                nll = sum(r.tally.source_nll[place] for r in good)
+                line |= {f"train/loss/{source}": nll / own if own else math.nan, f"train/share/{source}": own / targets}
+        if self.late_layers and targets:
+            tallies = [r.tally for r in good]
+            line["ensemble/distillation"] = sum(t.distillation for t in tallies) / targets
+            line["ensemble/entropy"] = sum(t.vote_entropy for t in tallies) / targets
+            for place, layer in enumerate(self.late_layers):
+                line[f"ensemble/weight/{layer}"] = sum(t.vote_weights[place] for t in tallies) / targets
+                line[f"ensemble/largest/{layer}"] = sum(t.vote_largest[place] for t in tallies) / targets
+        return line
+
+    def _raise_peak(self, reached: float) -> None:
+        """What a device has done, FLOP/s, it can do: a peak below that was measured on a busy machine, or was wrong."""
+        if reached <= self.peak_flops:
+            return
+        if not self._told_of_peak:
+            self.log.warning(
+                f"the peak that MFU is measured against was {self.peak_flops / 1e12:.3g} TFLOP/s a device, and steps "
+                f"have reached {reached / 1e12:.3g}, which takes its place from here on; set train.log.peak_tflops to "
+                "what the device can do, or leave it out where it is set"
+            )
+        self.peak_flops, self._told_of_peak = reached, True
+
+    def _forward_flops(self, routed: Routed) -> float:
+        return executed_flops(self.config.model, routed) / routed.tokens
+
+    def _add(self, step: int, figures: dict[str, Any]) -> None:
+        """Put ``figures`` into the line of ``step`` and into TensorBoard."""
+        if self._writer is None or not figures:
+            return
+        # JSON has no NaN: a figure that is not one is null.
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        if self._line.get("step", step) != step:
+            self.write_line()
+        self._line = {"step": step, **self._line, **clean}
+        with self._to_look_at():
+            for name, value in clean.items():
+                if value is not None:
+                    self._writer.add_scalar(name, value, step)
+
+    @contextmanager
+    def _to_look_at(self) -> Iterator[None]:
+        """Pictures and TensorBoard hold nothing that ``metrics.jsonl`` does not: a disk without room ends no run."""
+        try:
+            yield
+        except OSError as error:
+            if not self._told_of_pictures:
+                self.log.warning(
+                    f"TensorBoard and pictures in {self.run.path} cannot be written ({error.strerror}); they stay "
+                    "behind until the next start, metrics.jsonl has the figures"
+                )
+            self._told_of_pictures = True
+
+    def _tell(self, step: int, line: dict[str, Any]) -> None:
+        density = f"  density {line['density/mean']:.3f}" if self.sites else ""
+        self.log.info(
+            f"step {step:>6,}  loss {line['train/loss']:.4f}{density}  lr {line['optimizer/lr']:.2e}  "
+            f"{line['speed/tokens_per_s']:,.0f} tokens/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {line['train/loss']:.3f}{density}")
+
+    def _draw(self, step: int, evaluation: Evaluation) -> None:
+        self._history.append((step, evaluation.greedy.density))
+        if self._writer is None or not self.config.train.log.images:
+            return
+        from trainer.monitor.routing_figure import routing_figure  # matplotlib
+
+        router, executed = self.config.model.router, evaluation.executed
+        assert router is not None and executed is not None
+        steps, densities = zip(*self._history, strict=True)
+        self.draw("routing", step, lambda: routing_figure(self.sites, steps, densities, executed, router.density))
+
+    def _keep_lines_up_to(self, step: int) -> None:
+        """Drop what a run that was killed logged after the checkpoint it resumes from; read the densities back.
+
+        The line of the step itself is open again.
+        """
+        if not self.run.metrics.exists():
+            return
+        kept = [line for line in metrics_file.read(self.run.metrics) if line["step"] <= step]
+        for line in kept:
+            self._remember(line)
+            if any(name.startswith("validation/") and name.endswith("/loss") for name in line):
+                self._evaluated_at.add(line["step"])
+        if kept and kept[-1]["step"] == step:
+            self._line = kept.pop()
+        write_atomically(self.run.metrics, metrics_file.content_of(kept))
+
+    def _remember(self, line: dict[str, Any]) -> None:
+        prefix = f"validation/{self._history_of}/density/"
+        densities = [line[prefix + site] for site in self.sites if prefix + site in line]
+        if densities and len(densities) == len(self.sites):
+            self._history.append((line["step"], densities))
+
+
+def _validation_sentence(step: int, evaluation: Evaluation) -> str:
+    sentence = f"step {step:>6,}  validation {evaluation.name}: loss {evaluation.greedy.loss:.4f}"
+    if evaluation.noisy is not None:
+        sentence += f" (with routing noise {evaluation.noisy.loss:.4f})"
+    if evaluation.greedy.density:
+        density = evaluation.greedy.density
+        sentence += f", density {_mean(density):.3f} ({min(density):.2f} to {max(density):.2f})"
+    return sentence
+
+
+def _add(parts: list[Routed]) -> Routed:
+    return Routed(
+        sum(p.tokens for p in parts),
+        sum(p.visible_keys for p in parts),
+        [sum(site) for site in zip(*(p.executed_tokens for p in parts), strict=True)],
+        [sum(site) for site in zip(*(p.attended_keys for p in parts), strict=True)],
+        sum(p.tokens if p.head_tokens is None else p.head_tokens for p in parts),
+        [sum(site) for site in zip(*(p.explored_tokens or () for p in parts), strict=True)],
+        [sum(site) for site in zip(*(p.explored_keys or () for p in parts), strict=True)],
+    )
+
+
+def _step_result(fields: dict[str, Any]) -> StepResult:
+    """The inverse of ``asdict``."""
+    tally = fields["tally"]
+    return StepResult(**fields | {"tally": Tally(**tally | {"routed": Routed(**tally["routed"])})})
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory that this process has held so far: of ``device``, or all of it on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

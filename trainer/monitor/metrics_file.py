@@ -1,0 +1,60 @@
+"""``metrics.jsonl``: one line of JSON a logged step, each step once.
+
+Written by ``metrics.py``, read here by all others. The last line of a run that goes on, or was killed, may be cut in
+half; it is passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+NAME = "metrics.jsonl"
+"""In a run folder."""
+Line = dict[str, Any]
+
+
+def read(path: Path, tail_bytes: int | None = None) -> list[Line]:
+    """All whole lines, in their order; none where there is no file.
+
+    Args:
+        path: of the file.
+        tail_bytes: read only as much of its end, with what is whole there.
+    """
+    lines: list[Line] = []
+    try:
+        with path.open("rb") as file:
+            if tail_bytes is not None:
+                file.seek(max(path.stat().st_size - tail_bytes, 0))
+            texts = file.read().splitlines()
+    except FileNotFoundError:
+        return lines
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "step" in line:
+            lines.append(line)
+    return lines
+
+
+def latest(path: Path, step: int | None = None) -> Line:
+    """Of every metric the last value, up to ``step`` if that is given."""
+    found: Line = {}
+    for line in read(path):
+        if step is None or line["step"] <= step:
+            found |= line
+    return found
+
+
+def text_of(line: Line) -> str:
+    """As it stands in the file, without the line's end."""
+    return json.dumps(line)
+
+
+def content_of(lines: Iterable[Line]) -> bytes:
+    """A whole file of ``lines``."""
+    return "".join(f"{text_of(line)}\n" for line in lines).encode()

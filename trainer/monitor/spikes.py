@@ -1,0 +1,146 @@
+"""Loss spikes: steps whose loss or gradient norm stands far above those before.
+
+The rule is that of OLMo 2's spike score (arXiv:2501.00656): a value so many standard deviations from the rolling mean,
+here of ``train.spike.window_steps`` steps and only above it. By Cantelli's inequality at most one value in
+1 + threshold^2 of any distribution is that high, so batches that are easy and hard by turns are no spikes; nor is the
+fast fall at the start, which lies below its mean, or a slow rise, which takes the mean with it. Of the gradient norm,
+whose distribution has a long tail, the logarithm is taken.
+
+Steps of a spike stay out of the mean, or it would soon pass for normal. One that lasts as long as the window is the
+new normal, and the window begins again.
+
+Everything here is computed from figures that are the same on every rank, so every rank comes to the same end.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data.skip_ranges import Ranges, sample_ids
+from trainer.checkpoints.layout import checkpoints_of, newest_first, step_of
+from trainer.config import SpikeConfig
+
+
+@dataclass(frozen=True)
+class Spike:
+    """Steps in a row that are out of range.
+
+    Attributes:
+        first_step, last_step: numbers of the first one and of the last one so far.
+        steps: how many they are, those left out for what was not finite not counted.
+        consumed_before, consumed: samples that the run had consumed before the first one and after the last one.
+        what: the figure of the first one, beside the range expected of it.
+        end: how it ended; None while it goes on.
+    """
+
+    first_step: int
+    last_step: int
+    steps: int
+    consumed_before: int
+    consumed: int
+    what: str
+    end: str | None = None
+
+    @property
+    def is_news(self) -> bool:
+        """True where it has just begun or ended."""
+        return self.steps == 1 or self.end is not None
+
+    def __str__(self) -> str:
+        span = f"steps {self.first_step} to {self.last_step}" if self.last_step > self.first_step else ""
+        return f"spike at {span or f'step {self.first_step}'}{f', which {self.end}' if self.end else ''}: {self.what}"
+
+
+class SpikeDetector:
+    """Judges one step after the other; its state is part of a checkpoint."""
+
+    def __init__(self, config: SpikeConfig):
+        self.config = config
+        self._losses: deque[float] = deque(maxlen=config.window_steps)
+        self._log_norms: deque[float] = deque(maxlen=config.window_steps)
+        self._spike: Spike | None = None
+
+    def observe(
+        self, step: int, consumed_before: int, consumed: int, loss: float, grad_norm: float | None
+    ) -> Spike | None:
+        """Take in step number ``step`` (the first is 1).
+
+        Args:
+            step: optimiser steps done, this one included.
+            consumed_before, consumed: samples that the run had consumed before and after it.
+            loss: of all ranks, nats per token; finite.
+            grad_norm: before clipping, finite; None where it is not known.
+
+        Returns:
+            The spike that this step began, went on with or ended, if any.
+        """
+        log_norm = math.log(grad_norm) if grad_norm else None
+        what = self._excess("loss", loss, self._losses, lambda value: f"{value:.4f}")
+        if what is None and log_norm is not None:
+            what = self._excess("gradient norm", log_norm, self._log_norms, lambda value: f"{math.exp(value):.4g}")
+        before, self._spike = self._spike, None
+        if what is None:
+            self._losses.append(loss)
+            if log_norm is not None:
+                self._log_norms.append(log_norm)
+            return None if before is None else replace(before, end="is over")
+        if before is None:
+            spike = Spike(step, step, 1, consumed_before, consumed, what)
+        else:
+            spike = replace(before, last_step=step, steps=before.steps + 1, consumed=consumed)
+        if spike.steps == self.config.window_steps:
+            self._losses.clear()
+            self._log_norms.clear()
+            return replace(spike, end="has lasted for train.spike.window_steps and passes for normal from now on")
+        self._spike = spike
+        return spike
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs."""
+        spike = None if self._spike is None else asdict(self._spike)
+        return {"losses": list(self._losses), "log_norms": list(self._log_norms), "spike": spike}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned; of a longer window the newest values."""
+        for values, saved in ((self._losses, state["losses"]), (self._log_norms, state["log_norms"])):
+            values.clear()
+            values.extend(saved)
+        self._spike = None if state["spike"] is None else Spike(**state["spike"])
+
+    def _excess(self, name: str, value: float, window: deque[float], show: Callable[[float], str]) -> str | None:
+        """What is to be said of ``value`` if it is out of range; never before the window is full."""
+        if len(window) < self.config.window_steps:
+            return None
+        mean = math.fsum(window) / len(window)
+        deviation = math.sqrt(math.fsum((each - mean) ** 2 for each in window) / len(window))
+        limit = mean + self.config.threshold * deviation
+        if value <= limit:
+            return None
+        return (
+            f"the {name} rose to {show(value)} from a mean of {show(mean)} over {len(window)} steps; expected was at "
+            f"most {show(limit)} ({self.config.threshold:g} standard deviations above it)"
+        )
+
+
+def how_to_go_back(run: Path, spike: Spike, skip_ranges: Ranges) -> str:
+    """The commands, as half a sentence, that take ``run`` back before ``spike`` and have it pass over its samples."""
+    before = next((found for found in newest_first(checkpoints_of(run)) if step_of(found) < spike.first_step), None)
+    if before is None:
+        return (
+            "no checkpoint from before it is left to go back to; save more often or keep more "
+            "(train.checkpoint.every_steps, keep, keep_every_steps)"
+        )
+    first, last = sample_ids(spike.consumed_before, spike.consumed, skip_ranges)
+    others = [list(r) for r in skip_ranges if r[1] <= first or r[0] > last]
+    ranges = json.dumps(sorted([*others, [first, last + 1]]), separators=(",", ":"))
+    return (
+        f"to go back before it: python -m launch.rewind {shlex.quote(str(run))} {step_of(before)}, then start again "
+        f"with train.checkpoint.resume=required data.skip_ranges={ranges}"
+    )

@@ -1,0 +1,96 @@
+"""What stops a run besides its end: signals, ranks that are lost, and steps that went bad."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from trainer.checkpoints.layout import newest_name
+from trainer.exit_status import EXIT_STALLED
+from trainer.monitor.orphan import LAUNCHER
+
+_LOST = re.compile("gloo/transport|ncclRemoteError|remote process exited")
+_FIRST_ERROR_S = 5.0
+"""How long a rank that lost another one waits, so that a launcher sees the status of the one that went first."""
+
+
+_CTRL_C = "Ctrl-C: this step is finished and saved, then the run ends; once more ends it at once, unsaved"
+_LAUNCHERS_OWN = (
+    "\n(the deepspeed command ends before that: what it prints now, KeyboardInterrupt, is how it stops; wait for "
+    "'asked to stop')"
+)
+
+
+class StopRequest:
+    """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the ranks can agree on them; a second Ctrl-C ends at once.
+
+    The handler only sets a flag: launchers deliver the signal to one rank after the other, so a collective inside a
+    handler would wait for ranks that never got it. The flag travels in the step's own all-reduce.
+
+    Args:
+        tell: answer Ctrl-C with a line on stderr; for one of the ranks.
+    """
+
+    def __init__(self, tell: bool = False) -> None:
+        self.requested, self._tell = False, tell
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def request(self) -> None:
+        """Ask to stop, as a signal does; from any thread."""
+        self.requested = True
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.request()
+        if number == signal.SIGINT:
+            if self._tell:
+                with contextlib.suppress(OSError):  # past sys.stderr, whose lock the interrupted code may hold
+                    os.write(2, f"\n{_CTRL_C}{_LAUNCHERS_OWN if len(LAUNCHER) > 1 else ''}\n".encode())
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """True for a collective's error after another rank died."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
+@contextmanager
+def lost_rank() -> Iterator[None]:
+    """Turn a collective's error after another rank died into one sentence and status 76.
+
+    gloo sees a closed connection at once; NCCL may not, and then the watchdog ends the run with the same status.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        logging.getLogger("hopscotch").debug("lost a rank", exc_info=True)
+        time.sleep(_FIRST_ERROR_S)
+        reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        print(
+            f"rank {os.environ.get('RANK', '0')}: error: another rank or its host is gone ({reason}); its own log in "
+            "train.run_dir/logs or its host's messages say why; start again with train.checkpoint.resume=auto",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(EXIT_STALLED) from None
+
+
+def too_many_bad_steps(count: int, step: int, checkpoints: Path) -> str:
+    """The sentence that a run ends with after ``count`` bad steps in a row."""
+    return (
+        f"{count} steps in a row up to step {step} had a loss or gradient that is not finite "
+        "(train.max_bad_steps); lower train.optimizer.lr, pass over the samples named above with data.skip_ranges, or "
+        f"look for a broken device if it is always the same rank; resume with train.checkpoint.resume=required: "
+        f"{newest_name(checkpoints)}"
+    )

@@ -1,0 +1,143 @@
+"""A thread beside the training loop that sees what the loop cannot: that it hangs, or that nobody waits for it.
+
+* It writes the heartbeat (``trainer/heartbeat.py``).
+* No progress for ``train.stall_timeout_s``: it writes the Python stack of every thread to this rank's log, says which
+  ranks are behind, and ends the process with status 76, so that a launcher ends the others and a scheduler can start
+  the run again. One rank that hangs makes all others wait in a collective, so all of them notice, and the one whose
+  stack is elsewhere is the culprit. It is a thread because Python runs no signal handler while the main thread waits
+  in a collective.
+* The launcher is gone (``orphan.py``), or somebody removed the run folder: it asks the run to stop, as a
+  signal would. The weights are in memory still, so they are saved in a new folder.
+* Native code crashes, as for a file that was cut while it is mapped: the stacks go to this rank's log.
+
+A process that cannot run Python at all, not even this thread (native code that hangs and holds the interpreter lock, a
+file system that hangs under the heartbeat), is ended by a timer of ``faulthandler``'s, with the stacks on stderr.
+
+    kill -USR2 PID        # the stacks into RUN/logs/rank-N.log, and the run goes on
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+from trainer.exit_status import EXIT_STALLED
+from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, behind, read_beats
+from trainer.monitor.orphan import LAUNCHER, is_gone
+from trainer.run_folder import RunFolder
+
+_LINGER_S = 6.0
+"""Between a rank's dump and its end. If one left at once, the others' collectives would fail before they could tell
+where they hang."""
+_LAST_RESORT_S = 12.0
+"""How much later ``faulthandler`` acts: after the other ranks have ended, whose status tells more, and before launcher
+or scheduler, which give a rank 30 seconds, kill the one that hangs."""
+_NAMED = 8
+"""Ranks that a sentence names at most."""
+
+
+class Watchdog:
+    """Watches one rank from :meth:`start` to :meth:`stop`.
+
+    Args:
+        run: its run folder.
+        stall_timeout_s: longest time without progress.
+        ask_to_stop: called once if the launcher is gone.
+    """
+
+    def __init__(self, run: RunFolder, stall_timeout_s: float, ask_to_stop: Callable[[], None]):
+        self.run, self.stall_timeout_s, self.ask_to_stop = run, stall_timeout_s, ask_to_stop
+        self._every_s = min(BEAT_EVERY_S, stall_timeout_s / 4)
+        self._file = open(run.log, "ab", buffering=0)  # noqa: SIM115  open as long as a stack may be written
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to watch; what came before, such as loading a checkpoint, is not counted."""
+        self.run.heartbeat.tick()
+        faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
+        faulthandler.enable(self._file)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """No longer watch, as after the last step."""
+        self._over.set()
+        self._thread.join(_LINGER_S)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        asked = False
+        while True:
+            faulthandler.dump_traceback_later(self.stall_timeout_s + _LAST_RESORT_S, exit=True, file=2)
+            self.run.heartbeat.write()
+            if not asked and (reason := self._reason_to_stop()):
+                asked = True
+                self._say(f"{reason}: this rank asks to stop, as on SIGTERM")
+                self.ask_to_stop()
+            if self.run.heartbeat.still_s > self.stall_timeout_s:
+                self._end()
+            if self._over.wait(self._every_s):
+                return
+
+    def _reason_to_stop(self) -> str | None:
+        if LAUNCHER and is_gone(LAUNCHER):
+            return "the launcher is gone"
+        with contextlib.suppress(OSError):  # a file system that does not answer is not one that lost the folder
+            beats = self.run.heartbeat.path.parent
+            # Asked twice: a network file system may say no for a moment.
+            if not beats.is_dir() and (self._over.wait(1.0) or not beats.is_dir()):
+                return (
+                    f"the run folder {self.run.path} is gone, with what it held; a checkpoint of now is written there "
+                    "anew"
+                )
+        return None
+
+    def _end(self) -> None:
+        heartbeat, folder = self.run.heartbeat, self.run.heartbeat.path.parent
+        self._write(f"no progress for {heartbeat.still_s:.0f} s; the stacks of all threads:")
+        with contextlib.suppress(OSError):
+            faulthandler.dump_traceback(self._file, all_threads=True)
+        heartbeat.note(heartbeat.step, "stalled")
+        heartbeat.write()
+        earlier = read_beats(folder)
+        time.sleep(_LINGER_S)
+        sentence = stall_sentence(earlier, read_beats(folder), self.stall_timeout_s)
+        self._say(f"{sentence}; its stacks are in {self.run.log}")
+        os._exit(EXIT_STALLED)
+
+    def _say(self, sentence: str) -> None:
+        """Tell the log and stderr."""
+        self._write(sentence)
+        with contextlib.suppress(OSError):  # nobody may be left to read it
+            os.write(2, f"rank {self.run.rank}: {sentence}\n".encode())
+
+    def _write(self, sentence: str) -> None:
+        """Tell the log, past the logger: a main thread that hangs in a write holds the logger's lock."""
+        with contextlib.suppress(OSError):
+            self._file.write(f"{time.strftime('%F %T')} WARNING {sentence}\n".encode())
+
+
+def stall_sentence(earlier: list[Beat], now: list[Beat], stall_timeout_s: float) -> str:
+    """What a stalled rank says of all ranks, from their heartbeats at two moments at least two beats apart."""
+    counts = {beat.rank: beat.beat for beat in earlier}
+    silent = [b for b in now if b.phase not in FINAL and b.beat == counts.get(b.rank)]
+    late = [beat for beat in behind(now) if beat not in silent]
+    parts = [f"no progress for train.stall_timeout_s ({stall_timeout_s:g} s)"]
+    if late:
+        parts.append(f"behind: {_names(late)}")
+    if silent:
+        parts.append(f"not heard of any more, so frozen, killed or cut off: {_names(silent)}")
+    if not late and not silent and len(now) > 1:
+        parts.append(f"all {len(now)} ranks are at step {now[0].step:,}; the culprit's stack is the one that differs")
+    return "; ".join(parts)
+
+
+def _names(beats: list[Beat]) -> str:
+    """The first few of ``beats`` with their places."""
+    first = ", ".join(f"rank {b.rank} on {b.host} (step {b.step:,}, {b.doing})" for b in beats[:_NAMED])
+    return first if len(beats) <= _NAMED else f"{first} and {len(beats) - _NAMED} more"

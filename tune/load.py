@@ -1,0 +1,90 @@
+"""A decoder out of whatever holds one: a run of either stage, one of its checkpoints, or a folder of weights.
+
+    loaded = load_model(Path("runs/demo-tuned"))
+    loaded.decoder, loaded.config, loaded.source
+
+One process, no ranks, no engine, and no code from pickles is run; how the files are read is said in
+:mod:`trainer.checkpoints.read_weights` and :mod:`trainer.checkpoints.weights_folder`. With ``disk`` the weights are in
+a file, too (:mod:`trainer.checkpoints.empty_decoder`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from model.decoder import Decoder
+from settings import load
+from trainer.checkpoints.empty_decoder import allocate, without_memory
+from trainer.checkpoints.layout import CONFIG
+from trainer.checkpoints.read_weights import checkpoint_of, fill
+from trainer.checkpoints.weights_folder import is_weights_folder, read_weights
+from trainer.config import RunConfig, WeightsConfig, is_stage_two
+from tune.config import TuneConfig
+
+
+class Loaded(NamedTuple):
+    """A decoder, and where it came from."""
+
+    decoder: Decoder
+    """fp32, on the CPU, in evaluation mode; adapters merged unless asked otherwise, the ensemble on."""
+    config: RunConfig | TuneConfig | WeightsConfig
+    """What stood beside the weights; by its type one knows what was read."""
+    step: int | None
+    """Optimiser steps that the weights have had; None where no run says so."""
+    source: Path
+    """The checkpoint's folder or the folder of weights."""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Should hold ``tokenizer.model`` or ``tokenizer.json``; whether it does is not looked at."""
+        if isinstance(self.config, WeightsConfig):
+            return self.source
+        if isinstance(self.config, RunConfig):
+            return Path(self.config.data.dir)
+        assert self.config.data.tokenizer is not None  # filled in when the run started
+        return Path(self.config.data.tokenizer)
+
+
+def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loaded:
+    """The decoder that ``path`` holds.
+
+    Args:
+        path: a run folder of stage one or two, of which the newest whole checkpoint is taken (torn ones are told on
+            stderr and passed over), one checkpoint's folder, or a folder of weights (what ``convert.from_hf`` and
+            ``tune.merge`` write).
+        merged: a tuned run's adapters are part of the weights that they sit on, and names are the base's.
+        disk: keep the weights in a file without a name in this folder; in memory unless given.
+
+    Raises:
+        ValueError: if it holds none, or not a whole one, or another model than its config says, or anything but tensors
+            and numbers.
+    """
+    if is_weights_folder(path):
+        decoder, weights_config = read_weights(path, disk)
+        return Loaded(decoder, weights_config, None, path)
+    if (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is a Hugging Face folder, not a run; import it with: python -m convert.from_hf {path} OUT, and "
+            "give that folder"
+        )
+    source = checkpoint_of(path)
+    if is_stage_two(source / CONFIG):
+        return _tuned(source, merged, disk)
+    config = load(source / CONFIG, [], RunConfig)
+    decoder = without_memory(config.model, config.train.seed)
+    allocate(decoder, disk)
+    return Loaded(decoder, config, fill(decoder, source, config.deepspeed.zero_stage), source)
+
+
+def _tuned(source: Path, merged: bool, disk: Path | None) -> Loaded:
+    from tune.adapters import merge, prepare  # PEFT
+
+    config = load(source / CONFIG, [], TuneConfig)
+    decoder = without_memory(config.model, config.base.seed or 0, config.ensemble)
+    prepare(decoder, config.adapter, config.base.routers, config.train.seed)
+    allocate(decoder, disk)
+    step = fill(decoder, source, config.deepspeed.zero_stage)
+    if merged:
+        merge(decoder)
+    return Loaded(decoder.eval(), config, step, source)
