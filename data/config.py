@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from settings import Strict
+from settings import PathText, Strict
 
 
 class TokenizerConfig(Strict):
@@ -33,11 +33,11 @@ class MixedSource(Strict):
 class SourceConfig(MixedSource):
     """One named corpus: local files or a dataset on the Hub, in any format that ``datasets`` reads."""
 
-    files: list[str] = Field(default_factory=list)
+    files: list[PathText] = Field(default_factory=list)
     """Paths or glob patterns (``**`` allowed), read in sorted order; compressed ones (.gz .xz .zst) too.
     ``{stdlib}`` stands for the folder of the running Python's standard library."""
-    hub: str | None = None
-    """Instead of files: a dataset's name on the Hub."""
+    hub: PathText | None = None
+    """Instead of files: a dataset's name on the Hub, or a local folder that the ``datasets`` library reads."""
     hub_config: str | None = None
     """With hub: the dataset's configuration."""
     split: str = "train"
@@ -82,7 +82,7 @@ class StreamConfig(Strict):
 class DataConfig(StreamConfig):
     """From raw text to batches."""
 
-    dir: str
+    dir: PathText
     """Folder of the tokenizer and the shards: ``tokenizer.model``, ``train/NAME/``, ``validation/NAME/``."""
     sources: list[SourceConfig] = Field(min_length=1)
     """What to train on."""

@@ -2,8 +2,21 @@
 
 from settings.load import load, peek, to_yaml
 from settings.near import did_you_mean
+from settings.paths import PathText, path_argument, shown
 from settings.strict import Strict
 from settings.user_errors import rank_by_environment, user_errors
 from settings.words import counted
 
-__all__ = ["Strict", "counted", "did_you_mean", "load", "peek", "rank_by_environment", "to_yaml", "user_errors"]
+__all__ = [
+    "PathText",
+    "Strict",
+    "counted",
+    "did_you_mean",
+    "load",
+    "path_argument",
+    "peek",
+    "rank_by_environment",
+    "shown",
+    "to_yaml",
+    "user_errors",
+]

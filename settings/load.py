@@ -7,6 +7,7 @@ is told in one message, each with its key and the value it got. What was loaded 
 
 from __future__ import annotations
 
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +18,17 @@ from pydantic import BaseModel, ValidationError
 
 from settings.near import did_you_mean
 
+_KEYS_TOLD = 6
+
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A YAML loader that refuses a key written twice, which plain YAML would resolve silently."""
+class _Loader(yaml.SafeLoader):
+    """YAML as people write configs.
+
+    A key written twice is refused, which plain YAML would resolve silently. Numbers are YAML 1.2's, as JSON has them:
+    1:00:00 is no 3600, 010 no 8, and 1e-3 is a number. ``12_000_000`` stays one.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -34,6 +41,26 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                 raise ValueError(f"key '{key}' is written twice, again in line {line}; keep one of the two")
             seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that :class:`_Loader` would take for something else."""
+
+
+_NUMBERS = {
+    "int": re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
+    "float": re.compile(
+        r"[-+]?(\.[0-9_]+|[0-9][0-9_]*\.[0-9_]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+    ),
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in _NUMBERS]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind, _pattern in _NUMBERS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, list("-+.0123456789"))
 
 
 def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block: str | None = None) -> Schema:
@@ -49,7 +76,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
         ValueError: with one sentence a problem: missing file, bad YAML, unknown key, bad value.
     """
     path = Path(path)
-    raw = _read_yaml(path)
+    raw = _read_yaml(path, f"a {block}: block" if block else _keys_of(schema))
     for override in overrides:
         _apply_override(raw, override)
     if block is not None:
@@ -69,33 +96,39 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
 def peek(path: str | Path) -> dict[str, Any]:
     """The blocks of a YAML file as they stand; none if it is missing or no mapping, of which :func:`load` says more."""
     try:
-        blocks = yaml.safe_load(Path(path).read_bytes())
-    except (OSError, yaml.YAMLError):
+        blocks = yaml.load(Path(path).read_bytes(), Loader=_Loader)
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     return blocks if isinstance(blocks, dict) else {}
 
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML that :func:`load` accepts unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, content: str) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f"; files there: {', '.join(there)}" if there else ""
         raise ValueError(f"config file {path} does not exist{hint}")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if raw is None:
-        raise ValueError(f"{path} is empty; it must hold blocks: model, data, train, deepspeed")
+        raise ValueError(f"{path} is empty; it must hold {content}")
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold blocks (model, data, train, deepspeed), got a {type(raw).__name__}")
+        raise ValueError(f"{path} must hold {content}, got a {type(raw).__name__}")
     return raw
+
+
+def _keys_of(schema: type[BaseModel]) -> str:
+    needed = [name for name, field in schema.model_fields.items() if field.is_required()]
+    names = needed or list(schema.model_fields)
+    return f"{'the keys' if needed else 'keys such as'} {', '.join(names[:_KEYS_TOLD])}"
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -103,7 +136,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals or not key or key.startswith("-"):
         raise ValueError(f"override '{override}' must look like key.sub=value, for example train.steps=100")
     try:
-        value = yaml.load(text, Loader=_UniqueKeyLoader)
+        value = _value(text)
     except yaml.YAMLError:
         raise ValueError(f"override '{override}': the value is not valid YAML; quote it") from None
     except ValueError as error:
@@ -117,6 +150,20 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(here, dict):
             raise ValueError(f"override '{override}': '{'.'.join(parents[: depth + 1])}' holds no keys")
     here[last] = value
+
+
+def _value(text: str) -> Any:
+    """An override's value. There are no comments on a command line: ``runs/exp #3`` is a name with a # in it."""
+    node = yaml.compose(text, Loader=_Loader)
+    if node is None:
+        return text if text.strip() else None
+    if not text[node.end_mark.index :].strip():
+        return yaml.load(text, Loader=_Loader)
+    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        return text
+    raise ValueError(
+        "what follows the value after # would be lost as a comment; leave it out, or quote the whole value"
+    )
 
 
 def key_paths(schema: type[BaseModel]) -> list[str]:

@@ -1,8 +1,19 @@
-"""A user's mistake ends a command with one sentence and status 1; a bug of ours keeps its traceback."""
+"""Three kinds of errors, each with its exit status, so that a script can tell them apart.
+
+    a user's mistake      one sentence: the rule, the values, the fix        1
+    the world's state     one sentence: a lost rank, a stop from outside     75, 76 (trainer/exit_status.py)
+    a fault of ours       the traceback, and where to report it             70
+
+A user's mistake is a ``ValueError`` or ``OSError`` that a ``raise`` statement of ours raised on purpose, and an
+``OSError`` that names a file. The same classes raised by a library, by Python itself or by our own arithmetic are
+faults: "'ascii' codec can't encode" tells a user nothing, and without its traceback it tells us nothing either.
+"""
 
 from __future__ import annotations
 
 import atexit
+import dis
+import errno
 import gc
 import logging
 import os
@@ -11,27 +22,42 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
 
+EXIT_FAULT = 70
+"""Exit status of a fault of ours or of a library (EX_SOFTWARE)."""
+_OURS = str(Path(__file__).resolve().parent.parent)
+_NOT_OURS = (f"{os.sep}site-packages{os.sep}", f"{os.sep}.venv{os.sep}")
+_RAISE = {dis.opmap["RAISE_VARARGS"]}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_REPORT = (
+    "this is a fault of Hopscotch or of a library that it uses, not of yours; please report it with what stands above "
+    "and what `python -m launch.doctor` prints"
+)
 _OTHER_RANKS_WAIT_S = 5.0
 
 
 def rank_by_environment() -> int:
     """This process's rank as its launcher or ``srun`` says, before the ranks have met; 0 where there is only one."""
     own = os.environ.get("SLURM_PROCID", "0") if "SLURM_STEP_NUM_TASKS" in os.environ else "0"
-    return int(os.environ.get("RANK", own))
+    rank = os.environ.get("RANK", own)
+    return int(rank) if rank.isdigit() else 0
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn ``ValueError`` and ``OSError`` raised inside into ``error: <sentence>`` on stderr and exit status 1.
+    """Turn a user's mistake raised inside into ``error: <sentence>`` on stderr and exit status 1.
 
     Ctrl-C is one word and status 130. Where a reader such as ``head`` has closed our output, the command ends quietly,
-    with the status of SIGPIPE.
+    with the status of SIGPIPE. Everything else passes through; at the end of the process it is a fault of ours.
 
     Under a launcher most mistakes hit every rank alike. Ranks other than 0 wait a little before they speak: the
     launcher ends them when rank 0 fails, and the reader is spared as many copies as there are ranks.
     """
     atexit.register(gc.freeze)  # the interpreter's last search for cycles takes a second with torch loaded
+    sys.excepthook = _end_as_fault
     try:
         yield
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at the interpreter's end
@@ -42,9 +68,31 @@ def user_errors() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end
         raise SystemExit(128 + signal.SIGPIPE) from None
     except (ValueError, OSError) as error:
+        if not is_users(error):
+            raise
         logging.getLogger("hopscotch").debug("ended by an error", exc_info=True)  # goes to a run's log file, if any
         rank = rank_by_environment()
         if rank:
             time.sleep(_OTHER_RANKS_WAIT_S)
         print(f"error: {error}" if not rank else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None
+
+
+def is_users(error: BaseException) -> bool:
+    """True for what a ``raise`` statement of ours raised, and for a file or disk that the system has refused."""
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return True  # made, but never raised: handed over by another thread or process of ours
+    code = trace.tb_frame.f_code
+    ours = code.co_filename.startswith(_OURS) and not any(part in code.co_filename for part in _NOT_OURS)
+    return (ours or code.co_filename.startswith("<")) and code.co_code[trace.tb_lasti] in _RAISE
+
+
+def _end_as_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
+    sys.__excepthook__(kind, error, trace)
+    print(_REPORT, file=sys.stderr, flush=True)
+    raise SystemExit(EXIT_FAULT)

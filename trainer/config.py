@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from data.config import DataConfig, StreamConfig
 from model.config import EnsembleConfig, ModelConfig
-from settings import Strict, load, peek
+from settings import PathText, Strict, load, peek
 
 
 class OptimizerConfig(Strict):
@@ -114,7 +114,7 @@ class LogConfig(Strict):
 class TrainConfig(Strict):
     """How to train."""
 
-    run_dir: str | None = None
+    run_dir: PathText | None = None
     """Folder of this run: configs, metrics, logs, checkpoints; ``runs/`` and the config file's name unless given."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Of the weights and the routing noise. The data's order has its own."""

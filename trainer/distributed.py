@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer.meeting import meet, rank_numbers
+
 _SETTLE_S = 0.1
 """How long gloo's threads get to let go of the tensors of collectives that are over."""
 
@@ -77,12 +79,16 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 def join(timeout_s: float) -> World:
-    """Meet the other ranks and bind this one to its device."""
+    """Meet the other ranks and bind this one to its device.
+
+    Raises:
+        ValueError: they cannot meet.
+    """
     _from_slurm()
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, alone in environment.items():
         os.environ.setdefault(name, alone)
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    rank, size, local_rank = rank_numbers()
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
     os.environ.setdefault("LOCAL_SIZE", str(local_size))
     deepspeed = import_deepspeed()
@@ -99,14 +105,9 @@ def join(timeout_s: float) -> World:
             # Without this every rank takes all cores and they fight over them.
             torch.set_num_threads(max((os.cpu_count() or 1) // local_size, 1))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    try:
-        deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
-    except dist.DistNetworkError as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ValueError(
-            f"the ranks cannot meet at {place} ({str(error).splitlines()[0].split('. ')[0]}); if another job uses that "
-            "port, give the launcher another one: deepspeed --master_port N, torchrun --master-port N"
-        ) from error
+    if size > 1:
+        meet(rank, size, backend, timeout_s, device)
+    deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     return World(rank, size, local_rank, local_size, device)
 
 

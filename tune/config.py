@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from data.config import MixedSource, StreamConfig
 from model.config import EnsembleConfig, ModelConfig
-from settings import Strict
+from settings import PathText, Strict
 from trainer.config import DeepSpeedSettings, StageConfig, TrainConfig
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -21,7 +21,7 @@ Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 class BaseConfig(Strict):
     """What is tuned."""
 
-    path: str
+    path: PathText
     """A stage-one run (its newest whole checkpoint), one of its checkpoints, or what ``convert.from_hf`` wrote."""
     routers: Literal["frozen", "tuned"] = "frozen"
     """Skip routers stay as they are and decide greedily, or learn on under the budget, their schedules at the end."""
@@ -71,7 +71,7 @@ class ChatConfig(Strict):
 class ExampleSource(MixedSource):
     """One named set of examples: JSON lines (.jsonl, compressed or not) or plain text files."""
 
-    files: list[str] = Field(min_length=1)
+    files: list[PathText] = Field(min_length=1)
     """Paths or glob patterns (``**`` allowed), read in sorted order."""
     format: Literal["response", "chat", "text"] = "response"
     """``response``: a prompt and a response a line. ``chat``: a list of messages a line, with ``role`` and ``content``.
@@ -97,7 +97,7 @@ class ExamplesConfig(StreamConfig):
     """Named sets, evaluated at ``train.evaluation.every_steps``."""
     test: list[ExampleSource] = Field(default_factory=list)
     """Named sets, evaluated after the last step only, all of each."""
-    tokenizer: str | None = None
+    tokenizer: PathText | None = None
     """Folder of ``tokenizer.model`` or ``tokenizer.json``; the base's unless given."""
     pack: bool = True
     """Several examples in one window; otherwise one, and the rest is filling."""

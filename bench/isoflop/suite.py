@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from model.flops import full_windows, training_flops
-from settings import Strict, load
+from settings import PathText, Strict, load
 from trainer.config import RunConfig, load_run
 
 Keys = dict[str, Any]
@@ -62,7 +62,7 @@ class Downstream(Strict):
 
     tasks: list[str] = Field(min_length=1)
     """``blimp`` (the mean over its paradigms), ``blimp_NAME``, ``classify_NAME`` (one shot), ``perplexity``."""
-    data: str
+    data: PathText
     """Folder that holds ``blimp/``, ``tuning/`` and ``books/``."""
     limit: int | None = Field(None, gt=0)
     """First documents of each task; all unless given."""
@@ -79,7 +79,7 @@ class Downstream(Strict):
 class Suite(Strict):
     """Runs to compare."""
 
-    backbone: str
+    backbone: PathText
     """Config of a stage-one run. Every run is it, with ``set`` and then its variant's ``set`` on top."""
     tokens: int = Field(gt=0)
     """Training tokens of every run, rounded to whole optimiser steps."""

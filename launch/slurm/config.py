@@ -11,6 +11,7 @@ else ``launch/slurm/site.yaml``, in which every field stands as a comment.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +19,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator, model_validator
 
-from settings import Strict, load
+from settings import PathText, Strict, load
 
-USER_FILE = Path("~/.config/hopscotch/slurm.yaml")
+USER_FILE = "~/.config/hopscotch/slurm.yaml"
 SHIPPED_FILE = Path(__file__).with_name("site.yaml")
 SIGNAL_EARLY_S = 60
 """SLURM looks at time limits once a minute, so the signal may come this much earlier than asked for, in seconds."""
@@ -54,7 +55,7 @@ class SlurmConfig(Strict):
     """Further options of srun, as written there: ``--cpu-bind=cores``, ``--container-image=/images/torch.sqsh``."""
     modules: list[str] = Field(default_factory=list)
     """Environment modules to load, in this order."""
-    venv: str | None = None
+    venv: PathText | None = None
     """Folder of the virtual environment, on the nodes; that of the Python which submits unless given."""
     container: str | None = None
     """Command before ``python3`` on every rank: ``apptainer exec --nv /images/torch.sif``; none unless given."""
@@ -66,8 +67,10 @@ class SlurmConfig(Strict):
     @field_validator("time", mode="before")
     @classmethod
     def _quoted(cls, value: Any) -> Any:
-        if isinstance(value, int):  # YAML takes 24:00:00 for a number to the base of sixty
-            raise ValueError('must be in quotes, as in time: "24:00:00", because YAML reads it as a number otherwise')
+        if isinstance(value, int):  # 90 is minutes to SLURM, and looks like seconds or hours
+            raise ValueError(
+                'must be in quotes, as in time: "90" for minutes, because YAML reads it as a number otherwise'
+            )
         return value
 
     @model_validator(mode="after")
@@ -146,7 +149,7 @@ def load_site(path: Path | None, options: Mapping[str, Any]) -> SlurmConfig:
         ValueError: with one sentence for each mistake.
     """
     if path is None:
-        path = USER_FILE.expanduser()
+        path = Path(os.path.expanduser(USER_FILE))  # as it is where there is no home
         if not path.is_file():
             path = SHIPPED_FILE
     overrides = [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]

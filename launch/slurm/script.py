@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -56,6 +57,9 @@ def _render(template: str, stage: Stage, site: SlurmConfig, submission: str, job
         autoescape=False,
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
+    environment.filters["directive"] = _directive
+    environment.filters["one_line"] = _one_line
+    environment.filters["literal"] = lambda value: str(value).replace("%", "%%")  # in names, SLURM fills in %j
     return environment.get_template(template).render(
         site=site,
         root=Path.cwd(),
@@ -68,6 +72,31 @@ def _render(template: str, stage: Stage, site: SlurmConfig, submission: str, job
         srun_options="".join(f"{option} " for option in site.srun),
         **own,
     )
+
+
+def _directive(value: object) -> str:
+    """A value of an option in a line that begins with #SBATCH, in which SLURM knows quotes but the shell does nothing.
+
+    Raises:
+        ValueError: it has no safe spelling there.
+    """
+    text = _one_line(value)
+    if bad := re.search(r"[\"\\\\]", text):
+        raise ValueError(
+            f"{text!r} holds {bad[0]}, which SLURM cannot read in a batch script's options; leave out quotes and "
+            "backslashes"
+        )
+    return text if re.fullmatch(r"[\w./:=@%+,-]+", text) else f'"{text}"'
+
+
+def _one_line(value: object) -> str:
+    text = str(value)
+    if not text.isprintable():
+        raise ValueError(
+            f"{text!r} holds a line break or another control character, which would end the line of the batch script "
+            "that it stands in; leave it out"
+        )
+    return text
 
 
 def _python(site: SlurmConfig) -> str:

@@ -1,0 +1,201 @@
+"""How ranks meet: one store, in which each says that it is there, and then the process group.
+
+    rank 0     listens at MASTER_ADDR:MASTER_PORT (under torchrun its agent does) and counts who comes
+    others     connect, and compare what they were told with what the first one was told
+    everybody  waits for one word: that all are here, or why they cannot meet
+
+Whatever fails on the way is a mistake in the set-up (an address, an interface, a port, a count, a name, a version), so
+it ends in one sentence and status 1 on every rank, never in "start again". After ten seconds rank 0 reports who is
+awaited.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+QUIET_S = 10.0
+"""Seconds until a rank that waits reports for whom."""
+_POLLED_S = 0.5
+_NAMED = 8
+_COME = "start as many processes as WORLD_SIZE says, and see that their hosts reach that address"
+_TOGETHER = "all"
+
+
+def rank_numbers() -> tuple[int, int, int]:
+    """Rank, number of ranks, and rank on this machine, as the launcher has put them into the environment.
+
+    Raises:
+        ValueError: they are no numbers, or do not fit together.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    try:
+        rank, size, local_rank = (int(os.environ[name]) for name in names)
+    except ValueError:
+        raise ValueError(
+            f"{', '.join(f'{name}={os.environ[name]}' for name in names)} must be whole numbers; a launcher sets them "
+            "(deepspeed, torchrun, srun), so start with one, or correct them"
+        ) from None
+    if not (0 <= rank < size and local_rank >= 0):
+        raise ValueError(
+            f"RANK={rank} and LOCAL_RANK={local_rank} must not be negative, and RANK must be below WORLD_SIZE={size}; "
+            "correct the environment, or start with a launcher"
+        )
+    return rank, size, local_rank
+
+
+def meet(rank: int, size: int, backend: str, timeout_s: float, device: torch.device) -> None:
+    """Make the process group of all ranks.
+
+    Args:
+        rank, size: number of this process and how many there are, more than one.
+        backend: ``gloo`` or ``nccl``.
+        timeout_s: seconds that ranks wait for each other, here and in every collective.
+        device: where this rank computes.
+
+    Raises:
+        ValueError: they cannot meet.
+    """
+    _require_interface()
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    place = f"{address}:{port}"
+    try:
+        store = _store(rank, size, address, _port(port), timeout_s)
+        _wait_for_all(store, rank, size, place, timeout_s)
+        bound = {"device_id": device} if device.type == "cuda" else {}
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **bound
+        )
+    except (dist.DistError, RuntimeError) as error:
+        if rank and "Failed to recv" in str(error):
+            raise ValueError(f"rank 0 at {place} has ended before all ranks had met; its last words say why") from error
+        reason = str(error).splitlines()[0].split(". ")[0]
+        raise ValueError(
+            f"the ranks cannot meet at {place} ({reason}); if another job uses that port, give the launcher another "
+            "one: deepspeed --master_port N, torchrun --master-port N"
+        ) from error
+
+
+def _require_interface() -> None:
+    there = [name for _, name in socket.if_nameindex()]
+    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if name not in there:
+            raise ValueError(
+                f"GLOO_SOCKET_IFNAME={name} is no network interface of {platform.node()}, which has "
+                f"{', '.join(there)}; name one of them, or unset the variable"
+            )
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or not 0 < int(text) < 65_536:
+        raise ValueError(f"MASTER_PORT={text} must be a number from 1 to 65535; correct it")
+    return int(text)
+
+
+def _store(rank: int, size: int, address: str, port: int, timeout_s: float) -> dist.Store:
+    """The store that all ranks share; this one is connected to it."""
+    _require_name(address, port, timeout_s)
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    with _reported_after(f"rank {rank} of {size} on {platform.node()}: still connecting to rank 0 at {address}:{port}"):
+        store = dist.TCPStore(address, port, size, serves, timeout=timedelta(seconds=timeout_s), wait_for_workers=False)
+    # An agent's store outlives a restart of its ranks.
+    return dist.PrefixStore(f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _require_name(address: str, port: int, timeout_s: float) -> None:
+    """A name server may know a new host only after a while."""
+    until = time.monotonic() + min(timeout_s, QUIET_S)
+    while True:
+        try:
+            socket.getaddrinfo(address, port)
+            return
+        except OSError as error:
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"MASTER_ADDR={address} is a name that {platform.node()} cannot resolve ({error.strerror}); give "
+                    "the launcher a name or an address of rank 0's host that all hosts know"
+                ) from None
+            time.sleep(1.0)
+
+
+def _wait_for_all(store: dist.Store, rank: int, size: int, place: str, timeout_s: float) -> None:
+    """Until every rank is here, or one of them says why they cannot meet."""
+    problem = _problem(store, rank, size)
+    here = store.add("here", 1)
+    if problem is not None:
+        store.compare_set("word", "", problem)
+    elif here == size:
+        store.compare_set("word", "", _TOGETHER)
+    start = time.monotonic()
+    reported = False
+    while not _comes(store, "word", start + (timeout_s if reported or rank else min(QUIET_S, timeout_s))):
+        awaited = f"{_awaited(store, size)} of {size} awaited at {place}"
+        if reported or timeout_s <= QUIET_S:
+            store.compare_set("word", "", f"{awaited}, and not there within {timeout_s:g} s; {_COME}")
+        else:
+            print(f"waiting: {awaited}, for up to {timeout_s:g} s", file=sys.stderr, flush=True)
+            reported = True
+    word = store.get("word").decode()
+    if word != _TOGETHER:
+        _let_others_read(store, rank)
+        raise ValueError(f"the ranks cannot meet: {word}")
+
+
+def _comes(store: dist.Store, key: str, until_s: float) -> bool:
+    """True once ``key`` is there; False after ``until_s`` on the monotonic clock."""
+    pause_s = 0.01
+    while not store.check([key]):
+        if time.monotonic() > until_s:
+            return False
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, _POLLED_S)
+    return True
+
+
+def _let_others_read(store: dist.Store, rank: int) -> None:
+    """The store ends with rank 0, which therefore stays until all that are here know why."""
+    read = store.add("read", 1)
+    until = time.monotonic() + 4 * _POLLED_S
+    while rank == 0 and read < store.add("here", 0) and time.monotonic() < until:
+        time.sleep(_POLLED_S / 10)
+        read = store.add("read", 0)
+
+
+def _problem(store: dist.Store, rank: int, size: int) -> str | None:
+    """How this rank's set-up differs from what the first one to come has; and leave word that it is here."""
+    host = platform.node()
+    other = store.compare_set(f"host/{rank}", "", host).decode()
+    if store.add(f"times/{rank}", 1) > 1:
+        return f"two processes have RANK={rank}, on {other} and {host}; give every process a number of its own"
+    for what, own in (("WORLD_SIZE", str(size)), ("torch", torch.__version__)):
+        first = store.compare_set(what, "", own).decode()
+        if first != own:
+            return f"rank {rank} on {host} has {what} {own}, another rank has {first}; make them the same on all hosts"
+    return None
+
+
+def _awaited(store: dist.Store, size: int) -> str:
+    missing = [rank for rank in range(size) if not store.check([f"host/{rank}"])]
+    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
+    return f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing[:_NAMED]))}{more}"
+
+
+@contextlib.contextmanager
+def _reported_after(sentence: str) -> Iterator[None]:
+    timer = threading.Timer(QUIET_S, lambda: print(f"waiting: {sentence}", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
