@@ -20,7 +20,7 @@ from launch.plan.communication import Cluster, Step, expected_mfu, ladder, volum
 from launch.plan.gpus import GPUS
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
-from settings import counted, user_errors
+from settings import counted, tables, user_errors
 from trainer.checkpoints.retention import most_at_once
 
 LARGEST = 8192
