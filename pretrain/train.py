@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from settings import user_errors
-from trainer.config import RunConfig, load_run
+from trainer.config import PretrainConfig, load_run
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from trainer.distributed import World
 
 
-def train(config: RunConfig, config_path: Path, world: World) -> int:
+def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     """Run to the last step, or until asked to stop; return the exit status.
 
     Raises:

@@ -12,12 +12,12 @@ from data.store import TokenStore, validation_folder
 from data.tokenizer import tokenizer_sha256
 from launch.configs import model_of, tokenizer_folder
 from launch.doctor.findings import Finding
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from tune.config import TuneFile
 from tune.text import load_text_tokenizer, require_vocabulary
 
 
-def shards(config: RunConfig) -> Iterator[Finding]:
+def shards(config: PretrainConfig) -> Iterator[Finding]:
     """Every source and validation set: all files there, of the manifest's size, made with this tokenizer.
 
     Raises:
