@@ -77,7 +77,7 @@ SOURCES = {"large": 0.75, "small": 0.25}
 
 
 @dataclass
-class Rounds:
+class LoaderRounds:
     """What every round found.
 
     Attributes:
@@ -137,7 +137,7 @@ def train_on(ours: Ours, batch: Batch, device: torch.device) -> None:
     ours.step()
 
 
-def take_round(rounds: Rounds, number: int, ours: Ours, data: TrainingData, options: argparse.Namespace) -> None:
+def take_round(rounds: LoaderRounds, number: int, ours: Ours, data: TrainingData, options: argparse.Namespace) -> None:
     """One round of all contestants, on samples of its own."""
     import torch
 
@@ -175,7 +175,7 @@ def measure(options: argparse.Namespace) -> Result:
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours = Ours(held_decoder(model_config(options, None, options.tokens), device, dtype))
     yardstick = Yardstick(device, dtype)
-    rounds = Rounds()
+    rounds = LoaderRounds()
     with tempfile.TemporaryDirectory() as folder:
         config = write_shards(Path(folder), options.vocab, options.data_tokens, options.tokens)
         data = TrainingData(config, pin_memory=device.type == "cuda")
@@ -189,7 +189,7 @@ def measure(options: argparse.Namespace) -> Result:
     return result(rounds, ours, options, yardstick.flops_per_s)
 
 
-def result(rounds: Rounds, ours: Ours, options: argparse.Namespace, peak: float) -> Result:
+def result(rounds: LoaderRounds, ours: Ours, options: argparse.Namespace, peak: float) -> Result:
     """Rows, and what waiting came to."""
     tokens = options.samples * options.tokens
     executed, _ = ours.flops()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from settings import user_errors
-from trainer.config import RunConfig, load_run
+from trainer.config import PretrainConfig, load_run
 from trainer.local_ranks import free_port
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _rank(options: argparse.Namespace) -> None:
     leave()
 
 
-def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
+def _write(config: PretrainConfig, folder: Path, world: World) -> list[float]:
     from trainer.checkpoints.save import Saver
     from trainer.engine import build_engine
 
@@ -161,8 +161,9 @@ def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
     return losses
 
 
-def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True) -> list[float]:
+def _read(config: PretrainConfig, folder: Path, world: World, keep_state: bool = True) -> list[float]:
     from trainer.checkpoints import manifest, resume
+    from trainer.deepspeed_internals import torch_optimizer
     from trainer.engine import build_engine
 
     engine = build_engine(config, world)
@@ -170,13 +171,13 @@ def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True
     assert found is not None
     resume.load(engine, found, "", config, world)
     if not keep_state:
-        getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
+        torch_optimizer(engine).state.clear()
     losses = _train(engine, config, world, BEFORE, AFTER)
     engine.destroy()
     return losses
 
 
-def _train(engine: Any, config: RunConfig, world: World, first: int, count: int) -> list[float]:
+def _train(engine: Any, config: PretrainConfig, world: World, first: int, count: int) -> list[float]:
     """Losses of ``count`` steps from step ``first`` on, at the peak rate."""
     from data.batches import TrainingData
     from model.budget import Budget

@@ -21,7 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from settings import user_errors
-from trainer.config import RunConfig, load_run
+from trainer.config import PretrainConfig, load_run
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(config: RunConfig, world: World, folder: Path, steps: int, rounds: int) -> dict[str, Any]:
+def measure(config: PretrainConfig, world: World, folder: Path, steps: int, rounds: int) -> dict[str, Any]:
     """The figures that :func:`report` prints.
 
     Args:
@@ -109,7 +109,7 @@ def report(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _stepper(engine: Any, config: RunConfig, world: World) -> Callable[[], None]:
+def _stepper(engine: Any, config: PretrainConfig, world: World) -> Callable[[], None]:
     """Takes the next step each time it is called."""
     from data.batches import TrainingData
     from model.budget import Budget

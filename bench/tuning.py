@@ -27,6 +27,7 @@ from bench.common.options import parser, refuse
 from bench.common.timing import ratios, take_turns
 from model.config import EnsembleConfig
 from settings import user_errors
+from settings.tables import markdown
 from trainer.local_ranks import environment_alone
 from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
@@ -46,7 +47,7 @@ CHOICES = {"polarity": [" negative", " positive"], "subjectivity": [" objective"
 DATA = Path("../shared/data/tuning")
 
 
-class Run(NamedTuple):
+class TuningRun(NamedTuple):
     """One method on one task with one seed."""
 
     method: str
@@ -69,7 +70,7 @@ class Outcome(NamedTuple):
     total: int
 
 
-def overrides(run: Run, base: str, data: Path, out: Path) -> list[str]:
+def overrides(run: TuningRun, base: str, data: Path, out: Path) -> list[str]:
     """The command line after the method's config."""
     block = {}
     for group, split in (("sources", "train"), ("validation", "validation"), ("test", "test")):
@@ -86,7 +87,7 @@ def overrides(run: Run, base: str, data: Path, out: Path) -> list[str]:
     ]
 
 
-def train(run: Run, options: argparse.Namespace) -> str | None:
+def train(run: TuningRun, options: argparse.Namespace) -> str | None:
     """Run it unless it is done; the last line that it printed if it failed."""
     folder = run.folder(options.out)
     if outcome(folder, run.task) is not None:
@@ -135,7 +136,7 @@ def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
     calls: dict[str, Callable[[], object]] = {}
     for method in options.methods:
-        run = Run(method, options.tasks[0], 0)
+        run = TuningRun(method, options.tasks[0], 0)
         file = load_file(
             f"configs/tune_{method}.yaml",
             [*overrides(run, options.base, options.data, options.out), *options.overrides],
@@ -168,7 +169,7 @@ def tables(options: argparse.Namespace, times: dict[str, list[float]]) -> str:
     for method in options.methods:
         cells, trained = [], ["", ""]
         for task in options.tasks:
-            found = [outcome(Run(method, task, seed).folder(options.out), task) for seed in options.seeds]
+            found = [outcome(TuningRun(method, task, seed).folder(options.out), task) for seed in options.seeds]
             done = [one for one in found if one is not None]
             cells += [
                 _spread(getattr(one, field) for one in done) for field in ("final", "voted", "best_layer", "oracle")
@@ -177,7 +178,7 @@ def tables(options: argparse.Namespace, times: dict[str, list[float]]) -> str:
                 trained = [f"{done[0].trained:,}", f"{done[0].trained / done[0].total:.2%}"]
         ratio = f"{ratios(times[method], times[options.methods[0]]).median:.2f}" if times else ""
         rows.append([method, *trained, ratio, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(header), *rows[1:]])
+    return markdown(rows)
 
 
 def _spread(shares: Iterable[float]) -> str:
@@ -209,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         refuse(options, {"repeats": 0, "jobs": 1, "threads": 1})
         # Seeds outermost: an interrupted suite has whole tables of fewer seeds.
-        runs = [Run(m, t, s) for s in options.seeds for t in options.tasks for m in options.methods]
+        runs = [TuningRun(m, t, s) for s in options.seeds for t in options.tasks for m in options.methods]
         with ThreadPoolExecutor(options.jobs) as pool:
             done = tqdm(pool.map(lambda run: train(run, options), runs), total=len(runs), unit="run")
             failed = [problem for problem in done if problem is not None]

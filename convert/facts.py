@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import run_of
-from trainer.config import RunConfig, StageConfig, WeightsConfig
+from trainer.config import PretrainConfig, StageConfig, WeightsConfig
 from trainer.distributed import ALONE
 from trainer.monitor import metrics_file
 from tune.load import Loaded
@@ -24,7 +24,7 @@ def facts_of(loaded: Loaded) -> dict[str, Any]:
         entries = {n: value for n, value in manifest.read(source, ALONE).items() if n not in ("format", "files")}
         return {"source": str(source), **entries, "kind": WEIGHTS}
     assert loaded.step is not None
-    if isinstance(config, RunConfig):
+    if isinstance(config, PretrainConfig):
         own: dict[str, Any] = {"kind": PRETRAINED, "confine_attention": config.data.confine_attention}
     else:
         own = {"kind": TUNED, "base": config.base.path, "adapter": config.adapter.kind}

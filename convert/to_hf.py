@@ -288,7 +288,7 @@ def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:
     from tune.adapters import has_adapters
 
     router = decoder.config.router
-    if router is not None and router.kind == "expert_choice":
+    if router is not None and not router.causal:
         raise ValueError(
             f"{path} has router.kind expert_choice, which picks tokens by looking at later ones, so it cannot generate "
             "and is not exported; export a causal kind: learned, random or stride, or a dense model"

@@ -27,7 +27,7 @@ from data.skip_ranges import pass_over
 from data.store import TokenStore, train_folder, validation_folder
 from data.tokenizer import tokenizer_sha256
 
-NO_TARGET = -100
+IGNORED = -100
 """A target on which no loss is taken."""
 NO_SAMPLE = -1
 """The number of a row that only fills up a batch."""
@@ -100,10 +100,14 @@ class TrainingData:
         """Every token id is below it."""
         return self._stores[0].manifest.vocab_size
 
-    @property
-    def eos_id(self) -> int:
-        """The id that closes every document."""
-        return self._stores[0].manifest.eos_id
+    def require_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError unless the model's embedding has ``vocab_size`` rows for as many ids of the shards."""
+        if self.vocab_size != vocab_size:
+            raise ValueError(
+                f"the shards in {self._config.dir} have a vocabulary of {self.vocab_size}, model.vocab_size is "
+                f"{vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {self.vocab_size}, or prepare "
+                "the data again"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -246,12 +250,12 @@ def _batch(
     """Put windows (tokens [T+1], document ends [E]) together; a row with sample id -1 gets no targets."""
     tokens = np.stack([row for row, _ in rows])
     inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
-    targets[sample_ids == NO_SAMPLE] = NO_TARGET
+    targets[sample_ids == NO_SAMPLE] = IGNORED
     places = np.arange(config.sequence_tokens)
     numbers = [np.searchsorted(ends, places, side="right") for _, ends in rows]
     if config.confine_attention:
         for row, (_, ends) in enumerate(rows):
-            targets[row, ends - 1] = NO_TARGET
+            targets[row, ends - 1] = IGNORED
     # A row's document d > 0 starts at its end number d - 1; what began before the window starts with it.
     starts = [np.concatenate([[0], ends])[number] for (_, ends), number in zip(rows, numbers, strict=True)]
 

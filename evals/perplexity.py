@@ -36,7 +36,7 @@ BATCHES_AT_ONCE = 32
 """Windows are sorted by length within so many batches, so that little is filled up."""
 
 
-class Result(NamedTuple):
+class Perplexity(NamedTuple):
     """What was measured on some documents."""
 
     name: str
@@ -79,7 +79,7 @@ def perplexity(
     window_tokens: int,
     stride_tokens: int,
     batch_windows: int = 8,
-) -> Result:
+) -> Perplexity:
     """Score documents; memory holds one of them and a few batches of windows.
 
     Args:
@@ -115,7 +115,7 @@ def perplexity(
         nll += _total(scorer, waiting)
     if not tokens:
         raise ValueError(f"{name} holds no text to score; give a file with some")
-    return Result(name, documents, size, tokens, nll, *scorer.flops, window_tokens, stride_tokens)
+    return Perplexity(name, documents, size, tokens, nll, *scorer.flops, window_tokens, stride_tokens)
 
 
 def _total(scorer: Scorer, rows: list[Window]) -> float:
@@ -144,10 +144,10 @@ def trained_tokens(opened: Opened) -> int:
     return positions if isinstance(config, WeightsConfig) else min(config.data.sequence_tokens, positions)
 
 
-def together(results: Sequence[Result]) -> Result:
+def together(results: Sequence[Perplexity]) -> Perplexity:
     """All files as one."""
     first = results[0]
-    return Result(
+    return Perplexity(
         "all",
         sum(result.documents for result in results),
         sum(result.bytes for result in results),
@@ -163,7 +163,7 @@ def together(results: Sequence[Result]) -> Result:
 HEADER = "bits/byte  nats/token  perplexity  FLOPs of dense        tokens         bytes  file"
 
 
-def line(result: Result) -> str:
+def line(result: Perplexity) -> str:
     """A result as a line of the table."""
     return (
         f"{result.bits_per_byte:>9.4f}{result.nats_per_token:>12.4f}{result.perplexity:>12,.3f}"
@@ -171,7 +171,7 @@ def line(result: Result) -> str:
     )
 
 
-def to_json(result: Result) -> dict[str, Any]:
+def to_json(result: Perplexity) -> dict[str, Any]:
     """A result with what follows from it."""
     return {
         **result._asdict(),

@@ -27,7 +27,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from tune.load import Loaded, load_model
-from tune.text import TextTokenizer, load_text_tokenizer
+from tune.text import TextTokenizer, load_text_tokenizer, require_vocabulary
 
 
 class Opened(NamedTuple):
@@ -58,12 +58,9 @@ def open_model(path: Path) -> Opened:
     loaded = load_model(path)
     tokenizer = load_text_tokenizer(loaded.tokenizer_folder)
     model = loaded.decoder.config
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {loaded.tokenizer_folder} has {tokenizer.vocab_size} tokens, the model's embedding has "
-            f"rows for {model.vocab_size}; put the tokenizer there that the model was trained with"
-        )
-    if model.router is not None and model.router.kind == "expert_choice":
+    fix = "put the tokenizer there that the model was trained with"
+    require_vocabulary(tokenizer.vocab_size, loaded.tokenizer_folder, model.vocab_size, fix)
+    if model.router is not None and not model.router.causal:
         raise ValueError(
             "router.kind expert_choice picks tokens by looking at later ones, so it gives no likelihood of a next "
             "token; use a causal kind: learned, random or stride"
@@ -79,7 +76,7 @@ class Window(NamedTuple):
     targets: list[int]
 
 
-class Scored(NamedTuple):
+class WindowScore(NamedTuple):
     """A window's scored tokens."""
 
     nll: Tensor
@@ -119,17 +116,17 @@ class Scorer:
         self._sites = torch.zeros(2, len(decoder.config.sites), dtype=torch.float64)
         self._tokens = self._keys = self._scored = 0
 
-    def score(self, rows: Sequence[Window]) -> list[Scored]:
+    def score(self, rows: Sequence[Window]) -> list[WindowScore]:
         """Scores of windows, in their order."""
         order = sorted(range(len(rows)), key=lambda place: -len(rows[place].inputs))
-        found: dict[int, Scored] = {}
+        found: dict[int, WindowScore] = {}
         for first in range(0, len(order), self.batch_windows):
             places = order[first : first + self.batch_windows]
             found |= zip(places, self._score_batch([rows[place] for place in places]), strict=True)
         return [found[place] for place in range(len(rows))]
 
     @torch.inference_mode()
-    def _score_batch(self, rows: list[Window]) -> list[Scored]:
+    def _score_batch(self, rows: list[Window]) -> list[WindowScore]:
         longest = max(len(row.inputs) for row in rows)
         tokens = torch.zeros(len(rows), longest, dtype=torch.int64)  # what fills up comes last: nothing sees it
         targets = torch.full_like(tokens, IGNORED)
@@ -144,7 +141,7 @@ class Scorer:
         self._count(lengths, output.routing.executed, sum(counts))
         # The last candidate is the model itself: the vote where the late layers have one, else the final layer.
         parts = zip(output.scores.nll[-1].split(counts), output.scores.hit[-1].split(counts), strict=True)
-        return [Scored(nll, hit) for nll, hit in parts]
+        return [WindowScore(nll, hit) for nll, hit in parts]
 
     def _count(self, lengths: Tensor, executed: Tensor, scored: int) -> None:
         """Count windows of ``lengths`` [B]; ``executed`` [S, B, T] may be longer than they are."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from data.config import SourceConfig
 from data.sources import FORMATS, Cursor, Source, format_of
-from trainer.config import RunConfig, WeightsConfig
+from trainer.config import PretrainConfig, WeightsConfig
 from tune.config import TuneConfig
 
 
@@ -34,7 +34,7 @@ def refuse_missing(paths: Sequence[str | Path]) -> None:
         )
 
 
-def text_field_of(config: RunConfig | TuneConfig | WeightsConfig) -> str:
+def text_field_of(config: PretrainConfig | TuneConfig | WeightsConfig) -> str:
     """The one ``text_field`` of all sources of a run; ``text`` otherwise."""
     if isinstance(config, WeightsConfig):
         return "text"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from model.config import ModelConfig
 from settings import peek
 from trainer.checkpoints.layout import CONFIG
-from trainer.config import RunConfig, StageConfig, is_stage_two, load_run
+from trainer.config import PretrainConfig, StageConfig, is_stage_two, load_run
 from tune.config import TuneFile
 from tune.resolve import load_file, resolve
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from model.decoder import Decoder
 
 
-def load_either(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | TuneFile:
+def load_either(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig | TuneFile:
     """A stage-one config, or a stage-two one as written, told apart by its ``base`` block.
 
     Raises:
@@ -26,7 +26,7 @@ def load_either(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig | 
     return (load_file if is_stage_two(Path(path)) else load_run)(path, overrides)
 
 
-def model_of(config: RunConfig | TuneFile) -> ModelConfig:
+def model_of(config: PretrainConfig | TuneFile) -> ModelConfig:
     """The model that is trained; for stage two the config's own block, or its base's.
 
     Raises:
@@ -34,7 +34,7 @@ def model_of(config: RunConfig | TuneFile) -> ModelConfig:
     """
     from tune.base import stage_two_model
 
-    if isinstance(config, RunConfig):
+    if isinstance(config, PretrainConfig):
         return config.model
     if config.model is not None:
         return config.model
@@ -55,7 +55,7 @@ def tokenizer_folder(file: TuneFile) -> Path:
     return Path(data["dir"]) if isinstance(data, dict) and "dir" in data else Path(file.base.path)
 
 
-def without_storage(config: RunConfig | TuneFile) -> tuple[StageConfig, Decoder]:
+def without_storage(config: PretrainConfig | TuneFile) -> tuple[StageConfig, Decoder]:
     """The resolved config and its decoder on the meta device, with ``requires_grad`` as it will be trained.
 
     Raises:
@@ -70,7 +70,7 @@ def without_storage(config: RunConfig | TuneFile) -> tuple[StageConfig, Decoder]
     model = model_of(config)
     with torch.device("meta"):
         decoder = Decoder(model)
-    if isinstance(config, RunConfig):
+    if isinstance(config, PretrainConfig):
         return config, decoder
     resolved = resolve(config, Base(decoder, model, Path(config.base.path), "", config.base.sha256 or ""))
     if resolved.ensemble is not None:

@@ -196,7 +196,7 @@ def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
 
 def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
     """Multiply an update [N, D] by its tokens' gate values; executed tokens' gates learn from it."""
-    if config.kind != "expert_choice" and not torch.is_grad_enabled():  # these values are 1, and 0 for fillers
+    if config.causal and not torch.is_grad_enabled():  # these values are 1, and 0 for fillers
         if decision.selection.exact:
             return update
         executed = decision.selection.gather(decision.executed)

@@ -42,7 +42,7 @@ class Budget:
     def __init__(self, config: ModelConfig, sequence_tokens: int, device: torch.device | str = "cpu"):
         self.router, self.sequence_tokens = config.router, sequence_tokens
         self.sites = len(config.sites)
-        self.active = self.router is not None and self.router.kind == "learned"
+        self.active = self.router is not None and self.router.learned
         shares = site_shares(config, sequence_tokens) if self.sites else []
         self._shares = torch.tensor(shares, dtype=torch.float32, device=device)
         self._error = torch.zeros(self.sites, dtype=torch.float32, device=device)

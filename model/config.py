@@ -7,18 +7,41 @@ between ``configs/dense_160m.yaml`` and ``configs/skip_160m.yaml``.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
-class Block(BaseModel):
+class ConfigBlock(BaseModel):
     """A frozen config block that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
-class Ramp(Block):
+class Site(NamedTuple):
+    """A routed place: a whole layer, or one of its two modules."""
+
+    module: Literal["layer", "attention", "ffn"]
+    layer: int
+    """Its number, from 0."""
+
+    @property
+    def name(self) -> str:
+        """``layer-03``, ``attention-03`` or ``ffn-03``."""
+        return f"{self.module}-{self.layer:02d}"
+
+    @property
+    def attends(self) -> bool:
+        """Whether attention is part of it."""
+        return self.module != "ffn"
+
+    @property
+    def feeds_forward(self) -> bool:
+        """Whether the feed-forward is part of it."""
+        return self.module != "attention"
+
+
+class Ramp(ConfigBlock):
     """A value that moves in a straight line from ``start`` to ``end`` over a part of the run, then stays."""
 
     start: float
@@ -33,7 +56,7 @@ class Ramp(Block):
         return self.start + (self.end - self.start) * min(progress / self.until, 1.0)
 
 
-class RopeScaling(Block):
+class RopeScaling(ConfigBlock):
     """How rotary frequencies are stretched to reach beyond the length that a model was trained at."""
 
     kind: Literal["linear", "llama3"]
@@ -57,7 +80,7 @@ class RopeScaling(Block):
         return self
 
 
-class BudgetConfig(Block):
+class BudgetConfig(ConfigBlock):
     """What makes the router keep to its density: a price, in nats per unit of density, on every routed site.
 
     See ``model/budget.py`` for the formulas. The paper's setting is ``per_layer``, coefficient 0.1, no warm-up,
@@ -86,7 +109,7 @@ class BudgetConfig(Block):
         return self
 
 
-class RouterConfig(Block):
+class RouterConfig(ConfigBlock):
     """Which tokens a layer executes. ``learned`` is the method; the other kinds are baselines at the same density."""
 
     kind: Literal["learned", "random", "stride", "expert_choice"] = "learned"
@@ -137,9 +160,19 @@ class RouterConfig(Block):
         return self
 
     @property
+    def learned(self) -> bool:
+        """Whether it has weights that choose for each token by itself: the method."""
+        return self.kind == "learned"
+
+    @property
+    def causal(self) -> bool:
+        """Whether no decision depends on later tokens, as generation and likelihoods need."""
+        return self.kind != "expert_choice"
+
+    @property
     def explores(self) -> bool:
         """Whether skipped tokens are computed in training, too."""
-        return self.kind == "learned" and self.explore > 0
+        return self.learned and self.explore > 0
 
     def capacity_tokens(self, tokens: int, target: float) -> int | None:
         """How many of a window's ``tokens`` a site may execute at density ``target``; None where there is no limit."""
@@ -148,7 +181,7 @@ class RouterConfig(Block):
         return min(math.ceil(target * self.capacity_factor * tokens / 128) * 128, tokens)
 
 
-class EnsembleConfig(Block):
+class EnsembleConfig(ConfigBlock):
     """The last layers vote on the next token, each through its own norm (Luo and Specia 2024); stage two only."""
 
     layers: int = Field(3, ge=1)
@@ -176,7 +209,7 @@ class EnsembleConfig(Block):
         return self
 
 
-class ModelConfig(Block):
+class ModelConfig(ConfigBlock):
     """Sizes of the decoder (a Llama-family one: RMSNorm, rotary, grouped-query attention, SwiGLU)."""
 
     vocab_size: int = Field(gt=1)
@@ -223,12 +256,20 @@ class ModelConfig(Block):
         return range(self.router.always_on_first, self.layers - self.router.always_on_last)
 
     @property
+    def routed_sites(self) -> list[Site]:
+        """The routed sites in order; none for a dense model."""
+        by_layer = self.router is None or self.router.granularity == "layer"
+        modules: tuple[Literal["layer", "attention", "ffn"], ...] = ("layer",) if by_layer else ("attention", "ffn")
+        return [Site(module, layer) for layer in self.routed_layers for module in modules]
+
+    @property
     def sites(self) -> list[str]:
-        """Names of the routed sites in order: ``layer-03``, or ``attention-03`` and ``ffn-03`` for module routers."""
-        if self.router is None:
-            return []
-        modules = ("layer",) if self.router.granularity == "layer" else ("attention", "ffn")
-        return [f"{module}-{layer:02d}" for layer in self.routed_layers for module in modules]
+        """Names of :attr:`routed_sites`: ``layer-03``, or ``attention-03`` and ``ffn-03`` for module routers."""
+        return [site.name for site in self.routed_sites]
+
+    def last_layers(self, count: int) -> list[str]:
+        """Names of the last ``count`` layers: ``layer-03`` and so on."""
+        return [Site("layer", layer).name for layer in range(self.layers - count, self.layers)]
 
     @model_validator(mode="after")
     def _possible_sizes(self) -> ModelConfig:

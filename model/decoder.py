@@ -212,7 +212,7 @@ class Decoder(nn.Module):
 
     def _open_cache(self, cache: KVCache, length: int, documents: Tensor | None) -> Tensor | None:
         router = self.config.router
-        if router is not None and router.kind == "expert_choice":
+        if router is not None and not router.causal:
             raise ValueError(
                 "router.kind expert_choice picks tokens by looking at later ones, so it cannot generate token by "
                 "token; use a causal kind: learned, random or stride"

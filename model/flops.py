@@ -90,7 +90,7 @@ def _explored_flops(config: ModelConfig, counts: Routed) -> float:
         return 0.0
     assert counts.explored_keys is not None
     cost = _Costs(config)
-    attending = sum(not site.startswith("ffn") for site in config.sites)
+    attending = sum(site.attends for site in config.routed_sites)
     repeated = counts.tokens * attending * cost.keys_values
     return repeated + _skippable_flops(config, cost, counts.explored_tokens, counts.explored_keys)
 
@@ -98,10 +98,10 @@ def _explored_flops(config: ModelConfig, counts: Routed) -> float:
 def _skippable_flops(config: ModelConfig, cost: _Costs, tokens: list[float], keys: list[float]) -> float:
     """What routed sites spend on ``tokens`` that see ``keys``, both per site."""
     total = 0.0
-    for site, computed, seen in zip(config.sites, tokens, keys, strict=True):
-        if not site.startswith("ffn"):
+    for site, computed, seen in zip(config.routed_sites, tokens, keys, strict=True):
+        if site.attends:
             total += computed * cost.attention + seen * cost.per_key
-        if not site.startswith("attention"):
+        if site.feeds_forward:
             total += computed * cost.ffn
     return total
 
@@ -121,7 +121,7 @@ def site_shares(config: ModelConfig, sequence_tokens: int) -> list[float]:
         "ffn": cost.ffn,
         "layer": cost.attention + keys * cost.per_key + cost.ffn,
     }
-    costs = [weights[site.split("-")[0]] for site in config.sites]
+    costs = [weights[site.module] for site in config.routed_sites]
     return [c / sum(costs) for c in costs]
 
 

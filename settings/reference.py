@@ -1,6 +1,6 @@
 """The page of all config fields: name, type, default and what it is, written from the schemas themselves.
 
-python -m settings.reference trainer.config:RunConfig tune.config:TuneFile > docs/config.md
+python -m settings.reference trainer.config:PretrainConfig tune.config:TuneFile > docs/config.md
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 from settings.load import key_paths
 from tests.test_imports import MAY_IMPORT
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from tune.config import TuneConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -125,7 +125,7 @@ def _texts() -> list[tuple[str, str]]:
     return texts
 
 
-KEYS = {*key_paths(RunConfig), *key_paths(TuneConfig)}
+KEYS = {*key_paths(PretrainConfig), *key_paths(TuneConfig)}
 BLOCKS = "|".join(sorted({key.partition(".")[0] for key in KEYS}))
 LAST_PARTS = {key.rpartition(".")[2] for key in KEYS}
 

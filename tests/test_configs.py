@@ -13,7 +13,7 @@ import yaml
 from settings import load, to_yaml
 from tests.config_reads import blocks_of, unread
 from tests.launching import ROOT
-from trainer.config import RunConfig, TrainConfig, load_run
+from trainer.config import PretrainConfig, TrainConfig, load_run
 from tune.config import TuneConfig, TuneFile
 from tune.resolve import load_file
 
@@ -34,7 +34,7 @@ def test_every_config_loads_names_its_run_and_survives_being_saved(path: Path, t
     assert config.train.run_dir == f"runs/{path.stem}"
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(config))
-    assert load(saved, [], RunConfig) == load_run(saved) == config
+    assert load(saved, [], PretrainConfig) == load_run(saved) == config
     assert path.read_text().startswith("# ")  # says what it is for
 
 
@@ -85,7 +85,7 @@ def test_dense_and_skip_differ_by_the_router_block_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "block"), (blocks_of(RunConfig) | blocks_of(TuneConfig) | blocks_of(TuneFile)).items()
+    ("name", "block"), (blocks_of(PretrainConfig) | blocks_of(TuneConfig) | blocks_of(TuneFile)).items()
 )
 def test_every_field_says_what_it_is(name: str, block: Any) -> None:
     for field, info in block.model_fields.items():
@@ -93,7 +93,7 @@ def test_every_field_says_what_it_is(name: str, block: Any) -> None:
 
 
 def test_every_field_is_read() -> None:
-    assert unread(RunConfig, _sources()) == []
+    assert unread(PretrainConfig, _sources()) == []
     # Of stage two some fields are read before the config is resolved, the others after.
     assert set(unread(TuneConfig, _sources())) & set(unread(TuneFile, _sources())) == set()
 
@@ -169,7 +169,7 @@ def test_a_field_added_to_a_real_block_without_a_reader_is_found() -> None:
     class MoreTrain(TrainConfig):
         density: float = 0.5
 
-    class MoreRun(RunConfig):
+    class MoreRun(PretrainConfig):
         train: MoreTrain
 
     assert unread(MoreRun, _sources()) == ["MoreTrain.density"]

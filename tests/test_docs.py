@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from settings.reference import reference
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from tune.config import TuneFile
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,4 +24,4 @@ def test_no_placeholders_and_no_dead_links(page: Path) -> None:
 
 
 def test_the_page_of_config_fields_is_up_to_date() -> None:
-    assert (ROOT / "docs/config.md").read_text() == reference([RunConfig, TuneFile]), "run: make docs"
+    assert (ROOT / "docs/config.md").read_text() == reference([PretrainConfig, TuneFile]), "run: make docs"

@@ -283,7 +283,7 @@ class StageConfig(Strict):
         return self.train.accumulation(world_size)
 
 
-class RunConfig(StageConfig):
+class PretrainConfig(StageConfig):
     """A stage-one run."""
 
     data: DataConfig
@@ -316,13 +316,13 @@ def is_stage_two(path: str | Path) -> bool:
     return "base" in peek(path)
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
     """A run's config from its file and the command line, with the run folder's name filled in.
 
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    config = load(path, overrides, RunConfig)
+    config = load(path, overrides, PretrainConfig)
     return config.model_copy(update={"train": name_run(config.train, path)})
 
 

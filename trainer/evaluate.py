@@ -48,7 +48,7 @@ def evaluate(
 ) -> list[Evaluation]:
     """Evaluate after ``step`` optimiser steps."""
     router = config.model.router
-    noisy = config.train.evaluation.with_noise and router is not None and router.kind == "learned"
+    noisy = config.train.evaluation.with_noise and router is not None and router.learned
     if router is not None and not (router.noise.start or router.noise.end):
         noisy = False  # a run without noise: the pass would be the same
     results = []
@@ -82,7 +82,7 @@ def _pass(
         counter.add(output, batch.targets, batch.scored_targets)
         if executed is None and output.routing.executed.numel():
             executed = output.routing.executed[:, 0].cpu()
-    world.sum(counter.sums)
+    world.sum(counter.vector)
     return counter.tally(), executed
 
 

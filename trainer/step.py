@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from model.flops import Routed
 from model.head import LossSums
 from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping
+from trainer.deepspeed_internals import leave_step_out
 from trainer.distributed import World
 
 
@@ -97,20 +98,46 @@ class StepResult:
     bad_ranks: list[tuple[int, list[int]]]
 
 
-_PER_SITE = 5
-"""Executed tokens, their keys, overflow, explored tokens, their keys."""
+class _Sums(NamedTuple):
+    """Views of one fp64 vector, in its order, so that one all-reduce and one copy take all of them.
+
+    The first ten have one entry, the next five one for each site, then two for each late layer, two for each source.
+    """
+
+    nll: Tensor
+    z: Tensor
+    targets: Tensor
+    tokens: Tensor
+    visible_keys: Tensor
+    stop: Tensor
+    bad_micro_batches: Tensor
+    distillation: Tensor
+    vote_entropy: Tensor
+    head_tokens: Tensor
+    executed_tokens: Tensor
+    attended_keys: Tensor
+    overflow_tokens: Tensor
+    explored_tokens: Tensor
+    explored_keys: Tensor
+    vote_weights: Tensor
+    vote_largest: Tensor
+    source_nll: Tensor
+    source_targets: Tensor
 
 
 class Counter:
-    """Adds up forward passes on the device; one all-reduce makes a :class:`Tally`."""
+    """Adds up forward passes on the device; one all-reduce makes a :class:`Tally`.
 
-    # nll, z, targets, tokens, visible keys, stop, bad micro-batches, distillation, entropy of the vote, head tokens
-    _SCALARS = 10
+    Attributes:
+        vector: all sums, to be summed over the ranks.
+        sums: the same by name.
+    """
 
     def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0):
-        self.sites, self.late_layers, self.sources = sites, late_layers, sources
-        size = self._SCALARS + _PER_SITE * sites + 2 * late_layers + 2 * sources
-        self.sums = torch.zeros(size, dtype=torch.float64, device=device)
+        self._sources = sources
+        self._sizes = [1] * 10 + [sites] * 5 + [late_layers] * 2 + [sources] * 2
+        self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        self.sums = _Sums(*self.vector.split(self._sizes))
 
     def add(
         self, output: DecoderOutput, targets: Tensor, scored_targets: int | None = None, sources: Tensor | None = None
@@ -120,51 +147,66 @@ class Counter:
         ``sources`` [B] are the windows' sources, needed where they are counted apart.
         """
         assert output.loss is not None
-        loss, routing, vote = output.loss, output.routing, output.vote_sums
+        sums, loss, routing, vote = self.sums, output.loss, output.routing, output.vote_sums
         valid, nll = targets != IGNORED, _window_nll(output.loss, targets, scored_targets)
-        self.sums[3] += targets.numel()  # a number of the host: no copy, no wait
-        self.sums[9] += targets.numel() if scored_targets is None else scored_targets
-        for place, value in ((0, nll.sum()), (1, loss.z), (2, valid.sum()), (4, routing.visible_keys)):
-            self.sums[place] += value
-        self.sums[6] += ~torch.isfinite(loss.loss)
+        sums.tokens.add_(targets.numel())  # a number of the host: no copy, no wait
+        sums.head_tokens.add_(targets.numel() if scored_targets is None else scored_targets)
+        sums.nll.add_(nll.sum())
+        sums.z.add_(loss.z)
+        sums.targets.add_(valid.sum())
+        sums.visible_keys.add_(routing.visible_keys)
+        sums.bad_micro_batches.add_(~torch.isfinite(loss.loss))
         parts = [routing.executed_tokens, routing.attended_keys, routing.overflow_tokens]
         parts += [routing.explored_tokens, routing.explored_keys]
         if vote is not None:
-            self.sums[7] += loss.distillation.detach()
-            self.sums[8] += vote.entropy
+            sums.distillation.add_(loss.distillation.detach())
+            sums.vote_entropy.add_(vote.entropy)
             parts += [vote.weights.detach(), vote.largest]
-        if self.sources:
+        if self._sources:
             assert sources is not None
             # Sums of rows, not scattered: scattering adds in another order every time on a GPU.
-            own = sources == torch.arange(self.sources, device=sources.device)[:, None]
+            own = sources == torch.arange(self._sources, device=sources.device)[:, None]
             parts += [torch.where(own, each, 0).sum(dim=1) for each in (nll, valid.sum(dim=1))]
-        self.sums[self._SCALARS :] += torch.cat(parts)
+        self.vector[10:] += torch.cat(parts)  # all that follows the ten, at once
 
     def ask_to_stop(self) -> None:
         """Count this rank among those that were asked to stop."""
-        self.sums[5] += 1
+        self.sums.stop.add_(1)
 
     def wanted_density(self) -> Tensor:
         """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
-        executed, _, overflow, *_ = self._of_sites()
-        return ((executed + overflow) / self.sums[3]).float()
-
-    def vote_largest(self) -> Tensor:
-        """Tokens on which each late layer had the largest weight, [k], on the device."""
-        end = len(self.sums) - 2 * self.sources
-        return self.sums[end - self.late_layers : end]
+        return ((self.sums.executed_tokens + self.sums.overflow_tokens) / self.sums.tokens).float()
 
     def tally(self) -> Tally:
         """The sums on the host."""
-        numbers = iter(self.sums.tolist())  # one copy, one wait
-        nll, z, targets, tokens, visible, stop, bad, distillation, entropy, head = islice(numbers, self._SCALARS)
-        counts = [self.sites] * _PER_SITE + [self.late_layers] * 2 + [self.sources] * 2
-        executed, keys, overflow, explored, explored_keys, *rest = (list(islice(numbers, count)) for count in counts)
-        routed = Routed(tokens, visible, executed, keys, head, explored, explored_keys)
-        return Tally(nll, z, int(targets), int(stop), routed, int(bad), overflow, distillation, entropy, *rest)
-
-    def _of_sites(self) -> Tensor:
-        return self.sums[self._SCALARS : self._SCALARS + _PER_SITE * self.sites].view(_PER_SITE, self.sites)
+        numbers = iter(self.vector.tolist())  # one copy, one wait
+        lists = [list(islice(numbers, size)) for size in self._sizes]
+        found = dict(zip(_Sums._fields, lists, strict=True))
+        one = {name: values[0] for name, values in list(found.items())[:10]}
+        routed = Routed(
+            tokens=one["tokens"],
+            visible_keys=one["visible_keys"],
+            executed_tokens=found["executed_tokens"],
+            attended_keys=found["attended_keys"],
+            head_tokens=one["head_tokens"],
+            explored_tokens=found["explored_tokens"],
+            explored_keys=found["explored_keys"],
+        )
+        return Tally(
+            nll=one["nll"],
+            z=one["z"],
+            targets=int(one["targets"]),
+            stop=int(one["stop"]),
+            routed=routed,
+            bad_micro_batches=int(one["bad_micro_batches"]),
+            overflow_tokens=found["overflow_tokens"],
+            distillation=one["distillation"],
+            vote_entropy=one["vote_entropy"],
+            vote_weights=found["vote_weights"],
+            vote_largest=found["vote_largest"],
+            source_nll=found["source_nll"],
+            source_targets=found["source_targets"],
+        )
 
 
 def _window_nll(loss: LossSums, targets: Tensor, scored_targets: int | None) -> Tensor:
@@ -255,15 +297,17 @@ def train_step(
             engine.step()
     if stop_requested:
         counter.ask_to_stop()
-    own_bad = counter.sums[6].clone()  # before the sum makes it everybody's; read only if the step went bad
-    world.sum(counter.sums)
+    own_bad = (
+        counter.sums.bad_micro_batches.clone()
+    )  # before the sum makes it everybody's; read only if the step went bad
+    world.sum(counter.vector)
     norm, applied = _update(engine, config)
     if applied:
         density = counter.wanted_density()
         penalty = float(budget.penalty(density, progress))
         budget.observe(density, progress)
         if balance is not None:
-            balance.observe(counter.vote_largest())
+            balance.observe(counter.sums.vote_largest)
         return StepResult(counter.tally(), penalty, norm, True, [])
     ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
     bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if own_bad > 0 else None) if entry]
@@ -276,8 +320,7 @@ def _update(engine: Any, config: StageConfig) -> tuple[float | None, bool]:
         limit = config.train.clip_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
         if norm != norm or norm == float("inf"):
-            engine.zero_grad()
-            engine.micro_steps += 1  # what engine.step() would have counted
+            leave_step_out(engine)
             return norm, False
         engine.step()
         return norm, True

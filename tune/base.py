@@ -75,7 +75,7 @@ def stage_two_model(model: ModelConfig, routers: Literal["frozen", "tuned"]) -> 
     router = model.router
     if router is None:
         return model
-    if router.kind == "expert_choice":
+    if not router.causal:
         raise ValueError(
             "router.kind expert_choice picks tokens by looking at later ones, so a response would be seen before it is "
             "predicted; tune a base with a causal kind: learned, random or stride, or a dense one"

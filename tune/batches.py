@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import NO_SAMPLE, NO_TARGET, Batch
+from data.batches import IGNORED, NO_SAMPLE, Batch
 from data.order import ORDER_VERSION, Order
 from data.skip_ranges import pass_over
 from tune.config import ExamplesConfig, ExampleSource
 from tune.examples import Examples, read_examples
-from tune.packing import Windows, pack
+from tune.packing import Packed, pack
 from tune.text import TextTokenizer
 
 
@@ -232,7 +232,7 @@ class _Packed:
         self._length, self._eos_id = config.sequence_tokens, tokenizer.eos_id
         chosen = np.arange(len(examples)) if chosen is None else chosen
         windows = pack(examples.inputs[chosen], config.sequence_tokens, config.pack)
-        self.windows = Windows(chosen[windows.members], windows.starts)
+        self.windows = Packed(chosen[windows.members], windows.starts)
 
     @property
     def sha256(self) -> str:
@@ -253,11 +253,11 @@ class _Packed:
             ids, learned = self.examples.entry(entry)
             end = start + len(ids) - 1
             tokens[start:end] = ids[:-1]
-            targets[start:end] = np.where(learned[1:], ids[1:], NO_TARGET)
+            targets[start:end] = np.where(learned[1:], ids[1:], IGNORED)
             documents[start:end] = number
             positions[start:end] = np.arange(end - start)
             start = end
-        tokens[start:], targets[start:], documents[start:] = self._eos_id, NO_TARGET, len(members)
+        tokens[start:], targets[start:], documents[start:] = self._eos_id, IGNORED, len(members)
         positions[start:] = np.arange(self._length - start)
         return row
 
@@ -269,7 +269,7 @@ class _Packed:
         """The entry of each of the batch's targets, and the target: two int64 [N]."""
         assert batch.documents is not None
         targets, documents = batch.targets.numpy(), batch.documents.numpy()
-        rows, _ = places = np.nonzero(targets != NO_TARGET)
+        rows, _ = places = np.nonzero(targets != IGNORED)
         # A document's number in its window is that of its entry among the window's members.
         return self.windows.members[self.windows.starts[windows[rows]] + documents[places]], targets[places]
 
@@ -297,6 +297,6 @@ def _batch(
         sample_ids=tensor(sample_ids),
         documents=tensor(parts[2]),
         positions=tensor(parts[3]),
-        scored_targets=int((parts[1] != NO_TARGET).sum()),
+        scored_targets=int((parts[1] != IGNORED).sum()),
         sources=None if sources is None else tensor(sources),
     )

@@ -140,7 +140,7 @@ def evaluate_examples(
     """
     class_names, class_of = tokenizer_classes
     late = 1 if config.ensemble is None else config.ensemble.layers
-    layers = [f"layer-{layer:02d}" for layer in range(config.model.layers - late, config.model.layers)]
+    layers = config.model.last_layers(late)
     names = layers if config.ensemble is None else [*layers, ENSEMBLE, ORACLE]
     sums = _Sums(len(names), late, example_set, len(class_names), world.device)
     engine.eval()

@@ -19,7 +19,7 @@ from trainer.checkpoints.empty_decoder import allocate, without_memory
 from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.read_weights import checkpoint_of, fill
 from trainer.checkpoints.weights_folder import is_weights_folder, read_weights
-from trainer.config import RunConfig, WeightsConfig, is_stage_two
+from trainer.config import PretrainConfig, WeightsConfig, is_stage_two
 from tune.config import TuneConfig
 
 
@@ -28,7 +28,7 @@ class Loaded(NamedTuple):
 
     decoder: Decoder
     """fp32, on the CPU, in evaluation mode; adapters merged unless asked otherwise, the ensemble on."""
-    config: RunConfig | TuneConfig | WeightsConfig
+    config: PretrainConfig | TuneConfig | WeightsConfig
     """What stood beside the weights; by its type one knows what was read."""
     step: int | None
     """Optimiser steps that the weights have had; None where no run says so."""
@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
         """Should hold ``tokenizer.model`` or ``tokenizer.json``; whether it does is not looked at."""
         if isinstance(self.config, WeightsConfig):
             return self.source
-        if isinstance(self.config, RunConfig):
+        if isinstance(self.config, PretrainConfig):
             return Path(self.config.data.dir)
         assert self.config.data.tokenizer is not None  # filled in when the run started
         return Path(self.config.data.tokenizer)
@@ -71,7 +71,7 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
     source = checkpoint_of(path)
     if is_stage_two(source / CONFIG):
         return _tuned(source, merged, disk)
-    config = load(source / CONFIG, [], RunConfig)
+    config = load(source / CONFIG, [], PretrainConfig)
     decoder = without_memory(config.model, config.train.seed)
     allocate(decoder, disk)
     return Loaded(decoder, config, fill(decoder, source, config.deepspeed.zero_stage), source)

@@ -77,7 +77,7 @@ class Turn:
 
 
 @dataclass
-class Contestant:
+class TurnTaker:
     """Started processes.
 
     Attributes:
@@ -102,7 +102,7 @@ class Turns:
         from torch.distributed import TCPStore
 
         self._store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)
-        self.contestants: dict[str, Contestant] = {}
+        self.contestants: dict[str, TurnTaker] = {}
 
     def __enter__(self) -> Turns:
         return self
@@ -139,7 +139,7 @@ class Turns:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        contestant = self.contestants[name] = Contestant(name, ranks, process, log)
+        contestant = self.contestants[name] = TurnTaker(name, ranks, process, log)
         told = self._reports(contestant)
         return time.perf_counter() - start_s, told
 
@@ -177,7 +177,7 @@ class Turns:
             if status:
                 raise ValueError(f"{contestant.name}: {last_words(contestant.log, status)}")
 
-    def _reports(self, contestant: Contestant) -> list[dict[str, Any]]:
+    def _reports(self, contestant: TurnTaker) -> list[dict[str, Any]]:
         keys = [f"{contestant.name}/{rank}/{contestant.turns}" for rank in range(contestant.ranks)]
         while not self._store.check(keys):
             status = contestant.process.poll()

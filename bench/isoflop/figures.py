@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bench.isoflop.results import Curve, Result
+from bench.isoflop.results import Curve, FinishedRun
 from bench.isoflop.suite import Suite
 
 FEW = 4
@@ -34,7 +34,7 @@ _AXES: list[tuple[str, Callable[[Curve], list[float]]]] = [
 ]
 
 
-def loss_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
+def loss_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
     """Validation loss over FLOPs, time and tokens; mean over seeds, bars from the lowest to the highest."""
     if not any(len(r.curve.losses) > 1 for r in results):
         return None
@@ -61,7 +61,7 @@ def loss_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def density_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
+def density_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
     """Greedy density of every routed site of the variants whose routers learn, after the last step."""
     learned = [r for r in results if _learns(r)]
     if not learned:
@@ -82,7 +82,7 @@ def density_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
     return figure
 
 
-def dial_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
+def dial_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
     """Loss over executed FLOPs a token: the compute dials of learned routers, and dense variants at their own FLOPs.
 
     Of every variant its first finished seed that has a dial, or, if it is dense, its first finished seed.
@@ -123,7 +123,7 @@ def dial_figure(suite: Suite, results: Sequence[Result]) -> Figure | None:
 
 
 def _curve(
-    axes: Axes, own: Sequence[Result], spent: Callable[[Curve], list[float]], style: dict[str, Any], title: str
+    axes: Axes, own: Sequence[FinishedRun], spent: Callable[[Curve], list[float]], style: dict[str, Any], title: str
 ) -> tuple[float, float, str]:
     """Draw one variant's losses; returns where the line ends, and its name."""
     evaluations = min(len(r.curve.losses) for r in own)
@@ -158,24 +158,24 @@ def _name_lines(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
         least += apart
 
 
-def _by_variant(suite: Suite, results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
+def _by_variant(suite: Suite, results: Sequence[FinishedRun]) -> list[tuple[str, list[FinishedRun]]]:
     """The variants that have finished runs, in the suite's order."""
     found = [(variant, [r for r in results if r.variant == variant]) for variant in suite.variants]
     return [(variant, own) for variant, own in found if own]
 
 
-def _learns(result: Result) -> bool:
+def _learns(result: FinishedRun) -> bool:
     router = result.run.config.model.router
-    return router is not None and router.kind == "learned"
+    return router is not None and router.learned
 
 
-def _style(suite: Suite, result: Result) -> dict[str, Any]:
+def _style(suite: Suite, result: FinishedRun) -> dict[str, Any]:
     """Of a variant, by one of its results; the same in every picture."""
     variant, router = result.variant, result.run.config.model.router
     if variant == suite.reference:
         return {"color": "0", "linestyle": "-", "marker": "s", "linewidth": 2.4, "markersize": 6}
     place = [name for name in suite.variants if name != suite.reference].index(variant)
-    color = "0.4" if router is None else "0" if router.kind == "learned" else "0.6"
+    color = "0.4" if router is None else "0" if router.learned else "0.6"
     return {
         "color": color,
         "linestyle": _LINES[place % len(_LINES)],

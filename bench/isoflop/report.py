@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from bench.isoflop.results import Result
+from bench.isoflop.results import FinishedRun
 from bench.isoflop.suite import Suite
+from settings.tables import markdown
 
 CSV, MARKDOWN = "results.csv", "results.md"
 TIME = "time/"
@@ -22,7 +23,7 @@ TOLERANCE = 1e-5
 _NONE = "-"
 
 
-def rows(suite: Suite, results: Sequence[Result]) -> list[dict[str, str]]:
+def rows(suite: Suite, results: Sequence[FinishedRun]) -> list[dict[str, str]]:
     """A row a finished run, all with the same columns; figures as exact as they are, nothing where there is none."""
     reference = [r.flops for r in results if r.variant == suite.reference]
     table = []
@@ -59,7 +60,7 @@ def as_csv(table: Sequence[dict[str, str]]) -> str:
     return text.getvalue()
 
 
-def main_table(suite: Suite, results: Sequence[Result]) -> str:
+def main_table(suite: Suite, results: Sequence[FinishedRun]) -> str:
     """Markdown: a row a variant, in the suite's order; mean ± standard deviation over seeds (how many)."""
     sets = list(results[0].losses) if results else []
     header = ["variant", "layers", "parameters without embedding", "density: target", "greedy", "training tokens"]
@@ -84,13 +85,13 @@ def main_table(suite: Suite, results: Sequence[Result]) -> str:
             row.append(_NONE if variant == suite.reference else _paired(own, reference, name))
         row += [spread((r.downstream.get(task) for r in own), ".4f") for task in _tasks(suite)]
         body.append(row)
-    return _markdown(header, body)
+    return markdown([header, *body])
 
 
-def time_table(suite: Suite, results: Sequence[Result]) -> str:
+def time_table(suite: Suite, results: Sequence[FinishedRun]) -> str:
     """Markdown: speed and time of every variant's runs, relative to the reference's."""
     header = ["variant", "tokens/s", "executed FLOP/s", "time of the run"]
-    figures: list[Callable[[Result], float]] = [
+    figures: list[Callable[[FinishedRun], float]] = [
         lambda r: r.tokens_per_s,
         lambda r: r.flops / r.seconds,
         lambda r: r.seconds,
@@ -100,10 +101,10 @@ def time_table(suite: Suite, results: Sequence[Result]) -> str:
     for variant in suite.variants:
         own = _of(results, variant)
         body.append([suite.title(variant), *(_ratio(own, reference, figure) for figure in figures)])
-    return _markdown(header, body)
+    return markdown([header, *body])
 
 
-def markdown(suite: Suite, results: Sequence[Result], planned_runs: int, made_by: Sequence[str]) -> str:
+def whole_report(suite: Suite, results: Sequence[FinishedRun], planned_runs: int, made_by: Sequence[str]) -> str:
     """``results.md``.
 
     Args:
@@ -193,23 +194,19 @@ def _tasks(suite: Suite) -> list[str]:
     return suite.downstream.tasks if suite.downstream else []
 
 
-def _of(results: Sequence[Result], variant: str) -> list[Result]:
+def _of(results: Sequence[FinishedRun], variant: str) -> list[FinishedRun]:
     return [result for result in results if result.variant == variant]
 
 
-def _ratio(own: Sequence[Result], reference: Sequence[Result], figure: Callable[[Result], float]) -> str:
+def _ratio(own: Sequence[FinishedRun], reference: Sequence[FinishedRun], figure: Callable[[FinishedRun], float]) -> str:
     """Mean over seeds, relative to the reference's mean."""
     if not own or not reference:
         return _NONE
     return f"{statistics.mean(map(figure, own)) / statistics.mean(map(figure, reference)):.3f}"
 
 
-def _paired(own: Sequence[Result], reference: Sequence[Result], name: str) -> str:
+def _paired(own: Sequence[FinishedRun], reference: Sequence[FinishedRun], name: str) -> str:
     """Loss minus that of the reference's run with the same seed."""
     of_seed = {r.run.seed: r.losses[name] for r in reference}
     pairs = [(r.losses[name], of_seed.get(r.run.seed)) for r in own]
     return spread((a - b for a, b in pairs if a is not None and b is not None), "+.4f", count=True)
-
-
-def _markdown(header: list[str], body: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body])

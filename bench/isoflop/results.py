@@ -31,7 +31,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Result:
+class FinishedRun:
     """A finished run.
 
     Attributes:
@@ -78,7 +78,7 @@ class Result:
         return counts["total"], counts["total"] - counts["embedding"] - counts["head"]
 
 
-def collect(suite: Suite, runs: Sequence[Run]) -> list[Result]:
+def collect(suite: Suite, runs: Sequence[Run]) -> list[FinishedRun]:
     """Every finished run of ``runs``, in their order.
 
     Raises:
@@ -87,7 +87,7 @@ def collect(suite: Suite, runs: Sequence[Run]) -> list[Result]:
     return [_read(suite, run) for run in runs if is_done(run)]
 
 
-def _read(suite: Suite, run: Run) -> Result:
+def _read(suite: Suite, run: Run) -> FinishedRun:
     lines = by_step(run.folder)
     steps, spent = _spent(lines)
     last, names = lines[run.config.train.steps], [source.name for source in run.config.data.validation]
@@ -96,7 +96,7 @@ def _read(suite: Suite, run: Run) -> Result:
     # An evaluation may lie between two log lines.
     flops, seconds, tokens = (np.interp(evaluated, steps, spent[:, place]).tolist() for place in range(3))
     density = last.get(f"{prefix}/density")
-    return Result(
+    return FinishedRun(
         run=run,
         tokens=round(spent[-1, 2]),
         flops=float(spent[-1, 0]),

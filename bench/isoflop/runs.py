@@ -20,7 +20,7 @@ from data.config import DataConfig
 from data.files import read_json, write_json
 from settings import load
 from trainer.checkpoints.layout import CONFIG
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.local_ranks import deepspeed_launcher, environment_alone, free_port
 from trainer.monitor import metrics_file
@@ -52,7 +52,7 @@ class Job:
 def trained_in(runs: Sequence[Run]) -> list[str]:
     """The precisions of those ``runs`` that have begun; several if ``auto`` met unlike machines."""
     configs = [run.folder / CONFIG for run in runs]
-    return sorted({load(path, [], RunConfig).train.precision for path in configs if path.is_file()})
+    return sorted({load(path, [], PretrainConfig).train.precision for path in configs if path.is_file()})
 
 
 def by_step(folder: Path) -> dict[int, dict[str, Any]]:
@@ -79,7 +79,7 @@ def _refuse_other(run: Run) -> None:
     if not path.is_file():
         return
     try:
-        found = _leaves(load(path, [], RunConfig))
+        found = _leaves(load(path, [], PretrainConfig))
     except ValueError as error:
         raise ValueError(f"{run.folder} holds a run that this version cannot read ({error}); {advice}") from None
     asked = _leaves(run.config)
@@ -92,7 +92,7 @@ def _refuse_other(run: Run) -> None:
         raise ValueError(f"{run.folder} holds a run with another config: {told}{more}; {advice}")
 
 
-def _leaves(config: RunConfig) -> dict[str, Any]:
+def _leaves(config: PretrainConfig) -> dict[str, Any]:
     """Dotted keys and values of all that decides what a run is; not where it lies nor how it was started."""
     found: dict[str, Any] = {}
 
@@ -143,7 +143,7 @@ def training(suite: Suite, run: Run, ranks: int, logs: Path) -> Job:
 def dial(run: Run, logs: Path) -> Job | None:
     """Measure the compute dial of ``run``; None if it is there, or the run has none."""
     router, path = run.config.model.router, run.folder / DIAL
-    if router is None or router.kind != "learned" or read_dial(run) is not None:
+    if router is None or not router.learned or read_dial(run) is not None:
         return None
     return Job(
         f"dial of {run.name}", ("evals.dial", str(run.folder), "--out", str(path.parent)), _log(logs, run, "dial")
@@ -160,7 +160,7 @@ def read_dial(run: Run) -> dict[str, Any] | None:
 def downstream(run: Run, asked: Downstream, logs: Path) -> Job | None:
     """Evaluate ``run`` on tasks; None if that was done, or the run has no likelihoods (``expert_choice``)."""
     router = run.config.model.router
-    if (router is not None and router.kind == "expert_choice") or read_downstream(run, asked) is not None:
+    if (router is not None and not router.causal) or read_downstream(run, asked) is not None:
         return None
     path = run.folder / HARNESS
     arguments = ["evals.harness", str(run.folder), "--tasks", *asked.tasks, "--data", asked.data]
@@ -232,7 +232,7 @@ def device_sets(at_once: int, ranks: int) -> list[str | None]:
     """
     import torch
 
-    from trainer.distributed import uses_cuda
+    from trainer.deepspeed_internals import uses_cuda
 
     count = torch.cuda.device_count() if uses_cuda() else 0
     if not count:

@@ -23,7 +23,7 @@ from pydantic import Field, field_validator, model_validator
 
 from model.flops import full_windows, training_flops
 from settings import PathText, Strict, load
-from trainer.config import RunConfig, load_run
+from trainer.config import PretrainConfig, load_run
 
 Keys = dict[str, Any]
 """Dotted keys of a run's config and their values; later ones win."""
@@ -145,7 +145,7 @@ class Run:
     seed: int
     folder: Path
     overrides: tuple[str, ...]
-    config: RunConfig
+    config: PretrainConfig
     planned_flops: float
 
     @property
@@ -189,14 +189,14 @@ def plan(suite: Suite, out: Path) -> list[Run]:
     return runs
 
 
-def planned_flops(config: RunConfig) -> float:
+def planned_flops(config: PretrainConfig) -> float:
     """Executed FLOPs of the whole training, forward and backward, full windows assumed."""
     tokens = float(config.train.steps * step_tokens(config))
     routed = full_windows(config.model, tokens, config.data.sequence_tokens, mean_target(config))
     return training_flops(config.model, routed)
 
 
-def mean_target(config: RunConfig) -> float:
+def mean_target(config: PretrainConfig) -> float:
     """The target density, as a mean over the steps of the run; 1 for a dense model."""
     from model.budget import Budget
 
@@ -204,7 +204,7 @@ def mean_target(config: RunConfig) -> float:
     return sum(budget.target(step / steps) for step in range(steps)) / steps
 
 
-def step_tokens(config: RunConfig) -> int:
+def step_tokens(config: PretrainConfig) -> int:
     """Training tokens of one optimiser step."""
     return config.train.global_batch_samples * config.data.sequence_tokens
 
@@ -221,7 +221,7 @@ def _matched(suite: Suite, name: str, reference: float) -> Keys:
     return keys
 
 
-def _matched_density(suite: Suite, name: str, keys: Keys, config: RunConfig, reference: float) -> float:
+def _matched_density(suite: Suite, name: str, keys: Keys, config: PretrainConfig, reference: float) -> float:
     """The target at which the planned FLOPs are ``reference``; they lie on a straight line over it."""
     if config.model.router is None:
         raise ValueError(
@@ -251,7 +251,7 @@ def _keys(suite: Suite, name: str) -> Keys:
     return {**keys, _STEPS: max(round(suite.tokens / batch_tokens), 1)}
 
 
-def _resolve(suite: Suite, name: str, keys: Keys) -> RunConfig:
+def _resolve(suite: Suite, name: str, keys: Keys) -> PretrainConfig:
     try:
         return load_run(suite.backbone, _overrides(keys))
     except ValueError as error:

@@ -59,7 +59,7 @@ from data.config import DataConfig
 from data.files import write_atomically
 from model.config import RouterConfig
 from settings import to_yaml, user_errors
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.local_ranks import deepspeed_launcher, environment_alone, free_port
 
 if TYPE_CHECKING:
@@ -104,13 +104,13 @@ def name_of(density: float, explore: float) -> str:
     return routed_name(density) + (f"_explore_{explore:g}" if explore else "")
 
 
-def run_config(options: argparse.Namespace, density: float | None, explore: float, data: DataConfig) -> RunConfig:
+def run_config(options: argparse.Namespace, density: float | None, explore: float, data: DataConfig) -> PretrainConfig:
     """A contestant's run; dense where ``density`` is None."""
     model = model_config(options, density, options.tokens)
     if model.router is not None:
         router = {**model.router.model_dump(), "explore": explore, "budget": {"controller": "adaptive"}}
         model = model.model_copy(update={"router": RouterConfig.model_validate(router)})
-    return RunConfig.model_validate(
+    return PretrainConfig.model_validate(
         {
             "model": model.model_dump(),
             "data": {**data.model_dump(), "tokenizer": {"vocab_size": options.vocab}},
@@ -143,7 +143,7 @@ def all_steps(options: argparse.Namespace) -> int:
     return int(warm_up(options) + options.repeats * options.steps + 1)
 
 
-def configs(options: argparse.Namespace, data: DataConfig) -> dict[str, RunConfig]:
+def configs(options: argparse.Namespace, data: DataConfig) -> dict[str, PretrainConfig]:
     """Every contestant's run, dense first."""
     dense = run_config(options, None, 0.0, data)
     found = {DENSE: dense, PEER: dense}
@@ -151,7 +151,7 @@ def configs(options: argparse.Namespace, data: DataConfig) -> dict[str, RunConfi
     return found | {name_of(*pair): run_config(options, *pair, data) for pair in pairs}
 
 
-def command(folder: Path, name: str, config: RunConfig, port: int, ranks: int) -> list[str]:
+def command(folder: Path, name: str, config: PretrainConfig, port: int, ranks: int) -> list[str]:
     """What starts a contestant; writes its config to ``folder``."""
     run = config.train.model_copy(update={"run_dir": str(folder / name)})
     path = folder / f"{name}.yaml"

@@ -22,7 +22,7 @@ from data.shards import token_dtype
 from model.decoder import Decoder
 from model.flops import TRAINING_FACTOR, dense_flops, training_flops
 from model.init import initialise
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.loop import run
 from trainer.monitor.metrics import peak_bytes
@@ -66,14 +66,14 @@ class OnTurn(Trainer):
         }
 
 
-def ours(config: RunConfig, path: Path, world: World, turn: Turn) -> None:
+def ours(config: PretrainConfig, path: Path, world: World, turn: Turn) -> None:
     """What ``pretrain.train`` does, in turns."""
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
     with OnTurn(turn, config, path, data.fingerprint, [], world) as trainer:
         run(trainer, data)
 
 
-class Windows(Dataset[dict[str, Tensor]]):
+class WindowFile(Dataset[dict[str, Tensor]]):
     """The run's windows, mapped from a flat file of tokens.
 
     Args:
@@ -95,13 +95,13 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 def write_windows(data: TrainingData, samples: int, path: Path) -> None:
-    """The first ``samples`` of a run, for :class:`Windows`."""
+    """The first ``samples`` of a run, for :class:`WindowFile`."""
     batch = data.batch(range(samples))
     rows = torch.cat([batch.tokens, batch.targets[:, -1:]], dim=1)
     rows.numpy().astype(token_dtype(data.vocab_size)).tofile(path)
 
 
-def peer(config: RunConfig, world: World, turn: Turn) -> None:
+def peer(config: PretrainConfig, world: World, turn: Turn) -> None:
     """The same with Hugging Face's Llama, which starts from our weights, and ``transformers.Trainer``."""
     from accelerate import PartialState
     from transformers import Trainer as HfTrainer
@@ -115,7 +115,7 @@ def peer(config: RunConfig, world: World, turn: Turn) -> None:
     initialise(decoder, config.model, config.train.seed)
     llama, _ = held_llama(config.model, decoder.state_dict(), torch.device("cpu"), torch.float32)
     data = config.data
-    windows = Windows(Path(data.dir) / WINDOWS, config.model.vocab_size, data.sequence_tokens)
+    windows = WindowFile(Path(data.dir) / WINDOWS, config.model.vocab_size, data.sequence_tokens)
 
     class OnTurnToo(TrainerCallback):
         def __init__(self) -> None:
@@ -132,7 +132,7 @@ def peer(config: RunConfig, world: World, turn: Turn) -> None:
     HfTrainer(model=llama, args=arguments, train_dataset=windows, callbacks=[OnTurnToo()]).train()
 
 
-def _peer_arguments(config: RunConfig, world: World) -> Any:
+def _peer_arguments(config: PretrainConfig, world: World) -> Any:
     """Our run's settings in transformers' words."""
     from transformers import TrainingArguments
 

@@ -29,7 +29,7 @@ from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import user_errors
 from trainer import opening
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def check(model: ModelConfig, densities: Sequence[float]) -> None:
             raise ValueError(f"a density must be above 0 and at most 1, got {density:g}; give others to --densities")
     if model.router is None:
         raise ValueError("this model is dense: it has no routers, so there is no dial; give a run with a router block")
-    if model.router.kind != "learned":
+    if not model.router.learned:
         raise ValueError(
             f"router.kind {model.router.kind} keeps to the density it was given, whatever the threshold; only learned "
             "routers have a dial, so give a run with router.kind learned"
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         loaded = load_model(options.path)
         config = loaded.config
-        if not isinstance(config, RunConfig):
+        if not isinstance(config, PretrainConfig):
             raise ValueError(
                 f"{loaded.source} is not of a stage-one run, whose validation windows the dial is measured on; give a "
                 "stage-one run or one of its checkpoints"

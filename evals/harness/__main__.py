@@ -33,7 +33,7 @@ from trainer import opening
 _INSTALL = "lm_eval is not installed; install it with: .venv/bin/pip install -r requirements-dev.txt"
 
 
-class Outcome(NamedTuple):
+class Scores(NamedTuple):
     """What one model did on some tasks."""
 
     metrics: dict[str, dict[str, float]]
@@ -50,7 +50,7 @@ def evaluate(
     include: Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
-) -> Outcome:
+) -> Scores:
     """Run ``tasks`` on ``model``, a model of the harness.
 
     Args:
@@ -83,7 +83,7 @@ def evaluate(
         metrics[name] = {key: float(v) for key, v in values.items() if isinstance(v, float) and "stderr" not in key}
         documents[name] = len({sample["doc_id"] for sample in samples})
         loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
-    return Outcome(metrics, documents, loglikelihoods)
+    return Scores(metrics, documents, loglikelihoods)
 
 
 def _numbers(answers: Any) -> list[float]:
@@ -95,7 +95,7 @@ def _numbers(answers: Any) -> list[float]:
     return []
 
 
-def differences(one: Outcome, other: Outcome) -> dict[str, float]:
+def differences(one: Scores, other: Scores) -> dict[str, float]:
     """By task, the largest difference of a log-likelihood, nats; 0 for tasks that generate."""
     return {
         task: max((abs(a - b) for a, b in zip(values, other.loglikelihoods[task], strict=True)), default=0.0)
@@ -103,7 +103,7 @@ def differences(one: Outcome, other: Outcome) -> dict[str, float]:
     }
 
 
-def table(ours: Outcome, export: Outcome | None = None) -> str:
+def table(ours: Scores, export: Scores | None = None) -> str:
     """The metrics as text, a line each; the export's beside them, with the largest difference of a log-likelihood."""
     wide = max((len(name) for name in ours.metrics), default=0) + 2
     both = [ours] if export is None else [ours, export]

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.files import write_atomically
-from evals.routing.page import LEARNED, Bar, History, Report, Routing, Token, Votes, page, visible
+from evals.routing.page import LEARNED, Bar, History, Routing, RoutingReport, ShownToken, Votes, page, visible
 from evals.texts import add_text_options, refuse_missing, text_field_of
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
@@ -228,9 +228,9 @@ def _name(tokenizer: TextTokenizer, token: int) -> str:
     return visible(tokenizer.piece(token)).strip("\n\t").replace(" ", WORD_START) or f"token {token}"
 
 
-def _passages(observed: Observed, model: ModelConfig, tokenizer: TextTokenizer) -> list[tuple[str, list[Token]]]:
+def _passages(observed: Observed, model: ModelConfig, tokenizer: TextTokenizer) -> list[tuple[str, list[ShownToken]]]:
     """The first ``_PASSAGES`` windows, up to ``_SHOWN`` tokens."""
-    passages: list[tuple[str, list[Token]]] = []
+    passages: list[tuple[str, list[ShownToken]]] = []
     for number in observed.windows[:_SHOWN].unique()[:_PASSAGES].tolist():
         inside = (observed.windows[:_SHOWN] == number).nonzero().flatten().tolist()
         ids = observed.tokens[inside].tolist()
@@ -238,7 +238,7 @@ def _passages(observed: Observed, model: ModelConfig, tokenizer: TextTokenizer) 
         for n, token, text in zip(inside, ids, _texts([tokenizer.piece(token) for token in ids]), strict=True):
             ran = observed.executed[:, n].nonzero().flatten().tolist()
             where = _where([model.sites[site] for site in ran])
-            shown.append(Token(tokenizer.piece(token), text, len(ran), where, token == tokenizer.eos_id))
+            shown.append(ShownToken(tokenizer.piece(token), text, len(ran), where, token == tokenizer.eos_id))
         passages.append((f"Window {number + 1}", shown))
     return passages
 
@@ -277,17 +277,17 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def votes_of(observed: Observed, model: ModelConfig, tokenizer: TextTokenizer) -> Votes | None:
     """Mean weights of the late layers by the class of the predicted token; None without an ensemble."""
-    from data.batches import NO_TARGET
+    from data.batches import IGNORED
     from tune.classes import token_classes
 
     if observed.weights is None:
         return None
-    known = observed.predicted != NO_TARGET
+    known = observed.predicted != IGNORED
     names, class_of = token_classes(tokenizer)
     classes, weights = class_of[observed.predicted[known]], observed.weights[known].double()
     present = classes.unique().tolist()
     return Votes(
-        layers=[f"layer-{layer:02d}" for layer in range(model.layers - weights.shape[1], model.layers)],
+        layers=model.last_layers(weights.shape[1]),
         classes=[*(names[n] for n in present), "all"],
         tokens=[*(int((classes == n).sum()) for n in present), len(classes)],
         weights=[*(weights[classes == n].mean(0).tolist() for n in present), weights.mean(0).tolist()],
@@ -301,7 +301,7 @@ def report_on(
     name: str,
     kind: str | None = None,
     text_field: str | None = None,
-) -> Report:
+) -> RoutingReport:
     """Run the model and put together what the page says.
 
     Args:
@@ -340,7 +340,7 @@ def report_on(
         history = read_history(run / metrics_file.NAME, model.sites, model.router.density, loaded.step)
     facts = _facts(loaded, observed, what)
     routing = summarise(observed, model, tokenizer, history)
-    return Report(name, facts, model.layers, routing, votes_of(observed, model, tokenizer))
+    return RoutingReport(name, facts, model.layers, routing, votes_of(observed, model, tokenizer))
 
 
 def _facts(loaded: Loaded, observed: Observed, what: str) -> list[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """The routing report as one HTML page: style and charts inside, no script, nothing fetched, readable on paper.
 
-:func:`page` turns a :class:`Report`, numbers and words, into text. Everything that comes from a model or a text goes
-through :func:`escape`. Darker is more, everywhere: the scale is a single blue whose lightness falls step by step, so it
-can be read by colour-blind people and in black and white.
+:func:`page` turns a :class:`RoutingReport`, numbers and words, into text. Everything that comes from a model or a text
+goes through :func:`escape`. Darker is more, everywhere: the scale is a single blue whose lightness falls step by step,
+so it can be read by colour-blind people and in black and white.
 
 Dimension letters: S routed sites, E logged steps, G token classes, k late layers.
 """
@@ -47,7 +47,7 @@ class Bar:
 
 
 @dataclass(frozen=True)
-class Token:
+class ShownToken:
     """A token of the shown text.
 
     Attributes:
@@ -120,7 +120,7 @@ class Routing:
     sites: list[str]
     target: float
     mean: float
-    text: list[tuple[str, list[Token]]]
+    text: list[tuple[str, list[ShownToken]]]
     by_site: list[Bar]
     by_position: list[Bar]
     by_class: list[Bar]
@@ -131,7 +131,7 @@ class Routing:
 
 
 @dataclass(frozen=True)
-class Report:
+class RoutingReport:
     """All that the page says.
 
     Attributes:
@@ -149,7 +149,7 @@ class Report:
     votes: Votes | None
 
 
-def page(report: Report) -> str:
+def page(report: RoutingReport) -> str:
     """The whole document."""
     parts = [f"<h1>Which layers do the tokens use?</h1>\n<p class=sub>{escape(report.name)}</p>"]
     parts.append(_introduction(report))
@@ -190,7 +190,7 @@ def _spelt(sign: str) -> str:
     return f"<U+{ord(sign):04X}>" if acts else sign
 
 
-def _introduction(report: Report) -> str:
+def _introduction(report: RoutingReport) -> str:
     rows = "".join(f"<tr><th>{escape(label)}</th><td>{escape(value)}</td></tr>\n" for label, value in report.facts)
     words = (
         "<p>This model has no routers: every token runs every layer, so there is nothing to show about skipping.</p>"
@@ -241,7 +241,7 @@ def _text(routing: Routing) -> str:
     )
 
 
-def _span(token: Token, total: int, unit: str) -> str:
+def _span(token: ShownToken, total: int, unit: str) -> str:
     text = "∎\n" if token.ends else visible(token.text) or "�"
     title = f"{visible(token.piece).replace(' ', WORD_START)} – {token.used} of {total} {unit}"
     title += f": {token.where}" if token.where else ""

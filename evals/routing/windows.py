@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batches import NO_TARGET, Batch
+from data.batches import IGNORED, Batch
 from evals.routing.page import History
 from evals.texts import texts_of
 from evals.windows import open_set
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.monitor import metrics_file
 from tune.config import TuneConfig
 from tune.examples import read_examples
@@ -52,7 +52,7 @@ def file_windows(
             # No piece is near 64 characters, so this is enough of a long text, and the rest is not encoded.
             ids = [*tokenizer.prefix, *tokenizer.encode(text[: 64 * room]), tokenizer.eos_id][: room + 1]
             inputs = ids[:room]
-            windows += _cut(inputs, [*ids[1:], NO_TARGET][: len(inputs)], length, len(windows))
+            windows += _cut(inputs, [*ids[1:], IGNORED][: len(inputs)], length, len(windows))
             room -= len(inputs)
     return windows
 
@@ -67,13 +67,13 @@ def _cut(inputs: Sequence[int], targets: Sequence[int], length: int, first: int)
     return rows
 
 
-def own_windows(config: RunConfig | TuneConfig, tokenizer: TextTokenizer, tokens: int) -> tuple[str, list[Batch]]:
+def own_windows(config: PretrainConfig | TuneConfig, tokenizer: TextTokenizer, tokens: int) -> tuple[str, list[Batch]]:
     """About ``tokens`` tokens of the run's first validation set, evenly spread over it; and what they are, in words.
 
     Raises:
         ValueError: if the run has no validation set.
     """
-    if isinstance(config, RunConfig):
+    if isinstance(config, PretrainConfig):
         opened = open_set(config.data, None)
         batches = list(opened.batches(0, 1, 1, max(tokens // config.data.sequence_tokens, 1)))
         return f"validation set {opened.name}", batches
@@ -85,7 +85,7 @@ def own_windows(config: RunConfig | TuneConfig, tokenizer: TextTokenizer, tokens
     windows: list[Batch] = []
     for place in range(wanted):
         ids, learned = examples.entry(place * len(examples) // wanted)
-        targets = np.where(learned, ids, NO_TARGET)[1:]
+        targets = np.where(learned, ids, IGNORED)[1:]
         windows += _cut(ids[:-1].tolist(), targets.tolist(), len(ids), len(windows))
     return f"validation set {source.name}, an example a window", windows
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from launch.demo.estimate import Speed
 from launch.demo.processes import Commands
 from launch.demo.screen import Screen
-from launch.demo.stages import Demo, Record, Stage
+from launch.demo.stages import Demo, DemoStage, Record
 from settings import load, user_errors
 from trainer.config import load_run, name_run
 from trainer.exit_status import EXIT_PREEMPTED
@@ -76,7 +76,7 @@ def run(demo: Demo, ranks: int) -> int:
     return 0
 
 
-def _run(stage: Stage, record: Record, commands: Commands, environment: dict[str, str]) -> int:
+def _run(stage: DemoStage, record: Record, commands: Commands, environment: dict[str, str]) -> int:
     print(f"$ {shlex.join([Path(stage.command[0]).name, *stage.command[1:]])}", flush=True)
     screen = Screen(stage.name, stage.steps, stage.step)
     try:
@@ -132,7 +132,7 @@ def _start_afresh(demo: Demo, record: Path) -> None:
         print(f"an earlier demo is kept; remove it when you like: rm -r {' '.join(moved)}")
 
 
-def _introduce(stages: list[Stage], speed: Speed, ranks: int, going_on: bool) -> None:
+def _introduce(stages: list[DemoStage], speed: Speed, ranks: int, going_on: bool) -> None:
     where = f"{ranks} GPUs" if speed.gpus else f"{ranks} processes on the CPU"
     about = speed.demo_s(stages, ranks)
     again = "; goes on where the last one stopped (afresh: rm -r runs/demo*)" if going_on else ""
@@ -151,7 +151,7 @@ def _stopped(where: str) -> int:
     return EXIT_PREEMPTED
 
 
-def _conclude(demo: Demo, stages: list[Stage], record: Record) -> None:
+def _conclude(demo: Demo, stages: list[DemoStage], record: Record) -> None:
     """The stages with their seconds, and where things lie."""
     rows = [(stage.name, record.seconds(stage)) for stage in stages]
     total = sum(seconds for _, seconds in rows)

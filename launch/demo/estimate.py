@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.demo.stages import Stage
+from launch.demo.stages import DemoStage
 from settings import user_errors
-from trainer.config import RunConfig, load_run
+from trainer.config import PretrainConfig, load_run
 
 _STARTS = 65.0 / 0.013
 """Seconds that are no training, over those of ``_python_s``: as measured on two cores (LOG.md)."""
@@ -39,13 +39,13 @@ class Speed:
     python_s: float
     tokens_per_s: float
 
-    def demo_s(self, stages: Sequence[Stage], ranks: int) -> float:
+    def demo_s(self, stages: Sequence[DemoStage], ranks: int) -> float:
         """Seconds that ``stages`` will take, about."""
         starts = _STARTS * self.python_s * sum(stage.start for stage in stages)
         return starts + _WHOLE_STEP * sum(stage.tokens for stage in stages) / (self.tokens_per_s * ranks)
 
 
-def measure(config: RunConfig, ranks: int) -> Speed:
+def measure(config: PretrainConfig, ranks: int) -> Speed:
     """Measure ``config``'s model on this machine, on as many threads as one of ``ranks`` has."""
     import torch
 

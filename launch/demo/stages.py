@@ -9,14 +9,14 @@ from pathlib import Path
 from data.files import read_json, write_json
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import checkpoint_at, checkpoints_of
-from trainer.config import RunConfig, TrainConfig
+from trainer.config import PretrainConfig, TrainConfig
 from trainer.heartbeat import read_beats
 from trainer.local_ranks import deepspeed_launcher
 from tune.config import TuneFile
 
 
 @dataclass(frozen=True)
-class Stage:
+class DemoStage:
     """One command.
 
     Attributes:
@@ -56,7 +56,7 @@ class Demo:
 
     config: Path
     tune_config: Path
-    stage_one: RunConfig
+    stage_one: PretrainConfig
     stage_two: TuneFile
 
     @property
@@ -76,16 +76,16 @@ class Demo:
         folders = [run, Path(self.stage_one.data.dir), self.run_dirs[1], self.export]
         return [folder for folder in folders if folder == run or str(folder).startswith(f"{run}-")]
 
-    def stages(self, processes: int, port: int) -> list[Stage]:
+    def stages(self, processes: int, port: int) -> list[DemoStage]:
         """All stages in order; ``processes`` ranks meet at ``port``."""
         python, launcher = [sys.executable, "-m"], [*deepspeed_launcher(processes, port), "--module"]
         (run, tuned), data = self.run_dirs, self.stage_one.data.dir
         validation = self.stage_two.data.validation[0].files[0]
         one, two = self.stage_one.train, self.stage_two.train
         return [
-            Stage("tokenizer", "learns pieces of text", [*python, "data.tokenizer", str(self.config)], 0.03),
-            Stage("data", "text to tokens", [*python, "data.prepare", str(self.config)], 0.04),
-            Stage(
+            DemoStage("tokenizer", "learns pieces of text", [*python, "data.tokenizer", str(self.config)], 0.03),
+            DemoStage("data", "text to tokens", [*python, "data.prepare", str(self.config)], 0.04),
+            DemoStage(
                 "stage one",
                 f"{one.steps} steps of pretraining on {processes} ranks",
                 [*launcher, "pretrain.train", str(self.config)],
@@ -94,8 +94,8 @@ class Demo:
                 one,
                 one.steps * one.global_batch_samples * self.stage_one.data.sequence_tokens,
             ),
-            Stage("examples", "lines of code with open brackets", [*python, "launch.demo.examples", data], 0.03),
-            Stage(
+            DemoStage("examples", "lines of code with open brackets", [*python, "launch.demo.examples", data], 0.03),
+            DemoStage(
                 "stage two",
                 f"{two.steps} steps of learning to close them, the last layers voting",
                 [*launcher, "tune.train", str(self.tune_config)],
@@ -104,14 +104,14 @@ class Demo:
                 two,
                 two.steps * two.global_batch_samples * self.stage_two.data.sequence_tokens,
             ),
-            Stage(
+            DemoStage(
                 "export",
                 "Hugging Face's format, compared with the original",
                 [*python, "convert.to_hf", str(tuned), str(self.export)],
                 0.14,
                 self.export,
             ),
-            Stage(
+            DemoStage(
                 "answers",
                 "of the export, in transformers",
                 [*python, "launch.demo.answers", str(self.export), validation],
@@ -131,11 +131,11 @@ class Record:
         self._path = path
         self._stages: dict[str, dict[str, float | bool]] = read_json(path) if path.exists() else {}
 
-    def seconds(self, stage: Stage) -> float:
+    def seconds(self, stage: DemoStage) -> float:
         """Seconds that ``stage`` took, all starts of it together."""
         return float(self._stages.get(stage.name, {}).get("seconds", 0.0))
 
-    def is_done(self, stage: Stage) -> bool:
+    def is_done(self, stage: DemoStage) -> bool:
         """True if ``stage`` is done and what it made is still there."""
         if stage.product is not None and not stage.product.exists():
             return False
@@ -143,7 +143,7 @@ class Record:
         whole = stage.product is not None and stage.train is None
         return whole or bool(self._stages.get(stage.name, {}).get("done", False))
 
-    def add(self, stage: Stage, seconds: float, done: bool) -> None:
+    def add(self, stage: DemoStage, seconds: float, done: bool) -> None:
         """``stage`` ran for ``seconds``."""
         self._stages[stage.name] = {"seconds": self.seconds(stage) + seconds, "done": done}
         write_json(self._path, self._stages)

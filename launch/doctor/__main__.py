@@ -32,7 +32,7 @@ from launch.plan.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memor
 from launch.plan.workload import Workload, count_weights
 from settings import counted, rank_by_environment, user_errors
 from trainer.checkpoints.retention import most_at_once
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from tune.config import TuneFile
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def main() -> int:
     return 1 if worst(findings) == "error" else 0
 
 
-def diagnose(config: RunConfig | TuneFile | None, hostfile: Path | None, world: World) -> list[Finding]:
+def diagnose(config: PretrainConfig | TuneFile | None, hostfile: Path | None, world: World) -> list[Finding]:
     """All findings of all ranks, the same list on each; collective."""
     from launch.doctor import inputs
 
@@ -67,7 +67,9 @@ def diagnose(config: RunConfig | TuneFile | None, hostfile: Path | None, world: 
     own = run(machine_checks(config, workload, world))
     found = merge(world.gather_objects((socket.gethostname(), own)))
     if config is not None:
-        data = partial(inputs.shards, config) if isinstance(config, RunConfig) else partial(inputs.examples, config)
+        data = (
+            partial(inputs.shards, config) if isinstance(config, PretrainConfig) else partial(inputs.examples, config)
+        )
         found += sized + world.broadcast_object(run({"data": data}) if world.is_main else None)
     if hostfile is not None:
         found += world.broadcast_object(run({"hostfile": partial(hosts.hostfile, hostfile)}) if world.is_main else None)
@@ -76,7 +78,9 @@ def diagnose(config: RunConfig | TuneFile | None, hostfile: Path | None, world: 
     return found
 
 
-def machine_checks(config: RunConfig | TuneFile | None, workload: Workload | None, world: World) -> dict[str, Check]:
+def machine_checks(
+    config: PretrainConfig | TuneFile | None, workload: Workload | None, world: World
+) -> dict[str, Check]:
     """What each rank looks at: its GPU; the first of a machine at all else."""
     import torch
 
@@ -129,13 +133,13 @@ def between_ranks(workload: Workload | None, world: World) -> list[Finding]:
     return world.broadcast_object(run(checks))
 
 
-def _sized(config: RunConfig | TuneFile | None, world: World) -> tuple[Workload | None, list[Finding]]:
+def _sized(config: PretrainConfig | TuneFile | None, world: World) -> tuple[Workload | None, list[Finding]]:
     """Parameters and memory of the config; without them where stage two's base is not there."""
     if config is None:
         return None, []
     import torch
 
-    from trainer.distributed import uses_cuda
+    from trainer.deepspeed_internals import uses_cuda
     from trainer.precision import CPU_WIDTH, auto_precision, fast_bf16
 
     sized: list[Workload] = []

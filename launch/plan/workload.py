@@ -96,10 +96,7 @@ class Workload:
         """Parameters that a token meets on average at the target density; all of the embedding and head among them."""
         d, k, model = self.model.width, self.model.head_dim, self.model
         attention, ffn = 2 * d * model.heads * k + d, 3 * d * model.ffn_width + d
-        skippable = sum(
-            (0 if site.startswith("ffn") else attention) + (0 if site.startswith("attention") else ffn)
-            for site in model.sites
-        )
+        skippable = sum(attention * site.attends + ffn * site.feeds_forward for site in model.routed_sites)
         return self.weights.total - round((1 - self.density) * skippable)
 
     def flops_per_token(self, density: float | None = None) -> float:

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.slurm.config import SlurmConfig, load_site
-from launch.slurm.jobs import Stage, load_next, load_stage, parse_array, refuse_held
+from launch.slurm.jobs import StageJob, load_next, load_stage, parse_array, refuse_held
 from launch.slurm.script import export_script, stage_script
-from launch.slurm.submit import Job, submit
+from launch.slurm.submit import BatchJob, submit
 from settings import counted, to_yaml, user_errors
 
 SITE_OPTIONS = ("nodes", "gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos", "venv", "container")
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[Stage]:
+def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[StageJob]:
     array = None if options.array is None else parse_array(options.array)
     stages = [load_stage(options.config, options.overrides, site, array)]
     for file, *overrides in options.then:
@@ -67,7 +67,7 @@ def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[Stage]:
     return stages
 
 
-def _note_held(stages: list[Stage]) -> None:
+def _note_held(stages: list[StageJob]) -> None:
     """What a dry run prints is not submitted, so what would be refused then is only told."""
     try:
         for stage in stages:
@@ -76,9 +76,9 @@ def _note_held(stages: list[Stage]) -> None:
         print(f"note: this would not be submitted: {error}", file=sys.stderr)
 
 
-def _jobs(options: argparse.Namespace, stages: list[Stage], site: SlurmConfig, submission: str) -> list[Job]:
+def _jobs(options: argparse.Namespace, stages: list[StageJob], site: SlurmConfig, submission: str) -> list[BatchJob]:
     jobs = [
-        Job(stage.module, "job.sbatch", stage_script(stage, site, submission, options.job_name), stage)
+        BatchJob(stage.module, "job.sbatch", stage_script(stage, site, submission, options.job_name), stage)
         for stage in stages
     ]
     if options.export is not None:
@@ -87,11 +87,11 @@ def _jobs(options: argparse.Namespace, stages: list[Stage], site: SlurmConfig, s
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise ValueError(f"--export {out} exists already, and nothing is written over; give another folder")
         script = export_script(last, options.export, site, submission, options.job_name)
-        jobs.append(Job("convert.to_hf", "export.sbatch", script, last))
+        jobs.append(BatchJob("convert.to_hf", "export.sbatch", script, last))
     return jobs
 
 
-def _describe(jobs: list[Job], ids: list[str], site: SlurmConfig) -> str:
+def _describe(jobs: list[BatchJob], ids: list[str], site: SlurmConfig) -> str:
     """What was submitted, and how to look at it and stop it."""
     lines = [f"training on {counted(site.nodes, 'node')} of {counted(site.ranks_per_node, 'rank')}"]
     for number, (job, id_) in enumerate(zip(jobs, ids, strict=True)):

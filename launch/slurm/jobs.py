@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.configs import load_either
 from launch.slurm.config import SlurmConfig
 from trainer.checkpoints.layout import checkpoints_of, newest_first
-from trainer.config import RunConfig, is_stage_two
+from trainer.config import PretrainConfig, is_stage_two
 from tune.config import TuneFile
 from tune.resolve import load_file
 
@@ -29,7 +29,7 @@ class Array:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageJob:
     """Stage one or two, once or as an array.
 
     Attributes:
@@ -48,7 +48,7 @@ class Stage:
     tasks: tuple[str, ...]
     varied: Array | None
     base: str | None
-    configs: tuple[RunConfig | TuneFile, ...]
+    configs: tuple[PretrainConfig | TuneFile, ...]
 
     @property
     def module(self) -> str:
@@ -76,7 +76,7 @@ def parse_array(text: str) -> Array:
     return Array(key, parts)
 
 
-def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: Array | None = None) -> Stage:
+def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: Array | None = None) -> StageJob:
     """The first stage of a chain, or the only one.
 
     Args:
@@ -94,10 +94,10 @@ def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: A
         tasks = [(f"-{number}", [f"{array.key}={value}"]) for number, value in enumerate(array.values)]
     configs = tuple(load_either(file, [*overrides, *value, f"train.run_dir={run}{task}"]) for task, value in tasks)
     names = tuple(task for task, _ in tasks)
-    return _checked(Stage(file, _passed_on(overrides), run, names, array, None, configs), site)
+    return _checked(StageJob(file, _passed_on(overrides), run, names, array, None, configs), site)
 
 
-def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: Stage) -> Stage:
+def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: StageJob) -> StageJob:
     """A stage-two run of what the stage ``before`` trains, or one for each of its tasks.
 
     Raises:
@@ -113,10 +113,10 @@ def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: S
         load_file(file, [*overrides, f"base.path={before.run}{task}", f"train.run_dir={run}{task}"])
         for task in before.tasks
     )
-    return _checked(Stage(file, _passed_on(overrides), run, before.tasks, None, before.run, configs), site)
+    return _checked(StageJob(file, _passed_on(overrides), run, before.tasks, None, before.run, configs), site)
 
 
-def _checked(stage: Stage, site: SlurmConfig) -> Stage:
+def _checked(stage: StageJob, site: SlurmConfig) -> StageJob:
     """``stage``, if it could start.
 
     Raises:
@@ -131,7 +131,7 @@ def _checked(stage: Stage, site: SlurmConfig) -> Stage:
         )
     for config in stage.configs:
         config.train.accumulation(site.world_size)
-        if isinstance(config, RunConfig):
+        if isinstance(config, PretrainConfig):
             TrainingData(config.data)  # raises for shards that are missing, damaged or of another tokenizer
         elif stage.base is None and not Path(config.base.path).exists():
             raise ValueError(
@@ -140,7 +140,7 @@ def _checked(stage: Stage, site: SlurmConfig) -> Stage:
     return stage
 
 
-def refuse_held(stage: Stage) -> None:
+def refuse_held(stage: StageJob) -> None:
     """Raise ValueError if a run folder of ``stage`` holds another run, which is not to be gone on with."""
     for config, folder in zip(stage.configs, stage.folders, strict=True):
         if config.train.checkpoint.resume == "never" and newest_first(checkpoints_of(folder)):

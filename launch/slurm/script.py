@@ -11,14 +11,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.slurm.config import SlurmConfig
-from launch.slurm.jobs import Stage
+from launch.slurm.jobs import StageJob
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 
 STARTS_WITHOUT_PROGRESS = 3
 """So many starts of one job may go on from the same checkpoint; the next one ends with a sentence."""
 
 
-def stage_script(stage: Stage, site: SlurmConfig, submission: str, job_name: str | None) -> str:
+def stage_script(stage: StageJob, site: SlurmConfig, submission: str, job_name: str | None) -> str:
     """The batch script of ``stage``.
 
     Args:
@@ -41,13 +41,15 @@ def stage_script(stage: Stage, site: SlurmConfig, submission: str, job_name: str
     return _render("stage.sbatch", stage, site, submission, job_name or Path(stage.run).name, own)
 
 
-def export_script(stage: Stage, out: str, site: SlurmConfig, submission: str, job_name: str | None) -> str:
+def export_script(stage: StageJob, out: str, site: SlurmConfig, submission: str, job_name: str | None) -> str:
     """The batch script that exports what ``stage`` trained to ``out``, or to ``out-i`` for every task i."""
     name = f"{job_name or Path(stage.run).name}-export"
     return _render("export.sbatch", stage, site, submission, name, {"out": out})
 
 
-def _render(template: str, stage: Stage, site: SlurmConfig, submission: str, job_name: str, own: dict[str, Any]) -> str:
+def _render(
+    template: str, stage: StageJob, site: SlurmConfig, submission: str, job_name: str, own: dict[str, Any]
+) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,

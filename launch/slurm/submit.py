@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import write_atomically
-from launch.slurm.jobs import Stage
+from launch.slurm.jobs import StageJob
 from settings import to_yaml
 from trainer import code_state
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
-class Job:
+class BatchJob:
     """One script for ``sbatch``.
 
     Attributes:
@@ -38,10 +38,10 @@ class Job:
     what: str
     file: str
     script: str
-    stage: Stage
+    stage: StageJob
 
 
-def submit(jobs: Sequence[Job], submission: str) -> list[str]:
+def submit(jobs: Sequence[BatchJob], submission: str) -> list[str]:
     """Submit ``jobs`` as a chain, each after the one before it has succeeded; returns their ids.
 
     Args:
@@ -76,7 +76,7 @@ def submit(jobs: Sequence[Job], submission: str) -> list[str]:
     return ids
 
 
-def _sbatch(job: Job, script: Path, before: Sequence[str]) -> str:
+def _sbatch(job: BatchJob, script: Path, before: Sequence[str]) -> str:
     """Submit ``script`` to run after the last job of ``before``; returns its id."""
     command = ["sbatch", "--parsable"]
     if before:
@@ -92,7 +92,7 @@ def _sbatch(job: Job, script: Path, before: Sequence[str]) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def _write(job: Job, number: int, folder: Path) -> None:
+def _write(job: BatchJob, number: int, folder: Path) -> None:
     """Fill the submission's ``folder`` of task ``number``, and make the one for the job's output."""
     (folder.parents[1] / "logs").mkdir(parents=True, exist_ok=True)
     if not folder.exists():
@@ -113,7 +113,7 @@ def copy_code(folder: Path) -> None:
     (folder / code_state.CHANGES).write_text(code_state.diff())
 
 
-def _refuse_queued(stages: Sequence[Stage]) -> None:
+def _refuse_queued(stages: Sequence[StageJob]) -> None:
     """Two jobs that write to one run folder would destroy it."""
     for folder in dict.fromkeys(folder for stage in stages for folder in stage.folders):
         for path in sorted(folder.glob("submit/*/jobs")):

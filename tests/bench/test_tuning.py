@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import tuning
-from bench.tuning import CHOICES, Outcome, Run, main, outcome
+from bench.tuning import CHOICES, Outcome, TuningRun, main, outcome
 from tests.tune.conftest import base_run
 
 __all__ = ["base_run"]  # a fixture, used by name
@@ -69,7 +69,7 @@ def test_a_run_that_fails_is_told_and_the_status_is_1(
 def test_spread_over_seeds(tmp_path: Path) -> None:
     assert tuning._spread([0.5, 0.6]) == "55.0 ± 7.1"
     assert tuning._spread([0.5]) == "50.0" and tuning._spread([]) == "-"
-    assert Run("full", "polarity", 3).folder(tmp_path) == tmp_path / "polarity-full-3"
+    assert TuningRun("full", "polarity", 3).folder(tmp_path) == tmp_path / "polarity-full-3"
     assert outcome(tmp_path, "polarity") is None
     line = {"step": 4, "test/polarity/choice_accuracy/layer-02": 0.7, "test/polarity/choice_accuracy/layer-03": 0.6}
     (tmp_path / "metrics.jsonl").write_text(

@@ -15,7 +15,7 @@ from settings import to_yaml
 from tests.conftest import VOCAB
 from tests.model.tiny import SIZES, VARIANTS, decoder
 from trainer.checkpoints import manifest
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 from tune.adapters import part_of, prepare
 from tune.config import AdapterConfig, TuneConfig
@@ -106,7 +106,7 @@ def write_run(
         },
         "deepspeed": {"zero_stage": stage},
     }  # fmt: skip
-    kind: type[RunConfig] | type[TuneConfig] = RunConfig
+    kind: type[PretrainConfig] | type[TuneConfig] = PretrainConfig
     if model.ensemble is not None or adapter is not None:
         kind = TuneConfig
         examples = {"sequence_tokens": 32, "tokenizer": data["dir"], "sources": [{"name": "a", "files": ["a.jsonl"]}]}

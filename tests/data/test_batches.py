@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from data import batches
 from data.batches import Batch, TrainingData, ValidationSet, step_sample_ids
 from data.config import DataConfig
 from data.skip_ranges import pass_over
+from model import chunks
 from tests.data.helpers import config_of, documents, prepared, write_jsonl
 from tests.data.test_store import everything
 
@@ -173,3 +175,7 @@ def test_validation_is_equal_on_every_rank(
 def _equal(one: Batch, two: Batch) -> bool:
     pairs = [(getattr(one, field), getattr(two, field)) for field in one.__dataclass_fields__]
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+
+
+def test_a_target_that_the_data_ignores_is_one_that_the_model_ignores() -> None:
+    assert batches.IGNORED == chunks.IGNORED

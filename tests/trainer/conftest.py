@@ -21,7 +21,7 @@ from settings import user_errors
 from settings.load import _apply_override
 from tests.once import once
 from trainer import trainer
-from trainer.config import RunConfig, load_run
+from trainer.config import PretrainConfig, load_run
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine
 
@@ -45,13 +45,13 @@ def world() -> Iterator[World]:
 
 
 @pytest.fixture
-def configure(tiny: dict[str, Any]) -> Callable[..., RunConfig]:
+def configure(tiny: dict[str, Any]) -> Callable[..., PretrainConfig]:
     """The tiny run's config with ``key.sub=value`` overrides, which change ``tiny`` itself too."""
 
-    def make(*overrides: str) -> RunConfig:
+    def make(*overrides: str) -> PretrainConfig:
         for override in overrides:
             _apply_override(tiny, override)
-        return RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(tiny)))
+        return PretrainConfig.model_validate(yaml.safe_load(yaml.safe_dump(tiny)))
 
     return make
 

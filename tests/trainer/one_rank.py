@@ -12,7 +12,7 @@ from torch import Tensor
 from data.batches import TrainingData
 from model.budget import Budget
 from trainer.checkpoints.save import Saver
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.loop import micro_batches
@@ -20,7 +20,7 @@ from trainer.step import StepResult, train_step
 
 
 @contextmanager
-def engine_for(config: RunConfig, world: World) -> Iterator[Any]:
+def engine_for(config: PretrainConfig, world: World) -> Iterator[Any]:
     """A fresh engine, destroyed at the end so that the next one finds no hooks of it."""
     engine = build_engine(config, world)
     try:
@@ -29,7 +29,7 @@ def engine_for(config: RunConfig, world: World) -> Iterator[Any]:
         engine.destroy()
 
 
-def take_steps(engine: Any, config: RunConfig, world: World, count: int, first: int = 0) -> list[StepResult]:
+def take_steps(engine: Any, config: PretrainConfig, world: World, count: int, first: int = 0) -> list[StepResult]:
     """``count`` steps at the peak rate, from step ``first`` on."""
     budget = Budget(config.model, config.data.sequence_tokens, world.device)
     results = []
@@ -42,7 +42,7 @@ def take_steps(engine: Any, config: RunConfig, world: World, count: int, first: 
     return results
 
 
-def losses(config: RunConfig, world: World, count: int) -> list[float]:
+def losses(config: PretrainConfig, world: World, count: int) -> list[float]:
     """The losses of the first ``count`` steps of a fresh engine."""
     with engine_for(config, world) as engine:
         return [result.tally.loss for result in take_steps(engine, config, world, count)]
@@ -54,7 +54,7 @@ def weights(engine: Any) -> dict[str, Tensor]:
 
 
 def save_now(
-    engine: Any, folder: Path, step: int, state: dict[str, Any], fingerprint: str, config: RunConfig, world: World
+    engine: Any, folder: Path, step: int, state: dict[str, Any], fingerprint: str, config: PretrainConfig, world: World
 ) -> Path:
     """Save a checkpoint and wait until it is whole; returns its folder."""
     saver = Saver(folder, fingerprint, config, world)

@@ -22,7 +22,7 @@ from data.batches import TrainingData
 from model.budget import Budget
 from model.router import Gate, LearnedRouter, RoutingInputs
 from settings import load
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
 from trainer.loop import micro_batches
@@ -44,7 +44,7 @@ def main() -> None:
     world = join(60.0)
     results = {}
     for case in json.loads(arguments.cases.read_text()):
-        config = load(arguments.config, case["overrides"], RunConfig)
+        config = load(arguments.config, case["overrides"], PretrainConfig)
         results[case["name"]] = RULES[case["rule"]](config, world)
         LearnedRouter.forward = _decide  # type: ignore[method-assign]
         trainer.step.forward = _forward
@@ -57,12 +57,12 @@ def main() -> None:
     assert groups._WORLD_GROUP is None  # its threads could abort the process at its end
 
 
-def plain(config: RunConfig, world: World) -> dict[str, Any]:
+def plain(config: PretrainConfig, world: World) -> dict[str, Any]:
     """Four steps as they are."""
     return _train(config, world)
 
 
-def starved(config: RunConfig, world: World) -> dict[str, Any]:
+def starved(config: PretrainConfig, world: World) -> dict[str, Any]:
     """The second half of every batch (rank 1's, if there are two) executes nothing at site 1; in step 1 nobody does."""
     batch = config.train.global_batch_samples
 
@@ -79,7 +79,7 @@ def starved(config: RunConfig, world: World) -> dict[str, Any]:
     return _train(config, world)
 
 
-def bad_loss(config: RunConfig, world: World) -> dict[str, Any]:
+def bad_loss(config: PretrainConfig, world: World) -> dict[str, Any]:
     """In step 1 the last rank's loss is not a number."""
 
     def poison(loss: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def bad_loss(config: RunConfig, world: World) -> dict[str, Any]:
     return _train_with_bad_step(config, world, poison)
 
 
-def bad_gradient(config: RunConfig, world: World) -> dict[str, Any]:
+def bad_gradient(config: PretrainConfig, world: World) -> dict[str, Any]:
     """In step 1 every loss is fine, but the last rank's gradient is not."""
 
     class Spoil(torch.autograd.Function):
@@ -103,7 +103,7 @@ def bad_gradient(config: RunConfig, world: World) -> dict[str, Any]:
     return _train_with_bad_step(config, world, Spoil.apply)
 
 
-RULES: dict[str, Callable[[RunConfig, World], dict[str, Any]]] = {
+RULES: dict[str, Callable[[PretrainConfig, World], dict[str, Any]]] = {
     "plain": plain,
     "starved": starved,
     "bad_loss": bad_loss,
@@ -112,7 +112,7 @@ RULES: dict[str, Callable[[RunConfig, World], dict[str, Any]]] = {
 
 
 def _train(
-    config: RunConfig, world: World, after: Callable[[int, Any, StepResult], None] | None = None
+    config: PretrainConfig, world: World, after: Callable[[int, Any, StepResult], None] | None = None
 ) -> dict[str, Any]:
     engine = build_engine(config, world)
     budget = Budget(config.model, config.data.sequence_tokens, world.device)
@@ -138,7 +138,7 @@ def _train(
     return outcome
 
 
-def _train_with_bad_step(config: RunConfig, world: World, spoil: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def _train_with_bad_step(config: PretrainConfig, world: World, spoil: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     seen: dict[str, Any] = {"applied": []}
     weights: list[dict[str, Tensor]] = []
 

@@ -10,7 +10,7 @@ import torch
 
 from tests.trainer.one_rank import losses
 from trainer.adafactor import Adafactor
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 
 
@@ -85,7 +85,7 @@ def test_it_solves_a_small_regression() -> None:
     assert errors[-1] < 1e-2 < 1.0 < errors[0]
 
 
-def test_it_trains_inside_deepspeed_in_either_precision(configure: Callable[..., RunConfig], world: World) -> None:
+def test_it_trains_inside_deepspeed_in_either_precision(configure: Callable[..., PretrainConfig], world: World) -> None:
     adafactor = ("deepspeed.zero_stage=0", "train.optimizer.kind=adafactor", "train.optimizer.lr=0.02")
     fp32 = losses(configure(*adafactor, "train.steps=8"), world, 8)
     assert fp32[-1] < fp32[0] - 0.03

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from trainer.config import RunConfig, load_run
+from trainer.config import PretrainConfig, load_run
 
-Configure = Callable[..., RunConfig]
+Configure = Callable[..., PretrainConfig]
 
 REFUSED = [
     (["model.vocab_size=401"], "model.vocab_size (401) must equal data.tokenizer.vocab_size (400)"),

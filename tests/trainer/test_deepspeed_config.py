@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.deepspeed_config import deepspeed_config, owns_clipping
 
-Configure = Callable[..., RunConfig]
+Configure = Callable[..., PretrainConfig]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -9,11 +9,11 @@ import torch
 
 from model.decoder import Decoder
 from tests.trainer.one_rank import engine_for, losses, take_steps, weights
-from trainer.config import OptimizerConfig, RunConfig
+from trainer.config import OptimizerConfig, PretrainConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, parameter_groups, set_learning_rate
 
-Configure = Callable[..., RunConfig]
+Configure = Callable[..., PretrainConfig]
 MUON = ("train.optimizer.kind=muon", "train.clip_norm=0", "train.optimizer.lr=0.002")
 
 

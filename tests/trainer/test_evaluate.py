@@ -10,14 +10,14 @@ import torch
 
 from data.batches import ValidationSet
 from tests.trainer.one_rank import engine_for, weights
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation, evaluate
 
-Configure = Callable[..., RunConfig]
+Configure = Callable[..., PretrainConfig]
 
 
-def _evaluate(config: RunConfig, world: World, step: int = 1) -> Evaluation:
+def _evaluate(config: PretrainConfig, world: World, step: int = 1) -> Evaluation:
     with engine_for(config, world) as engine:
         (result,) = evaluate(engine, [ValidationSet(config.data, "code")], config, world, step)
     return result

@@ -13,7 +13,7 @@ import yaml
 
 from tests.launching import environment, run
 from trainer import precision
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.deepspeed_config import deepspeed_config
 from trainer.distributed import World
 from trainer.precision import CPU_WIDTH, auto_precision, decide, fast_bf16, slow_bf16_warning
@@ -39,7 +39,7 @@ def has(monkeypatch: pytest.MonkeyPatch, device: tuple[bool, str]) -> None:
     monkeypatch.setattr(precision, "fast_bf16", lambda *_: device)
 
 
-def test_one_slow_rank_decides_for_all(configure: Callable[..., RunConfig]) -> None:
+def test_one_slow_rank_decides_for_all(configure: Callable[..., PretrainConfig]) -> None:
     assert auto_precision(ranks(FAST), 512) == ("bf16", FAST[1])
     assert auto_precision(ranks(SLOW), 512) == ("fp32", SLOW[1])
     assert auto_precision(ranks(FAST, FAST), 512) == ("bf16", FAST[1])
@@ -103,7 +103,7 @@ def test_the_run_folder_holds_what_was_decided_and_a_resume_keeps_it(
 
 
 def test_a_checkpoint_in_a_precision_that_does_not_go_with_the_config_is_refused(
-    configure: Callable[..., RunConfig], world: World, monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., PretrainConfig], world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision.manifest, "read", lambda folder, world: {"precision": "fp16"})
     config = configure("train.precision=auto", "deepspeed.zero_stage=0")
@@ -111,7 +111,7 @@ def test_a_checkpoint_in_a_precision_that_does_not_go_with_the_config_is_refused
         decide(config, world, Path("checkpoint"))
 
 
-def test_nobody_reads_auto(configure: Callable[..., RunConfig]) -> None:
+def test_nobody_reads_auto(configure: Callable[..., PretrainConfig]) -> None:
     with pytest.raises(AssertionError, match="decided before"):
         deepspeed_config(configure("train.precision=auto"), 1)
 
@@ -119,7 +119,7 @@ def test_nobody_reads_auto(configure: Callable[..., RunConfig]) -> None:
 def test_bf16_on_a_slow_cpu_is_warned_of_with_its_ratio(
     tiny: dict[str, Any],
     train_here: Callable[..., int],
-    configure: Callable[..., RunConfig],
+    configure: Callable[..., PretrainConfig],
     world: World,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

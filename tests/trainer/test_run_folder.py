@@ -18,7 +18,7 @@ from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
 from trainer import code_state
-from trainer.config import RunConfig, load_run
+from trainer.config import PretrainConfig, load_run
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.heartbeat import read_beats
@@ -28,7 +28,7 @@ from trainer.run_folder import RunFolder
 from trainer.step import StepResult, Tally
 from trainer.trainer import Trainer
 
-Configure = Callable[..., RunConfig]
+Configure = Callable[..., PretrainConfig]
 Write = Callable[..., str]
 
 

@@ -19,13 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batches import NO_TARGET, Batch
+from data.batches import IGNORED, Batch
 from model.config import EnsembleConfig
 from model.decoder import Decoder
 from model.head import Scores
 from tests.model import tiny
 from tests.ranks import Processes
-from trainer.distributed import World, import_deepspeed, join, leave
+from trainer.deepspeed_internals import import_deepspeed
+from trainer.distributed import World, join, leave
 from tune.batches import Scored
 from tune.config import TuneConfig
 from tune.evaluate import Agreement, ExamplesEvaluation, evaluate_examples
@@ -58,7 +59,7 @@ class Examples:
 
     def _batch(self, windows: list[list[Any]]) -> tuple[Batch, Scored]:
         tokens, positions = (np.zeros((len(windows), WINDOW), np.int64) for _ in range(2))
-        documents, targets = np.full_like(tokens, 2), np.full_like(tokens, NO_TARGET)
+        documents, targets = np.full_like(tokens, 2), np.full_like(tokens, IGNORED)
         scored = []
         for row, window in enumerate(windows):
             place = 0
@@ -238,7 +239,7 @@ def test_the_oracle_chooses_among_the_layers_without_the_ensemble() -> None:
         nll: ClassVar = torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 2.0], [2.0, 2.0, 1.0]])
 
         def forward(self, tokens: Tensor, targets: Tensor, **_: Any) -> SimpleNamespace:
-            told = targets[targets != NO_TARGET]
+            told = targets[targets != IGNORED]
             weights = torch.full((len(told), 2), 0.5)
             return SimpleNamespace(
                 scores=Scores(self.nll[:, told], self.nll[:, told] < 1.5), vote=SimpleNamespace(weights=weights)

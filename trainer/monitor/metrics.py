@@ -61,7 +61,7 @@ class Metrics:
         late_layers: int = 0,
     ):
         self._history_of = history_of
-        self.late_layers = [f"layer-{n:02d}" for n in range(config.model.layers - late_layers, config.model.layers)]
+        self.late_layers = config.model.last_layers(late_layers)
         self.config, self.run, self.world, self.peak_flops = config, run, world, peak_flops
         self.log = logger_of_run()
         self.sites = config.model.sites

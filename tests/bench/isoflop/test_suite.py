@@ -190,7 +190,7 @@ def test_every_field_says_what_it_is(name: str, block: Any) -> None:
 
 
 def test_every_field_is_read() -> None:
-    assert unread(Suite, sorted((ROOT / "bench").glob("*.py"))) == []
+    assert unread(Suite, sorted((ROOT / "bench").rglob("*.py"))) == []
 
 
 def test_values_survive_the_way_to_the_command_line(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ pytest.importorskip("transformers")
 
 from bench.loader import write_shards
 from bench.loop import __main__ as loop
-from bench.loop.contestants import Windows, write_windows
+from bench.loop.contestants import WindowFile, write_windows
 from data.batches import TrainingData
 from tests.bench.toy import MODEL, refused, rows_of
 
@@ -54,7 +54,7 @@ def test_the_peer_reads_the_windows_of_the_run(tmp_path: Path) -> None:
     config = write_shards(tmp_path, vocab=70_000, tokens=5_000, sequence_tokens=32)
     data = TrainingData(config)
     write_windows(data, 7, tmp_path / "windows.bin")
-    windows, batch = Windows(tmp_path / "windows.bin", 70_000, 32), data.batch(range(7))
+    windows, batch = WindowFile(tmp_path / "windows.bin", 70_000, 32), data.batch(range(7))
     assert len(windows) == 7
     for number in range(7):
         item = windows[number]

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.load import PRETRAINED, TUNED, WEIGHTS, Loaded
-from data.batches import NO_TARGET, Batch
+from data.batches import IGNORED, Batch
 from evals.routing.__main__ import (
     FEWEST,
     Observed,
@@ -26,17 +25,17 @@ from evals.routing.__main__ import (
     summarise,
     votes_of,
 )
-from evals.routing.page import Report, Routing, level, page, visible
+from evals.routing.page import Routing, RoutingReport, level, page, visible
 from evals.routing.windows import file_windows, own_windows, read_history
 from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
-from settings import to_yaml
 from tests.conftest import VOCAB
 from tests.model.tiny import force
 from trainer.checkpoints.weights_folder import write_weights
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig, WeightsConfig
 from tune.config import TuneConfig
+from tune.load import Loaded
 from tune.text import TextTokenizer, load_text_tokenizer
 
 LENGTH = 32
@@ -95,8 +94,7 @@ def _run(folder: Path, corpus: dict[str, Any], decoder: Decoder, **changes: Any)
         "data": {**corpus, **changes},
         "train": {"run_dir": str(folder / "run"), "steps": 20, "global_batch_samples": 2, "micro_batch_samples": 2},
     }
-    (checkpoint / "config.yaml").write_text(to_yaml(RunConfig.model_validate(block)))
-    return Loaded(decoder, Path(corpus["dir"]), {"kind": PRETRAINED, "step": 20}, checkpoint)
+    return Loaded(decoder, PretrainConfig.model_validate(block), 20, checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +190,7 @@ def test_votes_by_the_class_of_the_predicted_token(batches: list[Batch], tokeniz
     with torch.no_grad():
         decoder.ensemble.router.weight.normal_(0, 2, generator=torch.Generator().manual_seed(2))
     targets = batches[0].targets.clone()
-    targets[0, :4] = NO_TARGET
+    targets[0, :4] = IGNORED
     seen = observe(decoder, [Batch(batches[0].tokens, targets, torch.tensor([0]), None, None), *batches[1:]])
     votes = votes_of(seen, decoder.config, tokenizer)
     assert votes is not None and seen.weights is not None
@@ -286,7 +284,7 @@ def test_densities_over_training(tmp_path: Path, corpus: dict[str, Any]) -> None
 
 def test_a_dense_model_with_an_ensemble_shows_its_vote(tmp_path: Path, corpus: dict[str, Any]) -> None:
     loaded = _run(tmp_path, corpus, _decoder(ensemble=True, dense=True))
-    report: Report = report_on(loaded, [], 128, "dense")
+    report: RoutingReport = report_on(loaded, [], 128, "dense")
     assert report.routing is None and report.votes is not None
     html = page(report)
     assert "This model has no routers: every token runs every layer" in html and "How the last layers vote" in html
@@ -312,7 +310,7 @@ def test_windows_of_files(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     assert [token for tokens, _ in rows[:3] for token in tokens] == tokenizer.encode(plain.read_text())[:40]
     assert all(targets[:-1] == tokens[1:] for tokens, targets in rows)
     assert rows[2][1][-1] == tokenizer.encode(plain.read_text())[40]
-    assert rows[3][0] == [*tokenizer.encode("one two"), tokenizer.eos_id] and rows[3][1][-1] == NO_TARGET
+    assert rows[3][0] == [*tokenizer.encode("one two"), tokenizer.eos_id] and rows[3][1][-1] == IGNORED
     assert rows[-1][0] == [*tokenizer.encode("three"), tokenizer.eos_id]
     assert [int(batch.sample_ids) for batch in windows] == list(range(len(windows)))
 
@@ -329,17 +327,17 @@ def test_windows_of_a_tuning_run(tokenizer: TextTokenizer, corpus: dict[str, Any
     assert what.startswith("validation set numbers") and 5 < len(windows) < 30
     prompt, response = tokenizer.split("say 0:", " 0")
     assert windows[0].tokens[0].tolist() == [*prompt, *response]
-    assert windows[0].targets[0].tolist() == [*[NO_TARGET] * (len(prompt) - 1), *response, tokenizer.eos_id]
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    loaded = Loaded(_decoder(ensemble=True), Path(corpus["dir"]), {"kind": TUNED, "step": 1}, tmp_path)
+    assert windows[0].targets[0].tolist() == [*[IGNORED] * (len(prompt) - 1), *response, tokenizer.eos_id]
+    loaded = Loaded(_decoder(ensemble=True), config, 1, tmp_path)
     report = report_on(loaded, [], 100, "tuned")
     assert report.votes is not None and report.votes.tokens[-1] == int(sum((b.targets >= 0).sum() for b in windows))
     with pytest.raises(ValueError, match=r"has no data.validation, and there is nothing else to read; give text files"):
         own_windows(config.model_copy(update={"data": config.data.model_copy(update={"validation": []})}), tokenizer, 9)
 
 
-def test_a_dense_model_has_nothing_to_show(tmp_path: Path, corpus: dict[str, Any]) -> None:
-    loaded = Loaded(_decoder(dense=True), Path(corpus["dir"]), {"kind": WEIGHTS}, tmp_path)
+def test_a_dense_model_has_nothing_to_show(tmp_path: Path) -> None:
+    decoder = _decoder(dense=True)
+    loaded = Loaded(decoder, WeightsConfig(model=decoder.config), None, tmp_path)
     with pytest.raises(ValueError, match=r"is a dense model without an ensemble: every token runs every layer, so the"):
         report_on(loaded, [], 128, "dense")
 

@@ -28,7 +28,7 @@ from tests.launching import ROOT
 from tests.launching import run as launch
 from trainer import precision
 from trainer.checkpoints.weights_folder import write_weights
-from trainer.config import RunConfig, TrainConfig
+from trainer.config import PretrainConfig, TrainConfig
 from trainer.distributed import ALONE
 from tune.config import TuneFile
 
@@ -242,7 +242,7 @@ def test_the_folder_asked_is_one_that_exists(tmp_path: Path) -> None:
 
 def test_shards_are_compared_with_tokenizer_and_model(tiny: dict[str, Any], tmp_path: Path) -> None:
     def finding() -> Finding:
-        return only(run({"data": lambda: inputs.shards(RunConfig.model_validate(tiny))}))
+        return only(run({"data": lambda: inputs.shards(PretrainConfig.model_validate(tiny))}))
 
     assert finding().level == "ok"
     tiny["model"]["vocab_size"] = tiny["data"]["tokenizer"]["vocab_size"] = 500
@@ -361,7 +361,7 @@ def test_a_slow_network_is_a_warning_on_gpus_only() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_an_error(tiny: dict[str, Any]) -> None:
-    config = RunConfig.model_validate(tiny)
+    config = PretrainConfig.model_validate(tiny)
     assert only(ranks.batch(config, ALONE)).level == "ok"
     finding = only(run({"batch": lambda: ranks.batch(config, replace(ALONE, size=3))}))
     assert finding.level == "error" and "2 x 3 = 6" in finding.found

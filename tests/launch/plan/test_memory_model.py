@@ -26,7 +26,7 @@ from launch.plan.workload import (
 from model.decoder import Decoder
 from model.flops import parameter_counts
 from tests.launching import run
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 
 CLOSE = 0.15
 """What the plan may be off by."""
@@ -138,7 +138,7 @@ PAPER = {
 def test_state_is_the_zero_papers(stage: Stage, gigabytes: list[float], config: dict[str, Any]) -> None:
     for ranks, expected in zip([1, 4, 16, 64, 256, 1024], gigabytes, strict=True):
         config["train"] |= {"precision": "bf16", "global_batch_samples": 2 * ranks}
-        run_config = RunConfig.model_validate(config)
+        run_config = PretrainConfig.model_validate(config)
         weights = Weights(7_500_000_000, 7_500_000_000, small=0, largest=1, moment_bytes=8 * 7.5e9)
         plan = memory(Workload(run_config, weights), stage, ranks)
         assert (plan.weights + plan.gradients + plan.optimizer) / 1e9 == pytest.approx(expected, abs=0.05)
@@ -182,7 +182,7 @@ def test_a_device_must_hold_the_peak_and_leave_room() -> None:
 
 def test_parameters_are_counted_as_flops_counts_them(config: dict[str, Any]) -> None:
     for changes in ({}, {"tied_head": True}, {"qk_norm": True}, {"router": None}):
-        run_config = RunConfig.model_validate({**config, "model": {**config["model"], **changes}})
+        run_config = PretrainConfig.model_validate({**config, "model": {**config["model"], **changes}})
         with torch.device("meta"):
             weights = count_weights(Decoder(run_config.model), run_config)
         assert weights.total == weights.trained == parameter_counts(run_config.model)["total"]
@@ -190,5 +190,5 @@ def test_parameters_are_counted_as_flops_counts_them(config: dict[str, Any]) -> 
 
 def test_a_capacity_is_computed_whatever_the_router_picks(config: dict[str, Any]) -> None:
     config["model"]["router"] |= {"execution": "capacity", "capacity_factor": 1.25}
-    model = RunConfig.model_validate(config).model
+    model = PretrainConfig.model_validate(config).model
     assert computed_share(model, 1024, 0.3) == 640 / 1024

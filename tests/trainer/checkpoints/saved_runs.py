@@ -19,7 +19,7 @@ from settings import load
 from tests.launching import run
 from tests.trainer.one_rank import save_now, take_steps
 from trainer.checkpoints.manifest import entry_of
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine
 
@@ -61,7 +61,7 @@ def rehash(saved: Path, name: str) -> None:
     (saved / "manifest.json").write_text(json.dumps(parsed))
 
 
-def _masters(engine: Any, config: RunConfig) -> dict[str, Tensor]:
+def _masters(engine: Any, config: PretrainConfig) -> dict[str, Tensor]:
     """The engine's own fp32 weights, whole, by name; collective."""
     import deepspeed
 
@@ -76,7 +76,7 @@ def _masters(engine: Any, config: RunConfig) -> dict[str, Tensor]:
     return {name: whole.reshape(getattr(named[name], "ds_shape", named[name].shape)) for name, whole in found.items()}
 
 
-def _train_and_save(config: RunConfig, folder: Path, world: World) -> None:
+def _train_and_save(config: PretrainConfig, folder: Path, world: World) -> None:
     engine = build_engine(config, world)
     take_steps(engine, config, world, STEPS)
     if world.is_main:
@@ -97,7 +97,7 @@ def _main() -> None:
     arguments = parser.parse_args()
     world = join(60.0)
     for name, overrides in json.loads(arguments.cases.read_text()).items():
-        _train_and_save(load(arguments.config, overrides, RunConfig), arguments.out / name, world)
+        _train_and_save(load(arguments.config, overrides, PretrainConfig), arguments.out / name, world)
     leave()
 
 

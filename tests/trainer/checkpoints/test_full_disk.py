@@ -12,7 +12,7 @@ import pytest
 from model.flops import parameter_counts
 from tests.trainer.one_rank import engine_for, save_now, take_steps
 from trainer.checkpoints import manifest
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 
 Mount = Callable[[int], Path]
@@ -39,7 +39,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-def _estimate_bytes(config: RunConfig) -> int:
+def _estimate_bytes(config: PretrainConfig) -> int:
     return parameter_counts(config.model)["total"] * 16
 
 
@@ -59,7 +59,7 @@ def _one_error(text: str) -> str:
 
 
 def test_a_save_without_room_is_refused_before_it_writes(
-    configure: Callable[..., RunConfig],
+    configure: Callable[..., PretrainConfig],
     tiny: dict[str, Any],
     train_here: Callable[..., int],
     mount: Mount,
@@ -78,7 +78,7 @@ def test_a_save_without_room_is_refused_before_it_writes(
 
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
 def test_a_disk_that_fills_up_while_saving_costs_only_that_save(
-    configure: Callable[..., RunConfig],
+    configure: Callable[..., PretrainConfig],
     tiny: dict[str, Any],
     world: World,
     train_here: Callable[..., int],

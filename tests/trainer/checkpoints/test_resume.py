@@ -17,10 +17,10 @@ from tests.trainer.one_rank import engine_for, save_now, take_steps, weights
 from trainer import code_state
 from trainer.checkpoints import manifest, resume
 from trainer.checkpoints.retention import prune
-from trainer.config import CheckpointConfig, RunConfig
+from trainer.config import CheckpointConfig, PretrainConfig
 from trainer.distributed import World
 
-Configure = Callable[..., RunConfig]
+Configure = Callable[..., PretrainConfig]
 FINGERPRINT = "f" * 64
 
 
@@ -150,7 +150,7 @@ def test_a_kill_during_the_removal_leaves_nothing_that_looks_whole(
     assert manifest.newest_whole(folder, world) == (folder / "step-00000002", [])
 
 
-def _save(engine: Any, folder: Path, step: int, config: RunConfig, world: World) -> Path:
+def _save(engine: Any, folder: Path, step: int, config: PretrainConfig, world: World) -> Path:
     return save_now(engine, folder, step, {"step": step, "note": [1.5, "x"]}, FINGERPRINT, config, world)
 
 

@@ -15,7 +15,7 @@ from tests.trainer.one_rank import engine_for, save_now, take_steps
 from trainer.checkpoints import manifest, resume
 from trainer.checkpoints.manifest import entry_of
 from trainer.checkpoints.zero_files import only_tensors
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 
 STATES = "deepspeed/mp_rank_00_model_states.pt"
@@ -59,7 +59,7 @@ def plant(file: Path, mark: Path) -> None:
     ],
 )
 def test_code_in_a_checkpoint_is_refused_and_does_not_run(
-    configure: Callable[..., RunConfig], world: World, tmp_path: Path, stage: int, name: str
+    configure: Callable[..., PretrainConfig], world: World, tmp_path: Path, stage: int, name: str
 ) -> None:
     config = configure(f"deepspeed.zero_stage={stage}")
     folder, mark = tmp_path / "checkpoints", tmp_path / "executed"

@@ -19,12 +19,12 @@ from tests.trainer.one_rank import engine_for, save_now, take_steps
 from trainer.checkpoints import manifest, resume
 from trainer.checkpoints import save as saving
 from trainer.checkpoints.save import Saver, _on_host
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.step import StepResult
 from trainer.trainer import Trainer
 
-Configure = Callable[..., RunConfig]
+Configure = Callable[..., PretrainConfig]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from data.config import DataConfig
 from model.budget import Budget
 from model.flops import Routed
 from tests.launching import ROOT
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.exit_status import EXIT_PREEMPTED
@@ -153,7 +153,9 @@ def test_tensorboard_holds_the_same_figures(tiny: dict[str, Any], train_here: Tr
 
 
 @pytest.fixture
-def folder(tiny: dict[str, Any], configure: Callable[..., RunConfig], write_config: Callable[..., str]) -> RunFolder:
+def folder(
+    tiny: dict[str, Any], configure: Callable[..., PretrainConfig], write_config: Callable[..., str]
+) -> RunFolder:
     """The run's folder, with five logged steps, an evaluation at 2 and 4, and a line that a kill cut in half."""
     run = RunFolder(tiny["train"]["run_dir"], 0)
     run.create(configure(), write_config(tiny))
@@ -167,7 +169,7 @@ def folder(tiny: dict[str, Any], configure: Callable[..., RunConfig], write_conf
 
 @pytest.mark.parametrize(("resumed_at", "kept"), [(3, [1, 2, 3]), (2, [1, 2]), (0, []), (None, [])])
 def test_a_resume_keeps_the_lines_up_to_its_step(
-    configure: Callable[..., RunConfig], world: World, folder: RunFolder, resumed_at: int | None, kept: list[int]
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder, resumed_at: int | None, kept: list[int]
 ) -> None:
     made = Metrics(configure(), folder, world, resumed_at, 1e12)
     assert made.has_evaluation(2) == (2 in kept) and not made.has_evaluation(4) and not made.has_evaluation(3)
@@ -177,7 +179,7 @@ def test_a_resume_keeps_the_lines_up_to_its_step(
 
 
 def test_an_evaluation_of_before_the_resume_is_drawn_again(
-    configure: Callable[..., RunConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
     draw = heatmap.routing_figure
@@ -206,7 +208,7 @@ def _evaluation(density: list[float]) -> Evaluation:
     )
 
 
-def test_images_can_be_turned_off(configure: Callable[..., RunConfig], world: World, folder: RunFolder) -> None:
+def test_images_can_be_turned_off(configure: Callable[..., PretrainConfig], world: World, folder: RunFolder) -> None:
     made = Metrics(configure("train.log.images=false"), folder, world, 3, 1e12)
     made.log_evaluation(4, [_evaluation([0.7, 0.6, 0.5])])
     made.close()
@@ -218,7 +220,7 @@ def _step(stop: int = 0) -> StepResult:
 
 
 def test_saving_and_evaluating_are_not_step_time(
-    configure: Callable[..., RunConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, now = configure(), [100.0]
     monkeypatch.setattr("trainer.monitor.metrics.time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -252,7 +254,7 @@ def test_a_stop_between_two_lines_moves_no_mean(tiny: dict[str, Any], train_here
 
 
 def test_the_line_of_a_killed_evaluation_is_in_the_checkpoint(
-    configure: Callable[..., RunConfig], world: World, folder: RunFolder
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder
 ) -> None:
     config = configure("train.log.every_steps=2", "train.steps=1000")
     killed = Metrics(config, folder, world, None, 1e12)
@@ -274,7 +276,9 @@ def test_the_line_of_a_killed_evaluation_is_in_the_checkpoint(
     assert _lines(folder.path) == [line]
 
 
-def test_what_is_not_a_number_is_null(configure: Callable[..., RunConfig], world: World, folder: RunFolder) -> None:
+def test_what_is_not_a_number_is_null(
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder
+) -> None:
     """Python would write NaN and Infinity, which no other JSON reader takes."""
     made = Metrics(configure(), folder, world, 0, 1e12)
     made.log_figures(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5, "e": 3})
@@ -283,7 +287,7 @@ def test_what_is_not_a_number_is_null(configure: Callable[..., RunConfig], world
     assert text == '{"step": 1, "a": null, "b": null, "c": null, "d": 0.5, "e": 3}\n'
 
 
-def test_only_rank_0_writes(configure: Callable[..., RunConfig], folder: RunFolder, world: World) -> None:
+def test_only_rank_0_writes(configure: Callable[..., PretrainConfig], folder: RunFolder, world: World) -> None:
     before = folder.metrics.read_bytes()
     made = Metrics(configure(), folder, World(1, 2, 1, 2, world.device), 3, 1e12)
     made.log_evaluation(4, [_evaluation([0.7, 0.6, 0.5])])

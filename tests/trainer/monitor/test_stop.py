@@ -15,7 +15,7 @@ import pytest
 
 from model.flops import Routed
 from trainer.checkpoints import manifest
-from trainer.config import RunConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.monitor.stop import StopRequest, too_many_bad_steps
 from trainer.step import StepResult, Tally
@@ -88,7 +88,7 @@ def test_good_steps_in_between_start_the_count_again(
 
 
 @pytest.mark.parametrize(("bad_ranks", "ends"), [([], False), ([(0, [1])], True)])
-def test_in_fp16_only_a_bad_loss_counts(configure: Callable[..., RunConfig], bad_ranks: Any, ends: bool) -> None:
+def test_in_fp16_only_a_bad_loss_counts(configure: Callable[..., PretrainConfig], bad_ranks: Any, ends: bool) -> None:
     """A gradient that overflows there is how the loss scale is found."""
     trainer = object.__new__(Trainer)
     trainer.config = configure("train.precision=fp16", "train.max_bad_steps=2")
