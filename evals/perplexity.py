@@ -21,12 +21,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
 from tqdm import tqdm
 
 from data.files import write_atomically
 from evals.texts import add_text_options, refuse_missing, text_field_of, texts_of
-from settings import user_errors
+from settings import parse_yaml, user_errors
 from trainer import opening
 
 if TYPE_CHECKING:
@@ -140,7 +139,7 @@ def check_windows(window_tokens: int, stride_tokens: int, positions: int) -> Non
 def trained_tokens(opened: Opened) -> int:
     """Length of the training's windows, in tokens; all positions where no run says so."""
     positions = opened.decoder.config.max_positions
-    block = yaml.safe_load((opened.source / "config.yaml").read_bytes()).get("data") or {}
+    block = parse_yaml((opened.source / "config.yaml").read_bytes()).get("data") or {}
     return min(block.get("sequence_tokens", positions), positions)
 
 

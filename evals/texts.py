@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data.config import SourceConfig
 from data.sources import FORMATS, Cursor, Source, format_of
+from settings import parse_yaml
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +36,7 @@ def refuse_missing(paths: Sequence[str | Path]) -> None:
 def text_field_of(folder: Path) -> str:
     """The one ``text_field`` of all sources of the run that ``folder`` is a checkpoint of; ``text`` otherwise."""
     config = folder / "config.yaml"
-    data: dict[str, Any] = (yaml.safe_load(config.read_bytes()) or {}).get("data") or {} if config.is_file() else {}
+    data: dict[str, Any] = (parse_yaml(config.read_bytes()) or {}).get("data") or {} if config.is_file() else {}
     sources = [*(data.get("sources") or ()), *(data.get("validation") or ())]
     fields = {source.get("text_field", "text") for source in sources}
     return fields.pop() if len(fields) == 1 else "text"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from model.config import ModelConfig
+from settings import parse_yaml
 from trainer.config import RunConfig, StageConfig, is_stage_two, load_run
 from tune.config import TuneFile
 from tune.resolve import load_file, resolve
@@ -82,7 +83,7 @@ def without_storage(config: RunConfig | TuneFile) -> tuple[StageConfig, Decoder]
 def _blocks(path: Path) -> dict[str, object]:
     """The blocks of a YAML file; none if it is missing or not a mapping, about which its own loader has more to say."""
     try:
-        blocks = yaml.safe_load(path.read_bytes())
+        blocks = parse_yaml(path.read_bytes())
     except (OSError, yaml.YAMLError):
         return {}
     return blocks if isinstance(blocks, dict) else {}

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from settings import parse_yaml
+
 _TAIL_BYTES = 1 << 18
 
 
@@ -39,7 +41,7 @@ def read_steps(folder: Path) -> int:
         there = "it has no config.yaml" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"{folder} is no run ({there}); give the folder that train.run_dir names, such as runs/demo")
     try:
-        return int(yaml.safe_load(path.read_text(encoding="utf-8"))["train"]["steps"])
+        return int(parse_yaml(path.read_text(encoding="utf-8"))["train"]["steps"])
     except (yaml.YAMLError, KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path} names no train.steps, so it is not the config of a run; give the folder that train.run_dir names"

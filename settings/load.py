@@ -16,11 +16,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from settings.near import did_you_mean
+from settings.parse import SafeDumper, SafeLoader
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _UniqueKeyLoader(SafeLoader):
     """A YAML loader that refuses a key written twice, which plain YAML would resolve silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -68,7 +69,8 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML that :func:`load` accepts unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    raw = config.model_dump(mode="json")
+    return str(yaml.dump(raw, Dumper=SafeDumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from model.init import generator_of
+from settings import parse_yaml
 from trainer import manifest
 from trainer.config import StageConfig
 from trainer.distributed import World
@@ -133,7 +133,7 @@ def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
 
 def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> str:
     """Refuse what cannot be gone on from; return how its state is laid out otherwise than here."""
-    blocks = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    blocks = parse_yaml((checkpoint / "config.yaml").read_text())
     if ("base" in blocks) != hasattr(config, "base"):
         writer, reader = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
         raise ValueError(f"{checkpoint} was written by {writer}, this is {reader}; give each its own train.run_dir")

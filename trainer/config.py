@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from data.config import DataConfig, StreamConfig
 from model.config import ModelConfig
-from settings import Strict, load
+from settings import Strict, load, parse_yaml
 
 
 class OptimizerConfig(Strict):
@@ -304,7 +304,7 @@ class RunConfig(StageConfig):
 def is_stage_two(path: Path) -> bool:
     """By the config's ``base`` block; what cannot be read is left to its own loader, which says why."""
     try:
-        blocks = yaml.safe_load(path.read_bytes())
+        blocks = parse_yaml(path.read_bytes())
     except (OSError, yaml.YAMLError):
         return False
     return isinstance(blocks, dict) and "base" in blocks

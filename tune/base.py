@@ -10,6 +10,7 @@ import yaml
 from data.files import read_json, sha256_of
 from model.config import BudgetConfig, ModelConfig, Ramp
 from model.decoder import Decoder
+from settings import parse_yaml
 from trainer import manifest
 from trainer.distributed import ALONE
 from trainer.weights import load_decoder
@@ -119,7 +120,7 @@ def _standing(ramp: Ramp) -> Ramp:
 def _blocks(path: Path) -> dict[str, Any]:
     """The blocks of a YAML file; none if it is missing or no mapping, about which others know more to say."""
     try:
-        blocks = yaml.safe_load(path.read_bytes()) if path.is_file() else None
+        blocks = parse_yaml(path.read_bytes()) if path.is_file() else None
     except yaml.YAMLError:
         blocks = None
     return blocks if isinstance(blocks, dict) else {}
