@@ -7,7 +7,6 @@ is told in one message, each with its key and the value it got. What was loaded 
 
 from __future__ import annotations
 
-import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,50 +16,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from settings.near import did_you_mean
+from settings.parse import Dumper, Loader
 
 _KEYS_TOLD = 6
 
 Schema = TypeVar("Schema", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write configs.
-
-    A key written twice is refused, which plain YAML would resolve silently. Numbers are YAML 1.2's, as JSON has them:
-    1:00:00 is no 3600, 010 no 8, and 1e-3 is a number. ``12_000_000`` stays one.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<: *anchor" may be overridden by keys beside it
-                continue
-            key = str(self.construct_object(key_node, deep=True))
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise ValueError(f"key '{key}' is written twice, again in line {line}; keep one of the two")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Puts quotes around texts that :class:`_Loader` would take for something else."""
-
-
-_NUMBERS = {
-    "int": re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
-    "float": re.compile(
-        r"[-+]?(\.[0-9_]+|[0-9][0-9_]*\.[0-9_]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
-        r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
-    ),
-}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in _NUMBERS]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _kind, _pattern in _NUMBERS.items():
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", _pattern, list("-+.0123456789"))
 
 
 def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block: str | None = None) -> Schema:
@@ -96,7 +56,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
 def peek(path: str | Path) -> dict[str, Any]:
     """The blocks of a YAML file as they stand; none if it is missing or no mapping, of which :func:`load` says more."""
     try:
-        blocks = yaml.load(Path(path).read_bytes(), Loader=_Loader)
+        blocks = yaml.load(Path(path).read_bytes(), Loader=Loader)
     except (OSError, ValueError, yaml.YAMLError):
         return {}
     return blocks if isinstance(blocks, dict) else {}
@@ -104,7 +64,8 @@ def peek(path: str | Path) -> dict[str, Any]:
 
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML that :func:`load` accepts unchanged."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    raw = config.model_dump(mode="json")
+    return str(yaml.dump(raw, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def _read_yaml(path: Path, content: str) -> dict[str, Any]:
@@ -113,7 +74,7 @@ def _read_yaml(path: Path, content: str) -> dict[str, Any]:
         hint = f"; files there: {', '.join(there)}" if there else ""
         raise ValueError(f"config file {path} does not exist{hint}")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     except ValueError as error:
@@ -154,12 +115,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 
 def _value(text: str) -> Any:
     """An override's value. There are no comments on a command line: ``runs/exp #3`` is a name with a # in it."""
-    node = yaml.compose(text, Loader=_Loader)
+    node = yaml.compose(text, Loader=Loader)
     if node is None:
         return text if text.strip() else None
     if not text[node.end_mark.index :].strip():
-        return yaml.load(text, Loader=_Loader)
-    if isinstance(node, yaml.ScalarNode) and node.style is None:
+        return yaml.load(text, Loader=Loader)
+    if isinstance(node, yaml.ScalarNode) and not node.style:
         return text
     raise ValueError(
         "what follows the value after # would be lost as a comment; leave it out, or quote the whole value"

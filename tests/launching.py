@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -75,6 +76,21 @@ def run(
         stderr=subprocess.STDOUT,
         timeout=timeout_s,
     )
+
+
+def run_command(command: list[str], env: dict[str, str], stdout: Any, **_: Any) -> subprocess.CompletedProcess[str]:
+    """In place of ``subprocess.run`` of ``[python, "-m", module, ...]``: the same, forked.
+
+    Args:
+        command, env: as of ``subprocess.run``.
+        stdout: a binary file for the output, or ``subprocess.PIPE``.
+    """
+    python, option, module, *arguments = command
+    assert (python, option) == (sys.executable, "-m")
+    done = run(module, *arguments, variables=env)
+    if hasattr(stdout, "write"):
+        stdout.write(done.stdout.encode())
+    return done
 
 
 def start(module: str, *arguments: str, processes: int = 1, launcher: str = "python") -> subprocess.Popen[str]:

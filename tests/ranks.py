@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Processes:
         if ranks:
             alike |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
             alike |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        _ensure_server()
+        ensure_server()
         self.processes = []
         for rank in range(count):
             own = alike | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks else {})
@@ -153,8 +154,12 @@ class Ranks(Processes):
         super().__init__("pretrain.train", config, *overrides, count=count, ranks=True, first=first)
 
 
-def _ensure_server() -> None:
-    """Start the fork server, from the root and with one thread, wherever the test that needs it first stands."""
+@cache
+def ensure_server() -> None:
+    """Start the fork server, from the root and with one thread, wherever the test that needs it first stands.
+
+    Changes this process's environment meanwhile, so what starts processes in several threads calls it before them.
+    """
     before = dict(os.environ)
     os.environ.update(environment() | {"PYTHONPATH": str(ROOT)})
     try:

@@ -72,9 +72,9 @@ def meet(rank: int, size: int, backend: str, timeout_s: float, device: torch.dev
     try:
         store = _store(rank, size, address, _port(port), timeout_s)
         _wait_for_all(store, rank, size, place, timeout_s)
-        bound = {"device_id": device} if device.type == "cuda" else {}
+        bound = device if device.type == "cuda" else None
         dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **bound
+            backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), device_id=bound
         )
     except (dist.DistError, RuntimeError) as error:
         if rank and "Failed to recv" in str(error):

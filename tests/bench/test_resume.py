@@ -12,7 +12,8 @@ from bench import resume
 from bench.resume import difference, measure, table
 from tests.launching import run
 
-BASE = ["train.micro_batch_samples=2", "train.steps=10", "model.width=33", "model.head_width=6", "model.ffn_width=21"]
+BASE = ["train.micro_batch_samples=2", "train.steps=10"]
+BASE += ["model.layers=2", "model.width=33", "model.head_width=6", "model.ffn_width=21"]
 
 
 def _fork(count: int, words: list[str]) -> Any:

@@ -9,6 +9,8 @@ import pytest
 
 from bench import tuning
 from bench.tuning import CHOICES, Outcome, TuningRun, main, outcome
+from tests.launching import run_command
+from tests.ranks import ensure_server
 from tests.tune.conftest import base_run
 
 __all__ = ["base_run"]  # a fixture, used by name
@@ -39,6 +41,8 @@ def test_runs_are_made_once_and_every_method_has_its_row(
     base_run: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     methods = ["--methods", "lora", "lora_ensemble", "--repeats", "1"]
+    ensure_server()  # before threads start runs
+    monkeypatch.setattr(tuning.subprocess, "run", run_command)
     table = tmp_path / "table.md"
     assert main(_arguments(base_run, data, tmp_path / "runs", *methods, "--markdown", str(table))) == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.read_text().splitlines()]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partialmethod
 
 import pytest
 import torch
+from torch import nn
 
 from tests.model.tiny import assert_close, config, decoder, gradients, random_targets, random_tokens
 
@@ -20,9 +22,19 @@ def _fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("capacity_tokens", [None, 20], ids=["rounded", "capacity"])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_layers_are_compiled_once_for_all_layers_and_densities(capacity_tokens: int | None, recompute: bool) -> None:
+@pytest.mark.parametrize(
+    ("capacity_tokens", "recompute", "backend"),
+    [(None, False, "inductor"), (None, True, "aot_eager"), (20, False, "aot_eager"), (20, True, "aot_eager")],
+    ids=["rounded", "rounded-recompute", "capacity", "capacity-recompute"],
+)
+def test_layers_are_compiled_once_for_all_layers_and_densities(
+    capacity_tokens: int | None, recompute: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default through C++, which takes a minute of a compiler.
+
+    ``aot_eager`` traces forward and backward and compiles again as Inductor does, and has PyTorch run the graphs.
+    """
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
     cfg = config("learned")
     compiled, plain = decoder(cfg, recompute=recompute), decoder(cfg)
     compiled.compile_layers()

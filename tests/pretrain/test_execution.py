@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from tests.launching import run
+from tests.ranks import Ranks
 
 TRAIN = "pretrain.train"
 
@@ -39,6 +41,16 @@ def test_a_capacity_holds_in_training_and_its_overflow_is_logged(tiny, write_con
     assert lines[0]["density/layer-00"] < _lines(rounded)[0]["density/layer-00"]  # the same weights, less room
 
 
+def _trace_only() -> None:
+    """In a rank: Dynamo and AOTAutograd as ever, but PyTorch runs their graphs; see ``tests/model/test_compile.py``."""
+
+    def compile_layer(layer: nn.Module, dynamic: bool | None) -> None:
+        print(f"traced a {type(layer).__name__}")
+        traced(layer, dynamic=dynamic, backend="aot_eager")
+
+    traced, nn.Module.compile = nn.Module.compile, compile_layer
+
+
 def test_compiled_layers_train_as_plain_ones_do(tiny, write_config):
     tiny["train"]["evaluation"]["every_steps"] = 4
     losses = []
@@ -46,7 +58,8 @@ def test_compiled_layers_train_as_plain_ones_do(tiny, write_config):
         config = copy.deepcopy(tiny)
         config["train"]["compile"] = compiled
         config["train"]["run_dir"] += f"-{compiled}"
-        done = run(TRAIN, write_config(config), processes=2, timeout_s=500)
-        assert done.returncode == 0, done.stdout[-3000:]
+        with Ranks(write_config(config), first=_trace_only) as ranks:
+            assert ranks.end() == [0, 0], ranks.output[-3000:]
+        assert ranks.output.count("traced a Block") == 2 * 3 * compiled  # ranks, layers
         losses.append([line["train/loss"] for line in _lines(config)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -208,8 +208,7 @@ def test_a_port_that_is_taken_is_one_sentence(tiny, write_config):
 
 def test_ctrl_c_saves_and_stops(tiny, write_config):
     tiny["train"] |= {"steps": 2000}
-    process = start(TRAIN, write_config(tiny))
-    _wait_for(Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000002/manifest.json")
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=180)
-    assert process.returncode == 75 and "Traceback" not in output, output[-2000:]
+    with Processes(TRAIN, write_config(tiny)) as process:
+        process.wait_until((Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000002/manifest.json").exists)
+        os.kill(int(process.processes[0].pid or 0), signal.SIGINT)
+        assert process.end() == [75] and "Traceback" not in process.output, process.output[-2000:]

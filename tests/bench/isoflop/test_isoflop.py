@@ -21,6 +21,8 @@ from bench.isoflop.__main__ import main
 from bench.isoflop.runs import device_sets
 from launch.slurm.__main__ import main as submit
 from tests.bench.isoflop.suites import DENSE, finish, planned, write_dial, write_suite
+from tests.launching import run_command
+from tests.ranks import ensure_server
 
 Calls = list[list[str]]
 
@@ -82,6 +84,8 @@ def test_a_real_suite_from_start_to_tables(
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("MASTER_PORT", "29500")  # as DeepSpeed leaves it: two runs at once must not meet there
     path, out = write_suite(tmp_path, tiny, set={"train.checkpoint.background": False}), tmp_path / "out"
+    ensure_server()  # before threads start runs
+    _replace(monkeypatch, run_command)
     assert main([str(path), "--out", str(out)]) == 0
     for name in ("results.md", "results.csv", "suite.yaml", "loss.png", "density.png", "dial.png"):
         assert (out / name).stat().st_size > 0, name

@@ -63,7 +63,7 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
     """
     config = read_workload(path, overrides).config
     gc.collect()
-    foreign = set(_alive())
+    gc.freeze()  # what there is already, all modules with it, is not looked through again
     engine = build_engine(config, world)
     samples, tokens = config.train.micro_batch_samples, config.data.sequence_tokens
     accumulation = config.accumulation(world.size)
@@ -76,7 +76,7 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
         gc.collect()
         everything = _alive() | _of(p.grad for p in engine.module.parameters() if p.grad is not None)
         known = {**weights, **_optimizer(engine)}
-        return sum(size for at, size in everything.items() if at not in foreign and at not in known)
+        return sum(size for at, size in everything.items() if at not in known)
 
     def step(watch: bool) -> None:
         for number in range(accumulation):
@@ -96,7 +96,7 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
     step(watch=True)
     optimizer = sum(size for at, size in _optimizer(engine).items() if at not in weights)
     gc.collect()
-    held = sum(size for at, size in _alive().items() if at not in foreign)
+    held = sum(_alive().values())
     result = {
         "weights": sum(weights.values()),
         "optimizer": optimizer,
@@ -170,7 +170,7 @@ def _of(tensors: Iterable[Tensor]) -> Storages:
 
 
 def _alive() -> Storages:
-    """Every tensor that Python can reach."""
+    """Every tensor that Python can reach, but for those that were frozen."""
     return _of(o for o in gc.get_objects() if type(o) in (Tensor, torch.nn.Parameter) and o.device.type == "cpu")
 
 

@@ -57,7 +57,7 @@ def measure(config: dict[str, Any], write_config: Callable[..., str], tmp_path: 
             [f"deepspeed.zero_stage={stage}", f"train.precision={precision}", batch, *overrides] for stage in stages
         ]
         cases.write_text(json.dumps(every))
-        done = run("tests.launch.plan.memory_worker", path, str(cases), str(out), processes=ranks, launcher="torchrun")
+        done = run("tests.launch.plan.memory_worker", path, str(cases), str(out), processes=ranks)
         assert done.returncode == 0, done.stdout
         found = []
         for stage, case, result in zip(stages, every, json.loads(out.read_text()), strict=True):

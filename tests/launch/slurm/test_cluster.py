@@ -67,7 +67,7 @@ def log(run_dir: str) -> str:
 @pytest.fixture
 def long_run(tiny: dict[str, Any]) -> dict[str, Any]:
     """Enough steps to be interrupted in, without a checkpoint of its own on the way."""
-    tiny["train"] |= {"steps": 200, "checkpoint": {"every_steps": 10_000}}
+    tiny["train"] |= {"steps": 100, "checkpoint": {"every_steps": 10_000}}
     tiny["train"] |= {"evaluation": {"every_steps": 10_000, "samples": 5}}
     tiny["train"]["log"]["images"] = False
     return tiny
@@ -83,9 +83,7 @@ def uninterrupted(long_run: dict[str, Any], write_config: Callable[..., str]) ->
     def reference() -> list[tuple[int, float]]:
         folder = f"{long_run['train']['run_dir']}-straight"
         config = write_config(long_run)
-        done = run(
-            "pretrain.train", config, f"train.run_dir={folder}", processes=2, launcher="torchrun", timeout_s=1500
-        )
+        done = run("pretrain.train", config, f"train.run_dir={folder}", processes=2, timeout_s=1500)
         assert done.returncode == 0, done.stdout[-3000:]
         return losses(folder)
 
