@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = _chosen(suite, runs, options.only, options.seeds)
         if options.slurm is not None:
             return _submit(suite, chosen, options, words)
-        for run in runs:  # a folder with another config, chosen or not, is told before the work
+        for run in runs:  # a folder with another config, chosen or not, is reported before the work
             is_done(run)
         out.mkdir(parents=True, exist_ok=True)
         failed = [] if options.table else _run(suite, chosen, options, out)

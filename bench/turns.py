@@ -1,7 +1,7 @@
 """Turns for whole training loops: each contestant has processes of its own, and only one of them runs at a time.
 
 The command and the ranks that it has started share a store. Before a step a rank looks whether its turn is over; if so
-it tells what it has seen and waits, without using the CPU, until the command gives it further steps. So start-up is
+it reports what it has seen and waits, without using the CPU, until the command gives it further steps. So start-up is
 paid once, and neighbours in time can be compared as within one process (``bench/timing.py``).
 
     rank      begin(0)  waits ......... begin(1) begin(2) begin(3)  waits ............
@@ -56,7 +56,7 @@ class Turn:
 
         Args:
             step: optimiser steps done.
-            report: called when a turn is over, within its time: finishes what the turn has begun, and tells of it.
+            report: called when a turn is over, within its time: finishes what the turn has begun, and reports it.
 
         Raises:
             TurnsAreOver: instead of going on, at the end.

@@ -43,7 +43,7 @@ class SourceConfig(MixedSource):
     split: str = "train"
     """With hub: the split."""
     format: Literal["text", "json", "parquet", "csv"] | None = None
-    """With files: their format; by default told from the file name. ``text`` makes one document a file."""
+    """With files: their format; by default inferred from the file name. ``text`` makes one document a file."""
     text_field: str = "text"
     """The field or column that holds a document's text (json, parquet, csv, hub)."""
 

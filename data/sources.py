@@ -66,7 +66,7 @@ class Source:
         """Find the files.
 
         Raises:
-            ValueError: a pattern matches no file, or a file's format cannot be told.
+            ValueError: a pattern matches no file, or a file's format cannot be inferred.
         """
         self.config = config
         self._revision = _hub_revision(config) if config.hub else None
@@ -74,7 +74,7 @@ class Source:
         self._formats = [config.format or _format_of(path, config.name) for path in self.files]
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from a changed one: its files' names, sizes and fingerprints, or the Hub revision."""
+        """What distinguishes this source from a changed one: its files' names, sizes and fingerprints, or the Hub revision."""
         if self.config.hub:
             hub = {"name": self.config.hub, "config": self.config.hub_config, "split": self.config.split}
             return {"hub": {**hub, "revision": self._revision}}
@@ -122,7 +122,7 @@ class Source:
 
 
 def open_raw(path: Path) -> io.BufferedIOBase:
-    """A file's decompressed bytes; the compression is told from the name."""
+    """A file's decompressed bytes; the compression is inferred from the name."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".xz":
@@ -157,7 +157,7 @@ def _format_of(path: Path, source: str) -> str:
     if found is None:
         known = " ".join(FORMATS)
         raise ValueError(
-            f"source '{source}': the format of {path} cannot be told from its name (known: {known}); "
+            f"source '{source}': the format of {path} cannot be inferred from its name (known: {known}); "
             "set the source's format to text, json, parquet or csv"
         )
     return found

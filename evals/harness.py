@@ -11,7 +11,7 @@ DATA/tuning/NAME-test.jsonl, after one example of NAME-train.jsonl. ``perplexity
 lines, DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token; ``evals.perplexity``
 has sliding ones. Task files in the harness's own format are found through ``--include``.
 
-``--against`` runs the same tasks on a Hugging Face folder, through the harness's own loader, and tells each task's
+``--against`` runs the same tasks on a Hugging Face folder, through the harness's own loader, and reports each task's
 largest difference of a log-likelihood, in nats: of a sentence, or of a whole text, which is a sum over many windows.
 """
 

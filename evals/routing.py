@@ -387,7 +387,7 @@ def _name_of(path: Path) -> str:
 
 
 def _out(path: Path, given: Path | None) -> Path:
-    """Where to write; told before the work, not after it."""
+    """Where to write; reported before the work, not after it."""
     out = given
     if out is None:
         if not (path / "checkpoints").is_dir() and path.resolve().parent.name != "checkpoints":

@@ -84,5 +84,5 @@ def read_checkpoint(folder: Path, alive: bool) -> tuple[str, float] | None:
         beats = [path.stat().st_mtime for path in (folder / "heartbeat").glob("rank-*.json")]
         now = max(beats) if alive and beats else time.time()
         return manifests[-1].parent.name, max(now - manifests[-1].stat().st_mtime, 0.0)
-    except OSError:  # pruned, or written anew, between two looks
+    except OSError:  # pruned, or rewritten, between two looks
         return None

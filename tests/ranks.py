@@ -30,7 +30,7 @@ _HEAVY = ["pretrain.train", "tune.train", "convert.to_hf", "peft", "matplotlib.p
 _FORKS.set_forkserver_preload([__name__, *_HEAVY])
 _PATIENCE_S = 240.0
 _GRACE_S = 30.0
-"""How long the others may go on after one has failed; gloo tells them within seconds."""
+"""How long the others may go on after one has failed; gloo notices within seconds."""
 
 
 class Processes:

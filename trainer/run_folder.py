@@ -79,7 +79,7 @@ class _Terminal(logging.Handler):
 
 
 class _File(logging.FileHandler):
-    """A log whose disk may be full: the checkpoints' and metrics' sentences tell that, on the terminal."""
+    """A log whose disk may be full: the checkpoints' and metrics' sentences report that, on the terminal."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say nothing, where logging would print a traceback for every line."""

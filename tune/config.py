@@ -100,7 +100,7 @@ class ExamplesConfig(StreamConfig):
     tokenizer: str | None = None
     """Folder of ``tokenizer.model`` or ``tokenizer.json``; the base's unless given."""
     pack: bool = True
-    """Several examples in one window; otherwise one, and the rest is filling."""
+    """Several examples in one window; otherwise one, and the rest is padding."""
     too_long: Literal["refuse", "leave_out"] = "refuse"
     """An example that does not fit into a window: end with an error, or leave it out and say how many were."""
     chat: ChatConfig = ChatConfig()

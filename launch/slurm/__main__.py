@@ -68,7 +68,7 @@ def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[Stage]:
 
 
 def _note_held(stages: list[Stage]) -> None:
-    """What a dry run prints is not submitted, so what would be refused then is only told."""
+    """What a dry run prints is not submitted, so what would be refused then is only reported."""
     try:
         for stage in stages:
             refuse_held(stage)

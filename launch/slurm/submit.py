@@ -87,7 +87,7 @@ def _sbatch(job: Job, script: Path, before: Sequence[str]) -> str:
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
         raise ValueError(
-            f"sbatch refused the script of {job.stage.run} ({said}); nothing is submitted, mend what it names"
+            f"sbatch refused the script of {job.stage.run} ({said}); nothing is submitted, correct what it names"
         )
     return done.stdout.strip().split(";")[0]
 

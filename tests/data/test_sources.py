@@ -162,6 +162,6 @@ def test_files_that_cannot_be_chosen(tmp_path: Path) -> None:
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"source 's': no file matches '.*\*\.txt'"):
         source(tmp_path / "*.txt")
-    with pytest.raises(ValueError, match=r"format of .*a\.bin cannot be told"):
+    with pytest.raises(ValueError, match=r"format of .*a\.bin cannot be inferred"):
         source(tmp_path / "a.bin")
     assert texts(source(tmp_path / "a.bin", format="text")) == ["x"]

@@ -81,7 +81,7 @@ def taken_apart(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
             learned = tuple(targets[here][targets[here] != NO_TARGET].tolist())
             if learned:
                 found.append(((*tokens[here].tolist(), learned[-1]), learned))
-            else:  # filling: the last document, all the same token
+            else:  # padding: the last document, all the same token
                 assert document == documents[-1] and len(set(tokens[here].tolist())) == 1
     return found
 
@@ -100,13 +100,13 @@ def test_an_epoch_holds_every_example_whole_and_once(folder: Path, tokenizer: Te
     assert found == written(folder, tokenizer)
 
 
-def test_filling_is_a_document_without_targets(folder: Path, tokenizer: TextTokenizer) -> None:
+def test_padding_is_a_document_without_targets(folder: Path, tokenizer: TextTokenizer) -> None:
     data = TuningData(blocks(folder, pack=False), tokenizer)
     batch = data.batch(range(10))
     assert batch.documents is not None
-    filling = batch.documents == 1
-    assert filling.any(dim=1).all()  # one example a window, none of which is full
-    assert (batch.tokens[filling] == tokenizer.eos_id).all() and (batch.targets[filling] == NO_TARGET).all()
+    padding = batch.documents == 1
+    assert padding.any(dim=1).all()  # one example a window, none of which is full
+    assert (batch.tokens[padding] == tokenizer.eos_id).all() and (batch.targets[padding] == NO_TARGET).all()
 
 
 def test_same_samples_at_any_world_size_and_after_a_resume(folder: Path, tokenizer: TextTokenizer) -> None:
@@ -206,8 +206,8 @@ def test_every_rank_gets_as_many_batches(
     for batches in ranks:
         for batch in batches:
             assert batch.tokens.shape == (2, T)
-            filling = batch.sample_ids == NO_SAMPLE
-            assert (batch.targets[filling] == NO_TARGET).all()
+            padding = batch.sample_ids == NO_SAMPLE
+            assert (batch.targets[padding] == NO_TARGET).all()
             assert batch.scored_targets == int((batch.targets != NO_TARGET).sum())
 
 
