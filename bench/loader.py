@@ -120,7 +120,7 @@ def write_shards(folder: Path, vocab: int, tokens: int, sequence_tokens: int) ->
 
 
 def step_batches(data: TrainingData, first_step: int, samples: int) -> Iterator[Batch]:
-    """One batch a step, for ever, as ``pretrain/train.py`` takes them on one rank."""
+    """One batch a step, forever, as ``pretrain/train.py`` takes them on one rank."""
     from data.batches import step_sample_ids
 
     for step in itertools.count(first_step):

@@ -74,7 +74,7 @@ class Source:
         self._formats = [config.format or _format_of(path, config.name) for path in self.files]
 
     def identity(self) -> dict[str, Any]:
-        """What distinguishes this source from a changed one: its files' names, sizes and fingerprints, or the Hub revision."""
+        """What identifies this source and its state: its files' names, sizes and fingerprints, or the Hub revision."""
         if self.config.hub:
             hub = {"name": self.config.hub, "config": self.config.hub_config, "split": self.config.split}
             return {"hub": {**hub, "revision": self._revision}}

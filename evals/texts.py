@@ -59,8 +59,8 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
     named: Any = kind or format_of(file)
     if named is None:
         raise ValueError(
-            f"the format of {file} cannot be inferred from its name (known endings: {' '.join(FORMATS)}); say it: --format "
-            f"{' or '.join(sorted(set(FORMATS.values())))}"
+            f"the format of {file} cannot be inferred from its name (known endings: {' '.join(FORMATS)}); say it: "
+            f"--format {' or '.join(sorted(set(FORMATS.values())))}"
         )
     source = Source(SourceConfig(name="FILES", files=[str(file)], format=named, text_field=text_field))
     try:

@@ -191,7 +191,7 @@ def _be_process(
             module(*arguments)
         else:
             sys.argv = [module, *map(str, arguments)]
-            sys.modules.pop(module, None)  # it runs afresh, as __main__
+            sys.modules.pop(module, None)  # it runs again, as __main__
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()

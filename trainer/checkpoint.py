@@ -73,7 +73,7 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     if found is None and there:
         raise ValueError(
             f"cannot resume from {folder}: none of {', '.join(there)} is whole; check train.run_dir, or remove that "
-            "folder and start afresh with train.checkpoint.resume=never"
+            "folder and start from scratch with train.checkpoint.resume=never"
         )
     return found
 

@@ -1,7 +1,7 @@
 """What every rank says of itself while it runs: ``RUN/heartbeat/rank-N.json``, rewritten every two seconds.
 
-Two different things stop when a run goes wrong, so both are reported: ``beat`` counts up as long as the process can run at
-all, ``still_s`` grows while it makes no progress. A rank that waits for another still beats; one that was killed or
+Two different things stop when a run goes wrong, so both are reported: ``beat`` counts up as long as the process can run
+at all, ``still_s`` grows while it makes no progress. A rank that waits for another still beats; one that was killed or
 frozen does not.
 
 No clock of one host is compared with another's: ``still_s`` is measured by the rank's own monotonic clock, and a reader

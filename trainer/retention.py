@@ -33,7 +33,7 @@ def refuse_taken(folder: Path, there: Sequence[str], resume: str) -> None:
     if not there and resume == "required":
         raise ValueError(
             f"cannot resume from {folder}: there is no checkpoint; check train.run_dir, or remove that folder and "
-            "start afresh with train.checkpoint.resume=never"
+            "start from scratch with train.checkpoint.resume=never"
         )
 
 

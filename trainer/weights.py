@@ -28,8 +28,8 @@ def load_decoder(run_or_checkpoint: Path, disk: Path | None = None) -> tuple[Dec
     """The decoder in evaluation mode, fp32 on the CPU; the config of its run; and the optimiser steps it has had.
 
     Args:
-        run_or_checkpoint: a run folder, of which the newest whole checkpoint is taken (torn ones are reported on stderr and
-            passed over), or one checkpoint's folder.
+        run_or_checkpoint: a run folder, of which the newest whole checkpoint is taken (torn ones are reported on stderr
+            and passed over), or one checkpoint's folder.
         disk: keep the weights in a file without a name in this folder; in memory unless given.
 
     Raises:

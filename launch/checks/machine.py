@@ -128,7 +128,7 @@ def compiler(train: TrainConfig | None) -> Iterator[Finding]:
 
 
 def locks() -> Iterator[Finding]:
-    """Locks that a killed build of a C++ extension left: whoever needs that extension waits for them for ever."""
+    """Locks that a killed build of a C++ extension left: whoever needs that extension waits for them forever."""
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     found = [(path, time.time() - path.stat().st_mtime) for path in sorted(folder.rglob("lock"))]
     for path, age_s in found:

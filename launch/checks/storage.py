@@ -28,7 +28,7 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
     folder = Path(str(train.run_dir)) / "checkpoints"
     if train.checkpoint.resume == "never":
         checkpoint.to_resume(folder, "never", ALONE)
-        yield Finding("run folder", "ok", f"{train.run_dir} holds no checkpoints; the run starts afresh")
+        yield Finding("run folder", "ok", f"{train.run_dir} holds no checkpoints; the run starts from scratch")
         return
     there = retention.newest_name(folder)
     if train.checkpoint.resume == "required" and not any(folder.glob("step-*[0-9]")):

@@ -4,7 +4,7 @@
 
 Tokenizer, shards, stage one and stage two under DeepSpeed, export, answers from the export: each stage is the command
 that a user would type, printed before it runs. Ctrl-C, SIGTERM or SIGHUP ends what runs, with what was trained saved,
-and the same command goes on from there; after a demo that was done it starts afresh, and keeps the earlier one.
+and the same command goes on from there; after a demo that was done it starts from scratch, and keeps the earlier one.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _start_afresh(demo: Demo, record: Path) -> None:
 def _introduce(stages: list[Stage], speed: Speed, ranks: int, going_on: bool) -> None:
     where = f"{ranks} GPUs" if speed.gpus else f"{ranks} processes on the CPU"
     about = speed.demo_s(stages, ranks)
-    again = "; goes on where the last one stopped (afresh: rm -r runs/demo*)" if going_on else ""
+    again = "; goes on where the last one stopped (from scratch: rm -r runs/demo*)" if going_on else ""
     what = f"raw text to a tuned, exported decoder in {len(stages)} commands, on {where}"
     print(f"{what}: about {_minutes(about)} here{again}", flush=True)
 
