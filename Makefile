@@ -1,5 +1,5 @@
 # make setup   .venv with what it takes to train    make test    all tests that need no GPU
-# make demo    text to an exported, tuned model      make check   format, lint, types
+# make demo    text to an exported, tuned model      make check   format, lint, types, text
 # make quick   the tests that start no processes, and one fault: some of every folder
 # make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
 # make lock    newest versions of what requirements.txt and requirements-dev.txt need, into requirements.lock
@@ -46,10 +46,12 @@ check: tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mdformat --check *.md docs
 
 # The page of all config fields, from the schemas; a test says when it is out of date.
-docs: setup
+docs: tools
 	$(BIN)/python -m settings.reference trainer.config:RunConfig tune.config:TuneFile > docs/config.md
+	$(BIN)/mdformat docs/config.md
 
 # For every platform and every Python from 3.11 on; what CUDA builds of torch need is in it, and installed with them only.
 lock: setup
