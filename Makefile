@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 DEMO := configs/demo.yaml configs/tune_demo.yaml
 UV := $(BIN)/uv pip
-INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock --requirement
+INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock
 
 .PHONY: setup tools demo quick test faults check docs lock clean
 
@@ -17,17 +17,18 @@ setup: $(VENV)/.installed
 tools: $(VENV)/.tools
 
 # The stamps are renewed when the requirements change. pip installs torch, because it knows where this machine has it
-# from (a CPU build, or one for its CUDA); uv, several times as fast, leaves that as it is and installs the rest.
-$(VENV)/.installed: requirements.txt requirements.lock
+# from (a CPU build, or one for its CUDA); uv, several times as fast, leaves that as it is and installs the rest, and
+# the project as it lies here, so that its commands work from any folder.
+$(VENV)/.installed: pyproject.toml requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hopscotch needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch: 0.2 GB for a CPU, 3 GB with CUDA ..."
 	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock torch uv
-	$(INSTALL) requirements.txt
+	$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed requirements-dev.txt
-	$(INSTALL) requirements-dev.txt
+	$(INSTALL) --requirement requirements-dev.txt
 	@touch $@
 
 demo: setup

@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import lzma
-import sysconfig
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import zstandard
 
 from data.config import SourceConfig
+from data.places import expand, hint
 
 FORMATS = {
     ".txt": "text",
@@ -136,11 +136,11 @@ def open_raw(path: Path) -> io.BufferedIOBase:
 def _matching_files(config: SourceConfig) -> list[Path]:
     found: set[str] = set()
     for pattern in config.files:
-        wide = str(Path(pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])).expanduser())
+        wide = expand(pattern)
         # A name that exists is taken as it is: "a[1].txt" would match nothing as a pattern.
         names = [wide] if Path(wide).is_file() else [n for n in glob.glob(wide, recursive=True) if Path(n).is_file()]
         if not names:
-            where = "" if Path(wide).is_absolute() else f" in {Path.cwd()}, which relative paths start from"
+            where = hint(pattern)
             raise ValueError(f"source '{config.name}': no file matches '{pattern}'{where}; correct data.*.files")
         found.update(names)
     return [Path(name) for name in sorted(found)]

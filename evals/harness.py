@@ -1,7 +1,7 @@
 """lm-evaluation-harness on our checkpoints, offline, and on their exports beside them.
 
-    python -m evals.harness runs/books --data ../shared/data
-    python -m evals.harness runs/books --tasks blimp_causative perplexity --data ../shared/data --limit 100 \\
+    python -m evals.harness runs/books --data $HOPSCOTCH_TEXTS
+    python -m evals.harness runs/books --tasks blimp_causative perplexity --data $HOPSCOTCH_TEXTS --limit 100 \\
         --against runs/books-hf --trust-remote-code
     python -m evals.harness runs/books --tasks my_task --include my_tasks --shots 1
 
@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 from data.files import write_atomically
 from evals.harness_tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
 from settings import did_you_mean, user_errors
+from settings.project import installing
 from trainer import opening
 
-_INSTALL = "lm_eval is not installed; install it with: .venv/bin/pip install -r requirements-dev.txt"
+_INSTALL = f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}"
 
 
 class Outcome(NamedTuple):

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from launch.checks import Finding
-from launch.checks.machine import ROOT
 from settings import counted
+from settings.project import ROOT
 from trainer.config import StageConfig
 from trainer.distributed import World
 

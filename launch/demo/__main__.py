@@ -22,6 +22,7 @@ from launch.demo.processes import Commands
 from launch.demo.screen import Screen
 from launch.demo.stages import Demo, Record, Stage
 from settings import load, user_errors
+from settings.project import program
 from trainer.config import load_run, name_run
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.start import free_port
@@ -161,8 +162,8 @@ def _conclude(demo: Demo, stages: list[Stage], record: Record) -> None:
     logs = ",".join(f"{path.name}:{path}" for path in demo.run_dirs)
     print(
         f"\nruns       {', '.join(map(str, demo.run_dirs))}; losses, densities, votes: "
-        f".venv/bin/tensorboard --logdir_spec {logs}"
-        f"\nrouting    who uses which layers: .venv/bin/python -m evals.routing {demo.run_dirs[0]}"
+        f"{program('tensorboard')} --logdir_spec {logs}"
+        f"\nrouting    who uses which layers: {program('python')} -m evals.routing {demo.run_dirs[0]}"
         f"\nexport     {demo.export}: transformers loads it"
     )
 

@@ -19,9 +19,8 @@ from pathlib import Path
 from data.files import write_atomically
 from launch.slurm.stages import Stage
 from settings import to_yaml
+from settings.project import ROOT
 from trainer import code_state
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

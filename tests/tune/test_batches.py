@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from data.batches import NO_SAMPLE, NO_TARGET, Batch, step_sample_ids
+from data.places import texts
 from tests.tune.test_examples import write_lines
 from tests.tune.test_text import write_byte_level
 from tune.batches import ExampleSet, Scored, TuningData
@@ -21,7 +21,7 @@ from tune.text import TextTokenizer, load_text_tokenizer
 
 T = 32
 CHOICES = [" yes", " no", " it is unknown"]
-REAL = Path(os.environ.get("ELIDE_DATA", "../shared/data")) / "tuning"
+REAL = Path(texts()) / "tuning"
 
 
 @pytest.fixture(scope="module", params=["ours", "byte level"])
