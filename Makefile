@@ -1,5 +1,5 @@
 # make setup   .venv with what it takes to train    make test    all tests that need no GPU
-# make demo    text to an exported, tuned model      make check   format, lint, types
+# make demo    text to an exported, tuned model      make check   format, lint, types, text
 # make quick   the tests that start no processes, and one fault: some of every folder
 # make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
 # make lock    newest versions of what requirements.txt and requirements-dev.txt need, into requirements.lock
@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PROCESSES ?= 2
 DEMO := configs/demo.yaml configs/tune_demo.yaml
 UV := $(BIN)/uv pip
-INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock --requirement
+INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock
 
 # Packages are installed uncompiled: Python compiles a module when it is first imported and keeps that. Where an environment
 # (of a container) forbids it to, every process compiles all again: 11 CPU seconds for torch and DeepSpeed instead of 4.
@@ -21,17 +21,18 @@ setup: $(VENV)/.installed
 tools: $(VENV)/.tools
 
 # The stamps are renewed when the requirements change. pip installs torch, because it knows where this machine has it
-# from (a CPU build, or one for its CUDA); uv, several times as fast, leaves that as it is and installs the rest.
-$(VENV)/.installed: requirements.txt requirements.lock
+# from (a CPU build, or one for its CUDA); uv, several times as fast, leaves that as it is and installs the rest, and
+# the project as it lies here, so that its commands work from any folder.
+$(VENV)/.installed: pyproject.toml requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hopscotch needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch: 0.2 GB for a CPU, 3 GB with CUDA ..."
 	$(BIN)/python -m pip install --quiet --no-compile --constraint requirements.lock torch uv
-	$(INSTALL) requirements.txt
+	$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.tools: $(VENV)/.installed requirements-dev.txt
-	$(INSTALL) requirements-dev.txt
+	$(INSTALL) --requirement requirements-dev.txt
 	@touch $@
 
 demo: setup
@@ -50,10 +51,12 @@ check: tools
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mdformat --check *.md docs
 
 # The page of all config fields, from the schemas; a test says when it is out of date.
-docs: setup
+docs: tools
 	$(BIN)/python -m settings.reference trainer.config:RunConfig tune.config:TuneFile > docs/config.md
+	$(BIN)/mdformat docs/config.md
 
 # For every platform and every Python from 3.11 on; what CUDA builds of torch need is in it, and installed with them only.
 lock: setup

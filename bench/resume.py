@@ -81,7 +81,7 @@ def measure(
     Raises:
         ValueError: if ranks end with an error.
     """
-    load_run(config, overrides)  # its mistakes are told once
+    load_run(config, overrides)  # its mistakes are reported once
     for phase in ("write", "read"):
         for count in ranks:
             arguments = [str(config), *overrides, *(read_with if phase == "read" else ())]

@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from bench.common.options import parser, refuse
 from bench.common.timing import ratios, take_turns
+from data.places import texts
 from model.config import EnsembleConfig
 from settings import user_errors
+from settings.project import shipped
 from settings.tables import markdown
 from trainer.local_ranks import environment_alone
 from trainer.monitor import metrics_file
@@ -44,7 +46,6 @@ METHODS = [
     "early_lora_ensemble",
 ]
 CHOICES = {"polarity": [" negative", " positive"], "subjectivity": [" objective", " subjective"]}
-DATA = Path("../shared/data/tuning")
 
 
 class TuningRun(NamedTuple):
@@ -70,6 +71,10 @@ class Outcome(NamedTuple):
     total: int
 
 
+def _config(method: str) -> str:
+    return shipped(f"configs/tune_{method}.yaml")
+
+
 def overrides(run: TuningRun, base: str, data: Path, out: Path) -> list[str]:
     """The command line after the method's config."""
     block = {}
@@ -92,7 +97,7 @@ def train(run: TuningRun, options: argparse.Namespace) -> str | None:
     folder = run.folder(options.out)
     if outcome(folder, run.task) is not None:
         return None
-    command = [sys.executable, "-m", "tune.train", f"configs/tune_{run.method}.yaml"]
+    command = [sys.executable, "-m", "tune.train", _config(run.method)]
     command += [*overrides(run, options.base, options.data, options.out), "train.checkpoint.resume=auto"]
     done = subprocess.run(
         [*command, *options.overrides],
@@ -138,7 +143,7 @@ def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     for method in options.methods:
         run = TuningRun(method, options.tasks[0], 0)
         file = load_file(
-            f"configs/tune_{method}.yaml",
+            _config(method),
             [*overrides(run, options.base, options.data, options.out), *options.overrides],
         )
         base = load_base(options.base)
@@ -204,7 +209,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
     made.add_argument("--repeats", type=int, default=10, help="rounds of step times, 0 for none (default: %(default)s)")
     made.add_argument("--out", type=Path, default=Path("runs/tuning"), help="run folders (default: %(default)s)")
-    made.add_argument("--data", type=Path, default=DATA, help="folder of TASK-SPLIT.jsonl (default: %(default)s)")
+    made.add_argument(
+        "--data", type=Path, default=Path(texts()) / "tuning", help="folder of TASK-SPLIT.jsonl (default: %(default)s)"
+    )
     made.add_argument("--markdown", type=Path, help="write the table there, too")
     options = made.parse_intermixed_args(arguments)
     with user_errors():

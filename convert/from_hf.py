@@ -319,7 +319,7 @@ def _reference_logits(folder: Path, tokens: Tensor, positions: Tensor) -> Tensor
         )
     except Exception as error:  # whatever it dislikes, in its own words
         raise ValueError(
-            f"transformers cannot load {folder} to compare with ({str(error).strip().splitlines()[-1].strip()}); mend "
+            f"transformers cannot load {folder} to compare with ({str(error).strip().splitlines()[-1].strip()}); fix "
             "the checkpoint, or import it with --no-compare"
         ) from error
     # With a mask, positions that jump are not taken for packed documents.

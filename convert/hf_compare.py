@@ -65,7 +65,7 @@ def compare(reference: Reference, folder: Path) -> str:
     Adapters that it keeps apart are put on it by PEFT.
 
     A router may tip over on rounding where a token's two logits are all but equal, after which everything in that row
-    differs; such rows are told and left out. The modelling file in ``folder`` is run: only for what we have written.
+    differs; such rows are reported and left out. The modelling file in ``folder`` is run: only for what we wrote.
 
     Raises:
         ValueError: if transformers cannot load it, or anything differs.

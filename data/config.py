@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from data.places import fill_in_texts
 from settings import PathText, Strict
+
+File = Annotated[PathText, AfterValidator(fill_in_texts)]
+"""A path or glob pattern; ``{texts}`` is the folder of the shipped experiments' texts."""
 
 
 class TokenizerConfig(Strict):
@@ -33,9 +37,10 @@ class MixedSource(Strict):
 class SourceConfig(MixedSource):
     """One named corpus: local files or a dataset on the Hub, in any format that ``datasets`` reads."""
 
-    files: list[PathText] = Field(default_factory=list)
+    files: list[File] = Field(default_factory=list)
     """Paths or glob patterns (``**`` allowed), read in sorted order; compressed ones (.gz .xz .zst) too.
-    ``{stdlib}`` stands for the folder of the running Python's standard library."""
+    ``{stdlib}`` stands for the folder of the running Python's standard library, ``{texts}`` for the one that the
+    environment variable ``HOPSCOTCH_TEXTS`` names, or ``../shared/data``: what the shipped experiments read."""
     hub: PathText | None = None
     """Instead of files: a dataset's name on the Hub, or a local folder that the ``datasets`` library reads."""
     hub_config: str | None = None
@@ -43,7 +48,7 @@ class SourceConfig(MixedSource):
     split: str = "train"
     """With hub: the split."""
     format: Literal["text", "json", "parquet", "csv"] | None = None
-    """With files: their format; by default told from the file name. ``text`` makes one document a file."""
+    """With files: their format; by default inferred from the file name. ``text`` makes one document a file."""
     text_field: str = "text"
     """The field or column that holds a document's text (json, parquet, csv, hub)."""
 

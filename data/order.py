@@ -2,8 +2,8 @@
 
 Two steps. **Mixture**: samples come in blocks; from the weights follows how many of a block's samples each source
 gives (exact at every block's end, see :class:`Mixture`), and a keyed permutation spreads them over the block. So
-sample i is the n-th sample of its source. **Permutation**: n tells the epoch, ``n // windows``, and in each epoch a
-keyed permutation of all windows tells which comes n-th, so every window comes once an epoch and none is dropped.
+sample i is the n-th sample of its source. **Permutation**: n gives the epoch, ``n // windows``, and in each epoch a
+keyed permutation of all windows gives the one that comes n-th, so every window comes once an epoch and none is dropped.
 
 A permutation of ``range(n)`` is never stored: a Feistel network is a bijection on a power of four that is at least n,
 and a value that falls outside ``range(n)`` is sent through again until it falls inside ("cycle walking"), which keeps

@@ -44,7 +44,7 @@ def prepare(config: DataConfig, workers: int) -> list[tuple[str, Manifest]]:
         ValueError: no tokenizer, an empty or unreadable source, sources changed since an earlier preparation, or
             another preparation running in the same folder.
     """
-    load_tokenizer(config.dir)  # before the processes start, so that its absence is told once
+    load_tokenizer(config.dir)  # before the processes start, so that its absence is reported once
     made: list[tuple[str, Manifest]] = []
     with only_writer(Path(config.dir)), Encoder(config.dir, workers) as encoder:
         for source, folder in _all_folders(config):
@@ -142,7 +142,7 @@ def _require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]
             changes.append(f"{key} ({old} -> {new})")
     raise ValueError(
         f"{folder} was prepared from something else; changed since: {', '.join(changes)}. Undo the change, "
-        f"choose another data.dir, or remove {folder} to prepare it anew"
+        f"choose another data.dir, or remove {folder} to prepare it again"
     )
 
 

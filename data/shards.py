@@ -192,7 +192,7 @@ class ShardWriter:
         return manifest
 
     def abandon(self) -> None:
-        """Leave an unfinished shard as it is; the next run begins it anew."""
+        """Leave an unfinished shard as it is; the next run starts it again."""
         if self._file is not None:
             self._file.close()
 

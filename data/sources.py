@@ -15,7 +15,6 @@ import hashlib
 import io
 import json
 import lzma
-import sysconfig
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 import zstandard
 
 from data.config import SourceConfig
+from data.places import expand, hint
 
 FORMATS = {
     ".txt": "text",
@@ -66,7 +66,7 @@ class Source:
         """Find the files.
 
         Raises:
-            ValueError: a pattern matches no file, or a file's format cannot be told.
+            ValueError: a pattern matches no file, or a file's format cannot be inferred.
         """
         self.config = config
         self._revision = _hub_revision(config) if config.hub else None
@@ -74,7 +74,7 @@ class Source:
         self._formats = [config.format or _format_of(path, config.name) for path in self.files]
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from a changed one: its files' names, sizes and fingerprints, or the Hub revision."""
+        """What identifies this source and its state: its files' names, sizes and fingerprints, or the Hub revision."""
         if self.config.hub:
             hub = {"name": self.config.hub, "config": self.config.hub_config, "split": self.config.split}
             return {"hub": {**hub, "revision": self._revision}}
@@ -121,7 +121,7 @@ class Source:
 
 
 def open_raw(path: Path) -> io.BufferedIOBase:
-    """A file's decompressed bytes; the compression is told from the name."""
+    """A file's decompressed bytes; the compression is inferred from the name."""
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".xz":
@@ -135,11 +135,11 @@ def open_raw(path: Path) -> io.BufferedIOBase:
 def _matching_files(config: SourceConfig) -> list[Path]:
     found: set[str] = set()
     for pattern in config.files:
-        wide = str(Path(pattern.replace("{stdlib}", sysconfig.get_paths()["stdlib"])).expanduser())
+        wide = expand(pattern)
         # A name that exists is taken as it is: "a[1].txt" would match nothing as a pattern.
         names = [wide] if Path(wide).is_file() else [n for n in glob.glob(wide, recursive=True) if Path(n).is_file()]
         if not names:
-            where = "" if Path(wide).is_absolute() else f" in {Path.cwd()}, which relative paths start from"
+            where = hint(pattern)
             raise ValueError(f"source '{config.name}': no file matches '{pattern}'{where}; correct data.*.files")
         found.update(names)
     return [Path(name) for name in sorted(found)]
@@ -156,7 +156,7 @@ def _format_of(path: Path, source: str) -> str:
     if found is None:
         known = " ".join(FORMATS)
         raise ValueError(
-            f"source '{source}': the format of {path} cannot be told from its name (known: {known}); "
+            f"source '{source}': the format of {path} cannot be inferred from its name (known: {known}); "
             "set the source's format to text, json, parquet or csv"
         )
     return found

@@ -21,7 +21,7 @@ from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model, 
 
 
 class _Look(NamedTuple):
-    """What tells, without reading it, that a file may have changed."""
+    """What shows, without reading it, that a file may have changed."""
 
     size_bytes: int
     changed_ns: int

@@ -1,6 +1,6 @@
 """How well a model predicts text: bits per byte, nats and perplexity per token, with a sliding window.
 
-    python -m evals.perplexity runs/books ../shared/data/books/test.jsonl.xz
+    python -m evals.perplexity runs/books $HOPSCOTCH_TEXTS/books/test.jsonl.xz
     python -m evals.perplexity runs/books-tuned notes.txt more.txt --window 512 --stride 128 --json perplexity.json
 
 MODEL is a run, a checkpoint or a folder of weights. Files are text, JSON lines, Parquet or CSV, compressed or not, as

@@ -15,7 +15,7 @@ from tune.config import TuneConfig
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """``--format`` and ``--text-field``, the same for every command that takes files of text."""
-    parser.add_argument("--format", choices=sorted(set(FORMATS.values())), help="told from the name unless given")
+    parser.add_argument("--format", choices=sorted(set(FORMATS.values())), help="inferred from the name unless given")
     parser.add_argument(
         "--text-field", metavar="NAME", help="field or column with the text; that of the run's own data unless given"
     )
@@ -47,7 +47,7 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
 
     Args:
         path: of the file.
-        kind: its format; told from its name unless given.
+        kind: its format; inferred from its name unless given.
         text_field: field of JSON lines, column of Parquet and CSV.
 
     Raises:
@@ -58,8 +58,8 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
     named: Any = kind or format_of(file)
     if named is None:
         raise ValueError(
-            f"the format of {file} cannot be told from its name (known endings: {' '.join(FORMATS)}); say it: --format "
-            f"{' or '.join(sorted(set(FORMATS.values())))}"
+            f"the format of {file} cannot be inferred from its name (known endings: {' '.join(FORMATS)}); say it: "
+            f"--format {' or '.join(sorted(set(FORMATS.values())))}"
         )
     source = Source(SourceConfig(name="FILES", files=[str(file)], format=named, text_field=text_field))
     try:

@@ -5,7 +5,7 @@
     w   = softmax(router(n_k) / temperature)              a weight for every layer and token; optionally the top m only
     logits = sum_i w_i (W n_i) = W (sum_i w_i n_i)        the head is linear: one product, whatever k is
 
-The other norms begin as copies of the final one and the router with a weight of nought, so at step 0 the final layer
+The other norms begin as copies of the final one and the router with weights of zero, so at step 0 the final layer
 has the weight ``final_weight`` on every token, and with 1 the model is the base model.
 
 Load balancing is Switch's (Fedus et al. 2021): ``balance x k x sum_i f_i P_i``, with P_i the mean weight of layer i and
@@ -108,7 +108,7 @@ class LayerRouter(nn.Module):
         self.bias = nn.Parameter(bias)
 
     def forward(self, h: Tensor) -> Tensor:
-        """[..., D] -> fp32 [..., k], adding up to 1; nought outside the ``top`` largest."""
+        """[..., D] -> fp32 [..., k], adding up to 1; zero outside the ``top`` largest."""
         logits = F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype)).float() / self.temperature
         if self.top is not None and self.top < logits.shape[-1]:
             chosen = logits.topk(self.top, dim=-1).indices  # by place: on a tie, values would let more in
@@ -153,7 +153,7 @@ class Balance:
 
 
 def _first_logit(layers: int, final_weight: float) -> float:
-    """The final layer's logit that gives it ``final_weight`` against nought for all others."""
+    """The final layer's logit that gives it ``final_weight`` against zero for all others."""
     if layers == 1:
         return 0.0
     others = (1 - final_weight) / (layers - 1)

@@ -35,9 +35,9 @@ class LossSums(NamedTuple):
     nll: Tensor
     z: Tensor
     distillation: Tensor
-    """KL divergences of the students from the teacher, not part of ``loss``; nought without students."""
+    """KL divergences of the students from the teacher, not part of ``loss``; zero without students."""
     token_nll: Tensor
-    """Each token's share of ``nll``, fp32 [N]; nought where no loss is taken."""
+    """Each token's share of ``nll``, fp32 [N]; zero where no loss is taken."""
 
 
 class Scores(NamedTuple):

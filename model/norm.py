@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 class _LeanNorm(torch.autograd.Function):
-    """The same for fp32 on the CPU, where torch has no kernel and its chain of small operations takes thrice as long.
+    """The same for fp32 on the CPU, where torch has a chain of small operations that takes three times as long.
 
     With r = 1 / rms(x) and g the output's gradient, per row:
 

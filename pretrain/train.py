@@ -30,7 +30,7 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     """Run to the last step, or until asked to stop; return the exit status.
 
     Raises:
-        ValueError: for anything that the user can mend; what was saved stays.
+        ValueError: for anything that the user can fix; what was saved stays.
     """
     from data.batches import TrainingData, ValidationSet
     from trainer.loop import run

@@ -1,7 +1,7 @@
 """Load a config: defaults < YAML file < ``key.sub=value`` on the command line.
 
 Three rules. Unknown keys are errors that name the key and the nearest valid one. Every problem that pydantic finds
-is told in one message, each with its key and the value it got. What was loaded can be written back with
+is reported in one message, each with its key and the value it got. What was loaded can be written back with
 :func:`to_yaml` and loaded again as it is.
 """
 

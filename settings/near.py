@@ -20,10 +20,10 @@ def did_you_mean(
 
     Args:
         name: what was asked for.
-        known: what there is; an empty one is told as ``none``.
+        known: what there is; an empty one is shown as ``none``.
         prefix: goes before the near name, as the path before a key.
         all_of_them: begins the list.
-        elsewhere: whole paths such as ``train.checkpoint.resume``, told if ``name`` is (nearly) the last part of one.
+        elsewhere: whole paths such as ``train.checkpoint.resume``, named if ``name`` is (nearly) the last part of one.
     """
     names, by_last_part = list(known), dict[str, list[str]]()
     for path in elsewhere:

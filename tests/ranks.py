@@ -31,7 +31,7 @@ _HEAVY = ["pretrain.train", "tune.train", "convert.to_hf", "peft", "matplotlib.p
 _FORKS.set_forkserver_preload([__name__, *_HEAVY])
 _PATIENCE_S = 240.0
 _GRACE_S = 30.0
-"""How long the others may go on after one has failed; gloo tells them within seconds."""
+"""How long the others may go on after one has failed; gloo notices within seconds."""
 
 
 class Processes:
@@ -196,7 +196,7 @@ def _be_process(
             module(*arguments)
         else:
             sys.argv = [module, *map(str, arguments)]
-            sys.modules.pop(module, None)  # it runs afresh, as __main__
+            sys.modules.pop(module, None)  # it runs again, as __main__
             runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:
         atexit._run_exitfuncs()

@@ -76,17 +76,17 @@ class CheckpointConfig(Strict):
     keep: int = Field(2, ge=1)
     """How many of the newest whole checkpoints stay; older ones are removed once a newer one is whole."""
     keep_every_steps: int = Field(0, ge=0)
-    """Checkpoints at multiples of this stay for ever; 0 keeps none for ever."""
+    """Checkpoints at multiples of this stay forever; 0 keeps none forever."""
     background: bool = True
     """Write while training goes on; takes host memory for a copy of this rank's state. False: training waits."""
     max_gb: float | None = Field(None, gt=0)
-    """Most that the run's checkpoints may take together, in GB (10^9 bytes), for disks that do not tell a quota as free
-    space; the disk alone is the limit unless given."""
+    """Most that the run's checkpoints may take together, in GB (10^9 bytes), for disks that do not report a quota as
+    free space; the disk alone is the limit unless given."""
     resume: Literal["never", "auto", "required"] = "never"
     """``never`` refuses a run folder that holds checkpoints, ``auto`` resumes if it does, ``required`` must."""
     accept_data: str | None = Field(None, pattern=r"^[0-9a-f]{12}$")
     """The first 12 digits of the data fingerprint of a checkpoint to go on from with other data all the same: another
-    seed, other shards or weights; the error that refuses it tells them."""
+    seed, other shards or weights; the error that refuses it gives them."""
 
 
 class SpikeConfig(Strict):
@@ -263,7 +263,7 @@ class StageConfig(Strict):
         if train.stall_timeout_s >= train.timeout_s:
             problems.append(
                 f"train.stall_timeout_s ({train.stall_timeout_s:g}) must be below train.timeout_s "
-                f"({train.timeout_s:g}), because a collective that times out ends the ranks before they have told "
+                f"({train.timeout_s:g}), because a collective that times out ends the ranks before they have said "
                 "where they hang; raise timeout_s or lower stall_timeout_s"
             )
         if train.schedule.warmup_steps > train.steps:

@@ -20,7 +20,7 @@ def deepspeed_config(config: StageConfig, world_size: int) -> dict[str, Any]:
         "train_batch_size": train.global_batch_samples,
         "train_micro_batch_size_per_gpu": train.micro_batch_samples,
         "gradient_accumulation_steps": accumulation,
-        # Stage 0 in fp32 clips without telling the norm and steps on NaN; trainer/step.py does both there itself.
+        # Stage 0 in fp32 clips without reporting the norm and steps on NaN; trainer/step.py does both there itself.
         "gradient_clipping": 0.0 if owns_clipping(config) else train.clip_norm,
         "zero_optimization": _zero(config),
         "zero_allow_untested_optimizer": True,

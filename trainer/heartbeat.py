@@ -1,11 +1,11 @@
-"""What every rank says of itself while it runs: ``RUN/heartbeat/rank-N.json``, written anew every two seconds.
+"""What every rank says of itself while it runs: ``RUN/heartbeat/rank-N.json``, rewritten every two seconds.
 
-Two different things stop when a run goes wrong, so both are told: ``beat`` counts up as long as the process can run at
-all, ``still_s`` grows while it makes no progress. A rank that waits for another still beats; one that was killed or
+Two different things stop when a run goes wrong, so both are reported: ``beat`` counts up as long as the process can run
+at all, ``still_s`` grows while it makes no progress. A rank that waits for another still beats; one that was killed or
 frozen does not.
 
 No clock of one host is compared with another's: ``still_s`` is measured by the rank's own monotonic clock, and a reader
-tells that a rank is alive by looking twice.
+finds that a rank is alive by looking twice.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def read_beats(folder: Path) -> list[Beat]:
 
 
 def behind(beats: list[Beat]) -> list[Beat]:
-    """The ranks that the others wait for, as far as steps tell: all that have not come to the furthest step and phase.
+    """The ranks that the others wait for, as far as steps show: all that have not come to the furthest step and phase.
 
     Ranks load, then train: of two at the same step the one that still loads is behind.
     """

@@ -17,7 +17,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
     """Go on to the last step; False if the run was asked to stop before it, and saved.
 
     Raises:
-        ValueError: for anything that the user can mend; what was saved stays.
+        ValueError: for anything that the user can fix; what was saved stays.
     """
     config: StageConfig = trainer.config
     world = trainer.world

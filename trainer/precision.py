@@ -26,7 +26,7 @@ _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's
 
 
 def decide(config: Config, world: World, checkpoint: Path | None = None) -> tuple[Config, str | None]:
-    """``config`` with its precision decided, and the sentence that tells why where it was ``auto``; collective.
+    """``config`` with its precision decided, and the sentence that says why where it was ``auto``; collective.
 
     Args:
         config: the run's config.

@@ -86,7 +86,7 @@ class StepResult:
     Attributes:
         tally: counts over the whole batch.
         penalty: the budget regulariser's value, nats.
-        grad_norm: norm of the gradient before clipping; None where DeepSpeed does not tell it.
+        grad_norm: norm of the gradient before clipping; None where DeepSpeed does not report it.
         applied: False where the update was left out because something was not finite.
         bad_ranks: then, the ranks whose loss was not finite, with their sample ids.
     """

@@ -229,7 +229,7 @@ class Trainer:
             refuse_other_past(data["skip_ranges"], self.config.data.skip_ranges, self.samples)
 
     def _look_for_spike(self, result: StepResult) -> None:
-        """Tell when a spike begins and ends, with the way back; end the run if it is to.
+        """Report when a spike begins and ends, with the way back; end the run if it is to.
 
         Raises:
             ValueError: to end the run; on every rank, because every rank sees the same figures.

@@ -138,7 +138,7 @@ def _lora_config(decoder: Decoder, adapter: AdapterConfig) -> LoraConfig:
 
 
 def _draw(decoder: nn.Module, seed: int) -> None:
-    """Draw each ``lora_A`` [R, I] from PEFT's distribution and a generator of its own; ``lora_B`` [O, R] is nought."""
+    """Draw each ``lora_A`` [R, I] from PEFT's distribution and a generator of its own; ``lora_B`` [O, R] is zero."""
     for name, parameter in decoder.named_parameters():
         if ".lora_A." in name:
             values = torch.empty(parameter.shape, dtype=torch.float32)

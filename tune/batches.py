@@ -46,7 +46,7 @@ class ExampleSummary:
     windows: int
     """Samples in one epoch."""
     fill: float
-    """Share of the windows' inputs that are examples'; the rest is filling."""
+    """Share of the windows' inputs that are examples'; the rest is padding."""
     left_out: int
     """Examples that do not fit into a window, and texts without text."""
     cut_texts: int
@@ -200,7 +200,7 @@ class ExampleSet:
         """This rank's batches of the right responses; every rank gets the same number, each of ``batch_samples`` rows.
 
         All ranks together see ``limit_samples`` windows (all of them if None) once each, evenly spread over the set.
-        Rows beyond those are filling, have sample id -1 and only -100 as targets.
+        Rows beyond those are padding, have sample id -1 and only -100 as targets.
         """
         samples = self.samples if limit_samples is None else min(limit_samples, self.samples)
         for places in _places(rank, world_size, batch_samples, samples):
@@ -244,7 +244,7 @@ class _Packed:
         return digest.hexdigest()
 
     def row(self, window: int) -> np.ndarray:
-        """Tokens, targets, documents and positions of a window, only filling if it is -1: int64 [4, T]."""
+        """Tokens, targets, documents and positions of a window, only padding if it is -1: int64 [4, T]."""
         members = self.windows[window] if window != NO_SAMPLE else self.windows.members[:0]
         row = np.empty((4, self._length), np.int64)
         tokens, targets, documents, positions = row
@@ -275,7 +275,7 @@ class _Packed:
 
 
 def _places(rank: int, world_size: int, batch_samples: int, samples: int) -> Iterator[np.ndarray]:
-    """The places of each of a rank's batches, int64 [B]; those from ``samples`` on are filling."""
+    """The places of each of a rank's batches, int64 [B]; those from ``samples`` on are padding."""
     assert 0 <= rank < world_size and batch_samples >= 1
     stride = world_size * batch_samples
     for first in range(0, samples, stride):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from data.config import MixedSource, StreamConfig, refuse_names_twice
+from data.config import File, MixedSource, StreamConfig, refuse_names_twice
 from model.config import EnsembleConfig, ModelConfig
 from settings import PathText, Strict
 from trainer.config import DeepSpeedSettings, StageConfig, TrainConfig
@@ -71,8 +71,8 @@ class ChatConfig(Strict):
 class ExampleSource(MixedSource):
     """One named set of examples: JSON lines (.jsonl, compressed or not) or plain text files."""
 
-    files: list[PathText] = Field(min_length=1)
-    """Paths or glob patterns (``**`` allowed), read in sorted order."""
+    files: list[File] = Field(min_length=1)
+    """As in stage one: paths or glob patterns (``**`` allowed), read in sorted order."""
     format: Literal["response", "chat", "text"] = "response"
     """``response``: a prompt and a response a line. ``chat``: a list of messages a line, with ``role`` and ``content``.
     ``text``: documents, all of which is learned; cut into windows where they are longer."""
@@ -100,7 +100,7 @@ class ExamplesConfig(StreamConfig):
     tokenizer: PathText | None = None
     """Folder of ``tokenizer.model`` or ``tokenizer.json``; the base's unless given."""
     pack: bool = True
-    """Several examples in one window; otherwise one, and the rest is filling."""
+    """Several examples in one window; otherwise one, and the rest is padding."""
     too_long: Literal["refuse", "leave_out"] = "refuse"
     """An example that does not fit into a window: end with an error, or leave it out and say how many were."""
     chat: ChatConfig = ChatConfig()

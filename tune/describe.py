@@ -1,4 +1,4 @@
-"""What a stage-two run says of itself when it starts; its end is told as stage one's is."""
+"""What a stage-two run says of itself when it starts; its end is reported as stage one's is."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 
 Before anything is written, the logits of the decoder with its adapters and of the merged one are compared on random
 tokens. A skip router may tip over on rounding where a token's two logits are all but equal, after which everything in
-that row differs; such rows are told and left out.
+that row differs; such rows are reported and left out.
 
 Dimension letters: B rows, T tokens, V vocabulary, S routed sites.
 """

@@ -1,4 +1,4 @@
-"""Examples into windows, so that little of a window is filling.
+"""Examples into windows, so that little of a window is padding.
 
 Best fit decreasing: from the longest example to the shortest, each goes into the fullest window that still has room
 for it, or into a new one. The windows follow from the lengths alone, so every process makes the same ones.

@@ -32,7 +32,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     """Run to the last step, or until asked to stop; return the exit status.
 
     Raises:
-        ValueError: for anything that the user can mend; what was saved stays.
+        ValueError: for anything that the user can fix; what was saved stays.
     """
     from trainer.loop import run
     from trainer.monitor.summary import describe_end

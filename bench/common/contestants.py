@@ -56,7 +56,7 @@ class HeldRouter(LearnedRouter):
 
     Attributes:
         draws: bool [B, T], of the largest B and T (or context length) that it will see; see :func:`draw`.
-        hold: always true, but only a look at the data tells: a compiler must not leave the logits out in training.
+        hold: always true, but only a look at the data shows it: a compiler must not leave the logits out in training.
     """
 
     draws: Tensor

@@ -83,7 +83,7 @@ def _highest(changes: Iterable[tuple[int, int, int]]) -> int:
 def held_to_free_memory(device: torch.device) -> Iterator[None]:
     """Let a CPU allocation that does not fit into free memory fail, instead of the whole process being killed.
 
-    Nothing to do on CUDA, where it fails by itself, nor where the system does not tell what is free.
+    Nothing to do on CUDA, where it fails by itself, nor where the system does not report what is free.
     """
     free, data = free_bytes(), _status_bytes(Path("/proc/self/status"), "VmData")
     if device.type == "cuda" or free is None or data is None:
@@ -108,7 +108,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free_bytes() -> int | None:
-    """Main memory that can still be taken, by the system's and the container's account; None where neither tells."""
+    """Main memory that can still be taken, by the system's and the container's account; None where neither says."""
     known = []
     available = _status_bytes(Path("/proc/meminfo"), "MemAvailable")
     if available is not None:

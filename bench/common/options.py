@@ -75,7 +75,7 @@ def add_run(parser: argparse.ArgumentParser, repeats: int, check: bool = True) -
 
 
 def resolve(options: argparse.Namespace, cpu: Mapping[str, object], cuda: Mapping[str, object]) -> None:
-    """Fill in the device and what goes by it; ``options.other_sizes`` tells what differs from the device's defaults.
+    """Fill in the device and what goes by it; ``options.other_sizes`` says what differs from the device's defaults.
 
     Raises:
         ValueError: for a device that is none or not there.

@@ -29,7 +29,9 @@ from bench.isoflop.results import collect
 from bench.isoflop.runs import dial, downstream, is_done, prepare, side_by_side, submit, trained_in, training
 from bench.isoflop.suite import Run, Suite, load_suite, plan
 from data.files import only_writer, write_atomically
+from data.places import TEXTS_VARIABLE
 from settings import did_you_mean, to_yaml, user_errors
+from settings.project import installing
 from trainer import code_state
 
 
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = _chosen(suite, runs, options.only, options.seeds)
         if options.slurm is not None:
             return _submit(suite, chosen, options, words)
-        for run in runs:  # a folder with another config, chosen or not, is told before the work
+        for run in runs:  # a folder with another config, chosen or not, is reported before the work
             is_done(run)
         out.mkdir(parents=True, exist_ok=True)
         failed = [] if options.table else _run(suite, chosen, options, out)
@@ -108,11 +110,14 @@ def _refuse_impossible(suite: Suite, runs: Sequence[Run], ranks: int) -> None:
     if suite.downstream is None:
         return
     if not Path(suite.downstream.data).is_dir():
-        raise ValueError(f"downstream.data {suite.downstream.data} is no folder; name the one with blimp/ and books/")
+        raise ValueError(
+            f"downstream.data {suite.downstream.data} is no folder; name the one with blimp/ and books/ "
+            f"({{texts}} is what {TEXTS_VARIABLE} names, see docs/data.md)"
+        )
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
-            "the suite has downstream tasks, and lm_eval is not installed; install it with: .venv/bin/pip install -r "
-            "requirements-dev.txt, or leave them out with downstream=null"
+            "the suite has downstream tasks, and lm_eval is not installed; install it with: "
+            f"{installing('requirements-dev.txt')}, or leave them out with downstream=null"
         )
 
 

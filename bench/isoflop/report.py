@@ -109,7 +109,7 @@ def whole_report(suite: Suite, results: Sequence[FinishedRun], planned_runs: int
 
     Args:
         planned_runs: how many the suite has.
-        made_by: lines that tell what made it.
+        made_by: lines that say what made it.
     """
     sets = ", ".join(results[0].losses) if results else ""
     return "\n".join(
@@ -147,7 +147,7 @@ def spread(values: Iterable[float | None], form: str, count: bool = False) -> st
 
 
 def compare(table: Sequence[dict[str, str]], other: Path) -> str:
-    """Compare rows with another suite's ``results.csv``, all columns but those of time; tells the largest difference.
+    """Compare rows with another suite's ``results.csv``, all columns but those of time; reports the largest difference.
 
     Raises:
         ValueError: if it is not there, or a run is missing on one side, or a figure is off by more than ``TOLERANCE``.

@@ -21,8 +21,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from data.config import File
 from model.flops import full_windows, training_flops
 from settings import PathText, Strict, load
+from settings.project import shipped
 from trainer.config import PretrainConfig, load_run
 
 Keys = dict[str, Any]
@@ -62,8 +64,8 @@ class Downstream(Strict):
 
     tasks: list[str] = Field(min_length=1)
     """``blimp`` (the mean over its paradigms), ``blimp_NAME``, ``classify_NAME`` (one shot), ``perplexity``."""
-    data: PathText
-    """Folder that holds ``blimp/``, ``tuning/`` and ``books/``."""
+    data: File
+    """Folder that holds ``blimp/``, ``tuning/`` and ``books/``; ``{texts}`` as in ``data.sources``."""
     limit: int | None = Field(None, gt=0)
     """First documents of each task; all unless given."""
 
@@ -160,7 +162,8 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    return load(path, overrides, Suite)
+    suite = load(path, overrides, Suite)
+    return suite.model_copy(update={"backbone": shipped(suite.backbone)})
 
 
 def plan(suite: Suite, out: Path) -> list[Run]:

@@ -139,7 +139,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _writable(folder: Path) -> Path:
-    """``folder``, made if need be; told before the work, not after it."""
+    """``folder``, made if need be; reported before the work, not after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -10,9 +10,9 @@ of the training metrics), a mean density rho asks of each site
 so the trained point is one of the settings, and at 1 every site executes everything.
 
 A site's threshold is a quantile of its margins, and these depend on what the sites before it execute. So the windows
-are run with the thresholds so far, all thresholds are set anew, and so on. The first site's margins depend on no
+are run with the thresholds so far, all thresholds are set again, and so on. The first site's margins depend on no
 threshold: it is right from the start, the second after one pass, the last of S after S - 1. So S passes make it exact;
-it ends earlier once setting anew would move no site's density by more than ``TOLERANCE``, which takes three or four.
+it ends earlier once another pass would move no site's density by more than ``TOLERANCE``, which takes three or four.
 
 Margins can be equal: those of a first layer are a function of the token alone, and a frequent token is some percent
 of a text. A threshold never goes through such a bundle, which rounding would tear in one way in a full pass and in

@@ -1,7 +1,7 @@
 """lm-evaluation-harness on our checkpoints, offline, and on their exports beside them.
 
-    python -m evals.harness runs/books --data ../shared/data
-    python -m evals.harness runs/books --tasks blimp_causative perplexity --data ../shared/data --limit 100 \\
+    python -m evals.harness runs/books --data $HOPSCOTCH_TEXTS
+    python -m evals.harness runs/books --tasks blimp_causative perplexity --data $HOPSCOTCH_TEXTS --limit 100 \\
         --against runs/books-hf --trust-remote-code
     python -m evals.harness runs/books --tasks my_task --include my_tasks --shots 1
 
@@ -11,7 +11,7 @@ DATA/tuning/NAME-test.jsonl, after one example of NAME-train.jsonl. ``perplexity
 lines, DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token; ``evals.perplexity``
 has sliding ones. Task files in the harness's own format are found through ``--include``.
 
-``--against`` runs the same tasks on a Hugging Face folder, through the harness's own loader, and tells each task's
+``--against`` runs the same tasks on a Hugging Face folder, through the harness's own loader, and reports each task's
 largest difference of a log-likelihood, in nats: of a sentence, or of a whole text, which is a sum over many windows.
 """
 
@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 from data.files import write_atomically
 from evals.harness.tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
 from settings import did_you_mean, user_errors
+from settings.project import installing
 from trainer import opening
 
-_INSTALL = "lm_eval is not installed; install it with: .venv/bin/pip install -r requirements-dev.txt"
+_INSTALL = f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}"
 
 
 class Scores(NamedTuple):

@@ -373,7 +373,7 @@ def _name_of(path: Path) -> str:
 
 
 def _out(path: Path, given: Path | None) -> Path:
-    """Where to write; told before the work, not after it."""
+    """Where to write; reported before the work, not after it."""
     out = given
     if out is None:
         run = run_of(path)

@@ -4,7 +4,7 @@
 
 Tokenizer, shards, stage one and stage two under DeepSpeed, export, answers from the export: each stage is the command
 that a user would type, printed before it runs. Ctrl-C, SIGTERM or SIGHUP ends what runs, with what was trained saved,
-and the same command goes on from there; after a demo that was done it starts afresh, and keeps the earlier one.
+and the same command goes on from there; after a demo that was done it starts from scratch, and keeps the earlier one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from launch.demo.processes import Commands
 from launch.demo.screen import Screen
 from launch.demo.stages import Demo, DemoStage, Record
 from settings import load, user_errors
+from settings.project import program
 from trainer.config import load_run, name_run
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.local_ranks import free_port
@@ -135,7 +136,7 @@ def _start_afresh(demo: Demo, record: Path) -> None:
 def _introduce(stages: list[DemoStage], speed: Speed, ranks: int, going_on: bool) -> None:
     where = f"{ranks} GPUs" if speed.gpus else f"{ranks} processes on the CPU"
     about = speed.demo_s(stages, ranks)
-    again = "; goes on where the last one stopped (afresh: rm -r runs/demo*)" if going_on else ""
+    again = "; goes on where the last one stopped (from scratch: rm -r runs/demo*)" if going_on else ""
     what = f"raw text to a tuned, exported decoder in {len(stages)} commands, on {where}"
     print(f"{what}: about {_minutes(about)} here{again}", flush=True)
 
@@ -161,8 +162,8 @@ def _conclude(demo: Demo, stages: list[DemoStage], record: Record) -> None:
     logs = ",".join(f"{path.name}:{path}" for path in demo.run_dirs)
     print(
         f"\nruns       {', '.join(map(str, demo.run_dirs))}; losses, densities, votes: "
-        f".venv/bin/tensorboard --logdir_spec {logs}"
-        f"\nrouting    who uses which layers: .venv/bin/python -m evals.routing {demo.run_dirs[0]}"
+        f"{program('tensorboard')} --logdir_spec {logs}"
+        f"\nrouting    who uses which layers: {program('python')} -m evals.routing {demo.run_dirs[0]}"
         f"\nexport     {demo.export}: transformers loads it"
     )
 

@@ -35,7 +35,7 @@ _NO_CODE = "#'\"\\"
 
 
 def main() -> int:
-    """Write both sets; they are small, so they are made anew each time."""
+    """Write both sets; they are small, so they are made again each time."""
     parser = argparse.ArgumentParser(prog="launch.demo.examples", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where brackets-train.jsonl and brackets-validation.jsonl go")
     folder = parser.parse_args().folder

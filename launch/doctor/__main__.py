@@ -181,7 +181,7 @@ def _as_text(findings: list[Finding], world: World) -> str:
         if finding.remedy:
             lines.append(f"{'':7}  {'':{width}}  -> {finding.remedy}")
     counts = {level: sum(f.level == level for f in findings) for level in ("error", "warning")}
-    told = ", ".join(f"{counted(n, level)}" for level, n in counts.items() if n) or "nothing to mend"
+    told = ", ".join(f"{counted(n, level)}" for level, n in counts.items() if n) or "nothing to fix"
     return "\n".join([*lines, "", told])
 
 

@@ -52,7 +52,7 @@ def run(checks: dict[str, Check]) -> list[Finding]:
 def merge(by_host: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
     """One list out of those of several ranks, each with its host's name.
 
-    Of a check that is fine everywhere the first rank's finding stays; what is not fine is told once, with its hosts.
+    Of a check that is fine everywhere the first rank's finding stays; problems are reported once, with their hosts.
     """
     several = len({host for host, _ in by_host}) > 1
     merged: list[Finding] = []

@@ -18,10 +18,10 @@ import torch
 
 from launch.doctor.findings import Finding
 from launch.plan.memory_model import GIB
+from settings.project import ROOT, installing
 from trainer.config import TrainConfig
 from trainer.deepspeed_internals import uses_cuda
 
-ROOT = Path(__file__).resolve().parents[2]
 PYTHON = (3, 11)
 _OPEN_FILES = 4096  # shards, sockets of every rank, checkpoint files
 _LOCK_OLD_S = 600.0
@@ -54,7 +54,7 @@ def packages(requirements: Path = ROOT / "requirements.txt") -> Iterator[Finding
         remedy = f"{sys.executable} -m pip install {' '.join(missing)}"
         yield Finding("packages", "error", f"not installed: {', '.join(missing)}", remedy)
     if other:
-        remedy = f"{sys.executable} -m pip install -r {requirements.name}, unless you mean it"
+        remedy = f"{installing(requirements.name)}, unless you mean it"
         yield Finding("packages", "warning", f"other versions than tested: {', '.join(other)}", remedy)
     if not missing and not other:
         told = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
@@ -128,7 +128,7 @@ def compiler(train: TrainConfig | None) -> Iterator[Finding]:
 
 
 def locks() -> Iterator[Finding]:
-    """Locks that a killed build of a C++ extension left: whoever needs that extension waits for them for ever."""
+    """Locks that a killed build of a C++ extension left: whoever needs that extension waits for them forever."""
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     found = [(path, time.time() - path.stat().st_mtime) for path in sorted(folder.rglob("lock"))]
     for path, age_s in found:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from launch.doctor.findings import Finding
-from launch.doctor.machine import ROOT
 from settings import counted
+from settings.project import ROOT
 from trainer.config import StageConfig
 from trainer.distributed import World
 
@@ -82,7 +82,7 @@ def devices(ranks: Sequence[Facts]) -> Iterator[Finding]:
         remedy = (
             "start at most one rank a GPU (deepspeed --num_gpus, torchrun --nproc-per-node, srun --gpus-per-task=1)"
         )
-        yield Finding("ranks", "warning", f"{here}: several share a GPU, as far as their names tell", remedy)
+        yield Finding("ranks", "warning", f"{here}: several share a GPU, as far as their names show", remedy)
     else:
         yield Finding("ranks", "ok", here)
 

@@ -42,7 +42,7 @@ class SlurmConfig(Strict):
     """Time limit as SLURM writes it, in quotes ("24:00:00", "2-12:00:00", "90" minutes); the partition's unless given.
     A run goes on in a further job where it is longer."""
     save_before_s: int = Field(300, ge=1, le=65_535)
-    """Seconds before the time limit at which the ranks are told to save and stop; more than a save and a step take."""
+    """Seconds before the time limit at which the ranks are asked to save and stop; more than a save and a step take."""
     partition: str | None = None
     """Partition; the cluster's default unless given."""
     account: str | None = None

@@ -19,9 +19,8 @@ from pathlib import Path
 from data.files import write_atomically
 from launch.slurm.jobs import StageJob
 from settings import to_yaml
+from settings.project import ROOT
 from trainer import code_state
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def _sbatch(job: BatchJob, script: Path, before: Sequence[str]) -> str:
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
         raise ValueError(
-            f"sbatch refused the script of {job.stage.run} ({said}); nothing is submitted, mend what it names"
+            f"sbatch refused the script of {job.stage.run} ({said}); nothing is submitted, correct what it names"
         )
     return done.stdout.strip().split(";")[0]
 

@@ -110,7 +110,7 @@ def _facts(report: Report) -> list[str]:
 
 
 def _troubles(report: Report) -> list[str]:
-    """Who is late, silent or gone, as far as the heartbeats tell."""
+    """Who is late, silent or gone, as far as the heartbeats show."""
     troubles = []
     if not report.beats:
         troubles.append("no heartbeat yet: it starts, or died before its first step; see its terminal or job output")

@@ -1,4 +1,4 @@
-"""Curves are drawn from a run's own metrics, and a folder that is no run is told."""
+"""Curves are drawn from a run's own metrics, and a folder that is no run is reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The growth benchmark at toy size: a row for every pair and density, and what does not fit is told, not hidden."""
+"""The growth benchmark at toy size: a row for every pair and density, and what does not fit is reported, not hidden."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_rows_and_table_cover_every_pair(tmp_path: Path) -> None:
 
 
 def _fails_above(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
-    """Steps on more than ``tokens`` a sample run out of memory half-way, as torch tells it."""
+    """Steps on more than ``tokens`` a sample run out of memory half-way, as torch reports it."""
     step = Ours.step
 
     def limited(ours: Ours) -> float:

@@ -36,7 +36,7 @@ def test_any_size_goes_on_from_any_other(
     precision: str,
     stages: list[int],
 ) -> None:
-    """Odd sizes, so that partitions need filling; as far off as the uninterrupted runs are among themselves.
+    """Odd sizes, so that partitions need padding; as far off as the uninterrupted runs are among themselves.
 
     In bf16 one routing decision that falls differently moves so small a model by a thousandth of a nat, resumed or
     not, so there a tenth of what lost moments cost is allowed.

@@ -1,4 +1,4 @@
-"""The comparison of tuning methods at toy size: every run once, a row a method, what fails is told."""
+"""The comparison of tuning methods at toy size: every run once, a row a method, what fails is reported."""
 
 from __future__ import annotations
 

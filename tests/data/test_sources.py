@@ -17,6 +17,7 @@ import zstandard
 
 from data.config import SourceConfig
 from data.sources import Cursor, Source
+from tune.config import ExampleSource
 
 TEXTS = ["NA", "1.0", "a\r\nb", "", "null", "x" * 200_000, "é \u2028 \U0001f600", '"quoted", comma', " space "]
 
@@ -158,10 +159,28 @@ def test_cut_compressed_files_are_refused(tmp_path: Path, kind: str, suffix: str
         texts(source(tmp_path / f"a{kind}{suffix}"))
 
 
-def test_files_that_cannot_be_chosen(tmp_path: Path) -> None:
+def test_the_folder_of_texts_is_filled_in_when_a_config_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a run's own config says where they were, and goes on from there."""
+    (tmp_path / "a.txt").write_text("x")
+    monkeypatch.setenv("HOPSCOTCH_TEXTS", str(tmp_path))
+    config = SourceConfig.model_validate({"name": "s", "files": ["{texts}/*.txt"]})
+    assert config.files == [f"{tmp_path}/*.txt"] and texts(Source(config)) == ["x"]
+    assert ExampleSource.model_validate({"name": "s", "files": ["{texts}/a"]}).files == [f"{tmp_path}/a"]
+    monkeypatch.delenv("HOPSCOTCH_TEXTS")
+    assert SourceConfig.model_validate({"name": "s", "files": ["{texts}/a"]}).files == ["../shared/data/a"]
+
+
+def test_files_that_cannot_be_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOPSCOTCH_TEXTS", raising=False)
     (tmp_path / "a.bin").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"source 's': no file matches '.*\*\.txt'"):
         source(tmp_path / "*.txt")
-    with pytest.raises(ValueError, match=r"format of .*a\.bin cannot be told"):
+    with pytest.raises(
+        ValueError, match=r"where \{texts\} is \.\./shared/data; set HOPSCOTCH_TEXTS to the folder of these"
+    ):
+        source(Path("../shared/data/none.jsonl"))
+    with pytest.raises(ValueError, match=r"format of .*a\.bin cannot be inferred"):
         source(tmp_path / "a.bin")
     assert texts(source(tmp_path / "a.bin", format="text")) == ["x"]

@@ -86,7 +86,7 @@ def test_what_is_no_character_comes_out_all_the_same(tokenizer: TextTokenizer) -
     assert "".join(map(speller.add, broken)) == "" and set(speller.rest()) == {"\ufffd"}
     speller = Speller(tokenizer)
     text = "".join(map(speller.add, [*broken * 10, *tokenizer.encode(" end")]))
-    assert text.startswith("\ufffd") and text.endswith(" end")  # nothing is held back for ever
+    assert text.startswith("\ufffd") and text.endswith(" end")  # nothing is held back forever
 
 
 def test_how_tokens_are_shown(tokenizer: TextTokenizer) -> None:

@@ -184,7 +184,7 @@ def test_files_that_cannot_be(weights: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "empty.txt").touch()
     assert "holds no text" in _refused(capsys, str(weights), str(tmp_path / "empty.txt"))
     (tmp_path / "x.bin").write_bytes(b"x")
-    assert "x.bin cannot be told from its name (known endings: .txt" in _refused(
+    assert "x.bin cannot be inferred from its name (known endings: .txt" in _refused(
         capsys, str(weights), str(tmp_path / "x.bin")
     )
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode())[:-9])

@@ -119,7 +119,7 @@ def test_a_run_folder_that_becomes_read_only_and_one_that_is(tiny, write_config,
         pytest.param(lambda run: run.rename(f"{run}-moved"), 2, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_folder_that_is_removed_is_written_anew_with_the_state_in_memory(
+def test_a_run_folder_that_is_removed_is_written_again_with_the_state_in_memory(
     tiny, write_config, remove: Callable[[Path], object], every_steps: int
 ) -> None:
     tiny["train"]["checkpoint"]["every_steps"] = every_steps

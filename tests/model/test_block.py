@@ -116,7 +116,7 @@ def test_rounded_equals_reference_whatever_is_executed(pattern: str, granularity
 
 @torch.no_grad()
 def test_a_row_that_is_computed_and_dropped_may_overflow() -> None:
-    """Nought times infinity would be NaN."""
+    """Zero times infinity would be NaN."""
     executed = torch.tensor([[True], [False]])
     router = RouterConfig(density=0.5)
     decision = Decision(Gate(executed, executed.float()), executed, Selection.everything(2, 1, exact=False))

@@ -50,7 +50,7 @@ def test_no_error_no_exit(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_ranks_wait_and_say_who_they_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The launcher ends them while they wait, so that a mistake common to all ranks is told once."""
+    """The launcher ends them while they wait, so that a mistake common to all ranks is reported once."""
     waited: list[float] = []
     monkeypatch.setattr(time, "sleep", waited.append)
     for rank in ("0", "3"):

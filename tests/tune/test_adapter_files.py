@@ -164,7 +164,7 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"adapter_config.json is nothing that PEFT can use \('X'\); save the",
     ),
     "typed": (_entry(CONFIG, "lora_alpha", "a"), "is nothing that PEFT can use .*unsupported operand"),
-    "nought": (_entry(CONFIG, "r", 0), "is nothing that PEFT can use .*should be a positive integer"),
+    "zero": (_entry(CONFIG, "r", 0), "is nothing that PEFT can use .*should be a positive integer"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Packing: every example once, no window too full, little filling, the same every time."""
+"""Packing: every example once, no window too full, little padding, the same every time."""
 
 from __future__ import annotations
 

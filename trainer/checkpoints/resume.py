@@ -24,7 +24,7 @@ from trainer.distributed import World
 
 
 def to_resume(folder: Path, resume: str, world: World) -> Path | None:
-    """The checkpoint to start from, or None for a fresh start; torn ones are told and passed over; collective.
+    """The checkpoint to start from, or None for a fresh start; torn ones are reported and passed over; collective.
 
     Args:
         folder: the run's ``checkpoints``.
@@ -44,7 +44,7 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     if found is None and there:
         raise ValueError(
             f"cannot resume from {folder}: none of {', '.join(there)} is whole; check train.run_dir, or remove that "
-            "folder and start afresh with train.checkpoint.resume=never"
+            "folder and start from scratch with train.checkpoint.resume=never"
         )
     return found
 
@@ -55,7 +55,7 @@ def load(
     """Put everything back; return the trainer's ``state``, and how it is laid out otherwise here; collective.
 
     Written by as many ranks, at the same ZeRO stage and precision, it comes back bit by bit. Otherwise weights and
-    optimiser state are dealt out anew, and the run goes on to float tolerance; see ``reshard.py``.
+    optimiser state are resharded, and the run goes on to float tolerance; see ``reshard.py``.
 
     Raises:
         ValueError: if the run's config or data do not fit the checkpoint.
@@ -118,7 +118,7 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
     change = _layout_change(written, blocks, config, world)
     if change and here["optimizer"] != "adamw":
         raise ValueError(
-            f"{checkpoint} has the state of {here['optimizer']}, which cannot be dealt out anew ({change}); resume it "
+            f"{checkpoint} has the state of {here['optimizer']}, which cannot be resharded ({change}); resume it "
             "with the same number of ranks, ZeRO stage and precision"
         )
     there = written["data_fingerprint"]

@@ -2,7 +2,7 @@
 
 The ``keep`` newest stay, and those at multiples of ``keep_every_steps``; one more is there while it is written. A run
 says at its start if the disk has no room for as many, long before the save that would fail; and no save begins for
-which there is no room. ``max_gb`` is for disks whose quota the system does not tell as free space.
+which there is no room. ``max_gb`` is for disks whose quota the system does not report as free space.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def refuse_taken(folder: Path, there: Sequence[str], resume: str) -> None:
     if not there and resume == "required":
         raise ValueError(
             f"cannot resume from {folder}: there is no checkpoint; check train.run_dir, or remove that folder and "
-            "start afresh with train.checkpoint.resume=never"
+            "start from scratch with train.checkpoint.resume=never"
         )
 
 

@@ -213,7 +213,7 @@ class Saver:
             raise ValueError(problem)
 
     def _run(self, files: dict[Path, Any], partial: Path, facts: dict[str, Any], start: float) -> None:
-        """The thread: nothing that it raises may be lost, and nothing else of it may wait for ever."""
+        """The thread: nothing that it raises may be lost, and nothing else of it may wait forever."""
         try:
             receipt = {}
             while files:  # each file's copy is let go once it is on the disk

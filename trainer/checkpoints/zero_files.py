@@ -171,7 +171,7 @@ def _in_order(
     for number, group in enumerate(shapes):
         states = [rank["base_optimizer_state"]["state"].get(number, {}) if state else {} for rank in optimizers]
         masters = [rank["single_partition_of_fp32_groups"][number] for rank in optimizers]
-        # The last partitions are saved without the filling behind the last parameter, their moments with it.
+        # The last partitions are saved without the padding behind the last parameter, their moments with it.
         names = [name for name, value in states[0].items() if isinstance(value, Tensor) and value.dim()]
         joined = {MASTER: Joined(masters)} | {name: Joined([rank[name] for rank in states]) for name in names}
         gaps = optimizers[0].get("param_alignment_paddings", [[0] * len(group)] * len(shapes))[number]

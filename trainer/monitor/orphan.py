@@ -107,6 +107,6 @@ def _line(pid: int) -> list[str]:
 
 
 LAUNCHER = launcher_above()
-"""Read at import, before a rank does anything slow: an orphan can no longer tell who its parent was."""
+"""Read at import, before a rank does anything slow: an orphan can no longer find out who its parent was."""
 STARTED_AS = started_as(LAUNCHER)
 """Read at import too: after Ctrl-C the ``deepspeed`` command ends at once, and the ranks when they have saved."""

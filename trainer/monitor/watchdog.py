@@ -32,10 +32,10 @@ from trainer.monitor.orphan import LAUNCHER, is_gone
 from trainer.run_folder import RunFolder
 
 _LINGER_S = 6.0
-"""Between a rank's dump and its end. If one left at once, the others' collectives would fail before they could tell
+"""Between a rank's dump and its end. If one left at once, the others' collectives would fail before they could say
 where they hang."""
 _LAST_RESORT_S = 12.0
-"""How much later ``faulthandler`` acts: after the other ranks have ended, whose status tells more, and before launcher
+"""How much later ``faulthandler`` acts: after the other ranks have ended, whose status says more, and before launcher
 or scheduler, which give a rank 30 seconds, kill the one that hangs."""
 _NAMED = 8
 """Ranks that a sentence names at most."""
@@ -93,7 +93,7 @@ class Watchdog:
             if not beats.is_dir() and (self._over.wait(1.0) or not beats.is_dir()):
                 return (
                     f"the run folder {self.run.path} is gone, with what it held; a checkpoint of now is written there "
-                    "anew"
+                    "again"
                 )
         return None
 
@@ -111,13 +111,13 @@ class Watchdog:
         os._exit(EXIT_STALLED)
 
     def _say(self, sentence: str) -> None:
-        """Tell the log and stderr."""
+        """Write to the log and stderr."""
         self._write(sentence)
         with contextlib.suppress(OSError):  # nobody may be left to read it
             os.write(2, f"rank {self.run.rank}: {sentence}\n".encode())
 
     def _write(self, sentence: str) -> None:
-        """Tell the log, past the logger: a main thread that hangs in a write holds the logger's lock."""
+        """Write to the log, past the logger: a main thread that hangs in a write holds the logger's lock."""
         with contextlib.suppress(OSError):
             self._file.write(f"{time.strftime('%F %T')} WARNING {sentence}\n".encode())
 

@@ -1,4 +1,4 @@
-"""Rows carry the promised keys, the table and header say what was measured, and the check tells its verdicts."""
+"""Rows carry the promised keys, the table and header say what was measured, and the check reports its verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns: one contestant steps at a time, what it tells arrives, and one that ends early is named with its words."""
+"""Turns: one contestant steps at a time, what it reports arrives, and one that ends early is named with its words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite's command: what is missing is run, what is done is not, what fails is told; one real suite at toy size."""
+"""The suite's command: what is missing is run, what is done is not, failures are reported; a real suite at toy size."""
 
 from __future__ import annotations
 

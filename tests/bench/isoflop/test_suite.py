@@ -1,4 +1,4 @@
-"""Suites: what is planned is equal in executed FLOPs, and what cannot be is told in one sentence."""
+"""Suites: what is planned is equal in executed FLOPs, and what cannot be is reported in one sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's commands are those that a user would type; it goes on where it was stopped, afresh when done."""
+"""The demo's commands are those that a user would type; it goes on where it was stopped, from scratch when done."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ from trainer.engine import build_engine
 Storages = dict[int, int]
 """Bytes by address."""
 COLLECTIVES = {
-    "gloo:all_reduce": "all_reduce",  # c10d's own event does not tell the shapes of a list
+    "gloo:all_reduce": "all_reduce",  # c10d's own event does not report the shapes of a list
     "c10d::_allgather_base_": "all_gather",
     "c10d::_reduce_scatter_base_": "reduce_scatter",
     "c10d::allgather_into_tensor_coalesced_": "all_gather",

@@ -117,7 +117,7 @@ def test_an_error_of_the_run_itself_waits_for_the_checkpoint_that_is_being_writt
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """What it tells as the newest checkpoint is that one, and it is whole when the run has ended."""
+    """What it names as the newest checkpoint is that one, and it is whole when the run has ended."""
     write = saving._write
 
     def slowly(path: Path, content: Any) -> None:
@@ -185,7 +185,7 @@ def test_an_error_of_ours_is_told_apart_from_one_of_the_disk(
         saver.save(engine, 1, {"step": 1})
         with pytest.raises(ValueError, match=r"\(KeyError: 'exp_avg'\), an error of this program; report it with"):
             saver.wait()
-        assert not saver.failed  # told once
+        assert not saver.failed  # reported once
         saver.wait()
 
 

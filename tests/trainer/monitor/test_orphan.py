@@ -182,7 +182,7 @@ def test_without_a_launcher_it_is_this_process(monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_on_a_terminal(tiny, write_config) -> None:
-    """The deepspeed command ends at once, with a traceback that is not ours; the ranks save, and tell how to go on."""
+    """The deepspeed command ends at once, with a traceback that is not ours; the ranks save, and say how to go on."""
     tiny["train"] |= {"steps": 100_000, "checkpoint": {"every_steps": 50_000}, "evaluation": {"every_steps": 50_000}}
     tiny["train"]["log"]["images"] = False
     run_dir, config = Path(tiny["train"]["run_dir"]), write_config(tiny)

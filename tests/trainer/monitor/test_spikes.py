@@ -17,7 +17,7 @@ BATCH = 4
 
 
 def watch(losses: Any, norms: Any = None, first: int = 0, detector: SpikeDetector | None = None, **config: Any) -> Any:
-    """All spikes that are told while a run sees these losses, by step."""
+    """All spikes that are reported while a run sees these losses, by step."""
     detector = detector or SpikeDetector(SpikeConfig.model_validate(config))
     told: dict[int, Spike] = {}
     for number, loss in enumerate(losses, start=first):

@@ -1,4 +1,4 @@
-"""A run that hangs tells where, and ends with the status that asks for another start."""
+"""A run that hangs says where, and ends with the status that asks for another start."""
 
 from __future__ import annotations
 
