@@ -8,7 +8,7 @@ is told in one message, each with its key and the value it got. What was loaded 
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
         ValueError: with one sentence a problem: missing file, bad YAML, unknown key, bad value.
     """
     path = Path(path)
-    raw = _read_yaml(path)
+    raw = _read_yaml(path, [block] if block else schema.model_fields)
     for override in overrides:
         _apply_override(raw, override)
     if block is not None:
@@ -80,7 +80,7 @@ def to_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, blocks: Iterable[str]) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f"; files there: {', '.join(there)}" if there else ""
@@ -92,9 +92,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if raw is None:
-        raise ValueError(f"{path} is empty; it must hold blocks: model, data, train, deepspeed")
+        raise ValueError(f"{path} is empty; it must hold: {', '.join(blocks)}")
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold blocks (model, data, train, deepspeed), got a {type(raw).__name__}")
+        raise ValueError(f"{path} must hold keys ({', '.join(blocks)}), got a {type(raw).__name__}")
     return raw
 
 
