@@ -67,8 +67,6 @@ class SourceSummary:
     tokens: int
     windows: int
     """Samples in one epoch."""
-    tokens_per_epoch: int
-    """Tokens predicted in one epoch: ``windows * T``; at most T tokens fewer than ``tokens``."""
     share: float
     """Of all samples."""
 
@@ -141,15 +139,10 @@ class TrainingData:
                 name=source.name,
                 tokens=store.tokens,
                 windows=store.windows(length),
-                tokens_per_epoch=store.windows(length) * length,
                 share=float(share),
             )
             for source, store, share in zip(self._config.sources, self._stores, self._order.mixture.shares, strict=True)
         ]
-
-    def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source number, epoch and window of samples: int64 [N] -> three int64 [N]."""
-        return self._order.locate(sample_ids)
 
     def batch(self, consumed: Sequence[int] | range) -> Batch:
         """The samples at these places of the run: ``consumed`` counts from 0 what the run took before each.
@@ -168,7 +161,7 @@ class TrainingData:
 class ValidationSet:
     """One named validation set: its windows in order, the same every time."""
 
-    def __init__(self, config: DataConfig, name: str, pin_memory: bool = False) -> None:
+    def __init__(self, config: DataConfig, name: str) -> None:
         """Open ``name``, one of ``config.validation``.
 
         Raises:
@@ -176,7 +169,6 @@ class ValidationSet:
         """
         self.name = name
         self._config = config
-        self._pin_memory = pin_memory
         self._store = _open(validation_folder(config, name), tokenizer_sha256(config.dir), config)
 
     @property
@@ -203,7 +195,7 @@ class ValidationSet:
             places = np.arange(first, first + batch_samples)
             ids = np.where(places < samples, places * self.samples // samples, NO_SAMPLE)
             rows = [self._store.window(number, length) if number >= 0 else nothing for number in ids.tolist()]
-            yield _batch(rows, ids, self._config, self._pin_memory)
+            yield _batch(rows, ids, self._config)
 
 
 def step_sample_ids(
@@ -244,7 +236,7 @@ def _batch(
     rows: list[tuple[np.ndarray, np.ndarray]],
     sample_ids: np.ndarray,
     config: DataConfig,
-    pin_memory: bool,
+    pin_memory: bool = False,
     sources: np.ndarray | None = None,
 ) -> Batch:
     """Put windows (tokens [T+1], document ends [E]) together; a row with sample id -1 gets no targets."""

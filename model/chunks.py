@@ -17,8 +17,12 @@ _CHUNK_ROWS_MIN = 256  # with fewer, the products wait for the weight to be read
 
 def chunk_rows(weight: Tensor) -> int:
     """How many tokens' logits to hold at once with a head of ``weight`` [V, D]."""
-    chunk_logits = _CHUNK_LOGITS["cpu" if weight.is_cpu else "other"]
-    return max(chunk_logits // weight.shape[0], _CHUNK_ROWS_MIN)
+    return rows_at_once(weight.shape[0], weight.is_cpu)
+
+
+def rows_at_once(vocab_size: int, on_cpu: bool) -> int:
+    """The same by V and the kind of device."""
+    return max(_CHUNK_LOGITS["cpu" if on_cpu else "other"] // vocab_size, _CHUNK_ROWS_MIN)
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:

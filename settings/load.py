@@ -8,7 +8,7 @@ is reported in one message, each with its key and the value it got. What was loa
 from __future__ import annotations
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,8 +17,6 @@ from pydantic import BaseModel, ValidationError
 
 from settings.near import did_you_mean
 from settings.parse import Dumper, Loader
-
-_KEYS_TOLD = 6
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -36,7 +34,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
         ValueError: with one sentence a problem: missing file, bad YAML, unknown key, bad value.
     """
     path = Path(path)
-    raw = _read_yaml(path, f"a {block}: block" if block else _keys_of(schema))
+    raw = _read_yaml(path, [block] if block else schema.model_fields)
     for override in overrides:
         _apply_override(raw, override)
     if block is not None:
@@ -68,7 +66,7 @@ def to_yaml(config: BaseModel) -> str:
     return str(yaml.dump(raw, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
-def _read_yaml(path: Path, content: str) -> dict[str, Any]:
+def _read_yaml(path: Path, blocks: Iterable[str]) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f"; files there: {', '.join(there)}" if there else ""
@@ -80,16 +78,10 @@ def _read_yaml(path: Path, content: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if raw is None:
-        raise ValueError(f"{path} is empty; it must hold {content}")
+        raise ValueError(f"{path} is empty; it must hold: {', '.join(blocks)}")
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold {content}, got a {type(raw).__name__}")
+        raise ValueError(f"{path} must hold keys ({', '.join(blocks)}), got a {type(raw).__name__}")
     return raw
-
-
-def _keys_of(schema: type[BaseModel]) -> str:
-    needed = [name for name, field in schema.model_fields.items() if field.is_required()]
-    names = needed or list(schema.model_fields)
-    return f"{'the keys' if needed else 'keys such as'} {', '.join(names[:_KEYS_TOLD])}"
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -6,6 +6,7 @@ fields by ``trainer/deepspeed_config.py``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -15,6 +16,9 @@ from pydantic import Field, model_validator
 from data.config import DataConfig, StreamConfig
 from model.config import EnsembleConfig, ModelConfig
 from settings import PathText, Strict, load, peek
+
+WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a weight in the step, by ``train.precision``."""
 
 
 class OptimizerConfig(Strict):
@@ -40,6 +44,14 @@ class OptimizerConfig(Strict):
     """muon: momentum."""
     muon_lr_ratio: float = Field(10.0, gt=0)
     """muon: learning rate of the orthogonalised updates, relative to ``lr``."""
+
+    def moment_bytes(self, name: str, shape: Sequence[int]) -> float:
+        """fp32 optimiser state of the parameter ``name`` of ``shape``, its master copy left out."""
+        matrix = len(shape) >= 2
+        if self.kind == "adafactor" and matrix:
+            return 4.0 * sum(shape)
+        orthogonalised = self.kind == "muon" and matrix and "embed" not in name and "lm_head" not in name
+        return 4.0 * math.prod(shape) * (1 if self.kind == "adafactor" or orthogonalised else 2)
 
 
 class ScheduleConfig(Strict):
@@ -281,6 +293,19 @@ class StageConfig(Strict):
     def accumulation(self, world_size: int) -> int:
         """As :meth:`TrainConfig.accumulation`."""
         return self.train.accumulation(world_size)
+
+    def checkpoint_bytes(self, total: int, trained: int, moment_bytes: float, stage: int | None = None) -> float:
+        """Size of one checkpoint: weights of the step (at stage 3 only frozen ones), fp32 master weights, moments.
+
+        Args:
+            total, trained: parameters, and those with a gradient.
+            moment_bytes: of all of them: see :meth:`OptimizerConfig.moment_bytes`.
+            stage: another ZeRO stage than the config's.
+        """
+        stage = self.deepspeed.zero_stage if stage is None else stage
+        width = WEIGHT_BYTES[self.train.precision]
+        masters = 0 if stage == 0 and width == 4 else 4 * trained
+        return width * (total - (trained if stage == 3 else 0)) + masters + moment_bytes
 
 
 class PretrainConfig(StageConfig):

@@ -100,7 +100,8 @@ class Trainer:
             self.log.info(precision_told)
         if warning := slow_bf16_warning(config, world):
             self.log.warning(warning)
-        if warning := retention.check_plan(self.engine, self.run.checkpoints, config.train, world):
+        size = retention.checkpoint_bytes(self.engine.module, config)
+        if warning := retention.check_plan(size, self.run.checkpoints, config.train, world):
             self.log.warning(warning)
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak(world, config.train.precision)

@@ -159,16 +159,13 @@ class TuningData:
 class ExampleSet:
     """One named set to evaluate on: its windows in order, the same every time."""
 
-    def __init__(
-        self, config: ExamplesConfig, source: ExampleSource, tokenizer: TextTokenizer, pin_memory: bool = False
-    ) -> None:
+    def __init__(self, config: ExamplesConfig, source: ExampleSource, tokenizer: TextTokenizer) -> None:
         """Read and encode ``source``, one of ``config.validation`` or ``config.test``, with all of its choices.
 
         Raises:
             ValueError: as for :func:`tune.examples.read_examples`.
         """
         self.name, self.source = source.name, source
-        self._pin_memory = pin_memory
         examples = read_examples(source, config, tokenizer, every_choice=True)
         self.examples = len(examples.right)
         """X, how many."""
@@ -205,7 +202,7 @@ class ExampleSet:
         samples = self.samples if limit_samples is None else min(limit_samples, self.samples)
         for places in _places(rank, world_size, batch_samples, samples):
             ids = np.where(places < samples, places * self.samples // samples, NO_SAMPLE)
-            yield self._right.batch(ids, self._pin_memory)
+            yield self._right.batch(ids)
 
     def scored_batches(self, rank: int, world_size: int, batch_samples: int) -> Iterator[tuple[Batch, Scored]]:
         """This rank's batches of every example with each of its choices, and what their targets belong to.
@@ -215,7 +212,7 @@ class ExampleSet:
         samples = len(self._all.windows)
         for places in _places(rank, world_size, batch_samples, samples):
             ids = np.where(places < samples, places, NO_SAMPLE)
-            batch = self._all.batch(ids, self._pin_memory)
+            batch = self._all.batch(ids)
             entries, tokens = self._all.entries(ids, batch)
             example, choice = entries // self.choices, entries % self.choices
             yield batch, Scored(example, choice, choice == self.right[example], tokens)
@@ -261,9 +258,9 @@ class _Packed:
         positions[start:] = np.arange(self._length - start)
         return row
 
-    def batch(self, windows: np.ndarray, pin_memory: bool) -> Batch:
+    def batch(self, windows: np.ndarray) -> Batch:
         """The windows of these numbers, int64 [B], which are also their sample ids."""
-        return _batch([self.row(window) for window in windows.tolist()], windows, pin_memory)
+        return _batch([self.row(window) for window in windows.tolist()], windows)
 
     def entries(self, windows: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """The entry of each of the batch's targets, and the target: two int64 [N]."""
@@ -283,7 +280,7 @@ def _places(rank: int, world_size: int, batch_samples: int, samples: int) -> Ite
 
 
 def _batch(
-    rows: list[np.ndarray], sample_ids: np.ndarray, pin_memory: bool, sources: np.ndarray | None = None
+    rows: list[np.ndarray], sample_ids: np.ndarray, pin_memory: bool = False, sources: np.ndarray | None = None
 ) -> Batch:
     parts = np.stack(rows, axis=1)
 

@@ -65,11 +65,6 @@ class TextTokenizer(ABC):
     def piece(self, token: int) -> str:
         """A token as text; a space before a word is written "▁"."""
 
-    def split(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
-        """The ids of ``prompt``, and those of ``response`` after it."""
-        first, second = self.segments([prompt, response])
-        return first, second
-
     def segments(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of texts that follow each other, a list for each."""
         if not self._adds_space:

@@ -21,11 +21,7 @@ from tune.vote_figure import vote_figure
 
 
 class Tuner(Trainer):
-    """A stage-two run in progress: see :class:`trainer.trainer.Trainer`.
-
-    Attributes:
-        examples: the latest evaluation of every set, by its name.
-    """
+    """A stage-two run in progress: see :class:`trainer.trainer.Trainer`."""
 
     config: TuneConfig
 
@@ -42,7 +38,6 @@ class Tuner(Trainer):
         super().__init__(config, config_path, fingerprint, sets, world, decoder)
         self._sets = sets
         self._classes = token_classes(tokenizer)
-        self.examples: dict[str, ExamplesEvaluation] = {}
 
     def validate(self) -> None:
         """Each late layer, the ensemble and the oracle, then losses and densities as in stage one.
@@ -73,6 +68,5 @@ class Tuner(Trainer):
             self.metrics.log_figures(self.step, figures(evaluation, group))
             if self.config.ensemble is not None:
                 self.metrics.draw(f"vote/{group}/{example_set.name}", self.step, lambda: vote_figure(evaluation))
-        self.examples[example_set.name] = evaluation
         self.log.info(f"step {self.step:>6,}  {group} {example_set.name}: {evaluation.sentence()}")
         return evaluation

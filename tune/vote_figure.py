@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib
 import numpy as np
-
-from tune.evaluate import ENSEMBLE, ORACLE, Candidate, ExamplesEvaluation, VoteStatistics
-
-matplotlib.use("Agg")
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from tune.evaluate import ENSEMBLE, ORACLE, Candidate, ExamplesEvaluation, VoteStatistics
 
 _ROW, _COLUMN = 0.36, 0.62  # inches
 

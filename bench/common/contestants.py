@@ -122,12 +122,8 @@ def held_llama(
     config: ModelConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> tuple[Any, Any]:
     """Hugging Face's Llama with our dense decoder's sizes and ``weights``; the model and its config."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise ValueError(
-            "the peer needs the transformers package; install it with: pip install -r requirements-dev.txt"
-        ) from None
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     sizes: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib
+from matplotlib.figure import Figure
 
 from evals.dial.file import Dial
-
-matplotlib.use("Agg")
-from matplotlib.figure import Figure
 
 
 def draw(dial: Dial, name: str) -> Figure:

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 from launch.plan.gpus import GPU
 from launch.plan.memory_model import memory, zero_sizes
-from launch.plan.workload import WEIGHT_BYTES, Stage, Workload
+from launch.plan.workload import Stage, Workload
+from trainer.config import WEIGHT_BYTES
 
 ACHIEVED = 0.8
 """Share of the nominal bandwidth that large collectives reach: an assumption; launch.doctor measures yours."""

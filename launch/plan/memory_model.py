@@ -23,8 +23,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.plan.workload import WEIGHT_BYTES, Stage, Workload, computed_share
+from launch.plan.workload import Stage, Workload, computed_share
 from model.config import ModelConfig
+from trainer.config import WEIGHT_BYTES
 
 GIB = 2**30
 
@@ -34,7 +35,6 @@ FRAGMENTATION = 0.05
 """Share of a device's memory that is left free for the allocator: an estimate."""
 # DeepSpeed's defaults, in elements; deepspeed.extra may set others. tests/launch/plan/test_memory_model.py compares.
 ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}
-_CHUNK_LOGITS = 2**26  # model/chunks.py, on a GPU
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,8 @@ def _layer_elements(model: ModelConfig, routed: bool, share: float, checkpointin
 
 def _working_bytes(workload: Workload, checkpointing: bool | None, density: float | None) -> float:
     """The largest of three moments: a chunk of logits, the head's backward pass, the backward pass of one layer."""
+    from model.chunks import rows_at_once  # torch
+
     config, model = workload.config, workload.model
     width = WEIGHT_BYTES[config.train.precision]
     head = model.width * model.vocab_size
@@ -165,7 +167,7 @@ def _working_bytes(workload: Workload, checkpointing: bool | None, density: floa
         checkpointing = config.train.activation_checkpointing
     executed = workload.density if density is None else density
     share = computed_share(model, config.data.sequence_tokens, executed)
-    rows = min(max(_CHUNK_LOGITS // model.vocab_size, 256), tokens)
+    rows = min(rows_at_once(model.vocab_size, on_cpu=False), tokens)
     chunk = (4 + width) * rows * model.vocab_size + (width * head if width < 4 else 0)
     # Gradients of the four tensors inside the feed-forward, and of the residual stream's three.
     layer = width * tokens * (share * 3 * model.ffn_width + 3 * model.width)
@@ -217,8 +219,6 @@ def _layers(model: ModelConfig) -> range:
 
 
 def checkpoint_bytes(workload: Workload, stage: Stage) -> float:
-    """Size of one checkpoint: weights of the step (at stage 3 only frozen ones), fp32 master weights, moments."""
+    """Size of one checkpoint."""
     weights = workload.weights
-    width = WEIGHT_BYTES[workload.config.train.precision]
-    masters = 0 if stage == 0 and width == 4 else 4 * weights.trained
-    return width * (weights.total - (weights.trained if stage == 3 else 0)) + masters + weights.moment_bytes
+    return workload.config.checkpoint_bytes(weights.total, weights.trained, weights.moment_bytes, stage)

@@ -17,14 +17,13 @@ from pydantic import ValidationError
 from launch.configs import load_either, without_storage
 from model.config import ModelConfig
 from model.flops import TRAINING_FACTOR, executed_flops, full_windows, training_flops
-from trainer.config import OptimizerConfig, StageConfig
+from trainer.config import StageConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
 Stage = Literal[0, 1, 2, 3]
 STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
-WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,12 @@ class Weights:
     Attributes:
         total, trained: all, and those with a gradient and optimiser state.
         small: of those, the elements of parameters below ``deepspeed.persistence_threshold``, whole at stage 3.
-        largest: elements of the largest.
         moment_bytes: fp32 optimiser state besides the master weights, over all ranks.
     """
 
     total: int
     trained: int
     small: int
-    largest: int
     moment_bytes: float
 
 
@@ -99,10 +96,10 @@ class Workload:
         skippable = sum(attention * site.attends + ffn * site.feeds_forward for site in model.routed_sites)
         return self.weights.total - round((1 - self.density) * skippable)
 
-    def flops_per_token(self, density: float | None = None) -> float:
-        """Forward and backward, at ``density`` (the target unless given), as the metrics count them."""
+    def flops_per_token(self) -> float:
+        """Forward and backward, at the target density, as the metrics count them."""
         tokens = self.config.data.sequence_tokens
-        counts = full_windows(self.model, tokens, tokens, self.density if density is None else density)
+        counts = full_windows(self.model, tokens, tokens, self.density)
         return training_flops(self.model, counts) / tokens
 
     def dense_flops_per_token(self) -> float:
@@ -156,17 +153,5 @@ def count_weights(decoder: nn.Module, config: StageConfig) -> Weights:
         total=sum(p.numel() for p in named.values()),
         trained=sum(p.numel() for p in trained.values()),
         small=sum(p.numel() for p in named.values() if p.numel() < threshold),
-        largest=max(p.numel() for p in named.values()),
-        moment_bytes=sum(_moment_bytes(name, p, config.train.optimizer) for name, p in trained.items()),
+        moment_bytes=sum(config.train.optimizer.moment_bytes(name, p.shape) for name, p in trained.items()),
     )
-
-
-def _moment_bytes(name: str, parameter: nn.Parameter, optimizer: OptimizerConfig) -> float:
-    """fp32 optimiser state of one parameter, its master copy left out."""
-    matrix = parameter.dim() >= 2
-    if optimizer.kind == "adafactor" and matrix:
-        return 4.0 * sum(parameter.shape)
-    one = optimizer.kind == "adafactor" or (
-        optimizer.kind == "muon" and matrix and "embed" not in name and "lm_head" not in name
-    )
-    return 4.0 * parameter.numel() * (1 if one else 2)

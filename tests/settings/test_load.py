@@ -221,12 +221,12 @@ def test_not_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "kind"), [("- a\n", "list"), ("hello", "str")])
 def test_not_a_mapping(write, text: str, kind: str) -> None:
     path = write(text)
-    assert sentence(path) == f"{path} must hold blocks (model, data, train, deepspeed), got a {kind}"
+    assert sentence(path) == f"{path} must hold keys (train, data, name), got a {kind}"
 
 
 def test_an_empty_file(write) -> None:
     path = write("# nothing yet\n")
-    assert sentence(path) == f"{path} is empty; it must hold blocks: model, data, train, deepspeed"
+    assert sentence(path) == f"{path} is empty; it must hold: train, data, name"
 
 
 def test_one_block(write) -> None:

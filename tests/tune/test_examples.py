@@ -83,7 +83,7 @@ def test_prefix_prompt_response_end(tmp_path: Path, tokenizer: TextTokenizer) ->
         ids, _ = examples.entry(number)
         assert ids[: len(tokenizer.prefix)].tolist() == tokenizer.prefix
         assert tokenizer.decode(ids[len(tokenizer.prefix) : -1].tolist()) == pair["prompt"] + pair["response"]
-        assert learned_ids(examples, number) == [*tokenizer.split(*pair.values())[1], tokenizer.eos_id]
+        assert learned_ids(examples, number) == [*tokenizer.segments(list(pair.values()))[1], tokenizer.eos_id]
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz", ".xz", ".zst"])

@@ -26,10 +26,11 @@ from settings import load
 from tests.launching import run
 from tests.trainer.checkpoints.saved_runs import SHUFFLED, rehash
 from tests.trainer.one_rank import save_now
+from tests.tune.put_back import put_back
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine, set_learning_rate
 from tune import merge
-from tune.adapter_files import load_adapter, save_adapter
+from tune.adapter_files import save_adapter
 from tune.adapters import prepare
 from tune.config import TuneConfig
 from tune.load import load_model
@@ -144,7 +145,7 @@ def test_merged_it_is_the_same_model(runs: Path, name: str) -> None:
 def test_the_saved_adapter_on_its_base_is_the_tuned_model(runs: Path, name: str) -> None:
     apart, config, *_ = load_model(runs / name, merged=False)
     decoder, expected = _base(config, ensemble=False), dict(apart.named_parameters())
-    wrapper = load_adapter(decoder, runs / name / "adapter")
+    wrapper = put_back(decoder, runs / name / "adapter")
     assert (wrapper is None) == (config.adapter.kind == "none")
     low = config.train.precision == "bf16"
     for key, weight in decoder.named_parameters():

@@ -91,13 +91,13 @@ def test_one_face(tokenizer: TextTokenizer) -> None:
 
 
 def test_prompt_and_response_together_are_the_whole_text(tokenizer: TextTokenizer) -> None:
-    prompt, response = tokenizer.split(PROMPT, RESPONSE)
+    prompt, response = tokenizer.segments([PROMPT, RESPONSE])
     assert tokenizer.decode(prompt + response) == PROMPT + RESPONSE
     assert prompt == tokenizer.encode(PROMPT)
     # One space before the response's first word, and not two.
     written = "".join(tokenizer.piece(token) for token in response)
     assert written.startswith("▁") and not written.startswith("▁▁")
-    assert tokenizer.split(PROMPT, "") == (tokenizer.encode(PROMPT), [])
+    assert tokenizer.segments([PROMPT, ""]) == [tokenizer.encode(PROMPT), []]
 
 
 def test_segments_follow_each_other(tokenizer: TextTokenizer) -> None:
@@ -110,7 +110,7 @@ def test_segments_follow_each_other(tokenizer: TextTokenizer) -> None:
 def test_a_token_across_the_border_belongs_to_the_response(tmp_path: Path) -> None:
     tokenizer = load_text_tokenizer(write_spaced(tmp_path))
     whole = tokenizer.encode("the brown fox")
-    prompt, response = tokenizer.split("the bro", "wn fox")
+    prompt, response = tokenizer.segments(["the bro", "wn fox"])
     assert prompt + response == whole and tokenizer.decode(prompt) == "the"
     assert tokenizer.decode(response).strip() == "brown fox"
 

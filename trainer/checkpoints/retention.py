@@ -12,12 +12,14 @@ import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.checkpoints.layout import leftovers, newest_first, newest_name, removed_of, step_of
-from trainer.config import CheckpointConfig, TrainConfig
+from trainer.config import CheckpointConfig, StageConfig, TrainConfig
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from trainer.distributed import World
 
 
@@ -50,15 +52,17 @@ def prune(folder: Path, newest: Path, config: CheckpointConfig) -> None:
             remove(old)
 
 
-def check_plan(engine: Any, folder: Path, train: TrainConfig, world: World) -> str | None:
+def check_plan(size: float, folder: Path, train: TrainConfig, world: World) -> str | None:
     """A sentence if the disk of ``folder`` has no room for all that the run will keep at once; collective.
+
+    ``size`` is in bytes: see :func:`checkpoint_bytes`.
 
     Raises:
         ValueError: if ``max_gb`` has none.
     """
     warning, problem = None, None
     if world.is_main:
-        count, size = most_at_once(train), _checkpoint_bytes(engine)
+        count = most_at_once(train)
         # Those of the run itself, and what the next save will remove.
         own = (*newest_first(folder), *leftovers(folder))
         present = sum(bytes_below(found) for found in own)
@@ -85,13 +89,12 @@ def check_plan(engine: Any, folder: Path, train: TrainConfig, world: World) -> s
     return warning
 
 
-def check_room(engine: Any, folder: Path, name: str, max_gb: float | None) -> None:
-    """Refuse, before anything is written, a save that there is no room for.
+def check_room(needed: float, folder: Path, name: str, max_gb: float | None) -> None:
+    """Refuse, before anything is written, a save of ``needed`` bytes that there is no room for.
 
     Raises:
         ValueError: with how much is needed and how much is there.
     """
-    needed = _checkpoint_bytes(engine)
     free = shutil.disk_usage(folder).free
     left = float("inf") if max_gb is None else max_gb * 1e9 - bytes_below(folder)
     shortage = None
@@ -125,15 +128,18 @@ def most_at_once(train: TrainConfig) -> int:
     return len(saves) - len(older) + len(milestones)
 
 
-def _checkpoint_bytes(engine: Any) -> int:
-    """About what one takes: weights, and for those that are trained fp32 masters and two moments."""
-    from trainer.deepspeed_internals import whole_size  # torch
+def checkpoint_bytes(module: nn.Module, config: StageConfig) -> float:
+    """About what a checkpoint takes of a model inside an engine."""
+    from trainer.deepspeed_internals import whole_shape  # torch
 
-    total = 0
-    for parameter in engine.module.parameters():
-        count = whole_size(parameter)
-        total += count * (parameter.element_size() + 12 * parameter.requires_grad)
-    return total
+    total, trained, moments = 0, 0, 0.0
+    for name, parameter in module.named_parameters():
+        shape = whole_shape(parameter)
+        total += shape.numel()
+        if parameter.requires_grad:
+            trained += shape.numel()
+            moments += config.train.optimizer.moment_bytes(name, shape)
+    return config.checkpoint_bytes(total, trained, moments)
 
 
 def bytes_below(folder: Path) -> int:

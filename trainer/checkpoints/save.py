@@ -40,7 +40,7 @@ from trainer.checkpoints.layout import (
     partial_of,
     rng_name,
 )
-from trainer.checkpoints.retention import bytes_below, check_room, prune, remove
+from trainer.checkpoints.retention import bytes_below, check_room, checkpoint_bytes, prune, remove
 from trainer.checkpoints.rng import rng_state
 from trainer.config import StageConfig
 from trainer.deepspeed_internals import writing_through
@@ -192,7 +192,8 @@ class Saver:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for stale in leftovers(self.folder):
                     shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
-                check_room(engine, self.folder, partial.stem, self.config.train.checkpoint.max_gb)
+                size = checkpoint_bytes(engine.module, self.config)
+                check_room(size, self.folder, partial.stem, self.config.train.checkpoint.max_gb)
                 partial.mkdir()
             except ValueError as error:
                 problem = str(error)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from torch import Tensor
-
-matplotlib.use("Agg")
 from matplotlib.figure import Figure
+from torch import Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -325,7 +325,7 @@ def test_windows_of_a_tuning_run(tokenizer: TextTokenizer, corpus: dict[str, Any
     config = TuneConfig.model_validate(blocks)
     what, windows = own_windows(config, tokenizer, 100)
     assert what.startswith("validation set numbers") and 5 < len(windows) < 30
-    prompt, response = tokenizer.split("say 0:", " 0")
+    prompt, response = tokenizer.segments(["say 0:", " 0"])
     assert windows[0].tokens[0].tolist() == [*prompt, *response]
     assert windows[0].targets[0].tolist() == [*[IGNORED] * (len(prompt) - 1), *response, tokenizer.eos_id]
     loaded = Loaded(_decoder(ensemble=True), config, 1, tmp_path)

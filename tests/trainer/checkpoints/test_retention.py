@@ -9,28 +9,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from torch import nn
 
 from tests.trainer.checkpoints.test_resume import fake
 from trainer.checkpoints import manifest, retention
 from trainer.checkpoints import save as saving
-from trainer.config import CheckpointConfig, TrainConfig
+from trainer.config import CheckpointConfig, PretrainConfig, TrainConfig
 from trainer.distributed import World
 
 GB = 10**9
+SIZE = 16.0 * GB  # bytes of a checkpoint
 
 
 def training(steps: int = 100, **checkpoints: Any) -> TrainConfig:
     block = {"steps": steps, "global_batch_samples": 1, "micro_batch_samples": 1, "checkpoint": checkpoints}
     return TrainConfig.model_validate(block)
-
-
-@pytest.fixture
-def engine() -> Any:
-    """One whose checkpoints take 16 GB: 1.5e9 bf16 parameters of which 13/12e9 are trained."""
-    trained = torch.empty(13 * GB // 12, dtype=torch.bfloat16, device="meta", requires_grad=True)
-    frozen = torch.empty(3 * GB // 2 - trained.numel(), dtype=torch.bfloat16, device="meta")
-    return SimpleNamespace(module=SimpleNamespace(parameters=lambda: iter([trained, frozen])))
 
 
 @pytest.fixture
@@ -69,31 +62,31 @@ def test_themost_at_once_is_what_a_run_comes_to(
 
 
 def test_a_disk_that_will_not_hold_the_run_is_told_at_its_start(
-    tmp_path: Path, world: World, engine: Any, disk: Callable[[float], None]
+    tmp_path: Path, world: World, disk: Callable[[float], None]
 ) -> None:
     """Two to keep, one being written, and the milestones of steps 30 and 60 behind them: 80 GB."""
     train = training(every_steps=10, keep=2, keep_every_steps=30)
     disk(80.001)
-    assert retention.check_plan(engine, tmp_path, train, world) is None
+    assert retention.check_plan(SIZE, tmp_path, train, world) is None
     disk(79)
-    assert retention.check_plan(engine, tmp_path, train, world) == (
+    assert retention.check_plan(SIZE, tmp_path, train, world) == (
         "this run will have 5 checkpoints at once (train.checkpoint.keep, keep_every_steps and the one being written), "
         f"about 16.000 GB each, and {tmp_path} has 79.000 GB for them; make room there before it is full, or keep fewer"
     )
     big = fake(tmp_path, 30) / "deepspeed" / "weights.pt"  # a resumed run: what it has saved is part of the five
     with open(big, "wb") as file:
         file.truncate(2 * GB)
-    assert retention.check_plan(engine, tmp_path, train, world) is None
+    assert retention.check_plan(SIZE, tmp_path, train, world) is None
 
 
 def test_a_quota_too_small_for_the_run_does_not_let_it_start(
-    tmp_path: Path, world: World, engine: Any, disk: Callable[[float], None]
+    tmp_path: Path, world: World, disk: Callable[[float], None]
 ) -> None:
     disk(1000)
     checkpoints = {"every_steps": 10, "keep": 2, "keep_every_steps": 30}
-    assert retention.check_plan(engine, tmp_path, training(**checkpoints, max_gb=80.001), world) is None
+    assert retention.check_plan(SIZE, tmp_path, training(**checkpoints, max_gb=80.001), world) is None
     with pytest.raises(ValueError) as told:
-        retention.check_plan(engine, tmp_path, training(**checkpoints, max_gb=79.5), world)
+        retention.check_plan(SIZE, tmp_path, training(**checkpoints, max_gb=79.5), world)
     assert str(told.value).startswith("train.checkpoint.max_gb (79.5) is too little for 5 checkpoints at once")
     assert str(told.value).endswith(f"in {tmp_path}; raise it to 80.000, or keep fewer")
     for name in ("abandoned-1", "step-00000020.partial"):  # the second is gone with the next save
@@ -101,19 +94,19 @@ def test_a_quota_too_small_for_the_run_does_not_let_it_start(
         with open(tmp_path / name / "weights.pt", "wb") as file:
             file.truncate(3 * GB)
     with pytest.raises(ValueError, match=r"each beside 3\.000 GB of other files in .*; raise it to 83\.000"):
-        retention.check_plan(engine, tmp_path, training(**checkpoints, max_gb=81), world)
+        retention.check_plan(SIZE, tmp_path, training(**checkpoints, max_gb=81), world)
 
 
 def test_a_save_that_the_quota_has_no_room_for_is_refused(
-    tmp_path: Path, world: World, engine: Any, disk: Callable[[float], None]
+    tmp_path: Path, world: World, disk: Callable[[float], None]
 ) -> None:
     disk(1000)
     with open(fake(tmp_path, 7) / "deepspeed" / "more.pt", "wb") as file:
         file.truncate(15 * GB)
-    retention.check_room(engine, tmp_path, "step-00000008", 31.1)
-    retention.check_room(engine, tmp_path, "step-00000008", None)
+    retention.check_room(SIZE, tmp_path, "step-00000008", 31.1)
+    retention.check_room(SIZE, tmp_path, "step-00000008", None)
     with pytest.raises(ValueError) as told:
-        retention.check_room(engine, tmp_path, "step-00000008", 30.0)
+        retention.check_room(SIZE, tmp_path, "step-00000008", 30.0)
     assert str(told.value) == (
         f"checkpoint step-00000008 needs about 16.000 GB in {tmp_path}, where train.checkpoint.max_gb (30) leaves "
         "15.000 GB; raise it or remove what is no longer wanted there and resume: the newest checkpoint is "
@@ -143,3 +136,23 @@ def test_a_run_with_a_quota_ends_before_it_begins_or_with_the_older_checkpoint_w
     error = capsys.readouterr().err
     assert "checkpoint step-00000004 needs about 0.00" in error and error.endswith("checkpoint is step-00000002\n")
     assert manifest.newest_whole(folder, world) == (folder / "step-00000002", [])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision", "stage", "expected"),
+    [
+        ("adamw", "fp32", 0, 12 * 800 + 4 * 100),  # the weights are their own masters
+        ("adamw", "fp32", 2, 16 * 800 + 4 * 100),
+        ("adamw", "bf16", 2, 14 * 800 + 2 * 100),
+        ("adamw", "bf16", 3, 12 * 800 + 2 * 100),  # no weights, but for those that do not train
+        ("adafactor", "fp32", 0, 4 * 800 + 4 * (20 + 40) + 4 * 100),
+    ],
+)
+def test_what_a_checkpoint_takes(
+    configure: Callable[..., PretrainConfig], optimizer: str, precision: str, stage: int, expected: int
+) -> None:
+    config = configure(
+        f"train.optimizer.kind={optimizer}", f"train.precision={precision}", f"deepspeed.zero_stage={stage}"
+    )
+    module = nn.ModuleList([nn.Linear(20, 40, bias=False), nn.Linear(10, 10, bias=False).requires_grad_(False)])
+    assert retention.checkpoint_bytes(module, config) == expected

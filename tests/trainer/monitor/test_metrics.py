@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -107,7 +106,9 @@ def test_losses_of_the_sources_add_up_to_the_loss(
     """Exactly: the same sums in fp64, in another order. Shares are those of the samples drawn, in the log's steps."""
     tiny["data"], tiny["train"]["log"]["every_steps"] = mixed, 2
     assert train_here(tiny) == 0
-    samples = TrainingData(DataConfig.model_validate(mixed)).locate(np.arange(32))[0]
+    sources = TrainingData(DataConfig.model_validate(mixed)).batch(range(32)).sources
+    assert sources is not None
+    samples = sources.numpy()
     for step, line in _steps(tiny["train"]["run_dir"]).items():
         shares = {name: line[f"train/share/{name}"] for name in ("code", "few")}
         few = (samples[8 * step - 16 : 8 * step] == 1).mean()
