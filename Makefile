@@ -55,7 +55,7 @@ check: tools
 
 # The page of all config fields, from the schemas; a test says when it is out of date.
 docs: tools
-	$(BIN)/python -m settings.reference trainer.config:RunConfig tune.config:TuneFile > docs/config.md
+	$(BIN)/python -m settings.reference trainer.config:PretrainConfig tune.config:TuneFile > docs/config.md
 	$(BIN)/mdformat docs/config.md
 
 # For every platform and every Python from 3.11 on; what CUDA builds of torch need is in it, and installed with them only.
