@@ -167,7 +167,7 @@ def leave_step_out(engine: Any) -> None:
 def writing_through(engine: Any, save: Callable[[Any, str], None]) -> Iterator[None]:
     """Let ``engine.save_checkpoint`` hand what it would write, and the path, to ``save``."""
     writer = engine.checkpoint_engine
-    writer.save = save
+    writer.save = lambda state_dict, path: save(state_dict, path)  # called with these names
     # Its converters unpickle whatever a file holds, and do not know every stage: no code goes into a checkpoint.
     engine._copy_recovery_script = lambda folder: None
     try:
