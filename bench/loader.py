@@ -7,7 +7,7 @@
 Two sources of random documents are written to a temporary folder as ``data.prepare`` would. A round then takes
 
     from_loader   --steps training steps of our dense model, each on the next batch of ``TrainingData`` behind
-                  ``prefetch``, as ``pretrain/train.py`` has it, started again; the first ones, which the prefetching
+                  ``prefetch``, as ``trainer/loop.py`` has it, started again; the first ones, which the prefetching
                   has not run ahead of yet, are not counted
     dense         as many steps on a batch that is in memory already
     loader        as many batches from ``TrainingData`` with nobody in their way
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 FROM_LOADER, LOADER = "from_loader", "loader"
 SECONDS = "step_s"
 DEPTH = 2
-"""Steps loaded ahead, as in ``pretrain/train.py``."""
+"""Steps loaded ahead, as in ``trainer/loop.py``."""
 SHARD_TOKENS = 1_000_000
 MEAN_DOCUMENT_TOKENS = 700
 SOURCES = {"large": 0.75, "small": 0.25}
@@ -120,7 +120,7 @@ def write_shards(folder: Path, vocab: int, tokens: int, sequence_tokens: int) ->
 
 
 def step_batches(data: TrainingData, first_step: int, samples: int) -> Iterator[Batch]:
-    """One batch a step, forever, as ``pretrain/train.py`` takes them on one rank."""
+    """One batch a step, forever, as ``trainer/loop.py`` takes them on one rank."""
     from data.batches import step_sample_ids
 
     for step in itertools.count(first_step):

@@ -30,6 +30,7 @@ from tune.text import JSON_NAME, load_text_tokenizer, require_vocabulary
 
 MODEL_NAME, CONFIG_NAME, GENERATION_NAME = TOKENIZERS[0], "tokenizer_config.json", "generation_config.json"
 COMPARED_LINES = 4000
+_PROSE_LINES = 1500
 UNIGRAM_TIES = 0.02
 """Largest share of lines whose ids may differ for a unigram model."""
 _SPACE = "▁"
@@ -160,9 +161,9 @@ def sample_lines() -> Iterable[str]:
         "🏳️‍🌈 é e\u0301",
     )
     yield from ("".join(chr(start + i) for i in range(16)) for start in range(1, 0x3000, 256))
-    root = Path(__file__).resolve().parent.parent
-    yield from _lines(sorted(root.glob("docs/*.md")))
-    yield from _lines(sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    yield from islice(_lines(library.glob("pydoc_data/topics.py")), _PROSE_LINES)  # Python's manual
+    yield from _lines(sorted(library.glob("*.py")))
 
 
 def _lines(files: Iterable[Path]) -> Iterable[str]:

@@ -166,8 +166,12 @@ def leave_step_out(engine: Any) -> None:
 @contextmanager
 def writing_through(engine: Any, save: Callable[[Any, str], None]) -> Iterator[None]:
     """Let ``engine.save_checkpoint`` hand what it would write, and the path, to ``save``."""
+
+    def called_by_name(state_dict: Any, path: str) -> None:
+        save(state_dict, path)
+
     writer = engine.checkpoint_engine
-    writer.save = save
+    writer.save = called_by_name
     # Its converters unpickle whatever a file holds, and do not know every stage: no code goes into a checkpoint.
     engine._copy_recovery_script = lambda folder: None
     try:

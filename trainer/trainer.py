@@ -1,7 +1,7 @@
 """What both stages hold while they train: engine, budget, run folder, metrics, and what to do with them.
 
 A trainer is opened on a config, resumes from a checkpoint if the config says so, and then knows how to save, to
-validate and to take in a step. The loop itself is the stage's own.
+validate and to take in a step. The loop around it is ``loop.py``, the same for both stages.
 """
 
 from __future__ import annotations
@@ -111,8 +111,7 @@ class Trainer:
                 config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
             )
         if found is not None:
-            if "metrics" in state:
-                self.metrics.load_state_dict(state["metrics"])
+            self.metrics.load_state_dict(state["metrics"])
             self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
         tick = self.run.heartbeat.tick
         self.saver = Saver(self.run.checkpoints, fingerprint, config, world, self.log.info, tick)
@@ -218,15 +217,14 @@ class Trainer:
         set_rng_state(before)
 
     def _take_back(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint's state says; the spikes' and data's came later than the first checkpoints."""
+        """Go on where a checkpoint's state says."""
         self.step, self.samples = state["step"], state["samples"]
         self.budget.load_state_dict(state["budget"])
         if self.balance.layers:
             self.balance.load_state_dict(state["balance"])
-        if "spikes" in state:
-            self.spikes.load_state_dict(state["spikes"])
-        data = state.get("data")
-        if data is not None and data["fingerprint"] == self.fingerprint:
+        self.spikes.load_state_dict(state["spikes"])
+        data = state["data"]
+        if data["fingerprint"] == self.fingerprint:
             refuse_other_past(data["skip_ranges"], self.config.data.skip_ranges, self.samples)
 
     def _look_for_spike(self, result: StepResult) -> None:
