@@ -35,13 +35,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a GPU machine, too: only te
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what starts processes; skip, with a reason, what this machine cannot or should not run."""
+    """Mark what starts processes, and what trains in this one; skip, with a reason, what this machine cannot or should not run."""
     import torch
 
     chosen = config.getoption("-m")
     for item in items:
         if _starts_processes(item):
             item.add_marker("processes")
+        if "world" in getattr(item, "fixturenames", ()):
+            item.add_marker("engines")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and "slow" not in chosen:
