@@ -35,7 +35,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a GPU machine, too: only te
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what starts processes, and what trains in this one; skip, with a reason, what this machine cannot or should not run."""
+    """Mark what starts processes or builds engines; skip, with a reason, what this machine cannot or should not run."""
     import torch
 
     chosen = config.getoption("-m")
