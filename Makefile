@@ -1,6 +1,6 @@
 # make setup   .venv with what it takes to train    make test    all tests that need no GPU
 # make demo    text to an exported, tuned model      make check   format, lint, types, text
-# make quick   the tests that start no processes, and one fault: some of every folder
+# make quick   the tests that start no processes and build no engines, and some that do: some of every folder
 # make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
 # make lock    newest versions of what requirements.txt and requirements-dev.txt need, into requirements.lock
 PYTHON ?= python3
@@ -39,7 +39,7 @@ demo: setup
 	@$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
 
 quick: tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "quick or not processes"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "quick or not (processes or engines)"
 
 test: tools
 	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder

@@ -35,13 +35,15 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # on a GPU machine, too: only te
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what starts processes; skip, with a reason, what this machine cannot or should not run."""
+    """Mark what starts processes or builds engines; skip, with a reason, what this machine cannot or should not run."""
     import torch
 
     chosen = config.getoption("-m")
     for item in items:
         if _starts_processes(item):
             item.add_marker("processes")
+        if "world" in getattr(item, "fixturenames", ()):
+            item.add_marker("engines")
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
         if "slow" in item.keywords and "slow" not in chosen:
@@ -52,7 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _starts_processes(item: pytest.Item) -> bool:
     """Whether its file knows how to, or one of its fixtures does."""
-    starters = (launching.run, launching.start, ranks.Processes, ranks.Ranks, subprocess)
+    starters = (launching.run, launching.start, ranks.Processes, ranks.Ranks, save_runs, subprocess)
     names = vars(item.module).values() if isinstance(item, pytest.Function) else ()
     return any(name is starter for name in names for starter in starters) or bool(
         {"two_rank_runs", "base_run"} & set(getattr(item, "fixturenames", ()))

@@ -91,7 +91,7 @@ def test_a_run_from_an_empty_folder(corpus: dict[str, Any], tiny: dict[str, Any]
     assert (tmp_path / "runs/my/metrics.jsonl").is_file() and (tmp_path / "runs/my/checkpoints/step-00000002").is_dir()
     site = ["--site", str(ROOT / "launch/slurm/site.yaml"), "--tasks-per-node", "2"]
     script = run(command("launch.slurm", "my.yaml", "train.run_dir=runs/other", "--dry-run", *site))
-    assert f'--chdir="{tmp_path}"' in script and "\nrun=runs/other\n" in script
+    assert f"--chdir={tmp_path}" in script and "\nrun=runs/other\n" in script
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "my.yaml", "prepared", "runs"]
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import Field, model_validator
 
-from settings import Strict, load, to_yaml
+from settings import Strict, load, parse_yaml, to_yaml
+from settings.parse import SafeDumper
 
 
 class Source(Strict):
@@ -249,6 +251,16 @@ def test_resolved_config_loads_again_as_it_is(write) -> None:
     assert "warmup: 0" in text  # defaults are written out
     default = load(write(GOOD), [], Run)
     assert "größe" in to_yaml(default) and load(write(to_yaml(default)), [], Run) == default
+
+
+def test_libyaml_reads_and_writes_what_pyyaml_does() -> None:
+    """Where it is not there, PyYAML's own code takes its place."""
+    configs = sorted(Path(__file__).resolve().parents[2].glob("configs/*.yaml"))
+    assert len(configs) > 10
+    for path in configs:
+        raw = yaml.safe_load(path.read_text())
+        assert parse_yaml(path.read_bytes()) == raw
+        assert yaml.safe_load(yaml.dump(raw, Dumper=SafeDumper, sort_keys=False, allow_unicode=True, width=120)) == raw
 
 
 def test_loading_does_not_change_the_file(write) -> None:

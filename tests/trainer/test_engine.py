@@ -120,6 +120,7 @@ def test_fp16_needs_a_gpu(configure: Configure, world: World) -> None:
         build_engine(configure("train.precision=fp16"), world)
 
 
+@pytest.mark.quick
 def test_clipping_at_stage_0_is_what_zero_does(configure: Configure, world: World) -> None:
     """The trainer's own clipping, and none at all, against DeepSpeed's."""
     for clip in ("0.1", "0"):

@@ -17,7 +17,7 @@ def _cases() -> list[dict[str, Any]]:
     cases = []
     for stage in STAGES:
         zero = f"deepspeed.zero_stage={stage}"
-        whole, split = "train.micro_batch_samples=4", "train.micro_batch_samples=1"
+        whole, split = "train.micro_batch_samples=4", "train.micro_batch_samples=2"
         cases += [
             {"name": f"plain-{stage}", "rule": "plain", "overrides": [zero, whole]},
             {"name": f"split-{stage}", "rule": "plain", "overrides": [zero, split]},
@@ -86,7 +86,7 @@ def _agree(one: dict[str, Any], other: dict[str, Any], relative: float) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_and_weights_do_not_depend_on_ranks_stage_or_split(outcomes, reference, ranks, stage):
-    """Invariant 5: eight windows a step, as 8, 4 + 4, or one by one; the loss falls, so there is something to agree."""
+    """Invariant 5: eight windows a step, as 4 + 4 or by twos; the loss falls, so there is something to agree."""
     one = reference("plain-0")
     assert one["losses"][-1] < one["losses"][0] - 0.05
     _agree(one, outcomes[ranks][f"plain-{stage}"], 2e-5)

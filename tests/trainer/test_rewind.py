@@ -70,6 +70,7 @@ def _spikes(run: Path) -> list[str]:
     return re.findall(r"WARNING (spike at .*)", (run / "logs/rank-0.log").read_text())
 
 
+@pytest.mark.quick
 @pytest.mark.usefixtures("poisoned")
 def test_a_spike_ends_the_run_which_goes_back_and_is_as_if_it_had_never_met_those_samples(
     long_run: dict[str, Any], train_here: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -265,7 +265,7 @@ def test_every_run_that_is_not_done_is_submitted(
     assert "1 of 4 runs are done, 0 submitted" in told
     assert f"when they are done: python -m bench.isoflop {suite} --out {out}\n" in told
     assert _names(commands) == [name.replace("pretrain.train", "launch.slurm") for name in ALL[1:]]
-    assert told.count("#SBATCH --ntasks-per-node=2") == 3 and "train.seed=1" in told and 'job-name="skip-seed1"' in told
+    assert told.count("#SBATCH --ntasks-per-node=2") == 3 and "train.seed=1" in told and "job-name=skip-seed1" in told
     assert sorted(p.name for p in (out / "runs").iterdir()) == ["dense-seed0"] and not (out / "results.md").exists()
 
     assert main([str(suite), "--out", str(out), "--slurm", "--tasks-per-node", "3", "--site", str(site)]) == 1

@@ -80,7 +80,7 @@ def test_a_script_says_once_what_it_needs(
     (script,) = _scripts(capsys, *arguments)
     run = tiny["train"]["run_dir"]
     wanted = {
-        'job-name="mine"', f'chdir="{Path.cwd()}"', f"output={run}/logs/slurm-%j.out", "open-mode=append", "nodes=4",
+        "job-name=mine", f"chdir={Path.cwd()}", f"output={run}/logs/slurm-%j.out", "open-mode=append", "nodes=4",
         "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=6", "time=1-00:00:00", "partition=big", "account=lm",
         "qos=high", "mem=0", "exclusive", "requeue", "signal=USR1@600",
     }  # fmt: skip

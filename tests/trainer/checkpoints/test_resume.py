@@ -265,6 +265,7 @@ def test_what_may_change_on_the_way_is_not_refused(configure: Configure, world: 
         assert resume.load(engine, saved, FINGERPRINT, config, world)[0]["step"] == 1
 
 
+@pytest.mark.quick
 def test_saving_a_step_again_replaces_it(configure: Configure, world: World, saved: Path, folder: Path) -> None:
     """A run that was rewound with data.skip_ranges comes to the same steps again, with other weights."""
     config = configure()

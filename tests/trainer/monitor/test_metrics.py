@@ -77,6 +77,7 @@ def test_a_dense_run_writes_nothing_about_routing(tiny: dict[str, Any], train_he
     assert not (Path(tiny["train"]["run_dir"]) / "routing.png").exists()
 
 
+@pytest.mark.quick
 def test_figures_fit_together(tiny: dict[str, Any], train_here: Train) -> None:
     """Peak is 1 TFLOP/s in the tiny run."""
     assert train_here(tiny) == 0
