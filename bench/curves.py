@@ -13,7 +13,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer.monitor import metrics_file
 
 if TYPE_CHECKING:
@@ -83,8 +83,8 @@ def _validation_sets(lines: Lines) -> list[str]:
 def main() -> int:
     """Write the picture."""
     parser = argparse.ArgumentParser(prog="bench.curves", description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="picture to write (.png, .svg, .pdf)")
-    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("out", type=path_argument, help="picture to write (.png, .svg, .pdf)")
+    parser.add_argument("runs", type=path_argument, nargs="+", help="run folders")
     arguments = parser.parse_args()
     with user_errors():
         draw(arguments.runs).savefig(arguments.out, dpi=110)

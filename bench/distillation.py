@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.common.options import parser, refuse
 from bench.common.timing import ratios, take_turns
-from settings import user_errors
+from settings import path_argument, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--vocab", type=int, default=8192, help="token ids (default: %(default)s)")
     made.add_argument("--width", type=int, default=192, help="of the residual stream (default: %(default)s)")
     made.add_argument("--repeats", type=int, default=5, help="measured rounds (default: %(default)s)")
-    made.add_argument("--markdown", type=Path, help="write the table there, too")
+    made.add_argument("--markdown", type=path_argument, help="write the table there, too")
     options = made.parse_args(arguments)
     with user_errors():
         refuse(options, {"layers": 2, "tokens": 1, "vocab": 2, "width": 1})

@@ -20,7 +20,6 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.common.options import (
@@ -40,7 +39,7 @@ from bench.common.options import (
 )
 from bench.common.report import Row, header, noisy, table, write_json
 from bench.common.timing import take_turns
-from settings import user_errors
+from settings import path_argument, user_errors
 from settings.tables import markdown
 
 if TYPE_CHECKING:
@@ -204,7 +203,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="rounded",
         help="how routed layers compute executed tokens, the router's setting of that name (default: %(default)s)",
     )
-    options_parser.add_argument("--markdown", type=Path, help="write the table of ratios to this file")
+    options_parser.add_argument("--markdown", type=path_argument, help="write the table of ratios to this file")
     add_run(options_parser, repeats=5, check=False)
     options = options_parser.parse_args(arguments)
     resolve(

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer.config import PretrainConfig, load_run
 from trainer.local_ranks import free_port
 
@@ -39,15 +39,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="YAML of a stage-one run")
+    parser.add_argument("config", type=path_argument, help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)")
     parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=STAGES, help="ZeRO (default: all)")
-    parser.add_argument("--out", type=Path, help="also write the differences as JSON")
-    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)  # given to the ranks that this command starts
+    parser.add_argument("--out", type=path_argument, help="also write the differences as JSON")
+    parser.add_argument(
+        "--work", type=path_argument, help=argparse.SUPPRESS
+    )  # given to the ranks that this command starts
     parser.add_argument("--phase", choices=["write", "read"], help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     with user_errors():
         if options.phase:
             _rank(options)

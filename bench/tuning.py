@@ -27,7 +27,7 @@ from bench.common.options import parser, refuse
 from bench.common.timing import ratios, take_turns
 from data.places import texts
 from model.config import EnsembleConfig
-from settings import user_errors
+from settings import path_argument, user_errors
 from settings.project import shipped
 from settings.tables import markdown
 from trainer.local_ranks import environment_alone
@@ -208,11 +208,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     made.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
     made.add_argument("--repeats", type=int, default=10, help="rounds of step times, 0 for none (default: %(default)s)")
-    made.add_argument("--out", type=Path, default=Path("runs/tuning"), help="run folders (default: %(default)s)")
     made.add_argument(
-        "--data", type=Path, default=Path(texts()) / "tuning", help="folder of TASK-SPLIT.jsonl (default: %(default)s)"
+        "--out", type=path_argument, default=Path("runs/tuning"), help="run folders (default: %(default)s)"
     )
-    made.add_argument("--markdown", type=Path, help="write the table there, too")
+    made.add_argument(
+        "--data",
+        type=path_argument,
+        default=Path(texts()) / "tuning",
+        help="folder of TASK-SPLIT.jsonl (default: %(default)s)",
+    )
+    made.add_argument("--markdown", type=path_argument, help="write the table there, too")
     options = made.parse_intermixed_args(arguments)
     with user_errors():
         refuse(options, {"repeats": 0, "jobs": 1, "threads": 1})

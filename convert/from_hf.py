@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_seed
 from data.files import read_json
 from model.config import BudgetConfig, ModelConfig, RouterConfig
-from settings import user_errors
+from settings import path_argument, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -331,8 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="convert.from_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, metavar="HF_DIR", help="a local Hugging Face checkpoint")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist")
+    parser.add_argument("folder", type=path_argument, metavar="HF_DIR", help="a local Hugging Face checkpoint")
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write; must not exist")
     comparison = parser.add_mutually_exclusive_group()
     comparison.add_argument(
         "--no-compare",

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from convert.model_card import Exported, model_card
 from data.files import temporary_name, write_atomically, write_json
 from model.config import ModelConfig
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer import code_state, opening
 
 if TYPE_CHECKING:
@@ -306,12 +306,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="convert.to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run of either stage, a checkpoint, a folder of weights"
+        "path",
+        type=path_argument,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run of either stage, a checkpoint, a folder of weights",
     )
-    parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; must not exist, or be empty")
+    parser.add_argument(
+        "out", type=path_argument, metavar="OUT", help="the folder to write; must not exist, or be empty"
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
     parser.add_argument(
-        "--tokenizer", type=Path, metavar="FOLDER", help="holds tokenizer.model or tokenizer.json (default: the run's)"
+        "--tokenizer",
+        type=path_argument,
+        metavar="FOLDER",
+        help="holds tokenizer.model or tokenizer.json (default: the run's)",
     )
     parser.add_argument(
         "--shard-gb",

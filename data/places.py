@@ -6,6 +6,8 @@ import os
 import sysconfig
 from pathlib import Path
 
+from settings import paths
+
 TEXTS_VARIABLE = "HOPSCOTCH_TEXTS"
 _TEXTS = "../shared/data"
 
@@ -21,8 +23,12 @@ def fill_in_texts(name: str) -> str:
 
 
 def expand(name: str) -> str:
-    """``name`` with the folder for ``{stdlib}``, which a run does not keep, and that for a leading ``~``."""
-    return str(Path(name.replace("{stdlib}", sysconfig.get_paths()["stdlib"])).expanduser())
+    """``name`` with the folder for ``{stdlib}``, which a run does not keep, for ``~`` and for variables.
+
+    Raises:
+        ValueError: a variable is not set.
+    """
+    return paths.expand(name.replace("{stdlib}", sysconfig.get_paths()["stdlib"]))
 
 
 def hint(name: str) -> str:

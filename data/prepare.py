@@ -182,7 +182,7 @@ def main() -> None:
         help="tokenizing processes (default: all cores, %(default)s)",
     )
     parser.add_argument("--verify", action="store_true", help="write nothing; check the SHA-256 of every prepared file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with user_errors():
         config = load(arguments.config, arguments.overrides, DataConfig, block="data")
         if arguments.workers < 1:

@@ -1,43 +1,22 @@
 """One source's documents, in an order that depends on nothing but the source, from any point on.
 
-Text and JSON files are read here, line by line, because a corpus's JSON lines rarely share one schema and a document's
-line ends must stay as they are. Parquet, CSV and datasets on the Hub go through the ``datasets`` library, streaming.
-Memory holds one document (text, JSON lines) or one chunk of the library's at a time; only a JSON file that is one big
-array is held whole.
+Which files it has says data/discovery.py, what they come in data/containers.py. Datasets on the Hub go through the
+``datasets`` library, streaming.
 """
 
 from __future__ import annotations
 
-import codecs
-import glob
-import gzip
-import hashlib
-import io
-import json
-import lzma
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import zstandard
-
 from data.config import SourceConfig
-from data.places import expand, hint
+from data.containers import csv_values, json_records, parquet_values, whole_text
+from data.discovery import FORMATS, find_files, fingerprint, format_of
+from data.hub_cache import ensure_hub_cache
+from settings import shown
 
-FORMATS = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".json": "json",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
-COMPRESSIONS = (".gz", ".xz", ".zst")
-EDGE_BYTES = 65_536
-"""How much of a file's start and end goes into its fingerprint."""
 ROWS_AT_ONCE = 64
 
 
@@ -70,22 +49,28 @@ class Source:
         """
         self.config = config
         self._revision = _hub_revision(config) if config.hub else None
-        self.files = [] if config.hub else _matching_files(config)
+        try:
+            self.files = [] if config.hub else find_files(config.files)
+        except ValueError as error:
+            raise ValueError(f"source '{config.name}': {error}") from None
         self._formats = [config.format or _format_of(path, config.name) for path in self.files]
 
     def identity(self) -> dict[str, Any]:
         """What identifies this source and its state: its files' names, sizes and fingerprints, or the Hub revision."""
         if self.config.hub:
             hub = {"name": self.config.hub, "config": self.config.hub_config, "split": self.config.split}
-            return {"hub": {**hub, "revision": self._revision}}
-        return {"files": [_fingerprint(path) for path in self.files]}
+            folder = Path(self.config.hub)
+            files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+            there = {"files": [fingerprint(path, folder) for path in files]} if files else {}
+            return {"hub": {**hub, "revision": self._revision}, **there}
+        return {"files": [fingerprint(path) for path in self.files]}
 
     def label(self, cursor: Cursor) -> str:
         """What is being read at ``cursor``, for a progress line."""
         if not self.files:
             return str(self.config.hub)
         number = min(cursor.file, len(self.files) - 1)
-        return f"{self.files[number].name} ({number + 1} of {len(self.files)})"
+        return f"{shown(self.files[number].name)} ({number + 1} of {len(self.files)})"
 
     def documents(self, start: Cursor) -> Iterator[Document]:
         """Every document from ``start`` on, the ones without text included.
@@ -98,7 +83,7 @@ class Source:
 
     def file_documents(self, number: int, first: int = 0) -> Iterator[Document]:
         """The documents of file ``number`` (0 for the Hub), from its document ``first`` on."""
-        place = str(self.files[number]) if self.files else f"Hub dataset {self.config.hub}"
+        place = shown(self.files[number]) if self.files else f"Hub dataset {self.config.hub}"
         try:
             for index, value in enumerate(self._values(number, first), start=first):
                 text, repaired = _to_utf8(value, self.config.text_field, index)
@@ -113,42 +98,14 @@ class Source:
         if self.config.hub:
             return _hub_values(self.config, self._revision, first)
         path, kind, field = self.files[number], self._formats[number], self.config.text_field
+        values: Iterator[Any]
         if kind == "json":
-            return islice((_field(record, field, place) for place, record in json_records(path)), first, None)
-        if path.suffix == ".zst":
-            require_whole_zstd(path)
-        return islice(_whole_file(path) if kind == "text" else _table_values(path, kind, field), first, None)
-
-
-def open_raw(path: Path) -> io.BufferedIOBase:
-    """A file's decompressed bytes; the compression is inferred from the name."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
-    if path.suffix == ".zst":
-        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader, 1 << 20)
-    return path.open("rb")
-
-
-def _matching_files(config: SourceConfig) -> list[Path]:
-    found: set[str] = set()
-    for pattern in config.files:
-        wide = expand(pattern)
-        # A name that exists is taken as it is: "a[1].txt" would match nothing as a pattern.
-        names = [wide] if Path(wide).is_file() else [n for n in glob.glob(wide, recursive=True) if Path(n).is_file()]
-        if not names:
-            where = hint(pattern)
-            raise ValueError(f"source '{config.name}': no file matches '{pattern}'{where}; correct data.*.files")
-        found.update(names)
-    return [Path(name) for name in sorted(found)]
-
-
-def format_of(path: Path) -> str | None:
-    """A file's format by its name, a compression's ending left out; None for an ending that is not known."""
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
-    return FORMATS.get(suffix.lower())
+            values = (_field(record, field, place) for place, record in json_records(path))
+        elif kind == "text":
+            values = (read(path) for read in (whole_text,))
+        else:
+            values = csv_values(path, field) if kind == "csv" else parquet_values(path, field)
+        return islice(values, first, None)
 
 
 def _format_of(path: Path, source: str) -> str:
@@ -156,20 +113,10 @@ def _format_of(path: Path, source: str) -> str:
     if found is None:
         known = " ".join(FORMATS)
         raise ValueError(
-            f"source '{source}': the format of {path} cannot be inferred from its name (known: {known}); "
+            f"source '{source}': the format of {shown(path)} cannot be inferred from its name (known: {known}); "
             "set the source's format to text, json, parquet or csv"
         )
     return found
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    """A file's name, size and a SHA-256 of its first and last 64 KiB: cheap, and unlike a time it survives a copy."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        digest = hashlib.sha256(file.read(EDGE_BYTES))
-        file.seek(max(size - EDGE_BYTES, 0))
-        digest.update(file.read(EDGE_BYTES))
-    return {"name": path.name, "bytes": size, "edges_sha256": digest.hexdigest()}
 
 
 def _to_utf8(value: Any, field: str, index: int) -> tuple[bytes, bool]:
@@ -177,7 +124,6 @@ def _to_utf8(value: Any, field: str, index: int) -> tuple[bytes, bool]:
     if value is None:
         return b"", False
     if isinstance(value, bytes):
-        value = value.removeprefix(codecs.BOM_UTF8)
         try:
             value.decode()
         except UnicodeDecodeError:
@@ -191,37 +137,6 @@ def _to_utf8(value: Any, field: str, index: int) -> tuple[bytes, bool]:
         return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode(), True
 
 
-def _whole_file(path: Path) -> Iterator[bytes]:
-    with open_raw(path) as file:
-        yield file.read()
-
-
-def json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every record of JSON lines or of one array, and where it stands: ``line 1`` or ``item 0``.
-
-    A byte that is not UTF-8 becomes a lone surrogate in its string.
-
-    Raises:
-        ValueError: naming the line that is not JSON.
-    """
-    if path.suffix == ".zst":
-        require_whole_zstd(path)
-    with open_raw(path) as file:
-        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    with open_raw(path) as file:
-        if start.startswith(b"["):
-            yield from ((f"item {number}", record) for number, record in enumerate(json.loads(file.read())))
-            return
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8).strip() if number == 1 else line.strip()
-            if line:
-                try:
-                    record = json.loads(line.decode(errors="surrogateescape"))
-                except ValueError as error:
-                    raise ValueError(f"line {number} is not JSON ({error}); correct it") from None
-                yield f"line {number}", record
-
-
 def _field(record: Any, field: str, place: str) -> Any:
     if not isinstance(record, dict) or field not in record:
         there = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
@@ -232,23 +147,9 @@ def _field(record: Any, field: str, place: str) -> Any:
     return record[field]
 
 
-def _table_values(path: Path, kind: str, field: str) -> Iterator[Any]:
-    # Imported here: it takes seconds, and every tokenizing process would pay for it.
-    import datasets
-
-    options: dict[str, Any] = {"columns": [field]}
-    if kind == "csv":  # as text: "NA" and "1.0" are documents, not a missing value and a number
-        features = datasets.Features({field: datasets.Value("string")})
-        options = {"usecols": [field], "features": features, "keep_default_na": False}
-    rows = datasets.load_dataset(
-        kind, data_files=[glob.escape(str(path.resolve()))], split="train", streaming=True, **options
-    )
-    for batch in rows.iter(batch_size=ROWS_AT_ONCE):
-        yield from batch[field]
-
-
 def _hub_values(config: SourceConfig, revision: str | None, first: int) -> Iterator[Any]:
-    import datasets  # late for the same reason as above
+    ensure_hub_cache()
+    import datasets  # late: it takes seconds, and every tokenizing process would pay for it
 
     rows = datasets.load_dataset(
         config.hub, config.hub_config, split=config.split, revision=revision, streaming=True
@@ -262,6 +163,7 @@ def _hub_revision(config: SourceConfig) -> str | None:
     assert config.hub is not None
     if Path(config.hub).is_dir():
         return None
+    ensure_hub_cache()
     import huggingface_hub
 
     try:
@@ -269,17 +171,3 @@ def _hub_revision(config: SourceConfig) -> str | None:
     except Exception as error:  # network, name, permission: all mean that the dataset cannot be had
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"source '{config.name}': the Hub does not give dataset '{config.hub}': {reason}") from error
-
-
-def require_whole_zstd(path: Path) -> None:
-    """Refuse a cut-off .zst: unlike gzip and xz, its reader ends quietly where the bytes end."""
-    frame = None
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            while chunk:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                frame.decompress(chunk)
-                chunk = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    if frame is not None:
-        raise ValueError("the compressed file is cut off")

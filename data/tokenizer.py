@@ -184,7 +184,7 @@ def main() -> None:
         metavar="key.sub=value",
         help="for example data.tokenizer.vocab_size=8000 (pieces) data.tokenizer.train_bytes=20000000 (bytes)",
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with user_errors():
         print(train_tokenizer(load(arguments.config, arguments.overrides, DataConfig, block="data")), flush=True)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from evals.dial import JSON, folder_of
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer import opening
 from tune.text import TextTokenizer
 
@@ -207,16 +207,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evals.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
+    parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="to continue; empty for the start of a document")
-    given.add_argument("--prompt-file", type=Path, metavar="FILE", help="the same, from a UTF-8 file")
+    given.add_argument("--prompt-file", type=path_argument, metavar="FILE", help="the same, from a UTF-8 file")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens (default 100)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="probability to sample from (default 1)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default 0)")
     parser.add_argument("--density", type=float, metavar="RHO", help="mean density, as trained unless given")
-    parser.add_argument("--dial", type=Path, metavar="FILE", help="for --density; RUN/dial/dial.json unless given")
+    parser.add_argument(
+        "--dial", type=path_argument, metavar="FILE", help="for --density; RUN/dial/dial.json unless given"
+    )
     parser.add_argument("--bars", action="store_true", help="a line a token, with its share of layers as a bar")
     return parser
 

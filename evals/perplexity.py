@@ -18,14 +18,14 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
+from data.discovery import find_files
 from data.files import write_atomically
-from evals.texts import add_text_options, refuse_missing, text_field_of, texts_of
-from settings import user_errors
+from evals.texts import add_text_options, text_field_of, texts_of
+from settings import path_argument, user_errors
 from trainer import opening
 from trainer.config import WeightsConfig
 
@@ -186,14 +186,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evals.perplexity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
+    parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines, Parquet or CSV, compressed or not")
     parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens scored in a window; half of it unless given")
     parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows that run at once (default 8)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first documents of each file; all unless given")
     add_text_options(parser)
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results to this file, too")
+    parser.add_argument("--json", type=path_argument, metavar="OUT", help="write the results to this file, too")
     return parser
 
 
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
-        refuse_missing(options.files)
+        files = find_files(options.files)
         opening.open_model(options.model)
         from evals.scoring import open_model
 
@@ -217,7 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
         print(f"{source}: windows of {window_tokens} tokens, stride {stride_tokens}\n{HEADER}", flush=True)
         results = []
-        for path in options.files:
+        for path in map(str, files):
             texts = islice(texts_of(path, options.format, field), options.limit)
             results.append(perplexity(opened, texts, path, window_tokens, stride_tokens, options.batch))
             print(line(results[-1]), flush=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from data.config import SourceConfig
-from data.sources import FORMATS, Cursor, Source, format_of
+from data.discovery import FORMATS, find_files, format_of
+from data.sources import Cursor, Source
 from trainer.config import PretrainConfig, WeightsConfig
 from tune.config import TuneConfig
 
@@ -19,19 +20,6 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-field", metavar="NAME", help="field or column with the text; that of the run's own data unless given"
     )
-
-
-def refuse_missing(paths: Sequence[str | Path]) -> None:
-    """Before a model is read for minutes.
-
-    Raises:
-        ValueError: naming every path that is no file.
-    """
-    if missing := [str(path) for path in paths if not Path(path).is_file()]:
-        raise ValueError(
-            f"there is no file {', '.join(missing)} (paths are relative to {Path.cwd()}); give text, JSON lines, "
-            "Parquet or CSV files, compressed or not"
-        )
 
 
 def text_field_of(config: PretrainConfig | TuneConfig | WeightsConfig) -> str:
@@ -53,8 +41,7 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
     Raises:
         ValueError: if it is missing, its format is not known, or it cannot be read.
     """
-    refuse_missing([path])
-    file = Path(path)
+    (file,) = find_files([str(path)])
     named: Any = kind or format_of(file)
     if named is None:
         raise ValueError(

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from data.files import write_atomically
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import checkpoints_of, is_run, newest_first, next_abandoned, run_of, step_of
 from trainer.heartbeat import BEAT_EVERY_S, FINAL, read_beats
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="launch.rewind", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder, for example runs/my")
+    parser.add_argument("run", type=path_argument, help="run folder, for example runs/my")
     parser.add_argument("step", type=int, help="optimiser steps done at the checkpoint to go back to")
     options = parser.parse_args(arguments)
     with user_errors():

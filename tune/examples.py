@@ -9,7 +9,6 @@ E: entries (an example, or one of its choices, or a piece of a text), I: ids of 
 
 from __future__ import annotations
 
-import lzma
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,16 +16,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import zstandard
 
 from data.config import SourceConfig
-from data.sources import Cursor, Source, format_of, json_records
+from data.containers import UNREADABLE, json_records
+from data.discovery import find_files, format_of
+from data.sources import Cursor, Source
 from settings import did_you_mean
 from tune.config import ChatConfig, ExamplesConfig, ExampleSource
 from tune.text import TextTokenizer
-
-UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
-"""What a broken file or a wrong line raises."""
 
 
 class Example(NamedTuple):
@@ -260,8 +257,10 @@ def _check_choices(source: ExampleSource, tokenizer: TextTokenizer) -> None:
 
 
 def _files(source: ExampleSource) -> list[Path]:
-    options = {"name": source.name, "files": source.files, "format": "text"}  # any format: only the paths are asked for
-    return Source(SourceConfig.model_validate(options)).files
+    try:
+        return find_files(source.files)
+    except ValueError as error:
+        raise ValueError(f"source '{source.name}': {error}") from None
 
 
 def _value(record: dict[str, Any], field: str, setting: str = "") -> Any:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from settings import user_errors
+from settings import path_argument, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,8 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="tune.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a tuning run or one of its checkpoints")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument(
+        "path", type=path_argument, metavar="RUN_OR_CHECKPOINT", help="a tuning run or one of its checkpoints"
+    )
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="folder to write; must not exist")
     options = parser.parse_args(arguments)
     with user_errors():
         from trainer.checkpoints.weights_folder import require_absent, write_weights

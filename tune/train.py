@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
@@ -76,10 +76,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="tune.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="YAML of the run, for example configs/tune_lora_ensemble.yaml")
+    parser.add_argument(
+        "config", type=path_argument, help="YAML of the run, for example configs/tune_lora_ensemble.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     with user_errors(), lost_rank():
         file = load_file(arguments.config, arguments.overrides)
         open_run(file.train)

@@ -15,6 +15,7 @@ from typing import get_args
 from pydantic import ValidationError
 
 from model.config import ModelConfig, RouterConfig
+from settings import path_argument
 
 CPU_SIZES = {"layers": 12, "width": 384, "heads": 6, "kv_heads": 2, "ffn_width": 1024, "vocab": 4096}
 CUDA_SIZES = {"layers": 16, "width": 2048, "heads": 16, "kv_heads": 4, "ffn_width": 7168, "vocab": 32768}
@@ -65,7 +66,7 @@ def add_run(parser: argparse.ArgumentParser, repeats: int, check: bool = True) -
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: fp32 on cpu, else bf16)")
     parser.add_argument("--repeats", type=int, default=repeats, help="measured rounds (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--json", type=path_argument, help="write the rows to this file")
     if check:
         parser.add_argument(
             "--check",

@@ -30,7 +30,7 @@ from bench.isoflop.runs import dial, downstream, is_done, prepare, side_by_side,
 from bench.isoflop.suite import Run, Suite, load_suite, plan
 from data.files import only_writer, write_atomically
 from data.places import TEXTS_VARIABLE
-from settings import did_you_mean, to_yaml, user_errors
+from settings import did_you_mean, path_argument, to_yaml, user_errors
 from settings.project import installing
 from trainer import code_state
 
@@ -183,7 +183,7 @@ def _report(suite: Suite, runs: Sequence[Run], out: Path, command: str, must: bo
 def _parser() -> argparse.ArgumentParser:
     made = parser("bench.isoflop", str(__doc__))
     add = made.add_argument
-    add("suite", type=Path, metavar="SUITE", help="YAML of a suite, for example bench/suites/small.yaml")
+    add("suite", type=path_argument, metavar="SUITE", help="YAML of a suite, for example bench/suites/small.yaml")
     add("overrides", nargs="*", metavar="key.sub=value", help="override a field of the suite: tokens=100000 seeds=[0]")
     add("--only", nargs="+", metavar="VARIANT", help="run these variants only; tables have all that is done")
     add("--seeds", nargs="+", type=int, metavar="N", help="run the suite's runs with these seeds only")
@@ -192,13 +192,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--ranks", type=int, default=1, help="processes of each run, under deepspeed (default: %(default)s)")
     add(
         "--out",
-        type=Path,
+        type=path_argument,
         metavar="FOLDER",
         help="run folders, logs, tables, pictures (default: runs/ and SUITE's name)",
     )
     add(
         "--against",
-        type=Path,
+        type=path_argument,
         metavar="FOLDER",
         help="compare with the results.csv there, all but time; exit 1 where a figure is off by more than "
         f"{TOLERANCE:g} relative. Same machine type, threads, ranks: else rounding alone is more",

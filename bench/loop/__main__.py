@@ -58,7 +58,7 @@ from bench.loop import OURS, PEER, WINDOWS
 from data.config import DataConfig
 from data.files import write_atomically
 from model.config import RouterConfig
-from settings import to_yaml, user_errors
+from settings import path_argument, to_yaml, user_errors
 from trainer.config import PretrainConfig
 from trainer.local_ranks import deepspeed_launcher, environment_alone, free_port
 
@@ -275,7 +275,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options_parser.add_argument("--steps", type=int, default=6, help="steps a turn (default: %(default)s)")
     options_parser.add_argument(
-        "--disk", type=Path, default=Path(), help="folder to write data and checkpoints below (default: the current)"
+        "--disk",
+        type=path_argument,
+        default=Path(),
+        help="folder to write data and checkpoints below (default: the current)",
     )
     add_run(options_parser, repeats=3)
     options = options_parser.parse_args(arguments)

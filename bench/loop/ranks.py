@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from bench.common.turns import Turn, TurnsAreOver
 from bench.loop import OURS, PEER
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer.config import load_run
 
 
@@ -16,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Take steps until there are no more turns."""
     parser = argparse.ArgumentParser(prog="bench.loop.ranks", description=__doc__)
     parser.add_argument("kind", choices=[OURS, PEER], help="whose loop")
-    parser.add_argument("config", type=Path, help="YAML of a stage-one run")
+    parser.add_argument("config", type=path_argument, help="YAML of a stage-one run")
     parser.add_argument("name", help="of the contestant")
     parser.add_argument("port", type=int, help="of the store by which turns are given")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

@@ -27,7 +27,7 @@ from data.files import write_atomically
 from evals.dial import JSON, PICTURE, folder_of
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer import opening
 from trainer.config import PretrainConfig
 
@@ -180,7 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="evals.dial", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("path", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints")
+    parser.add_argument(
+        "path", type=path_argument, metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints"
+    )
     parser.add_argument(
         "--densities", type=float, nargs="+", default=list(DENSITIES), metavar="RHO", help="above 0 and at most 1"
     )
@@ -194,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         help="other windows to measure on; those of the training's evaluation, or half of the set, unless given",
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="RUN/dial unless given")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="RUN/dial unless given")
     options = parser.parse_args(arguments)
     with user_errors():
         opening.open_model(options.path)

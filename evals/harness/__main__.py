@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.files import write_atomically
+from data.hub_cache import ensure_hub_cache
 from evals.harness.tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
-from settings import did_you_mean, user_errors
+from settings import did_you_mean, path_argument, user_errors
 from settings.project import installing
 from trainer import opening
 
@@ -133,20 +134,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="evals.harness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
+    parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     parser.add_argument("--tasks", nargs="+", default=[BLIMP, PERPLEXITY], metavar="TASK", help="blimp perplexity ...")
-    parser.add_argument("--data", type=Path, metavar="DATA", help=f"folder that holds {BLIMP}/, tuning/ and {TEXT}")
-    parser.add_argument("--text", type=Path, metavar="FILE", help=f"of {PERPLEXITY}, instead of DATA/{TEXT}")
-    parser.add_argument("--include", type=Path, metavar="FOLDER", help="of task files of your own")
+    parser.add_argument(
+        "--data", type=path_argument, metavar="DATA", help=f"folder that holds {BLIMP}/, tuning/ and {TEXT}"
+    )
+    parser.add_argument("--text", type=path_argument, metavar="FILE", help=f"of {PERPLEXITY}, instead of DATA/{TEXT}")
+    parser.add_argument("--include", type=path_argument, metavar="FOLDER", help="of task files of your own")
     parser.add_argument(
         "--shots", type=int, metavar="N", help="examples before each question (unless given blimp 0, classify 1)"
     )
     parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
     parser.add_argument("--limit", type=int, metavar="N", help="first documents of each task; all unless given")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="windows that run at once (default 16)")
-    parser.add_argument("--against", type=Path, metavar="HF_DIR", help="an export to run the same tasks on")
+    parser.add_argument("--against", type=path_argument, metavar="HF_DIR", help="an export to run the same tasks on")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that HF_DIR brings")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write metrics and log-likelihoods to this file, too")
+    parser.add_argument(
+        "--json", type=path_argument, metavar="OUT", help="write metrics and log-likelihoods to this file, too"
+    )
     return parser
 
 
@@ -159,6 +164,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"there is no folder {options.include}; --include names one with task files")
     if options.json is not None and not options.json.parent.is_dir():
         raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+    ensure_hub_cache()
     try:
         import lm_eval  # noqa: F401
     except ImportError:

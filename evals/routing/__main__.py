@@ -22,12 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.discovery import find_files
 from data.files import write_atomically
 from evals.routing.page import LEARNED, Bar, History, Routing, RoutingReport, ShownToken, Votes, page, visible
-from evals.texts import add_text_options, refuse_missing, text_field_of
+from evals.texts import add_text_options, text_field_of
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer import opening
 from trainer.checkpoints.layout import run_of
 from trainer.config import WeightsConfig
@@ -395,25 +396,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="evals.routing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "path", type=Path, metavar="MODEL", help="a run of either stage, one of its checkpoints, or a folder of weights"
+        "path",
+        type=path_argument,
+        metavar="MODEL",
+        help="a run of either stage, one of its checkpoints, or a folder of weights",
     )
-    parser.add_argument("files", type=Path, nargs="*", metavar="FILES", help="texts; the run's validation set if none")
+    parser.add_argument("files", nargs="*", metavar="FILES", help="texts; the run's validation set if none")
     parser.add_argument(
         "--tokens", type=int, default=TOKENS, metavar="N", help=f"how many tokens to run, about; {TOKENS} unless given"
     )
     add_text_options(parser)
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"an .html file; RUN/{NAME} unless given")
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help=f"an .html file; RUN/{NAME} unless given")
     options = parser.parse_args(arguments)
     with user_errors():
         if options.tokens < FEWEST:
             raise ValueError(f"--tokens must be at least {FEWEST} to say anything, got {options.tokens}; raise it")
         opening.open_model(options.path)
         out = _out(options.path, options.out)
-        refuse_missing(options.files)
+        files = find_files(options.files) if options.files else []
         from tune.load import load_model
 
         loaded, name = load_model(options.path), _name_of(options.path)
-        report = report_on(loaded, options.files, options.tokens, name, options.format, options.text_field)
+        report = report_on(loaded, files, options.tokens, name, options.format, options.text_field)
         for label, value in report.facts:
             print(f"{label}: {value}")
         content = page(report).encode()

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import user_errors
+from settings import path_argument, user_errors
 
 ASKED = 40
 """Examples that are asked, the first ones of the file."""
@@ -43,8 +43,8 @@ class Answer:
 def main() -> int:
     """Ask, count, and show some of either kind."""
     parser = argparse.ArgumentParser(prog="launch.demo.answers", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="what convert.to_hf wrote")
-    parser.add_argument("examples", type=Path, help="JSON lines with prompt and response")
+    parser.add_argument("folder", type=path_argument, help="what convert.to_hf wrote")
+    parser.add_argument("examples", type=path_argument, help="JSON lines with prompt and response")
     arguments = parser.parse_args()
     with user_errors():
         examples = read(arguments.examples)

@@ -12,11 +12,10 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from launch.demo.stages import DemoStage
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer.config import PretrainConfig, load_run
 
 _STARTS = 65.0 / 0.013
@@ -83,7 +82,7 @@ def _python_s() -> float:
 def main() -> int:
     """Measure, print as JSON."""
     parser = argparse.ArgumentParser(prog="launch.demo.estimate", description=__doc__.splitlines()[0])
-    parser.add_argument("config", type=Path, help="YAML of stage one")
+    parser.add_argument("config", type=path_argument, help="YAML of stage one")
     parser.add_argument("--ranks", type=int, default=2, help="processes that will train")
     arguments = parser.parse_args()
     with user_errors():

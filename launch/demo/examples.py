@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.files import write_atomically
-from settings import user_errors
+from settings import path_argument, user_errors
 
 RESPONSES = (")", "]", "))", "])", ")]")
 """The commonest; there are too few of others to validate on."""
@@ -37,7 +37,9 @@ _NO_CODE = "#'\"\\"
 def main() -> int:
     """Write both sets; they are small, so they are made again each time."""
     parser = argparse.ArgumentParser(prog="launch.demo.examples", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where brackets-train.jsonl and brackets-validation.jsonl go")
+    parser.add_argument(
+        "folder", type=path_argument, help="where brackets-train.jsonl and brackets-validation.jsonl go"
+    )
     folder = parser.parse_args().folder
     library = Path(sysconfig.get_paths()["stdlib"])
     with user_errors():

@@ -30,7 +30,7 @@ from launch.doctor import hosts
 from launch.doctor.findings import Check, Finding, merge, run, worst
 from launch.plan.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
 from launch.plan.workload import Workload, count_weights
-from settings import counted, rank_by_environment, user_errors
+from settings import counted, path_argument, rank_by_environment, user_errors
 from trainer.checkpoints.retention import most_at_once
 from trainer.config import PretrainConfig
 from tune.config import TuneFile
@@ -194,10 +194,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="launch.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "config", type=Path, nargs="?", help="YAML of a run of either stage; without it the machine only"
+        "config", type=path_argument, nargs="?", help="YAML of a run of either stage; without it the machine only"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
-    parser.add_argument("--hostfile", type=Path, help="of the deepspeed launcher: every host is asked")
+    parser.add_argument("--hostfile", type=path_argument, help="of the deepspeed launcher: every host is asked")
     parser.add_argument("--json", action="store_true", help="findings as JSON: check, level, found, remedy")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser

@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.batches import TrainingData
-from data.config import SourceConfig
-from data.sources import Source
+from data.discovery import find_files
 from data.store import TokenStore, validation_folder
 from data.tokenizer import tokenizer_sha256
 from launch.configs import model_of, tokenizer_folder
@@ -45,6 +44,6 @@ def examples(file: TuneFile) -> Iterator[Finding]:
     require_vocabulary(load_text_tokenizer(folder).vocab_size, folder, model_of(file).vocab_size)
     files: list[Path] = []
     for source in (*file.data.sources, *file.data.validation, *file.data.test):
-        files += Source(SourceConfig(name=source.name, files=source.files, format="text")).files
+        files += find_files(source.files)
     megabytes = sum(path.stat().st_size for path in files) / 1e6
     yield Finding("data", "ok", f"{len(files)} files, {megabytes:,.1f} MB; the tokenizer in {folder} fits the model")

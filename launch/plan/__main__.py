@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch.plan import communication
 from launch.plan.communication import Cluster, Step, expected_mfu, ladder, volume
 from launch.plan.gpus import GPUS
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
-from settings import counted, tables, user_errors
+from settings import counted, path_argument, tables, user_errors
 from trainer.checkpoints.retention import most_at_once
 
 LARGEST = 8192
@@ -211,7 +210,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="YAML of a run of either stage, for example configs/skip_1b.yaml")
+    parser.add_argument(
+        "config", type=path_argument, help="YAML of a run of either stage, for example configs/skip_1b.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole run")
     parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="which; figures in launch/plan/gpus.py")

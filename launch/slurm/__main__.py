@@ -25,7 +25,7 @@ from launch.slurm.config import SlurmConfig, load_site
 from launch.slurm.jobs import StageJob, load_next, load_stage, parse_array, refuse_held
 from launch.slurm.script import export_script, stage_script
 from launch.slurm.submit import BatchJob, submit
-from settings import counted, to_yaml, user_errors
+from settings import counted, path_argument, to_yaml, user_errors
 
 SITE_OPTIONS = ("nodes", "gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos", "venv", "container")
 
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=Path, help="YAML of a run of either stage")
+    parser.add_argument("config", type=path_argument, help="YAML of a run of either stage")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of CONFIG")
     add = parser.add_argument
     add("--nodes", type=int, help="nodes of the job (default: 1)")
@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--sbatch", action="append", default=[], metavar="OPTION", help="another option of sbatch: --sbatch=--exclusive"
     )
-    add("--site", type=Path, metavar="FILE", help="site file (default: ~/.config/hopscotch/slurm.yaml)")
+    add("--site", type=path_argument, metavar="FILE", help="site file (default: ~/.config/hopscotch/slurm.yaml)")
     add("--job-name", metavar="NAME", help="name in the queue (default: the run folder's)")
     add("--array", metavar="KEY=A,B,...", help="one run for every value of a field: train.seed=0,1,2")
     add(

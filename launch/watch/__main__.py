@@ -21,7 +21,7 @@ from pathlib import Path
 
 from launch.watch.report import Report, line, page
 from launch.watch.sources import Figures, read_checkpoint, read_figures, read_steps
-from settings import user_errors
+from settings import path_argument, user_errors
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 from trainer.heartbeat import FINAL, Beat, read_beats
 from trainer.monitor import metrics_file
@@ -121,7 +121,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="launch.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run folder: train.run_dir, for example runs/demo")
+    parser.add_argument("run", type=path_argument, help="run folder: train.run_dir, for example runs/demo")
     parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="seconds between reports (5)")
     parser.add_argument("--once", action="store_true", help="report once and exit")
     parser.add_argument(

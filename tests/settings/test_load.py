@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import Field, model_validator
 
-from settings import Strict, load, parse_yaml, to_yaml
-from settings.parse import SafeDumper
+from settings import Strict, load, to_yaml
+from settings.parse import Dumper, Loader
 
 
 class Source(Strict):
@@ -259,8 +260,37 @@ def test_libyaml_reads_and_writes_what_pyyaml_does() -> None:
     assert len(configs) > 10
     for path in configs:
         raw = yaml.safe_load(path.read_text())
-        assert parse_yaml(path.read_bytes()) == raw
-        assert yaml.safe_load(yaml.dump(raw, Dumper=SafeDumper, sort_keys=False, allow_unicode=True, width=120)) == raw
+        assert yaml.load(path.read_bytes(), Loader=Loader) == raw
+        assert yaml.safe_load(yaml.dump(raw, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)) == raw
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1:00:00", "1:00:00"), ("010", "010"), ("1e-3", 0.001), ("12_000_000", 12_000_000), ("0x1f", 31),
+        ("-7", -7), (".5", 0.5), ("1.5e3", 1500.0), (".inf", float("inf")), ("1.2.3", "1.2.3"), ("1e3x", "1e3x"),
+    ],
+)  # fmt: skip
+def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    """PyYAML by itself takes 1:00:00 for 3600, 010 for 8 and 1e-3 for a word."""
+    found = yaml.load(text, Loader=Loader)
+    assert found == value and type(found) is type(value)
+    for written in (text, value):  # and texts that look like numbers come back as texts
+        assert yaml.load(yaml.dump(written, Dumper=Dumper), Loader=Loader) == written
+
+
+def test_a_time_of_day_is_no_number_of_steps(write) -> None:
+    path = write(GOOD)
+    with pytest.raises(ValueError, match=r"train\.steps: input should be a valid integer.*got '1:00:00'"):
+        load(path, ["train.steps=1:00:00"], Run)
+
+
+def test_there_are_no_comments_on_a_command_line(write) -> None:
+    path = write(GOOD)
+    assert load(path, ["name=runs/exp #3"], Run).name == "runs/exp #3"
+    assert load(path, ["name=#3"], Run).name == "#3" and load(path, ['name="a #3"'], Run).name == "a #3"
+    with pytest.raises(ValueError, match=r"override 'name=\[a\] #3': what follows the value after # would be lost"):
+        load(path, ["name=[a] #3"], Run)
 
 
 def test_loading_does_not_change_the_file(write) -> None:

@@ -1,0 +1,199 @@
+"""What files of text come in: compressions, encodings, JSON, tables.
+
+Everything here yields values in the order of the file, holding one document (or one chunk of a table) in memory; only a
+JSON file that is one big array, and a compressed Parquet file, are held whole. Text in UTF-16 or UTF-32 is known by the
+mark at its start and becomes UTF-8; without a mark text is UTF-8.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from data.discovery import COMPRESSIONS
+
+MARKS = (  # UTF-32's first: one of them begins with one of UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+UNREADABLE = (ValueError, OSError, EOFError, RecursionError, lzma.LZMAError, zstandard.ZstdError)
+"""What a broken file or a wrong line raises."""
+_READ_BYTES = 1 << 20
+_ZSTD_WINDOW_BYTES = 1 << 31
+"""What ``zstd --long=31`` needs, the most that the format's own tool takes."""
+_START_BYTES = 4096
+_ROWS_AT_ONCE = 64
+
+
+def open_bytes(path: Path) -> io.BufferedReader:
+    """A file's decompressed bytes; the compression is inferred from the name."""
+    file: Any = path.open("rb")
+    if path.suffix == ".gz":
+        file = gzip.GzipFile(fileobj=file)
+    elif path.suffix == ".xz":
+        file = lzma.LZMAFile(file)  # noqa: SIM115
+    elif path.suffix == ".zst":
+        decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+        file = decompressor.stream_reader(file, read_across_frames=True)
+    else:
+        return file
+    return io.BufferedReader(file, _READ_BYTES)
+
+
+def open_text(path: Path) -> io.BufferedReader:
+    """A file's text as UTF-8 without a mark at its start.
+
+    What is no UTF-8 stays as it is; what is wrong in another encoding is replaced by U+FFFD.
+    """
+    file = open_bytes(path)
+    start = file.peek(4)[:4]
+    encoding = next((encoding for mark, encoding in MARKS if start.startswith(mark)), None)
+    if encoding is not None:
+        return io.BufferedReader(_AsUtf8(file, encoding), _READ_BYTES)
+    if start.startswith(codecs.BOM_UTF8):
+        file.read(len(codecs.BOM_UTF8))
+    return file
+
+
+class _AsUtf8(io.RawIOBase):
+    """Bytes in another encoding, read as UTF-8."""
+
+    def __init__(self, file: io.BufferedReader, encoding: str) -> None:
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+        self._ready = b""
+        self._ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            chunk = self._file.read(_READ_BYTES)
+            self._ended = not chunk
+            self._ready = self._decoder.decode(chunk, final=self._ended).encode()
+        taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def whole_text(path: Path) -> bytes:
+    """All of a file as UTF-8, see :func:`open_text`."""
+    _require_whole(path)
+    with open_text(path) as file:
+        return file.read()
+
+
+def json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every record of JSON lines or of one array, and where it stands: ``line 1`` or ``item 0``.
+
+    A byte that is not UTF-8 becomes a lone surrogate in its string; an integer of thousands of digits, a float.
+
+    Raises:
+        ValueError: naming the line that is not JSON.
+    """
+    _require_whole(path)
+    with open_text(path) as file:
+        if file.peek(_START_BYTES)[:_START_BYTES].lstrip().startswith(b"["):
+            records = _parsed(file.read(), "the array")
+            yield from ((f"item {number}", record) for number, record in enumerate(records))
+            return
+        for number, line in enumerate(file, start=1):
+            if line := line.strip():
+                yield f"line {number}", _parsed(line, f"line {number}")
+
+
+def _parsed(text: bytes, place: str) -> Any:
+    decoded = text.decode(errors="surrogateescape")
+    try:
+        try:
+            return json.loads(decoded)
+        except json.JSONDecodeError:
+            raise
+        except ValueError:  # Python refuses to read such an integer, which is valid JSON
+            return json.loads(decoded, parse_int=float)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON ({error}); correct it") from None
+
+
+def csv_values(path: Path, column: str) -> Iterator[bytes]:
+    """A column as text: "NA" and "1.0" are documents, not a missing value and a number.
+
+    Raises:
+        ValueError: there is no such column, or a row is broken.
+    """
+    import pandas
+
+    options: dict[str, Any] = {"encoding": "utf-8", "encoding_errors": "surrogateescape"}
+    _require_whole(path)
+    with open_text(path) as file:
+        try:
+            _require_column(column, list(pandas.read_csv(file, nrows=0, **options).columns))
+        except pandas.errors.EmptyDataError:
+            return
+    with open_text(path) as file:
+        rows = pandas.read_csv(file, usecols=[column], dtype=str, keep_default_na=False, chunksize=10_000, **options)
+        for chunk in rows:
+            for value in chunk[column]:
+                yield str(value).encode(errors="surrogateescape")
+
+
+def parquet_values(path: Path, column: str) -> Iterator[Any]:
+    """A column's values; strings as bytes, so that what is no Unicode in them does not end the file.
+
+    Raises:
+        ValueError: there is no such column, or the file is broken.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    _require_whole(path)
+    source: Any = str(path)
+    if path.suffix in COMPRESSIONS:
+        with open_bytes(path) as file:
+            source = pyarrow.BufferReader(file.read())
+    with pyarrow.parquet.ParquetFile(source) as table:
+        _require_column(column, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
+            values = batch.column(0)
+            if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
+                values = values.cast(pyarrow.large_binary())
+            yield from values.to_pylist()
+
+
+def _require_column(column: str, there: list[str]) -> None:
+    if column not in there:
+        raise ValueError(
+            f"there is no column '{column}' (there: {', '.join(there) or 'none'}); name the one with the text: the "
+            "source's text_field in a config, --text-field on a command line"
+        )
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a cut-off .zst: unlike gzip and xz, its reader ends quietly where the bytes end."""
+    if path.suffix != ".zst":
+        return
+    frame = None
+    with path.open("rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            while chunk:
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
+                frame.decompress(chunk)
+                chunk = frame.unused_data if frame.eof else b""
+                frame = None if frame.eof else frame
+    if frame is not None:
+        raise ValueError("the compressed file is cut off")

@@ -1,0 +1,103 @@
+"""Which files a user means: one contract for every command that takes names or patterns of files.
+
+a name           is taken as it is, even with * or [ in it; it must be a file that can be read
+a pattern        glob's: * within a folder, ** over folders; hidden files only where the dot is written
+~ $NAME          the home folder, the environment's variables
+{stdlib} {texts} see data/places.py
+order            sorted by name, whatever the order of the patterns
+links            followed; one real file counts once, whatever the names that lead to it
+folders          matched by a pattern are passed over; named, they are refused
+broken links     are refused, as is what cannot be read: what was asked for is not left out without a word
+empty files      count, and hold no document
+vanished later   refused by name when their turn comes
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from data.places import expand, hint
+from settings import shown
+
+FORMATS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+COMPRESSIONS = (".gz", ".xz", ".zst")
+EDGE_BYTES = 65_536
+"""How much of a file's start and end goes into its fingerprint."""
+
+
+def find_files(patterns: Sequence[str]) -> list[Path]:
+    """The files that ``patterns`` name, in the order and by the rules above.
+
+    Raises:
+        ValueError: a pattern matches no file, or matches something that cannot be read.
+    """
+    names: set[str] = set()
+    for pattern in patterns:
+        names.update(_matches(pattern))
+    found: dict[tuple[int, int], str] = {}
+    for name in sorted(names, key=os.path.abspath):
+        status = os.stat(name)
+        found.setdefault((status.st_dev, status.st_ino), name)
+    return [Path(name) for name in found.values()]
+
+
+def _matches(pattern: str) -> list[str]:
+    name = expand(pattern)
+    if os.path.lexists(name):
+        if Path(name).is_dir():
+            raise ValueError(f"{shown(name)} is a folder; name its files, such as '{shown(name)}/**/*.jsonl'")
+        matched = [name]
+    else:
+        matched = [match for match in glob.glob(name, recursive=True) if not os.path.isdir(match)]
+    if not matched:
+        raise ValueError(f"no file matches '{shown(pattern)}'{hint(pattern)}; correct the name or pattern")
+    for match in matched:
+        _require_readable(match)
+    return matched
+
+
+def _require_readable(name: str) -> None:
+    if not os.path.exists(name):
+        raise ValueError(
+            f"{shown(name)} is a link to {shown(os.readlink(name))}, which is not there; restore it, or remove the link"
+        )
+    if not os.path.isfile(name):
+        raise ValueError(f"{shown(name)} is no regular file, so it cannot be read twice; copy what it gives into one")
+    if not os.access(name, os.R_OK):
+        raise ValueError(f"{shown(name)} may not be read by this user; change its mode, or leave it out")
+
+
+def format_of(path: Path) -> str | None:
+    """A file's format by its name, a compression's ending left out; None for an ending that is not known."""
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
+    return FORMATS.get(suffix.lower())
+
+
+def fingerprint(path: Path, root: Path | None = None) -> dict[str, Any]:
+    """A file's name, size and a SHA-256 of its first and last 64 KiB: cheap, and unlike a time it survives a copy.
+
+    Args:
+        path: of the file.
+        root: where given, the name is relative to it.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(EDGE_BYTES))
+        file.seek(max(size - EDGE_BYTES, 0))
+        digest.update(file.read(EDGE_BYTES))
+    name = path.name if root is None else path.relative_to(root)
+    return {"name": shown(name), "bytes": size, "edges_sha256": digest.hexdigest()}

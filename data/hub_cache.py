@@ -1,0 +1,41 @@
+"""A cache that the Hub's libraries can write to, on machines whose home cannot be written (containers, batch users)."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+
+def ensure_hub_cache() -> None:
+    """Before ``datasets`` or ``huggingface_hub`` is imported: a temporary ``HF_HOME`` where the usual one has no room.
+
+    Raises:
+        ValueError: ``HF_HOME`` is set, and cannot be written.
+    """
+    given = os.environ.get("HF_HOME")
+    usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "huggingface")
+    folder = Path(given or usual)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return
+    except OSError as error:
+        reason = error.strerror
+    if given:
+        raise ValueError(
+            f"HF_HOME={given} cannot be written ({reason}), where the Hub's libraries keep what they read; set it to a "
+            "folder of yours"
+        )
+    made = tempfile.mkdtemp(prefix="hopscotch-hub-")
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    os.environ["HF_HOME"] = made
+    print(
+        f"note: {folder} cannot be written ({reason}), so what the Hub's libraries keep goes to {made} until this "
+        "command ends; set HF_HOME to keep it",
+        file=sys.stderr,
+        flush=True,
+    )

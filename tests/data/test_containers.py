@@ -1,0 +1,114 @@
+"""Encodings, windows of decompressors, odd but valid containers. Formats and cut files: tests/data/test_sources.py."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import lzma
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from data.config import SourceConfig
+from data.containers import csv_values, json_records, parquet_values, whole_text
+from data.sources import Cursor, Source
+from tune.config import ExampleSource
+
+TEXT = "naïve \U0001f600\r\nтекст\n"
+
+
+def read(path: Path, **fields: Any) -> list[str]:
+    config = SourceConfig.model_validate({"name": "s", "files": [str(path)], **fields})
+    return [document.text.decode() for document in Source(config).documents(Cursor(0, 0))]
+
+
+@pytest.mark.parametrize("mark", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])
+@pytest.mark.parametrize("suffix", ["", ".xz"])
+def test_text_in_the_encoding_that_its_first_bytes_say(tmp_path: Path, mark: str, suffix: str) -> None:
+    boms = {
+        "utf-16-le": codecs.BOM_UTF16_LE, "utf-16-be": codecs.BOM_UTF16_BE,
+        "utf-32-le": codecs.BOM_UTF32_LE, "utf-32-be": codecs.BOM_UTF32_BE, "utf-8-sig": b"",
+    }  # fmt: skip
+    files = {
+        "a.txt": TEXT,
+        "a.jsonl": json.dumps({"text": TEXT}, ensure_ascii=False) + "\n",
+        "a.json": json.dumps([{"text": TEXT}], ensure_ascii=False),
+        "a.csv": 'n,text\n1,"' + TEXT + '"\n',
+    }
+    for name, content in files.items():
+        raw = boms[mark] + content.encode(mark)
+        path = tmp_path / f"{name}{suffix}"
+        path.write_bytes(lzma.compress(raw) if suffix else raw)
+        assert read(path) == [TEXT], name
+
+
+def test_half_a_character_in_another_encoding_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF16_LE + "ab".encode("utf-16-le") + b"\x00")
+    assert whole_text(tmp_path / "a.txt").decode() == "ab\ufffd"
+
+
+def test_tuning_reads_other_encodings_too(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json.dumps({"prompt": "é", "response": "x"}).encode("utf-16"))
+    assert list(json_records(tmp_path / "a.jsonl")) == [("line 1", {"prompt": "é", "response": "x"})]
+    assert ExampleSource.model_validate({"name": "s", "files": ["a"]}).format == "response"
+
+
+@pytest.mark.parametrize("window_log", [27, 28, 31])
+def test_the_longest_windows_of_zstd(tmp_path: Path, window_log: int) -> None:
+    parameters = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=parameters)
+    stream = compressor.compressobj()  # of unknown size, as from a pipe: the frame asks for the whole window
+    (tmp_path / "a.txt.zst").write_bytes(stream.compress(b"long " * 1000) + stream.flush())
+    assert read(tmp_path / "a.txt.zst") == ["long " * 1000]
+
+
+def test_containers_without_documents(tmp_path: Path) -> None:
+    for name in ("a.csv", "a.jsonl", "a.json"):
+        (tmp_path / name).touch()
+        assert read(tmp_path / name) == []
+    (tmp_path / "a.csv").write_text("n,text\n")
+    (tmp_path / "a.json").write_text("[]")
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "a.parquet")
+    for name in ("a.csv", "a.json", "a.parquet"):
+        assert read(tmp_path / name) == []
+
+
+def test_columns_that_are_not_there(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("n,body\n1,x\n")
+    pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), tmp_path / "a.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({}), tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match=r"no column 'text' \(there: n, body\)"):
+        list(csv_values(tmp_path / "a.csv", "text"))
+    with pytest.raises(ValueError, match=r"no column 'text' \(there: n\)"):
+        list(parquet_values(tmp_path / "a.parquet", "text"))
+    with pytest.raises(ValueError, match=r"no column 'text' \(there: none\)"):
+        list(parquet_values(tmp_path / "none.parquet", "text"))
+
+
+def test_numbers_and_depths_that_python_refuses(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "n": ' + "9" * 5000 + "}\n")
+    assert read(tmp_path / "a.jsonl") == ["x"]
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": ' + "[" * 200_000 + "]" * 200_000 + "}\n")
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        read(tmp_path / "a.jsonl")
+
+
+def test_bytes_that_are_no_unicode_in_tables(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"text\nab\xffc\n")
+    column = pyarrow.array([b"ab\xffc", b"ok"], pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.csv") == ["ab\ufffdc"] and read(tmp_path / "a.parquet") == ["ab\ufffdc", "ok"]
+
+
+def test_a_local_folder_of_the_hub_that_changed_is_another_source(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train.jsonl").write_text('{"text": "a"}\n')
+    config = SourceConfig(name="s", hub=str(tmp_path / "set"))
+    before = Source(config).identity()
+    assert Source(config).identity() == before
+    (tmp_path / "set/train.jsonl").write_text('{"text": "b"}\n')
+    assert Source(config).identity() != before
