@@ -13,7 +13,13 @@ from pathlib import Path
 
 COMMIT, CHANGES = "commit.txt", "changes.diff"
 """Files at the root of a copy."""
-_ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
+"""Of the code that runs."""
+
+
+def packages() -> list[Path]:
+    """The folders of our packages, tests left out."""
+    return [init.parent for init in ROOT.glob("*/__init__.py") if init.parent.name != "tests"]
 
 
 @cache
@@ -22,8 +28,8 @@ def commit() -> str | None:
 
     None outside a repository, and without git.
     """
-    if (_ROOT / COMMIT).is_file():
-        return (_ROOT / COMMIT).read_text(encoding="utf-8").strip() or None
+    if (ROOT / COMMIT).is_file():
+        return (ROOT / COMMIT).read_text(encoding="utf-8").strip() or None
     head = _git("rev-parse", "--verify", "HEAD")
     return None if head is None else head.strip() + ("-dirty" if diff() else "")
 
@@ -31,8 +37,8 @@ def commit() -> str | None:
 @cache
 def diff() -> str:
     """What ``git apply`` needs on top of the commit, of tracked files; nothing where :func:`commit` is None."""
-    if (_ROOT / COMMIT).is_file():
-        return (_ROOT / CHANGES).read_text(encoding="utf-8")
+    if (ROOT / COMMIT).is_file():
+        return (ROOT / CHANGES).read_text(encoding="utf-8")
     # Whatever the user's own settings make of a diff for reading.
     return _git("diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--relative") or ""
 
@@ -42,7 +48,7 @@ def _git(*arguments: str) -> str | None:
     # A refreshed index would be a write, which other commands there might trip over.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
-        done = subprocess.run(["git", *arguments], cwd=_ROOT, env=environment, capture_output=True, check=False)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, env=environment, capture_output=True, check=False)
     except OSError:
         return None
     return done.stdout.decode(errors="replace") if done.returncode == 0 else None

@@ -18,10 +18,10 @@ import torch
 
 from launch.doctor.findings import Finding
 from launch.plan.memory_model import GIB
+from trainer.code_state import ROOT
 from trainer.config import TrainConfig
 from trainer.deepspeed_internals import uses_cuda
 
-ROOT = Path(__file__).resolve().parents[2]
 PYTHON = (3, 11)
 _OPEN_FILES = 4096  # shards, sockets of every rank, checkpoint files
 _LOCK_OLD_S = 600.0

@@ -18,7 +18,7 @@ Git = Callable[..., str]
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in place of this project's, whose state nothing remembers."""
-    monkeypatch.setattr(code_state, "_ROOT", tmp_path)
+    monkeypatch.setattr(code_state, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     _forget()
     yield tmp_path
