@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.common.steps import stepper
 from settings import path_argument, user_errors
 from trainer.config import PretrainConfig, load_run
 from trainer.local_ranks import free_port
@@ -180,20 +181,9 @@ def _read(config: PretrainConfig, folder: Path, world: World, keep_state: bool =
 
 
 def _train(engine: Any, config: PretrainConfig, world: World, first: int, count: int) -> list[float]:
-    """Losses of ``count`` steps from step ``first`` on, at the peak rate."""
-    from data.batches import TrainingData
-    from model.budget import Budget
-    from trainer.engine import set_learning_rate
-    from trainer.loop import micro_batches
-    from trainer.step import train_step
-
-    budget = Budget(config.model, config.data.sequence_tokens, world.device)
-    data = micro_batches(TrainingData(config.data), config, world, first, first * config.train.global_batch_samples)
-    losses = []
-    for step, batches in zip(range(first, first + count), data, strict=False):
-        set_learning_rate(engine, 1.0)
-        losses.append(train_step(engine, batches, budget, config, world, step).tally.loss)
-    return losses
+    """Losses of ``count`` steps from step ``first`` on."""
+    step = stepper(engine, config, world, first)
+    return [step().tally.loss for _ in range(count)]
 
 
 if __name__ == "__main__":

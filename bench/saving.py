@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from bench.common.steps import stepper
 from settings import path_argument, user_errors
 from trainer.config import PretrainConfig, load_run
 
@@ -73,7 +74,7 @@ def measure(config: PretrainConfig, world: World, folder: Path, steps: int, roun
     from trainer.engine import build_engine
 
     engine = build_engine(config, world)
-    step = _stepper(engine, config, world)
+    step = stepper(engine, config, world)
     saver, number = Saver(folder, "", config, world, lambda sentence: None), count(1)
 
     def save() -> None:
@@ -109,24 +110,6 @@ def report(figures: dict[str, Any]) -> str:
         costs = figures["cost_in_steps"][name]
         lines.append(f"{words:36} {median(costs):6.2f} steps ({min(costs):.2f} to {max(costs):.2f})")
     return "\n".join(lines)
-
-
-def _stepper(engine: Any, config: PretrainConfig, world: World) -> Callable[[], None]:
-    """Takes the next step each time it is called."""
-    from data.batches import TrainingData
-    from model.budget import Budget
-    from trainer.engine import set_learning_rate
-    from trainer.loop import micro_batches
-    from trainer.step import train_step
-
-    budget = Budget(config.model, config.data.sequence_tokens, world.device)
-    data, places = micro_batches(TrainingData(config.data), config, world, 0, 0), count()
-
-    def step() -> None:
-        set_learning_rate(engine, 1.0)
-        train_step(engine, next(data), budget, config, world, next(places))
-
-    return step
 
 
 def _seconds(call: Callable[[], Any], times: int = 1) -> float:

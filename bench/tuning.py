@@ -14,23 +14,19 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
 from bench.common.options import parser, refuse
 from bench.common.timing import ratios, take_turns
+from bench.isoflop.runs import Job, side_by_side
 from data.places import texts
 from model.config import EnsembleConfig
 from settings import path_argument, user_errors
 from settings.project import shipped
 from settings.tables import markdown
-from trainer.local_ranks import environment_alone
 from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer
@@ -92,24 +88,14 @@ def overrides(run: TuningRun, base: str, data: Path, out: Path) -> list[str]:
     ]
 
 
-def train(run: TuningRun, options: argparse.Namespace) -> str | None:
-    """Run it unless it is done; the last line that it printed if it failed."""
+def job_of(run: TuningRun, options: argparse.Namespace) -> Job | None:
+    """What trains it; None if that is done."""
     folder = run.folder(options.out)
     if outcome(folder, run.task) is not None:
         return None
-    command = [sys.executable, "-m", "tune.train", _config(run.method)]
-    command += [*overrides(run, options.base, options.data, options.out), "train.checkpoint.resume=auto"]
-    done = subprocess.run(
-        [*command, *options.overrides],
-        check=False,
-        env=environment_alone(options.threads),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    if done.returncode == 0:
-        return None
-    return f"{run.folder(options.out).name}: {(done.stdout.strip().splitlines() or ['no output'])[-1]}"
+    arguments = [_config(run.method), *overrides(run, options.base, options.data, options.out)]
+    arguments += ["train.checkpoint.resume=auto", *options.overrides]
+    return Job(folder.name, ("tune.train", *arguments), options.out / "logs" / f"{folder.name}.log")
 
 
 def outcome(folder: Path, task: str) -> Outcome | None:
@@ -223,9 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         refuse(options, {"repeats": 0, "jobs": 1, "threads": 1})
         # Seeds outermost: an interrupted suite has whole tables of fewer seeds.
         runs = [TuningRun(m, t, s) for s in options.seeds for t in options.tasks for m in options.methods]
-        with ThreadPoolExecutor(options.jobs) as pool:
-            done = tqdm(pool.map(lambda run: train(run, options), runs), total=len(runs), unit="run")
-            failed = [problem for problem in done if problem is not None]
+        jobs = [job for job in (job_of(run, options) for run in runs) if job is not None]
+        failed = side_by_side(jobs, options.jobs, options.threads, "run")
         import torch
 
         times = take_turns(step_calls(options), options.repeats, torch.device("cpu")) if options.repeats else {}

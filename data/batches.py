@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import DataConfig
+from data.config import DataConfig, StreamConfig
 from data.order import ORDER_VERSION, Order
 from data.skip_ranges import pass_over
 from data.store import TokenStore, train_folder, validation_folder
@@ -75,7 +75,35 @@ class SourceSummary:
         return samples * self.share / self.windows
 
 
-class TrainingData:
+class MixedStream:
+    """What the training data of both stages share: windows of all sources, mixed and shuffled."""
+
+    def __init__(self, config: StreamConfig, windows: Sequence[int]) -> None:
+        """``windows`` of each source."""
+        self._stream, sources = config, config.sources
+        self._order = Order([s.name for s in sources], windows, [s.weight for s in sources], config.seed)
+
+    def _located(self, consumed: Sequence[int] | range) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+        """Sample ids int64 [B], their sources' numbers int64 [B], and for each sample its source and window."""
+        sample_ids = pass_over(np.asarray(consumed, np.int64), self._stream.skip_ranges)
+        sources, _, windows = self._order.locate(sample_ids)
+        return sample_ids, sources, list(zip(sources.tolist(), windows.tolist(), strict=True))
+
+    def _fingerprint(self, sources: Sequence[dict[str, Any]], **decisive: Any) -> str:
+        """SHA-256 of what each of the ``sources`` holds, of the order, and of what else is ``decisive``."""
+        decisive |= {
+            "order_version": ORDER_VERSION,
+            "seed": self._stream.seed,
+            "sequence_tokens": self._stream.sequence_tokens,
+            "sources": [
+                {"name": source.name, "weight": source.weight, **held}
+                for source, held in zip(self._stream.sources, sources, strict=True)
+            ],
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+class TrainingData(MixedStream):
     """All sources, mixed and shuffled."""
 
     def __init__(self, config: DataConfig, pin_memory: bool = False) -> None:
@@ -90,8 +118,7 @@ class TrainingData:
         names = [source.name for source in config.sources]
         self._tokenizer_sha256 = tokenizer_sha256(config.dir)
         self._stores = [_open(train_folder(config, name), self._tokenizer_sha256, config) for name in names]
-        windows = [store.windows(config.sequence_tokens) for store in self._stores]
-        self._order = Order(names, windows, [source.weight for source in config.sources], config.seed)
+        super().__init__(config, [store.windows(config.sequence_tokens) for store in self._stores])
 
     @property
     def vocab_size(self) -> int:
@@ -115,21 +142,10 @@ class TrainingData:
         ``restart_positions`` are left out too: they change what the model sees of the tokens, not the tokens.
         """
         sources = [
-            {
-                "name": source.name,
-                "weight": source.weight,
-                "files": [{name: file.sha256 for name, file in shard.files.items()} for shard in store.manifest.shards],
-            }
-            for source, store in zip(self._config.sources, self._stores, strict=True)
+            {"files": [{name: file.sha256 for name, file in shard.files.items()} for shard in store.manifest.shards]}
+            for store in self._stores
         ]
-        decisive = {
-            "order_version": ORDER_VERSION,
-            "tokenizer": self._tokenizer_sha256,
-            "seed": self._config.seed,
-            "sequence_tokens": self._config.sequence_tokens,
-            "sources": sources,
-        }
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        return self._fingerprint(sources, tokenizer=self._tokenizer_sha256)
 
     def summary(self) -> list[SourceSummary]:
         """One entry a source."""
@@ -149,12 +165,8 @@ class TrainingData:
 
         With ``skip_ranges`` set, ``Batch.sample_ids`` runs ahead of ``consumed`` by the samples passed over.
         """
-        sample_ids = pass_over(np.asarray(consumed, np.int64), self._config.skip_ranges)
-        sources, _, windows = self._order.locate(sample_ids)
-        rows = [
-            self._stores[source].window(window, self._config.sequence_tokens)
-            for source, window in zip(sources.tolist(), windows.tolist(), strict=True)
-        ]
+        sample_ids, sources, places = self._located(consumed)
+        rows = [self._stores[source].window(window, self._config.sequence_tokens) for source, window in places]
         return _batch(rows, sample_ids, self._config, self._pin_memory, sources)
 
 

@@ -4,7 +4,7 @@ a name           is taken as it is, even with * or [ in it; it must be a file th
 a pattern        glob's: * within a folder, ** over folders; hidden files only where the dot is written
 ~ $NAME          the home folder, the environment's variables
 {stdlib} {texts} see data/places.py
-order            sorted by name, whatever the order of the patterns
+order            sorted by absolute name, whatever the order and spelling of the patterns
 links            followed; one real file counts once, whatever the names that lead to it
 folders          matched by a pattern are passed over; named, they are refused
 broken links     are refused, as is what cannot be read: what was asked for is not left out without a word

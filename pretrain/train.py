@@ -12,15 +12,12 @@ error.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from settings import path_argument, user_errors
+from trainer.command import run_stage
 from trainer.config import PretrainConfig, load_run
 from trainer.exit_status import EXIT_PREEMPTED
-from trainer.monitor.stop import lost_rank
-from trainer.opening import open_run
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -42,33 +39,15 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
     with Trainer(config, config_path, data.fingerprint, validation_sets, world) as trainer:
         trainer.log.info(describe_start(trainer.config, data, world))
-        resumed_at = trainer.step
         if not run(trainer, data):
             return EXIT_PREEMPTED
-        if resumed_at == config.train.steps:
-            trainer.log.info(f"all {config.train.steps:,} steps were done already; raise train.steps to go on")
         trainer.log.info(describe_end(config, trainer.evaluations))
     return 0
 
 
 def main() -> int:
     """Parse the command line, meet the other ranks, train."""
-    parser = argparse.ArgumentParser(
-        prog="pretrain.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("config", type=path_argument, help="YAML of the run, for example configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_intermixed_args()
-    with user_errors(), lost_rank():
-        config = load_run(arguments.config, arguments.overrides)
-        open_run(config.train)
-        from trainer.distributed import join, leave
-
-        world = join(config.train.timeout_s)
-        status = train(config, arguments.config, world)
-        leave()
-    return status
+    return run_stage("pretrain.train", str(__doc__), "configs/demo.yaml", load_run, train)
 
 
 if __name__ == "__main__":

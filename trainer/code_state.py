@@ -9,11 +9,17 @@ from __future__ import annotations
 import os
 import subprocess
 from functools import cache
+from pathlib import Path
 
 from settings.project import ROOT
 
 COMMIT, CHANGES = "commit.txt", "changes.diff"
 """Files at the root of a copy."""
+
+
+def packages() -> list[Path]:
+    """The folders of our packages, tests left out."""
+    return [init.parent for init in ROOT.glob("*/__init__.py") if init.parent.name != "tests"]
 
 
 @cache

@@ -27,6 +27,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
         config.train.evaluation.every_steps,
     )
 
+    resumed_at = trainer.step
     # The starting point, or what a kill between save and evaluation left undone.
     due = trainer.step % evaluate_every == 0 or trainer.step == steps
     if due and not trainer.metrics.has_evaluation(trainer.step):
@@ -60,6 +61,8 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
                 trainer.validate()
             trainer.run.beat(trainer.step, "loading")
     trainer.metrics.close_bar()
+    if resumed_at == steps:
+        trainer.log.info(f"all {steps:,} steps were done already; raise train.steps to go on")
     return True
 
 

@@ -12,8 +12,7 @@ Dimension letters: B windows of a micro-batch, T tokens, S routed sites, k late 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -180,33 +179,13 @@ class Counter:
     def tally(self) -> Tally:
         """The sums on the host."""
         numbers = iter(self.vector.tolist())  # one copy, one wait
-        lists = [list(islice(numbers, size)) for size in self._sizes]
-        found = dict(zip(_Sums._fields, lists, strict=True))
-        one = {name: values[0] for name, values in list(found.items())[:10]}
-        routed = Routed(
-            tokens=one["tokens"],
-            visible_keys=one["visible_keys"],
-            executed_tokens=found["executed_tokens"],
-            attended_keys=found["attended_keys"],
-            head_tokens=one["head_tokens"],
-            explored_tokens=found["explored_tokens"],
-            explored_keys=found["explored_keys"],
-        )
-        return Tally(
-            nll=one["nll"],
-            z=one["z"],
-            targets=int(one["targets"]),
-            stop=int(one["stop"]),
-            routed=routed,
-            bad_micro_batches=int(one["bad_micro_batches"]),
-            overflow_tokens=found["overflow_tokens"],
-            distillation=one["distillation"],
-            vote_entropy=one["vote_entropy"],
-            vote_weights=found["vote_weights"],
-            vote_largest=found["vote_largest"],
-            source_nll=found["source_nll"],
-            source_targets=found["source_targets"],
-        )
+        found: dict[str, Any] = {
+            name: [next(numbers) for _ in range(size)] for name, size in zip(_Sums._fields, self._sizes, strict=True)
+        }
+        found |= {name: found[name][0] for name in _Sums._fields[:10]}
+        found |= {name: int(found[name]) for name in ("targets", "stop", "bad_micro_batches")}
+        routed = Routed(**{part.name: found.pop(part.name) for part in fields(Routed)})
+        return Tally(routed=routed, **found)
 
 
 def _window_nll(loss: LossSums, targets: Tensor, scored_targets: int | None) -> Tensor:

@@ -15,7 +15,6 @@ X: examples, E: entries (an example, or one of its choices, or a piece of a text
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,9 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import IGNORED, NO_SAMPLE, Batch
-from data.order import ORDER_VERSION, Order
-from data.skip_ranges import pass_over
+from data.batches import IGNORED, NO_SAMPLE, Batch, MixedStream
 from tune.config import ExamplesConfig, ExampleSource
 from tune.examples import Examples, read_examples
 from tune.packing import Packed, pack
@@ -83,7 +80,7 @@ class Scored:
     """int64 [N], the target itself."""
 
 
-class TuningData:
+class TuningData(MixedStream):
     """All sources, packed, mixed and shuffled."""
 
     def __init__(self, config: ExamplesConfig, tokenizer: TextTokenizer, pin_memory: bool = False) -> None:
@@ -96,8 +93,7 @@ class TuningData:
         self._tokenizer = tokenizer
         self._pin_memory = pin_memory
         self._sources = [_Packed(read_examples(s, config, tokenizer), config, tokenizer) for s in config.sources]
-        names, weights = [source.name for source in config.sources], [source.weight for source in config.sources]
-        self._order = Order(names, [len(packed.windows) for packed in self._sources], weights, config.seed)
+        super().__init__(config, [len(packed.windows) for packed in self._sources])
 
     @property
     def vocab_size(self) -> int:
@@ -110,19 +106,8 @@ class TuningData:
 
         A run resumes exactly only if it is the same. ``skip_ranges`` is left out: it is meant to be changed on the way.
         """
-        sources = [
-            {"name": source.name, "weight": source.weight, "windows": packed.sha256}
-            for source, packed in zip(self._config.sources, self._sources, strict=True)
-        ]
-        decisive = {
-            "order_version": ORDER_VERSION,
-            "tokenizer": self._tokenizer.sha256,
-            "eos_id": self._tokenizer.eos_id,
-            "seed": self._config.seed,
-            "sequence_tokens": self._config.sequence_tokens,
-            "sources": sources,
-        }
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        sources = [{"windows": packed.sha256} for packed in self._sources]
+        return self._fingerprint(sources, tokenizer=self._tokenizer.sha256, eos_id=self._tokenizer.eos_id)
 
     def summary(self) -> list[ExampleSummary]:
         """One entry a source."""
@@ -148,11 +133,8 @@ class TuningData:
 
         With ``skip_ranges`` set, ``Batch.sample_ids`` runs ahead of ``consumed`` by the samples passed over.
         """
-        sample_ids = pass_over(np.asarray(consumed, np.int64), self._config.skip_ranges)
-        sources, _, windows = self._order.locate(sample_ids)
-        rows = [
-            self._sources[source].row(window) for source, window in zip(sources.tolist(), windows.tolist(), strict=True)
-        ]
+        sample_ids, sources, places = self._located(consumed)
+        rows = [self._sources[source].row(window) for source, window in places]
         return _batch(rows, sample_ids, self._pin_memory, sources)
 
 

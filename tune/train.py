@@ -12,14 +12,11 @@ error.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from settings import path_argument, user_errors
+from trainer.command import run_stage
 from trainer.exit_status import EXIT_PREEMPTED
-from trainer.monitor.stop import lost_rank
-from trainer.opening import open_run
 from tune.config import TuneFile
 from tune.resolve import load_file, resolve
 from tune.text import load_text_tokenizer, require_vocabulary
@@ -60,11 +57,8 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         trained, total = trainable_counts(decoder)
         if trainer.step == 0:
             trainer.metrics.log_figures(0, {"parameters/trained": trained, "parameters/total": total})
-        resumed_at = trainer.step
         if not run(trainer, data):
             return EXIT_PREEMPTED
-        if resumed_at == config.train.steps:
-            trainer.log.info(f"all {config.train.steps:,} steps were done already; raise train.steps to go on")
         trainer.save_adapter(peft)
         trainer.test(tests)
         trainer.log.info(describe_end(config, trainer.evaluations))
@@ -73,24 +67,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
 
 def main() -> int:
     """Parse the command line, meet the other ranks, train."""
-    parser = argparse.ArgumentParser(
-        prog="tune.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "config", type=path_argument, help="YAML of the run, for example configs/tune_lora_ensemble.yaml"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_intermixed_args()
-    with user_errors(), lost_rank():
-        file = load_file(arguments.config, arguments.overrides)
-        open_run(file.train)
-        from trainer.distributed import join, leave
-
-        world = join(file.train.timeout_s)
-        status = train(file, arguments.config, world)
-        leave()
-    return status
+    return run_stage("tune.train", str(__doc__), "configs/tune_lora_ensemble.yaml", load_file, train)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from launch.doctor.findings import Finding
 from settings import counted
 from settings.project import ROOT
+from trainer.code_state import packages
 from trainer.config import StageConfig
 from trainer.distributed import World
 
@@ -47,8 +48,7 @@ class Facts:
 def facts(world: World) -> Facts:
     """This rank's; collective, for the clock."""
     code = hashlib.sha256()
-    packages = [init.parent for init in ROOT.glob("*/__init__.py") if init.parent.name != "tests"]
-    for path in sorted(path for package in packages for path in package.rglob("*.py")):
+    for path in sorted(path for package in packages() for path in package.rglob("*.py")):
         code.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     software = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {version('deepspeed')}"
     world.barrier()  # the first connects the ranks

@@ -19,8 +19,8 @@ from pathlib import Path
 from data.files import write_atomically
 from launch.slurm.jobs import StageJob
 from settings import to_yaml
-from settings.project import ROOT
 from trainer import code_state
+from trainer.checkpoints.layout import CONFIG
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ def _write(job: BatchJob, number: int, folder: Path) -> None:
     if not folder.exists():
         copy_code(folder / "code")
         shutil.copyfile(job.stage.file, folder / "config.original.yaml")
-        write_atomically(folder / "config.yaml", to_yaml(job.stage.configs[number]).encode())
+        write_atomically(folder / CONFIG, to_yaml(job.stage.configs[number]).encode())
     write_atomically(folder / job.file, job.script.encode())
 
 
 def copy_code(folder: Path) -> None:
     """The Python of every package, and which commit and changes it is."""
-    for package in (path.parent for path in ROOT.glob("*/__init__.py") if path.parent.name != "tests"):
+    for package in code_state.packages():
         for path in package.rglob("*.py"):
-            copy = folder / path.relative_to(ROOT)
+            copy = folder / path.relative_to(code_state.ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
     (folder / code_state.COMMIT).write_text(f"{code_state.commit() or ''}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_runs_are_made_once_and_every_method_has_its_row(
     assert float(rows[2][3]) == 1.0 and float(rows[3][3]) > 0
     assert found[0].voted == found[0].final == found[0].oracle and found[1].oracle >= found[1].best_layer
 
-    monkeypatch.setattr(tuning.subprocess, "run", lambda *_, **__: pytest.fail("it was run already"))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was run already"))
     assert main(_arguments(base_run, data, tmp_path / "runs", *methods[:3], "--repeats", "0")) == 0
     assert "lora_ensemble" in capsys.readouterr().out
 

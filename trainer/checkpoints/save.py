@@ -4,6 +4,9 @@
     write    a thread of each rank writes its own files, syncs and hashes them, and leaves a receipt
     finish   rank 0's thread, once all receipts are there, writes the manifest and renames the folder
 
+DeepSpeed writes in place and names a checkpoint ``latest`` before every rank has finished, so a kill leaves a torn one
+that looks whole. Here everything goes to ``step-N.partial`` (``layout.py``), and the manifest is written last.
+
 A save begins only after the one before has ended, so at most one copy of a rank's state is held. The threads use no
 collectives, which would cross those of the training step: what they agree on are files. A thread that fails makes its
 rank ask to stop; at the next step all ranks end together with its reason.

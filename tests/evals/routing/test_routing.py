@@ -13,19 +13,10 @@ import torch
 from torch import Tensor
 
 from data.batches import IGNORED, Batch
-from evals.routing.__main__ import (
-    FEWEST,
-    Observed,
-    _name_of,
-    _out,
-    _texts,
-    main,
-    observe,
-    report_on,
-    summarise,
-    votes_of,
-)
+from evals.routing import FEWEST
+from evals.routing.__main__ import _name_of, _out, main
 from evals.routing.page import Routing, RoutingReport, level, page, visible
+from evals.routing.report import Observed, _texts, observe, report_on, summarise, votes_of
 from evals.routing.windows import file_windows, own_windows, read_history
 from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder

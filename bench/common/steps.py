@@ -1,0 +1,30 @@
+"""Training steps one after the other, without a run around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import count
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.config import PretrainConfig
+    from trainer.distributed import World
+    from trainer.step import StepResult
+
+
+def stepper(engine: Any, config: PretrainConfig, world: World, first: int = 0) -> Callable[[], StepResult]:
+    """Takes the next step each time it is called, the first one step ``first``, all at the peak rate."""
+    from data.batches import TrainingData
+    from model.budget import Budget
+    from trainer.engine import set_learning_rate
+    from trainer.loop import micro_batches
+    from trainer.step import train_step
+
+    budget, numbers = Budget(config.model, config.data.sequence_tokens, world.device), count(first)
+    data = micro_batches(TrainingData(config.data), config, world, first, first * config.train.global_batch_samples)
+
+    def step() -> StepResult:
+        set_learning_rate(engine, 1.0)
+        return train_step(engine, next(data), budget, config, world, next(numbers))
+
+    return step

@@ -1,0 +1,61 @@
+"""The command of either stage: parse, name the run, meet the other ranks, train, leave."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from settings import path_argument, user_errors
+from trainer.config import TrainConfig
+from trainer.monitor.stop import lost_rank
+from trainer.opening import open_run
+
+if TYPE_CHECKING:
+    from trainer.distributed import World
+
+
+class HasTrain(Protocol):
+    """A run's config, resolved or not."""
+
+    @property
+    def train(self) -> TrainConfig:
+        """Its block of that name."""
+
+
+Config = TypeVar("Config", bound=HasTrain)
+
+
+def run_stage(
+    module: str,
+    description: str,
+    example: str,
+    load: Callable[[Path, Sequence[str]], Config],
+    train: Callable[[Config, Path, World], int],
+) -> int:
+    """Run the command ``module`` and return its exit status.
+
+    Args:
+        module: its name.
+        description: its help.
+        example: a config.
+        load: reads a config and the overrides.
+        train: trains, and returns the exit status.
+    """
+    parser = argparse.ArgumentParser(
+        prog=module, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", type=path_argument, help=f"YAML of the run, for example {example}")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    arguments = parser.parse_intermixed_args()
+    with user_errors(), lost_rank():
+        config = load(arguments.config, arguments.overrides)
+        open_run(config.train)
+        from trainer.distributed import join, leave
+
+        world = join(config.train.timeout_s)
+        status = train(config, arguments.config, world)
+        leave()
+    return status
