@@ -11,8 +11,9 @@ DEMO := configs/demo.yaml configs/tune_demo.yaml
 UV := $(BIN)/uv pip
 INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock
 
-# Packages are installed uncompiled: Python compiles a module when it is first imported and keeps that. Where an environment
-# (of a container) forbids it to, every process compiles all again: 11 CPU seconds for torch and DeepSpeed instead of 4.
+# Packages are installed uncompiled: Python compiles a module when it is first imported, and keeps that. Where an
+# environment (a container's) forbids it to, every process compiles all again: torch and DeepSpeed take 11 CPU seconds
+# to import instead of 4.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup tools demo quick test faults check docs lock clean

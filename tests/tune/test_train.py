@@ -60,6 +60,10 @@ TWO_RANKS = {
     "dropped-3": ["adapter.dropout=0.2", "ensemble.balance=0.5", "deepspeed.zero_stage=3"],
 }
 
+LAST_STEP_ONLY = ["train.evaluation.every_steps=4", "train.checkpoint.every_steps=4"]
+GONE_ON_FROM = ("lora", "lora-3", "dropped", "dropped-3")
+"""Read at step 2, too."""
+
 
 @pytest.fixture(scope="module")
 def runs(tuning: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -69,7 +73,11 @@ def runs(tuning: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ca
     config.write_text(yaml.safe_dump(tuning))
     for ranks, cases in ((1, ONE_RANK), (2, TWO_RANKS)):
         listed = folder / f"{ranks}.json"
-        listed.write_text(json.dumps([[*o, f"train.run_dir={folder}/{ranks}/{name}"] for name, o in cases.items()]))
+        overrides = [
+            [*own, *([] if name in GONE_ON_FROM else LAST_STEP_ONLY), f"train.run_dir={folder}/{ranks}/{name}"]
+            for name, own in cases.items()
+        ]
+        listed.write_text(json.dumps(overrides))
         done = run("tests.tune.runs_worker", str(config), str(listed), processes=ranks, timeout_s=1500)
         assert done.returncode == 0, done.stdout[-4000:]
     return lambda name: folder / name
