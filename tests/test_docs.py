@@ -18,6 +18,8 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
 COLUMNS = 120
+HISTORY = ("LOG.md", "CHANGELOG.md")
+"""Pages that name files as they were."""
 
 
 def _anchors(page: Path) -> list[str]:
@@ -45,6 +47,17 @@ def test_no_line_is_too_long(page: Path) -> None:
     for number, line in enumerate(page.read_text().splitlines(), start=1):
         words = re.sub(r"\[[^]]*\]\([^)]*\)|`[^`]*`", "unbroken", line.removeprefix("- ")).split()
         assert len(line) <= COLUMNS or line.startswith("|") or len(words) == 1, f"{page.name}:{number}: {line}"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in HISTORY], ids=lambda page: page.name)
+def test_every_file_that_is_named_is_there(page: Path) -> None:
+    """README's tree above all."""
+    folders = "|".join(
+        path.name for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name != "runs"
+    )
+    named = re.findall(rf"(?<![\w./])((?:{folders})/[\w/]+\.(?:py|yaml|md|png|sbatch))\b", page.read_text())
+    places = (ROOT, ROOT / "tests")  # docs/faults.md names tests from there
+    assert [name for name in named if not any((place / name).exists() for place in places)] == []
 
 
 def test_the_diary_has_an_index_of_all_its_entries() -> None:

@@ -124,7 +124,7 @@ def test_first_values_depend_on_the_seed_and_the_name_alone(kind: str) -> None:
 
 
 @kinds
-def test_step_nought_is_the_base_model(kind: str) -> None:
+def test_step_zero_is_the_base_model(kind: str) -> None:
     base = tiny.decoder(tiny.config()).eval()
     decoder = tuned(kind, ensemble=False, moved=False).eval()
     tokens = tiny.random_tokens()
