@@ -104,8 +104,7 @@ def join(timeout_s: float) -> World:
             # Without this every rank takes all cores and they fight over them.
             torch.set_num_threads(max((os.cpu_count() or 1) // local_size, 1))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if size > 1:
-        meet(rank, size, backend, timeout_s, device)
+    meet(rank, size, backend, timeout_s, device)
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     return World(rank, size, local_rank, local_size, device)
 

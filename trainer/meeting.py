@@ -58,7 +58,7 @@ def meet(rank: int, size: int, backend: str, timeout_s: float, device: torch.dev
     """Make the process group of all ranks.
 
     Args:
-        rank, size: number of this process and how many there are, more than one.
+        rank, size: number of this process and how many there are.
         backend: ``gloo`` or ``nccl``.
         timeout_s: seconds that ranks wait for each other, here and in every collective.
         device: where this rank computes.
@@ -70,7 +70,7 @@ def meet(rank: int, size: int, backend: str, timeout_s: float, device: torch.dev
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     place = f"{address}:{port}"
     try:
-        store = _store(rank, size, address, _port(port), timeout_s)
+        store = _store(rank, size, address, _port(port, size), timeout_s)
         _wait_for_all(store, rank, size, place, timeout_s)
         bound = device if device.type == "cuda" else None
         dist.init_process_group(
@@ -96,8 +96,9 @@ def _require_interface() -> None:
             )
 
 
-def _port(text: str) -> int:
-    if not text.isdigit() or not 0 < int(text) < 65_536:
+def _port(text: str, size: int) -> int:
+    least = 1 if size > 1 else 0  # one rank may take any port that is free
+    if not text.isdigit() or not least <= int(text) < 65_536:
         raise ValueError(f"MASTER_PORT={text} must be a number from 1 to 65535; correct it")
     return int(text)
 

@@ -61,7 +61,6 @@ def _render(
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
     environment.filters["directive"] = _directive
     environment.filters["one_line"] = _one_line
-    environment.filters["literal"] = lambda value: str(value).replace("%", "%%")  # in names, SLURM fills in %j
     return environment.get_template(template).render(
         site=site,
         root=Path.cwd(),

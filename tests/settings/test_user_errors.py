@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from settings import user_errors
+from settings.user_errors import EXIT_FAULT
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +30,43 @@ def test_one_sentence_and_status_one(kind: type[Exception], capsys: pytest.Captu
     assert caught.value.code == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: train.steps must be positive, got 0\n")
+
+
+def _of_a_library() -> None:
+    int("x")  # Python's own ValueError
+
+
+def _of_our_arithmetic() -> None:
+    "é".encode("ascii")
+
+
+def _of_json() -> None:
+    json.loads("{")
+
+
+@pytest.mark.parametrize("fault", [_of_a_library, _of_our_arithmetic, _of_json])
+def test_the_same_classes_raised_by_others_are_faults(fault: Callable[[], None]) -> None:
+    with pytest.raises(ValueError), user_errors():
+        fault()
+
+
+def test_a_file_that_cannot_be_opened_and_a_full_disk_are_no_faults(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit), user_errors():
+        open("/nowhere/at/all")  # noqa: SIM115
+    with pytest.raises(SystemExit), user_errors():
+        os.write(os.open("/dev/full", os.O_WRONLY), b"x")
+    assert capsys.readouterr().err == (
+        "error: [Errno 2] No such file or directory: '/nowhere/at/all'\nerror: [Errno 28] No space left on device\n"
+    )
+
+
+def test_a_fault_keeps_its_traceback_and_says_where_to_report_it() -> None:
+    program = "from settings import user_errors\nwith user_errors():\n    int('x')"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_FAULT == 70
+    assert "Traceback" in done.stderr and "invalid literal for int()" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("this is a fault of Hopscotch or of a library that it uses")
 
 
 @pytest.mark.parametrize("kind", [AssertionError, KeyError, RuntimeError])

@@ -246,7 +246,9 @@ def test_time_limits_are_read_as_slurm_reads_them(time: str, expected: int | Non
 
 def test_an_unquoted_time_is_not_taken_for_minutes(tmp_path: Path) -> None:
     site = tmp_path / "site.yaml"
-    site.write_text("tasks_per_node: 1\ntime: 24:00:00\n")
+    site.write_text("tasks_per_node: 1\ntime: 24:00:00\n")  # a number to the base of sixty in YAML 1.1
+    assert load_site(site, {}).time == "24:00:00"
+    site.write_text("tasks_per_node: 1\ntime: 90\n")
     with pytest.raises(ValueError, match="time: must be in quotes"):
         load_site(site, {})
 
@@ -269,3 +271,34 @@ def test_every_field_is_described_shown_and_used(tmp_path: Path) -> None:
 def test_an_array_over_what_every_job_sets_itself_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match=rf"--array {key} would be overridden"):
         parse_array(f"{key}=a,b")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("--job-name", "two words", '--job-name="two words"'),
+        ("--job-name", "it's #1", '--job-name="it\'s #1"'),
+        ("--account", "lm/2026", "--account=lm/2026"),
+        ("--job-name", 'a"b', None),
+        ("--partition", "a\\b", None),
+        ("--qos", "a\nb", None),
+        ("--sbatch", "--exclusive\nrm", None),
+    ],
+)
+def test_options_are_quoted_or_refused(
+    option: str,
+    value: str,
+    line: str | None,
+    tiny: dict[str, Any],
+    write_config: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [write_config(tiny), "--tasks-per-node", "1", f"{option}={value}", "--dry-run"]
+    if line is None:
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "leave out quotes and backslashes" in (err := capsys.readouterr().err) or "leave it out" in err
+    else:
+        (script,) = _scripts(capsys, *arguments)
+        assert f"#SBATCH {line}\n" in script
+        assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
