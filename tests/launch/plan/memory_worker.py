@@ -1,4 +1,4 @@
-"""Run by test_memory_model.py under a launcher: bytes that a real engine holds, part by part, as JSON.
+"""Run by test_memory_model.py in forked ranks: bytes that a real engine holds, part by part, as JSON.
 
     torchrun --nproc-per-node 2 -m tests.launch.plan.memory_worker CONFIG CASES OUT
 
