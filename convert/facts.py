@@ -14,7 +14,6 @@ from tune.load import Loaded
 
 PRETRAINED, TUNED, WEIGHTS = "pretrained", "tuned", "weights"
 """The values of ``kind``."""
-_VALIDATION, _DENSITY = "validation/", "density/"
 
 
 def facts_of(loaded: Loaded) -> dict[str, Any]:
@@ -49,20 +48,11 @@ def _run_facts(checkpoint: Path, config: StageConfig, step: int) -> dict[str, An
     }
     run = run_of(checkpoint)
     metrics = {} if run is None else metrics_file.latest(run / metrics_file.NAME, step)
-    losses = {
-        name.removeprefix(_VALIDATION).removesuffix("/loss"): value for name, value in metrics.items() if _is_loss(name)
-    }
     return facts | {
         "tokens": metrics.get("train/tokens"),
         "train_loss": metrics.get("train/loss"),
-        "validation_losses": losses,
-        "densities": {
-            name.removeprefix(_DENSITY): value for name, value in metrics.items() if name.startswith(_DENSITY)
-        },
+        "validation_losses": metrics_file.losses_of(metrics),
+        "densities": metrics_file.under("density/", metrics),
         "executed_flops_per_token": metrics.get("flops/executed_per_token"),
         "dense_flops_per_token": metrics.get("flops/dense_per_token"),
     }
-
-
-def _is_loss(name: str) -> bool:
-    return name.startswith(_VALIDATION) and name.endswith("/loss")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from settings import path_argument, user_errors
-from trainer.config import TrainConfig
 from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
 
@@ -16,23 +15,12 @@ if TYPE_CHECKING:
     from trainer.distributed import World
 
 
-class HasTrain(Protocol):
-    """A run's config, resolved or not."""
-
-    @property
-    def train(self) -> TrainConfig:
-        """Its block of that name."""
-
-
-Config = TypeVar("Config", bound=HasTrain)
-
-
 def run_stage(
     module: str,
     description: str,
     example: str,
-    load: Callable[[Path, Sequence[str]], Config],
-    train: Callable[[Config, Path, World], int],
+    load: Callable[[Path, Sequence[str]], Any],
+    train: Callable[[Any, Path, World], int],
 ) -> int:
     """Run the command ``module`` and return its exit status.
 

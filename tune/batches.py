@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batches import IGNORED, NO_SAMPLE, Batch, MixedStream
+from data.batches import IGNORED, NO_SAMPLE, Batch, MixedStream, SourceSummary
 from tune.config import ExamplesConfig, ExampleSource
 from tune.examples import Examples, read_examples
 from tune.packing import Packed, pack
@@ -30,30 +30,19 @@ from tune.text import TextTokenizer
 
 
 @dataclass(frozen=True)
-class ExampleSummary:
+class ExampleSummary(SourceSummary):
     """What one source has, and how much of the tuning it is."""
 
-    name: str
     examples: int
     """In windows; pieces of a text that was cut count each."""
-    tokens: int
-    """Of all examples, what is put before and after them included."""
     learned_tokens: int
     """Targets in one epoch."""
-    windows: int
-    """Samples in one epoch."""
     fill: float
     """Share of the windows' inputs that are examples'; the rest is padding."""
     left_out: int
     """Examples that do not fit into a window, and texts without text."""
     cut_texts: int
     """Texts that were cut into windows."""
-    share: float
-    """Of all samples."""
-
-    def epochs(self, samples: int) -> float:
-        """How often this source is gone through in ``samples`` samples of the whole mixture."""
-        return samples * self.share / self.windows
 
     def sentence(self, samples: int) -> str:
         """All of it, for a run of ``samples`` samples."""

@@ -130,14 +130,19 @@ def activation_bytes(workload: Workload, checkpointing: bool | None = None, dens
     """What autograd keeps of one micro-batch: of the layers, the final norm and the head."""
     config, model = workload.config, workload.model
     width = WEIGHT_BYTES[config.train.precision]
-    tokens = config.train.micro_batch_samples * config.data.sequence_tokens
-    if checkpointing is None:
-        checkpointing = config.train.activation_checkpointing
-    executed = workload.density if density is None else density
-    share = computed_share(model, config.data.sequence_tokens, executed)
+    tokens, checkpointing, share = _asked(workload, checkpointing, density)
     layers = sum(_layer_elements(model, layer in model.routed_layers, share, checkpointing) for layer in _layers(model))
     ends = 2 * model.width  # what the final norm reads, and the loss's gradient of what it returns
     return width * tokens * (layers + ends) + 4 * model.width * model.vocab_size
+
+
+def _asked(workload: Workload, checkpointing: bool | None, density: float | None) -> tuple[int, bool, float]:
+    """Tokens of a micro-batch, checkpointing (the config's unless given), share of the tokens that a site computes."""
+    config = workload.config
+    tokens = config.train.micro_batch_samples * config.data.sequence_tokens
+    executed = workload.density if density is None else density
+    share = computed_share(workload.model, config.data.sequence_tokens, executed)
+    return tokens, config.train.activation_checkpointing if checkpointing is None else checkpointing, share
 
 
 def _layer_elements(model: ModelConfig, routed: bool, share: float, checkpointing: bool) -> float:
@@ -162,11 +167,7 @@ def _working_bytes(workload: Workload, checkpointing: bool | None, density: floa
     config, model = workload.config, workload.model
     width = WEIGHT_BYTES[config.train.precision]
     head = model.width * model.vocab_size
-    tokens = config.train.micro_batch_samples * config.data.sequence_tokens
-    if checkpointing is None:
-        checkpointing = config.train.activation_checkpointing
-    executed = workload.density if density is None else density
-    share = computed_share(model, config.data.sequence_tokens, executed)
+    tokens, checkpointing, share = _asked(workload, checkpointing, density)
     rows = min(rows_at_once(model.vocab_size, on_cpu=False), tokens)
     chunk = (4 + width) * rows * model.vocab_size + (width * head if width < 4 else 0)
     # Gradients of the four tensors inside the feed-forward, and of the residual stream's three.

@@ -59,9 +59,7 @@ def read_figures(path: Path, last: int) -> Figures:
     for told in lines:
         if "train/loss" in told:
             training.append(told)
-        for name, value in told.items():
-            if name.startswith("validation/") and name.endswith("/loss") and value is not None:
-                validation[name.split("/")[1]] = value
+        validation |= {name: loss for name, loss in metrics_file.losses_of(told).items() if loss is not None}
     step_s = [told["speed/step_s"] for told in training[-last:] if told.get("speed/step_s")]
     return Figures(training[-1] if training else {}, validation, step_s)
 

@@ -196,7 +196,7 @@ def test_models_that_cannot_be(
 ) -> None:
     assert str(tmp_path / "none") in _refused(capsys, str(tmp_path / "none"), str(jsonl))
     small = weights_folder(tmp_path / "small", "layer", corpus, vocab_size=399)
-    assert "has 400 tokens" in _refused(capsys, str(small), str(jsonl))
+    assert "has 400 pieces" in _refused(capsys, str(small), str(jsonl))
     choice = {"density": 0.5, "kind": "expert_choice"}
     looking_ahead = weights_folder(tmp_path / "choice", "layer", corpus, router=choice)
     assert "expert_choice" in _refused(capsys, str(looking_ahead), str(jsonl))

@@ -310,7 +310,7 @@ class Metrics:
         kept = [line for line in metrics_file.read(self.run.metrics) if line["step"] <= step]
         for line in kept:
             self._remember(line)
-            if any(name.startswith("validation/") and name.endswith("/loss") for name in line):
+            if metrics_file.losses_of(line):
                 self._evaluated_at.add(line["step"])
         if kept and kept[-1]["step"] == step:
             self._line = kept.pop()

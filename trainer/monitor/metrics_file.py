@@ -50,6 +50,17 @@ def latest(path: Path, step: int | None = None) -> Line:
     return found
 
 
+def losses_of(line: Line) -> Line:
+    """The greedy losses in ``line``, by validation set."""
+    return under("validation/", line, "/loss")
+
+
+def under(prefix: str, line: Line, suffix: str = "") -> Line:
+    """The figures whose names begin with ``prefix`` and end with ``suffix``, by what stands between."""
+    found = {name: value for name, value in line.items() if name.startswith(prefix) and name.endswith(suffix)}
+    return {name.removeprefix(prefix).removesuffix(suffix): value for name, value in found.items()}
+
+
 def text_of(line: Line) -> str:
     """As it stands in the file, without the line's end."""
     return json.dumps(line)
