@@ -146,7 +146,7 @@ def csv_values(path: Path, column: str) -> Iterator[bytes]:
         except pandas.errors.EmptyDataError:
             return
     with open_text(path) as file:
-        rows = pandas.read_csv(file, usecols=[column], dtype=str, keep_default_na=False, chunksize=10_000, **options)
+        rows = pandas.read_csv(file, usecols=[column], dtype=object, keep_default_na=False, chunksize=10_000, **options)
         for chunk in rows:
             for value in chunk[column]:
                 yield str(value).encode(errors="surrogateescape")

@@ -39,17 +39,19 @@ EDGE_BYTES = 65_536
 """How much of a file's start and end goes into its fingerprint."""
 
 
-def find_files(patterns: Sequence[str]) -> list[Path]:
-    """The files that ``patterns`` name, in the order and by the rules above.
+def find_files(patterns: Sequence[str], as_given: bool = False) -> list[Path]:
+    """The files that ``patterns`` name, by the rules above.
+
+    Args:
+        patterns: names and patterns.
+        as_given: in the order of the patterns, each one's files sorted; all of them sorted unless given.
 
     Raises:
         ValueError: a pattern matches no file, or matches something that cannot be read.
     """
-    names: set[str] = set()
-    for pattern in patterns:
-        names.update(_matches(pattern))
+    names = [name for pattern in patterns for name in sorted(_matches(pattern), key=os.path.abspath)]
     found: dict[tuple[int, int], str] = {}
-    for name in sorted(names, key=os.path.abspath):
+    for name in names if as_given else sorted(names, key=os.path.abspath):
         status = os.stat(name)
         found.setdefault((status.st_dev, status.st_ino), name)
     return [Path(name) for name in found.values()]

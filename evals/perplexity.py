@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
-        files = find_files(options.files)
+        files = find_files(options.files, as_given=True)
         opening.open_model(options.model)
         from evals.scoring import open_model
 

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--tokens must be at least {FEWEST} to say anything, got {options.tokens}; raise it")
         opening.open_model(options.path)
         out = _out(options.path, options.out)
-        files = find_files(options.files) if options.files else []
+        files = find_files(options.files, as_given=True) if options.files else []
         from evals.routing.report import report_on
         from tune.load import load_model
 

@@ -127,9 +127,11 @@ def test_a_rank_takes_its_gpu_or_the_only_one_it_sees(bare: pytest.MonkeyPatch, 
     bare.setattr(torch.cuda, "set_device", calls.append)
     fake = SimpleNamespace(init_distributed=lambda backend, timeout, verbose: calls.append((backend, timeout)))
     bare.setattr(distributed, "import_deepspeed", lambda: fake)
+    bare.setattr(distributed, "meet", lambda *given: calls.append(given))
     for name, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}.items():
         bare.setenv(name, value)
     bare.setenv("LOCAL_SIZE", "4")
     assert distributed.join(90.0) == World(7, 8, device, 4, torch.device("cuda", device))
-    assert calls == [torch.device("cuda", device), ("nccl", timedelta(seconds=90))]
+    bound = torch.device("cuda", device)
+    assert calls == [bound, (7, 8, "nccl", 90.0, bound), ("nccl", timedelta(seconds=90))]
     assert os.environ["LOCAL_RANK"] == str(device)  # DeepSpeed reads it, too

@@ -354,7 +354,7 @@ def test_what_the_command_refuses(
         ([str(tmp_path), *out], "is neither a run folder nor a whole checkpoint"),
         ([model, *out], "is a folder of weights, without a validation set; give text files"),
         ([model, text], f"{folder} lies in no run folder; say with --out where to write"),
-        ([model, str(tmp_path / "no.txt"), *out], f"there is no file {tmp_path / 'no.txt'} (paths are relative to"),
+        ([model, str(tmp_path / "no.txt"), *out], f"no file matches '{tmp_path / 'no.txt'}'; correct"),
         ([model, str(empty), *out], f"the text has 0 tokens, and a report needs at least {FEWEST} to say anything;"),
         ([model, str(short), *out], "tokens, and a report needs at least 64 to say anything; give longer files"),
         ([model, str(tmp_path / "broken.jsonl"), *out], "broken.jsonl cannot be read: document 0: field 'text' must"),
