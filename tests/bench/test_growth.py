@@ -65,7 +65,7 @@ def test_a_pair_that_does_not_fit_is_left_out_and_told(
     assert list(rows) == [f"32x1/{name}" for name in NAMES]
     told = capsys.readouterr().out
     assert "64x1: left out, it does not fit into the memory of cpu (can't allocate memory: you tried to" in told
-    assert "| 64 x 1 | does not fit into memory | | |" in told and "| 64 x 1 |" in table.read_text()
+    assert "| 64 x 1 | does not fit into memory |  |  |" in told and "| 64 x 1 |" in table.read_text()
 
 
 def test_what_failed_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) -> None:
