@@ -80,8 +80,9 @@ class MixedStream:
 
     def __init__(self, config: StreamConfig, windows: Sequence[int]) -> None:
         """``windows`` of each source."""
-        self._stream, sources = config, config.sources
-        self._order = Order([s.name for s in sources], windows, [s.weight for s in sources], config.seed)
+        self._stream = config
+        names, weights = [source.name for source in config.sources], [source.weight for source in config.sources]
+        self._order = Order(names, windows, weights, config.seed)
 
     def _located(self, consumed: Sequence[int] | range) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
         """Sample ids int64 [B], their sources' numbers int64 [B], and for each sample its source and window."""

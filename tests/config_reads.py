@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import ast
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -184,7 +184,7 @@ class _Scope(ast.NodeVisitor):
 
 
 def _of_field(annotation: Any) -> Type | None:
-    many = typing.get_origin(annotation) in (list, tuple)
+    many = typing.get_origin(annotation) in (list, tuple, Sequence)
     return next((Type(block, many) for block in _classes(annotation)), None)
 
 

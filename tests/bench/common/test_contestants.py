@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 import pytest
@@ -185,9 +184,3 @@ def test_names_and_sentences() -> None:
     assert [routed_name(density) for density in (1.0, 0.5, 0.25)] == ["routed_1", "routed_0.5", "routed_0.25"]
     with pytest.raises(ValueError, match=r"^model.width \(64\) must be divisible by model.heads \(3\)"):
         _config(None, heads=3, kv_heads=1)
-
-
-def test_a_missing_transformers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="the peer needs the transformers package; install it with: pip install"):
-        held_llama(_config(None), {}, CPU, torch.float32)
