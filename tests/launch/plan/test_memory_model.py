@@ -15,7 +15,6 @@ from launch.plan.communication import volume
 from launch.plan.memory_model import ZERO_DEFAULTS, Memory, checkpoint_bytes, memory
 from launch.plan.workload import (
     STAGES,
-    WEIGHT_BYTES,
     Stage,
     Weights,
     Workload,
@@ -26,7 +25,7 @@ from launch.plan.workload import (
 from model.decoder import Decoder
 from model.flops import parameter_counts
 from tests.launching import run
-from trainer.config import PretrainConfig
+from trainer.config import WEIGHT_BYTES, PretrainConfig
 
 CLOSE = 0.15
 """What the plan may be off by."""
