@@ -41,6 +41,7 @@ from bench.common.options import (
 from bench.common.report import Row, header, noisy, table, write_json
 from bench.common.timing import take_turns
 from settings import user_errors
+from settings.tables import markdown
 
 if TYPE_CHECKING:
     from bench.common.contestants import Contestant
@@ -139,16 +140,13 @@ def _alone(contestant: Contestant) -> Callable[[], object]:
     return step
 
 
-def markdown(found: Mapping[Pair, list[Row] | None], densities: Sequence[float]) -> str:
+def ratio_table(found: Mapping[Pair, list[Row] | None], densities: Sequence[float]) -> str:
     """The table: a line a pair, a column a density."""
     names = [routed_name(density) for density in densities]
-    lines = [
-        "| tokens x samples | dense step, s | " + " | ".join(f"density {density:g}" for density in densities) + " |",
-        "|---" * (2 + len(names)) + "|",
-    ]
+    lines = [["tokens x samples", "dense step, s", *(f"density {density:g}" for density in densities)]]
     for pair, rows in found.items():
         if rows is None:
-            lines.append(f"| {pair.tokens} x {pair.samples} | does not fit into memory |" + " |" * len(names))
+            lines.append([f"{pair.tokens} x {pair.samples}", "does not fit into memory", *[""] * len(names)])
             continue
         by_name = {r.name.partition("/")[2]: r for r in rows}
         cells = [f"{pair.tokens} x {pair.samples}", f"{by_name[DENSE].seconds:.3f}"]
@@ -156,8 +154,8 @@ def markdown(found: Mapping[Pair, list[Row] | None], densities: Sequence[float])
             ratio, bound = by_name[name].to_dense, by_name[name].flop_bound_ratio
             assert ratio is not None
             cells.append(f"{ratio.median:.3f} ({bound:.3f})")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(lines)
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[Pair, list[Row] | None], float]:
@@ -228,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options = parse(arguments)
         found, peak = measure(options)
         rows = [found_row for pair_rows in found.values() for found_row in pair_rows or []]
-        top, drawn = header(options, peak, [*MODEL, "execution", "compile"]), markdown(found, options.densities)
+        top, drawn = header(options, peak, [*MODEL, "execution", "compile"]), ratio_table(found, options.densities)
         from bench.step import SECONDS
 
         print(top, table(rows, SECONDS), drawn, *noisy(rows), sep="\n\n")

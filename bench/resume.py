@@ -163,6 +163,7 @@ def _write(config: RunConfig, folder: Path, world: World) -> list[float]:
 
 def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True) -> list[float]:
     from trainer.checkpoints import manifest, resume
+    from trainer.deepspeed_internals import torch_optimizer
     from trainer.engine import build_engine
 
     engine = build_engine(config, world)
@@ -170,7 +171,7 @@ def _read(config: RunConfig, folder: Path, world: World, keep_state: bool = True
     assert found is not None
     resume.load(engine, found, "", config, world)
     if not keep_state:
-        getattr(engine.optimizer, "optimizer", engine.optimizer).state.clear()
+        torch_optimizer(engine).state.clear()
     losses = _train(engine, config, world, BEFORE, AFTER)
     engine.destroy()
     return losses

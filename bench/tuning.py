@@ -27,6 +27,7 @@ from bench.common.options import parser, refuse
 from bench.common.timing import ratios, take_turns
 from model.config import EnsembleConfig
 from settings import user_errors
+from settings.tables import markdown
 from trainer.local_ranks import environment_alone
 from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
@@ -177,7 +178,7 @@ def tables(options: argparse.Namespace, times: dict[str, list[float]]) -> str:
                 trained = [f"{done[0].trained:,}", f"{done[0].trained / done[0].total:.2%}"]
         ratio = f"{ratios(times[method], times[options.methods[0]]).median:.2f}" if times else ""
         rows.append([method, *trained, ratio, *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], ["---"] * len(header), *rows[1:]])
+    return markdown(rows)
 
 
 def _spread(shares: Iterable[float]) -> str:

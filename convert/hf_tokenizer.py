@@ -26,7 +26,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from data.files import read_json, write_json
 from data.tokenizer import load_tokenizer
 from trainer.checkpoints.weights_folder import TOKENIZERS, tokenizer_files
-from tune.text import JSON_NAME, load_text_tokenizer
+from tune.text import JSON_NAME, load_text_tokenizer, require_vocabulary
 
 MODEL_NAME, CONFIG_NAME, GENERATION_NAME = TOKENIZERS[0], "tokenizer_config.json", "generation_config.json"
 COMPARED_LINES = 4000
@@ -56,11 +56,8 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int, max_positions: int
     """
     files = tokenizer_files(source)
     text = load_text_tokenizer(source)
-    if text.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {source} has {text.vocab_size:,} ids and the model's embedding {vocab_size:,} rows; "
-            "give the tokenizer that the model was trained with (--tokenizer FOLDER)"
-        )
+    fix = "give the tokenizer that the model was trained with (--tokenizer FOLDER)"
+    require_vocabulary(text.vocab_size, source, vocab_size, fix)
     for file in files:
         shutil.copyfile(file, out / file.name)
     if (source / JSON_NAME).is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from model.config import ModelConfig
+from settings.tables import markdown
 
 _LABELS = {
     "source": "exported from",
@@ -46,11 +47,11 @@ def model_card(model: Exported, facts: dict[str, Any], checks: list[str]) -> str
         checks: sentences on what was compared.
     """
     parts = [_front_matter(model), "# A Hopscotch model", _description(model), _usage(model)]
-    parts += ["## Training", _table(["fact", "value"], _training_rows(facts))]
+    parts += ["## Training", markdown([["fact", "value"], *_training_rows(facts)])]
     densities = {name: value for name, value in (facts.get("densities") or {}).items() if name != "overflow"}
     if densities and model.config.router is not None:
         rows = [[name, f"{value:.3f}"] for name, value in densities.items()]
-        parts += ["## Density: share of the tokens that execute a site", _table(["site", "density"], rows)]
+        parts += ["## Density: share of the tokens that execute a site", markdown([["site", "density"], *rows])]
     parts += ["## Checked at export", "\n".join(f"* {check}" for check in checks)]
     return "\n\n".join(parts) + "\n"
 
@@ -112,7 +113,3 @@ def _shown(value: Any) -> str:
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
     # Words come from configs and file names: in a table's cell they must stay words.
     return f"{value:,}" if isinstance(value, int) else " ".join(str(value).replace("|", "/").replace("`", "'").split())
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

@@ -100,10 +100,14 @@ class TrainingData:
         """Every token id is below it."""
         return self._stores[0].manifest.vocab_size
 
-    @property
-    def eos_id(self) -> int:
-        """The id that closes every document."""
-        return self._stores[0].manifest.eos_id
+    def require_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError unless the model's embedding has ``vocab_size`` rows for as many ids of the shards."""
+        if self.vocab_size != vocab_size:
+            raise ValueError(
+                f"the shards in {self._config.dir} have a vocabulary of {self.vocab_size}, model.vocab_size is "
+                f"{vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {self.vocab_size}, or prepare "
+                "the data again"
+            )
 
     @property
     def fingerprint(self) -> str:

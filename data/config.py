@@ -79,6 +79,15 @@ class StreamConfig(Strict):
         return self
 
 
+def refuse_names_twice(**groups: Sequence[MixedSource]) -> None:
+    """Raise ValueError if two sources of a group, such as ``validation``, have one name."""
+    for group, sources in groups.items():
+        names = [source.name for source in sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"data.{group}: the names {', '.join(twice)} stand twice; every name must be unique")
+
+
 class DataConfig(StreamConfig):
     """From raw text to batches."""
 
@@ -99,9 +108,5 @@ class DataConfig(StreamConfig):
 
     @model_validator(mode="after")
     def _unique_names(self) -> DataConfig:
-        for group, sources in (("sources", self.sources), ("validation", self.validation)):
-            names = [source.name for source in sources]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f"data.{group}: the names {', '.join(twice)} stand twice; every name must be unique")
+        refuse_names_twice(sources=self.sources, validation=self.validation)
         return self

@@ -113,12 +113,11 @@ class Source:
         if self.config.hub:
             return _hub_values(self.config, self._revision, first)
         path, kind, field = self.files[number], self._formats[number], self.config.text_field
+        if kind == "json":
+            return islice((_field(record, field, place) for place, record in json_records(path)), first, None)
         if path.suffix == ".zst":
             require_whole_zstd(path)
-        if kind == "text":
-            return islice(_whole_file(path), first, None)
-        values = _json_values(path, field) if kind == "json" else _table_values(path, kind, field)
-        return islice(values, first, None)
+        return islice(_whole_file(path) if kind == "text" else _table_values(path, kind, field), first, None)
 
 
 def open_raw(path: Path) -> io.BufferedIOBase:
@@ -197,28 +196,30 @@ def _whole_file(path: Path) -> Iterator[bytes]:
         yield file.read()
 
 
-def _json_values(path: Path, field: str) -> Iterator[Any]:
-    """The field of every object, from JSON lines or from one array of objects."""
+def json_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every record of JSON lines or of one array, and where it stands: ``line 1`` or ``item 0``.
+
+    A byte that is not UTF-8 becomes a lone surrogate in its string.
+
+    Raises:
+        ValueError: naming the line that is not JSON.
+    """
+    if path.suffix == ".zst":
+        require_whole_zstd(path)
     with open_raw(path) as file:
         start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
     with open_raw(path) as file:
         if start.startswith(b"["):
-            for number, record in enumerate(json.loads(file.read())):
-                yield _field(record, field, f"item {number}")
+            yield from ((f"item {number}", record) for number, record in enumerate(json.loads(file.read())))
             return
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(codecs.BOM_UTF8).strip() if number == 1 else line.strip()
             if line:
                 try:
-                    record = json.loads(_decode_keeping_errors(line))
+                    record = json.loads(line.decode(errors="surrogateescape"))
                 except ValueError as error:
-                    raise ValueError(f"line {number} is not JSON ({error})") from None
-                yield _field(record, field, f"line {number}")
-
-
-def _decode_keeping_errors(line: bytes) -> str:
-    # A byte that is not UTF-8 becomes a lone surrogate, which _to_utf8 then replaces and reports.
-    return line.decode(errors="surrogateescape")
+                    raise ValueError(f"line {number} is not JSON ({error}); correct it") from None
+                yield f"line {number}", record
 
 
 def _field(record: Any, field: str, place: str) -> Any:

@@ -27,7 +27,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from tune.load import Loaded, load_model
-from tune.text import TextTokenizer, load_text_tokenizer
+from tune.text import TextTokenizer, load_text_tokenizer, require_vocabulary
 
 
 class Opened(NamedTuple):
@@ -58,11 +58,8 @@ def open_model(path: Path) -> Opened:
     loaded = load_model(path)
     tokenizer = load_text_tokenizer(loaded.tokenizer_folder)
     model = loaded.decoder.config
-    if tokenizer.vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {loaded.tokenizer_folder} has {tokenizer.vocab_size} tokens, the model's embedding has "
-            f"rows for {model.vocab_size}; put the tokenizer there that the model was trained with"
-        )
+    fix = "put the tokenizer there that the model was trained with"
+    require_vocabulary(tokenizer.vocab_size, loaded.tokenizer_folder, model.vocab_size, fix)
     if model.router is not None and model.router.kind == "expert_choice":
         raise ValueError(
             "router.kind expert_choice picks tokens by looking at later ones, so it gives no likelihood of a next "

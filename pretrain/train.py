@@ -23,7 +23,6 @@ from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
 
 if TYPE_CHECKING:
-    from data.batches import TrainingData
     from trainer.distributed import World
 
 
@@ -39,7 +38,7 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
     from trainer.trainer import Trainer
 
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
-    _refuse_other_vocabulary(config, data)
+    data.require_vocabulary(config.model.vocab_size)
     validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
     with Trainer(config, config_path, data.fingerprint, validation_sets, world) as trainer:
         trainer.log.info(describe_start(trainer.config, data, world))
@@ -50,15 +49,6 @@ def train(config: RunConfig, config_path: Path, world: World) -> int:
             trainer.log.info(f"all {config.train.steps:,} steps were done already; raise train.steps to go on")
         trainer.log.info(describe_end(config, trainer.evaluations))
     return 0
-
-
-def _refuse_other_vocabulary(config: RunConfig, data: TrainingData) -> None:
-    if data.vocab_size != config.model.vocab_size:
-        raise ValueError(
-            f"the shards in {config.data.dir} have a vocabulary of {data.vocab_size}, model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {data.vocab_size}, or "
-            "prepare the data again"
-        )
 
 
 def main() -> int:

@@ -7,11 +7,9 @@ none of the variables that the rendezvous needs, so they are derived from its ow
 from __future__ import annotations
 
 import gc
-import logging
 import os
 import re
 import threading
-import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from trainer.deepspeed_internals import import_deepspeed, uses_cuda
 
 _SETTLE_S = 0.1
 """How long gloo's threads get to let go of the tensors of collectives that are over."""
@@ -110,11 +110,6 @@ def join(timeout_s: float) -> World:
     return World(rank, size, local_rank, local_size, device)
 
 
-def uses_cuda() -> bool:
-    """True on a CUDA machine, unless DeepSpeed was told to use the CPU (``DS_ACCELERATOR=cpu``)."""
-    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-
-
 def leave() -> None:
     """Tear all process groups down, so that a finished run ends without warnings; all ranks together.
 
@@ -130,29 +125,6 @@ def leave() -> None:
         comm.destroy_process_group()
         gc.collect()
         threading.Event().wait(_SETTLE_S)  # without the interpreter lock, for which such a thread waits
-
-
-def import_deepspeed() -> Any:
-    """Import DeepSpeed quietly, without the op that it would compile on a CPU for nothing.
-
-    On a CPU ``init_distributed`` compiles a shared-memory op for over a minute, which only inference uses.
-    """
-    on_cpu = not uses_cuda()
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find out by itself, with a warning
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once per step.
-    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
-    import deepspeed
-    import deepspeed.ops
-
-    logger = logging.getLogger("DeepSpeed")
-    logger.setLevel(logging.WARNING)
-    # ZeRO 3 looks for tensors in what a module returns, to place its hooks, and does not look into our dataclasses.
-    # It does not have to: losses and weights agree with the other stages (tests/trainer/test_ranks.py).
-    logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
-    if on_cpu:
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed
 
 
 def _from_slurm() -> None:

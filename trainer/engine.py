@@ -13,7 +13,8 @@ from model.init import initialise
 from trainer.adafactor import Adafactor
 from trainer.config import OptimizerConfig, StageConfig
 from trainer.deepspeed_config import deepspeed_config
-from trainer.distributed import World, import_deepspeed
+from trainer.deepspeed_internals import gathered, import_deepspeed, undo_first_step
+from trainer.distributed import World
 
 
 def build_engine(config: StageConfig, world: World, decoder: Decoder | None = None) -> Any:
@@ -48,7 +49,7 @@ def build_engine(config: StageConfig, world: World, decoder: Decoder | None = No
         dist_init_required=False,
     )
     if before:
-        _undo_first_step(engine, before)
+        undo_first_step(engine, before)
     for group in engine.optimizer.param_groups:
         ratio = config.train.optimizer.muon_lr_ratio if group.get("use_muon") else 1.0
         group["peak_lr"] = group["lr"] * ratio
@@ -61,10 +62,7 @@ def _new_decoder(config: StageConfig, json: dict[str, Any]) -> Decoder:
     with deepspeed.zero.Init(config_dict_or_path=json) if partitioned else nullcontext():
         model = Decoder(config.model, seed=config.train.seed)
 
-    def gather(parameter: torch.Tensor) -> Any:
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0) if partitioned else nullcontext()
-
-    initialise(model, config.model, config.train.seed, gather)
+    initialise(model, config.model, config.train.seed, lambda parameter: gathered(parameter, modifier_rank=0))
     return model
 
 
@@ -116,15 +114,3 @@ def _optimizer(config: StageConfig, groups: list[dict[str, Any]], device: torch.
 def _steps_when_built(config: StageConfig) -> bool:
     """True where DeepSpeed takes one optimiser step on zero gradients at construction (stage 0 with bf16 or fp16)."""
     return config.deepspeed.zero_stage == 0 and config.train.precision != "fp32"
-
-
-def _undo_first_step(engine: Any, before: list[torch.Tensor]) -> None:
-    """Put back what that step did: weights decayed once, and an optimiser that believes one step is behind it."""
-    optimizer = engine.optimizer
-    shadow = dict(zip(engine.module.parameters(), before, strict=True))
-    for low, master in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-        for parameter, copy in zip(low, master, strict=True):
-            original = shadow[parameter].to(parameter.device)
-            parameter.data.copy_(original)
-            copy.data.copy_(parameter.data)
-    optimizer.optimizer.state.clear()

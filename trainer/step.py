@@ -28,6 +28,7 @@ from model.flops import Routed
 from model.head import LossSums
 from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping
+from trainer.deepspeed_internals import leave_step_out
 from trainer.distributed import World
 
 
@@ -276,8 +277,7 @@ def _update(engine: Any, config: StageConfig) -> tuple[float | None, bool]:
         limit = config.train.clip_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
         if norm != norm or norm == float("inf"):
-            engine.zero_grad()
-            engine.micro_steps += 1  # what engine.step() would have counted
+            leave_step_out(engine)
             return norm, False
         engine.step()
         return norm, True

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ from data.files import read_json, write_json
 from model.config import EnsembleConfig
 from model.decoder import Decoder
 from trainer.checkpoints.weights_folder import mismatch
-from trainer.distributed import World, import_deepspeed
+from trainer.deepspeed_internals import whole_weight
+from trainer.distributed import World
 from tune.adapters import part_of
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -60,7 +60,7 @@ def save_adapter(peft: PeftModel | None, decoder: Decoder, folder: Path, world: 
     for name, parameter in decoder.named_parameters():
         if not parameter.requires_grad:
             continue
-        weight = _whole(parameter)
+        weight = whole_weight(parameter)
         if world.is_main and part_of(name) == "adapters":
             adapters[_PEFT_PREFIX + name] = weight.cpu()
         elif world.is_main:
@@ -187,23 +187,6 @@ def _has(folder: Path, pair: tuple[str, str]) -> bool:
         (missing,) = set(pair) - set(there)
         raise ValueError(f"{folder} holds {there[0]} without {missing}; copy the whole folder, or save it again")
     return bool(there)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """All of a parameter, its fp32 master where there is one; collective inside an engine."""
-    partitioned = hasattr(parameter, "ds_id")
-    if not partitioned and not hasattr(parameter, "_hp_mapping"):
-        return parameter.detach()
-    deepspeed: Any = import_deepspeed()
-    with deepspeed.zero.GatheredParameters([parameter]) if partitioned else nullcontext():
-        weight = parameter.detach().clone()
-    master = deepspeed.utils.safe_get_full_fp32_param(parameter)
-    if master is not None:
-        master = master.reshape(weight.shape)
-        # With round_robin_gradients DeepSpeed gives another parameter's.
-        if torch.equal(master.to(weight.dtype), weight):
-            return master
-    return weight
 
 
 def _write_peft(config: PeftConfig, tensors: dict[str, Tensor], folder: Path, task_type: str | None = None) -> None:

@@ -26,6 +26,7 @@ from torch import nn
 
 from model.decoder import Decoder
 from model.init import generator_of
+from trainer.deepspeed_internals import whole_size
 from tune.config import AdapterConfig
 
 Part = Literal["adapters", "ensemble", "norm", "routers", "backbone"]
@@ -83,7 +84,7 @@ def counts_by_part(decoder: Decoder) -> dict[Part, tuple[int, int]]:
     """The same for every part that the decoder has."""
     found: dict[Part, tuple[int, int]] = {}
     for name, parameter in decoder.named_parameters():
-        part, count = part_of(name), getattr(parameter, "ds_numel", parameter.numel())
+        part, count = part_of(name), whole_size(parameter)
         trainable, total = found.get(part, (0, 0))
         found[part] = trainable + count * parameter.requires_grad, total + count
     return found

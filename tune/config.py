@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from data.config import MixedSource, StreamConfig
+from data.config import MixedSource, StreamConfig, refuse_names_twice
 from model.config import EnsembleConfig, ModelConfig
 from settings import Strict
 from trainer.config import DeepSpeedSettings, StageConfig, TrainConfig
@@ -108,11 +108,7 @@ class ExamplesConfig(StreamConfig):
 
     @model_validator(mode="after")
     def _unique_names(self) -> ExamplesConfig:
-        for group, sources in (("sources", self.sources), ("validation", self.validation), ("test", self.test)):
-            names = [source.name for source in sources]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            if twice:
-                raise ValueError(f"data.{group}: the names {', '.join(twice)} stand twice; every name must be unique")
+        refuse_names_twice(sources=self.sources, validation=self.validation, test=self.test)
         return self
 
 

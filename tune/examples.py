@@ -9,8 +9,6 @@ E: entries (an example, or one of its choices, or a piece of a text), I: ids of 
 
 from __future__ import annotations
 
-import codecs
-import json
 import lzma
 from array import array
 from collections.abc import Iterator
@@ -22,12 +20,11 @@ import numpy as np
 import zstandard
 
 from data.config import SourceConfig
-from data.sources import COMPRESSIONS, Cursor, Source, open_raw, require_whole_zstd
+from data.sources import Cursor, Source, format_of, json_records
 from settings import did_you_mean
 from tune.config import ChatConfig, ExamplesConfig, ExampleSource
 from tune.text import TextTokenizer
 
-JSON_SUFFIXES = (".jsonl", ".json", ".ndjson")
 UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
 """What a broken file or a wrong line raises."""
 
@@ -160,7 +157,7 @@ def _written_out(
     for path in _files(source):
         place = str(path)
         try:
-            for where, record in _records(path):
+            for where, record in json_records(path):
                 place = f"{path}, {where}"
                 if not isinstance(record, dict):
                     raise ValueError(f"an example must be a JSON object, got {type(record).__name__}")
@@ -230,7 +227,7 @@ def _join(parts: list[tuple[str, bool]], tokenizer: TextTokenizer) -> Example:
 
 def _add_texts(found: _Growing, source: ExampleSource, sequence_tokens: int, tokenizer: TextTokenizer) -> None:
     for path in _files(source):
-        kind = "json" if _suffix(path) in JSON_SUFFIXES else "text"
+        kind = "json" if format_of(path) == "json" else "text"
         options = {"name": source.name, "files": [str(path)], "format": kind, "text_field": source.text_field}
         for document in Source(SourceConfig.model_validate(options)).documents(Cursor(0, 0)):
             text = tokenizer.encode(document.text.decode())
@@ -265,30 +262,6 @@ def _check_choices(source: ExampleSource, tokenizer: TextTokenizer) -> None:
 def _files(source: ExampleSource) -> list[Path]:
     options = {"name": source.name, "files": source.files, "format": "text"}  # any format: only the paths are asked for
     return Source(SourceConfig.model_validate(options)).files
-
-
-def _suffix(path: Path) -> str:
-    return (Path(path.stem) if path.suffix in COMPRESSIONS else path).suffix.lower()
-
-
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every record of JSON lines, or of one JSON array, and where it stands."""
-    if path.suffix == ".zst":
-        require_whole_zstd(path)
-    with open_raw(path) as file:
-        start = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    with open_raw(path) as file:
-        if start.startswith(b"["):
-            yield from ((f"item {number}", record) for number, record in enumerate(json.loads(file.read())))
-            return
-        for number, line in enumerate(file, start=1):
-            line = line.removeprefix(codecs.BOM_UTF8).strip() if number == 1 else line.strip()
-            if line:
-                try:
-                    record = json.loads(line)
-                except ValueError as error:
-                    raise ValueError(f"line {number} is not JSON ({error}); correct it") from None
-                yield f"line {number}", record
 
 
 def _value(record: dict[str, Any], field: str, setting: str = "") -> Any:

@@ -5,8 +5,7 @@ Dimension letters: G token classes, k late layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from settings.tables import aligned_markdown
 from tune.evaluate import Accuracy, ExamplesEvaluation, VoteStatistics
 
 
@@ -22,7 +21,7 @@ def table(evaluation: ExamplesEvaluation) -> str:
     parts = [
         f"{evaluation.name}: {evaluation.examples:,} examples{choices}, {evaluation.tokens:,} tokens in the right "
         "responses; ± is one standard error",
-        _aligned(rows),
+        aligned_markdown(rows),
     ]
     if evaluation.agreement is not None:
         every, some, none = evaluation.agreement.every, evaluation.agreement.some, evaluation.agreement.none
@@ -80,16 +79,8 @@ def _votes(votes: VoteStatistics) -> str:
         shares = zip(votes.weight[row].tolist(), votes.largest[row].tolist(), strict=True)
         cells = [f"{weight:.3f} ({largest:4.0%})" for weight, largest in shares]
         rows.append([token_class, f"{int(votes.tokens[row]):,}", *cells, f"{float(votes.entropy[row]):.3f}"])
-    return _aligned(rows)
+    return aligned_markdown(rows)
 
 
 def _accuracy(accuracy: Accuracy) -> str:
     return f"{100 * accuracy.share:.1f} ± {100 * accuracy.error:.1f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table from rows of cells, the header first; the first column to the left, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["| " + " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + " |" for row in rows]
-    rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in widths[1:])
-    return "\n".join([lines[0], rule, *lines[1:]])

@@ -96,6 +96,19 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
     return _SentencePiece(folder)
 
 
+def require_vocabulary(
+    tokens: int,
+    folder: Path,
+    vocab_size: int,
+    fix: str = "set data.tokenizer to the folder of the tokenizer that the model was trained with",
+) -> None:
+    """Raise ValueError, with ``fix``, if the tokenizer in ``folder`` has more tokens than the model has embeddings."""
+    if tokens > vocab_size:
+        raise ValueError(
+            f"the tokenizer in {folder} has {tokens} pieces, the model's vocabulary is {vocab_size}; {fix}"
+        )
+
+
 class _SentencePiece(TextTokenizer):
     """A ``tokenizer.model``. No begin-of-document token: stage one puts none."""
 

@@ -20,9 +20,9 @@ from settings import user_errors
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
-from tune.config import TuneConfig, TuneFile
+from tune.config import TuneFile
 from tune.resolve import load_file, resolve
-from tune.text import load_text_tokenizer
+from tune.text import load_text_tokenizer, require_vocabulary
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -46,7 +46,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     config = resolve(file, base)
     tokenizer = load_text_tokenizer(str(config.data.tokenizer))
     data = TuningData(config.data, tokenizer, pin_memory=world.device.type == "cuda")
-    refuse_other_vocabulary(config, data.vocab_size)
+    require_vocabulary(data.vocab_size, Path(str(config.data.tokenizer)), config.model.vocab_size)
     sets = [ExampleSet(config.data, source, tokenizer) for source in config.data.validation]
     tests = [ExampleSet(config.data, source, tokenizer) for source in config.data.test]
 
@@ -69,16 +69,6 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         trainer.test(tests)
         trainer.log.info(describe_end(config, trainer.evaluations))
     return 0
-
-
-def refuse_other_vocabulary(config: TuneConfig, vocab_size: int) -> None:
-    """Raise ValueError if the tokenizer has ids that the model has no embedding for."""
-    if vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"the tokenizer in {config.data.tokenizer} has {vocab_size} pieces, the model's vocabulary is "
-            f"{config.model.vocab_size}; set data.tokenizer to the folder of the tokenizer that the model was trained "
-            "with"
-        )
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.common.options import parser, refuse
-from bench.isoflop.report import CSV, MARKDOWN, TOLERANCE, as_csv, compare, main_table, markdown, rows, time_table
+from bench.isoflop.report import CSV, MARKDOWN, TOLERANCE, as_csv, compare, main_table, rows, time_table, whole_report
 from bench.isoflop.results import collect
 from bench.isoflop.runs import dial, downstream, is_done, prepare, side_by_side, submit, trained_in, training
 from bench.isoflop.suite import Run, Suite, load_suite, plan
@@ -159,7 +159,7 @@ def _report(suite: Suite, runs: Sequence[Run], out: Path, command: str, must: bo
         f"{code_state.commit() or 'unknown'} for these tables; torch {torch.__version__} here",
         f"trained in {' and '.join(precisions)}",
     ]
-    write_atomically(out / MARKDOWN, markdown(suite, results, len(runs), made_by).encode())
+    write_atomically(out / MARKDOWN, whole_report(suite, results, len(runs), made_by).encode())
     written = [MARKDOWN, CSV]
     for name, draw in PICTURES.items():
         figure = draw(suite, results)

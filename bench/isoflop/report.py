@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bench.isoflop.results import Result
 from bench.isoflop.suite import Suite
+from settings.tables import markdown
 
 CSV, MARKDOWN = "results.csv", "results.md"
 TIME = "time/"
@@ -84,7 +85,7 @@ def main_table(suite: Suite, results: Sequence[Result]) -> str:
             row.append(_NONE if variant == suite.reference else _paired(own, reference, name))
         row += [spread((r.downstream.get(task) for r in own), ".4f") for task in _tasks(suite)]
         body.append(row)
-    return _markdown(header, body)
+    return markdown([header, *body])
 
 
 def time_table(suite: Suite, results: Sequence[Result]) -> str:
@@ -100,10 +101,10 @@ def time_table(suite: Suite, results: Sequence[Result]) -> str:
     for variant in suite.variants:
         own = _of(results, variant)
         body.append([suite.title(variant), *(_ratio(own, reference, figure) for figure in figures)])
-    return _markdown(header, body)
+    return markdown([header, *body])
 
 
-def markdown(suite: Suite, results: Sequence[Result], planned_runs: int, made_by: Sequence[str]) -> str:
+def whole_report(suite: Suite, results: Sequence[Result], planned_runs: int, made_by: Sequence[str]) -> str:
     """``results.md``.
 
     Args:
@@ -209,7 +210,3 @@ def _paired(own: Sequence[Result], reference: Sequence[Result], name: str) -> st
     of_seed = {r.run.seed: r.losses[name] for r in reference}
     pairs = [(r.losses[name], of_seed.get(r.run.seed)) for r in own]
     return spread((a - b for a, b in pairs if a is not None and b is not None), "+.4f", count=True)
-
-
-def _markdown(header: list[str], body: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *body])

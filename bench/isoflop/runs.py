@@ -232,7 +232,7 @@ def device_sets(at_once: int, ranks: int) -> list[str | None]:
     """
     import torch
 
-    from trainer.distributed import uses_cuda
+    from trainer.deepspeed_internals import uses_cuda
 
     count = torch.cuda.device_count() if uses_cuda() else 0
     if not count:

@@ -135,7 +135,7 @@ def _sized(config: RunConfig | TuneFile | None, world: World) -> tuple[Workload 
         return None, []
     import torch
 
-    from trainer.distributed import uses_cuda
+    from trainer.deepspeed_internals import uses_cuda
     from trainer.precision import CPU_WIDTH, auto_precision, fast_bf16
 
     sized: list[Workload] = []

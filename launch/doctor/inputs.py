@@ -14,7 +14,7 @@ from launch.configs import model_of, tokenizer_folder
 from launch.doctor.findings import Finding
 from trainer.config import RunConfig
 from tune.config import TuneFile
-from tune.text import load_text_tokenizer
+from tune.text import load_text_tokenizer, require_vocabulary
 
 
 def shards(config: RunConfig) -> Iterator[Finding]:
@@ -24,12 +24,7 @@ def shards(config: RunConfig) -> Iterator[Finding]:
         ValueError: in the loader's own words, for the first that is not.
     """
     data = TrainingData(config.data)
-    if data.vocab_size != config.model.vocab_size:
-        raise ValueError(
-            f"the shards in {config.data.dir} have a vocabulary of {data.vocab_size}, model.vocab_size is "
-            f"{config.model.vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {data.vocab_size}, or "
-            "prepare the data again"
-        )
+    data.require_vocabulary(config.model.vocab_size)
     sha256 = tokenizer_sha256(config.data.dir)
     for source in config.data.validation:
         TokenStore(validation_folder(config.data, source.name), sha256)
@@ -47,12 +42,7 @@ def examples(file: TuneFile) -> Iterator[Finding]:
         ValueError: if something is missing or does not fit.
     """
     folder = tokenizer_folder(file)
-    tokenizer, vocab_size = load_text_tokenizer(folder), model_of(file).vocab_size
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokenizer in {folder} has {tokenizer.vocab_size} pieces, the model's vocabulary is {vocab_size}; set "
-            "data.tokenizer to the folder of the tokenizer that the model was trained with"
-        )
+    require_vocabulary(load_text_tokenizer(folder).vocab_size, folder, model_of(file).vocab_size)
     files: list[Path] = []
     for source in (*file.data.sources, *file.data.validation, *file.data.test):
         files += Source(SourceConfig(name=source.name, files=source.files, format="text")).files

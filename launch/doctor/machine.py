@@ -19,7 +19,7 @@ import torch
 from launch.doctor.findings import Finding
 from launch.plan.memory_model import GIB
 from trainer.config import TrainConfig
-from trainer.distributed import uses_cuda
+from trainer.deepspeed_internals import uses_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = (3, 11)

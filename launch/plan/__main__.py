@@ -20,7 +20,7 @@ from launch.plan.communication import Cluster, Step, expected_mfu, ladder, volum
 from launch.plan.gpus import GPUS
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
-from settings import counted, user_errors
+from settings import counted, tables, user_errors
 from trainer.checkpoints.retention import most_at_once
 
 LARGEST = 8192
@@ -113,7 +113,7 @@ def _memory(workload: Workload, arguments: argparse.Namespace) -> str:
     lines = [
         f"memory of a GPU at its fullest moment, GiB of {gpu.memory_gib:g}; checkpointing "
         f"{'on' if recompute else 'off'}, as in the config",
-        _table(table),
+        tables.columns(table),
         "* in the optimiser's step, when activations are gone: the peak has the larger of the two",
     ]
     if workload.model.sites:
@@ -162,7 +162,7 @@ def _communication(workload: Workload, gpus: int, cluster: Cluster) -> str:
         [
             f"communication of a GPU in a step; {cluster.gpu.link_gbs:g} GB/s within a node of "
             f"{cluster.gpus_per_node}, {cluster.network_gbps:g} Gbit/s a node between them",
-            _table(table),
+            tables.columns(table),
         ]
     )
 
@@ -183,7 +183,7 @@ def _scaling(workload: Workload, gpus: int, cluster: Cluster, mfu: float) -> str
         table.append([f"{s.gpus:,}{mark}", *cells, _gib(s.memory_bytes), note])
     overlap = "from no overlap of compute and communication to all of it" if stage == 3 else "no overlap"
     head = f"scaling of this global batch at MFU {mfu:.0%} and ZeRO {stage}; {overlap}"
-    lines = [head, _table(table), *_limits(workload, steps)]
+    lines = [head, tables.columns(table), *_limits(workload, steps)]
     return "\n".join(lines)
 
 
@@ -231,17 +231,6 @@ def _refuse_nonsense(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{name.replace('_', '-')} must be larger than 0, got {value:g}")
     if arguments.mfu is not None and not arguments.mfu <= 1:
         raise ValueError(f"--mfu is a share of the peak, at most 1, got {arguments.mfu:g}; 40 % is 0.4")
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of equal width, the first to the left, the others to the right."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    )
 
 
 def _gib(count: float) -> str:

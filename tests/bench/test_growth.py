@@ -100,12 +100,12 @@ def test_the_table_of_made_up_numbers() -> None:
         return Row(name, 1.0, "cpu", "fp32", 64, 1.5, Spread(0.0, ratio, 9.0), bound, 0.5, 1)
 
     rows: list[Any] = [row("32x2/dense", 1.0, 1.0), row("32x2/routed_0.5", 0.6, 0.55)]
-    table = growth.markdown({Pair(32, 2): rows, Pair(64, 2): None}, [0.5])
+    table = growth.ratio_table({Pair(32, 2): rows, Pair(64, 2): None}, [0.5])
     assert table.splitlines() == [
         "| tokens x samples | dense step, s | density 0.5 |",
-        "|---|---|---|",
+        "| --- | --- | --- |",
         "| 32 x 2 | 1.500 | 0.600 (0.550) |",
-        "| 64 x 2 | does not fit into memory | |",
+        "| 64 x 2 | does not fit into memory |  |",
     ]
 
 

@@ -111,6 +111,6 @@ def test_a_tokenizer_json_is_copied_as_it_is(corpus: dict[str, Any], tmp_path: P
 
 
 def test_a_tokenizer_that_does_not_fit(corpus: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has 400 ids and the model's embedding 300 rows; give the tokenizer that"):
+    with pytest.raises(ValueError, match=r"has 400 pieces, the model's vocabulary is 300; give the tokenizer that"):
         write_tokenizer(Path(corpus["dir"]), tmp_path, 300, 128)
     assert not list(tmp_path.iterdir())

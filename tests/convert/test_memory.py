@@ -23,7 +23,7 @@ from model.decoder import Decoder
 from tests.convert.exports import make_large, make_tuned, write_run
 from tests.launching import ROOT, environment
 from trainer.checkpoints.weights_folder import write_weights
-from trainer.distributed import import_deepspeed
+from trainer.deepspeed_internals import import_deepspeed
 
 SHARD_BYTES = 8_000_000
 _SAMPLED_EVERY_S = 0.002

@@ -316,7 +316,7 @@ def test_what_cannot_be_exported(tmp_path: Path, corpus: dict[str, Any]) -> None
         export(tmp_path / "choice", tmp_path / "out")
     small = ModelConfig.model_validate({**sizes, "vocab_size": VOCAB - 1})
     write_weights(decoder(small), tmp_path / "small", Path(corpus["dir"]), {})
-    with pytest.raises(ValueError, match=r"has 400 ids and the model's embedding 399 rows; give the tokenizer that"):
+    with pytest.raises(ValueError, match=r"has 400 pieces, the model's vocabulary is 399; give the tokenizer that"):
         export(tmp_path / "small", tmp_path / "out")
     with pytest.raises(ValueError, match=r"has no tokenizer, tokenizer.model or tokenizer.json; copy one of them"):
         export(tmp_path / "small", tmp_path / "out", tokenizer=tmp_path)

@@ -1,6 +1,6 @@
 """Adapters to files and back in one process, and everything that a folder can be besides right.
 
-What engines hand over is in tests/tune/test_weights.py.
+What engines hand over is in tests/tune/test_load.py.
 """
 
 from __future__ import annotations

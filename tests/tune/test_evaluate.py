@@ -25,7 +25,8 @@ from model.decoder import Decoder
 from model.head import Scores
 from tests.model import tiny
 from tests.ranks import Processes
-from trainer.distributed import World, import_deepspeed, join, leave
+from trainer.deepspeed_internals import import_deepspeed
+from trainer.distributed import World, join, leave
 from tune.batches import Scored
 from tune.config import TuneConfig
 from tune.evaluate import Agreement, ExamplesEvaluation, evaluate_examples

@@ -1,6 +1,6 @@
 """A tuned decoder and a saved adapter have the engine's own weights: what trains its fp32 masters, the rest unchanged.
 
-``python -m tests.tune.test_weights CONFIG CASES OUT`` is what the two ranks run: tune, save, and write down the
+``python -m tests.tune.test_load CONFIG CASES OUT`` is what the two ranks run: tune, save, and write down the
 engines' weights; one start for all cases.
 """
 

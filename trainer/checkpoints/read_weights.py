@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import ENGINE, checkpoints_of, is_run
 from trainer.checkpoints.zero_files import MASTER, Stored, only_tensors, stored
-from trainer.distributed import ALONE, import_deepspeed
+from trainer.deepspeed_internals import import_deepspeed
+from trainer.distributed import ALONE
 from trainer.engine import optimizer_order
 
 

@@ -127,9 +127,11 @@ def most_at_once(train: TrainConfig) -> int:
 
 def _checkpoint_bytes(engine: Any) -> int:
     """About what one takes: weights, and for those that are trained fp32 masters and two moments."""
+    from trainer.deepspeed_internals import whole_size  # torch
+
     total = 0
     for parameter in engine.module.parameters():
-        count = getattr(parameter, "ds_numel", parameter.numel())
+        count = whole_size(parameter)
         total += count * (parameter.element_size() + 12 * parameter.requires_grad)
     return total
 

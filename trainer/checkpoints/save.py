@@ -17,8 +17,8 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from trainer.checkpoints.layout import (
 from trainer.checkpoints.retention import bytes_below, check_room, prune, remove
 from trainer.checkpoints.rng import rng_state
 from trainer.config import StageConfig
+from trainer.deepspeed_internals import writing_through
 from trainer.distributed import World
 from trainer.log import logger_of_run
 
@@ -258,26 +259,14 @@ class Saver:
         return True
 
 
-@contextmanager
-def _capturing(engine: Any, taken: dict[Path, Any]) -> Iterator[None]:
-    """Let what DeepSpeed would write come here instead, as copies on the host."""
-    writer = engine.checkpoint_engine
-
-    def save(state_dict: Any, path: str) -> None:
-        taken[Path(path)] = _on_host(state_dict, {})
-
-    writer.save = save
-    # Its converters unpickle whatever a file holds, and do not know every stage: no code goes into a checkpoint.
-    engine._copy_recovery_script = lambda folder: None
-    try:
-        yield
-    finally:
-        del writer.save, engine._copy_recovery_script  # the classes' own are back
-
-
 def _captured(engine: Any, partial: Path) -> dict[Path, Any]:
+    """What DeepSpeed would write, by its path, as copies on the host."""
     taken: dict[Path, Any] = {}
-    with _capturing(engine, taken):
+
+    def take(state: Any, path: str) -> None:
+        taken[Path(path)] = _on_host(state, {})
+
+    with writing_through(engine, take):
         engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False)
     return taken
 

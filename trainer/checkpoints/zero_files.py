@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.deepspeed_internals import starts, types_in_files
+
 MASTER = "master"
 """The name of the weights among the values of a parameter; the others are the optimiser's, as ``exp_avg``."""
 
@@ -178,14 +180,6 @@ def _in_order(
             yield Stored(name, shape, values, weights[name], _updates(states))
 
 
-def starts(group: dict[str, torch.Size], gaps: Sequence[int]) -> Iterator[int]:
-    """Where each parameter of a group begins, stages 1 and 2."""
-    start = 0
-    for shape, gap in zip(group.values(), gaps, strict=True):
-        yield start
-        start += shape.numel() + gap
-
-
 def _whole_from_equal_parts(
     shapes: list[dict[str, torch.Size]], ranks: list[dict[str, Joined]], updates: float | None = None
 ) -> Iterator[Stored]:
@@ -224,22 +218,18 @@ def _optimizer_states(folder: Path, ranks: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def only_tensors(checkpoint: Path) -> Iterator[None]:
-    """Let ``torch.load`` build tensors, plain containers and four DeepSpeed types, and nothing else.
+    """Let ``torch.load`` build tensors, plain containers and three DeepSpeed types, and nothing else.
 
     DeepSpeed itself asks for unrestricted unpickling, which would run whatever code a checkpoint holds.
 
     Raises:
         ValueError: for anything else in ``checkpoint``.
     """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum  # in older checkpoints; saving writes its number now
-    from deepspeed.utils.tensor_fragment import fragment_address
-
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
     try:
-        with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+        with torch.serialization.safe_globals(types_in_files()):
             yield
     except pickle.UnpicklingError as error:
         what = re.search(r"GLOBAL (\S+)", str(error))

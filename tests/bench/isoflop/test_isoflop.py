@@ -198,7 +198,7 @@ def test_ranks_start_under_deepspeed_with_ports_of_their_own(suite: Path, calls:
 def test_jobs_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert device_sets(2, 3) == [None, None] or torch.cuda.is_available()
-    monkeypatch.setattr("trainer.distributed.uses_cuda", lambda: True)
+    monkeypatch.setattr("trainer.deepspeed_internals.uses_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert device_sets(2, 2) == ["0,1", "2,3"]
     assert device_sets(3, 2) == ["0,1", "2,3", "0,1"]

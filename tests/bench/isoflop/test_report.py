@@ -12,7 +12,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from bench.isoflop.figures import FEW, density_figure, dial_figure, loss_figure
-from bench.isoflop.report import TIME, as_csv, compare, main_table, markdown, rows, spread, time_table
+from bench.isoflop.report import TIME, as_csv, compare, main_table, rows, spread, time_table, whole_report
 from bench.isoflop.results import collect
 from bench.isoflop.suite import Run, Suite
 from model.flops import parameter_counts
@@ -112,7 +112,7 @@ def test_rows_are_exact_and_the_page_says_what_made_it(finished: tuple[Suite, di
     assert (dense["loss/code"], skip["loss/code"], dense["density"], skip["density"]) == ("4.0", "3.9", "", "0.25")
     assert (dense["downstream/blimp"], found[2]["downstream/blimp"]) == ("0.625", "")  # of another limit
     assert as_csv([]) == "variant\n"
-    page = markdown(suite, results, 7, ["one", "two"])
+    page = whole_report(suite, results, 7, ["one", "two"])
     assert "5 of 7 runs are done" in page and page.endswith("## Made by\n\n* one\n* two\n")
 
 

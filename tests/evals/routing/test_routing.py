@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from convert.load import PRETRAINED, TUNED, WEIGHTS, Loaded
 from data.batches import NO_TARGET, Batch
 from evals.routing.__main__ import (
     FEWEST,
@@ -31,12 +30,12 @@ from evals.routing.windows import file_windows, own_windows, read_history
 from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
-from settings import to_yaml
 from tests.conftest import VOCAB
 from tests.model.tiny import force
 from trainer.checkpoints.weights_folder import write_weights
-from trainer.config import RunConfig
+from trainer.config import RunConfig, WeightsConfig
 from tune.config import TuneConfig
+from tune.load import Loaded
 from tune.text import TextTokenizer, load_text_tokenizer
 
 LENGTH = 32
@@ -95,8 +94,7 @@ def _run(folder: Path, corpus: dict[str, Any], decoder: Decoder, **changes: Any)
         "data": {**corpus, **changes},
         "train": {"run_dir": str(folder / "run"), "steps": 20, "global_batch_samples": 2, "micro_batch_samples": 2},
     }
-    (checkpoint / "config.yaml").write_text(to_yaml(RunConfig.model_validate(block)))
-    return Loaded(decoder, Path(corpus["dir"]), {"kind": PRETRAINED, "step": 20}, checkpoint)
+    return Loaded(decoder, RunConfig.model_validate(block), 20, checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -330,16 +328,16 @@ def test_windows_of_a_tuning_run(tokenizer: TextTokenizer, corpus: dict[str, Any
     prompt, response = tokenizer.split("say 0:", " 0")
     assert windows[0].tokens[0].tolist() == [*prompt, *response]
     assert windows[0].targets[0].tolist() == [*[NO_TARGET] * (len(prompt) - 1), *response, tokenizer.eos_id]
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    loaded = Loaded(_decoder(ensemble=True), Path(corpus["dir"]), {"kind": TUNED, "step": 1}, tmp_path)
+    loaded = Loaded(_decoder(ensemble=True), config, 1, tmp_path)
     report = report_on(loaded, [], 100, "tuned")
     assert report.votes is not None and report.votes.tokens[-1] == int(sum((b.targets >= 0).sum() for b in windows))
     with pytest.raises(ValueError, match=r"has no data.validation, and there is nothing else to read; give text files"):
         own_windows(config.model_copy(update={"data": config.data.model_copy(update={"validation": []})}), tokenizer, 9)
 
 
-def test_a_dense_model_has_nothing_to_show(tmp_path: Path, corpus: dict[str, Any]) -> None:
-    loaded = Loaded(_decoder(dense=True), Path(corpus["dir"]), {"kind": WEIGHTS}, tmp_path)
+def test_a_dense_model_has_nothing_to_show(tmp_path: Path) -> None:
+    decoder = _decoder(dense=True)
+    loaded = Loaded(decoder, WeightsConfig(model=decoder.config), None, tmp_path)
     with pytest.raises(ValueError, match=r"is a dense model without an ensemble: every token runs every layer, so the"):
         report_on(loaded, [], 128, "dense")
 

@@ -1,0 +1,220 @@
+"""What this project knows of DeepSpeed 0.19 beyond its documented interface: the file to read at an upgrade.
+
+Attributes of engines, optimisers and parameters that begin with an underscore or have no page in DeepSpeed's manual are
+named here and nowhere else (a test says so). The layout of its checkpoint files is in ``checkpoints/zero_files.py``.
+
+    stage 0      the parameter, and in bf16 and fp16 its master, one tensor each
+    stage 1, 2   the parameter, and of its group's flat master the part that lies in this rank's partition
+    stage 3      this rank's equal part of the parameter and of its master
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where a rank holds a part of a parameter's master.
+
+    Attributes:
+        flat: the tensor that the optimiser updates.
+        start: the part's first entry in it.
+        offset: the same entry in the whole, flat parameter.
+        size: entries of the part.
+    """
+
+    flat: Tensor
+    start: int
+    offset: int
+    size: int
+
+
+def uses_cuda() -> bool:
+    """True on a CUDA machine, unless DeepSpeed was told to use the CPU (``DS_ACCELERATOR=cpu``)."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed quietly, without the op that it would compile on a CPU for nothing.
+
+    On a CPU ``init_distributed`` compiles a shared-memory op for over a minute, which only inference uses.
+    """
+    on_cpu = not uses_cuda()
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find out by itself, with a warning
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once per step.
+    warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(logging.WARNING)
+    # ZeRO 3 looks for tensors in what a module returns, to place its hooks, and does not look into our dataclasses.
+    # It does not have to: losses and weights agree with the other stages (tests/trainer/test_ranks.py).
+    logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
+    if on_cpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def types_in_files() -> list[Any]:
+    """The types other than tensors and containers that its checkpoint files hold."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [LossScaler, DynamicLossScaler, fragment_address]
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """True under stage 3, where a rank holds a part."""
+    return hasattr(parameter, "ds_id")
+
+
+def whole_shape(parameter: Tensor) -> torch.Size:
+    """Of all of a parameter, partitioned or not."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def whole_size(parameter: Tensor) -> int:
+    """Entries of all of a parameter, partitioned or not."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def gathered(parameter: Tensor, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
+    """Within it a partitioned parameter is whole; what ``modifier_rank`` changed is everybody's afterwards."""
+    if not is_partitioned(parameter):
+        return nullcontext()
+    return import_deepspeed().zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
+
+
+def whole_weight(parameter: Tensor) -> Tensor:
+    """All of a parameter, its fp32 master where one is within reach (ZeRO 1 to 3); collective inside an engine."""
+    if not is_partitioned(parameter) and not hasattr(parameter, "_hp_mapping"):
+        return parameter.detach()
+    with gathered(parameter):
+        weight = parameter.detach().clone()
+    master = import_deepspeed().utils.safe_get_full_fp32_param(parameter)
+    if master is not None:
+        master = master.reshape(weight.shape)
+        # With round_robin_gradients DeepSpeed gives another parameter's.
+        if torch.equal(master.to(weight.dtype), weight):
+            return master
+    return weight
+
+
+def set_weight(parameter: Tensor, whole: Tensor, rank: int, size: int) -> None:
+    """Put the flat ``whole`` into what the forward pass of this rank uses, in its own precision."""
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.copy_(whole.view(parameter.shape))
+        return
+    part = math.ceil(whole.numel() / size)
+    own = whole[rank * part : (rank + 1) * part]
+    parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
+    if parameter.numel():  # a small one, which every rank keeps whole
+        parameter.copy_(whole.view(parameter.shape))
+
+
+def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The optimiser that DeepSpeed's own one wraps, or itself where nothing is wrapped."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def master_places(engine: Any, rank: int, size: int) -> Iterator[tuple[str, Place]]:
+    """Of every parameter that trains and of which this rank has a part: its name, and where the master is."""
+    return _PLACES[engine.zero_optimization_stage()](engine, rank, size)
+
+
+def starts(group: dict[str, torch.Size], gaps: Sequence[int]) -> Iterator[int]:
+    """Where each parameter of a group begins, stages 1 and 2."""
+    start = 0
+    for shape, gap in zip(group.values(), gaps, strict=True):
+        yield start
+        start += shape.numel() + gap
+
+
+def undo_first_step(engine: Any, before: Sequence[Tensor]) -> None:
+    """At stage 0 in bf16 and fp16 DeepSpeed takes one step on zero gradients at construction: take it back.
+
+    It has decayed the weights, and leaves an optimiser that believes one step is behind it.
+
+    Args:
+        engine: just built.
+        before: the weights of its model before that.
+    """
+    shadow = dict(zip(engine.module.parameters(), before, strict=True))
+    for parameter, master in _pairs(engine.optimizer):
+        parameter.data.copy_(shadow[parameter].to(parameter.device))
+        master.data.copy_(parameter.data)
+    engine.optimizer.optimizer.state.clear()
+
+
+def leave_step_out(engine: Any) -> None:
+    """In place of ``engine.step()``, where the update must not be made; what that would have counted is counted."""
+    engine.zero_grad()
+    engine.micro_steps += 1
+
+
+@contextmanager
+def writing_through(engine: Any, save: Callable[[Any, str], None]) -> Iterator[None]:
+    """Let ``engine.save_checkpoint`` hand what it would write, and the path, to ``save``."""
+    writer = engine.checkpoint_engine
+    writer.save = save
+    # Its converters unpickle whatever a file holds, and do not know every stage: no code goes into a checkpoint.
+    engine._copy_recovery_script = lambda folder: None
+    try:
+        yield
+    finally:
+        del writer.save, engine._copy_recovery_script  # the classes' own are back
+
+
+def _pairs(optimizer: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Stage 0 in bf16 and fp16: parameters and their masters."""
+    for lows, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        yield from zip(lows, masters, strict=True)
+
+
+def _whole(engine: Any, rank: int, size: int) -> Iterator[tuple[str, Place]]:
+    """Stage 0."""
+    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    if hasattr(engine.optimizer, "fp32_groups"):
+        pairs = list(_pairs(engine.optimizer))
+    else:
+        pairs = [(p, p) for group in engine.optimizer.param_groups for p in group["params"]]
+    for parameter, master in pairs:
+        yield names[parameter], Place(master, 0, 0, master.numel())
+
+
+def _partitions(engine: Any, rank: int, size: int) -> Iterator[tuple[str, Place]]:
+    """Stages 1 and 2."""
+    optimizer = engine.optimizer
+    shapes, gaps = engine._get_zero_param_shapes(), optimizer.round_robin_bit16_padding
+    for flat, group, gap in zip(optimizer.single_partition_of_fp32_groups, shapes, gaps, strict=True):
+        first = rank * flat.numel()
+        for (name, shape), start in zip(group.items(), starts(group, gap), strict=True):
+            begin, end = max(start, first), min(start + shape.numel(), first + flat.numel())
+            if begin < end:
+                yield name, Place(flat, begin - first, begin - start, end - begin)
+
+
+def _equal_parts(engine: Any, rank: int, size: int) -> Iterator[tuple[str, Place]]:
+    """Stage 3."""
+    optimizer = engine.optimizer
+    for flat, group in zip(optimizer.fp32_partitioned_groups_flat, engine._get_zero_param_shapes(), strict=True):
+        start = 0
+        for name, shape in group.items():
+            part = math.ceil(shape.numel() / size)
+            count = max(min(part, shape.numel() - rank * part), 0)
+            yield name, Place(flat, start, rank * part, count)
+            start += part
+
+
+_PLACES = {0: _whole, 1: _partitions, 2: _partitions, 3: _equal_parts}
