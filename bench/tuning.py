@@ -25,13 +25,13 @@ from tqdm import tqdm
 
 from bench.common.options import parser, refuse
 from bench.common.timing import ratios, take_turns
+from data.tokenization import load_text_tokenizer
 from model.config import EnsembleConfig
 from settings import user_errors
 from settings.tables import markdown
 from trainer.local_ranks import environment_alone
 from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
-from tune.text import load_text_tokenizer
 
 METHODS = [
     "full",

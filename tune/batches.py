@@ -26,10 +26,10 @@ from torch import Tensor
 from data.batches import NO_SAMPLE, NO_TARGET, Batch
 from data.order import ORDER_VERSION, Order
 from data.skip_ranges import pass_over
+from data.tokenization import TextTokenizer
 from tune.config import ExamplesConfig, ExampleSource
 from tune.examples import Examples, read_examples
 from tune.packing import Windows, pack
-from tune.text import TextTokenizer
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ import zstandard
 
 from data.config import SourceConfig
 from data.sources import Cursor, Source, format_of, json_records
+from data.tokenization import TextTokenizer
 from settings import did_you_mean
 from tune.config import ChatConfig, ExamplesConfig, ExampleSource
-from tune.text import TextTokenizer
 
 UNREADABLE = (ValueError, OSError, EOFError, lzma.LZMAError, zstandard.ZstdError)
 """What a broken file or a wrong line raises."""

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.files import write_atomically
+from data.tokenization import WORD_START, TextTokenizer, load_text_tokenizer
 from evals.routing.page import LEARNED, Bar, History, Report, Routing, Token, Votes, page, visible
 from evals.texts import add_text_options, refuse_missing, text_field_of
 from model.config import ModelConfig
@@ -32,7 +33,6 @@ from trainer import opening
 from trainer.checkpoints.layout import run_of
 from trainer.config import WeightsConfig
 from trainer.monitor import metrics_file
-from tune.text import WORD_START, TextTokenizer, load_text_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

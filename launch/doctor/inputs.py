@@ -9,12 +9,11 @@ from data.batches import TrainingData
 from data.config import SourceConfig
 from data.sources import Source
 from data.store import TokenStore, validation_folder
-from data.tokenizer import tokenizer_sha256
+from data.tokenization import load_text_tokenizer, require_vocabulary, tokenizer_sha256
 from launch.configs import model_of, tokenizer_folder
 from launch.doctor.findings import Finding
 from trainer.config import RunConfig
 from tune.config import TuneFile
-from tune.text import load_text_tokenizer, require_vocabulary
 
 
 def shards(config: RunConfig) -> Iterator[Finding]:
@@ -42,7 +41,7 @@ def examples(file: TuneFile) -> Iterator[Finding]:
         ValueError: if something is missing or does not fit.
     """
     folder = tokenizer_folder(file)
-    require_vocabulary(load_text_tokenizer(folder).vocab_size, folder, model_of(file).vocab_size)
+    require_vocabulary(load_text_tokenizer(folder), model_of(file).vocab_size)
     files: list[Path] = []
     for source in (*file.data.sources, *file.data.validation, *file.data.test):
         files += Source(SourceConfig(name=source.name, files=source.files, format="text")).files

@@ -18,8 +18,9 @@ import yaml
 from data.config import DataConfig
 from data.files import only_writer
 from data.prepare import main, prepare, verify
+from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.tokenizer import train_tokenizer
 from tests.data.helpers import config_of, contents, documents, prepared, write_jsonl
 
 ROOT = Path(__file__).parents[2]

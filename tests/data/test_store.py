@@ -13,7 +13,8 @@ import pytest
 
 from data.batches import TrainingData
 from data.store import TokenStore
-from data.tokenizer import tokenizer_sha256, train_tokenizer
+from data.tokenization import tokenizer_sha256
+from data.tokenizer import train_tokenizer
 from tests.data.helpers import config_of, documents, prepared
 
 

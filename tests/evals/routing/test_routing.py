@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.batches import NO_TARGET, Batch
+from data.tokenization import TextTokenizer, load_text_tokenizer
 from evals.routing.__main__ import (
     FEWEST,
     Observed,
@@ -36,7 +37,6 @@ from trainer.checkpoints.weights_folder import write_weights
 from trainer.config import RunConfig, WeightsConfig
 from tune.config import TuneConfig
 from tune.load import Loaded
-from tune.text import TextTokenizer, load_text_tokenizer
 
 LENGTH = 32
 SIZES = {"vocab_size": VOCAB, "layers": 3, "width": 16, "heads": 2, "kv_heads": 1, "ffn_width": 24, "init_std": 0.3}
