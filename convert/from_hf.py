@@ -157,10 +157,7 @@ def import_checkpoint(
         ValueError: with one sentence for what stands in the way.
     """
     from convert import hf_compare
-    from convert.hf_tokenizer import compared_with_transformers
-    from data.tokenization import SentencePiece, load_text_tokenizer, require_vocabulary
     from data.tokenizer_files import left_behind, tokenizer_files
-    from data.tokenizer_json import require_same_ids
     from trainer.checkpoints.weights_folder import require_absent, write_weights
 
     require_absent(out)
@@ -170,11 +167,7 @@ def import_checkpoint(
             f"with --adapters merged, or give a copy of {folder} without them for the model below them"
         )
     decoder, family = read_checkpoint(folder, routers)
-    tokenizer = load_text_tokenizer(folder)
-    require_vocabulary(tokenizer, decoder.config.vocab_size, _RESIZE)
-    ids = require_same_ids(tokenizer)[1] if isinstance(tokenizer, SentencePiece) else "not compared with transformers"
-    if with_comparison:
-        ids = compared_with_transformers(tokenizer, folder, auto=family != HOPSCOTCH)
+    ids = _checked_tokenizer(folder, decoder.config.vocab_size, family, with_comparison)
     if not with_comparison:
         compared = "not compared with transformers"
     elif family != HOPSCOTCH:
@@ -201,6 +194,20 @@ def import_checkpoint(
         f"wrote     {out}, with {', '.join(str(file.relative_to(folder)) for file in tokenizer_files(folder))}",
         *([f"left      {others}"] if (others := left_behind(folder)) else []),
     ]
+
+
+def _checked_tokenizer(folder: Path, vocab_size: int, family: str, with_comparison: bool) -> str:
+    """What was found of the tokenizer in ``folder``, every id of which has an embedding."""
+    from convert.hf_tokenizer import compared_with_transformers
+    from data.tokenization import SentencePiece, load_text_tokenizer, require_vocabulary
+    from data.tokenizer_json import require_same_ids
+
+    tokenizer = load_text_tokenizer(folder)
+    require_vocabulary(tokenizer, vocab_size, _RESIZE)
+    said = [f"as a tokenizer.json {require_same_ids(tokenizer)[1]}"] if isinstance(tokenizer, SentencePiece) else []
+    if with_comparison:
+        return "; ".join([*said, compared_with_transformers(tokenizer, folder, auto=family != HOPSCOTCH)])
+    return "; ".join([*said, "not compared with transformers"])
 
 
 def _told(difference: Difference) -> str:

@@ -19,7 +19,7 @@ import sentencepiece
 
 from data.config import DataConfig
 from data.files import read_json, sha256_of, write_atomically, write_json
-from data.sentencepiece_file import MODEL_NAME, load_tokenizer
+from data.sentencepiece_file import MODEL_NAME
 from data.sources import Source
 from data.tokenization import JSON_NAME, load_text_tokenizer
 from settings import load, user_errors
@@ -91,7 +91,7 @@ def _require_same_settings(config: DataConfig) -> None:
         recorded: dict[str, Any] = manifest.get("settings", {})
     else:  # brought from elsewhere: the size is all that can be compared
         wanted = {"vocab_size": wanted["vocab_size"]}
-        recorded = {"vocab_size": load_tokenizer(config.dir).vocab_size()}
+        recorded = {"vocab_size": load_text_tokenizer(config.dir).vocab_size}
     changed = [f"{key} {recorded.get(key)} -> {value}" for key, value in wanted.items() if recorded.get(key) != value]
     if changed:
         raise ValueError(

@@ -28,6 +28,7 @@ from convert import from_hf
 from convert.from_hf import compare, import_checkpoint, main, read_checkpoint
 from convert.to_hf import export
 from model.config import RopeScaling
+from tests.convert.exports import make_tuned, write_run
 from tests.threads import one_thread as one_thread
 from tune.load import load_model
 
@@ -268,6 +269,11 @@ def test_names_with_what_wrappers_put_into_them(edited: Edit, tmp_path: Path, sp
     assert any("logits are transformers'" in line for line in lines)
 
 
+def test_two_names_of_one_activation(edited: Edit, tmp_path: Path) -> None:
+    lines = import_checkpoint(edited(hidden_act="swish"), tmp_path / "out")
+    assert any("logits are transformers'" in line for line in lines)
+
+
 def test_two_names_of_one_weight(edited: Edit) -> None:
     folder = edited()
     _spoil(folder, lambda t: t.update({"_orig_mod.model.norm.weight": torch.ones(32)}))
@@ -334,11 +340,14 @@ def test_files_beside_the_tokenizer_reach_the_export(edited: Edit, tmp_path: Pat
     lines = import_checkpoint(folder, tmp_path / "out")
     assert any("additional_chat_templates/tools.jinja" in line for line in lines if line.startswith("wrote"))
     assert "left      README.md, preprocessor_config.json" in lines
-    lines = export(tmp_path / "out", tmp_path / "again")
-    assert any("chat_template.jinja" in line for line in lines)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert theirs.get_chat_template("default") == template and theirs.get_chat_template("tools") == "tools"
-    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<s>hi"
+    tuned, adapter = make_tuned(load_model(tmp_path / "out").decoder, "lora")
+    run = write_run(tmp_path / "run", tuned, {"dir": str(tmp_path / "out")}, adapter=adapter)
+    for source in (tmp_path / "out", run):
+        lines = export(source, tmp_path / f"{source.name}-again")
+        assert any("chat_template.jinja" in line for line in lines)
+        theirs = AutoTokenizer.from_pretrained(tmp_path / f"{source.name}-again")
+        assert theirs.get_chat_template("default") == template and theirs.get_chat_template("tools") == "tools"
+        assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<s>hi"
 
 
 def test_buffers_of_old_versions_are_passed_over(edited: Edit) -> None:

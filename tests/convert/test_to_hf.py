@@ -326,3 +326,15 @@ def test_what_cannot_be_exported(tmp_path: Path, corpus: dict[str, Any]) -> None
     ):
         export(tmp_path / "small", tmp_path / "out", tokenizer=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_leaves(exported: Exported, tmp_path: Path, umask: int) -> None:
+    weights = exported("layer")[0]
+    before = os.umask(umask)
+    try:
+        export(weights, tmp_path / "out", shard_bytes=100_000)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(modes) > 8 and set(modes.values()) == {0o666 & ~umask}, modes

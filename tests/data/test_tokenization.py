@@ -243,8 +243,9 @@ def test_models_that_change_text_are_refused_by_the_first_command(
     with pytest.raises(ValueError, match=sentence):
         load_text_tokenizer(tmp_path / "data")
     write_jsonl(tmp_path / "raw.jsonl", ["one\ntwo"])
-    with pytest.raises(ValueError, match=sentence):
-        prepare(config_of(tmp_path), workers=1)
+    for command in (train_tokenizer, lambda config: prepare(config, workers=1)):
+        with pytest.raises(ValueError, match=sentence):
+            command(config_of(tmp_path))
 
 
 @pytest.mark.parametrize(
