@@ -29,7 +29,7 @@ from tests.conftest import VOCAB
 from tests.convert.exports import CASES, NATIVE, make, make_tuned, write_run
 from tests.model.tiny import SIZES, decoder
 from tests.trainer.checkpoints.test_resume_safety import Payload
-from trainer.checkpoints import manifest
+from trainer.checkpoints import manifest, weights_folder
 from trainer.checkpoints.weights_folder import write_weights
 from tune import adapter_files
 from tune.load import load_model
@@ -282,15 +282,15 @@ def test_nothing_is_written_over(tmp_path: Path, exported: Exported, capsys: pyt
 def test_what_differs_stays_to_be_looked_at(
     tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(tensors: dict[str, Tensor], path: Path) -> None:
-        save({name: tensor + 0.01 if "q_proj" in name else tensor for name, tensor in tensors.items()}, path)
+    def spoil(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save({name: tensor + 0.01 if "q_proj" in name else tensor for name, tensor in tensors.items()}, path, metadata)
 
-    save = to_hf._save
-    monkeypatch.setattr(to_hf, "_save", spoil)
+    save = weights_folder.save_tensors
+    monkeypatch.setattr(weights_folder, "save_tensors", spoil)
     with pytest.raises(ValueError, match=r"the export's logits differ by .*; it stays in .*out.tmp to be looked at"):
         export(exported("layer")[0], tmp_path / "out")
     assert (tmp_path / "out.tmp/config.json").exists() and not (tmp_path / "out").exists()
-    monkeypatch.setattr(to_hf, "_save", save)
+    monkeypatch.setattr(weights_folder, "save_tensors", save)
     export(exported("layer")[0], tmp_path / "out")
     assert not (tmp_path / "out.tmp").exists()
 
@@ -301,7 +301,7 @@ def test_a_full_disk(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(weights_folder, "save_file", full)
     with pytest.raises(SystemExit):
         main([str(exported("layer")[0]), str(tmp_path / "out")])
     assert "could not be written (No space left on device); free some space" in capsys.readouterr().err

@@ -205,7 +205,7 @@ def test_two_commands_at_once_are_refused(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "raw.jsonl", documents(200))
     config = config_of(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
+    with pytest.raises(ValueError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
         prepare(config, workers=1)
     train_tokenizer(config)
     write_jsonl(tmp_path / "raw.jsonl", ["", ""])
