@@ -34,7 +34,17 @@ def run(folder: Path, exports: list[Path], library: Path | None, program: Path =
 
 def install(folder: Path, *packages: str) -> Path:
     """A folder with ``packages`` and what they need; the test is skipped where they cannot be had."""
-    command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder / "library"), *packages]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-compile",
+        "--target",
+        str(folder / "library"),
+        *packages,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"{' and '.join(packages)} cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
