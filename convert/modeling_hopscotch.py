@@ -34,7 +34,7 @@ from transformers.utils import can_return_tuple
 try:  # 5, which draws only what a checkpoint does not hold
     from transformers import initialization as init
 except ImportError:
-    from torch.nn import init
+    from torch.nn import init  # type: ignore[no-redef]
 try:  # the newer ones of 5, with a mask for every kind of attention that leaves nothing to be understood
     from transformers.masking_utils import create_causal_mask
 
@@ -45,10 +45,11 @@ try:
     from transformers.modeling_layers import GradientCheckpointingLayer
 except ImportError:  # 4.51
 
-    class GradientCheckpointingLayer(nn.Module):
+    class GradientCheckpointingLayer(nn.Module):  # type: ignore[no-redef]
         """Computes its activations again in the backward pass, once the model is told so."""
 
         gradient_checkpointing = False
+        _gradient_checkpointing_func: Callable
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if self.gradient_checkpointing and self.training:
@@ -374,7 +375,7 @@ class HopscotchPreTrainedModel(PreTrainedModel):
     _supports_static_cache = True
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         learned = isinstance(module, HopscotchRouter) and module.kind == "learned"
         if learned or isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=self.config.initializer_range)
@@ -403,7 +404,7 @@ class HopscotchModel(HopscotchPreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.embed_tokens = value
 
     @can_return_tuple
@@ -436,7 +437,8 @@ class HopscotchModel(HopscotchPreTrainedModel):
         positions = position_ids.expand(x.shape[0], -1)
         rotation = _rotation(self.config, positions, x.dtype)
         executed: list[Tensor] | None = [] if output_executed else None
-        states, late = [], []
+        states: list[Tensor] = []
+        late: list[Tensor] = []
         for layer in self.layers:
             states += [x] if keeps_states else []
             x = layer(x, rotation, positions, mask, past_key_values, executed, cache_kwargs, **kwargs)
@@ -489,7 +491,7 @@ class HopscotchForCausalLM(HopscotchPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: Any) -> None:
         self.lm_head = value
 
     @can_return_tuple
@@ -534,7 +536,7 @@ def _attention_function(name: str) -> Callable:
     return _eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
 
 
-def _causal_mask(x: Tensor, padding: Tensor | None, places: Tensor, cache: Cache | None) -> Tensor:
+def _causal_mask(x: Tensor, padding: Tensor | None, places: Tensor, cache: Any) -> Tensor:
     """Which keys the tokens x [B, T, D] see, bool [B, 1, T, S], by their places in the cache, int64 [T].
 
     Args:

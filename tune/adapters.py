@@ -147,13 +147,16 @@ def _lora_config(decoder: Decoder, adapter: AdapterConfig) -> LoraConfig:
 def _refuse_zero_rows(decoder: nn.Module) -> None:
     """DoRA divides every row of W + BA [O, I] by its length; W's rows are checked, as BA begins as nought."""
     for name, layer in decoder.named_modules():
-        if not isinstance(layer, LoraLayer) or layer.get_base_layer().weight.is_meta:
+        if not isinstance(layer, LoraLayer):
             continue
-        zero = (layer.get_base_layer().weight.abs().amax(dim=1) < _LEAST).nonzero().flatten()
+        weight: Any = layer.get_base_layer().weight
+        if weight.is_meta:
+            continue
+        zero = (weight.abs().amax(dim=1) < _LEAST).nonzero().flatten()
         if len(zero):
             raise ValueError(
                 f"adapter.kind dora divides each row of a weight by its length, and {name}.weight has {len(zero)} of "
-                f"{len(layer.get_base_layer().weight)} rows that are zero, row {int(zero[0])} for one; set "
+                f"{len(weight)} rows that are zero, row {int(zero[0])} for one; set "
                 f"adapter.kind to lora, or leave {name.rpartition('.')[2]} out of adapter.targets"
             )
 

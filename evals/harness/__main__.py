@@ -135,7 +135,9 @@ def cuts(ours: Outcome, export: Outcome | None, window_tokens: int) -> list[str]
     """A line for each task of which a model did not see all that was asked."""
     lines = []
     for name, outcome in (("ours", ours), ("the export", export)):
-        for task, count in outcome.cut.items() if outcome is not None else ():
+        if outcome is None:
+            continue
+        for task, count in outcome.cut.items():
             asked = len(outcome.loglikelihoods[task]) or outcome.documents[task]
             lines.append(
                 f"{task}: {count:,} of {asked:,} requests did not fit into a window of {window_tokens:,} tokens and "
