@@ -53,10 +53,12 @@ from bench.common.timing import WARM_UP_ROUNDS, Spread, ratios
 from data.config import DataConfig
 from data.files import write_atomically
 from data.prefetch import prefetch
+from data.sentencepiece_file import MODEL_NAME
 from data.shards import FORMAT_VERSION, ShardWriter, token_dtype
 from data.sources import Cursor, Document
 from data.store import train_folder
-from data.tokenizer import EOS_ID, MODEL_NAME, tokenizer_sha256
+from data.tokenization import tokenizer_sha256
+from data.tokenizer import EOS_ID
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
 

@@ -23,13 +23,13 @@ from bench.common.options import parser, refuse
 from bench.common.timing import ratios, take_turns
 from bench.isoflop.runs import Job, side_by_side
 from data.places import texts
+from data.tokenization import load_text_tokenizer
 from model.config import EnsembleConfig
 from settings import path_argument, user_errors
 from settings.project import shipped
 from settings.tables import markdown
 from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
-from tune.text import load_text_tokenizer
 
 METHODS = [
     "full",

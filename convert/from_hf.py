@@ -23,9 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-
 from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_seed
+from convert.hf_weights import is_usual, names_in, read_tensors, tie_head, usual_name, weight_files
 from data.files import read_json
 from model.config import BudgetConfig, ModelConfig, RouterConfig
 from settings import path_argument, user_errors
@@ -38,8 +37,10 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-4
 """Largest difference between logits, as a share of their range. Two fp32 implementations stay below 1e-5."""
 _COMPARED_TOKENS = 256
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_RESIZE = (
+    "take it out of the tokenizer's files, or give the embedding a row for it: transformers' resize_token_embeddings "
+    "and save_pretrained do"
+)
 
 
 class Difference(NamedTuple):
@@ -93,9 +94,9 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
     raw = read_json(path)
     decoder = _empty_decoder(raw, path, routers)
     config = decoder.config
-    tensors = _tensors(_weight_files(folder))
+    tensors = read_tensors(weight_files(folder))
     if config.tied_head:
-        _drop_tied_head(tensors, folder)
+        tie_head(tensors, folder)
     wanted = dict(decoder.named_parameters())
     added = (
         []
@@ -129,7 +130,7 @@ def compare(decoder: Decoder, folder: Path) -> Difference:
 
     tokens, positions = _probe(decoder.config)
     with torch.no_grad():
-        theirs = _reference_logits(folder, tokens, positions)
+        theirs = _reference_logits(folder, tokens, positions, decoder)
         ours = copy.deepcopy(decoder).float()(tokens, positions=positions).logits
     largest, span = float((ours - theirs).abs().max()), float(theirs.max() - theirs.min())
     if not largest <= TOLERANCE * span:  # NaN as well
@@ -156,7 +157,8 @@ def import_checkpoint(
         ValueError: with one sentence for what stands in the way.
     """
     from convert import hf_compare
-    from trainer.checkpoints.weights_folder import require_absent, tokenizer_files, write_weights
+    from data.tokenizer_files import left_behind, tokenizer_files
+    from trainer.checkpoints.weights_folder import require_absent, write_weights
 
     require_absent(out)
     if (folder / hf_compare.ADAPTER / "adapter_config.json").is_file():
@@ -165,7 +167,7 @@ def import_checkpoint(
             f"with --adapters merged, or give a copy of {folder} without them for the model below them"
         )
     decoder, family = read_checkpoint(folder, routers)
-    tokenizer = tokenizer_files(folder)
+    ids = _checked_tokenizer(folder, decoder.config.vocab_size, family, with_comparison)
     if not with_comparison:
         compared = "not compared with transformers"
     elif family != HOPSCOTCH:
@@ -188,8 +190,24 @@ def import_checkpoint(
         f"{config.max_positions:,} positions",
         *_routing_lines(decoder, routers is not None),
         f"compared  {compared}",
-        f"wrote     {out}, with {', '.join(file.name for file in tokenizer)}",
+        f"tokenizer {ids}",
+        f"wrote     {out}, with {', '.join(str(file.relative_to(folder)) for file in tokenizer_files(folder))}",
+        *([f"left      {others}"] if (others := left_behind(folder)) else []),
     ]
+
+
+def _checked_tokenizer(folder: Path, vocab_size: int, family: str, with_comparison: bool) -> str:
+    """What was found of the tokenizer in ``folder``, every id of which has an embedding."""
+    from convert.hf_tokenizer import compared_with_transformers
+    from data.tokenization import SentencePiece, load_text_tokenizer, require_vocabulary
+    from data.tokenizer_json import require_same_ids
+
+    tokenizer = load_text_tokenizer(folder)
+    require_vocabulary(tokenizer, vocab_size, _RESIZE)
+    said = [f"as a tokenizer.json {require_same_ids(tokenizer)[1]}"] if isinstance(tokenizer, SentencePiece) else []
+    if with_comparison:
+        return "; ".join([*said, compared_with_transformers(tokenizer, folder, auto=family != HOPSCOTCH)])
+    return "; ".join([*said, "not compared with transformers"])
 
 
 def _told(difference: Difference) -> str:
@@ -229,72 +247,6 @@ def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None
     return without_memory(config, routing_seed(raw, path), ensemble_config(raw, path))
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The files with the weights, all there."""
-    if (folder / _WHOLE).is_file():
-        return [folder / _WHOLE]
-    if (folder / _INDEX).is_file():
-        names = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-            raise ValueError(f"{folder / _INDEX} has no weight_map from tensors to files; download it again")
-        files = [_inside(folder, name) for name in sorted(set(names.values()))]
-        for file in files:
-            if not file.is_file():
-                raise ValueError(f"{file}, which {_INDEX} names, is not there; download the checkpoint again")
-        return files
-    if any(folder.glob("pytorch_model*.bin")):
-        raise ValueError(
-            f"{folder} has only pytorch_model.bin, and reading that runs code; convert it to safetensors first: "
-            "transformers' from_pretrained and save_pretrained do"
-        )
-    raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}; download the checkpoint's safetensors files")
-
-
-def _inside(folder: Path, name: str) -> Path:
-    """The file that the index calls ``name``, which must lie in ``folder``, links followed."""
-    file = folder / name
-    steps_out = Path(name).is_absolute() or ".." in Path(name).parts
-    if steps_out or not file.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"{folder / _INDEX} names {name}, which leads out of {folder}, and only files in it are read; copy the "
-            "file itself there (cp -rL follows the links of a download cache), or download the checkpoint again"
-        )
-    return file
-
-
-def _tensors(files: list[Path]) -> dict[str, Tensor]:
-    """Everything in ``files`` by the decoder's names, mapped, not read."""
-    tensors = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    dtype = file.get_slice(name).get_dtype()
-                    if dtype not in _DTYPES:
-                        raise ValueError(
-                            f"{name} in {path} is {dtype}, and weights must be {', '.join(_DTYPES.values())}; take a "
-                            "checkpoint that is not quantised"
-                        )
-                    # Files of old versions also hold a buffer that follows from config.json.
-                    if not name.endswith("rotary_emb.inv_freq"):
-                        tensors[name.removeprefix("model.")] = file.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}); download it again") from None
-    return tensors
-
-
-def _drop_tied_head(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Leave the head to the embedding, where the files hold both."""
-    import torch
-
-    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("embed_tokens.weight")
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
-        raise ValueError(
-            f"{folder} holds a head of its own, but its config.json says tie_word_embeddings; set that to false if the "
-            "head was trained"
-        )
-
-
 def _probe(config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Random tokens and their positions, int64 [2, T] each."""
     import torch
@@ -305,18 +257,24 @@ def _probe(config: ModelConfig) -> tuple[Tensor, Tensor]:
     return tokens, torch.stack([near, near * ((config.max_positions - 1) // max(length - 1, 1))])
 
 
-def _reference_logits(folder: Path, tokens: Tensor, positions: Tensor) -> Tensor:
-    """What transformers computes, [2, T, V]."""
+def _reference_logits(folder: Path, tokens: Tensor, positions: Tensor, decoder: Decoder) -> Tensor:
+    """What transformers computes, [2, T, V]; from ``decoder``'s weights where the files' names are strange to it."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", local_files_only=True
-        )
+        if all(is_usual(name) for name in names_in(weight_files(folder))):
+            model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **how)
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config, **how).eval()
+            model.load_state_dict(
+                {usual_name(name): weight for name, weight in decoder.state_dict().items()}, strict=False
+            )
     except Exception as error:  # whatever it dislikes, in its own words
         raise ValueError(
             f"transformers cannot load {folder} to compare with ({str(error).strip().splitlines()[-1].strip()}); fix "

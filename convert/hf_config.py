@@ -156,7 +156,7 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
         for name in ("attention_bias", "mlp_bias")
         if config.get(name)
     ]
-    if config.get("hidden_act", "silu") != "silu":
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
         problems.append(f"hidden_act {config['hidden_act']} (the feed-forward here is SwiGLU, silu)")
     if config.get("quantization_config"):
         problems.append(

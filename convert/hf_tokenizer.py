@@ -1,41 +1,31 @@
 """A tokenizer's files for an export: ids in transformers are those that the model was trained with.
 
 A ``tokenizer.json`` is copied as it is, with what lies beside it. A SentencePiece ``tokenizer.model`` is written out as
-a ``tokenizer.json``, and the ids of both are compared on text before anything is vouched for:
-
-    BPE        the pieces' scores are the order of the merges: ids are the same, whatever the text
-    unigram    transformers may break a tie between two ways to cut a text the other way
-
-What makes the ids the same: spaces become "▁" in the whole text, one is put before it only where the model asks for it,
-nothing is cut before the merges, and no begin-of-document token is added (scored twice by tools that add their own).
+a ``tokenizer.json``, and the ids of both are compared on text before anything is vouched for. It puts before a text
+what training did: nothing (a begin-of-document token is scored twice by tools that add their own), or what an import's
+``tokenizer_config.json`` asks for.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import sysconfig
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
 from data.files import read_json, write_json
-from data.tokenizer import load_tokenizer
-from trainer.checkpoints.weights_folder import TOKENIZERS, tokenizer_files
-from tune.text import JSON_NAME, load_text_tokenizer, require_vocabulary
+from data.tokenization import (
+    CONFIG_NAME,
+    GENERATION_NAME,
+    JSON_NAME,
+    SentencePiece,
+    TextTokenizer,
+    load_text_tokenizer,
+    require_vocabulary,
+)
+from data.tokenizer_files import copy_tokenizer
+from data.tokenizer_json import require_same_ids, sample_lines
 
-MODEL_NAME, CONFIG_NAME, GENERATION_NAME = TOKENIZERS[0], "tokenizer_config.json", "generation_config.json"
-COMPARED_LINES = 4000
-_PROSE_LINES = 1500
-UNIGRAM_TIES = 0.02
-"""Largest share of lines whose ids may differ for a unigram model."""
-_SPACE = "▁"
-_BPE, _UNIGRAM = 2, 1
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_COMPARED_LINES = 1000
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -55,177 +45,90 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int, max_positions: int
     Raises:
         ValueError: if there is none, it does not fit the embedding, or transformers would give other ids.
     """
-    files = tokenizer_files(source)
-    text = load_text_tokenizer(source)
+    tokenizer = load_text_tokenizer(source)
     fix = "give the tokenizer that the model was trained with (--tokenizer FOLDER)"
-    require_vocabulary(text.vocab_size, source, vocab_size, fix)
-    for file in files:
-        shutil.copyfile(file, out / file.name)
-    if (source / JSON_NAME).is_file():
-        return _given_ids(out, text.eos_id, text.prefix), f"tokenizer.json copied from {source}"
-    processor = load_tokenizer(source)
-    converted = convert(processor)
-    lines = list(islice(sample_lines(), COMPARED_LINES))
-    different = compare_ids(processor, converted, lines)
-    allowed = UNIGRAM_TIES * len(lines) if _model_proto(processor).trainer_spec.model_type == _UNIGRAM else 0
-    if len(different) > allowed:
-        raise ValueError(
-            f"transformers would give other ids than {source / MODEL_NAME} for {len(different)} of {len(lines):,} "
-            f"lines, {different[0][:60]!r} for one; train one "
-            "with data.tokenizer (model_type bpe), whose ids are the same"
-        )
+    require_vocabulary(tokenizer, vocab_size, fix)
+    copied = copy_tokenizer(source, out)
+    ids = _special_ids(tokenizer, out)
+    if not isinstance(tokenizer, SentencePiece):
+        return ids, f"{', '.join(copied)} copied from {source}"
+    converted, compared = require_same_ids(tokenizer)
     converted.save(str(out / JSON_NAME))
-    ids = _sentencepiece_ids(processor)
-    write_json(out / CONFIG_NAME, _tokenizer_config(processor, ids, max_positions))
-    done = f"tokenizer.json written from {MODEL_NAME}: ids are the same on {len(lines) - len(different):,}"
-    done += f" of {len(lines):,} lines"
-    if allowed:
-        done += ", and it is a unigram model, of which ids can differ where two ways to cut a text score the same"
-    return ids, done
+    given = read_json(out / CONFIG_NAME) if (out / CONFIG_NAME).is_file() else {}
+    write_json(out / CONFIG_NAME, given | _tokenizer_config(tokenizer, ids, max_positions))
+    others = [name for name in copied if name not in (tokenizer.file.name, CONFIG_NAME)]
+    beside = f"; {', '.join(others)} copied" if others else ""
+    return ids, f"{JSON_NAME} written from {tokenizer.file.name}: {compared}{beside}"
 
 
-def convert(processor: sentencepiece.SentencePieceProcessor) -> Tokenizer:
-    """The same tokenizer for the ``tokenizers`` library.
+def compared_with_transformers(tokenizer: TextTokenizer, folder: Path, auto: bool) -> str:
+    """A sentence on whether transformers, given ``folder``, gives the ids of ``tokenizer``.
 
-    Raises:
-        ValueError: for a kind of model, or a normalisation, that it does not know.
+    Args:
+        tokenizer: of ``folder``, whose own file decides where the two differ: transformers 5 builds some classes' rules
+            anew, other than the model was trained with.
+        folder: of a Hugging Face checkpoint.
+        auto: by the class that the folder asks for, which may bring code of its own.
     """
-    proto = _model_proto(processor)
-    kind, rules = proto.trainer_spec.model_type, proto.normalizer_spec
-    if kind not in (_BPE, _UNIGRAM):
-        raise ValueError("a SentencePiece model must be of type bpe or unigram to be exported; train another one")
-    if rules.name != "identity" or rules.remove_extra_whitespaces:
-        raise ValueError(
-            f"the SentencePiece model changes text (normalisation {rules.name}, remove_extra_whitespaces "
-            f"{rules.remove_extra_whitespaces}), which transformers would do otherwise; train it with identity and "
-            "false, as data.tokenizer does"
-        )
-    pieces, bytes_ = [(p.piece, p.score) for p in proto.pieces], proto.trainer_spec.byte_fallback
-    unknown = processor.unk_id()
-    if kind == _BPE:
-        vocabulary = {piece: place for place, (piece, _) in enumerate(pieces)}
-        model: Any = models.BPE(
-            vocabulary, _merges(proto), unk_token=pieces[unknown][0], fuse_unk=True, byte_fallback=bytes_
-        )
-    else:
-        model = models.Unigram(pieces, unk_id=unknown, byte_fallback=bytes_)
-    tokenizer = Tokenizer(model)
-    prefix = rules.add_dummy_prefix
-    before = [normalizers.Prepend(_SPACE)] if prefix else []
-    tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", _SPACE)])
-    after = [decoders.Strip(" ", 1, 0)] if prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *after]
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    loader: Any = AutoTokenizer if auto else PreTrainedTokenizerFast
+    try:
+        theirs = loader.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever it dislikes, in its own words
+        return f"{tokenizer.file.name} is taken as it is; transformers cannot load it ({_last_line(error)})"
+    special = tokenizer.piece(tokenizer.eos_id)
+    lines = [line for line in (f"a {special} b", f"{special}a", *islice(sample_lines(), _COMPARED_LINES)) if line]
+    found = theirs(lines, split_special_tokens=True) if isinstance(tokenizer, SentencePiece) else theirs(lines)
+    ours = [tokenizer.prefix + tokenizer.encode(line) for line in lines]
+    after = [tokenizer.eos_id]  # some put it behind every text, where examples have it only at their end
+    different = [line for line, a, b in zip(lines, ours, found["input_ids"], strict=True) if b not in (a, [*a, *after])]
+    if not different:
+        return f"ids are transformers' on {len(lines):,} texts"
+    return (
+        f"those of {tokenizer.file.name} are taken; {type(theirs).__name__} in transformers gives other ids for "
+        f"{len(different)} of {len(lines):,} texts, such as {different[0][:40]!r}"
     )
-    for piece in proto.pieces:
-        if piece.type in (_UNKNOWN, _CONTROL):
-            tokenizer.add_special_tokens([AddedToken(piece.piece, normalized=False, special=True)])
-        elif piece.type == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(piece.piece, normalized=False, special=False)])
-    return tokenizer
 
 
-def compare_ids(
-    processor: sentencepiece.SentencePieceProcessor, tokenizer: Tokenizer, lines: Iterable[str]
-) -> list[str]:
-    """The ``lines`` for which the two give other ids.
-
-    Control pieces spelt out in a text are text for both: for transformers ``split_special_tokens`` says so.
-    """
-    tokenizer.encode_special_tokens = True
-    return [line for line in lines if processor.encode(line) != tokenizer.encode(line, add_special_tokens=False).ids]
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip()[:200] if lines else type(error).__name__
 
 
-def sample_lines() -> Iterable[str]:
-    """Text to compare ids on, the same every time: what is hard, prose, then as much code as Python comes with."""
-    yield from (
-        f"{'a' * left}{' ' * blanks}{tail}" for left in (0, 1) for blanks in range(20) for tail in ("b", "", "\n")
-    )
-    yield from (
-        "\t\t x",
-        "\n\n\n  y\n",
-        "\r\n",
-        "1234567890 3.14e-10",
-        "",
-        "x" * 300,
-        "=" * 77,
-        " \u2003\u00a0",
-        "a\u0000b",
-    )
-    yield from (
-        "Ångström naïve ﬁ ½ ②",
-        "中文文本，没有空格。",
-        "🙂🏽‍🚀👩‍👩‍👧",
-        "العربية עברית",
-        "\u200d\ufeff\u0301",
-        "🏳️‍🌈 é e\u0301",
-    )
-    yield from ("".join(chr(start + i) for i in range(16)) for start in range(1, 0x3000, 256))
-    library = Path(sysconfig.get_paths()["stdlib"])
-    yield from islice(_lines(library.glob("pydoc_data/topics.py")), _PROSE_LINES)  # Python's manual
-    yield from _lines(sorted(library.glob("*.py")))
-
-
-def _lines(files: Iterable[Path]) -> Iterable[str]:
-    for file in files:
-        text = file.read_text(encoding="utf-8", errors="ignore")
-        yield from text.split("\n")
-        yield text[:3000]  # line breaks within
-
-
-def _model_proto(processor: sentencepiece.SentencePieceProcessor) -> Any:
-    # Within the package, and not at the top: it needs protobuf, which only an export does.
-    from sentencepiece import sentencepiece_model_pb2 as pb2
-
-    return pb2.ModelProto.FromString(processor.serialized_model_proto())  # type: ignore[attr-defined]
-
-
-def _merges(proto: Any) -> list[tuple[str, str]]:
-    """All ways to put a piece together from two others, best piece first: that is how SentencePiece merges."""
-    scores = {p.piece: p.score for p in proto.pieces if p.type == _NORMAL}
-    ranks = {piece: rank for rank, piece in enumerate(p.piece for p in proto.pieces)}
-    found = []
-    for piece, score in scores.items():
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                found.append((-score, ranks[left], ranks[right], left, right))
-    return [(left, right) for *_, left, right in sorted(found)]
-
-
-def _sentencepiece_ids(processor: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
-    """Stage one puts the end-of-document token between documents and none before them: so that one begins texts."""
-    pad = processor.pad_id()
-    eos = processor.eos_id()
-    return dict(zip(_IDS, (eos, eos, pad if pad >= 0 else eos), strict=True))
-
-
-def _tokenizer_config(
-    processor: sentencepiece.SentencePieceProcessor, ids: dict[str, Any], max_positions: int
-) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: SentencePiece, ids: dict[str, Any], max_positions: int) -> dict[str, Any]:
     """LlamaTokenizer and its fast variant build a tokenizer of their own; this class takes ``tokenizer.json``."""
-    names = {name.removesuffix("_id"): processor.id_to_piece(place) for name, place in ids.items()}
+    names = {name.removesuffix("_id"): tokenizer.piece(i) for name, i in ids.items() if isinstance(i, int)}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **names,
-        "unk_token": processor.id_to_piece(processor.unk_id()),
-        "add_prefix_space": bool(_model_proto(processor).normalizer_spec.add_dummy_prefix),
+        "eos_token": tokenizer.piece(tokenizer.eos_id),
+        "unk_token": tokenizer.piece(tokenizer.processor.unk_id()),
+        "add_prefix_space": bool(tokenizer.proto.normalizer_spec.add_dummy_prefix),
         "clean_up_tokenization_spaces": False,
         "split_special_tokens": True,  # "</s>" in a text is text, as for SentencePiece
         "model_max_length": max_positions,
     }
 
 
-def _given_ids(folder: Path, eos_id: int, prefix: list[int]) -> dict[str, Any]:
-    """Of a ``tokenizer.json``: as its generation config has them, otherwise from what it does to a text."""
+def _special_ids(tokenizer: TextTokenizer, folder: Path) -> dict[str, Any]:
+    """As generation config and tokenizer config have them, otherwise from what the tokenizer does to a text.
+
+    Stage one puts the end-of-document token between documents and none before them: so that one begins texts.
+    """
     path = folder / GENERATION_NAME
     given = read_json(path) if path.is_file() else {}
     named = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
-    tokenizer = Tokenizer.from_str(json.dumps(read_json(folder / JSON_NAME)))
-    found = {"bos_token_id": prefix[0] if prefix else eos_id, "eos_token_id": eos_id, "pad_token_id": None}
+    pad = None
+    if isinstance(tokenizer, SentencePiece):
+        pad = tokenizer.processor.pad_id() if tokenizer.processor.pad_id() >= 0 else tokenizer.eos_id
+    defaults = (tokenizer.prefix[0] if tokenizer.prefix else tokenizer.eos_id, tokenizer.eos_id, pad)
+    found = dict(zip(_IDS, defaults, strict=True))
     for name in _IDS:
         token = named.get(name.removesuffix("_id"))
         token = token.get("content") if isinstance(token, dict) else token
-        place = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        place = tokenizer.token_id(token) if isinstance(token, str) else None
         found[name] = given.get(name, place if place is not None else found[name])
     return found

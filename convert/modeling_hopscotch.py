@@ -1,7 +1,7 @@
 """Hopscotch for transformers: a Llama-like decoder in which every token learns which layers to skip.
 
 ``convert.to_hf`` copies this file into exports, where ``trust_remote_code=True`` loads it. It needs torch and
-transformers (5.16 or newer), nothing else, and its logits are tested against the decoder that trained the weights.
+transformers (4.51 to 5), nothing else, and its logits are tested against the decoder that trained the weights.
 
 * Routed layers (Zeng et al. 2023, arXiv:2311.15436): a router per layer, or one for its attention and one for its
   feed-forward, decides per token. Keys and values are computed for every token; queries, the output projection and the
@@ -15,28 +15,49 @@ Dimension letters: B batch, T new tokens, S keys, N executed tokens, C most exec
 heads, G key/value heads, K head width, k late layers.
 """
 
+import inspect
 import math
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+try:  # 5, which draws only what a checkpoint does not hold
+    from transformers import initialization as init
+except ImportError:
+    from torch.nn import init  # type: ignore[no-redef]
+try:  # the newer ones of 5, with a mask for every kind of attention that leaves nothing to be understood
+    from transformers.masking_utils import create_causal_mask
+
+    MASKS = "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
+except ImportError:
+    MASKS = False
+try:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+except ImportError:  # 4.51
+
+    class GradientCheckpointingLayer(nn.Module):  # type: ignore[no-redef]
+        """Computes its activations again in the backward pass, once the model is told so."""
+
+        gradient_checkpointing = False
+        _gradient_checkpointing_func: Callable
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if self.gradient_checkpointing and self.training:
+                return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
+            return super().__call__(*args, **kwargs)
 
 
-class HopscotchConfig(PreTrainedConfig):
+class HopscotchConfig(PretrainedConfig):
     """Llama's fields, and those of routers and ensemble."""
 
     model_type = "hopscotch"
@@ -206,20 +227,22 @@ class HopscotchAttention(nn.Module):
             self.q_norm = HopscotchRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = HopscotchRMSNorm(config.head_dim, config.rms_norm_eps)
 
-    def keys_values(self, h: Tensor, rotation: tuple, past_key_values: Cache | None) -> tuple[Tensor, Tensor]:
+    def keys_values(self, h: Tensor, rotation: tuple, past_key_values: Cache | None, cache_kwargs: Any) -> tuple:
         """Of all tokens and those in the cache, [B, G, S, K] each."""
         keys = self.k_proj(h).unflatten(-1, (-1, self.head_dim))
         keys = self.k_norm(keys) if self.config.qk_norm else keys
         keys = _rotate(keys, *rotation).transpose(1, 2)
         values = self.v_proj(h).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return (keys, values) if past_key_values is None else past_key_values.update(keys, values, self.layer_idx)
+        if past_key_values is None:
+            return keys, values
+        return past_key_values.update(keys, values, self.layer_idx, *cache_kwargs)
 
     def forward(self, h: Tensor, keys_values: tuple, rotation: tuple, rows: Rows, mask: Any, **kwargs: Any):
         """h [B, T, D] -> what the executed tokens get, [N, D]."""
         queries = self.q_proj(rows.take(h)).unflatten(-1, (-1, self.head_dim))
         queries = self.q_norm(queries) if self.config.qk_norm else queries
         queries = rows.pad(_rotate(queries, *(rows.take(part) for part in rotation))).transpose(1, 2)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        attend = _attention_function(self.config._attn_implementation)
         out, _ = attend(self, queries, *keys_values, rows.of_mask(mask), dropout=0.0, scaling=self.scaling, **kwargs)
         grid = out.reshape(*out.shape[:2], -1)
         return self.o_proj(rows.unpad(grid))
@@ -258,13 +281,24 @@ class HopscotchDecoderLayer(GradientCheckpointingLayer):
             self.router = HopscotchRouter(config, place)
 
     def forward(
-        self, x: Tensor, rotation: tuple, positions: Tensor, mask: Any, past_key_values: Cache | None, **kwargs: Any
+        self,
+        x: Tensor,
+        rotation: tuple,
+        positions: Tensor,
+        mask: Any,
+        past_key_values: Cache | None,
+        executed: list | None,
+        cache_kwargs: Any,
+        **kwargs: Any,
     ) -> Tensor:
-        """x [B, T, D], its rotation (two [B, T, K]) and positions int64 [B, T] -> [B, T, D]."""
+        """x [B, T, D], its rotation (two [B, T, K]) and positions int64 [B, T] -> [B, T, D].
+
+        Its routers' decisions are appended to ``executed``, if it is there.
+        """
         h = self.input_layernorm(x)
-        keys_values = self.self_attn.keys_values(h, rotation, past_key_values)
+        keys_values = self.self_attn.keys_values(h, rotation, past_key_values, cache_kwargs)
         router = (self.attention_router if self.by_module else self.router) if self.routed else None
-        rows = self._rows(router, x, h, positions, mask)
+        rows = self._rows(router, x, h, positions, mask, executed)
         if self._idle(rows):
             if not self.by_module:
                 return x
@@ -274,13 +308,15 @@ class HopscotchDecoderLayer(GradientCheckpointingLayer):
                 return rows.add(x, attended + self.mlp(self.post_attention_layernorm(rows.take(x) + attended)))
             x = rows.add(x, attended)
         h = self.post_attention_layernorm(x)
-        rows = self._rows(self.ffn_router, x, h, positions, mask)
+        rows = self._rows(self.ffn_router, x, h, positions, mask, executed)
         return x if self._idle(rows) else rows.add(x, self.mlp(rows.take(h)))
 
-    def _rows(self, router: nn.Module | None, x: Tensor, h: Tensor, positions: Tensor, mask: Any) -> Rows:
+    def _rows(self, router: Any, x: Tensor, h: Tensor, positions: Tensor, mask: Any, found: list | None) -> Rows:
         executed = None
         if router is not None and self.config.skip_layers:
             (executed,) = router(h if self.config.router_input == "normed" else x, positions)
+            if found is not None:
+                found.append(executed)
         # Some engines bring attention without a mask; queries could not be taken out of that.
         gather = self.config.execution == "gather" and isinstance(mask, Tensor)
         return Rows(executed, (x.shape[0], x.shape[1]), gather)
@@ -335,24 +371,26 @@ class HopscotchPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = True
-    # ``output_executed=True`` gives one bool [B, T] for every routed site.
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": HopscotchDecoderLayer,
-        "executed": OutputRecorder(HopscotchRouter, index=0, capture_initial_hidden_state=False),
-    }
+    _supports_cache_class = True  # for 4.51
+    _supports_static_cache = True
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, HopscotchRouter) and module.kind == "learned":
+    def _init_weights(self, module: Any) -> None:
+        learned = isinstance(module, HopscotchRouter) and module.kind == "learned"
+        if learned or isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, HopscotchRMSNorm):
+            init.ones_(module.weight)
         if isinstance(module, HopscotchLayerRouter):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
 
 
 class HopscotchModel(HopscotchPreTrainedModel):
-    """Everything but the head; with an ensemble the hidden state is the mixed one."""
+    """Everything but the head; with an ensemble the hidden state is the mixed one.
+
+    ``output_executed=True`` gives one bool [B, T] for every routed site.
+    """
 
     def __init__(self, config: HopscotchConfig):
         super().__init__(config)
@@ -363,8 +401,13 @@ class HopscotchModel(HopscotchPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @merge_with_config_defaults
-    @capture_outputs
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: Any) -> None:
+        self.embed_tokens = value
+
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -373,32 +416,65 @@ class HopscotchModel(HopscotchPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_executed: bool = False,
+        cache_position: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache, past_key_values = False, None  # a layer that is computed twice would write its keys twice
+        keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = DynamicCache()
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
             position_ids = (torch.arange(x.shape[1], device=x.device) + past)[None]
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-            allow_is_causal_skip=self.config.execution != "gather",  # a gathered query needs its row of the mask
-        )
+        mask, cache_kwargs = self._mask(x, attention_mask, past_key_values, position_ids, cache_position)
         positions = position_ids.expand(x.shape[0], -1)
         rotation = _rotation(self.config, positions, x.dtype)
+        executed: list[Tensor] | None = [] if output_executed else None
+        states: list[Tensor] = []
         late: list[Tensor] = []
         for layer in self.layers:
-            x = layer(x, rotation, positions, mask, past_key_values, **kwargs)
+            states += [x] if keeps_states else []
+            x = layer(x, rotation, positions, mask, past_key_values, executed, cache_kwargs, **kwargs)
             late = [*late, x][-max(self.config.ensemble_layers, 1) :]
         x = self.norm(x) if self.ensemble is None else self.ensemble(late, self.norm)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+        found = BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            hidden_states=(*states, x) if keeps_states else None,
+        )
+        if executed is not None:
+            found["executed"] = tuple(executed)
+        return found
+
+    def _mask(self, x: Tensor, padding: Any, cache: Cache | None, positions: Tensor, places: Tensor | None) -> tuple:
+        """The attention's mask, and what older caches want to be told with new keys."""
+        if MASKS:
+            mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=padding,
+                past_key_values=cache,
+                position_ids=positions,
+                allow_is_causal_skip=self.config.execution != "gather",  # a gathered query needs its row of the mask
+            )
+            return mask, ()
+        if places is None:
+            past = 0 if cache is None else cache.get_seq_length()
+            places = torch.arange(x.shape[1], device=x.device) + past
+        if self.config._attn_implementation not in ("eager", "sdpa"):
+            name = self.config._attn_implementation
+            raise ValueError(f"attn_implementation {name} needs a newer transformers here; use sdpa or eager")
+        mask = _causal_mask(x, padding, places, cache)
+        if self.config._attn_implementation == "eager":
+            mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, torch.finfo(x.dtype).min)
+        return mask, ({"cache_position": places},)
 
 
 class HopscotchForCausalLM(HopscotchPreTrainedModel, GenerationMixin):
@@ -411,6 +487,12 @@ class HopscotchForCausalLM(HopscotchPreTrainedModel, GenerationMixin):
         self.model = HopscotchModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: Any) -> None:
+        self.lm_head = value
 
     @can_return_tuple
     def forward(
@@ -426,7 +508,14 @@ class HopscotchForCausalLM(HopscotchPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         outputs = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache=use_cache, **kwargs
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -439,6 +528,33 @@ class HopscotchForCausalLM(HopscotchPreTrainedModel, GenerationMixin):
         if outputs.get("executed") is not None:
             found["executed"] = outputs["executed"]
         return found
+
+
+def _attention_function(name: str) -> Callable:
+    if hasattr(ALL_ATTENTION_FUNCTIONS, "get_interface"):
+        return ALL_ATTENTION_FUNCTIONS.get_interface(name, _eager_attention)
+    return _eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _causal_mask(x: Tensor, padding: Tensor | None, places: Tensor, cache: Any) -> Tensor:
+    """Which keys the tokens x [B, T, D] see, bool [B, 1, T, S], by their places in the cache, int64 [T].
+
+    Args:
+        x: only its shape and device count.
+        padding: [B, keys so far], 0 where there is none; a token there sees itself, as all must see something.
+        places: of the new tokens.
+        cache: of a fixed length, or growing.
+    """
+    if padding is not None and padding.dim() == 4:
+        return padding.bool() if padding.dtype in (torch.bool, torch.int64) else padding >= 0
+    longest = None if cache is None else cache.get_max_cache_shape()
+    past = 0 if cache is None else cache.get_seq_length()
+    keys = torch.arange(longest if longest is not None and longest > 0 else past + x.shape[1], device=x.device)
+    seen = (keys <= places[:, None])[None, None].expand(x.shape[0], -1, -1, -1)
+    if padding is not None:
+        there = F.pad(padding.bool(), (0, len(keys) - padding.shape[1]), value=True)
+        seen = seen & there[:, None, None] | (keys == places[:, None])
+    return seen
 
 
 def _rotation(config: HopscotchConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from convert.model_card import Exported, model_card
 from data.files import temporary_name, write_atomically, write_json
 from model.config import ModelConfig
@@ -33,7 +31,6 @@ from trainer import code_state, opening
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from model.decoder import Decoder
 
@@ -116,7 +113,7 @@ def _write_model(decoder: Decoder, config: dict[str, Any], ids: dict[str, Any], 
     """Configs, weights and, where there must be one, the modelling file; returns how many files of weights."""
     import torch
 
-    from convert.hf_tokenizer import GENERATION_NAME
+    from data.tokenization import GENERATION_NAME
 
     write_json(folder / "config.json", config)
     if not (folder / GENERATION_NAME).is_file():
@@ -236,6 +233,8 @@ def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byt
     """Write safetensors, one in memory at a time besides the decoder, and their index; returns how many."""
     import torch
 
+    from trainer.checkpoints.weights_folder import save_tensors
+
     state = decoder.state_dict()
     if decoder.config.tied_head:
         del state["lm_head.weight"]
@@ -252,7 +251,8 @@ def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byt
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save({name: named[name].to(dtype).contiguous() for name in names}, folder / file)
+        tensors = {name: named[name].to(dtype).contiguous() for name in names}
+        save_tensors(tensors, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(tensor.numel() for tensor in named.values()) * width
@@ -260,16 +260,6 @@ def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byt
             folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
         )
     return len(shards)
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:  # of a disk that is full, too
-        raise OSError(f"{path} could not be written ({error}); free some space, or give another folder") from None
-    path.chmod(0o644)  # the library keeps others from reading it
 
 
 def _require_free(out: Path) -> None:

@@ -25,7 +25,7 @@ from data.config import DataConfig, StreamConfig
 from data.order import ORDER_VERSION, Order
 from data.skip_ranges import pass_over
 from data.store import TokenStore, train_folder, validation_folder
-from data.tokenizer import tokenizer_sha256
+from data.tokenization import tokenizer_sha256
 
 IGNORED = -100
 """A target on which no loss is taken."""

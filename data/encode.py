@@ -14,13 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
 
 from data.sources import Document
-from data.tokenizer import load_tokenizer
-
-PART_CHARACTERS = 32_768
-"""A long document is encoded in parts of about this size: SentencePiece takes far more memory than text at once."""
+from data.tokenization import TextTokenizer, load_text_tokenizer
 
 Batch = list[Document]
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -31,7 +27,7 @@ class Encoder:
     """Encodes batches of documents with ``workers`` processes; with 1, in this process. A context manager."""
 
     def __init__(self, folder: str | Path, workers: int) -> None:
-        """``folder`` holds ``tokenizer.model``; ``workers`` >= 1."""
+        """``folder`` holds the tokenizer; ``workers`` >= 1."""
         self._folder = str(folder)
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
@@ -74,32 +70,15 @@ class Encoder:
             ) from None
 
 
-def encode_document(tokenizer: sentencepiece.SentencePieceProcessor, text: str) -> list[int]:
-    """Ids of ``text`` without any mark at its ends."""
-    if len(text) <= PART_CHARACTERS:
-        return tokenizer.encode(text)
-    return [token for part in _parts(text) for token in tokenizer.encode(part)]
-
-
-def _parts(text: str) -> Iterator[str]:
-    """Cuts of ``text`` after line breaks. A line break is a piece of its own, so BPE gives the same ids as uncut."""
-    start = 0
-    while start < len(text):
-        line_end = text.find("\n", start + PART_CHARACTERS)
-        end = len(text) if line_end < 0 else line_end + 1
-        yield text[start:end]
-        start = end
-
-
 @functools.cache
-def _tokenizer(folder: str) -> sentencepiece.SentencePieceProcessor:
-    return load_tokenizer(folder)
+def _tokenizer(folder: str) -> TextTokenizer:
+    return load_text_tokenizer(folder)
 
 
 def _encode(folder: str, texts: list[bytes]) -> Encoded:
-    """Tokens of ``texts``, each closed with EOS; an empty text gives no token at all."""
+    """Tokens of ``texts``, each a document; an empty text gives no token at all."""
     tokenizer = _tokenizer(folder)
-    documents = [[*encode_document(tokenizer, text.decode()), tokenizer.eos_id()] if text else [] for text in texts]
+    documents = [tokenizer.document(text.decode()) for text in texts]
     lengths = np.array([len(document) for document in documents], np.int64)
     tokens = np.fromiter((token for document in documents for token in document), np.uint32, int(lengths.sum()))
     return tokens, lengths

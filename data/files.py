@@ -64,6 +64,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     publish(file, path)
 
 
+def open_to_others(path: Path) -> None:
+    """Give a file that a library wrote for its owner alone the mode that the umask leaves a new file."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

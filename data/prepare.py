@@ -30,7 +30,9 @@ from data.shards import (
 )
 from data.sources import Document, Source
 from data.store import TokenStore, train_folder, validation_folder
-from data.tokenizer import load_tokenizer, tokenizer_sha256
+from data.tokenization import SentencePiece, load_text_tokenizer, tokenizer_sha256
+from data.tokenizer import is_ours
+from data.tokenizer_json import require_same_ids
 from settings import counted, load, user_errors
 
 BATCH_BYTES = 1 << 19
@@ -41,10 +43,12 @@ def prepare(config: DataConfig, workers: int) -> list[tuple[str, Manifest]]:
     """Prepare everything in ``config``; returns the manifest of each source and validation set.
 
     Raises:
-        ValueError: no tokenizer, an empty or unreadable source, sources changed since an earlier preparation, or
-            another preparation running in the same folder.
+        ValueError: no tokenizer, or one that transformers would not follow; an empty or unreadable source, sources
+            changed since an earlier preparation, or another preparation running in the same folder.
     """
-    load_tokenizer(config.dir)  # before the processes start, so that its absence is reported once
+    tokenizer = load_text_tokenizer(config.dir)  # before the processes start, so that its absence is reported once
+    if isinstance(tokenizer, SentencePiece) and not is_ours(Path(config.dir)):
+        require_same_ids(tokenizer)  # an export would find out when all is trained
     made: list[tuple[str, Manifest]] = []
     with only_writer(Path(config.dir)), Encoder(config.dir, workers) as encoder:
         for source, folder in _all_folders(config):
@@ -75,7 +79,7 @@ def _all_folders(config: DataConfig) -> list[tuple[SourceConfig, Path]]:
 
 def _prepare_source(config: DataConfig, source_config: SourceConfig, folder: Path, encoder: Encoder) -> Manifest:
     source = Source(source_config)
-    tokenizer = load_tokenizer(config.dir)
+    tokenizer = load_text_tokenizer(config.dir)
     made_from = {
         "format_version": FORMAT_VERSION,
         "tokenizer_sha256": tokenizer_sha256(config.dir),
@@ -95,7 +99,7 @@ def _prepare_source(config: DataConfig, source_config: SourceConfig, folder: Pat
     else:
         remove_leftovers(folder)  # records of nobody knows what: without their origin they prove nothing
         write_json(folder / PROGRESS_NAME, made_from)
-    writer = ShardWriter(folder, token_dtype(tokenizer.vocab_size()), config.shard_tokens, finished_shards(folder))
+    writer = ShardWriter(folder, token_dtype(tokenizer.vocab_size), config.shard_tokens, finished_shards(folder))
     if writer.shards:
         print(f"{folder}: going on after {len(writer.shards)} finished shards", flush=True)
     try:
@@ -103,7 +107,7 @@ def _prepare_source(config: DataConfig, source_config: SourceConfig, folder: Pat
             for batch, (tokens, lengths) in encoder.encode(_batches(source.documents(writer.cursor))):
                 writer.add(batch, tokens, lengths)
                 progress.add(len(tokens), source.label(batch[-1].after))
-        return writer.finish(tokenizer.vocab_size(), tokenizer.eos_id(), made_from)
+        return writer.finish(tokenizer.vocab_size, tokenizer.eos_id, made_from)
     finally:
         writer.abandon()
 

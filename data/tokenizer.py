@@ -19,44 +19,15 @@ import sentencepiece
 
 from data.config import DataConfig
 from data.files import read_json, sha256_of, write_atomically, write_json
+from data.sentencepiece_file import MODEL_NAME
 from data.sources import Source
+from data.tokenization import JSON_NAME, load_text_tokenizer
 from settings import load, user_errors
 
-MODEL_NAME = "tokenizer.model"
 MANIFEST_NAME = "tokenizer.manifest.json"
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 LINE_BYTES = 4000
 """Longest line trained on; SentencePiece silently leaves out lines above 4192 bytes."""
-
-
-def load_tokenizer(folder: str | Path) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer of a data folder.
-
-    Raises:
-        ValueError: it is missing, damaged, or has no end-of-document piece.
-    """
-    path = Path(folder) / MODEL_NAME
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; train it with: python -m data.tokenizer CONFIG")
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except RuntimeError:
-        raise ValueError(f"{path} is not a SentencePiece model; restore it, or remove it and train again") from None
-    if tokenizer.eos_id() < 0:
-        raise ValueError(f"{path} has no end-of-sentence piece, which closes every document; train one with eos_id set")
-    return tokenizer
-
-
-def tokenizer_sha256(folder: str | Path) -> str:
-    """SHA-256 of the model file: what a prepared source is tied to.
-
-    Raises:
-        ValueError: the file is missing.
-    """
-    path = Path(folder) / MODEL_NAME
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; train it with data.tokenizer, or copy it here with the shards")
-    return sha256_of(path)
 
 
 def train_tokenizer(config: DataConfig) -> str:
@@ -67,6 +38,8 @@ def train_tokenizer(config: DataConfig) -> str:
     """
     folder = Path(config.dir)
     path = folder / MODEL_NAME
+    if (folder / JSON_NAME).exists():
+        return _taken(folder / JSON_NAME, config.tokenizer.vocab_size)
     if path.exists():
         _require_same_settings(config)
         return f"{path} exists already ({config.tokenizer.vocab_size:,} pieces); nothing to do"
@@ -88,6 +61,25 @@ def train_tokenizer(config: DataConfig) -> str:
     return f"{path}: {config.tokenizer.vocab_size:,} pieces, trained on {sum(taken_bytes.values()):,} bytes ({taken})"
 
 
+def _taken(path: Path, vocab_size: int) -> str:
+    """What is said of a Hugging Face tokenizer, which is taken as it is."""
+    found = load_text_tokenizer(path.parent).vocab_size
+    if found != vocab_size:
+        raise ValueError(
+            f"{path} has {found:,} tokens, and data.tokenizer.vocab_size is {vocab_size:,}; set it (and "
+            "model.vocab_size) to the same number, or move the file away to train a tokenizer"
+        )
+    return f"{path} is taken as it is ({found:,} tokens); nothing to do"
+
+
+def is_ours(folder: Path) -> bool:
+    """True if the tokenizer in ``folder`` is one that was trained here, and is as it was."""
+    path = folder / MODEL_NAME
+    if (folder / JSON_NAME).exists() or not (folder / MANIFEST_NAME).is_file() or not path.is_file():
+        return False
+    return bool(read_json(folder / MANIFEST_NAME).get("sha256") == sha256_of(path))
+
+
 def _require_same_settings(config: DataConfig) -> None:
     path = Path(config.dir) / MODEL_NAME
     manifest_path = path.with_name(MANIFEST_NAME)
@@ -99,7 +91,7 @@ def _require_same_settings(config: DataConfig) -> None:
         recorded: dict[str, Any] = manifest.get("settings", {})
     else:  # brought from elsewhere: the size is all that can be compared
         wanted = {"vocab_size": wanted["vocab_size"]}
-        recorded = {"vocab_size": load_tokenizer(config.dir).vocab_size()}
+        recorded = {"vocab_size": load_text_tokenizer(config.dir).vocab_size}
     changed = [f"{key} {recorded.get(key)} -> {value}" for key, value in wanted.items() if recorded.get(key) != value]
     if changed:
         raise ValueError(

@@ -22,10 +22,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+from data.tokenization import TextTokenizer
 from evals.dial import JSON, folder_of
 from settings import path_argument, user_errors
 from trainer import opening
-from tune.text import TextTokenizer
 
 if TYPE_CHECKING:
     import torch

@@ -22,12 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from data.tokenization import TextTokenizer, load_text_tokenizer, require_vocabulary
 from model.chunks import IGNORED
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from tune.load import Loaded, load_model
-from tune.text import TextTokenizer, load_text_tokenizer, require_vocabulary
 
 
 class Opened(NamedTuple):
@@ -59,7 +59,7 @@ def open_model(path: Path) -> Opened:
     tokenizer = load_text_tokenizer(loaded.tokenizer_folder)
     model = loaded.decoder.config
     fix = "put the tokenizer there that the model was trained with"
-    require_vocabulary(tokenizer.vocab_size, loaded.tokenizer_folder, model.vocab_size, fix)
+    require_vocabulary(tokenizer, model.vocab_size, fix)
     if model.router is not None and not model.router.causal:
         raise ValueError(
             "router.kind expert_choice picks tokens by looking at later ones, so it gives no likelihood of a next "

@@ -29,6 +29,8 @@ from model.init import generator_of
 from trainer.deepspeed_internals import whole_size
 from tune.config import AdapterConfig
 
+_LEAST = 2.0**-24
+"""The least number above 0 that fp16 holds."""
 Part = Literal["adapters", "ensemble", "norm", "routers", "backbone"]
 
 
@@ -45,12 +47,17 @@ def prepare(
 
     Returns:
         PEFT's wrapper around the decoder; None without adapters.
+
+    Raises:
+        ValueError: if DoRA would divide by the length of a row that has none.
     """
     peft = None
     if adapter.kind in ("lora", "dora"):
         # The adapters take the decoder's dtype, as DeepSpeed casts all of a module.
         peft = get_peft_model(decoder, _lora_config(decoder, adapter), autocast_adapter_dtype=False)
         _draw(decoder, seed)
+        if adapter.kind == "dora":
+            _refuse_zero_rows(decoder)
     trains: dict[Part, bool] = {
         "adapters": True,
         "ensemble": True,
@@ -135,6 +142,23 @@ def _lora_config(decoder: Decoder, adapter: AdapterConfig) -> LoraConfig:
         layers_to_transform=early,
         layers_pattern=None if early is None else "layers",
     )
+
+
+def _refuse_zero_rows(decoder: nn.Module) -> None:
+    """DoRA divides every row of W + BA [O, I] by its length; W's rows are checked, as BA begins as nought."""
+    for name, layer in decoder.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        weight: Any = layer.get_base_layer().weight
+        if weight.is_meta:
+            continue
+        zero = (weight.abs().amax(dim=1) < _LEAST).nonzero().flatten()
+        if len(zero):
+            raise ValueError(
+                f"adapter.kind dora divides each row of a weight by its length, and {name}.weight has {len(zero)} of "
+                f"{len(weight)} rows that are zero, row {int(zero[0])} for one; set "
+                f"adapter.kind to lora, or leave {name.rpartition('.')[2]} out of adapter.targets"
+            )
 
 
 def _draw(decoder: nn.Module, seed: int) -> None:

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from data.batches import IGNORED, NO_SAMPLE, Batch, MixedStream, SourceSummary
+from data.tokenization import TextTokenizer
 from tune.config import ExamplesConfig, ExampleSource
 from tune.examples import Examples, read_examples
 from tune.packing import Packed, pack
-from tune.text import TextTokenizer
 
 
 @dataclass(frozen=True)

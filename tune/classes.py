@@ -14,7 +14,7 @@ import unicodedata
 import torch
 from torch import Tensor
 
-from tune.text import WORD_START, TextTokenizer
+from data.tokenization import WORD_START, TextTokenizer
 
 CLASSES = ["word", "continuation", "number", "punctuation", "space", "byte", "end", "other"]
 _BROKEN = "\ufffd"  # what is left of a piece that holds part of a character's bytes

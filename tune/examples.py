@@ -21,9 +21,9 @@ from data.config import SourceConfig
 from data.containers import UNREADABLE, json_records
 from data.discovery import find_files, format_of
 from data.sources import Cursor, Source
+from data.tokenization import TextTokenizer
 from settings import did_you_mean
 from tune.config import ChatConfig, ExamplesConfig, ExampleSource
-from tune.text import TextTokenizer
 
 
 class Example(NamedTuple):

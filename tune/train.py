@@ -15,11 +15,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.tokenization import load_text_tokenizer, require_vocabulary
 from trainer.command import run_stage
 from trainer.exit_status import EXIT_PREEMPTED
 from tune.config import TuneFile
 from tune.resolve import load_file, resolve
-from tune.text import load_text_tokenizer, require_vocabulary
 
 if TYPE_CHECKING:
     from trainer.distributed import World
@@ -43,7 +43,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     config = resolve(file, base)
     tokenizer = load_text_tokenizer(str(config.data.tokenizer))
     data = TuningData(config.data, tokenizer, pin_memory=world.device.type == "cuda")
-    require_vocabulary(data.vocab_size, Path(str(config.data.tokenizer)), config.model.vocab_size)
+    require_vocabulary(tokenizer, config.model.vocab_size)
     sets = [ExampleSet(config.data, source, tokenizer) for source in config.data.validation]
     tests = [ExampleSet(config.data, source, tokenizer) for source in config.data.test]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
+from data.tokenization import TextTokenizer
 from model.decoder import Decoder
 from trainer.distributed import World
 from trainer.trainer import Trainer
@@ -16,7 +17,6 @@ from tune.classes import token_classes
 from tune.config import TuneConfig
 from tune.evaluate import ExamplesEvaluation, evaluate_examples
 from tune.report import figures, table
-from tune.text import TextTokenizer
 from tune.vote_figure import vote_figure
 
 

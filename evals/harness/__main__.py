@@ -44,6 +44,8 @@ class Scores(NamedTuple):
     """By task."""
     loglikelihoods: dict[str, list[float]]
     """By task, of every request in order, nats; empty for tasks that generate."""
+    cut: dict[str, int]
+    """Requests that lost the start of their context, as they did not fit into the window; by task, where there are."""
 
 
 def evaluate(
@@ -68,6 +70,7 @@ def evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    model.cut.clear()
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=False)
     for task in tasks:
         if isinstance(task, str) and task not in manager.all_tasks:
@@ -85,7 +88,7 @@ def evaluate(
         metrics[name] = {key: float(v) for key, v in values.items() if isinstance(v, float) and "stderr" not in key}
         documents[name] = len({sample["doc_id"] for sample in samples})
         loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
-    return Scores(metrics, documents, loglikelihoods)
+    return Scores(metrics, documents, loglikelihoods, dict(model.cut))
 
 
 def _numbers(answers: Any) -> list[float]:
@@ -128,6 +131,21 @@ def table(ours: Scores, export: Scores | None = None) -> str:
         count, most = sum(ours.documents[task] for task in paradigms), max(apart.get(task, 0.0) for task in paradigms)
         lines.append(line(BLIMP, "acc, mean", means, count, most))
     return "\n".join(lines)
+
+
+def cuts(ours: Scores, export: Scores | None, window_tokens: int) -> list[str]:
+    """A line for each task of which a model did not see all that was asked."""
+    lines = []
+    for name, outcome in (("ours", ours), ("the export", export)):
+        if outcome is None:
+            continue
+        for task, count in outcome.cut.items():
+            asked = len(outcome.loglikelihoods[task]) or outcome.documents[task]
+            lines.append(
+                f"{task}: {count:,} of {asked:,} requests did not fit into a window of {window_tokens:,} tokens and "
+                f"reached {name} without the start of their context; raise --window, or give fewer --shots"
+            )
+    return lines
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = (tasks, options.include, options.limit, options.shots)
         ours = evaluate(OurModel(*how), *rest)
         export = evaluate(against, *rest) if against else None
-        print(table(ours, export), flush=True)
+        print("\n".join([table(ours, export), *cuts(ours, export, window)]), flush=True)
         content: dict[str, Any] = {"model": str(opened.loaded.source), "ours": ours._asdict()}
         if export is not None:
             apart = differences(ours, export)

@@ -5,11 +5,15 @@ Importing this file imports ``lm_eval``, which takes a second; :mod:`evals.harne
 A request is a context and a continuation. An empty context is replaced by the token that every document begins with,
 and a text that is scored whole begins after it too, never after two of them. The same token goes to the export's
 loader, which would otherwise take the tokenizer's begin-of-document token even where training never used one.
+
+A context that does not fit into the window loses its start, as the harness has it: of several examples before a
+question the first go. That is another question than the one that was asked, so both models count how often it happens.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,60 @@ ROWS_AT_ONCE = 512
 """Windows are sorted by length within so many."""
 
 
-class OurModel(TemplateLM):
+class CountsCuts:
+    """Knows how many requests of each task a window was too small for."""
+
+    max_length: int
+    tok_encode: Any
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.cut: Counter[str] = Counter()
+        """Requests that lost the start of their context, by task."""
+        self._tasks: list[str] = []
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+        """As the harness does, counting."""
+        self._tasks = [request.task_name for request in requests]
+        try:
+            return super().loglikelihood(requests, disable_tqdm)  # type: ignore[misc]
+        finally:
+            self._tasks = []
+
+    def count_scored(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> None:
+        """Count contexts and continuations; those of whole texts, which are cut into windows of their own, are not.
+
+        Raises:
+            ValueError: if a continuation alone does not fit.
+        """
+        for place, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens does not fit into a window of {self.max_length}; "
+                    "raise --window, or choose a task with shorter ones"
+                )
+            if self._tasks and len(context) + len(continuation) > self.max_length + 1:
+                self.cut[self._tasks[place]] += 1
+
+    def count_generated(self, requests: Sequence[Any]) -> None:
+        """Count prompts that leave no room for as many tokens as the task may generate.
+
+        Raises:
+            ValueError: if those alone fill the window.
+        """
+        for request in requests:
+            context, options = request.args
+            new_tokens = normalize_gen_kwargs(options)["max_gen_toks"]
+            if new_tokens >= self.max_length:
+                raise ValueError(
+                    f"{request.task_name} generates up to {new_tokens} tokens, which leaves no room for its prompts in "
+                    f"a window of {self.max_length}; lower max_gen_toks in its generation_kwargs, or raise --window"
+                )
+            if len(self.tok_encode(context)) > self.max_length - new_tokens:
+                self.cut[request.task_name] += 1
+
+
+class OurModel(CountsCuts, TemplateLM):
     """A decoder of ours, in process.
 
     Args:
@@ -62,13 +119,9 @@ class OurModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
         """(sum of log-likelihoods, whether greedy decoding gives the same) of continuations after their contexts."""
+        self.count_scored(requests)
         rows = []
         for _text, context, continuation in requests:
-            if len(continuation) > self.max_length:
-                raise ValueError(
-                    f"a continuation of {len(continuation)} tokens does not fit into a window of "
-                    f"{self.max_length}; raise --window, or choose a task with shorter ones"
-                )
             inputs = (context + continuation)[:-1]
             rows.append(Window(inputs[-self.max_length :], continuation))
         found: list[tuple[float, bool]] = []
@@ -93,11 +146,12 @@ class OurModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of the stop sequences, one request at a time: skipping then saves time."""
+        self.count_generated(requests)
         return [self._continue(*request.args) for request in tqdm(requests, disable=disable_tqdm or None)]
 
     def _continue(self, context: str, options: dict[str, Any]) -> str:
         wanted: Any = normalize_gen_kwargs(options)
-        new_tokens = min(wanted["max_gen_toks"], self.max_length - 1)
+        new_tokens = wanted["max_gen_toks"]
         stops = handle_stop_sequences(wanted["until"], eos=None)
         ids = (self.tok_encode(context) or self.opened.start)[-(self.max_length - new_tokens) :]
         speller, text = Speller(self.opened.tokenizer, ids), ""
@@ -115,10 +169,21 @@ class OurModel(TemplateLM):
         return str(postprocess_generated_text(text, stops, None))
 
 
-class Export(HFLM):
+class Export(CountsCuts, HFLM):
     """A Hugging Face folder, through the harness's own loader."""
 
     add_bos_token: bool | None
+
+    def _loglikelihood_tokens(self, requests: Any, *arguments: Any, **options: Any) -> list[tuple[float, bool]]:
+        self.count_scored(requests)
+        found: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, *arguments, **options)
+        return found
+
+    def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+        """As the harness does, counting."""
+        self.count_generated(requests)
+        found: list[str] = super().generate_until(requests, disable_tqdm)
+        return found
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """As the harness does, without a begin-of-document token that is predicted from itself."""

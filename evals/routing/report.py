@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data.batches import IGNORED, Batch
+from data.tokenization import WORD_START, TextTokenizer, load_text_tokenizer
 from evals.routing import FEWEST
 from evals.routing.page import LEARNED, Bar, History, Routing, RoutingReport, ShownToken, Votes, visible
 from evals.routing.windows import file_windows, own_windows, read_history
@@ -29,7 +30,6 @@ from trainer.monitor import metrics_file
 from trainer.step import Counter, Tally, run
 from tune.classes import token_classes
 from tune.load import Loaded
-from tune.text import WORD_START, TextTokenizer, load_text_tokenizer
 
 _SHOWN, _PASSAGES = 1_000, 12  # tokens and windows of the coloured text: some 100 KB of HTML
 _WINDOW = 512  # tokens, where no run says how long its windows are

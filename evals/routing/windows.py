@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data.batches import IGNORED, Batch
+from data.tokenization import TextTokenizer
 from evals.routing.page import History
 from evals.texts import texts_of
 from evals.windows import open_set
@@ -20,7 +21,6 @@ from trainer.config import PretrainConfig
 from trainer.monitor import metrics_file
 from tune.config import TuneConfig
 from tune.examples import read_examples
-from tune.text import TextTokenizer
 
 _POINTS = 60  # of a line in the picture
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from data.batches import TrainingData
 from data.discovery import find_files
 from data.store import TokenStore, validation_folder
-from data.tokenizer import tokenizer_sha256
+from data.tokenization import load_text_tokenizer, require_vocabulary, tokenizer_sha256
 from launch.configs import model_of, tokenizer_folder
 from launch.doctor.findings import Finding
 from trainer.config import PretrainConfig
 from tune.config import TuneFile
-from tune.text import load_text_tokenizer, require_vocabulary
 
 
 def shards(config: PretrainConfig) -> Iterator[Finding]:
@@ -41,7 +40,7 @@ def examples(file: TuneFile) -> Iterator[Finding]:
         ValueError: if something is missing or does not fit.
     """
     folder = tokenizer_folder(file)
-    require_vocabulary(load_text_tokenizer(folder).vocab_size, folder, model_of(file).vocab_size)
+    require_vocabulary(load_text_tokenizer(folder), model_of(file).vocab_size)
     files: list[Path] = []
     for source in (*file.data.sources, *file.data.validation, *file.data.test):
         files += find_files(source.files)

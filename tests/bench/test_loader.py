@@ -13,6 +13,7 @@ import pytest
 from bench import loader
 from bench.common.contestants import Ours
 from data.batches import Batch, TrainingData
+from data.store import TokenStore, train_folder
 from tests.bench.toy import BATCH, MODEL, RUN, refused, rows_of
 
 TOY = [*RUN, *MODEL, *BATCH, "--steps=4", "--data-tokens=5000"]
@@ -44,7 +45,8 @@ def test_shards_are_whole_and_hold_what_was_asked_for(tmp_path: Path, vocab: int
     batch = next(loader.step_batches(data, 3, 8))
     assert batch.tokens.shape == (8, 32) and int(batch.tokens.max()) < vocab
     assert batch.sample_ids.tolist() == list(range(24, 32))
-    ends = (data.batch(range(2000)).tokens == TokenStore(train_folder(config, "large")).manifest.eos_id).float().mean()
+    end = TokenStore(train_folder(config, "large")).manifest.eos_id
+    ends = (data.batch(range(2000)).tokens == end).float().mean()
     assert 1 / 1000 < float(ends) - 1 / vocab < 1 / 500  # documents of about 700 tokens
     assert len(np.unique(batch.tokens)) > 30
 

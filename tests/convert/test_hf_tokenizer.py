@@ -14,9 +14,11 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer
 
-from convert import hf_tokenizer
-from convert.hf_tokenizer import compare_ids, convert, sample_lines, write_tokenizer
-from data.tokenizer import load_tokenizer
+from convert.hf_tokenizer import write_tokenizer
+from data import tokenizer_json
+from data.sentencepiece_file import load_tokenizer
+from data.tokenization import SentencePiece, load_text_tokenizer
+from data.tokenizer_json import compare_ids, convert, sample_lines
 
 Train = Callable[..., Path]
 AS_OURS = {
@@ -59,9 +61,10 @@ def test_ten_thousand_lines_of_code_and_prose(corpus: dict[str, Any], tmp_path: 
 
 def test_a_space_before_every_text(train: Train) -> None:
     folder = train(add_dummy_prefix=True)
-    processor = load_tokenizer(folder)
-    converted, lines = convert(processor), list(islice(sample_lines(), 3000))
-    assert compare_ids(processor, converted, lines) == []
+    tokenizer = load_text_tokenizer(folder)
+    assert isinstance(tokenizer, SentencePiece)
+    converted, lines = convert(tokenizer), list(islice(sample_lines(), 3000))
+    assert compare_ids(tokenizer, converted, lines) == []
     assert converted.decode(converted.encode("two words").ids) == "two words"
 
 
@@ -71,27 +74,33 @@ def test_unigram_is_told(train: Train) -> None:
     assert "it is a unigram model, of which ids can differ where two ways to cut a text score the same" in done
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        (
-            {"normalization_rule_name": "nmt_nfkc"},
-            r"changes text \(normalisation nmt_nfkc, remove_extra_whitespaces Fa",
-        ),
-        ({"remove_extra_whitespaces": True}, r"changes text \(normalisation identity, remove_extra_whitespaces True\)"),
-        ({"model_type": "char"}, r"a SentencePiece model must be of type bpe or unigram to be exported"),
-    ],
-    ids=str,
-)
-def test_models_that_are_refused(train: Train, settings: dict[str, Any], sentence: str) -> None:
-    folder = train(**settings)
-    with pytest.raises(ValueError, match=sentence):
-        write_tokenizer(folder, folder.parent / "out", 400, 128)
+@pytest.mark.parametrize("before", [True, False])
+def test_an_imports_begin_token_and_chat_template_are_exported(train: Train, before: bool) -> None:
+    """Of a checkpoint that came with a ``tokenizer.model`` alone."""
+    folder = train(add_dummy_prefix=True)
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "add_bos_token": before,
+        "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    ids, _ = write_tokenizer(folder, folder.parent / "out", 400, 128)
+    ours, theirs = load_text_tokenizer(folder), AutoTokenizer.from_pretrained(folder.parent / "out")
+    assert ours.prefix == ([1] if before else []) and ids["bos_token_id"] == (1 if before else 2)
+    lines = list(islice(sample_lines(), 1000))
+    assert theirs(lines)["input_ids"] == [ours.prefix + ours.encode(line) for line in lines]
+    assert (
+        theirs.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+        == f"{'<s>' if before else '</s>'}hello"
+    )
+    again = load_text_tokenizer(folder.parent / "out")  # as a tokenizer.json now
+    assert [again.prefix + again.encode(line) for line in lines] == theirs(lines)["input_ids"]
+    assert again.encode("a </s> b") == ours.encode("a </s> b")
 
 
 def test_other_ids_are_refused(corpus: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    merges = hf_tokenizer._merges
-    monkeypatch.setattr(hf_tokenizer, "_merges", lambda proto: merges(proto)[::-1])
+    merges = tokenizer_json._merges
+    monkeypatch.setattr(tokenizer_json, "_merges", lambda proto: merges(proto)[::-1])
     with pytest.raises(ValueError, match=r"would give other ids than .* for \d+ of 4,000 lines, .* for one; train one"):
         write_tokenizer(Path(corpus["dir"]), tmp_path, 400, 128)
 
@@ -111,6 +120,9 @@ def test_a_tokenizer_json_is_copied_as_it_is(corpus: dict[str, Any], tmp_path: P
 
 
 def test_a_tokenizer_that_does_not_fit(corpus: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"has 400 pieces, the model's vocabulary is 300; give the tokenizer that"):
+    with pytest.raises(
+        ValueError,
+        match=r"has 400 pieces, the model's vocabulary is 300: there is no embedding for .*, whose id is 300; give",
+    ):
         write_tokenizer(Path(corpus["dir"]), tmp_path, 300, 128)
     assert not list(tmp_path.iterdir())

@@ -29,7 +29,7 @@ from tests.conftest import VOCAB
 from tests.convert.exports import CASES, NATIVE, make, make_tuned, write_run
 from tests.model.tiny import SIZES, decoder
 from tests.trainer.checkpoints.test_resume_safety import Payload
-from trainer.checkpoints import manifest
+from trainer.checkpoints import manifest, weights_folder
 from trainer.checkpoints.weights_folder import write_weights
 from tune import adapter_files
 from tune.load import load_model
@@ -282,15 +282,15 @@ def test_nothing_is_written_over(tmp_path: Path, exported: Exported, capsys: pyt
 def test_what_differs_stays_to_be_looked_at(
     tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(tensors: dict[str, Tensor], path: Path) -> None:
-        save({name: tensor + 0.01 if "q_proj" in name else tensor for name, tensor in tensors.items()}, path)
+    def spoil(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+        save({name: tensor + 0.01 if "q_proj" in name else tensor for name, tensor in tensors.items()}, path, metadata)
 
-    save = to_hf._save
-    monkeypatch.setattr(to_hf, "_save", spoil)
+    save = weights_folder.save_tensors
+    monkeypatch.setattr(weights_folder, "save_tensors", spoil)
     with pytest.raises(ValueError, match=r"the export's logits differ by .*; it stays in .*out.tmp to be looked at"):
         export(exported("layer")[0], tmp_path / "out")
     assert (tmp_path / "out.tmp/config.json").exists() and not (tmp_path / "out").exists()
-    monkeypatch.setattr(to_hf, "_save", save)
+    monkeypatch.setattr(weights_folder, "save_tensors", save)
     export(exported("layer")[0], tmp_path / "out")
     assert not (tmp_path / "out.tmp").exists()
 
@@ -301,7 +301,7 @@ def test_a_full_disk(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("No space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(weights_folder, "save_file", full)
     with pytest.raises(SystemExit):
         main([str(exported("layer")[0]), str(tmp_path / "out")])
     assert "could not be written (No space left on device); free some space" in capsys.readouterr().err
@@ -316,8 +316,25 @@ def test_what_cannot_be_exported(tmp_path: Path, corpus: dict[str, Any]) -> None
         export(tmp_path / "choice", tmp_path / "out")
     small = ModelConfig.model_validate({**sizes, "vocab_size": VOCAB - 1})
     write_weights(decoder(small), tmp_path / "small", Path(corpus["dir"]), {})
-    with pytest.raises(ValueError, match=r"has 400 pieces, the model's vocabulary is 399; give the tokenizer that"):
+    with pytest.raises(
+        ValueError,
+        match=r"has 400 pieces, the model's vocabulary is 399: there is no embedding for .*, whose id is 399; give",
+    ):
         export(tmp_path / "small", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"has no tokenizer, tokenizer.model or tokenizer.json; copy one of them"):
+    with pytest.raises(
+        ValueError, match=r"has no tokenizer: it holds neither tokenizer.json nor tokenizer.model; copy"
+    ):
         export(tmp_path / "small", tmp_path / "out", tokenizer=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_leaves(exported: Exported, tmp_path: Path, umask: int) -> None:
+    weights = exported("layer")[0]
+    before = os.umask(umask)
+    try:
+        export(weights, tmp_path / "out", shard_bytes=100_000)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(modes) > 8 and set(modes.values()) == {0o666 & ~umask}, modes

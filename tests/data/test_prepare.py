@@ -18,8 +18,9 @@ import yaml
 from data.config import DataConfig
 from data.files import only_writer
 from data.prepare import main, prepare, verify
+from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
-from data.tokenizer import load_tokenizer, train_tokenizer
+from data.tokenizer import train_tokenizer
 from tests.data.helpers import config_of, contents, documents, prepared, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -204,7 +205,7 @@ def test_two_commands_at_once_are_refused(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "raw.jsonl", documents(200))
     config = config_of(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
+    with pytest.raises(ValueError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
         prepare(config, workers=1)
     train_tokenizer(config)
     write_jsonl(tmp_path / "raw.jsonl", ["", ""])

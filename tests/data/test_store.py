@@ -13,7 +13,8 @@ import pytest
 
 from data.batches import TrainingData
 from data.store import TokenStore
-from data.tokenizer import tokenizer_sha256, train_tokenizer
+from data.tokenization import tokenizer_sha256
+from data.tokenizer import train_tokenizer
 from tests.data.helpers import config_of, documents, prepared
 
 
@@ -160,7 +161,7 @@ def test_other_tokenizer_and_mixed_tokenizers_are_refused(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match=r"train/other/manifest\.json: the shards were made with tokenizer"):
         TrainingData(mixed)
     (Path(one.dir) / "tokenizer.model").unlink()
-    with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
+    with pytest.raises(ValueError, match=r"has no tokenizer: it holds neither"):
         TrainingData(one)
     train_tokenizer(config_of(tmp_path / "one", tokenizer={"vocab_size": 330, "train_bytes": 20_000}))
     assert tokenizer_sha256(one.dir)

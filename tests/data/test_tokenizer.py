@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
-from data.encode import PART_CHARACTERS, encode_document
-from data.tokenizer import load_tokenizer, main, tokenizer_sha256, train_tokenizer
+from data.sentencepiece_file import load_tokenizer
+from data.tokenization import PART_CHARACTERS, load_text_tokenizer, tokenizer_sha256
+from data.tokenizer import main, train_tokenizer
 from tests.data.helpers import config_of, documents, write_jsonl
 
 NASTY = [
@@ -90,9 +91,10 @@ def test_long_documents_give_the_same_ids_in_parts(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(config.dir)
     text = "".join(documents(1500))
     assert len(text) > 3 * PART_CHARACTERS
-    assert encode_document(tokenizer, text) == tokenizer.encode(text)
+    ours = load_text_tokenizer(config.dir)
+    assert ours.encode(text) == tokenizer.encode(text)
     unbroken = "word " * PART_CHARACTERS
-    assert tokenizer.decode(encode_document(tokenizer, unbroken)) == unbroken
+    assert tokenizer.decode(ours.encode(unbroken)) == unbroken
 
 
 def test_existing_tokenizer_is_kept_or_refused(tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_no_text_names_the_source(tmp_path: Path) -> None:
 def test_missing_or_damaged_tokenizer_names_the_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer\.model does not exist"):
+    with pytest.raises(ValueError, match=r"has no tokenizer: it holds neither tokenizer\.json nor tokenizer\.model"):
         tokenizer_sha256(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(ValueError, match=r"tokenizer\.model is not a SentencePiece model"):

@@ -12,13 +12,13 @@ import pytest
 import tokenizers
 import torch
 
+from data.tokenization import TextTokenizer, load_text_tokenizer
 from evals.dial.file import Dial, Point, fingerprint
 from evals.generate import Speller, Token, bar, main, shaded, show, stream, summary
 from evals.scoring import layer_shares
 from model.config import ModelConfig
 from model.generate import generate
 from tests.evals.tiny import POSITIONS, ROUTERS, SIZES, model, run_folder, weights_folder
-from tune.text import TextTokenizer, load_text_tokenizer
 
 PROMPT = [40, 41, 42, 43, 44]
 TEXT = "naïve  “quotes”\n\t日本語 🙂🙂 é"

@@ -205,3 +205,26 @@ def test_adapters_that_are_not_finite_are_not_merged() -> None:
     decoder.layers[0].mlp.up_proj.lora_B["default"].weight.data[0, 0] = math.inf
     with pytest.raises(ValueError, match="NaNs detected in the merged weights"):
         merge(decoder)
+
+
+@pytest.mark.parametrize("projection", ["self_attn.o_proj", "mlp.down_proj", "self_attn.v_proj"])
+def test_dora_on_a_row_without_a_length_is_refused_and_lora_is_not(projection: str) -> None:
+    """As padded heads and block expansion leave them, and rows that fp16 rounds to nothing."""
+    for value in (0.0, 1e-9):
+        decoder = tiny.decoder(tiny.config("dense"))
+        decoder.get_submodule(f"layers.1.{projection}").weight.data[[2, 5]] = value
+        targets = [projection.rpartition(".")[2]]
+        with pytest.raises(
+            ValueError,
+            match=rf"layers.1.{projection}.weight has 2 of \d+ rows that are zero, row 2 for one; set adapter.kind",
+        ):
+            prepare(decoder, AdapterConfig(kind="dora", targets=targets), "frozen", seed=3)
+    decoder = tiny.decoder(tiny.config("dense"))
+    decoder.get_submodule(f"layers.1.{projection}").weight.data[[2, 5]] = 0
+    prepare(decoder, AdapterConfig(kind="lora", targets=targets), "frozen", seed=3)
+    assert losses(decoder).isfinite()
+    decoder = tiny.decoder(tiny.config("dense"))
+    decoder.get_submodule(f"layers.1.{projection}").weight.data[[2, 5]] = 0
+    others = sorted({"q_proj", "k_proj", "up_proj"} - set(targets))
+    prepare(decoder, AdapterConfig(kind="dora", targets=others), "frozen", seed=3)  # as the message says
+    assert losses(decoder).isfinite()

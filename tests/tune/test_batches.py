@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from data.batches import IGNORED, NO_SAMPLE, Batch, step_sample_ids
+from data.tokenization import TextTokenizer, load_text_tokenizer
+from tests.data.test_tokenization import write_byte_level
 from tests.tune.test_examples import write_lines
-from tests.tune.test_text import write_byte_level
 from tune.batches import ExampleSet, Scored, TuningData
 from tune.config import ExamplesConfig
-from tune.text import TextTokenizer, load_text_tokenizer
 
 T = 32
 CHOICES = [" yes", " no", " it is unknown"]

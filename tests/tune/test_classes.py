@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from data.tokenization import load_text_tokenizer
 from tune.classes import CLASSES, token_classes
-from tune.text import load_text_tokenizer
 
 
 class _Vocabulary:

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import zstandard
 
-from tests.tune.test_text import write_byte_level, write_spaced
+from data.tokenization import TextTokenizer, load_text_tokenizer
+from tests.data.test_tokenization import write_byte_level, write_spaced
 from tune.config import ExamplesConfig
 from tune.examples import Examples, read_examples
-from tune.text import TextTokenizer, load_text_tokenizer
 
 PAIRS = [
     {"prompt": "def first(a):\n", "response": "    return a"},

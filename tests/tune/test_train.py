@@ -15,6 +15,7 @@ import transformers
 import yaml
 from safetensors.torch import load_file as load_tensors
 
+from data.tokenization import load_text_tokenizer
 from model.decoder import Decoder
 from settings import user_errors
 from settings.load import _apply_override
@@ -28,7 +29,6 @@ from tune.batches import ExampleSet, TuningData
 from tune.config import ExamplesConfig, TuneFile
 from tune.load import load_model
 from tune.resolve import load_file, resolve
-from tune.text import load_text_tokenizer
 
 pytestmark = pytest.mark.timeout(1800)  # the first test of all waits for every run
 

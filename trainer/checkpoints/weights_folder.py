@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import temporary_name, write_atomically
+from data.files import open_to_others, temporary_name, write_atomically
+from data.tokenizer_files import copy_tokenizer, tokenizer_files
 from model.decoder import Decoder
 from settings import load, to_yaml
 from trainer.checkpoints import manifest
@@ -32,9 +33,6 @@ from trainer.config import WeightsConfig
 from trainer.distributed import ALONE
 
 WEIGHTS = "model.safetensors"
-TOKENIZERS = ("tokenizer.model", "tokenizer.json")
-"""Either is enough to turn text into token ids."""
-_BESIDE_A_TOKENIZER = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 _TOLD = 3
 
 
@@ -49,7 +47,7 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
     Args:
         decoder: on the CPU, in any dtypes; they are kept.
         out: the new folder.
-        tokenizer_folder: holds at least one of ``TOKENIZERS``.
+        tokenizer_folder: holds a ``tokenizer.json`` or a ``tokenizer.model``.
         facts: further entries of the manifest; ``source`` says in words where the weights came from.
 
     Raises:
@@ -57,15 +55,14 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
         OSError: if it cannot be written; nothing is left then.
     """
     require_absent(out)
-    tokenizer = tokenizer_files(tokenizer_folder)
+    tokenizer_files(tokenizer_folder)
     ensemble = None if decoder.ensemble is None else decoder.ensemble.config
     config = WeightsConfig(model=decoder.config, ensemble=ensemble, seed=decoder.seed)
     partial = temporary_name(out)
     shutil.rmtree(partial, ignore_errors=True)  # of a killed command
     partial.mkdir(parents=True)
     try:
-        for file in tokenizer:
-            shutil.copyfile(file, partial / file.name)
+        copy_tokenizer(tokenizer_folder, partial)
         write_atomically(partial / CONFIG, to_yaml(config).encode())
         _save(decoder, partial / WEIGHTS)
         manifest.write(partial, {"kind": "weights", **facts})
@@ -113,17 +110,6 @@ def require_absent(out: Path) -> None:
         raise ValueError(f"{out} exists already, and nothing is written over; give another folder, or remove it")
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """The tokenizer's files in ``folder``, and those that say how to use it.
-
-    Raises:
-        ValueError: if there is no tokenizer.
-    """
-    if not any((folder / name).is_file() for name in TOKENIZERS):
-        raise ValueError(f"{folder} has no tokenizer, {' or '.join(TOKENIZERS)}; copy one of them there")
-    return [folder / name for name in (*TOKENIZERS, *_BESIDE_A_TOKENIZER) if (folder / name).is_file()]
-
-
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -> str | None:
     """How the shapes ``found``, by name, differ from the ``wanted`` parameters', in words; None if they do not."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
@@ -137,12 +123,21 @@ def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -
     return f"{'; '.join(problems[:_TOLD])}{more}" if problems else None
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, readable for those whom the umask lets.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # of a disk that is full, too
+        raise OSError(f"{path} could not be written ({error}); free some space, or give another folder") from None
+    open_to_others(path)
+
+
 def _save(decoder: Decoder, path: Path) -> None:
     state = {name: tensor.contiguous() for name, tensor in decoder.state_dict().items()}
     if decoder.config.tied_head:
         del state["lm_head.weight"]
-    try:
-        save_file(state, path)
-    except SafetensorError as error:  # of a disk that is full, too
-        raise OSError(f"{path} could not be written ({error}); free some space, or give another folder") from None
-    path.chmod(0o644)  # the library keeps others from reading it
+    save_tensors(state, path)

@@ -64,6 +64,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Request:
+    """To generate, of a task called ``own``."""
+
+    def __init__(self, context: str, **options: Any) -> None:
+        self.args, self.task_name = (context, options), "own"
+
+
 def _likelihood(weights: Path, text: str) -> float:
     """Of a text after the document's start, from a plain pass."""
     opened = open_model(weights)
@@ -152,16 +159,51 @@ def test_tasks_of_the_users_own(weights: Path, data: Path, tmp_path: Path) -> No
 def test_generation_ends_where_it_is_told(weights: Path) -> None:
     model = OurModel(open_model(weights), POSITIONS, 4)
 
-    class Request:
-        def __init__(self, context: str, **options: Any) -> None:
-            self.args = (context, options)
-
     free, empty = model.generate_until([Request("return", max_gen_toks=12), Request("", max_gen_toks=2)])
     assert isinstance(empty, str) and len(free) > 3
     stop = free[2:4]
     (ended,) = model.generate_until([Request("return", max_gen_toks=12, until=[stop])])
     assert ended == free[: free.index(stop)]
-    assert model.generate_until([Request("return " * 200, max_gen_toks=4)])  # cut on the left
+    assert not model.cut
+    long = Request("return " * 200, max_gen_toks=4)
+    assert model.generate_until([long, Request("return", max_gen_toks=4)]) and model.cut == {"own": 1}  # on the left
+    with pytest.raises(
+        ValueError, match=r"own generates up to 64 tokens, which leaves no room for its prompts in a wi"
+    ):
+        model.generate_until([Request("return", max_gen_toks=64)])
+
+
+def test_contexts_that_do_not_fit_are_counted_in_both_models(
+    weights: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scored and generated ones; what fits into a larger window is not told."""
+    if not (tmp_path / "hf").exists():
+        export([str(weights), str(tmp_path / "hf")])
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/own.yaml").write_text(OWN_TASK.format(data=data / "blimp/one.jsonl"))
+    options = [str(weights), "--tasks", "classify_mood", "own", "--data", str(data), "--against", str(tmp_path / "hf"),
+               "--include", str(tmp_path / "tasks"), "--trust-remote-code", "--shots", "1",
+               "--json", str(tmp_path / "out.json")]  # fmt: skip
+    opened = open_model(weights)
+    before = "".join(f"{prompt}{label}\n\n" for prompt, label in EXAMPLES)
+    asked = [
+        len(opened.tokenizer.encode(before + prompt + label)) for prompt, _ in LABELLED for label in (" bad", " good")
+    ]
+    window = max(asked) - 2
+    expected = sum(tokens > window + 1 for tokens in asked)
+    assert 0 < expected < len(asked)
+    assert main([*options, "--window", str(window)]) == 0
+    written, printed = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    assert written["ours"]["cut"]["classify_mood"] == written["export"]["cut"]["classify_mood"] == expected
+    assert written["ours"]["cut"]["own"] == written["export"]["cut"]["own"] > 0
+    for name in ("ours", "the export"):
+        assert (
+            f"classify_mood: {expected} of {len(asked)} requests did not fit into a window of {window} tokens and "
+            f"reached {name} without the start of their context; raise --window, or give fewer --shots"
+        ) in printed
+    assert main([*options, "--window", str(POSITIONS)]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["ours"]["cut"] == {}
+    assert "did not fit" not in capsys.readouterr().out
 
 
 def test_an_export_that_keeps_its_adapters_apart(

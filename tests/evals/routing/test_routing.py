@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.batches import IGNORED, Batch
+from data.tokenization import TextTokenizer, load_text_tokenizer
 from evals.routing import FEWEST
 from evals.routing.__main__ import _name_of, _out, main
 from evals.routing.page import Routing, RoutingReport, level, page, visible
@@ -27,7 +28,6 @@ from trainer.checkpoints.weights_folder import write_weights
 from trainer.config import PretrainConfig, WeightsConfig
 from tune.config import TuneConfig
 from tune.load import Loaded
-from tune.text import TextTokenizer, load_text_tokenizer
 
 LENGTH = 32
 SIZES = {"vocab_size": VOCAB, "layers": 3, "width": 16, "heads": 2, "kv_heads": 1, "ffn_width": 24, "init_std": 0.3}

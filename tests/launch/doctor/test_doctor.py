@@ -250,7 +250,7 @@ def test_shards_are_compared_with_tokenizer_and_model(tiny: dict[str, Any], tmp_
     tiny["data"]["validation"][0]["name"] = "absent"
     assert "absent/manifest.json does not exist" in finding().found
     tiny["data"]["dir"] = str(tmp_path / "nowhere")
-    assert finding().level == "error" and "tokenizer.model does not exist" in finding().found
+    assert finding().level == "error" and "has no tokenizer: it holds neither" in finding().found
 
 
 def test_stage_two_needs_its_base_its_tokenizer_and_its_files(

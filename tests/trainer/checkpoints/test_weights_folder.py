@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from data.tokenizer_files import left_behind, tokenizer_files
 from model.config import EnsembleConfig
 from model.decoder import Decoder
 from tests.model.tiny import config, decoder, random_tokens
 from trainer.checkpoints.manifest import entry_of
-from trainer.checkpoints.weights_folder import is_weights_folder, read_weights, tokenizer_files, write_weights
+from trainer.checkpoints.weights_folder import is_weights_folder, read_weights, write_weights
 
 
 @pytest.fixture
@@ -79,7 +81,6 @@ def test_the_files(tmp_path: Path, tokenizer: Path) -> None:
     assert manifest["kind"] == "weights" and manifest["source"] == "a test" and manifest["files"].keys() == names
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "manifest.json"}
     assert yaml.safe_load((tmp_path / "out/config.yaml").read_text()).keys() == {"model", "ensemble", "seed"}
-    assert (tmp_path / "out/model.safetensors").stat().st_mode & 0o777 == 0o644
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
         assert all(file.get_slice(name).get_dtype() == "BF16" for name in file.keys())  # noqa: SIM118
@@ -90,7 +91,7 @@ def test_nothing_is_written_over_and_a_tokenizer_is_needed(tmp_path: Path, token
     with pytest.raises(ValueError, match=r"written exists already, and nothing is written over; give another folder"):
         write_weights(decoder(config()), written, tokenizer, {})
     with pytest.raises(
-        ValueError, match=r"has no tokenizer, tokenizer.model or tokenizer.json; copy one of them there"
+        ValueError, match=r"has no tokenizer: it holds neither tokenizer.json nor tokenizer.model; copy"
     ):
         write_weights(decoder(config()), tmp_path / "out", tmp_path, {})
     assert not (tmp_path / "out").exists()
@@ -105,7 +106,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path, tokenizer: Path, monk
     with monkeypatch.context() as patched:
         # What the library calls last fails as on a full disk, in the library's own words.
         patched.setattr(
-            "trainer.checkpoints.weights_folder.save_file", lambda state, path: save_file(state, "/dev/full/none")
+            "trainer.checkpoints.weights_folder.save_file", lambda state, path, _: save_file(state, "/dev/full/none")
         )
         with pytest.raises(OSError, match=r"model.safetensors could not be written \(.*\); free some space, or give"):
             write_weights(decoder(config()), tmp_path / "out", tokenizer, {})
@@ -154,3 +155,32 @@ def test_a_checkpoint_of_another_shape(written: Path, change: dict[str, Any], se
     (written / "manifest.json").write_text(json.dumps(parsed))
     with pytest.raises(ValueError, match=rf"is a checkpoint of another shape than its config.yaml: .*{sentence}"):
         read_weights(written)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002, 0o027])
+def test_files_have_the_mode_that_the_umask_leaves(tmp_path: Path, tokenizer: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_weights(decoder(config()), tmp_path / "out", tokenizer, {})
+        assert os.umask(umask) == umask, "the process has another umask than before"
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_every_file_that_a_tokenizers_loader_reads_is_carried(tmp_path: Path, tokenizer: Path) -> None:
+    names = ("chat_template.jinja", "additional_chat_templates/tool_use.jinja", "added_tokens.json", "vocab.json",
+             "merges.txt", "tokenizer.4.0.0.json", "special_tokens_map.json")  # fmt: skip
+    others = ("tokenizer.manifest.json", "README.md", "train/x/shard.bin", "additional_chat_templates/note.txt")
+    for name in (*names, *others):
+        (tokenizer / name).parent.mkdir(parents=True, exist_ok=True)
+        (tokenizer / name).write_text(name)
+    write_weights(decoder(config()), tmp_path / "out", tokenizer, {})
+    found = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    known = {"tokenizer.model", "tokenizer_config.json", "generation_config.json"}
+    assert found == {*names, *known, "config.yaml", "manifest.json", "model.safetensors"}
+    assert all((tmp_path / "out" / name).read_text() == name for name in names)
+    told = "README.md, additional_chat_templates/note.txt, shard.bin, tokenizer.manifest.json, train/"
+    assert left_behind(tokenizer) == told
+    read_weights(tmp_path / "out")

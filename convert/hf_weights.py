@@ -1,0 +1,139 @@
+"""The safetensors files of a Hugging Face checkpoint, by the decoder's names.
+
+One thing has several spellings. Wrappers (torch.compile, FSDP, DistributedDataParallel, trainers) put parts into the
+names of weights, which are taken out; tied weights may be stored under either name, or under both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from data.files import read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of a weight's name that torch.compile, FSDP and activation checkpointing put anywhere into it."""
+_PREFIXES = ("module", "model")
+"""What DistributedDataParallel, trainers and transformers' own classes put before it."""
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with the weights, all there."""
+    if (folder / _WHOLE).is_file():
+        return [folder / _WHOLE]
+    if (folder / _INDEX).is_file():
+        names = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise ValueError(f"{folder / _INDEX} has no weight_map from tensors to files; download it again")
+        files = [_inside(folder, name) for name in sorted(set(names.values()))]
+        for file in files:
+            if not file.is_file():
+                raise ValueError(f"{file}, which {_INDEX} names, is not there; download the checkpoint again")
+        return files
+    if any(folder.glob("pytorch_model*.bin")):
+        raise ValueError(
+            f"{folder} has only pytorch_model.bin, and reading that runs code; convert it to safetensors first: "
+            "transformers' from_pretrained and save_pretrained do"
+        )
+    raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}; download the checkpoint's safetensors files")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """The file that the index calls ``name``, which must lie in ``folder``, links followed."""
+    file = folder / name
+    steps_out = Path(name).is_absolute() or ".." in Path(name).parts
+    if steps_out or not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"{folder / _INDEX} names {name}, which leads out of {folder}, and only files in it are read; copy the "
+            "file itself there (cp -rL follows the links of a download cache), or download the checkpoint again"
+        )
+    return file
+
+
+def read_tensors(files: list[Path]) -> dict[str, Tensor]:
+    """Everything in ``files`` by the decoder's names, mapped; what is not finite is refused."""
+    tensors: dict[str, Tensor] = {}
+    spelt: dict[str, str] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    # Files of old versions also hold a buffer that follows from config.json.
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue
+                    ours = our_name(name)
+                    if ours in tensors:
+                        raise ValueError(
+                            f"{path} holds {name} and {spelt[ours]}, which are names of one weight; keep one of them"
+                        )
+                    spelt[ours], tensors[ours] = name, _finite(file, name, path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); download it again") from None
+    return tensors
+
+
+def our_name(name: str) -> str:
+    """A weight's name in the decoder: without what compiled, parallel and other wrappers put into it."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[0] in _PREFIXES:
+        parts.pop(0)
+    return ".".join(parts)
+
+
+def _finite(file: Any, name: str, path: Path) -> Tensor:
+    """The tensor ``name``, all of it finite."""
+    import torch
+
+    dtype = file.get_slice(name).get_dtype()
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} in {path} is {dtype}, and weights must be {', '.join(_DTYPES.values())}; take a checkpoint that "
+            "is not quantised"
+        )
+    tensor: Tensor = file.get_tensor(name)
+    if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):  # NaN is both ends
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ValueError(
+            f"{name} in {path} has {bad:,} of {tensor.numel():,} values that are NaN or infinite, and nothing computed "
+            "with them would be a number; take an earlier checkpoint, or download it again"
+        )
+    return tensor
+
+
+def tie_head(tensors: dict[str, Tensor], folder: Path) -> None:
+    """Leave a tied head to the embedding: files may hold both, or either of them."""
+    import torch
+
+    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("embed_tokens.weight")
+    if head is not None and embedding is None:
+        tensors["embed_tokens.weight"] = head
+    elif head is not None and embedding is not None and not torch.equal(head, embedding):
+        raise ValueError(
+            f"{folder} holds a head of its own, but its config.json says tie_word_embeddings; set that to false if the "
+            "head was trained"
+        )
+
+
+def names_in(files: list[Path]) -> list[str]:
+    found: list[str] = []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            found += file.keys()
+    return found
+
+
+def usual_name(name: str) -> str:
+    """The decoder's name of a weight as transformers has it."""
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def is_usual(name: str) -> bool:
+    """Whether transformers knows the name, with its prefix or, of a model without a head, without."""
+    return name in (usual_name(our_name(name)), our_name(name))

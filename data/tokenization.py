@@ -1,0 +1,348 @@
+"""What a tokenizer does to a text, read once from whatever a model came with, the same for every command.
+
+A folder holds a SentencePiece ``tokenizer.model``, a Hugging Face ``tokenizer.json``, or both; then the second is
+taken, because it is what transformers reads. Preparation, tuning, evaluation, generation and export all ask
+:func:`load_text_tokenizer`, so that a text has one list of ids. What cannot be honoured is refused there: pieces that
+change the text that they spell, tokens beside a ``tokenizer.model`` that it does not hold, marks behind every text.
+
+    before a text   the ids that transformers puts there (BOS, or nothing)
+    the text        uncut; a long one is encoded in parts where that gives the same ids
+    after a text    the end-of-document token, where a document ends
+
+Prompt and response meet at a token's border, since in generation the prompt is encoded before the response is there.
+So they are encoded apart. The exception is a tokenizer that puts a space before every text, as Llama 2's does: a
+response encoded alone would get one that is not in it. There the whole is encoded, and cut where it leaves what the
+prompt alone gives.
+
+N: tokens of a text.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+
+from data.files import read_json, sha256_of
+from data.sentencepiece_file import MODEL_NAME, cuts_exactly, load_tokenizer, model_proto, refuse_changed_text
+
+JSON_NAME = "tokenizer.json"
+CONFIG_NAME, GENERATION_NAME = "tokenizer_config.json", "generation_config.json"
+PART_CHARACTERS = 32_768
+"""A long document is encoded in parts of about this size: SentencePiece takes far more memory than text at once."""
+WORD_START = "▁"
+"""What a piece begins with where a space stands before it."""
+EOS_PLACES = (
+    (CONFIG_NAME, "eos_token"),
+    ("special_tokens_map.json", "eos_token"),
+    (GENERATION_NAME, "eos_token_id"),
+    ("config.json", "eos_token_id"),
+)
+"""Where the end-of-document token may be written, the first that has it wins."""
+_SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
+
+
+class TextTokenizer(ABC):
+    """Text to ids and back."""
+
+    def __init__(self, file: Path, vocab_size: int, eos_id: int, prefix: list[int]) -> None:
+        self.file = file
+        """What it was read from."""
+        self.vocab_size = vocab_size
+        """Every token id is below it."""
+        self.eos_id = eos_id
+        """The id that closes every document and every example."""
+        self.prefix = prefix
+        """Ids before every text: a begin-of-document token, where transformers puts one."""
+        self.sha256 = sha256_of(file)
+        first = self.encode("a")[:1]
+        self._adds_space = bool(first) and self.piece(first[0]).startswith(WORD_START)
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """The N ids of ``text``, without begin or end of document."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``, special tokens left out."""
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """A token as text; a space before a word is written "▁"."""
+
+    @abstractmethod
+    def token_id(self, piece: str) -> int | None:
+        """The id of a token as it is written in the tokenizer's file; None if it is none."""
+
+    def document(self, text: str) -> list[int]:
+        """The ids of ``text`` as a document to train on, both ends marked; none for an empty text."""
+        return [*self.prefix, *self.encode(text), self.eos_id] if text else []
+
+    def split(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
+        """The ids of ``prompt``, and those of ``response`` after it."""
+        first, second = self.segments([prompt, response])
+        return first, second
+
+    def segments(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of texts that follow each other, a list for each."""
+        if not self._adds_space:
+            return [self.encode(text) for text in texts]
+        whole = self.encode("".join(texts))
+        # Where the next text merges with the end of this one, the merged token belongs to the next.
+        ends = [_common_start(whole, self.encode(text)) for text in accumulate(texts[:-1])]
+        return [whole[start:end] for start, end in pairwise([0, *accumulate(ends, max), len(whole)])]
+
+
+def tokenizer_file(folder: str | Path) -> Path:
+    """The file in ``folder`` that decides a text's ids.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for name in (JSON_NAME, MODEL_NAME):
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    fix = (
+        "copy the one there that the model or the shards were made with, train one with: python -m data.tokenizer "
+        "CONFIG, or set data.tokenizer to a folder with one of them"
+    )
+    if any((Path(folder) / name).is_file() for name in ("vocab.json", "vocab.txt", "spiece.model", "tekken.json")):
+        fix = f"let transformers write the first one: AutoTokenizer.from_pretrained(F).save_pretrained(F), F {folder}"
+    raise ValueError(f"{folder} has no tokenizer: it holds neither {JSON_NAME} nor {MODEL_NAME}; {fix}")
+
+
+def tokenizer_sha256(folder: str | Path) -> str:
+    """SHA-256 of that file: what a prepared source is tied to.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return sha256_of(tokenizer_file(folder))
+
+
+def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The tokenizer in ``folder``.
+
+    Raises:
+        ValueError: there is none, it is damaged, it has no end-of-document token, or it does to texts what cannot be
+            done everywhere alike.
+    """
+    file = tokenizer_file(folder)
+    return _HuggingFace(file) if file.name == JSON_NAME else SentencePiece(file)
+
+
+def require_vocabulary(
+    tokenizer: TextTokenizer,
+    vocab_size: int,
+    fix: str = "set data.tokenizer to the folder of the tokenizer that the model was trained with",
+) -> None:
+    """Raise ValueError, with ``fix``, if ``tokenizer`` has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > vocab_size:
+        beyond = next(i for i in range(vocab_size, tokenizer.vocab_size) if tokenizer.piece(i))
+        raise ValueError(
+            f"the tokenizer in {tokenizer.file.parent} has {tokenizer.vocab_size} pieces, the model's vocabulary is "
+            f"{vocab_size}: there is no embedding for {tokenizer.piece(beyond)!r}, whose id is {beyond}; {fix}"
+        )
+
+
+class SentencePiece(TextTokenizer):
+    """A ``tokenizer.model``. Stage one's has nothing beside it; an import's ``tokenizer_config.json`` is honoured.
+
+    Special tokens that are spelt out in a text are text, as SentencePiece has it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.processor = load_tokenizer(file.parent)
+        """What decodes; it encodes the same ids, too, but takes far more memory for a long text."""
+        self.proto = model_proto(self.processor)
+        """The model's own description of itself."""
+        refuse_changed_text(self.proto, file)
+        beside = _beside(file.parent)
+        _refuse_unknown_tokens(self.processor, beside, file)
+        self._spaced, self._encoder = self.proto.normalizer_spec.add_dummy_prefix, self.processor
+        if self._spaced:
+            # The space is put before the whole text here, so that a part of it gets none.
+            bare = type(self.proto).FromString(self.processor.serialized_model_proto())
+            bare.normalizer_spec.add_dummy_prefix = False
+            self._encoder = SentencePieceProcessor(model_proto=bare.SerializeToString())
+        self.cuts_exactly = cuts_exactly(self.proto)
+        """Encoding a text in parts, cut after line breaks, gives the ids of the whole."""
+        given = _given_eos_id(file, self.token_id, self.processor.vocab_size())
+        prefix = [_bos_id(self.processor, beside, file)] if beside.get("add_bos_token") is True else []
+        eos_id = self.processor.eos_id() if given is None else given
+        super().__init__(file, self.processor.vocab_size(), eos_id, prefix)
+
+    def encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        whole = f" {text}" if self._spaced else text
+        if not self.cuts_exactly or len(whole) <= PART_CHARACTERS:
+            return self._encoder.encode(whole)
+        return [token for part in _parts(whole) for token in self._encoder.encode(part)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.processor.decode(list(ids))
+
+    def piece(self, token: int) -> str:
+        return self.processor.id_to_piece(token)
+
+    def token_id(self, piece: str) -> int | None:
+        token = self.processor.piece_to_id(piece)
+        return token if self.processor.id_to_piece(token) == piece else None
+
+
+class _HuggingFace(TextTokenizer):
+    """A ``tokenizer.json``, with the tokens that files beside it add, numbered as transformers numbers them.
+
+    Special tokens that are spelt out in a text become these tokens, unless ``split_special_tokens`` says otherwise.
+    """
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{file} is not a tokenizer that can be read ({error}); restore it") from None
+        # A file may have been saved with them on, and would then cut every long text without a word.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        beside = _beside(file.parent)
+        for _, token in sorted(_added_tokens(beside).items()):
+            self._add(token)
+        eos_id = _given_eos_id(file, self.token_id, self._vocab_size())
+        if eos_id is None:
+            places = ", ".join(f"{name} ({field})" for name, field in EOS_PLACES)
+            raise ValueError(
+                f"{file} has no end-of-document token, which closes every example; name it in one of {places}"
+            )
+        for name in (*_SPECIAL, *_MORE_SPECIAL):
+            found = beside.get(name) or []
+            for token in found if isinstance(found, list) else [found]:
+                self._add(token, special=True)
+        self._tokenizer.encode_special_tokens = beside.get("split_special_tokens") is True
+        decoder = json.loads(self._tokenizer.to_str())["decoder"]
+        self._byte_level = tokenizers.decoders.ByteLevel() if '"ByteLevel"' in json.dumps(decoder) else None
+        super().__init__(file, self._vocab_size(), eos_id, self._put_before(eos_id, file))
+
+    def _add(self, token: Any, special: bool = False) -> None:
+        """Give a token of ``tokenizer_config.json`` an id, if it has none."""
+        fields = {"content": token} if isinstance(token, str) else {k: v for k, v in token.items() if k != "__type"}
+        if self._tokenizer.token_to_id(fields["content"]) is None:
+            fields["special"] = special or bool(fields.get("special"))
+            self._tokenizer.add_tokens([tokenizers.AddedToken(**fields)])
+
+    def _vocab_size(self) -> int:
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def _put_before(self, eos_id: int, file: Path) -> list[int]:
+        """What the post-processor puts before a text. An option ``add_bos_token`` beside the file has no effect."""
+        encoded = self._tokenizer.encode("a")
+        text = [place for place, special in enumerate(encoded.special_tokens_mask) if not special]
+        before, after = encoded.ids[: text[0]], encoded.ids[text[-1] + 1 :]
+        if after not in ([], [eos_id]):
+            raise ValueError(
+                f"{file} puts {[self._tokenizer.id_to_token(token) for token in after]} after every text, and here "
+                f"documents end with {self._tokenizer.id_to_token(eos_id)!r}; correct its post_processor, or eos_token"
+            )
+        return before
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids))
+
+    def piece(self, token: int) -> str:
+        piece = self._tokenizer.id_to_token(token) or ""
+        if self._byte_level is None:
+            return piece
+        return self._byte_level.decode([piece]).replace(" ", WORD_START)
+
+    def token_id(self, piece: str) -> int | None:
+        return self._tokenizer.token_to_id(piece)
+
+
+def _common_start(first: list[int], second: list[int]) -> int:
+    """How many ids at the start of both are the same."""
+    differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differ, min(len(first), len(second)))
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Cuts of ``text`` after line breaks."""
+    start = 0
+    while start < len(text):
+        line_end = text.find("\n", start + PART_CHARACTERS)
+        end = len(text) if line_end < 0 else line_end + 1
+        yield text[start:end]
+        start = end
+
+
+def _beside(folder: Path) -> dict[str, Any]:
+    """``tokenizer_config.json``, with what older files kept apart, as transformers merges them; empty without it."""
+    found: dict[str, Any] = {}
+    if (folder / CONFIG_NAME).is_file():
+        found = read_json(folder / CONFIG_NAME)
+    if "added_tokens_decoder" in found:
+        return found
+    if (folder / "special_tokens_map.json").is_file():
+        found |= read_json(folder / "special_tokens_map.json")
+    if (folder / "added_tokens.json").is_file():
+        added = read_json(folder / "added_tokens.json")
+        found["added_tokens_decoder"] = {token: {"content": piece} for piece, token in added.items()}
+    return found
+
+
+def _added_tokens(beside: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    return {int(token): fields for token, fields in (beside.get("added_tokens_decoder") or {}).items()}
+
+
+def _refuse_unknown_tokens(processor: SentencePieceProcessor, beside: dict[str, Any], file: Path) -> None:
+    """A ``tokenizer.model`` cannot be given tokens."""
+    for token, fields in _added_tokens(beside).items():
+        piece = fields["content"]
+        if token >= processor.vocab_size() or processor.id_to_piece(token) != piece:
+            raise ValueError(
+                f"files beside {file} add the token {piece!r} ({token}), which it does not hold and only a {JSON_NAME} "
+                f"can; write one there with transformers: AutoTokenizer.from_pretrained({str(file.parent)!r})"
+                f".save_pretrained({str(file.parent)!r})"
+            )
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _bos_id(processor: SentencePieceProcessor, beside: dict[str, Any], file: Path) -> int:
+    """What ``add_bos_token`` puts before every text."""
+    piece = _content(beside.get("bos_token"))
+    token = processor.bos_id() if piece is None else processor.piece_to_id(piece)
+    if token < 0 or token == processor.unk_id():
+        raise ValueError(
+            f"{file.parent / CONFIG_NAME} asks for add_bos_token, and bos_token {piece!r} is no piece of {file}; "
+            "correct it"
+        )
+    return token
+
+
+def _given_eos_id(file: Path, token_id: Any, vocab_size: int) -> int | None:
+    """The end-of-document token that files beside ``file`` name; None if none does."""
+    for name, field in EOS_PLACES:
+        path = file.parent / name
+        given: Any = read_json(path).get(field) if path.is_file() else None
+        if isinstance(given, list):  # several may end a text in generation; the first closes a document
+            given = given[0] if given else None
+        given = _content(given)
+        if given is None:
+            continue
+        token = token_id(given) if isinstance(given, str) else given
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise ValueError(f"{path}: {field} is {given!r}, which is no token of {file}; correct it")
+        return token
+    return None

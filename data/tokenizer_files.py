@@ -1,0 +1,81 @@
+"""The files of a tokenizer: what transformers' own loader reads, and nothing else of a folder.
+
+tokenizer.model tokenizer.json   either is enough to turn text into token ids
+tokenizer_config.json            and what older versions kept apart: special_tokens_map.json, added_tokens.json
+chat_template.jinja              and additional_chat_templates/*.jinja (transformers 5), chat_template.json (processors)
+generation_config.json           which token ends a text
+vocab.json merges.txt ...        what tokenizer.json was made from; a tokenizer's class may ask for them
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from data.sentencepiece_file import MODEL_NAME
+from data.tokenization import JSON_NAME, tokenizer_file
+
+_PATTERNS = (
+    MODEL_NAME,
+    JSON_NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenizer.[0-9]*.json",  # for one version of transformers each
+    "tokenizer.model.v*",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "tiktoken.model",
+    "tekken.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+_NOT_OF_A_TOKENIZER = ("config.json", "*.safetensors", "*.safetensors.index.json")
+_TOLD = 12
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The tokenizer's files in ``folder``, and those that say how to use it.
+
+    Raises:
+        ValueError: if there is no tokenizer.
+    """
+    tokenizer_file(folder)
+    found = {path: None for pattern in _PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()}
+    return list(found)
+
+
+def copy_tokenizer(folder: Path, out: Path) -> list[str]:
+    """Copy the tokenizer's files from ``folder`` to the same places in ``out``; returns their names.
+
+    Raises:
+        ValueError: if there is no tokenizer.
+    """
+    names = [str(file.relative_to(folder)) for file in tokenizer_files(folder)]
+    for name in names:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out / name)
+    return names
+
+
+def left_behind(folder: Path) -> str:
+    """The names of what else lies in a Hugging Face ``folder``, but for config and weights; empty if nothing does."""
+    known = {path for pattern in _NOT_OF_A_TOKENIZER for path in folder.glob(pattern)} | set(tokenizer_files(folder))
+    names = []
+    for path in sorted(folder.iterdir()):
+        if path in known or path.name.startswith("."):
+            continue
+        if not path.is_dir():
+            names.append(path.name)
+        elif not any(file in known for file in path.iterdir()):
+            names.append(f"{path.name}/")
+        else:
+            names += [f"{path.name}/{file.name}" for file in sorted(path.iterdir()) if file not in known]
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return f"{', '.join(names[:_TOLD])}{more}"
