@@ -175,7 +175,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options_parser.add_argument(
         "--execution",
         choices=EXECUTIONS,
-        help="how routed layers compute executed tokens, the router's setting of that name (default: auto)",
+        help="how routed layers compute executed tokens, the router's setting of that name (default: rounded)",
     )
     add_run(options_parser, repeats=10)
     options = options_parser.parse_args(arguments)

@@ -202,7 +202,8 @@ def test_bf16_is_the_rounded_model(tmp_path: Path, exported: Exported) -> None:
 
 
 FRESH = """
-import importlib.util, sys, torch
+import importlib.util, pathlib, sys, torch
+sys.path = [folder for folder in sys.path if not (pathlib.Path(folder) / "trainer").is_dir()]  # where it is installed
 from transformers import AutoModelForCausalLM
 assert not any(importlib.util.find_spec(name) for name in ("model", "convert", "trainer"))
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True, local_files_only=True)
