@@ -64,7 +64,7 @@ class Decoding(Protocol):
         """Go back to the prompt's end and decode; int64 [B, steps]."""
 
 
-class Ours:
+class OurDecoding:
     """Our decoder behind a prompt.
 
     Args:
@@ -107,7 +107,7 @@ class Ours:
         return Routed(len(self.prompt) * self.steps, visible, executed, attended)
 
 
-class Peer:
+class PeerDecoding:
     """Hugging Face's Llama behind a prompt, with the cache that it makes itself.
 
     Args:
@@ -139,7 +139,7 @@ class Peer:
         return self.llama(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
 
 
-class StaticPeer:
+class StaticPeerDecoding:
     """Hugging Face's Llama behind a prompt, with its cache of fixed size, the step compiled where asked for.
 
     Args:
@@ -235,14 +235,14 @@ def behind_prompt(
 
     device = torch.device(options.device)
     prompt = random_tokens(batch, options.prompt, options.vocab, device)
-    decodings: dict[str, Decoding] = {n: Ours(decoder, prompt, options.steps) for n, decoder in decoders.items()}
-    decodings[PEER] = Peer(llama, prompt, options.steps)
+    decodings: dict[str, Decoding] = {n: OurDecoding(decoder, prompt, options.steps) for n, decoder in decoders.items()}
+    decodings[PEER] = PeerDecoding(llama, prompt, options.steps)
     if options.dtype == "fp32":  # in bf16 the likeliest token is often a tie of two roundings
         assert torch.equal(decodings[DENSE].run(), decodings[PEER].run())
     notes = []
     if device.type == "cuda":
         try:
-            decodings[STATIC_PEER] = StaticPeer(llama, prompt, options.steps, compiled=True)
+            decodings[STATIC_PEER] = StaticPeerDecoding(llama, prompt, options.steps, compiled=True)
         except Exception as error:  # whatever a compiler may raise; the peer must not end our run
             notes.append(f"batch {batch}: no {STATIC_PEER}, torch.compile failed with {type(error).__name__}")
     return decodings, notes
@@ -293,8 +293,8 @@ def _row(
     options: argparse.Namespace,
     peak: float,
 ) -> Row:
-    decoding = decodings[name] if isinstance(decodings[name], Ours) else decodings[DENSE]
-    assert isinstance(decoding, Ours)
+    decoding = decodings[name] if isinstance(decodings[name], OurDecoding) else decodings[DENSE]
+    assert isinstance(decoding, OurDecoding)
     counts, config = decoding.counts(), decoding.decoder.config
     executed, dense = executed_flops(config, counts), dense_flops(config, counts.tokens, counts.visible_keys)
     run_s = Spread.of(seconds[name]).median

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,27 @@ def _train(config: DataConfig, lines: Iterator[bytes]) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split()).rpartition("] ")[2]
-        raise ValueError(
-            f"data.tokenizer.vocab_size={config.tokenizer.vocab_size} does not suit the text: {reason} "
-            "Change vocab_size, or give more text (data.sources, data.tokenizer.train_bytes)"
-        ) from None
+        raise ValueError(_size_problem(config.tokenizer.vocab_size, " ".join(str(error).split()))) from None
     return model.getvalue()
+
+
+def _size_problem(vocab_size: int, reason: str) -> str:
+    """What SentencePiece says of a vocabulary that does not suit the text, with the fix that there is here."""
+    told = f"data.tokenizer.vocab_size={vocab_size}"
+    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
+        return (
+            f"{told} is too small for the text, whose characters and the special pieces are {needed[1]}, each a piece "
+            "of its own; set it to more than that"
+        )
+    if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", reason):
+        return (
+            f"{told} is too large for the text, which gives {most[1]} pieces at most; lower it, or give more text "
+            "(data.sources, data.tokenizer.train_bytes)"
+        )
+    return (
+        f"{told} does not suit the text ({reason.rpartition('] ')[2]}); change it, or give more text (data.sources, "
+        "data.tokenizer.train_bytes)"
+    )
 
 
 def _training_lines(config: DataConfig, taken_bytes: dict[str, int]) -> Iterator[bytes]:

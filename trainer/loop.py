@@ -9,7 +9,6 @@ from data.prefetch import prefetch
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.monitor.orphan import command_again
-from trainer.step import train_step
 from trainer.trainer import Trainer, TrainingStream
 
 
@@ -19,34 +18,17 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
     Raises:
         ValueError: for anything that the user can fix; what was saved stays.
     """
-    config: StageConfig = trainer.config
-    world = trainer.world
-    steps, save_every, evaluate_every = (
-        config.train.steps,
-        config.train.checkpoint.every_steps,
-        config.train.evaluation.every_steps,
-    )
-
+    train = trainer.config.train
+    steps, save_every, evaluate_every = train.steps, train.checkpoint.every_steps, train.evaluation.every_steps
     resumed_at = trainer.step
     # The starting point, or what a kill between save and evaluation left undone.
     due = trainer.step % evaluate_every == 0 or trainer.step == steps
     if due and not trainer.metrics.has_evaluation(trainer.step):
         trainer.validate()
     trainer.metrics.open_bar()
-    with prefetch(micro_batches(data, config, world, trainer.step, trainer.samples), depth=2) as loader:
+    with prefetch(micro_batches(data, trainer.config, trainer.world, trainer.step, trainer.samples), 2) as loader:
         for batches in loader:
-            lr = trainer.begin_step()
-            result = train_step(
-                trainer.engine,
-                batches,
-                trainer.budget,
-                config,
-                world,
-                trainer.step,
-                trainer.stop.requested or trainer.saver.failed,
-                trainer.balance,
-            )
-            trainer.end_step(result, lr, loader.waited_s)
+            result = trainer.train_step(batches, loader.waited_s)
 
             # Save first, then evaluate: an evaluation that dies must not take the step with it.
             last = trainer.step == steps

@@ -33,7 +33,7 @@ from trainer.monitor.yardstick import measure_peak
 from trainer.precision import decide, slow_bf16_warning
 from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
-from trainer.step import StepResult
+from trainer.step import StepResult, train_step
 
 
 class TrainingStream(Protocol):
@@ -137,6 +137,22 @@ class Trainer:
         self.run.heartbeat.write()
         self.metrics.close()
         self._hold.close()
+
+    def train_step(self, batches: Sequence[Batch], waited_s: float) -> StepResult:
+        """One optimiser step on this rank's micro-batches; counted and logged.
+
+        Args:
+            batches: of the step that is due.
+            waited_s: seconds that training has waited for data since its start.
+
+        Raises:
+            ValueError: as :meth:`end_step`.
+        """
+        lr = self.begin_step()
+        stop = self.stop.requested or self.saver.failed
+        result = train_step(self.engine, batches, self.budget, self.config, self.world, self.step, stop, self.balance)
+        self.end_step(result, lr, waited_s)
+        return result
 
     def begin_step(self) -> float:
         """Heartbeat and learning rate of the step to come; returns the rate."""

@@ -46,13 +46,13 @@ def test_every_batch_size_has_all_contestants(rows: dict[str, Any]) -> None:
 def test_a_round_is_greedy_generation_and_every_round_the_same(models: tuple[dict[str, Any], Any]) -> None:
     decoders, llama = models
     for decoder in decoders.values():
-        decoding = decode.Ours(decoder, PROMPT, 5)
+        decoding = decode.OurDecoding(decoder, PROMPT, 5)
         expected = generate(decoder, PROMPT, 6)[:, 12:]  # the first one comes with the prompt
         assert torch.equal(decoding.first, expected[:, :1])
         for _ in range(2):
             assert torch.equal(decoding.run(), expected[:, 1:])
-    dense = decode.Ours(decoders["dense"], PROMPT, 5).run()
-    peers = [decode.Peer(llama, PROMPT, 5), decode.StaticPeer(llama, PROMPT, 5, compiled=False)]
+    dense = decode.OurDecoding(decoders["dense"], PROMPT, 5).run()
+    peers = [decode.PeerDecoding(llama, PROMPT, 5), decode.StaticPeerDecoding(llama, PROMPT, 5, compiled=False)]
     for peer in peers:
         assert torch.equal(peer.run(), dense) and torch.equal(peer.run(), dense)
 
@@ -60,7 +60,7 @@ def test_a_round_is_greedy_generation_and_every_round_the_same(models: tuple[dic
 @torch.no_grad()
 def test_flops_are_those_of_the_steps(models: tuple[dict[str, Any], Any]) -> None:
     decoder = models[0]["routed_0.5"]
-    decoding = decode.Ours(decoder, PROMPT, 5)
+    decoding = decode.OurDecoding(decoder, PROMPT, 5)
     draws = torch.stack([m.draws[:3, 12:17] for m in decoder.modules() if isinstance(m, HeldRouter)])
     sees = torch.arange(13, 18)
     counts = Routed(15, 3 * float(sees.sum()), draws.sum((1, 2)).tolist(), (draws * sees).sum((1, 2)).tolist())
@@ -73,7 +73,7 @@ def test_peak_memory_is_weights_cache_and_a_little(models: tuple[dict[str, Any],
     decoders, llama = models
     weights = sum(p.nbytes for p in llama.parameters())
     cache = 2 * 2 * 3 * 17 * 2 * 16 * 4  # keys and values, layers, rows, tokens, heads, width, bytes
-    for decoding in (decode.Ours(decoders["dense"], PROMPT, 5), decode.Peer(llama, PROMPT, 5)):
+    for decoding in (decode.OurDecoding(decoders["dense"], PROMPT, 5), decode.PeerDecoding(llama, PROMPT, 5)):
         assert weights + cache <= decoding.peak_bytes < 1.2 * (weights + cache)
 
 

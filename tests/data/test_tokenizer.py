@@ -120,9 +120,22 @@ def test_existing_tokenizer_is_kept_or_refused(tmp_path: Path) -> None:
 def test_vocabulary_that_does_not_suit_the_text(tmp_path: Path, model_type: str) -> None:
     write_jsonl(tmp_path / "raw.jsonl", documents(20))
     config = config_of(tmp_path, tokenizer={"vocab_size": 30_000, "model_type": model_type})
-    with pytest.raises(ValueError, match=r"vocab_size=30000 does not suit the text: .*too high"):
+    with pytest.raises(
+        ValueError, match=r"vocab_size=30000 is too large for the text, which gives \d+ pieces at most; lower it"
+    ):
         train_tokenizer(config)
     assert not (tmp_path / "data" / "tokenizer.model").exists()
+
+
+def test_many_characters_in_a_small_vocabulary(tmp_path: Path) -> None:
+    """SentencePiece's own advice names an option that does not exist here."""
+    write_jsonl(tmp_path / "raw.jsonl", ["".join(chr(0x4E00 + n) for n in range(3000)) * 3])
+    config = config_of(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"vocab_size=320 is too small for the text, .* are 3\d{3}, each a piece"
+    ) as told:
+        train_tokenizer(config)
+    assert "coverage" not in str(told.value)
 
 
 def test_no_text_names_the_source(tmp_path: Path) -> None:
