@@ -87,7 +87,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Variant:
+class AttentionCase:
     """One way to attend.
 
     Attributes:
@@ -117,7 +117,7 @@ class Variant:
         return tensor_bytes([*self.leaves, self.grad]) + peak_bytes(self.step, self.grad.device)
 
 
-def gathered(inputs: Inputs, executed: Tensor | None) -> Variant:
+def gathered(inputs: Inputs, executed: Tensor | None) -> AttentionCase:
     """``model/attend.py`` for the queries ``executed``, bool [B, T], or for all."""
     import torch
 
@@ -136,7 +136,7 @@ def gathered(inputs: Inputs, executed: Tensor | None) -> Variant:
         # A copy knows no rectangle yet: every layer has a selection of its own and works it out once.
         return attend(queries, inputs.keys, inputs.values, replace(selection), visibility)
 
-    return Variant(
+    return AttentionCase(
         forward,
         leaves=(queries, inputs.keys, inputs.values),
         grad=selection.gather(inputs.grad),
@@ -145,10 +145,10 @@ def gathered(inputs: Inputs, executed: Tensor | None) -> Variant:
     )
 
 
-def all_queries(inputs: Inputs, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Variant:
+def all_queries(inputs: Inputs, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> AttentionCase:
     """``attention`` of all queries [B, H, T, K] over keys and values [B, G, T, K] -> [B, H, T, K]."""
     batch, tokens, heads, width = inputs.queries.shape
-    return Variant(
+    return AttentionCase(
         forward=lambda: attention(*inputs.heads_first()).transpose(1, 2).flatten(0, 1),
         leaves=(inputs.queries, inputs.keys, inputs.values),
         grad=inputs.grad.flatten(0, 1),
@@ -198,7 +198,7 @@ def flex(tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor]
     return attention
 
 
-def build(options: argparse.Namespace, length: int) -> dict[str, Variant]:
+def build(options: argparse.Namespace, length: int) -> dict[str, AttentionCase]:
     """All contestants at one length; dense, gathered ones and the peer give the reference's output."""
     import torch
 
@@ -241,7 +241,7 @@ def measure(options: argparse.Namespace) -> Result:
 
     device = torch.device(options.device)
     yardstick = Yardstick(device, DTYPES[options.dtype])
-    taken: dict[int, tuple[dict[str, Variant], dict[str, list[float]]]] = {}
+    taken: dict[int, tuple[dict[str, AttentionCase], dict[str, list[float]]]] = {}
     for length in options.lengths:
         contestants = build(options, length)
         calls: dict[str, Callable[[], object]] = {name: c.step for name, c in contestants.items()}
@@ -261,8 +261,8 @@ def measure(options: argparse.Namespace) -> Result:
 
 def _row(
     name: str,
-    contestant: Variant,
-    dense: Variant,
+    contestant: AttentionCase,
+    dense: AttentionCase,
     seconds: Mapping[str, list[float]],
     options: argparse.Namespace,
     peak: float,

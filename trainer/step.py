@@ -97,7 +97,7 @@ class StepResult:
     bad_ranks: list[tuple[int, list[int]]]
 
 
-class _Sums(NamedTuple):
+class _StepSums(NamedTuple):
     """Views of one fp64 vector, in its order, so that one all-reduce and one copy take all of them.
 
     The first ten have one entry, the next five one for each site, then two for each late layer, two for each source.
@@ -136,7 +136,7 @@ class Counter:
         self._sources = sources
         self._sizes = [1] * 10 + [sites] * 5 + [late_layers] * 2 + [sources] * 2
         self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
-        self.sums = _Sums(*self.vector.split(self._sizes))
+        self.sums = _StepSums(*self.vector.split(self._sizes))
 
     def add(
         self, output: DecoderOutput, targets: Tensor, scored_targets: int | None = None, sources: Tensor | None = None
@@ -180,9 +180,10 @@ class Counter:
         """The sums on the host."""
         numbers = iter(self.vector.tolist())  # one copy, one wait
         found: dict[str, Any] = {
-            name: [next(numbers) for _ in range(size)] for name, size in zip(_Sums._fields, self._sizes, strict=True)
+            name: [next(numbers) for _ in range(size)]
+            for name, size in zip(_StepSums._fields, self._sizes, strict=True)
         }
-        found |= {name: found[name][0] for name in _Sums._fields[:10]}
+        found |= {name: found[name][0] for name in _StepSums._fields[:10]}
         found |= {name: int(found[name]) for name in ("targets", "stop", "bad_micro_batches")}
         routed = Routed(**{part.name: found.pop(part.name) for part in fields(Routed)})
         return Tally(routed=routed, **found)

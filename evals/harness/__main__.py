@@ -35,7 +35,7 @@ from trainer import opening
 _INSTALL = f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}"
 
 
-class Scores(NamedTuple):
+class TaskScores(NamedTuple):
     """What one model did on some tasks."""
 
     metrics: dict[str, dict[str, float]]
@@ -54,7 +54,7 @@ def evaluate(
     include: Path | None = None,
     limit: int | None = None,
     shots: int | None = None,
-) -> Scores:
+) -> TaskScores:
     """Run ``tasks`` on ``model``, a model of the harness.
 
     Args:
@@ -88,7 +88,7 @@ def evaluate(
         metrics[name] = {key: float(v) for key, v in values.items() if isinstance(v, float) and "stderr" not in key}
         documents[name] = len({sample["doc_id"] for sample in samples})
         loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
-    return Scores(metrics, documents, loglikelihoods, dict(model.cut))
+    return TaskScores(metrics, documents, loglikelihoods, dict(model.cut))
 
 
 def _numbers(answers: Any) -> list[float]:
@@ -100,7 +100,7 @@ def _numbers(answers: Any) -> list[float]:
     return []
 
 
-def differences(one: Scores, other: Scores) -> dict[str, float]:
+def differences(one: TaskScores, other: TaskScores) -> dict[str, float]:
     """By task, the largest difference of a log-likelihood, nats; 0 for tasks that generate."""
     return {
         task: max((abs(a - b) for a, b in zip(values, other.loglikelihoods[task], strict=True)), default=0.0)
@@ -108,7 +108,7 @@ def differences(one: Scores, other: Scores) -> dict[str, float]:
     }
 
 
-def table(ours: Scores, export: Scores | None = None) -> str:
+def table(ours: TaskScores, export: TaskScores | None = None) -> str:
     """The metrics as text, a line each; the export's beside them, with the largest difference of a log-likelihood."""
     wide = max((len(name) for name in ours.metrics), default=0) + 2
     both = [ours] if export is None else [ours, export]
@@ -133,7 +133,7 @@ def table(ours: Scores, export: Scores | None = None) -> str:
     return "\n".join(lines)
 
 
-def cuts(ours: Scores, export: Scores | None, window_tokens: int) -> list[str]:
+def cuts(ours: TaskScores, export: TaskScores | None, window_tokens: int) -> list[str]:
     """A line for each task of which a model did not see all that was asked."""
     lines = []
     for name, outcome in (("ours", ours), ("the export", export)):
