@@ -1,8 +1,8 @@
 """The routing report as one HTML page: style and charts inside, no script, nothing fetched, readable on paper.
 
 :func:`page` fills a :class:`RoutingReport`, numbers and words, into ``page.html``, which escapes whatever comes from a
-model or a text; ``page.css`` is its style. Darker is more, everywhere: the scale is a single blue whose lightness falls step by step,
-so it can be read by colour-blind people and in black and white.
+model or a text; ``page.css`` is its style. Darker is more, everywhere: the scale is a single blue whose lightness falls
+step by step, so it can be read by colour-blind people and in black and white.
 
 Dimension letters: S routed sites, E logged steps, G token classes, k late layers.
 """
