@@ -97,7 +97,8 @@ class DataConfig(StreamConfig):
     """From raw text to batches."""
 
     dir: PathText
-    """Folder of the tokenizer and the shards: ``tokenizer.model``, ``train/NAME/``, ``validation/NAME/``."""
+    """Folder of the tokenizer and the shards: ``tokenizer.json`` or ``tokenizer.model``, ``train/NAME/``,
+    ``validation/NAME/``. A tokenizer of your own goes there, and its size into both ``vocab_size``."""
     sources: list[SourceConfig] = Field(min_length=1)
     """What to train on."""
     validation: list[SourceConfig] = Field(default_factory=list)

@@ -1,9 +1,9 @@
-"""A prepared source, read through ``numpy.memmap``. T: tokens in a window.
+"""A prepared source, read where it is asked for (``data/open_files.py``). T: tokens in a window.
 
-A shard that is changed under a run would change what it learns without a word, and one that is cut would kill it: a
-mapped page that is no longer there is SIGBUS. So before each window the shard's files are looked at (size, time of
-change, inode: two system calls). If they are others than before, or at first use newer than the manifest, which is
-written last, their SHA-256 decides: the same bytes, as after a copy, are taken, others end the run and are named.
+A shard that is changed under a run would change what it learns without a word. So before each window the shard's
+files are looked at (size, time of change, inode: two system calls). If they are others than before, or at first use
+newer than the manifest, which is written last, their SHA-256 decides: the same bytes, as after a copy, are taken,
+others end the run and are named.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from data.config import DataConfig
 from data.files import sha256_of
+from data.open_files import SHARED, Column
 from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model, shard_name
 
 
@@ -68,8 +69,7 @@ class TokenStore:
                 f"{path} is damaged: it counts {self.manifest.tokens} tokens, its shards hold {self._starts[-1]}; "
                 "restore it or prepare again"
             )
-        # Opened at first use: a large source has thousands, of which one rank's start-up needs none.
-        self._maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(counts)
+        self._used = [False] * len(counts)
         self._paths = [[str(self.folder / name) for name in shard.files] for shard in self.manifest.shards]
         self._seen: list[list[_Look]] = [[]] * len(counts)
         self._written_ns = path.stat().st_mtime_ns
@@ -97,11 +97,11 @@ class TokenStore:
         tokens = np.empty(length + 1, np.int64)
         ends: list[np.ndarray] = []
         shard = int(np.searchsorted(self._starts, first, side="right")) - 1
-        while shard < len(self._maps) and self._starts[shard] < last:
+        while shard < len(self._used) and self._starts[shard] < last:
             offset = int(self._starts[shard])
             shard_tokens, shard_ends = self._shard(shard)
             a, b = max(first - offset, 0), min(last - offset, len(shard_tokens))
-            part = shard_tokens[a:b]
+            part = shard_tokens.part(a, b)
             if len(part) and int(part.max()) >= self.manifest.vocab_size:
                 # An id that no embedding has would be an anonymous crash on a GPU.
                 raise ValueError(
@@ -110,8 +110,8 @@ class TokenStore:
                 )
             tokens[offset + a - first : offset + b - first] = part
             # Ends strictly after the window's first position and at most T after it.
-            low, high = np.searchsorted(shard_ends, [max(first - offset + 1, 0), first - offset + length + 1])
-            ends.append(shard_ends[low:high].astype(np.int64) + (offset - first))
+            low, high = shard_ends.place(max(first - offset + 1, 0)), shard_ends.place(first - offset + length + 1)
+            ends.append(shard_ends.part(low, high).astype(np.int64) + (offset - first))
             shard += 1
         return tokens, np.concatenate(ends)
 
@@ -142,16 +142,19 @@ class TokenStore:
                 if there != size or name not in shard.files or shard.files[name].bytes != size:
                     raise ValueError(f"{path} has {there} bytes, the manifest counts {size}; {again}")
 
-    def _shard(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids [N] and document ends [D] of one shard, mapped."""
-        maps, shard = self._maps[number], self.manifest.shards[number]
+    def _shard(self, number: int) -> tuple[Column, Column]:
+        """Token ids [N] and document ends [D] of one shard."""
+        shard, used = self.manifest.shards[number], self._used[number]
         looks = [self._look(path) for path in self._paths[number]]
-        if maps is None or looks != self._seen[number]:
-            if maps is not None or any(look.changed_ns > self._written_ns for look in looks):
+        if not used or looks != self._seen[number]:
+            for path in self._paths[number]:
+                SHARED.forget(path)
+            if used or any(look.changed_ns > self._written_ns for look in looks):
+                self._used[number] = True
                 self._compare(shard)
-            maps = (self._map(f"{shard.name}.bin", self._dtype), self._map(f"{shard.name}.ends", ENDS_DTYPE))
-            self._maps[number], self._seen[number] = maps, looks
-        return maps
+            self._used[number], self._seen[number] = True, looks
+        tokens, ends = (str(self.folder / f"{shard.name}.{kind}") for kind in ("bin", "ends"))
+        return Column(tokens, self._dtype, shard.tokens), Column(ends, ENDS_DTYPE, shard.documents)
 
     def _look(self, path: str) -> _Look:
         try:
@@ -175,6 +178,3 @@ class TokenStore:
 
     def _again(self) -> str:
         return f"restore it, or remove {self.folder} and prepare again"
-
-    def _map(self, name: str, dtype: np.dtype[Any]) -> np.ndarray:
-        return np.memmap(self.folder / name, dtype, mode="r")

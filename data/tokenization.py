@@ -111,7 +111,7 @@ def tokenizer_file(folder: str | Path) -> Path:
             return Path(folder) / name
     fix = (
         "copy the one there that the model or the shards were made with, train one with: python -m data.tokenizer "
-        "CONFIG, or set data.tokenizer to a folder with one of them"
+        "CONFIG, or name a folder with one of them: data.dir in stage one, data.tokenizer in stage two"
     )
     if any((Path(folder) / name).is_file() for name in ("vocab.json", "vocab.txt", "spiece.model", "tekken.json")):
         fix = f"let transformers write the first one: AutoTokenizer.from_pretrained(F).save_pretrained(F), F {folder}"

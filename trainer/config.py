@@ -35,9 +35,9 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay of matrices."""
     router_lr_ratio: float = Field(1.0, gt=0)
-    """Learning rate of routers, relative to ``lr``."""
+    """Learning rate of skip routers and of the ensemble's router, relative to ``lr``."""
     router_weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of routers."""
+    """Decoupled weight decay of the same."""
     adafactor_beta2: float = Field(0.99, gt=0, lt=1)
     """adafactor: decay of the factored second moment."""
     muon_momentum: float = Field(0.95, ge=0, lt=1)

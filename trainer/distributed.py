@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import resource
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +22,7 @@ from torch import Tensor
 from trainer.deepspeed_internals import import_deepspeed, uses_cuda
 from trainer.meeting import meet, rank_numbers
 
+_OPEN_FILES = 65_536
 _SETTLE_S = 0.1
 """How long gloo's threads get to let go of the tensors of collectives that are over."""
 
@@ -84,6 +86,7 @@ def join(timeout_s: float) -> World:
         ValueError: they cannot meet.
     """
     _from_slurm()
+    _raise_open_files()
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, alone in environment.items():
         os.environ.setdefault(name, alone)
@@ -140,6 +143,14 @@ def _from_slurm() -> None:
     os.environ.setdefault("LOCAL_WORLD_SIZE", _first_count(os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1")))
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     os.environ.setdefault("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 40_000))
+
+
+def _raise_open_files() -> None:
+    """Sockets to every rank, files of a checkpoint: more than the 1,024 that many systems allow unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _first_count(tasks_per_node: str) -> str:

@@ -1,4 +1,4 @@
-"""Exit statuses of a run besides 0 and 1; docs/training.md has the table."""
+"""Exit statuses that ask to be started again. docs/training.md has all of them, settings/user_errors.py the others."""
 
 from __future__ import annotations
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +14,12 @@ import numpy as np
 import pytest
 
 from data.batches import TrainingData
+from data.files import sha256_of
+from data.open_files import Column, OpenFiles
 from data.store import TokenStore
 from data.tokenization import tokenizer_sha256
 from data.tokenizer import train_tokenizer
+from settings.project import ROOT
 from tests.data.helpers import config_of, documents, prepared
 
 
@@ -167,3 +172,69 @@ def test_other_tokenizer_and_mixed_tokenizers_are_refused(tmp_path: Path) -> Non
     assert tokenizer_sha256(one.dir)
     with pytest.raises(ValueError, match=r"train/main/manifest\.json: the shards were made with tokenizer"):
         TrainingData(one)
+
+
+UNDER_A_LIMIT = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from data.store import TokenStore
+store, digest = TokenStore(sys.argv[1]), 0
+for number in range(store.windows(7)):
+    tokens, ends = store.window(number, 7)
+    digest = (digest * 1_000_003 + int(tokens.sum()) * 31 + int(ends.sum())) % (1 << 61)
+print(digest)
+"""
+
+
+def test_two_thousand_shards_under_a_limit_of_256_open_files(tmp_path: Path) -> None:
+    """Every window, the same tokens; three shards a window, as they are short."""
+    generator = np.random.default_rng(0)
+    shards, numbers = [], []
+    for number in range(2000):
+        tokens = generator.integers(3, 300, 3).astype("<u2")
+        for kind, values in (("bin", tokens), ("ends", np.array([2], "<u8"))):
+            (tmp_path / f"shard-{number:05d}.{kind}").write_bytes(values.tobytes())
+        files = {
+            f"shard-{number:05d}.{kind}": {
+                "bytes": (tmp_path / f"shard-{number:05d}.{kind}").stat().st_size,
+                "sha256": sha256_of(tmp_path / f"shard-{number:05d}.{kind}"),
+            }
+            for kind in ("bin", "ends")
+        }
+        counts = {"tokens": 3, "documents": 1, "text_bytes": 3, "repaired_documents": 0, "empty_documents": 0}
+        shards.append({"name": f"shard-{number:05d}", **counts, "after": [0, number + 1], "files": files})
+        numbers.append(tokens)
+    totals = {key: 2000 * counts[key] for key in ("tokens", "documents", "text_bytes")}
+    rest = {"repaired_documents": 0, "empty_documents": 0, "made_from": {}, "shards": shards}
+    head = {"format_version": 1, "dtype": "uint16", "vocab_size": 300, "eos_id": 2}
+    (tmp_path / "manifest.json").write_text(json.dumps({**head, **totals, **rest}))
+    done = subprocess.run(
+        [sys.executable, "-c", UNDER_A_LIMIT, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    every, expected = np.concatenate(numbers).astype(np.int64), 0
+    for number in range((6000 - 1) // 7):
+        first = 7 * number
+        ends = [3 * shard + 2 - first for shard in range(2000) if 1 <= 3 * shard + 2 - first <= 7]
+        window = every[first : first + 8]
+        expected = (expected * 1_000_003 + int(window.sum()) * 31 + sum(ends)) % (1 << 61)
+    assert int(done.stdout) == expected
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(100)))
+    column = Column(str(tmp_path / "a"), np.dtype("u1"), 100)
+    assert column.part(10, 12).tolist() == [10, 11] and column.place(50) == 50 and column.place(500) == 100
+    (tmp_path / "a").write_bytes(b"x" * 20)
+    with pytest.raises(ValueError, match="ends at byte 20, 80 bytes before what its manifest says"):
+        column.part(0, 100)
+
+
+def test_few_descriptors_stay_open(tmp_path: Path) -> None:
+    files = OpenFiles(kept=2)
+    for name in "abcab":
+        (tmp_path / name).write_bytes(name.encode() * 4)
+        assert files.read(str(tmp_path / name), 1, 2) == name.encode() * 2
+    assert [Path(path).name for path in files._open] == ["a", "b"]
+    files.forget(str(tmp_path / "a"))
+    assert [Path(path).name for path in files._open] == ["b"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -135,3 +136,17 @@ def test_a_rank_takes_its_gpu_or_the_only_one_it_sees(bare: pytest.MonkeyPatch, 
     bound = torch.device("cuda", device)
     assert calls == [bound, (7, 8, "nccl", 90.0, bound), ("nccl", timedelta(seconds=90))]
     assert os.environ["LOCAL_RANK"] == str(device)  # DeepSpeed reads it, too
+
+
+def test_open_files_are_raised_to_what_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limits, expected in (
+        ((1024, 4096), [(4096, 4096)]),
+        ((1024, resource.RLIM_INFINITY), [(65_536, resource.RLIM_INFINITY)]),
+        ((70_000, 70_000), []),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), []),
+    ):
+        made: list[tuple[int, int]] = []
+        monkeypatch.setattr(resource, "getrlimit", lambda _, limits=limits: limits)
+        monkeypatch.setattr(resource, "setrlimit", lambda _, wanted, made=made: made.append(wanted))
+        distributed._raise_open_files()
+        assert made == expected
