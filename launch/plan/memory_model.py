@@ -196,8 +196,8 @@ def zero_sizes(workload: Workload) -> tuple[float, ...]:
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:
             raise ValueError(
-                f"deepspeed.extra.zero_optimization.{name} must be a number of elements above 0, got {size!r}; YAML "
-                "reads 5e8 as text, write 500000000 or 5.0e+8"
+                f"deepspeed.extra.zero_optimization.{name} must be a number of elements above 0, got {size!r}; "
+                "write it without quotes, as in 5e8"
             )
     return tuple(sizes.values())
 

@@ -43,7 +43,7 @@ def test_runs_are_made_once_and_every_method_has_its_row(
 ) -> None:
     methods = ["--methods", "lora", "lora_ensemble", "--repeats", "1"]
     ensure_server()  # before threads start runs
-    monkeypatch.setattr(tuning.subprocess, "run", run_command)
+    monkeypatch.setattr(subprocess, "run", run_command)
     table = tmp_path / "table.md"
     assert main(_arguments(base_run, data, tmp_path / "runs", *methods, "--markdown", str(table))) == 0
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.read_text().splitlines()]

@@ -138,7 +138,7 @@ def test_state_is_the_zero_papers(stage: Stage, gigabytes: list[float], config: 
     for ranks, expected in zip([1, 4, 16, 64, 256, 1024], gigabytes, strict=True):
         config["train"] |= {"precision": "bf16", "global_batch_samples": 2 * ranks}
         run_config = PretrainConfig.model_validate(config)
-        weights = Weights(7_500_000_000, 7_500_000_000, small=0, largest=1, moment_bytes=8 * 7.5e9)
+        weights = Weights(7_500_000_000, 7_500_000_000, small=0, moment_bytes=8 * 7.5e9)
         plan = memory(Workload(run_config, weights), stage, ranks)
         assert (plan.weights + plan.gradients + plan.optimizer) / 1e9 == pytest.approx(expected, abs=0.05)
 

@@ -93,10 +93,12 @@ def test_auto_is_planned_in_bf16(planned: Callable[..., tuple[int, str]]) -> Non
     assert planned(*asked) == planned(*asked, "train.precision=bf16")
 
 
-def test_sizes_that_yaml_reads_as_text_are_told(planned: Callable[..., tuple[int, str]]) -> None:
-    extra = "deepspeed.extra={zero_optimization: {reduce_bucket_size: 5e8}}"
-    status, out = planned("configs/skip_1b.yaml", extra, "--gpus", "8", "--gpu", "h100-80g")
-    assert status == 1 and "reduce_bucket_size must be a number of elements above 0, got '5e8'; YAML reads" in out
+def test_sizes_that_are_text_are_told(planned: Callable[..., tuple[int, str]]) -> None:
+    words = ["configs/skip_1b.yaml", "--gpus", "8", "--gpu", "h100-80g"]
+    status, out = planned(*words, 'deepspeed.extra={zero_optimization: {reduce_bucket_size: "5e8"}}')
+    assert status == 1 and "reduce_bucket_size must be a number of elements above 0, got '5e8'; write it without" in out
+    status, out = planned(*words, "deepspeed.extra={zero_optimization: {reduce_bucket_size: 5e8}}")
+    assert status == 0, out  # a number in YAML 1.2, and here
 
 
 def test_flops_and_time_are_those_of_the_counts() -> None:
