@@ -119,7 +119,7 @@ def set_weight(parameter: Tensor, whole: Tensor, rank: int, size: int) -> None:
     part = math.ceil(whole.numel() / size)
     own = whole[rank * part : (rank + 1) * part]
     parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
-    if getattr(parameter, "ds_secondary_tensor", None) is not None:
+    if hasattr(parameter, "ds_secondary_tensor"):
         parameter.ds_secondary_tensor = None  # hpZ's copy within a node, of which forward passes read: made again
     if parameter.numel():  # a small one, which every rank keeps whole
         parameter.copy_(whole.view(parameter.shape))

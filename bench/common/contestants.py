@@ -138,8 +138,13 @@ def held_llama(
     }
     llama_config = LlamaConfig(**sizes)
     llama: Any = LlamaForCausalLM(llama_config)
-    llama.load_state_dict({k if k.startswith("lm_head") else f"model.{k}": v for k, v in weights.items()})
+    llama.load_state_dict({llama_name(name): weight for name, weight in weights.items()})
     return llama.to(device, dtype), llama_config
+
+
+def llama_name(name: str) -> str:
+    """What Hugging Face's Llama calls a weight of our dense decoder."""
+    return name if name.startswith("lm_head") else f"model.{name}"
 
 
 class Contestant:
