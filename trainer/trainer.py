@@ -79,7 +79,17 @@ class Trainer:
         found = resume.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
         config, precision_told = decide(config, world, found)
         self.config = config
+        self._hold = ExitStack()  # until the end no other run may write here
         self.engine = build_engine(config, world, decoder)
+        try:
+            self._open(config_path, found, precision_told)
+        except BaseException as error:
+            self._let_go(error)
+            raise
+
+    def _open(self, config_path: Path, found: Path | None, precision_told: str | None) -> None:
+        """Resume from ``found`` or start, and set up everything around the engine."""
+        config, world, validation_sets = self.config, self.world, self.validation_sets
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
@@ -88,7 +98,6 @@ class Trainer:
             state, change = resume.load(self.engine, found, self.fingerprint, config, world)
             dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
             self._take_back(state)
-        self._hold = ExitStack()  # until the end no other run may write here
         problem = None
         if world.is_main:
             problem = _create(self.run, config, config_path, self._hold)
@@ -114,7 +123,7 @@ class Trainer:
             self.metrics.load_state_dict(state["metrics"])
             self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
         tick = self.run.heartbeat.tick
-        self.saver = Saver(self.run.checkpoints, fingerprint, config, world, self.log.info, tick)
+        self.saver = Saver(self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick)
         self.stop = StopRequest(tell=world.is_main)
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
         self.engine.module.register_forward_hook(lambda *_: tick())
@@ -136,6 +145,15 @@ class Trainer:
         self.run.beat(self.step, phase)
         self.run.heartbeat.write()
         self.metrics.close()
+        self._let_go(error)
+
+    def _let_go(self, error: BaseException | None) -> None:
+        """Of the run folder, and of the engine, whose hooks another one in this process would meet.
+
+        Where a rank is lost the engine stays: it would wait for the device, and so for that rank's collectives.
+        """
+        if error is None or not is_lost_rank(error):
+            self.engine.destroy()
         self._hold.close()
 
     def train_step(self, batches: Sequence[Batch], waited_s: float) -> StepResult:

@@ -20,10 +20,8 @@ from pretrain.train import train
 from settings import user_errors
 from settings.load import _apply_override
 from tests.once import once
-from trainer import trainer
 from trainer.config import PretrainConfig, load_run
 from trainer.distributed import World, join, leave
-from trainer.engine import build_engine
 
 
 @pytest.fixture(scope="session")
@@ -84,12 +82,7 @@ def train_here(
     world: World, write_config: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., int]]:
     """Stage one in this process: takes a config and overrides, returns the exit status as the command would."""
-    engines: list[Any] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-
-    def build(*arguments: Any) -> Any:
-        engines.append(build_engine(*arguments))
-        return engines[-1]
 
     def run(config: dict[str, Any], *overrides: str) -> int:
         path = write_config(config)
@@ -98,12 +91,7 @@ def train_here(
                 return train(load_run(path, overrides), Path(path), world)
         except SystemExit as end:
             return int(str(end.code))
-        finally:
-            for engine in engines:
-                engine.destroy()
-            engines.clear()
 
-    monkeypatch.setattr(trainer, "build_engine", build)
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
