@@ -41,13 +41,50 @@ def open_bytes(path: Path) -> io.BufferedReader:
     if path.suffix == ".gz":
         file = gzip.GzipFile(fileobj=file)
     elif path.suffix == ".xz":
-        file = lzma.LZMAFile(file)  # noqa: SIM115
+        file = _Xz(file)
     elif path.suffix == ".zst":
         decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
         file = decompressor.stream_reader(file, read_across_frames=True)
     else:
         return file
     return io.BufferedReader(file, _READ_BYTES)
+
+
+class _Xz(io.RawIOBase):
+    """What an .xz holds, all of its streams: Python's own reader drops what follows zeros between two of them."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self._decompressor: lzma.LZMADecompressor | None = lzma.LZMADecompressor()
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self._decompressor is not None:
+            if self._decompressor.eof:
+                self._next_stream(self._decompressor.unused_data)
+                continue
+            chunk, self._rest = self._rest, b""
+            if self._decompressor.needs_input and not chunk and not (chunk := self._file.read(_READ_BYTES)):
+                raise EOFError("the compressed file is cut off")
+            if made := self._decompressor.decompress(chunk, max_length=len(buffer)):
+                buffer[: len(made)] = made
+                return len(made)
+        return 0
+
+    def _next_stream(self, rest: bytes) -> None:
+        """Pass over the zeros that may stand behind a stream, and begin with what follows them."""
+        while not (rest := rest.lstrip(b"\0")):
+            if not (rest := self._file.read(_READ_BYTES)):
+                self._decompressor = None
+                return
+        self._rest, self._decompressor = rest, lzma.LZMADecompressor()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def open_text(path: Path) -> io.BufferedReader:

@@ -57,6 +57,20 @@ def test_tuning_reads_other_encodings_too(tmp_path: Path) -> None:
     assert ExampleSource.model_validate({"name": "s", "files": ["a"]}).format == "response"
 
 
+@pytest.mark.parametrize("zeros", [0, 4, 3 << 20])
+def test_an_xz_of_several_streams_with_zeros_between_and_behind_is_read_to_its_end(tmp_path: Path, zeros: int) -> None:
+    lines = [json.dumps({"text": f"{number} " * 5000}) + "\n" for number in range(50)]
+    parts = [lzma.compress("".join(lines[at : at + 25]).encode()) + bytes(zeros) for at in (0, 25)]
+    (tmp_path / "a.jsonl.xz").write_bytes(b"".join(parts))
+    assert read(tmp_path / "a.jsonl.xz") == [json.loads(line)["text"] for line in lines]
+
+
+def test_what_follows_an_xz_and_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n') + b"something else" * 9)
+    with pytest.raises(ValueError, match=r"cannot read .*a\.jsonl\.xz: Input format not supported"):
+        read(tmp_path / "a.jsonl.xz")
+
+
 @pytest.mark.parametrize("window_log", [27, 28, 31])
 def test_the_longest_windows_of_zstd(tmp_path: Path, window_log: int) -> None:
     parameters = zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
