@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import json
 import lzma
 from pathlib import Path
@@ -49,6 +51,40 @@ def test_text_in_the_encoding_that_its_first_bytes_say(tmp_path: Path, mark: str
 def test_half_a_character_in_another_encoding_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF16_LE + "ab".encode("utf-16-le") + b"\x00")
     assert whole_text(tmp_path / "a.txt").decode() == "ab\ufffd"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.xz"])
+def test_another_encoding_without_a_mark_is_refused(tmp_path: Path, encoding: str, name: str) -> None:
+    raw = 'text\n{"text": "hello"}\n'.encode(encoding)
+    (tmp_path / name).write_bytes(lzma.compress(raw) if name.endswith(".xz") else raw)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: it is no text, or UTF-16 or UTF-32 without a mark"):
+        read(tmp_path / name)
+
+
+def test_a_stray_nul_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a page, cut\0 short")
+    (tmp_path / "b.txt").write_text("")
+    assert read(tmp_path / "a.txt") == ["a page, cut\0 short"]
+    assert read(tmp_path / "b.txt") == [""]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"text"), "gzip: give it a name that ends in .gz"),
+        (lzma.compress(b"text"), "xz: give it a name"),
+        (zstandard.compress(b"text"), "zstd: give it a name"),
+        (bz2.compress(b"text"), "bzip2, which is not read"),
+        (b"PK\x03\x04", "a zip archive: unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_what_only_its_name_says_is_text(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: it is .*{said}"):
+        read(tmp_path / name)
 
 
 def test_tuning_reads_other_encodings_too(tmp_path: Path) -> None:
