@@ -252,6 +252,17 @@ def test_one_block(write) -> None:
         load(path, [], Train, block="tokenizer")
 
 
+def test_an_override_of_no_block_is_not_lost_where_one_block_is_read(write) -> None:
+    path = write(GOOD)
+    assert load(path, ["data.shuffle=false"], Train, block="train").steps == 10
+    for override, near in (("trian.steps=7", "did you mean 'train'?"), ("seed=1", "there are: train, data")):
+        with pytest.raises(ValueError) as caught:
+            load(path, [override], Train, block="train")
+        name = override.partition("=")[0].partition(".")[0]
+        said = f"override '{override}': {path} has no block '{name}', and only train is read; {near}"
+        assert str(caught.value) == said
+
+
 def test_resolved_config_loads_again_as_it_is(write) -> None:
     run = load(write(GOOD), ["train.rate=1e-7", "data.shuffle=false", "name='10'"], Run)
     text = to_yaml(run)
