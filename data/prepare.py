@@ -33,7 +33,7 @@ from data.store import TokenStore, train_folder, validation_folder
 from data.tokenization import SentencePiece, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import is_ours
 from data.tokenizer_json import require_same_ids
-from settings import counted, load, user_errors
+from settings import counted, load, parse_arguments, user_errors
 
 BATCH_BYTES = 1 << 19
 """Text handed to a tokenizing process at once."""
@@ -186,7 +186,7 @@ def main() -> None:
         help="tokenizing processes (default: all cores, %(default)s)",
     )
     parser.add_argument("--verify", action="store_true", help="write nothing; check the SHA-256 of every prepared file")
-    arguments = parser.parse_intermixed_args()
+    arguments = parse_arguments(parser)
     with user_errors():
         config = load(arguments.config, arguments.overrides, DataConfig, block="data")
         if arguments.workers < 1:
