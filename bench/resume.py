@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.common.steps import stepper
-from settings import path_argument, user_errors
+from settings import parse_arguments, path_argument, user_errors
 from trainer.config import PretrainConfig, load_run
 from trainer.local_ranks import free_port
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=path_argument, help="YAML of a stage-one run")
+    parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)")
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--work", type=path_argument, help=argparse.SUPPRESS
     )  # given to the ranks that this command starts
     parser.add_argument("--phase", choices=["write", "read"], help=argparse.SUPPRESS)
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_arguments(parser, arguments)
     with user_errors():
         if options.phase:
             _rank(options)

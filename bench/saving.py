@@ -21,7 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench.common.steps import stepper
-from settings import path_argument, user_errors
+from settings import parse_arguments, path_argument, user_errors
 from trainer.config import PretrainConfig, load_run
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="bench.saving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=path_argument, help="YAML of a stage-one run")
+    parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--steps", type=int, default=10, help="steps after each save (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--disk", type=path_argument, default=Path(), help="folder to write below (default: the current one)"
     )
     parser.add_argument("--out", type=path_argument, help="also write the figures as JSON")
-    options = parser.parse_intermixed_args(arguments)
+    options = parse_arguments(parser, arguments)
     with user_errors():
         steps = (options.steps + 1) * (3 * options.rounds + 1)
         config = load_run(options.config, [*options.overrides, f"train.steps={steps}"])

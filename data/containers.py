@@ -2,7 +2,7 @@
 
 Everything here yields values in the order of the file, holding one document (or one chunk of a table) in memory; only a
 JSON file that is one big array, and a compressed Parquet file, are held whole. Text in UTF-16 or UTF-32 is known by the
-mark at its start and becomes UTF-8; without a mark text is UTF-8.
+mark at its start and becomes UTF-8; without a mark text is UTF-8, and what can be none is refused.
 """
 
 from __future__ import annotations
@@ -26,12 +26,23 @@ MARKS = (  # UTF-32's first: one of them begins with one of UTF-16's
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+OTHERS = (
+    (b"\x1f\x8b", "compressed by gzip: give it a name that ends in .gz"),
+    (b"\xfd7zXZ\0", "compressed by xz: give it a name that ends in .xz"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd: give it a name that ends in .zst"),
+    (b"BZh91AY&SY", "compressed by bzip2, which is not read: compress it by .gz, .xz or .zst"),
+    (b"PK\x03\x04", "a zip archive: unpack it"),
+    (b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS to a file that is not here: git lfs pull"),
+)
+"""How files begin that are no text, whatever their names say."""
 UNREADABLE = (ValueError, OSError, EOFError, RecursionError, lzma.LZMAError, zstandard.ZstdError)
 """What a broken file or a wrong line raises."""
 _READ_BYTES = 1 << 20
 _ZSTD_WINDOW_BYTES = 1 << 31
 """What ``zstd --long=31`` needs, the most that the format's own tool takes."""
 _START_BYTES = 4096
+_TEXT_BYTES_A_NUL = 10
+"""A stray NUL is text; one in two or four bytes is another encoding, and more than this is none."""
 _ROWS_AT_ONCE = 64
 
 
@@ -41,7 +52,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
     if path.suffix == ".gz":
         file = gzip.GzipFile(fileobj=file)
     elif path.suffix == ".xz":
-        file = lzma.LZMAFile(file)  # noqa: SIM115
+        file = _Xz(file)
     elif path.suffix == ".zst":
         decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
         file = decompressor.stream_reader(file, read_across_frames=True)
@@ -50,19 +61,72 @@ def open_bytes(path: Path) -> io.BufferedReader:
     return io.BufferedReader(file, _READ_BYTES)
 
 
+class _Xz(io.RawIOBase):
+    """What an .xz holds, all of its streams: Python's own reader drops what follows zeros between two of them."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+        self._decompressor: lzma.LZMADecompressor | None = lzma.LZMADecompressor()
+        self._rest = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self._decompressor is not None:
+            if self._decompressor.eof:
+                self._next_stream(self._decompressor.unused_data)
+                continue
+            chunk, self._rest = self._rest, b""
+            if self._decompressor.needs_input and not chunk and not (chunk := self._file.read(_READ_BYTES)):
+                raise EOFError("the compressed file is cut off")
+            if made := self._decompressor.decompress(chunk, max_length=len(buffer)):
+                buffer[: len(made)] = made
+                return len(made)
+        return 0
+
+    def _next_stream(self, rest: bytes) -> None:
+        """Pass over the zeros that may stand behind a stream, and begin with what follows them."""
+        while not (rest := rest.lstrip(b"\0")):
+            if not (rest := self._file.read(_READ_BYTES)):
+                self._decompressor = None
+                return
+        self._rest, self._decompressor = rest, lzma.LZMADecompressor()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def open_text(path: Path) -> io.BufferedReader:
     """A file's text as UTF-8 without a mark at its start.
 
     What is no UTF-8 stays as it is; what is wrong in another encoding is replaced by U+FFFD.
+
+    Raises:
+        ValueError: it begins as no text does.
     """
     file = open_bytes(path)
-    start = file.peek(4)[:4]
+    start = file.peek(_START_BYTES)[:_START_BYTES]
     encoding = next((encoding for mark, encoding in MARKS if start.startswith(mark)), None)
     if encoding is not None:
         return io.BufferedReader(_AsUtf8(file, encoding), _READ_BYTES)
+    _require_text(start)
     if start.startswith(codecs.BOM_UTF8):
         file.read(len(codecs.BOM_UTF8))
     return file
+
+
+def _require_text(start: bytes) -> None:
+    """Refuse what would become tokens without sense and without a word."""
+    other = next((what for begins, what in OTHERS if start.startswith(begins)), None)
+    if other is not None:
+        raise ValueError(f"it is {other}")
+    if start.count(0) > len(start) // _TEXT_BYTES_A_NUL:
+        raise ValueError(
+            "it is no text, or UTF-16 or UTF-32 without a mark at its start: its first "
+            f"{len(start):,} bytes hold {start.count(0):,} NULs; convert it to UTF-8, or leave it out"
+        )
 
 
 class _AsUtf8(io.RawIOBase):

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig, SourceConfig
+from data.discovery import find_files
 from data.encode import Encoder
 from data.files import only_writer, read_json, write_json
 from data.progress import Progress
@@ -33,7 +35,7 @@ from data.store import TokenStore, train_folder, validation_folder
 from data.tokenization import SentencePiece, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import is_ours
 from data.tokenizer_json import require_same_ids
-from settings import counted, load, user_errors
+from settings import counted, load, parse_arguments, shown, user_errors
 
 BATCH_BYTES = 1 << 19
 """Text handed to a tokenizing process at once."""
@@ -150,6 +152,25 @@ def _require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]
     )
 
 
+def files_twice(config: DataConfig) -> list[str]:
+    """A sentence for every two of the sources and validation sets that read the same files, whatever their names."""
+    readers: dict[tuple[int, int], list[tuple[str, Path]]] = {}
+    for source, folder in _all_folders(config):
+        for path in [] if source.hub else find_files(source.files):
+            status = path.stat()
+            name = str(folder.relative_to(config.dir))
+            readers.setdefault((status.st_dev, status.st_ino), []).append((name, path))
+    shared: dict[tuple[str, str], list[Path]] = {}
+    for first, *others in readers.values():
+        for name, path in others:
+            shared.setdefault((first[0], name), []).append(path)
+    return [
+        f"{one} and {other} share {counted(len(paths), 'file')}, such as {shown(paths[0])}"
+        + ("; that validation loss says nothing of other text" if one.split("/")[0] != other.split("/")[0] else "")
+        for (one, other), paths in shared.items()
+    ]
+
+
 def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
     lines = []
     for name, manifest in made:
@@ -186,7 +207,7 @@ def main() -> None:
         help="tokenizing processes (default: all cores, %(default)s)",
     )
     parser.add_argument("--verify", action="store_true", help="write nothing; check the SHA-256 of every prepared file")
-    arguments = parser.parse_intermixed_args()
+    arguments = parse_arguments(parser)
     with user_errors():
         config = load(arguments.config, arguments.overrides, DataConfig, block="data")
         if arguments.workers < 1:
@@ -195,6 +216,9 @@ def main() -> None:
         print(_report(made, config.sequence_tokens))
         if arguments.verify:
             print("verified: every file has the size and SHA-256 of its manifest")
+            return
+        for sentence in files_twice(config):
+            print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from data.files import read_json, sha256_of, write_atomically, write_json
 from data.sentencepiece_file import MODEL_NAME
 from data.sources import Source
 from data.tokenization import JSON_NAME, load_text_tokenizer
-from settings import load, user_errors
+from settings import load, parse_arguments, user_errors
 
 MANIFEST_NAME = "tokenizer.manifest.json"
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
@@ -192,7 +192,7 @@ def main() -> None:
         metavar="key.sub=value",
         help="for example data.tokenizer.vocab_size=8000 (pieces) data.tokenizer.train_bytes=20000000 (bytes)",
     )
-    arguments = parser.parse_intermixed_args()
+    arguments = parse_arguments(parser)
     with user_errors():
         print(train_tokenizer(load(arguments.config, arguments.overrides, DataConfig, block="data")), flush=True)
 

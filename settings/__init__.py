@@ -1,5 +1,6 @@
 """YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
 
+from settings.arguments import parse_arguments
 from settings.load import load, peek, to_yaml
 from settings.near import did_you_mean
 from settings.paths import PathText, path_argument, shown
@@ -13,6 +14,7 @@ __all__ = [
     "counted",
     "did_you_mean",
     "load",
+    "parse_arguments",
     "path_argument",
     "peek",
     "rank_by_environment",

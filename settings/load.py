@@ -35,6 +35,8 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
     """
     path = Path(path)
     raw = _read_yaml(path, [block] if block else schema.model_fields)
+    if block is not None:
+        _require_blocks(path, overrides, [block, *(str(name) for name in raw if name != block)])
     for override in overrides:
         _apply_override(raw, override)
     if block is not None:
@@ -82,6 +84,17 @@ def _read_yaml(path: Path, blocks: Iterable[str]) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path} must hold keys ({', '.join(blocks)}), got a {type(raw).__name__}")
     return raw
+
+
+def _require_blocks(path: Path, overrides: Sequence[str], known: Sequence[str]) -> None:
+    """Refuse an override of a block that the file does not have: of other blocks than its own a command reads none."""
+    for override in overrides:
+        name = override.partition("=")[0].partition(".")[0]
+        if name not in known and not name.startswith("-"):
+            hint = did_you_mean(name, known)
+            raise ValueError(
+                f"override '{override}': {path} has no block '{name}', and only {known[0]} is read; {hint}"
+            )
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

@@ -15,6 +15,7 @@ import atexit
 import dis
 import errno
 import gc
+import io
 import logging
 import os
 import signal
@@ -37,6 +38,8 @@ _REPORT = (
     "and what `python -m launch.doctor` prints"
 )
 _OTHER_RANKS_WAIT_S = 5.0
+_LOSSLESS = ("surrogateescape", "utf-8")
+"""Standard output where no locale is set; it shows everything."""
 
 
 def rank_by_environment() -> int:
@@ -56,6 +59,8 @@ def user_errors() -> Iterator[None]:
     Under a launcher most mistakes hit every rank alike. Ranks other than 0 wait a little before they speak: the
     launcher ends them when rank 0 fails, and the reader is spared as many copies as there are ranks.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors, sys.stdout.encoding) != _LOSSLESS:
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: what a terminal cannot show is no fault
     atexit.register(gc.freeze)  # the interpreter's last search for cycles takes a second with torch loaded
     sys.excepthook = _end_as_fault
     try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import path_argument, user_errors
+from settings import parse_arguments, user_errors
 from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
 
@@ -34,10 +34,10 @@ def run_stage(
     parser = argparse.ArgumentParser(
         prog=module, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=path_argument, help=f"YAML of the run, for example {example}")
+    parser.add_argument("config", help=f"YAML of the run, for example {example}")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    arguments = parser.parse_intermixed_args()
+    arguments = parse_arguments(parser)
     with user_errors(), lost_rank():
         config = load(arguments.config, arguments.overrides)
         open_run(config.train)

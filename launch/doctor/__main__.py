@@ -30,7 +30,7 @@ from launch.doctor import hosts
 from launch.doctor.findings import Check, Finding, merge, run, worst
 from launch.plan.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
 from launch.plan.workload import Workload, count_weights
-from settings import counted, path_argument, rank_by_environment, user_errors
+from settings import counted, parse_arguments, path_argument, rank_by_environment, user_errors
 from trainer.checkpoints.retention import most_at_once
 from trainer.config import PretrainConfig
 from tune.config import TuneFile
@@ -43,7 +43,7 @@ _MEET_S = 60.0
 
 def main() -> int:
     """Print the report; 1 if it holds an error."""
-    arguments = _parser().parse_intermixed_args()
+    arguments = parse_arguments(_parser())
     with user_errors():
         config = None if arguments.config is None else load_either(arguments.config, arguments.overrides)
         if rank_by_environment() == 0 and not arguments.json:
@@ -193,9 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "config", type=path_argument, nargs="?", help="YAML of a run of either stage; without it the machine only"
-    )
+    parser.add_argument("config", nargs="?", help="YAML of a run of either stage; without it the machine only")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--hostfile", type=path_argument, help="of the deepspeed launcher: every host is asked")
     parser.add_argument("--json", action="store_true", help="findings as JSON: check, level, found, remedy")

@@ -19,7 +19,7 @@ from launch.plan.communication import Cluster, Step, expected_mfu, ladder, volum
 from launch.plan.gpus import GPUS
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
-from settings import counted, path_argument, tables, user_errors
+from settings import counted, parse_arguments, tables, user_errors
 from trainer.checkpoints.retention import most_at_once
 
 LARGEST = 8192
@@ -29,7 +29,7 @@ _POOR = 0.8  # efficiency below which the table says so
 
 def main() -> int:
     """Print the plan."""
-    arguments = _parser().parse_intermixed_args()
+    arguments = parse_arguments(_parser())
     with user_errors():
         _refuse_nonsense(arguments)
         workload = read_workload(arguments.config, arguments.overrides)
@@ -210,9 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "config", type=path_argument, help="YAML of a run of either stage, for example configs/skip_1b.yaml"
-    )
+    parser.add_argument("config", help="YAML of a run of either stage, for example configs/skip_1b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole run")
     parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="which; figures in launch/plan/gpus.py")

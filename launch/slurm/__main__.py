@@ -25,14 +25,14 @@ from launch.slurm.config import SlurmConfig, load_site
 from launch.slurm.jobs import StageJob, load_next, load_stage, parse_array, refuse_held
 from launch.slurm.script import export_script, stage_script
 from launch.slurm.submit import BatchJob, submit
-from settings import counted, path_argument, to_yaml, user_errors
+from settings import counted, parse_arguments, path_argument, to_yaml, user_errors
 
 SITE_OPTIONS = ("nodes", "gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos", "venv", "container")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, check, and submit or print."""
-    options = _parser().parse_intermixed_args(arguments)
+    options = parse_arguments(_parser(), arguments)
     with user_errors():
         given = {name: getattr(options, name) for name in SITE_OPTIONS}
         modules = None if options.modules is None else options.modules.split(",")
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", type=path_argument, help="YAML of a run of either stage")
+    parser.add_argument("config", help="YAML of a run of either stage")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of CONFIG")
     add = parser.add_argument
     add("--nodes", type=int, help="nodes of the job (default: 1)")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import codecs
+import gzip
 import json
 import lzma
 from pathlib import Path
@@ -51,10 +53,58 @@ def test_half_a_character_in_another_encoding_is_replaced(tmp_path: Path) -> Non
     assert whole_text(tmp_path / "a.txt").decode() == "ab\ufffd"
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.txt.xz"])
+def test_another_encoding_without_a_mark_is_refused(tmp_path: Path, encoding: str, name: str) -> None:
+    raw = 'text\n{"text": "hello"}\n'.encode(encoding)
+    (tmp_path / name).write_bytes(lzma.compress(raw) if name.endswith(".xz") else raw)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: it is no text, or UTF-16 or UTF-32 without a mark"):
+        read(tmp_path / name)
+
+
+def test_a_stray_nul_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a page, cut\0 short")
+    (tmp_path / "b.txt").write_text("")
+    assert read(tmp_path / "a.txt") == ["a page, cut\0 short"]
+    assert read(tmp_path / "b.txt") == [""]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (gzip.compress(b"text"), "gzip: give it a name that ends in .gz"),
+        (lzma.compress(b"text"), "xz: give it a name"),
+        (zstandard.compress(b"text"), "zstd: give it a name"),
+        (bz2.compress(b"text"), "bzip2, which is not read"),
+        (b"PK\x03\x04", "a zip archive: unpack it"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
+    ],
+)
+def test_what_only_its_name_says_is_text(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"cannot read .*{name}: it is .*{said}"):
+        read(tmp_path / name)
+
+
 def test_tuning_reads_other_encodings_too(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json.dumps({"prompt": "é", "response": "x"}).encode("utf-16"))
     assert list(json_records(tmp_path / "a.jsonl")) == [("line 1", {"prompt": "é", "response": "x"})]
     assert ExampleSource.model_validate({"name": "s", "files": ["a"]}).format == "response"
+
+
+@pytest.mark.parametrize("zeros", [0, 4, 3 << 20])
+def test_an_xz_of_several_streams_with_zeros_between_and_behind_is_read_to_its_end(tmp_path: Path, zeros: int) -> None:
+    lines = [json.dumps({"text": f"{number} " * 5000}) + "\n" for number in range(50)]
+    parts = [lzma.compress("".join(lines[at : at + 25]).encode()) + bytes(zeros) for at in (0, 25)]
+    (tmp_path / "a.jsonl.xz").write_bytes(b"".join(parts))
+    assert read(tmp_path / "a.jsonl.xz") == [json.loads(line)["text"] for line in lines]
+
+
+def test_what_follows_an_xz_and_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n') + b"something else" * 9)
+    with pytest.raises(ValueError, match=r"cannot read .*a\.jsonl\.xz: Input format not supported"):
+        read(tmp_path / "a.jsonl.xz")
 
 
 @pytest.mark.parametrize("window_log", [27, 28, 31])

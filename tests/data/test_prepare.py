@@ -17,7 +17,7 @@ import yaml
 
 from data.config import DataConfig
 from data.files import only_writer
-from data.prepare import main, prepare, verify
+from data.prepare import files_twice, main, prepare, verify
 from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
 from data.tokenizer import train_tokenizer
@@ -57,6 +57,23 @@ def test_a_document_longer_than_a_shard_stays_whole(tmp_path: Path) -> None:
     config = prepared(tmp_path, [*documents(20), "long words here " * 2000, *documents(20, seed=1)])
     manifest = read_model(folder_of(config) / "manifest.json", Manifest)
     assert [shard.documents for shard in manifest.shards if shard.tokens > 1000] == [1]
+
+
+def test_a_file_that_two_sets_read_is_told(tmp_path: Path) -> None:
+    for name in ("raw", "more", "other"):
+        write_jsonl(tmp_path / f"{name}.jsonl", documents(2))
+    (tmp_path / "link.jsonl").symlink_to("raw.jsonl")
+    os.link(tmp_path / "more.jsonl", tmp_path / "same.jsonl")
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in ("raw", "more", "other", "link", "same")}
+    sources = [{"name": "a", "files": [files["raw"], files["more"]]}, {"name": "b", "files": [files["same"]]}]
+    fine = [{"name": "a", "files": [files["other"]]}]
+    link = [{"name": "a", "files": [files["link"], files["other"]]}]
+    assert files_twice(config_of(tmp_path, sources=sources[:1], validation=fine)) == []
+    assert files_twice(config_of(tmp_path, sources=sources, validation=link)) == [
+        f"train/a and train/b share 1 file, such as {files['same']}",
+        f"train/a and validation/a share 1 file, such as {files['link']}; "
+        "that validation loss says nothing of other text",
+    ]
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -42,6 +42,10 @@ class Train(Strict):
     """Steps."""
     rate: float = 1e-3
     """Learning rate."""
+    betas: tuple[float, float] | None = None
+    """Decay."""
+    stage: Literal[0, 1] = 0
+    """Stage."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Train:
@@ -136,7 +140,7 @@ def test_override_with_bad_value(write) -> None:
         ("train: {stepps: 10}", [], "unknown key 'train.stepps'; did you mean 'train.steps'?"),
         (GOOD, ["warmup=3"], "unknown key 'warmup'; did you mean 'train.warmup'?"),
         (GOOD, ["train.warm_up=3"], "unknown key 'train.warm_up'; did you mean 'train.warmup'?"),
-        ("train: {zzz: 10}", [], "unknown key 'train.zzz'; valid keys: steps, warmup, rate"),
+        ("train: {zzz: 10}", [], "unknown key 'train.zzz'; valid keys: steps, warmup, rate, betas, stage"),
         (
             "train: {steps: 1}\ndata: {sources: [{name: a}, {nam: b}]}",
             [],
@@ -167,6 +171,10 @@ def test_every_unknown_key_is_told(write) -> None:
         ("train: {rate: 1}", "key 'train.steps' is required but missing"),
         ("train: {steps: many}", "train.steps: input should be a valid integer, unable to parse string as an integer"),
         ("train: {steps: 0}", "train.steps: input should be greater than 0, got 0"),
+        ("train: {steps: yes}", "train.steps: must be a number, got True, as YAML reads true, yes and on"),
+        ("train: {steps: 1, rate: off}", "train.rate: must be a number, got False"),
+        ("train: {steps: 1, betas: [on, 0.9]}", "train.betas: must be a number, got [True, 0.9]"),
+        ("train: {steps: 1, stage: yes}", "train.stage: must be a number, got True"),
         ("train: {steps: 1, rate: .nan}", "train.rate: input should be a finite number, got nan"),
         ("train: {steps: 1, warmup: 5}", "train: train.warmup (5) must not exceed train.steps (1)"),
         ("train: 5", "train: input should be a valid dictionary or instance of Train, got 5"),
@@ -242,6 +250,17 @@ def test_one_block(write) -> None:
         load(path, ["train.steps=0"], Train, block="train")
     with pytest.raises(ValueError, match="no 'tokenizer:' block; this command reads only that block"):
         load(path, [], Train, block="tokenizer")
+
+
+def test_an_override_of_no_block_is_not_lost_where_one_block_is_read(write) -> None:
+    path = write(GOOD)
+    assert load(path, ["data.shuffle=false"], Train, block="train").steps == 10
+    for override, near in (("trian.steps=7", "did you mean 'train'?"), ("seed=1", "there are: train, data")):
+        with pytest.raises(ValueError) as caught:
+            load(path, [override], Train, block="train")
+        name = override.partition("=")[0].partition(".")[0]
+        said = f"override '{override}': {path} has no block '{name}', and only train is read; {near}"
+        assert str(caught.value) == said
 
 
 def test_resolved_config_loads_again_as_it_is(write) -> None:

@@ -113,6 +113,16 @@ def test_a_closed_pipe_ends_quietly() -> None:
         assert (done.stdout, done.stderr) == ("141\n", "")
 
 
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", b"caf\\xe9 \\u2588"), ("utf-8", "caf\u00e9 \u2588".encode())]
+)
+def test_what_the_output_cannot_show_is_escaped(encoding: str, shown: bytes) -> None:
+    code = "from settings import user_errors\nwith user_errors(): print('caf\\u00e9 \\u2588')"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout.strip(), ended.stderr) == (0, shown, b"")
+
+
 def test_as_a_command(tmp_path: Path) -> None:
     """What a shell sees: status 1, no traceback."""
     program = "from settings import Strict, load, user_errors\nwith user_errors():\n    load('no.yaml', [], Strict)"

@@ -1,0 +1,26 @@
+"""The command line that most commands have: CONFIG, and overrides anywhere around it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from settings.paths import path_argument
+
+
+def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
+    """What ``parser``, which has the arguments ``config`` and ``overrides``, makes of ``words``.
+
+    ``config`` is then a path, or None where it may be left out and is: the first word that is no override, or that
+    names a file all the same, as ``lr=3e-4.yaml`` may.
+    """
+    options = parser.parse_intermixed_args(words)
+    given = [word for word in (options.config, *options.overrides) if word is not None]
+    if given:
+        config = given.pop(next((at for at, word in enumerate(given) if "=" not in word or Path(word).is_file()), 0))
+        try:
+            options.config, options.overrides = path_argument(config), given
+        except argparse.ArgumentTypeError as error:
+            parser.error(str(error))
+    return options

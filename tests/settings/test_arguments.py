@@ -1,0 +1,52 @@
+"""Overrides before, between and behind the other arguments."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from settings import parse_arguments
+
+
+def parser(nargs: str | None = None) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser()
+    made.add_argument("config", nargs=nargs)
+    made.add_argument("overrides", nargs="*")
+    made.add_argument("--workers", type=int)
+    return made
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "c.yaml a=1 b=x//y/ --workers 2",
+        "c.yaml --workers 2 a=1 b=x//y/",
+        "a=1 c.yaml b=x//y/ --workers 2",
+        "a=1 --workers 2 b=x//y/ c.yaml",
+        "--workers 2 a=1 b=x//y/ -- c.yaml",
+    ],
+)
+def test_overrides_stand_anywhere(words: str) -> None:
+    options = parse_arguments(parser(), words.split())
+    assert (options.config, options.overrides, options.workers) == (Path("c.yaml"), ["a=1", "b=x//y/"], 2)
+
+
+def test_a_file_named_like_an_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1.yaml").write_text("")
+    options = parse_arguments(parser(), ["a=1", "lr=1.yaml"])
+    assert (options.config, options.overrides) == (Path("lr=1.yaml"), ["a=1"])
+
+
+def test_nothing_but_overrides_is_left_to_say_that_there_is_no_such_file() -> None:
+    options = parse_arguments(parser(), ["a=1", "b=2"])
+    assert (options.config, options.overrides) == (Path("a=1"), ["b=2"])
+    assert parse_arguments(parser("?"), []).config is None
+
+
+def test_a_variable_that_is_not_set(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(parser(), ["$UNSET_HERE/c.yaml"])
+    assert "the environment variable $UNSET_HERE is not set" in capsys.readouterr().err
