@@ -17,7 +17,8 @@ except ImportError:
 class Loader(SafeLoader):
     """Refuses a key written twice, which plain YAML would resolve silently.
 
-    Numbers are YAML 1.2's, as JSON has them: 1:00:00 is no 3600, 010 no 8, and 1e-3 is one; so is ``12_000_000``.
+    Numbers are YAML 1.2's, as JSON has them: 1:00:00 is no 3600, 010 no 8, and 1e-3 is one; so is ``12_000_000``. A
+    date is a text, as no config has dates.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -45,7 +46,7 @@ _NUMBERS = {
     ),
 }
 Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in _NUMBERS]
+    first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] not in (*_NUMBERS, "timestamp")]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _kind, _pattern in _NUMBERS.items():

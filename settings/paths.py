@@ -18,7 +18,7 @@ def expand(path: str) -> str:
         ValueError: a variable is not set, or there is no such user.
     """
     expanded = os.path.expandvars(path)
-    if left := re.search(r"\$(\w+|\{[^}]*\})", expanded):
+    if left := re.search(r"\$(\w+|\{[^}]*\}?)", expanded):
         raise ValueError(f"{path}: the environment variable {left[0]} is not set; set it, or write the path out")
     expanded = os.path.expanduser(expanded)
     if expanded.startswith("~") and not os.path.lexists(expanded):

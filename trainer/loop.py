@@ -18,7 +18,8 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
     Raises:
         ValueError: for anything that the user can fix; what was saved stays.
     """
-    train = trainer.config.train
+    config: StageConfig = trainer.config
+    train = config.train
     steps, save_every, evaluate_every = train.steps, train.checkpoint.every_steps, train.evaluation.every_steps
     resumed_at = trainer.step
     # The starting point, or what a kill between save and evaluation left undone.
@@ -26,7 +27,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
     if due and not trainer.metrics.has_evaluation(trainer.step):
         trainer.validate()
     trainer.metrics.open_bar()
-    with prefetch(micro_batches(data, trainer.config, trainer.world, trainer.step, trainer.samples), 2) as loader:
+    with prefetch(micro_batches(data, config, trainer.world, trainer.step, trainer.samples), 2) as loader:
         for batches in loader:
             result = trainer.train_step(batches, loader.waited_s)
 

@@ -288,6 +288,7 @@ def test_libyaml_reads_and_writes_what_pyyaml_does() -> None:
     [
         ("1:00:00", "1:00:00"), ("010", "010"), ("1e-3", 0.001), ("12_000_000", 12_000_000), ("0x1f", 31),
         ("-7", -7), (".5", 0.5), ("1.5e3", 1500.0), (".inf", float("inf")), ("1.2.3", "1.2.3"), ("1e3x", "1e3x"),
+        ("2026-11-29", "2026-11-29"),
     ],
 )  # fmt: skip
 def test_numbers_are_those_of_yaml_1_2(text: str, value: Any) -> None:

@@ -25,7 +25,7 @@ def test_home_and_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert path_argument("~/x") == Path("/home/me/x")
 
 
-@pytest.mark.parametrize("path", ["$NOT_SET_ANYWHERE/r", "${NOT_SET_ANYWHERE}", "~nobody-of-this-name/x"])
+@pytest.mark.parametrize("path", ["$NOT_SET_ANYWHERE/r", "${NOT_SET_ANYWHERE}", "${HOME", "~nobody-of-this-name/x"])
 def test_what_cannot_be_expanded_is_refused(path: str) -> None:
     with pytest.raises(ValueError, match=r"is not set; set it|is not known"):
         expand(path)
