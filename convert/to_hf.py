@@ -23,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convert.hf_weights import usual_name
 from convert.model_card import Exported, model_card
 from data.files import temporary_name, write_atomically, write_json
 from model.config import ModelConfig
@@ -238,7 +239,7 @@ def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byt
     state = decoder.state_dict()
     if decoder.config.tied_head:
         del state["lm_head.weight"]
-    named = {name if name.startswith("lm_head.") else f"model.{name}": tensor for name, tensor in state.items()}
+    named = {usual_name(name): tensor for name, tensor in state.items()}
     width = torch.empty(0, dtype=dtype).element_size()
     shards: list[list[str]] = [[]]
     taken = 0

@@ -32,7 +32,7 @@ from data.shards import (
 )
 from data.sources import Document, Source
 from data.store import TokenStore, train_folder, validation_folder
-from data.tokenization import SentencePiece, load_text_tokenizer, tokenizer_sha256
+from data.tokenization import SentencePiece, TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import is_ours
 from data.tokenizer_json import require_same_ids
 from settings import counted, load, parse_arguments, shown, user_errors
@@ -54,7 +54,7 @@ def prepare(config: DataConfig, workers: int) -> list[tuple[str, Manifest]]:
     made: list[tuple[str, Manifest]] = []
     with only_writer(Path(config.dir)), Encoder(config.dir, workers) as encoder:
         for source, folder in _all_folders(config):
-            manifest = _prepare_source(config, source, folder, encoder)
+            manifest = _prepare_source(config, source, folder, tokenizer, encoder)
             made.append((str(folder.relative_to(config.dir)), manifest))
     return made
 
@@ -79,12 +79,13 @@ def _all_folders(config: DataConfig) -> list[tuple[SourceConfig, Path]]:
     return train + [(source, validation_folder(config, source.name)) for source in config.validation]
 
 
-def _prepare_source(config: DataConfig, source_config: SourceConfig, folder: Path, encoder: Encoder) -> Manifest:
+def _prepare_source(
+    config: DataConfig, source_config: SourceConfig, folder: Path, tokenizer: TextTokenizer, encoder: Encoder
+) -> Manifest:
     source = Source(source_config)
-    tokenizer = load_text_tokenizer(config.dir)
     made_from = {
         "format_version": FORMAT_VERSION,
-        "tokenizer_sha256": tokenizer_sha256(config.dir),
+        "tokenizer_sha256": tokenizer.sha256,
         "settings": {"text_field": source_config.text_field, "shard_tokens": config.shard_tokens},
         **source.identity(),
     }

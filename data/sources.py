@@ -102,7 +102,7 @@ class Source:
         if kind == "json":
             values = (_field(record, field, place) for place, record in json_records(path))
         elif kind == "text":
-            values = (read(path) for read in (whole_text,))
+            values = iter([whole_text(path)])
         else:
             values = csv_values(path, field) if kind == "csv" else parquet_values(path, field)
         return islice(values, first, None)

@@ -69,7 +69,7 @@ class TokenStore:
                 f"{path} is damaged: it counts {self.manifest.tokens} tokens, its shards hold {self._starts[-1]}; "
                 "restore it or prepare again"
             )
-        self._used = [False] * len(counts)
+        self._columns: list[tuple[Column, Column] | None] = [None] * len(counts)
         self._paths = [[str(self.folder / name) for name in shard.files] for shard in self.manifest.shards]
         self._seen: list[list[_Look]] = [[]] * len(counts)
         self._written_ns = path.stat().st_mtime_ns
@@ -97,7 +97,7 @@ class TokenStore:
         tokens = np.empty(length + 1, np.int64)
         ends: list[np.ndarray] = []
         shard = int(np.searchsorted(self._starts, first, side="right")) - 1
-        while shard < len(self._used) and self._starts[shard] < last:
+        while shard < len(self._columns) and self._starts[shard] < last:
             offset = int(self._starts[shard])
             shard_tokens, shard_ends = self._shard(shard)
             a, b = max(first - offset, 0), min(last - offset, len(shard_tokens))
@@ -144,17 +144,17 @@ class TokenStore:
 
     def _shard(self, number: int) -> tuple[Column, Column]:
         """Token ids [N] and document ends [D] of one shard."""
-        shard, used = self.manifest.shards[number], self._used[number]
+        columns, shard = self._columns[number], self.manifest.shards[number]
         looks = [self._look(path) for path in self._paths[number]]
-        if not used or looks != self._seen[number]:
+        if columns is None or looks != self._seen[number]:
             for path in self._paths[number]:
                 SHARED.forget(path)
-            if used or any(look.changed_ns > self._written_ns for look in looks):
-                self._used[number] = True
+            if columns is not None or any(look.changed_ns > self._written_ns for look in looks):
                 self._compare(shard)
-            self._used[number], self._seen[number] = True, looks
-        tokens, ends = (str(self.folder / f"{shard.name}.{kind}") for kind in ("bin", "ends"))
-        return Column(tokens, self._dtype, shard.tokens), Column(ends, ENDS_DTYPE, shard.documents)
+            tokens, ends = (str(self.folder / f"{shard.name}.{kind}") for kind in ("bin", "ends"))
+            columns = Column(tokens, self._dtype, shard.tokens), Column(ends, ENDS_DTYPE, shard.documents)
+            self._columns[number], self._seen[number] = columns, looks
+        return columns
 
     def _look(self, path: str) -> _Look:
         try:

@@ -31,7 +31,7 @@ EXIT_FAULT = 70
 """Exit status of a fault of ours or of a library (EX_SOFTWARE)."""
 _OURS = str(Path(__file__).resolve().parent.parent)
 _NOT_OURS = (f"{os.sep}site-packages{os.sep}", f"{os.sep}.venv{os.sep}")
-_RAISE = {dis.opmap["RAISE_VARARGS"]}
+_RAISE = dis.opmap["RAISE_VARARGS"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _REPORT = (
     "this is a fault of Hopscotch or of a library that it uses, not of yours; please report it with what stands above "
@@ -94,7 +94,7 @@ def is_users(error: BaseException) -> bool:
         return True  # made, but never raised: handed over by another thread or process of ours
     code = trace.tb_frame.f_code
     ours = code.co_filename.startswith(_OURS) and not any(part in code.co_filename for part in _NOT_OURS)
-    return (ours or code.co_filename.startswith("<")) and code.co_code[trace.tb_lasti] in _RAISE
+    return (ours or code.co_filename.startswith("<")) and code.co_code[trace.tb_lasti] == _RAISE
 
 
 def _end_as_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:

@@ -6,7 +6,6 @@ engines' weights; one start for all cases.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -22,12 +21,11 @@ from torch import Tensor
 from model.decoder import Decoder
 from model.init import initialise
 from model.router import Gate, RoutingInputs
-from settings import load
 from tests.launching import run
-from tests.trainer.checkpoints.saved_runs import SHUFFLED, rehash
+from tests.trainer.checkpoints.saved_runs import SHUFFLED, rehash, save_cases
 from tests.trainer.one_rank import save_now
 from tests.tune.put_back import put_back
-from trainer.distributed import World, join, leave
+from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from tune import merge
 from tune.adapter_files import save_adapter
@@ -273,17 +271,5 @@ def _expected(engine: Any, config: TuneConfig) -> dict[str, Tensor]:
     return found
 
 
-def _main() -> None:
-    parser = argparse.ArgumentParser()
-    for name in ("config", "cases", "out"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--local_rank")
-    arguments = parser.parse_args()
-    world = join(60.0)
-    for name, overrides in json.loads(arguments.cases.read_text()).items():
-        _tune_and_save(load(arguments.config, overrides, TuneConfig), arguments.out / name, world)
-    leave()
-
-
 if __name__ == "__main__":
-    _main()
+    save_cases(TuneConfig, _tune_and_save)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
+from pydantic import BaseModel
 from torch import Tensor
 
 from settings import load
@@ -22,6 +24,8 @@ from trainer.checkpoints.manifest import entry_of
 from trainer.config import PretrainConfig
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine
+
+Config = TypeVar("Config", bound=BaseModel)
 
 STAGES = (0, 1, 2, 3)
 STEPS = 2
@@ -89,7 +93,8 @@ def _train_and_save(config: PretrainConfig, folder: Path, world: World) -> None:
     engine.destroy()
 
 
-def _main() -> None:
+def save_cases(schema: type[Config], save: Callable[[Config, Path, World], None]) -> None:
+    """What the ranks run: ``save`` each case's config into a folder of its name."""
     parser = argparse.ArgumentParser()
     for name in ("config", "cases", "out"):
         parser.add_argument(name, type=Path)
@@ -97,9 +102,9 @@ def _main() -> None:
     arguments = parser.parse_args()
     world = join(60.0)
     for name, overrides in json.loads(arguments.cases.read_text()).items():
-        _train_and_save(load(arguments.config, overrides, PretrainConfig), arguments.out / name, world)
+        save(load(arguments.config, overrides, schema), arguments.out / name, world)
     leave()
 
 
 if __name__ == "__main__":
-    _main()
+    save_cases(PretrainConfig, _train_and_save)
