@@ -24,7 +24,7 @@ from bench.common.timing import ratios, take_turns
 from bench.isoflop.runs import Job, side_by_side
 from data.places import texts
 from data.tokenization import load_text_tokenizer
-from model.config import EnsembleConfig
+from model.config import EnsembleConfig, Progress
 from settings import path_argument, user_errors
 from settings.project import shipped
 from settings.tables import markdown
@@ -143,7 +143,7 @@ def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
         optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], fused=True)
 
         def step(decoder: Any = decoder, batch: Any = batch, config: Any = config, optimizer: Any = optimizer) -> None:
-            forward(decoder, batch, config, 1.0).loss.loss.backward()  # type: ignore[union-attr]
+            forward(decoder, batch, config, Progress(1, 1)).loss.loss.backward()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
 

@@ -39,6 +39,7 @@ def _run_facts(checkpoint: Path, config: StageConfig, step: int) -> dict[str, An
     router = config.model.router
     facts: dict[str, Any] = {
         "source": str(checkpoint),
+        "init": written.get("init"),
         "step": step,
         "world_size": written["world_size"],
         "zero_stage": config.deepspeed.zero_stage,

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_seed
+from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_seed, routing_thresholds
 from convert.hf_weights import is_usual, names_in, read_tensors, tie_head, usual_name, weight_files
 from data.files import read_json
 from model.config import BudgetConfig, ModelConfig, RouterConfig
@@ -234,6 +234,7 @@ def _routing_lines(decoder: Decoder, new: bool) -> list[str]:
 
 def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None) -> Decoder:
     """What the ``config.json`` at ``path`` describes, with ``routers`` added, without memory for weights."""
+    from model.router import thresholds_of
     from trainer.checkpoints.empty_decoder import without_memory
 
     config = model_config(raw, path)
@@ -244,7 +245,10 @@ def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None
                 "--routers adds them to a model without; leave it out"
             )
         config = config.model_copy(update={"router": routers})
-    return without_memory(config, routing_seed(raw, path), ensemble_config(raw, path))
+    decoder = without_memory(config, routing_seed(raw, path), ensemble_config(raw, path))
+    given = routing_thresholds(raw, path, len(config.sites))
+    decoder.thresholds = None if given is None else thresholds_of(given)
+    return decoder
 
 
 def _probe(config: ModelConfig) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "router_first_layer": 0,
         "router_end_layer": 0,
         "router_seed": 0,
+        "router_thresholds": None,
         "skip_layers": True,
         "ensemble_layers": 0,
         "ensemble_temperature": 1.0,
@@ -132,6 +133,23 @@ def routing_seed(raw: dict[str, Any], where: Path) -> int:
             "it again"
         )
     return seed
+
+
+def routing_thresholds(raw: dict[str, Any], where: Path, sites: int) -> list[float | None] | None:
+    """What the margins of the ``sites`` routers are compared with, None for minus infinity; no list means 0.
+
+    Raises:
+        ValueError: if there is not a number or null for every site.
+    """
+    found = raw.get("router_thresholds") if raw["model_type"] == HOPSCOTCH else None
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != sites or not all(isinstance(t, int | float | None) for t in found):
+        raise ValueError(
+            f"{where}: router_thresholds must be a list of {sites} numbers, one for each routed site, null for none, "
+            f"got {found!r:.60}; restore it, or download it again"
+        )
+    return found
 
 
 def _impossible(error: ValidationError, where: Path) -> ValueError:

@@ -57,8 +57,13 @@ def _inside(folder: Path, name: str) -> Path:
     return file
 
 
-def read_tensors(files: list[Path]) -> dict[str, Tensor]:
-    """Everything in ``files`` by the decoder's names, mapped; what is not finite is refused."""
+def read_tensors(files: list[Path], share: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+    """Everything in ``files`` by the decoder's names, mapped; what is not finite is refused.
+
+    Args:
+        files: as :func:`weight_files` finds them.
+        share: look at the values of every n-th tensor only, from number i on, as rank i of n: (i, n).
+    """
     tensors: dict[str, Tensor] = {}
     spelt: dict[str, str] = {}
     for path in files:
@@ -73,7 +78,9 @@ def read_tensors(files: list[Path]) -> dict[str, Tensor]:
                         raise ValueError(
                             f"{path} holds {name} and {spelt[ours]}, which are names of one weight; keep one of them"
                         )
-                    spelt[ours], tensors[ours] = name, _finite(file, name, path)
+                    spelt[ours], tensors[ours] = name, _tensor(file, name, path)
+                    if (len(tensors) - 1) % share[1] == share[0]:
+                        _require_finite(tensors[ours], name, path)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); download it again") from None
     return tensors
@@ -87,10 +94,8 @@ def our_name(name: str) -> str:
     return ".".join(parts)
 
 
-def _finite(file: Any, name: str, path: Path) -> Tensor:
-    """The tensor ``name``, all of it finite."""
-    import torch
-
+def _tensor(file: Any, name: str, path: Path) -> Tensor:
+    """The tensor ``name``, of a dtype that a decoder can have."""
     dtype = file.get_slice(name).get_dtype()
     if dtype not in _DTYPES:
         raise ValueError(
@@ -98,13 +103,18 @@ def _finite(file: Any, name: str, path: Path) -> Tensor:
             "is not quantised"
         )
     tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
+def _require_finite(tensor: Tensor, name: str, path: Path) -> None:
+    import torch
+
     if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):  # NaN is both ends
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
             f"{name} in {path} has {bad:,} of {tensor.numel():,} values that are NaN or infinite, and nothing computed "
             "with them would be a number; take an earlier checkpoint, or download it again"
         )
-    return tensor
 
 
 def tie_head(tensors: dict[str, Tensor], folder: Path) -> None:

@@ -9,6 +9,7 @@ from settings.tables import markdown
 
 _LABELS = {
     "source": "exported from",
+    "init": "started from",
     "base": "tuned from",
     "adapter": "tuning method",
     "step": "optimiser steps",

@@ -89,6 +89,8 @@ class HopscotchConfig(PretrainedConfig):
     router_first_layer: int = 0
     router_end_layer: int = 0  # the first layer behind the routed ones
     router_seed: int = 0  # of ``random``
+    # What the margins of ``learned`` routers must reach, by site, None for minus infinity; 0 without a list.
+    router_thresholds: list | None = None
     skip_layers: bool = True  # False executes every token everywhere, for comparison
     # ``gather`` computes executed tokens only; ``mask`` computes all and drops the rest: fixed shapes, for compilers.
     execution: str = "gather"
@@ -193,6 +195,8 @@ class HopscotchRouter(nn.Module):
         super().__init__()
         self.kind, self.site = config.router_kind, site
         self.density, self.seed = config.router_density, config.router_seed
+        own = 0.0 if config.router_thresholds is None else config.router_thresholds[site]
+        self.threshold = -float("inf") if own is None else own
         if self.kind == "learned":
             self.weight = nn.Parameter(torch.zeros(2, config.hidden_size))
 
@@ -207,7 +211,7 @@ class HopscotchRouter(nn.Module):
         # In fp32 whatever the model's dtype: decisions near the border would differ between prefill and decoding.
         with torch.autocast(x.device.type, enabled=False):
             skip, execute = F.linear(x.float(), self.weight.float()).unbind(-1)
-            return (execute - skip >= 0,)
+            return (execute - skip >= self.threshold,)
 
 
 class HopscotchAttention(nn.Module):

@@ -194,6 +194,8 @@ def hf_config(decoder: Decoder, ids: dict[str, Any], dtype: str) -> dict[str, An
 
 def _routing(decoder: Decoder) -> dict[str, Any]:
     """The modelling file's own fields."""
+    from model.router import numbers_of
+
     found: dict[str, Any] = {}
     config, router, ensemble = decoder.config, decoder.config.router, decoder.ensemble
     if router is not None:
@@ -205,6 +207,7 @@ def _routing(decoder: Decoder) -> dict[str, Any]:
             "router_first_layer": config.routed_layers.start,
             "router_end_layer": config.routed_layers.stop,
             "router_seed": decoder.seed,
+            "router_thresholds": None if decoder.thresholds is None else numbers_of(decoder.thresholds),
         }
     if ensemble is not None:
         found |= {

@@ -44,7 +44,7 @@ def model_of(config: PretrainConfig | TuneFile) -> ModelConfig:
             f"base.path {config.base.path} holds no config.yaml with a model block, from which the sizes are read; "
             "give base.path a stage-one run, one of its checkpoints, or what convert.from_hf wrote"
         )
-    return stage_two_model(ModelConfig.model_validate(blocks["model"]), config.base.routers)
+    return stage_two_model(ModelConfig.model_validate(blocks["model"]), config.base)
 
 
 def tokenizer_folder(file: TuneFile) -> Path:

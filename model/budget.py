@@ -18,16 +18,38 @@ to its density, the capacity only bounds the cost until then.
 ``controller: adaptive`` adds an integral term to the price, ``I += rate (r - P)`` after every step: dual ascent on
 the constraint r = P, which ends at the price that meets the target, whatever c is.
 
+``controller: quantile`` asks no price. A token executes where its margin, noise included, reaches its site's threshold
+
+    t_s = m_s + d_s (z(1 - P) + k_s)                               k_s += g_s (r_s - P) after every step
+
+with m_s and d_s the mean and the deviation of the site's margins, z the normal distribution's quantile and k_s what
+their true distribution differs by, at a gain g_s of at most a half. (A threshold at a running quantile of the scores:
+Expert Threshold, arXiv:2603.11535; this estimate of it is ours.) The router's gradient is what a token gains by
+executing, and the target is met from the second step on. While the target is 1 the threshold is minus infinity. The
+soft gate, whose gradient routers learn by, is centred on the threshold, but no further than d_s from m_s, so that they
+learn while all tokens execute, too. m_s and d_s are averages over the last few steps, over all tokens of all ranks: the
+same for any split of the batch.
+
 Dimension letters: S routed sites.
 """
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Progress
 from model.flops import site_shares
+
+_MEMORY = 0.5
+"""quantile: how much of the moments of margins is kept at every step. Routers move by a good part of a deviation a step
+when they are young; a longer memory would lag."""
+_GAIN, _LEAST_GAIN = 0.5, 0.05
+"""quantile: deviations that a threshold moves in one step for each unit of density error: halved when the error changes
+its sign, so that a threshold settles inside a narrow bundle of margins, and raised again while it keeps it."""
 
 
 class Budget:
@@ -47,53 +69,78 @@ class Budget:
         self._shares = torch.tensor(shares, dtype=torch.float32, device=device)
         self._error = torch.zeros(self.sites, dtype=torch.float32, device=device)
         self._integral = torch.zeros(self.sites, dtype=torch.float32, device=device)
+        self.follows_margins = self.active and self.router is not None and self.router.budget.controller == "quantile"
+        self._gain = torch.full_like(self._error, _GAIN)
+        self._moments = torch.zeros((2, self.sites), dtype=torch.float64, device=device)
+        self.seen_margins = False
 
-    def target(self, progress: float) -> float:
-        """Density asked for at ``progress``, the share of training steps done: 1, then a line down to P."""
+    def target(self, progress: Progress) -> float:
+        """Density asked for at ``progress``: 1, then a line down to P."""
         if self.router is None:
             return 1.0
-        budget = self.router.budget
-        if not self.active or progress >= budget.reach_by:
-            return self.router.density
-        if progress < budget.dense_until:
-            return 1.0
-        done = (progress - budget.dense_until) / (budget.reach_by - budget.dense_until)
-        return 1.0 + (self.router.density - 1.0) * done
+        return self.router.budget.target(self.router.density, progress) if self.active else self.router.density
 
-    def capacity_tokens(self, progress: float) -> int | None:
+    def capacity_tokens(self, progress: Progress) -> int | None:
         """Most tokens of a window that a site may execute at ``progress``; None where all may."""
         if self.router is None:
             return None
         return self.router.capacity_tokens(self.sequence_tokens, self.target(progress))
 
+    def thresholds(self, progress: Progress) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Thresholds and centres of soft gates for this step, fp32 [S] each; None where margins are compared with 0."""
+        if not self.follows_margins:
+            return None, None
+        mean, target = self._moments[0], self.target(progress)
+        deviation = (self._moments[1] - mean.square()).clamp(min=0).sqrt()
+        below = NormalDist().inv_cdf(1 - target) if target < 1 and self.seen_margins else -math.inf
+        offset = below + self._integral.double()
+        threshold = torch.where(deviation > 0, mean + deviation * offset, -math.inf)
+        return threshold.float(), (mean + deviation * offset.clamp(-1, 1)).float()
+
     def prices(self) -> Tensor:
         """Nats per unit of density for this step, fp32 [S]; the gradient of the penalty at the last step's density."""
-        if not self.active:
-            return self._error
+        if not self.active or self.follows_margins:
+            return torch.zeros_like(self._error)
         assert self.router is not None
         return self._scale() * (2 * self.router.budget.coefficient * self._error + self._integral)
 
-    def penalty(self, density: Tensor, progress: float) -> Tensor:
+    def penalty(self, density: Tensor, progress: Progress) -> Tensor:
         """The regulariser's value for the wanted densities [S] of a whole step, in nats: a scalar, for the log."""
-        if not self.active:
+        if not self.active or self.follows_margins:
             return torch.zeros((), device=density.device)
         assert self.router is not None
         error = self._errors(density, progress)
         return self.router.budget.coefficient * (self._scale() * error.square()).sum()
 
-    def observe(self, density: Tensor, progress: float) -> None:
-        """Take in the wanted densities [S] of the step just done, averaged over all ranks and micro-batches."""
+    def observe(self, density: Tensor, progress: Progress, moments: Tensor | None = None) -> None:
+        """Take in what the step just done found, over all ranks and micro-batches.
+
+        Args:
+            density: wanted by each site, [S].
+            progress: as for that step.
+            moments: mean and mean square of each site's margins, fp64 [2, S]; quantile only.
+        """
         if not self.active:
             return
         assert self.router is not None
-        self._error = self._errors(density.detach().float(), progress)
+        before, self._error = self._error, self._errors(density.detach().float(), progress)
+        if self.follows_margins:
+            assert moments is not None
+            if self.seen_margins and self.target(progress) < 1:
+                turned = self._error * before < 0
+                self._gain = torch.where(turned, self._gain / 2, self._gain * 1.2).clamp(_LEAST_GAIN, _GAIN)
+                self._integral = (self._integral + self._gain * self._error).clamp(-3, 3)
+            self._moments = _MEMORY * self._moments + (1 - _MEMORY) * moments if self.seen_margins else moments.clone()
+            self.seen_margins = True
+            return
         # Not before the target stands still: while it is 1, noise keeps the density below it and I would wind up.
-        if self.router.budget.controller == "adaptive" and progress >= self.router.budget.reach_by:
+        if self.router.budget.controller == "adaptive" and progress.step >= self.router.budget.reached(progress):
             self._integral = self._integral + self.router.budget.adaptive_rate * self._error
 
     def state_dict(self) -> dict[str, Tensor]:
         """What an exact resume needs."""
-        return {"error": self._error.cpu(), "integral": self._integral.cpu()}
+        state = {"error": self._error.cpu(), "integral": self._integral.cpu()}
+        return state | ({"moments": self._moments.cpu(), "gain": self._gain.cpu()} if self.seen_margins else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put back what :meth:`state_dict` returned."""
@@ -105,8 +152,11 @@ class Budget:
                 )
         self._error = state["error"].to(self._error.device)
         self._integral = state["integral"].to(self._integral.device)
+        if self.follows_margins and "moments" in state:
+            self._moments, self._gain = (state[name].to(self._error.device) for name in ("moments", "gain"))
+            self.seen_margins = True
 
-    def _errors(self, density: Tensor, progress: float) -> Tensor:
+    def _errors(self, density: Tensor, progress: Progress) -> Tensor:
         assert self.router is not None
         if self.router.budget.kind == "global":
             density = (self._shares * density).sum().expand(self.sites)

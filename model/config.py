@@ -41,19 +41,44 @@ class Site(NamedTuple):
         return self.module != "attention"
 
 
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    step: float
+    """Optimiser steps done."""
+    steps: float
+    """All of the run."""
+
+    def place(self, share: float | None, step: int | None) -> float:
+        """The step that a config names, as a share of the run or, if that is given, as a step."""
+        return (share or 0.0) * self.steps if step is None else float(step)
+
+
 class Ramp(ConfigBlock):
     """A value that moves in a straight line from ``start`` to ``end`` over a part of the run, then stays."""
 
     start: float
     """Value at the first step."""
     end: float
-    """Value from ``until`` on."""
-    until: float = Field(gt=0, le=1)
-    """Where the line ends, as a share of all training steps."""
+    """Value once the line has ended."""
+    until: float | None = Field(None, gt=0, le=1)
+    """Where the line ends, as a share of all training steps; this or ``until_step``."""
+    until_step: int | None = Field(None, gt=0)
+    """Where the line ends, as a step, which a longer or shorter run does not move."""
 
-    def at(self, progress: float) -> float:
-        """The value at ``progress``, the share of training steps done (0 to 1)."""
-        return self.start + (self.end - self.start) * min(progress / self.until, 1.0)
+    @model_validator(mode="after")
+    def _one_end(self) -> Ramp:
+        if (self.until is None) == (self.until_step is None):
+            raise ValueError(
+                f"a ramp ends at until, a share of the run, or at until_step; got {self.until} and {self.until_step}, "
+                "so give exactly one of them"
+            )
+        return self
+
+    def at(self, progress: Progress) -> float:
+        """The value at ``progress``."""
+        end = progress.place(self.until, self.until_step)
+        return self.start + (self.end - self.start) * min(progress.step / end, 1.0)
 
 
 class RopeScaling(ConfigBlock):
@@ -80,7 +105,50 @@ class RopeScaling(ConfigBlock):
         return self
 
 
-class BudgetConfig(ConfigBlock):
+class DensityRamp(ConfigBlock):
+    """How the target comes down from 1: not at all, unless asked."""
+
+    dense_until: float = Field(0.0, ge=0, lt=1)
+    """The target stays at 1 (every token executed) for this share of the training steps."""
+    reach_by: float = Field(0.0, ge=0, le=1)
+    """The target then falls in a straight line to ``router.density``, reached at this share of the steps."""
+    dense_until_step: int | None = Field(None, ge=0)
+    """The same in steps, which a longer or shorter run does not move; instead of ``dense_until``."""
+    reach_by_step: int | None = Field(None, gt=0)
+    """The same in steps; instead of ``reach_by``."""
+
+    def target(self, density: float, progress: Progress) -> float:
+        """Density asked for at ``progress``: 1, then a line down to ``density``."""
+        reach_by = self.reached(progress)
+        if progress.step >= reach_by:
+            return density
+        dense_until = progress.place(self.dense_until, self.dense_until_step)
+        if progress.step < dense_until:
+            return 1.0
+        return 1.0 + (density - 1.0) * (progress.step - dense_until) / (reach_by - dense_until)
+
+    def reached(self, progress: Progress) -> float:
+        """The step from which on the target stands still."""
+        return progress.place(self.reach_by, self.reach_by_step)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DensityRamp:
+        in_steps = self.dense_until_step is not None or self.reach_by_step is not None
+        if in_steps and (self.dense_until or self.reach_by):
+            raise ValueError(
+                "the density's ramp is given both in shares of the run (dense_until, reach_by) and in steps "
+                "(dense_until_step, reach_by_step); give one kind"
+            )
+        ends = (self.dense_until_step or 0, self.reach_by_step or 0) if in_steps else (self.dense_until, self.reach_by)
+        if ends[1] < ends[0]:
+            unit = "_step" if in_steps else ""
+            raise ValueError(
+                f"budget.reach_by{unit} ({ends[1]}) must not lie before budget.dense_until{unit} ({ends[0]})"
+            )
+        return self
+
+
+class BudgetConfig(DensityRamp):
     """What makes the router keep to its density: a price, in nats per unit of density, on every routed site.
 
     See ``model/budget.py`` for the formulas. The paper's setting is ``per_layer``, coefficient 0.1, no warm-up,
@@ -91,20 +159,19 @@ class BudgetConfig(ConfigBlock):
     """``per_layer`` holds every site at the target (Zeng et al.); ``global`` only their FLOP-weighted mean."""
     coefficient: float = Field(0.1, ge=0)
     """Weight of the squared density error in the loss."""
-    controller: Literal["fixed", "adaptive"] = "fixed"
-    """``adaptive`` adds an integral term, so that the target is met whatever the coefficient."""
+    controller: Literal["fixed", "adaptive", "quantile"] = "fixed"
+    """``adaptive`` adds an integral term, so that the target is met whatever the coefficient. ``quantile`` asks no
+    price: each site's threshold follows the quantile of its margins at the target density, so that routers learn from
+    gain alone."""
     adaptive_rate: float = Field(0.001, gt=0)
     """adaptive: how far the price moves in one step, in nats per unit of density error."""
-    dense_until: float = Field(0.0, ge=0, lt=1)
-    """The target stays at 1 (every token executed) for this share of the training steps."""
-    reach_by: float = Field(0.0, ge=0, le=1)
-    """The target then falls in a straight line to ``router.density``, reached at this share of the steps."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> BudgetConfig:
-        if self.reach_by < self.dense_until:
+    def _one_density(self) -> BudgetConfig:
+        if self.controller == "quantile" and self.kind == "global":
             raise ValueError(
-                f"budget.reach_by ({self.reach_by}) must not lie before budget.dense_until ({self.dense_until})"
+                "budget.controller 'quantile' holds every site at the target, and budget.kind 'global' lets sites "
+                "differ; set kind: per_layer, or controller: adaptive"
             )
         return self
 

@@ -61,6 +61,10 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.ensemble: LateLayers | None = None
+        self.thresholds: Tensor | None = None
+        """fp32 [S], what the margins of learned routers are compared with; 0 unless set. See ``model/budget.py``."""
+        self.centres: Tensor | None = None
+        """fp32 [S], in training: where the soft gates are 1/2; the thresholds unless set."""
         self.lm_head = LMHead(config.width, config.vocab_size)
         if config.tied_head:
             self.lm_head.weight = self.embed_tokens.weight
@@ -109,7 +113,7 @@ class Decoder(nn.Module):
             capacity_tokens: most tokens of a row that a routed site executes, first come first served along the row;
                 no limit unless given. Used in training mode only.
             thresholds: fp32 [S]; a learned router executes a token whose margin (execute logit minus skip logit)
-                reaches its site's; 0 unless given. Used in evaluation mode only.
+                reaches its site's; the decoder's own unless given.
             scored_targets: N, how many targets are not -100; where given, norm and head run on their tokens alone.
             score: score every late layer and the ensemble on each token, instead of a loss; needs ``scored_targets``.
 
@@ -121,7 +125,8 @@ class Decoder(nn.Module):
         if sample_ids is None:
             sample_ids = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
-        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, self._checked(thresholds))
+        held = self._checked(self.thresholds if thresholds is None else thresholds)
+        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, held, self.centres)
         inputs = self._pass_inputs(tokens, documents, positions, cache, routing, capacity_tokens)
         late, record = self._run_layers(tokens, inputs)
         if targets is None:

@@ -64,6 +64,15 @@ class RoutingRecord:
         return wanted.sum((1, 2)) - self.executed_tokens
 
     @cached_property
+    def margin_sums(self) -> Tensor:
+        """fp64 [2, S], sums over the tokens of the margins that thresholds follow in training, and of their squares."""
+        margins = [d.gate.noisy_margin for d in self._decisions if d.gate.noisy_margin is not None]
+        if not margins:
+            return torch.zeros((2, len(self._decisions)), dtype=torch.float64, device=self._keys.device)
+        wide = torch.stack(margins).double()
+        return torch.stack((wide.sum((1, 2)), wide.square().sum((1, 2))))
+
+    @cached_property
     def attended_keys(self) -> Tensor:
         """int64 [S], keys that the executed tokens saw, summed over them."""
         return (self.executed * self._keys).sum((1, 2))

@@ -13,6 +13,8 @@ Dimension letters: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -37,12 +39,15 @@ class Gate(NamedTuple):
             choice.
         logits: fp32 [B, T, 2], skip and execute; only of a learned router in evaluation mode.
         explored: bool [B, T], skipped tokens whose gates learn from what the site would have added; None where none do.
+        noisy_margin: fp32 [B, T], what was compared with the site's threshold in training, without a gradient; None
+            where thresholds do not follow it.
     """
 
     executed: Tensor
     soft: Tensor | None = None
     logits: Tensor | None = None
     explored: Tensor | None = None
+    noisy_margin: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
@@ -69,8 +74,10 @@ class RoutingInputs:
         noise_scale: fp32 scalar tensor, the Gumbel noise's scale; read in training mode only.
         temperature: fp32 scalar tensor of the soft gate; read in training mode only.
         seed: the run's seed.
-        thresholds: fp32 [S]; in evaluation mode a learned router executes a token whose margin reaches its site's
-            threshold, 0 unless given.
+        thresholds: fp32 [S]; a learned router executes a token whose margin reaches its site's threshold, 0 unless
+            given.
+        centres: fp32 [S], where the soft gate of a site is 1/2; the thresholds unless given. Read in training mode
+            only.
     """
 
     sample_ids: Tensor
@@ -79,6 +86,7 @@ class RoutingInputs:
     temperature: Tensor
     seed: int
     thresholds: Tensor | None = None
+    centres: Tensor | None = None
 
 
 class Router(nn.Module):
@@ -107,24 +115,34 @@ class LearnedRouter(Router):
         if not self.training:
             return Gate(self._greedy(logits, inputs.thresholds), logits=logits)
         margin = _difference(logits) + inputs.noise_scale * torch.logit(self._uniform(inputs))
-        executed = margin >= 0
+        thresholds, noisy = inputs.thresholds, None
+        if thresholds is None:
+            executed = margin >= 0
+        else:
+            noisy = margin.detach()
+            executed = noisy >= self._own(thresholds)
+            margin = margin - self._own(thresholds if inputs.centres is None else inputs.centres)
         soft = torch.sigmoid(margin / inputs.temperature)
         # In this order the forward value is exactly 0 or 1: soft - soft is exactly 0.
         learning = soft - soft.detach()
         if not (self.config.explores and torch.is_grad_enabled()):
-            return Gate(executed, executed.float() + learning)
+            return Gate(executed, executed.float() + learning, noisy_margin=noisy)
         explored = ~executed & (self._uniform(inputs, _EXPLORATION) < self.config.explore)
         # A skipped token that is explored stands for all those that are not. They learn neither what the site would add
         # nor its price: price alone would drive every skipped token further away.
         learning = learning * torch.where(executed, 1.0, explored / self.config.explore)
-        return Gate(executed, executed.float() + learning, explored=explored)
+        return Gate(executed, executed.float() + learning, explored=explored, noisy_margin=noisy)
 
     def _greedy(self, logits: Tensor, thresholds: Tensor | None) -> Tensor:
         """bool [B, T] of the logits [B, T, 2]."""
         if thresholds is None:
             skip, execute = logits.unbind(-1)
             return execute >= skip
-        return _difference(logits) >= thresholds.index_select(0, self.site.view(1))
+        return _difference(logits) >= self._own(thresholds)
+
+    def _own(self, of_sites: Tensor) -> Tensor:
+        """This site's entry, [1], of a tensor [S]."""
+        return of_sites.index_select(0, self.site.view(1))
 
     def _uniform(self, inputs: RoutingInputs, stream: int = 0) -> Tensor:
         """A number in (0, 1) for every token, fp32 [B, T]."""
@@ -179,6 +197,16 @@ ROUTERS: dict[str, type[Router]] = {
     "stride": StrideRouter,
     "expert_choice": ExpertChoiceRouter,
 }
+
+
+def numbers_of(thresholds: Tensor) -> list[float | None]:
+    """Thresholds [S] for a file: None in place of minus infinity, by which every token executes."""
+    return [None if t == -math.inf else t for t in thresholds.tolist()]
+
+
+def thresholds_of(numbers: Sequence[float | None]) -> Tensor:
+    """fp32 [S] of what :func:`numbers_of` returned."""
+    return torch.tensor([-math.inf if t is None else t for t in numbers])
 
 
 def _logits(x: Tensor, weight: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ error.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
         ValueError: for anything that the user can fix; what was saved stays.
     """
     from data.batches import TrainingData, ValidationSet
+    from pretrain.initial import open_initial
     from trainer.loop import run
     from trainer.monitor.summary import describe_end, describe_start
     from trainer.trainer import Trainer
@@ -37,7 +39,8 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
     data.require_vocabulary(config.model.vocab_size)
     validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
-    with Trainer(config, config_path, data.fingerprint, validation_sets, world) as trainer:
+    initial = partial(open_initial, config.init, config.model, world) if config.init else None
+    with Trainer(config, config_path, data.fingerprint, validation_sets, world, initial=initial) as trainer:
         trainer.log.info(describe_start(trainer.config, data, world))
         if not run(trainer, data):
             return EXIT_PREEMPTED

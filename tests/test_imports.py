@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "settings": set(),
     "data": {"settings"},
     "trainer": {"settings", "data", "model"},
-    "pretrain": {"settings", "data", "model", "trainer"},
+    "pretrain": {"settings", "data", "model", "trainer", "convert"},
     "convert": {"settings", "data", "model", "trainer", "tune"},
     "tune": {"settings", "data", "model", "trainer"},
     "launch": {"settings", "data", "model", "trainer", "tune"},

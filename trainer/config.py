@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from data.config import DataConfig, StreamConfig
-from model.config import EnsembleConfig, ModelConfig
+from model.config import EnsembleConfig, ModelConfig, Progress
 from settings import PathText, Strict, load, peek
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -65,6 +65,11 @@ class ScheduleConfig(Strict):
     """cosine, warmup_stable_decay: rate at the last step, relative to the peak."""
     decay_share: float = Field(0.2, gt=0, le=1)
     """warmup_stable_decay: the last share of all steps in which the rate falls, in a straight line."""
+    decay_steps: int | None = Field(None, gt=0)
+    """warmup_stable_decay: the same in steps; ``decay_share`` unless given."""
+    end_step: int | None = Field(None, gt=0)
+    """cosine, warmup_stable_decay: the step with which the decay ends, after which the rate stays; the run's last
+    unless given. A longer or shorter run does not move it."""
     inverse_sqrt_from: int = Field(10_000, gt=0)
     """inverse_sqrt: the step at which the rate starts to fall."""
 
@@ -132,6 +137,9 @@ class TrainConfig(Strict):
     """Of the weights and the routing noise. The data's order has its own."""
     steps: int = Field(gt=0)
     """Optimiser steps of the whole run."""
+    stop_at_step: int | None = Field(None, gt=0)
+    """End after this step, saved and evaluated, with all ramps where the whole run has them; a start with another value
+    goes on."""
     global_batch_samples: int = Field(gt=0)
     """Windows in one optimiser step, over all ranks and micro-batches."""
     micro_batch_samples: int = Field(gt=0)
@@ -165,6 +173,15 @@ class TrainConfig(Strict):
     """Saving and resuming."""
     log: LogConfig = LogConfig()
     """Metrics."""
+
+    @property
+    def last_step(self) -> int:
+        """After which a start of the run ends."""
+        return self.steps if self.stop_at_step is None else min(self.stop_at_step, self.steps)
+
+    def progress(self, step: int) -> Progress:
+        """Where the run is after ``step`` steps."""
+        return Progress(step, self.steps)
 
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in one optimiser step.
@@ -308,9 +325,23 @@ class StageConfig(Strict):
         return width * (total - (trained if stage == 3 else 0)) + masters + moment_bytes
 
 
+class InitConfig(Strict):
+    """What a fresh run starts from; a run that is resumed goes on from its own checkpoint and does not look."""
+
+    path: PathText
+    """A stage-one run (its newest whole checkpoint), one of its checkpoints, a folder of weights, or a Hugging Face
+    folder that ``convert.from_hf`` can import, an export among them."""
+    kind: Literal["weights", "fork"] = "weights"
+    """``weights``: they alone, at step 0 of this run's schedules; routers that are not there execute everything at
+    first. ``fork``: goes on from a checkpoint of the same model and optimiser in a run folder of its own, with the
+    optimiser's state, at its step, and with this config's data, schedules and budget."""
+
+
 class PretrainConfig(StageConfig):
     """A stage-one run."""
 
+    init: InitConfig | None = None
+    """What it starts from; freshly drawn weights unless given."""
     data: DataConfig
     """Text, tokenizer, shards, order."""
 
@@ -334,6 +365,8 @@ class WeightsConfig(Strict):
     """The late-layer ensemble; the final layer alone unless given."""
     seed: int = Field(0, ge=0, lt=2**62)
     """Of the routing noise, by which routers of kind ``random`` decide in evaluation too."""
+    thresholds: list[float | None] | None = None
+    """What the margins of learned routers are compared with, by site, null for minus infinity; 0 unless given."""
 
 
 def is_stage_two(path: str | Path) -> bool:

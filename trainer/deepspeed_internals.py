@@ -111,18 +111,24 @@ def whole_weight(parameter: Tensor) -> Tensor:
     return weight
 
 
-def set_weight(parameter: Tensor, whole: Tensor, rank: int, size: int) -> None:
-    """Put the flat ``whole`` into what the forward pass of this rank uses, in its own precision."""
-    if not hasattr(parameter, "ds_tensor"):
-        parameter.copy_(whole.view(parameter.shape))
-        return
-    part = math.ceil(whole.numel() / size)
-    own = whole[rank * part : (rank + 1) * part]
-    parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
-    if hasattr(parameter, "ds_secondary_tensor"):
-        parameter.ds_secondary_tensor = None  # hpZ's copy within a node, of which forward passes read: made again
-    if parameter.numel():  # a small one, which every rank keeps whole
-        parameter.copy_(whole.view(parameter.shape))
+def set_weight(parameter: Tensor, read: Callable[[int, int], Tensor], rank: int, size: int) -> None:
+    """Put a weight into what the forward pass of this rank uses, in its own precision.
+
+    Args:
+        parameter: of an engine's module.
+        read: gives entries of the whole, flat weight: the first, and how many. Of a partitioned one only this rank's
+            part is asked for.
+        rank, size: of this process, and how many there are.
+    """
+    entries = whole_size(parameter)
+    if hasattr(parameter, "ds_tensor"):
+        part = math.ceil(entries / size)
+        own = read(rank * part, max(min(part, entries - rank * part), 0))
+        parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
+        if hasattr(parameter, "ds_secondary_tensor"):
+            parameter.ds_secondary_tensor = None  # hpZ's copy within a node, which forward passes read: made again
+    if parameter.numel():  # whole on every rank: not partitioned, or small
+        parameter.copy_(read(0, entries).view(parameter.shape))
 
 
 def torch_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -76,7 +76,7 @@ def _pass(
         # (What they lack are targets, so the number of scored ones stays.)
         real = int((batch.sample_ids >= 0).sum())
         batch = to_device(_first_rows(batch, max(real, 1)), world.device)
-        output = forward(engine, batch, config, step / train.steps)
+        output = forward(engine, batch, config, train.progress(step))
         if not real:
             continue
         counter.add(output, batch.targets, batch.scored_targets)

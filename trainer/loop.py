@@ -20,10 +20,10 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
     """
     config: StageConfig = trainer.config
     train = config.train
-    steps, save_every, evaluate_every = train.steps, train.checkpoint.every_steps, train.evaluation.every_steps
+    last_step, save_every, evaluate_every = train.last_step, train.checkpoint.every_steps, train.evaluation.every_steps
     resumed_at = trainer.step
     # The starting point, or what a kill between save and evaluation left undone.
-    due = trainer.step % evaluate_every == 0 or trainer.step == steps
+    due = trainer.step % evaluate_every == 0 or trainer.step >= last_step
     if due and not trainer.metrics.has_evaluation(trainer.step):
         trainer.validate()
     trainer.metrics.open_bar()
@@ -32,7 +32,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
             result = trainer.train_step(batches, loader.waited_s)
 
             # Save first, then evaluate: an evaluation that dies must not take the step with it.
-            last = trainer.step == steps
+            last = trainer.step == last_step
             stopping = result.tally.stop > 0 and not last
             if last or stopping or trainer.step % save_every == 0:
                 trainer.save(wait=last or stopping)
@@ -44,8 +44,9 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
                 trainer.validate()
             trainer.run.beat(trainer.step, "loading")
     trainer.metrics.close_bar()
-    if resumed_at == steps:
-        trainer.log.info(f"all {steps:,} steps were done already; raise train.steps to go on")
+    if resumed_at >= last_step:
+        field = "train.steps" if last_step == train.steps else "train.stop_at_step"
+        trainer.log.info(f"all {last_step:,} steps were done already; raise {field} to go on")
     return True
 
 
@@ -54,7 +55,7 @@ def micro_batches(
 ) -> Iterator[list[Batch]]:
     """This rank's micro-batches of every step from ``step`` on, ``samples`` windows into the data."""
     accumulation = config.accumulation(world.size)
-    for number in range(config.train.steps - step):
+    for number in range(config.train.last_step - step):
         ids = step_sample_ids(
             samples + number * config.train.global_batch_samples,
             config.train.global_batch_samples,

@@ -19,10 +19,11 @@ def _shape(schedule: ScheduleConfig, step: int, steps: int) -> float:
         return 1.0
     if schedule.kind == "inverse_sqrt":
         return min(1.0, math.sqrt(schedule.inverse_sqrt_from / (step + 1)))
+    steps = schedule.end_step or steps
     if schedule.kind == "cosine":
         span = max(steps - 1 - schedule.warmup_steps, 1)
         done = min(max(step - schedule.warmup_steps, 0) / span, 1.0)
         return schedule.final_ratio + (1 - schedule.final_ratio) * 0.5 * (1 + math.cos(math.pi * done))
-    decay_steps = max(round(schedule.decay_share * steps), 1)
+    decay_steps = schedule.decay_steps or max(round(schedule.decay_share * steps), 1)
     left = min(max(steps - 1 - step, 0) / decay_steps, 1.0)
     return schedule.final_ratio + (1 - schedule.final_ratio) * left

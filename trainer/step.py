@@ -21,6 +21,7 @@ from torch import Tensor
 from data.batches import Batch
 from model.budget import Budget
 from model.chunks import IGNORED
+from model.config import Progress
 from model.decoder import DecoderOutput
 from model.ensemble import Balance
 from model.flops import Routed
@@ -100,7 +101,7 @@ class StepResult:
 class _StepSums(NamedTuple):
     """Views of one fp64 vector, in its order, so that one all-reduce and one copy take all of them.
 
-    The first ten have one entry, the next five one for each site, then two for each late layer, two for each source.
+    The first ten have one entry, the next seven one for each site, then two for each late layer, two for each source.
     """
 
     nll: Tensor
@@ -118,6 +119,8 @@ class _StepSums(NamedTuple):
     overflow_tokens: Tensor
     explored_tokens: Tensor
     explored_keys: Tensor
+    margins: Tensor
+    squared_margins: Tensor
     vote_weights: Tensor
     vote_largest: Tensor
     source_nll: Tensor
@@ -134,7 +137,7 @@ class Counter:
 
     def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0):
         self._sources = sources
-        self._sizes = [1] * 10 + [sites] * 5 + [late_layers] * 2 + [sources] * 2
+        self._sizes = [1] * 10 + [sites] * 7 + [late_layers] * 2 + [sources] * 2
         self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self.sums = _StepSums(*self.vector.split(self._sizes))
 
@@ -156,7 +159,7 @@ class Counter:
         sums.visible_keys.add_(routing.visible_keys)
         sums.bad_micro_batches.add_(~torch.isfinite(loss.loss))
         parts = [routing.executed_tokens, routing.attended_keys, routing.overflow_tokens]
-        parts += [routing.explored_tokens, routing.explored_keys]
+        parts += [routing.explored_tokens, routing.explored_keys, *routing.margin_sums]
         if vote is not None:
             sums.distillation.add_(loss.distillation.detach())
             sums.vote_entropy.add_(vote.entropy)
@@ -176,6 +179,10 @@ class Counter:
         """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
         return ((self.sums.executed_tokens + self.sums.overflow_tokens) / self.sums.tokens).float()
 
+    def margin_moments(self) -> Tensor:
+        """Mean and mean square of each site's margins, fp64 [2, S], on the device."""
+        return torch.stack((self.sums.margins, self.sums.squared_margins)) / self.sums.tokens
+
     def tally(self) -> Tally:
         """The sums on the host."""
         numbers = iter(self.vector.tolist())  # one copy, one wait
@@ -185,6 +192,7 @@ class Counter:
         }
         found |= {name: found[name][0] for name in _StepSums._fields[:10]}
         found |= {name: int(found[name]) for name in ("targets", "stop", "bad_micro_batches")}
+        del found["margins"], found["squared_margins"]
         routed = Routed(**{part.name: found.pop(part.name) for part in fields(Routed)})
         return Tally(routed=routed, **found)
 
@@ -216,7 +224,7 @@ def run(engine: Any, batch: Batch, **options: Any) -> DecoderOutput:
 
 
 def forward(
-    engine: Any, batch: Batch, config: StageConfig, progress: float, capacity_tokens: int | None = None
+    engine: Any, batch: Batch, config: StageConfig, progress: Progress, capacity_tokens: int | None = None
 ) -> DecoderOutput:
     """:func:`run` with the routers' noise and temperature as they are at ``progress``.
 
@@ -232,6 +240,15 @@ def forward(
         z_coefficient=config.train.z_loss,
         capacity_tokens=capacity_tokens,
     )
+
+
+def set_thresholds(engine: Any, budget: Budget, progress: Progress) -> None:
+    """Let the routers decide by the budget's thresholds from now on, in training and evaluation.
+
+    Until it has seen margins, given thresholds stay.
+    """
+    if budget.follows_margins and (budget.seen_margins or engine.module.thresholds is None):
+        engine.module.thresholds, engine.module.centres = budget.thresholds(progress)
 
 
 def late_layers(engine: Any) -> int:
@@ -252,8 +269,9 @@ def train_step(
 ) -> StepResult:
     """Take optimiser step number ``step`` (0 is the first) on this rank's micro-batches."""
     engine.train()
-    progress = step / config.train.steps
+    progress = config.train.progress(step)
     prices = budget.prices()
+    set_thresholds(engine, budget, progress)
     targets = torch.tensor(_count_targets(micro_batches), dtype=torch.float64, device=world.device)
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)
@@ -285,7 +303,7 @@ def train_step(
     if applied:
         density = counter.wanted_density()
         penalty = float(budget.penalty(density, progress))
-        budget.observe(density, progress)
+        budget.observe(density, progress, counter.margin_moments())
         if balance is not None:
             balance.observe(counter.sums.vote_largest)
         return StepResult(counter.tally(), penalty, norm, True, [])

@@ -6,7 +6,7 @@ validate and to take in a step. The loop around it is ``loop.py``, the same for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -24,6 +24,7 @@ from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
+from trainer.initial import Fork, GivenWeights, Initial
 from trainer.log import open_log
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.spikes import SpikeDetector, how_to_go_back
@@ -33,7 +34,7 @@ from trainer.monitor.yardstick import measure_peak
 from trainer.precision import decide, slow_bf16_warning
 from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
-from trainer.step import StepResult, train_step
+from trainer.step import StepResult, set_thresholds, train_step
 
 
 class TrainingStream(Protocol):
@@ -53,6 +54,8 @@ class Trainer:
         validation_sets: to evaluate on.
         world: this process among all.
         decoder: the model to train; a freshly initialised one unless given.
+        initial: finds what a fresh run starts from; not called for a run that is resumed. Freshly drawn weights, or
+            ``decoder``'s, unless given.
 
     Attributes:
         config: the run's, with its precision decided.
@@ -71,33 +74,40 @@ class Trainer:
         validation_sets: Sequence[ValidationStream],
         world: World,
         decoder: Decoder | None = None,
+        initial: Callable[[], Initial] | None = None,
     ):
         self.world, self.fingerprint, self.validation_sets = world, fingerprint, validation_sets
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
         self.samples = 0
         found = resume.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
-        config, precision_told = decide(config, world, found)
+        given = initial() if initial is not None and found is None else None
+        fork = given.checkpoint if isinstance(given, Fork) else None
+        config, precision_told = decide(config, world, found or fork)
         self.config = config
         self._hold = ExitStack()  # until the end no other run may write here
         self.engine = build_engine(config, world, decoder)
         try:
-            self._open(config_path, found, precision_told)
+            self._open(config_path, found, given, precision_told)
         except BaseException as error:
             self._let_go(error)
             raise
 
-    def _open(self, config_path: Path, found: Path | None, precision_told: str | None) -> None:
+    def _open(self, config_path: Path, found: Path | None, given: Initial | None, precision_told: str | None) -> None:
         """Resume from ``found`` or start, and set up everything around the engine."""
         config, world, validation_sets = self.config, self.world, self.validation_sets
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
         self.spikes = SpikeDetector(config.train.spike)
-        if found is not None:
-            state, change = resume.load(self.engine, found, self.fingerprint, config, world)
+        source = given.checkpoint if isinstance(given, Fork) else found
+        if source is not None:
+            fingerprint = self.fingerprint if source == found else None
+            state, change = resume.load(self.engine, source, fingerprint, config, world)
             dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
             self._take_back(state)
+        elif isinstance(given, GivenWeights):
+            given.put_into(self.engine, world)
         problem = None
         if world.is_main:
             problem = _create(self.run, config, config_path, self._hold)
@@ -117,13 +127,17 @@ class Trainer:
         history_of = validation_sets[0].name if validation_sets else None
         with _writing(self.run):
             self.metrics = Metrics(
-                config, self.run, world, self.step if found else None, peak_flops, history_of, self.balance.layers
+                config, self.run, world, self.step if source else None, peak_flops, history_of, self.balance.layers
             )
-        if found is not None:
+        if source is not None:
             self.metrics.load_state_dict(state["metrics"])
-            self.log.info(f"resumed from {found} at step {self.step:,}{dealt_out}")
+            told = f"resumed from {found} at step {self.step:,}" if given is None else given.description
+            self.log.info(f"{told}{dealt_out}")
+        elif given is not None:
+            self.log.info(given.description)
         tick = self.run.heartbeat.tick
-        self.saver = Saver(self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick)
+        origin = given.description if given else resume.origin_of(found, world)
+        self.saver = Saver(self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick, origin)
         self.stop = StopRequest(tell=world.is_main)
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
         self.engine.module.register_forward_hook(lambda *_: tick())
@@ -137,7 +151,7 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Flush the metrics and say how this rank has ended."""
-        phase = "ended" if self.step == self.config.train.steps else "stopped"
+        phase = "ended" if self.step >= self.config.train.last_step else "stopped"
         if error is not None:
             self.saver.end()
             phase = "lost" if is_lost_rank(error) else "failed"
@@ -213,6 +227,9 @@ class Trainer:
         """
         self.run.beat(self.step, "saving")
         state: dict[str, Any] = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
+        set_thresholds(self.engine, self.budget, self.config.train.progress(self.step))
+        if self.engine.module.thresholds is not None:
+            state["thresholds"] = self.engine.module.thresholds
         state["spikes"], state["metrics"] = self.spikes.state_dict(), self.metrics.state_dict()
         ranges = [list(r) for r in self.config.data.skip_ranges]
         state["data"] = {"fingerprint": self.fingerprint, "skip_ranges": ranges}
@@ -244,6 +261,7 @@ class Trainer:
         self.run.beat(self.step, "evaluating")
         # A resume after the save of this step does not evaluate again, so no generator may move in here.
         before = rng_state()
+        set_thresholds(self.engine, self.budget, self.config.train.progress(self.step))
         with self.metrics.paused():
             results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
             self.metrics.log_evaluation(self.step, results)

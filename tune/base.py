@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from data.files import sha256_of
 from model.config import BudgetConfig, ModelConfig, Ramp
@@ -12,6 +12,7 @@ from settings import peek
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import CONFIG
 from trainer.distributed import ALONE
+from tune.config import BaseConfig
 from tune.load import load_model
 
 _WHAT = "give base.path a stage-one run, one of its checkpoints, or what convert.from_hf wrote"
@@ -66,8 +67,10 @@ def load_base(path: str | Path) -> Base:
     return Base(decoder, model, loaded.tokenizer_folder, description, sha256_of(loaded.source / manifest.NAME))
 
 
-def stage_two_model(model: ModelConfig, routers: Literal["frozen", "tuned"]) -> ModelConfig:
+def stage_two_model(model: ModelConfig, base: BaseConfig) -> ModelConfig:
     """A base's config as stage two runs it: its schedules stand where they ended, and frozen routers have no budget.
+
+    Tuned ones are held at ``base.density``, reached by ``base.ramp``.
 
     Raises:
         ValueError: if the routers look at later tokens.
@@ -80,15 +83,16 @@ def stage_two_model(model: ModelConfig, routers: Literal["frozen", "tuned"]) -> 
             "router.kind expert_choice picks tokens by looking at later ones, so a response would be seen before it is "
             "predicted; tune a base with a causal kind: learned, random or stride, or a dense one"
         )
-    budget: dict[str, Any] = {**router.budget.model_dump(), "dense_until": 0.0, "reach_by": 0.0}
-    if routers == "frozen":
+    budget: dict[str, Any] = {**router.budget.model_dump(), **base.ramp.model_dump()}
+    if base.routers == "frozen":
         budget |= {"coefficient": 0.0, "controller": "fixed"}
     ended: dict[str, Any] = {
         "noise": _standing(router.noise),
         "temperature": _standing(router.temperature),
         "budget": BudgetConfig.model_validate(budget),
+        "density": base.density or router.density,
     }
-    if routers == "frozen":
+    if base.routers == "frozen":
         # Greedy and complete, as in evaluation: nothing could adapt to noise, nor to tokens that find no room.
         ended["explore"] = 0.0
         ended["noise"] = Ramp(start=0.0, end=0.0, until=1.0)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from data.config import File, MixedSource, StreamConfig, refuse_names_twice
-from model.config import EnsembleConfig, ModelConfig
+from model.config import DensityRamp, EnsembleConfig, ModelConfig
 from settings import PathText, Strict
 from trainer.config import DeepSpeedSettings, StageConfig, TrainConfig
 
@@ -25,6 +25,10 @@ class BaseConfig(Strict):
     """A stage-one run (its newest whole checkpoint), one of its checkpoints, or what ``convert.from_hf`` wrote."""
     routers: Literal["frozen", "tuned"] = "frozen"
     """Skip routers stay as they are and decide greedily, or learn on under the budget, their schedules at the end."""
+    density: float | None = Field(None, gt=0, le=1)
+    """What tuned routers are held at; the base's unless given."""
+    ramp: DensityRamp = DensityRamp()
+    """How the target density of tuned routers comes down from 1."""
     seed: int | None = Field(None, ge=0, lt=2**62)
     """Of routers of kind ``random``, which decide by it; the base's unless given."""
     sha256: str | None = None
@@ -178,6 +182,11 @@ class TuneConfig(StageConfig):
             problems.append(
                 f"adapter.dropout ({adapter.dropout}) must be 0 with train.activation_checkpointing, which would draw "
                 "other values when it recomputes; set one of them to 0 or false"
+            )
+        if self.base.routers == "frozen" and (self.base.density is not None or self.base.ramp != DensityRamp()):
+            problems.append(
+                "base.density and base.ramp are of tuned routers, and base.routers is frozen; set it to tuned, or "
+                "leave them out"
             )
         if self.base.routers == "tuned" and not self.model.sites:
             problems.append("base.routers tuned needs skip routers, and the base is a dense model; set it to frozen")

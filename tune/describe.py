@@ -19,13 +19,13 @@ def describe_start(
     """Base, method, trainable parameters, data, sets to evaluate on and machine, a line each."""
     train, ensemble = config.train, config.ensemble
     trained, total = trainable_counts(decoder)
-    samples = train.steps * train.global_batch_samples
+    samples = train.last_step * train.global_batch_samples
     lines = [
         f"base      {base.description}",
         f"routers   {config.base.routers}" if config.model.sites else "routers   none",
         f"method    {describe_method(config)}",
         f"trained   {trained:,} of {total:,} parameters ({trained / total:.2%})",
-        f"training  {train.steps:,} steps of {train.global_batch_samples} windows of {config.data.sequence_tokens} "
+        f"training  {train.last_step:,} steps of {train.global_batch_samples} windows of {config.data.sequence_tokens} "
         "tokens",
     ]
     if ensemble is not None:

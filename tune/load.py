@@ -17,7 +17,7 @@ from model.decoder import Decoder
 from settings import load
 from trainer.checkpoints.empty_decoder import allocate, without_memory
 from trainer.checkpoints.layout import CONFIG
-from trainer.checkpoints.read_weights import checkpoint_of, fill
+from trainer.checkpoints.read_weights import checkpoint_of, fill, thresholds_in
 from trainer.checkpoints.weights_folder import is_weights_folder, read_weights
 from trainer.config import PretrainConfig, WeightsConfig, is_stage_two
 from tune.config import TuneConfig
@@ -74,7 +74,9 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
     config = load(source / CONFIG, [], PretrainConfig)
     decoder = without_memory(config.model, config.train.seed)
     allocate(decoder, disk)
-    return Loaded(decoder, config, fill(decoder, source, config.deepspeed.zero_stage), source)
+    step = fill(decoder, source, config.deepspeed.zero_stage)
+    decoder.thresholds = thresholds_in(source)
+    return Loaded(decoder, config, step, source)
 
 
 def _tuned(source: Path, merged: bool, disk: Path | None) -> Loaded:
@@ -85,6 +87,7 @@ def _tuned(source: Path, merged: bool, disk: Path | None) -> Loaded:
     prepare(decoder, config.adapter, config.base.routers, config.train.seed)
     allocate(decoder, disk)
     step = fill(decoder, source, config.deepspeed.zero_stage)
+    decoder.thresholds = thresholds_in(source)
     if merged:
         merge(decoder)
     return Loaded(decoder.eval(), config, step, source)

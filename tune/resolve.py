@@ -35,7 +35,7 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
     """
     from tune.base import stage_two_model
 
-    model = stage_two_model(base.model, file.base.routers)
+    model = stage_two_model(base.model, file.base)
     if file.model is not None:
         _refuse_another_model(file.model, model, file.base.path)
     blocks = file.model_dump(mode="json") | {"model": model.model_dump(mode="json")}

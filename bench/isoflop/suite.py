@@ -204,7 +204,7 @@ def mean_target(config: PretrainConfig) -> float:
     from model.budget import Budget
 
     budget, steps = Budget(config.model, config.data.sequence_tokens), config.train.steps
-    return sum(budget.target(step / steps) for step in range(steps)) / steps
+    return sum(budget.target(config.train.progress(step)) for step in range(steps)) / steps
 
 
 def step_tokens(config: PretrainConfig) -> int:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -65,11 +64,12 @@ def turn(
 
     trained = measure(decoder, windows.calibration)
     own = trained.tally.density
+    as_trained = torch.zeros(len(own)) if decoder.thresholds is None else decoder.thresholds
     # One at the trained density is there anyway; but at density 1, thresholds of 0 need not be enough on other tokens.
     asked = {density for density in densities if density != _mean(own) or density == 1}
     points, lowest_margins = [], trained.margins.amin(1)
     for density, calibrated in sorted([(_mean(own), False), *((density, True) for density in asked)]):
-        thresholds, seen, targets = torch.zeros(len(own)), trained, own
+        thresholds, seen, targets = as_trained, trained, own
         if calibrated:
             thresholds, seen = calibrate(decoder, windows.calibration, trained, density)
             targets = site_targets(own, density)
@@ -100,12 +100,13 @@ def _point(
     held_out: Tally,
 ) -> Point:
     from evals.dial.file import Point
+    from model.router import numbers_of
 
     routed = held_out.routed
     return Point(
         density=density,
         trained=trained,
-        thresholds=[None if t == -math.inf else t for t in thresholds.tolist()],
+        thresholds=numbers_of(thresholds),
         site_targets=targets,
         calibration_density=_mean(calibration.density),
         held_out_density=_mean(held_out.density),

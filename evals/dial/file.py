@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from data.files import read_json
 from model.config import ModelConfig
+from model.router import thresholds_of
 from settings import Strict
 
 
@@ -27,7 +27,7 @@ class Point(Strict):
     density: float
     """Mean density asked for: of the calibration tokens, the share that executes a site, mean over the sites."""
     trained: bool
-    """True for the point the model was trained for: thresholds of 0."""
+    """True for the point the model was trained for: its own thresholds, 0 unless training moved them."""
     thresholds: list[float | None]
     """[S]: a token executes a site where its margin reaches the threshold; null for minus infinity: all do."""
     site_targets: list[float]
@@ -124,12 +124,12 @@ class Dial(Strict):
                 stacklevel=2,
             )
         if nearest == self.points[-1].density:
-            return _tensor(self.points[-1].thresholds)
+            return thresholds_of(self.points[-1].thresholds)
         above = next(place for place, point in enumerate(self.points) if point.density > nearest)
         low, high = self.points[max(above - 1, 0)], self.points[above]
         share = (nearest - low.density) / (high.density - low.density)
         if share == 0:
-            return _tensor(low.thresholds)
+            return thresholds_of(low.thresholds)
         return torch.tensor([self._between(site, low, high, share) for site in range(len(self.sites))])
 
     def _between(self, site: int, low: Point, high: Point, share: float) -> float:
@@ -149,10 +149,6 @@ def fingerprint(model: ModelConfig) -> str:
     """
     decisive = model.model_dump(mode="json", exclude_defaults=True, exclude={"router": {"execution"}})
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def _tensor(thresholds: Sequence[float | None]) -> Tensor:
-    return torch.tensor([-math.inf if t is None else t for t in thresholds])
 
 
 def _log_odds(share: float) -> float:

@@ -31,7 +31,7 @@ class Figures:
 
 
 def read_steps(folder: Path) -> int:
-    """``train.steps`` of the run in ``folder``, of either stage.
+    """The step with which the run ends that is in ``folder``, of either stage.
 
     Raises:
         ValueError: if there is no run.
@@ -41,7 +41,8 @@ def read_steps(folder: Path) -> int:
         there = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
         raise ValueError(f"{folder} is no run ({there}); give the folder that train.run_dir names, such as runs/demo")
     try:
-        return int(peek(path)["train"]["steps"])
+        train = peek(path)["train"]
+        return min(int(train["steps"]), int(train.get("stop_at_step") or train["steps"]))
     except (KeyError, TypeError, ValueError):
         raise ValueError(
             f"{path} names no train.steps, so it is not the config of a run; give the folder that train.run_dir names"

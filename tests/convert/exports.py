@@ -38,13 +38,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "module-ensemble": ({"router": MODULE, "rope_scaling": {"kind": "linear", "factor": 2.0}}, {"layers": 3, "top": 2}),
 }
 """Model block and ensemble block."""
+THRESHOLDS = {"layer": torch.tensor([0.2, -math.inf, -0.3]), "module-ensemble": torch.tensor([0.1, -0.1, 0.2, 0.0])}
+"""Of cases whose routers do not compare with 0."""
 NATIVE = {"dense": "Llama", "dense-tied-llama3": "Llama", "dense-qk-norm": "Qwen3"}
 
 
 def make(name: str, seed: int = 1) -> Decoder:
     """A case's decoder, in evaluation mode; the ensemble's weights off their beginnings."""
     model, ensemble = CASES[name]
-    return _assemble({**SIZES, "vocab_size": VOCAB, "max_positions": 128, **model}, ensemble, seed)
+    made = _assemble({**SIZES, "vocab_size": VOCAB, "max_positions": 128, **model}, ensemble, seed)
+    made.thresholds = THRESHOLDS.get(name)
+    return made
 
 
 def _assemble(model: dict[str, Any], ensemble: dict[str, Any] | None, seed: int) -> Decoder:
@@ -121,6 +125,7 @@ def write_run(
         torch.save({"module": weights}, saved / "deepspeed/mp_rank_00_model_states.pt")
     else:
         _write_parts(saved / "deepspeed", weights, ranks)
+    torch.save({} if model.thresholds is None else {"thresholds": model.thresholds}, saved / "trainer.pt")
     manifest.write(saved, {"step": 3, "world_size": ranks})
     (folder / "metrics.jsonl").write_text(
         '{"step": 3, "train/tokens": 384, "train/loss": 5.5, "density/mean": 0.25}\n'

@@ -18,7 +18,7 @@ from convert.from_hf import import_checkpoint, main, new_routers, read_checkpoin
 from convert.hf_config import FAMILIES, HOPSCOTCH
 from convert.modeling_hopscotch import HopscotchConfig
 from model.budget import Budget
-from model.config import ModelConfig
+from model.config import ModelConfig, Progress
 from model.decoder import Decoder
 from tests.conftest import VOCAB
 from tests.model.tiny import assert_close
@@ -71,6 +71,7 @@ def test_an_export_comes_back_as_it_was(
     assert stored.keys() == kept.keys() and all(torch.equal(stored[key], kept[key]) for key in stored)
     assert of_inference(after.config) == of_inference(before.config)
     assert votes(after) == votes(before)
+    assert before.thresholds is None or torch.equal(before.thresholds, after.thresholds)  # type: ignore[arg-type]
     assert after.seed == (before.seed if before.config.router else 0)
     assert torch.equal(logits_of(after), logits_of(before))
     printed = capsys.readouterr().out
@@ -108,6 +109,16 @@ def test_the_folders_own_code_runs_only_when_trusted(exported: Exported, tmp_pat
         ("layer", {"router_first_layer": 3}, r"no possible model: router.always_on_first \(3\).*; restore it"),
         ("layer", {"router_density": 0.0}, "describes no possible model: router density Input should be greater"),
         ("layer", {"router_seed": -1}, r"has router_seed -1, and a seed is a whole number from 0 to 2\^62 - 1; rest"),
+        (
+            "layer",
+            {"router_thresholds": [0.1, 0.2]},
+            "must be a list of 3 numbers, one for each routed site, null for n",
+        ),
+        (
+            "layer",
+            {"router_thresholds": [0, "1", 2]},
+            r"router_thresholds must be .*, got \[0, '1', 2\]; restore it, or",
+        ),
         ("ensemble", {"ensemble_layers": 4}, r"ensemble_layers \(4\) exceeds num_hidden_layers \(3\); restore it"),
         ("ensemble", {"ensemble_temperature": 0}, "describes no possible model: temperature Input should be gre"),
         ("ensemble", {"ensemble_layers": 2}, r"weights in .* are not those .*: ensemble"),
@@ -159,7 +170,7 @@ def teach(model: Decoder, steps: int = 30) -> list[float]:
         (output.loss.loss / TOKENS[:, 1:].numel() + price).backward()
         optimizer.step()
         optimizer.zero_grad()
-        budget.observe(output.routing.density, 1.0)
+        budget.observe(output.routing.density, Progress(1, 1))
     return losses
 
 

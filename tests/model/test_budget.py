@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from model.budget import Budget
+from model.config import BudgetConfig, Progress
 from model.flops import site_shares
-from tests.model.tiny import config
+from tests.model.tiny import config, share
 
 KINDS = pytest.mark.parametrize("kind", ["per_layer", "global"])
 TARGET = 0.4
@@ -34,9 +36,9 @@ def test_price_is_the_gradient_of_the_formula(kind: str, coefficient: float) -> 
     held = budget(kind, coefficient=coefficient)
     penalty = formula(kind, density, coefficient)
     (gradient,) = torch.autograd.grad(penalty, density)
-    held.observe(density, 1.0)
+    held.observe(density, share(1.0))
     torch.testing.assert_close(held.prices(), gradient)
-    torch.testing.assert_close(held.penalty(density.detach(), 1.0), penalty.detach())
+    torch.testing.assert_close(held.penalty(density.detach(), share(1.0)), penalty.detach())
     assert not held.prices().requires_grad
 
 
@@ -52,7 +54,7 @@ def settle(held: Budget, gains: Tensor, steps: int = 3000) -> Tensor:
     for _ in range(steps):
         density = torch.sigmoid(logits)
         logits = logits - 2.0 * (held.prices() - gains) * density * (1 - density)
-        held.observe(density, 1.0)
+        held.observe(density, share(1.0))
     return torch.sigmoid(logits)
 
 
@@ -75,13 +77,13 @@ def test_global_holds_only_the_weighted_mean() -> None:
 def test_target_schedule() -> None:
     held = budget(dense_until=0.2, reach_by=0.6)
     for progress, target in {0.0: 1, 0.19: 1, 0.2: 1, 0.3: 0.85, 0.4: 0.7, 0.6: TARGET, 1.0: TARGET}.items():
-        assert held.target(progress) == pytest.approx(target), progress
-    held.observe(torch.full((6,), 0.7), 0.4)
+        assert held.target(share(progress)) == pytest.approx(target), progress
+    held.observe(torch.full((6,), 0.7), share(0.4))
     torch.testing.assert_close(held.prices(), torch.zeros(6), rtol=0, atol=1e-6)
-    assert budget().target(0.0) == TARGET  # no warm-up unless asked
+    assert budget().target(share(0.0)) == TARGET  # no warm-up unless asked
     step_like = budget(dense_until=0.5, reach_by=0.5)
-    assert (step_like.target(0.49), step_like.target(0.5)) == (1.0, TARGET)
-    assert Budget(config("dense"), 33).target(0.5) == 1.0
+    assert (step_like.target(share(0.49)), step_like.target(share(0.5))) == (1.0, TARGET)
+    assert Budget(config("dense"), 33).target(share(0.5)) == 1.0
 
 
 @KINDS
@@ -89,13 +91,13 @@ def test_target_schedule() -> None:
 def test_state_round_trip(kind: str, controller: str) -> None:
     first, second = budget(kind, controller), budget(kind, controller)
     for step in range(3):
-        first.observe(torch.linspace(0.1, 0.9, 6) + 0.01 * step, 1.0)
+        first.observe(torch.linspace(0.1, 0.9, 6) + 0.01 * step, share(1.0))
     state = {name: value.clone() for name, value in first.state_dict().items()}
     second.load_state_dict(state)
     for _ in range(2):
         assert first.prices().any() and torch.equal(first.prices(), second.prices())
-        first.observe(torch.full((6,), 0.3), 1.0)
-        second.observe(torch.full((6,), 0.3), 1.0)
+        first.observe(torch.full((6,), 0.3), share(1.0))
+        second.observe(torch.full((6,), 0.3), share(1.0))
 
 
 def test_wrong_number_of_sites_is_refused() -> None:
@@ -109,8 +111,81 @@ def test_wrong_number_of_sites_is_refused() -> None:
 def test_inactive_without_learned_routers(kind: str) -> None:
     held = Budget(config(kind, **({} if kind == "dense" else {"budget": {"controller": "adaptive"}})), 33)
     density = torch.ones(held.sites)
-    held.observe(density, 1.0)
+    held.observe(density, share(1.0))
     assert not held.active
     assert held.prices().shape == (held.sites,) and not held.prices().any()
-    assert held.penalty(density, 1.0) == 0
-    assert held.target(0.0) == (1.0 if kind == "dense" else 0.5)
+    assert held.penalty(density, share(1.0)) == 0
+    assert held.target(share(0.0)) == (1.0 if kind == "dense" else 0.5)
+
+
+def follow(margins: Tensor, steps: int, target: float = TARGET, drift: float = 0.0) -> tuple[Budget, Tensor]:
+    """A quantile controller on the same ``margins`` [S, N] at every step, moved by ``drift``; densities at the end."""
+    held = Budget(config(density=target, budget={"controller": "quantile"}), 33)
+    density = torch.zeros(3)
+    for step in range(steps):
+        thresholds, _ = held.thresholds(share(1.0))
+        assert thresholds is not None
+        moved = margins.double() + drift * step
+        density = (moved.float() >= thresholds[:, None]).float().mean(1)
+        held.observe(density, share(1.0), torch.stack((moved.mean(1), moved.square().mean(1))))
+    return held, density
+
+
+@pytest.mark.parametrize("target", [0.1, 0.5, 0.9])
+def test_a_threshold_finds_the_quantile_of_any_margins(target: float) -> None:
+    """Of a normal distribution at once, of a skewed one and of two bundles soon; and where they drift, nearly."""
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(20_000, generator=generator)
+    bundles = torch.where(torch.rand(20_000, generator=generator) < 0.7, normal * 0.1 - 2, normal * 0.1 + 3)
+    margins = torch.stack((5 + 2 * normal, normal.exp(), bundles))
+    _, density = follow(margins, 2, target)
+    assert float(density[0]) == pytest.approx(target, abs=0.01)
+    held, density = follow(margins, 60, target)
+    torch.testing.assert_close(density, torch.full((3,), target), rtol=0, atol=0.02)
+    assert not held.prices().any() and held.penalty(density, share(1.0)) == 0
+    _, density = follow(margins[:2].repeat(2, 1)[:3], 60, target, drift=0.05)
+    torch.testing.assert_close(density, torch.full((3,), target), rtol=0, atol=0.05)
+
+
+def test_a_quantile_at_a_target_of_one_is_below_everything_and_gates_still_learn() -> None:
+    held = Budget(config(density=TARGET, budget={"controller": "quantile", "dense_until": 0.5, "reach_by": 1.0}), 33)
+    for _ in range(2):
+        thresholds, centres = held.thresholds(share(0.2))
+        assert thresholds is not None and centres is not None
+        assert torch.isneginf(thresholds).all() and torch.isfinite(centres).all()
+        held.observe(torch.ones(3), share(0.2), torch.tensor([[2.0], [5.0]], dtype=torch.float64).expand(2, 3))
+    assert centres.tolist() == [1.0] * 3  # a deviation below the mean
+    thresholds, _ = held.thresholds(share(0.75))
+    assert thresholds is not None and bool((thresholds > 0).all())
+    # Before any margins, whatever the target: everything executes.
+    first, _ = Budget(config(density=TARGET, budget={"controller": "quantile"}), 33).thresholds(share(1.0))
+    assert first is not None and torch.isneginf(first).all()
+
+
+def test_a_quantile_goes_on_where_it_was_saved() -> None:
+    margins = torch.randn((3, 1000), generator=torch.Generator().manual_seed(1))
+    first, _ = follow(margins, 5)
+    second = Budget(config(density=TARGET, budget={"controller": "quantile"}), 33)
+    second.load_state_dict(first.state_dict())
+    for one, other in zip(first.thresholds(share(1.0)), second.thresholds(share(1.0)), strict=True):
+        assert one is not None and other is not None and torch.equal(one, other)
+
+
+def test_a_ramp_in_steps_does_not_move_with_the_run() -> None:
+    held = budget(dense_until_step=10, reach_by_step=30)
+    for steps in (20, 40, 1000):
+        asked = [held.target(Progress(step, steps)) for step in (0, 9, 20, 30, 50)]
+        assert asked == pytest.approx([1.0, 1.0, 0.7, TARGET, TARGET])
+    for wrong, sentence in (
+        ({"dense_until": 0.1, "reach_by_step": 5}, "both in shares of the run .* and in steps .*; give one kind"),
+        (
+            {"dense_until_step": 5, "reach_by_step": 4},
+            r"reach_by_step \(4\) must not lie before budget.dense_until_step \(5",
+        ),
+    ):
+        with pytest.raises(ValidationError, match=sentence):
+            BudgetConfig.model_validate(wrong)
+    with pytest.raises(
+        ValidationError, match=r"'quantile' holds every site at the target, and budget.kind 'global' lets"
+    ):
+        BudgetConfig(controller="quantile", kind="global")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from model.config import BudgetConfig, ModelConfig, Ramp, RopeScaling, RouterConfig
-from tests.model.tiny import SIZES, config
+from model.config import BudgetConfig, ModelConfig, Progress, Ramp, RopeScaling, RouterConfig
+from tests.model.tiny import SIZES, config, share
 
 ROUTER = {"density": 0.5}
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
@@ -103,9 +103,18 @@ def test_width_of_a_head() -> None:
 def test_ramp() -> None:
     ramp = Ramp(start=1.0, end=0.2, until=0.5)
     for progress, value in {0.0: 1.0, 0.125: 0.8, 0.25: 0.6, 0.5: 0.2, 0.75: 0.2, 1.0: 0.2}.items():
-        assert ramp.at(progress) == pytest.approx(value), progress
+        assert ramp.at(share(progress)) == pytest.approx(value), progress
     rising = Ramp(start=0.0, end=2.0, until=1.0)
-    assert (rising.at(0.25), rising.at(1.0)) == (0.5, 2.0)
+    assert (rising.at(share(0.25)), rising.at(share(1.0))) == (0.5, 2.0)
+
+
+def test_a_ramp_ends_at_a_share_or_at_a_step() -> None:
+    ramp = Ramp(start=1.0, end=0.0, until_step=10)
+    for steps in (5, 20, 400):
+        assert [ramp.at(Progress(step, steps)) for step in (0, 5, 10, 15)] == [1.0, 0.5, 0.0, 0.0]
+    for ends in ({}, {"until": 0.5, "until_step": 3}):
+        with pytest.raises(ValidationError, match=r"ends at until, .* or at until_step; got .*, so give exactly one"):
+            Ramp.model_validate({"start": 1.0, "end": 0.0, **ends})
 
 
 def test_capacity_in_whole_blocks() -> None:
@@ -122,7 +131,7 @@ def test_defaults_are_the_papers_where_the_method_says_so() -> None:
     router = RouterConfig(density=0.5)
     assert (router.kind, router.granularity, router.execution) == ("learned", "layer", "rounded")
     assert (router.budget.kind, router.budget.coefficient, router.budget.controller) == ("per_layer", 0.1, "fixed")
-    assert (router.noise.at(0.0), router.noise.at(0.3), router.noise.at(0.6)) == (1.0, 0.5, 0.0)
+    assert (router.noise.at(share(0.0)), router.noise.at(share(0.3)), router.noise.at(share(0.6))) == (1.0, 0.5, 0.0)
 
 
 @pytest.mark.parametrize("block", [ModelConfig, RouterConfig, BudgetConfig, RopeScaling, Ramp])

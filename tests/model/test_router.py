@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,3 +143,21 @@ def test_the_margins_gradient_without_an_fp32_copy_of_the_input(dtype: torch.dty
     for gradient, truth in zip(found, expected, strict=True):
         assert gradient.dtype == dtype
         torch.testing.assert_close(gradient, truth, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+def test_a_threshold_moves_the_decision_and_a_centre_the_gradient() -> None:
+    learned, x = router("learned"), hidden().requires_grad_()
+    thresholds, centres = torch.full((SITE + 1,), 0.7), torch.full((SITE + 1,), -0.4)
+    given = replace(inputs(1.0), thresholds=thresholds, centres=centres)
+    gate = learned(x, given)
+    u = noise.uniform(SEED, given.sample_ids, SITE, torch.arange(TOKENS))
+    noisy = margin(x, learned.weight) + torch.logit(u)
+    assert gate.noisy_margin is not None and not gate.noisy_margin.requires_grad
+    torch.testing.assert_close(gate.noisy_margin, noisy.detach())
+    assert torch.equal(gate.executed, gate.noisy_margin >= 0.7) and torch.equal(gate.value, gate.executed.float())
+    (found,) = torch.autograd.grad(gate.value.sum(), learned.weight)
+    (expected,) = torch.autograd.grad(torch.sigmoid(noisy + 0.4).sum(), learned.weight)
+    torch.testing.assert_close(found, expected)
+    everything = replace(given, thresholds=torch.full((SITE + 1,), -math.inf))
+    assert learned(x, everything).executed.all()
+    assert torch.equal(learned.eval()(x, given).executed, margin(x, learned.weight) >= 0.7)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model.chunks import IGNORED
-from model.config import ModelConfig
+from model.config import ModelConfig, Progress
 from model.decoder import Decoder
 from model.init import initialise
 from model.router import Gate, RoutingInputs
@@ -32,6 +32,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mha-qk-norm": {"kv_heads": 4, "qk_norm": True},
     "mqa-tied-wide-head": {"kv_heads": 1, "tied_head": True, "head_width": 24},
 }
+
+
+def share(done: float) -> Progress:
+    """How far a run is, by the share of its steps."""
+    return Progress(done, 1.0)
 
 
 def config(kind: str = "learned", variant: str = "gqa", **router: Any) -> ModelConfig:

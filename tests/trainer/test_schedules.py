@@ -80,3 +80,12 @@ def test_steps_beyond_the_end_and_runs_of_one_step_stay_in_bounds(kind: str) -> 
     schedule = ScheduleConfig.model_validate({"kind": kind, "warmup_steps": 1, "final_ratio": 0.1})
     assert 0.0 < lr_ratio(schedule, 0, 1) <= 1.0
     assert 0.0 < lr_ratio(schedule, 150, STEPS) <= 1.0
+
+
+def test_a_decay_in_steps_does_not_move_with_the_run() -> None:
+    fields = {"kind": "warmup_stable_decay", "decay_steps": 20, "end_step": 50, "final_ratio": 0.2}
+    short, long = _curve(steps=60, **fields), _curve(steps=100, **fields)
+    assert long[:60] == short and long[50:] == [0.2] * 50
+    assert long[:30] == [1.0] * 30 and long[39] == pytest.approx(0.2 + 0.8 / 2)
+    cosine = _curve(steps=100, kind="cosine", end_step=51, final_ratio=0.0)
+    assert cosine[:51] == _curve(steps=51, kind="cosine", final_ratio=0.0) and cosine[51:] == [0.0] * 49

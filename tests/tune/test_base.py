@@ -11,13 +11,15 @@ import pytest
 import torch
 import yaml
 
-from model.config import EnsembleConfig, ModelConfig, Ramp
+from model.budget import Budget
+from model.config import EnsembleConfig, ModelConfig, Progress, Ramp
 from model.decoder import Decoder
 from tests.model.tiny import config, decoder
 from trainer.checkpoints import manifest
 from trainer.checkpoints.weights_folder import write_weights
 from trainer.distributed import World
 from tune.base import load_base, stage_two_model
+from tune.config import BaseConfig
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
@@ -118,6 +120,7 @@ def test_a_folder_with_nothing_in_it(tmp_path: Path, content: str | None) -> Non
         load_base(tmp_path)
 
 
+TUNED, FROZEN = BaseConfig(path="x", routers="tuned"), BaseConfig(path="x")
 ROUTER = {
     "noise": {"start": 1.0, "end": 0.25, "until": 0.6},
     "temperature": {"start": 2.0, "end": 0.5, "until": 0.9},
@@ -127,7 +130,7 @@ ROUTER = {
 
 def test_tuned_routers_go_on_where_their_schedules_ended() -> None:
     before = config(**ROUTER)
-    after = stage_two_model(before, "tuned")
+    after = stage_two_model(before, TUNED)
     assert before.router is not None and after.router is not None
     assert after.router.noise == Ramp(start=0.25, end=0.25, until=1.0)
     assert after.router.temperature == Ramp(start=0.5, end=0.5, until=1.0)
@@ -136,30 +139,40 @@ def test_tuned_routers_go_on_where_their_schedules_ended() -> None:
     # Nothing else is another; and doing it twice changes nothing.
     untouched = {"noise": before.router.noise, "temperature": before.router.temperature, "budget": before.router.budget}
     assert after.model_copy(update={"router": after.router.model_copy(update=untouched)}) == before
-    assert stage_two_model(after, "tuned") == after == ModelConfig.model_validate(after.model_dump())
+    assert stage_two_model(after, TUNED) == after == ModelConfig.model_validate(after.model_dump())
+
+
+def test_tuned_routers_come_down_to_another_density() -> None:
+    ramp = {"dense_until_step": 3, "reach_by_step": 10}
+    base = BaseConfig.model_validate({"path": "x", "routers": "tuned", "density": 0.3, "ramp": ramp})
+    after = stage_two_model(config(**ROUTER), base)
+    assert after.router is not None and after.router.density == 0.3
+    budget = Budget(after, 33)
+    asked = [budget.target(Progress(step, 20)) for step in (0, 3, 6.5, 10, 20)]
+    assert asked == pytest.approx([1.0, 1.0, 0.65, 0.3, 0.3])
 
 
 def test_frozen_routers_drop_nothing() -> None:
     for frozen, execution in (("frozen", "rounded"), ("tuned", "capacity")):
-        after = stage_two_model(config(execution="capacity"), frozen)  # type: ignore[arg-type]
+        after = stage_two_model(config(execution="capacity"), BaseConfig(path="x", routers=frozen))  # type: ignore[arg-type]
         assert after.router is not None and after.router.execution == execution
 
 
 def test_frozen_routers_do_not_explore() -> None:
     for routers, explore in (("frozen", 0.0), ("tuned", 0.2)):
-        after = stage_two_model(config(explore=0.2), routers)  # type: ignore[arg-type]
+        after = stage_two_model(config(explore=0.2), BaseConfig(path="x", routers=routers))  # type: ignore[arg-type]
         assert after.router is not None and after.router.explore == explore
 
 
 def test_frozen_routers_pay_no_price() -> None:
-    after = stage_two_model(config(**ROUTER), "frozen")
+    after = stage_two_model(config(**ROUTER), FROZEN)
     assert after.router is not None and after.router.noise == Ramp(start=0.0, end=0.0, until=1.0)
     assert (after.router.budget.coefficient, after.router.budget.controller) == (0, "fixed")
 
 
 def test_dense_models_and_routers_that_look_ahead() -> None:
-    assert stage_two_model(config("dense"), "frozen") == config("dense")
+    assert stage_two_model(config("dense"), FROZEN) == config("dense")
     with pytest.raises(
         ValueError, match=r"router.kind expert_choice picks tokens by looking at later ones, so a response"
     ):
-        stage_two_model(config("expert_choice"), "frozen")
+        stage_two_model(config("expert_choice"), FROZEN)

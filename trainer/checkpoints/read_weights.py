@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoints import manifest
-from trainer.checkpoints.layout import ENGINE, checkpoints_of, is_run
+from trainer.checkpoints.layout import ENGINE, STATE, checkpoints_of, is_run
 from trainer.checkpoints.zero_files import MASTER, Stored, only_tensors, stored
 from trainer.deepspeed_internals import import_deepspeed
 from trainer.distributed import ALONE
@@ -42,6 +42,13 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     with only_tensors(folder), torch.no_grad():
         _fill(module, stored(folder / ENGINE, zero_stage, written["world_size"], trained, state=False), folder)
     return written["step"]
+
+
+def thresholds_in(checkpoint: Path) -> Tensor | None:
+    """What the routers' margins are compared with, fp32 [S]; None for 0."""
+    with only_tensors(checkpoint):
+        state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
+    return state.get("thresholds")
 
 
 def checkpoint_of(path: Path) -> Path:
@@ -99,4 +106,4 @@ def _copy(parameter: Tensor, entry: Stored, folder: Path) -> None:
     for piece in entry.values[MASTER]:
         flat[done : done + piece.numel()] = piece
         done += piece.numel()
-    entry.check(flat[:done], folder)
+    entry.check(folder, flat)

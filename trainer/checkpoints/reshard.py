@@ -9,6 +9,8 @@ the first one's settings under stage 3.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,31 +33,51 @@ def reshard(engine: Any, folder: Path, written: dict[str, Any], rank: int, size:
     Raises:
         ValueError: if the files hold another model.
     """
+    trained = optimizer_order(engine.module)
+    entries = stored(folder, written["zero_stage"], written["world_size"], trained, state=True)
+    if missing := put(engine, entries, folder, rank, size):
+        raise ValueError(f"{folder} has no {missing[0]}; resume with the run's own config")
+
+
+def put(engine: Any, entries: Iterable[Stored], folder: Path, rank: int, size: int) -> list[str]:
+    """Put weights, and what else ``entries`` hold, into an engine that has not trained yet; collective.
+
+    A rank reads what it keeps, one parameter at a time.
+
+    Args:
+        engine: the DeepSpeed engine.
+        entries: a parameter each, in any order.
+        folder: where they come from, for messages.
+        rank, size: of this process, and how many there are.
+
+    Returns:
+        Names of the parameters that were not among them, and are as they were.
+
+    Raises:
+        ValueError: for one that the model does not have, or has in another shape.
+    """
     parameters = dict(engine.module.named_parameters())
     again = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)} - parameters.keys()
     places = dict(master_places(engine, rank, size))
     optimizer = torch_optimizer(engine)
-    entries = stored(folder, written["zero_stage"], written["world_size"], optimizer_order(engine.module), state=True)
     with torch.no_grad():
         for entry in entries:
             if entry.name in again:  # a tied head's second name
                 continue
             parameter = parameters.pop(entry.name, None)
             if parameter is None or whole_shape(parameter) != entry.shape:
-                raise ValueError(f"{entry.name} in {folder} is not of this model; resume with the run's own config")
-            master = entry.part(MASTER)
-            entry.check(master, folder)
-            set_weight(parameter, master, rank, size)
+                raise ValueError(f"{entry.name} in {folder} is not of this model; take the config that goes with it")
+            entry.check(folder)
+            set_weight(parameter, partial(entry.part, MASTER), rank, size)
             if entry.name in places:
                 _set_state(optimizer, places[entry.name], entry)
-    if parameters:
-        raise ValueError(f"{folder} has no {next(iter(parameters))}; resume with the run's own config")
+    return list(parameters)
 
 
 def _set_state(optimizer: torch.optim.Optimizer, place: Place, entry: Stored) -> None:
-    """The master and the optimiser's state, as far as this rank has them."""
+    """The master and, where it is there, the optimiser's state, as far as this rank has them."""
     flat = place.flat
-    state = optimizer.state[flat]
+    state = optimizer.state[flat] if entry.updates is not None or len(entry.values) > 1 else {}
     if entry.updates is not None:
         state.setdefault("step", torch.tensor(entry.updates, device=flat.device))
     for name in entry.values:

@@ -49,10 +49,17 @@ def to_resume(folder: Path, resume: str, world: World) -> Path | None:
     return found
 
 
+def origin_of(checkpoint: Path | None, world: World) -> str | None:
+    """What the run of ``checkpoint`` started from, in words; None for freshly drawn weights; collective."""
+    return None if checkpoint is None else manifest.read(checkpoint, world).get("init")
+
+
 def load(
-    engine: Any, checkpoint: Path, fingerprint: str, config: StageConfig, world: World
+    engine: Any, checkpoint: Path, fingerprint: str | None, config: StageConfig, world: World
 ) -> tuple[dict[str, Any], str]:
     """Put everything back; return the trainer's ``state``, and how it is laid out otherwise here; collective.
+
+    ``fingerprint`` is that of the run's data; None for a fork, which may have other data.
 
     Written by as many ranks, at the same ZeRO stage and precision, it comes back bit by bit. Otherwise weights and
     optimiser state are resharded, and the run goes on to float tolerance; see ``reshard.py``.
@@ -102,7 +109,9 @@ def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
         group.update(own)
 
 
-def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, config: StageConfig, world: World) -> str:
+def _check_fit(
+    written: dict[str, Any], checkpoint: Path, fingerprint: str | None, config: StageConfig, world: World
+) -> str:
     """Refuse what cannot be gone on from; return how its state is laid out otherwise than here."""
     blocks = peek(checkpoint / CONFIG)
     if ("base" in blocks) != hasattr(config, "base"):
@@ -122,11 +131,12 @@ def _check_fit(written: dict[str, Any], checkpoint: Path, fingerprint: str, conf
             "with the same number of ranks, ZeRO stage and precision"
         )
     there = written["data_fingerprint"]
-    if there != fingerprint and there[:12] != config.train.checkpoint.accept_data:
+    if fingerprint not in (None, there) and there[:12] != config.train.checkpoint.accept_data:
         raise ValueError(
             f"{checkpoint} was trained on other data or another order (its data fingerprint is {there[:12]}, this "
-            f"config's is {fingerprint[:12]}); resume with the same shards, data.seed, sequence_tokens and weights, "
-            f"start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on with the other data"
+            f"config's is {str(fingerprint)[:12]}); resume with the same shards, data.seed, sequence_tokens and "
+            f"weights, start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on with the other "
+            "data"
         )
     model = blocks["model"]
     sizes = config.model.model_dump(mode="json")

@@ -82,6 +82,7 @@ class Saver:
         world: this process among all; :meth:`save` and :meth:`wait` are collective.
         tell: takes a sentence for each checkpoint that is whole; called on rank 0, from the thread.
         tick: called while one waits for a checkpoint that grows, so that a long save is not taken for a hang.
+        origin: what the run started from, in words; None for freshly drawn weights.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Saver:
         world: World,
         tell: Callable[[str], None] = print,
         tick: Callable[[], None] = lambda: None,
+        origin: str | None = None,
     ):
         self.folder, self.fingerprint, self.config, self.world = folder, fingerprint, config, world
+        self.origin = origin
         self.tell, self.tick = tell, tick
         self._thread: threading.Thread | None = None
         self._reset()
@@ -130,6 +133,7 @@ class Saver:
             "step": step,
             **conditions(self.config, self.world),
             "data_fingerprint": self.fingerprint,
+            "init": self.origin,
             "commit": code_state.commit() if self.world.is_main else None,
         }
         self._final, self._partial = final, partial

@@ -25,6 +25,7 @@ from torch import Tensor
 from data.files import open_to_others, temporary_name, write_atomically
 from data.tokenizer_files import copy_tokenizer, tokenizer_files
 from model.decoder import Decoder
+from model.router import numbers_of, thresholds_of
 from settings import load, to_yaml
 from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import allocate, without_memory
@@ -57,7 +58,8 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
     require_absent(out)
     tokenizer_files(tokenizer_folder)
     ensemble = None if decoder.ensemble is None else decoder.ensemble.config
-    config = WeightsConfig(model=decoder.config, ensemble=ensemble, seed=decoder.seed)
+    thresholds = None if decoder.thresholds is None else numbers_of(decoder.thresholds)
+    config = WeightsConfig(model=decoder.config, ensemble=ensemble, seed=decoder.seed, thresholds=thresholds)
     partial = temporary_name(out)
     shutil.rmtree(partial, ignore_errors=True)  # of a killed command
     partial.mkdir(parents=True)
@@ -87,6 +89,7 @@ def read_weights(folder: Path, disk: Path | None = None) -> tuple[Decoder, Weigh
         raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
     config = load(folder / CONFIG, [], WeightsConfig)
     decoder = without_memory(config.model, config.seed, config.ensemble)
+    decoder.thresholds = None if config.thresholds is None else thresholds_of(config.thresholds)
     allocate(decoder, disk)
     wanted = dict(decoder.named_parameters())  # a tied head is not among them
     with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():

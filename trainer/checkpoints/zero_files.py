@@ -62,15 +62,18 @@ class Stored(NamedTuple):
         pieces = Joined(self.values[name]).pieces(start, self.shape.numel() - start if size is None else size)
         return torch.cat([piece.float() for piece in pieces]) if pieces else torch.empty(0)
 
-    def check(self, master: Tensor, folder: Path) -> None:
-        """Refuse a whole master that is not as long as its parameter, or does not round to its weight.
+    def check(self, folder: Path, master: Tensor | None = None) -> None:
+        """Refuse a master that is not as long as its parameter, or does not round to its weight.
+
+        ``master`` is all of it, where it was read already.
 
         Raises:
             ValueError: naming ``folder``.
         """
-        right = master.numel() == self.shape.numel()
+        right = sum(piece.numel() for piece in self.values[MASTER]) == self.shape.numel()
         if right and self.rounded is not None:
-            right = torch.equal(master.view(self.shape).to(self.rounded.dtype), self.rounded)
+            whole = self.part(MASTER) if master is None else master
+            right = torch.equal(whole.view(self.shape).to(self.rounded.dtype), self.rounded)
         if not right:
             raise ValueError(
                 f"{self.name} in {folder} is not where DeepSpeed 0.19 would have put it; read the checkpoint with the "

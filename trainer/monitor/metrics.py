@@ -86,7 +86,7 @@ class Metrics:
     def open_bar(self) -> None:
         """Show a progress bar from here on, if rank 0 writes to a terminal."""
         if self.world.is_main and sys.stdout.isatty():
-            total, done = self.config.train.steps, self._first_step
+            total, done = self.config.train.last_step, self._first_step
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False, file=sys.stdout)
 
     def close_bar(self) -> None:
@@ -104,7 +104,7 @@ class Metrics:
         self._waited_so_far_s = waited_s
         if self._bar is not None:
             self._bar.update()
-        if step % self.config.train.log.every_steps and step != self.config.train.steps:
+        if step % self.config.train.log.every_steps and step != self.config.train.last_step:
             return
         now = time.perf_counter()
         elapsed_s, self._clock = now - self._clock, now
@@ -215,7 +215,7 @@ class Metrics:
             "memory/peak_bytes": peak_bytes(self.world.device),
         }
         if self.sites:
-            progress = (step - 1) / config.train.steps
+            progress = config.train.progress(step - 1)
             density = [tokens / routed.tokens for tokens in routed.executed_tokens]
             line["budget/penalty"] = _mean([r.penalty for r in good]) if good else math.nan
             line["budget/target"] = budget.target(progress)

@@ -16,7 +16,7 @@ def describe_start(config: StageConfig, data: TrainingData, world: World) -> str
     """Model, routing, data and machine, a line each."""
     model, train, router = config.model, config.train, config.model.router
     counts = parameter_counts(model)
-    samples = train.steps * train.global_batch_samples
+    samples = train.last_step * train.global_batch_samples
     lines = [
         f"model     {counts['total']:,} parameters ({counts['layers']:,} in {model.layers} layers, "
         f"{counts['embedding'] + counts['head']:,} in embedding and head)",
@@ -24,7 +24,7 @@ def describe_start(config: StageConfig, data: TrainingData, world: World) -> str
         if router is None
         else f"routing   {router.kind}, {len(model.sites)} sites, density {router.density}, "
         f"{router.execution} execution",
-        f"training  {train.steps:,} steps of {train.global_batch_samples * config.data.sequence_tokens:,} tokens, "
+        f"training  {train.last_step:,} steps of {train.global_batch_samples * config.data.sequence_tokens:,} tokens, "
         f"{samples * config.data.sequence_tokens:,} in all",
     ]
     for source in data.summary():
@@ -50,7 +50,7 @@ def describe_end(config: StageConfig, evaluations: Mapping[int, list[Evaluation]
 
     ``evaluations`` by step, of this start of the run.
     """
-    before, after = evaluations.get(0), evaluations.get(config.train.steps)
+    before, after = evaluations.get(0), evaluations.get(config.train.last_step)
     lines = [f"run folder       {config.train.run_dir}"]
     for number, evaluation in enumerate(after or []):
         start = f"{before[number].greedy.loss:.4f} -> " if before else ""

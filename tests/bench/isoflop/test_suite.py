@@ -11,6 +11,7 @@ import pytest
 
 from bench.isoflop.suite import Suite, load_suite, mean_target, plan, planned_flops, step_tokens
 from model.budget import Budget
+from model.config import Progress
 from model.flops import Routed, executed_flops
 from tests.bench.isoflop.suites import DENSE, planned, write_suite
 from tests.config_reads import blocks_of, unread
@@ -54,7 +55,7 @@ def test_planned_flops_are_those_of_every_step_at_its_target(tiny: dict[str, Any
     config, tokens, keys = skip.config, 256.0, 8 * (32 * 33 / 2)
     assert step_tokens(config) == tokens and config.train.steps == 4
     asked = Budget(config.model, 32)
-    targets = [asked.target(step / 4) for step in range(4)]
+    targets = [asked.target(Progress(step, 4)) for step in range(4)]
     assert targets == [1.0, 1.0, 0.75, 0.5]
     each = [executed_flops(config.model, Routed(tokens, keys, [t * tokens] * 3, [t * keys] * 3)) for t in targets]
     assert skip.planned_flops == planned_flops(config) == pytest.approx(3 * sum(each), rel=1e-12)

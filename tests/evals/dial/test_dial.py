@@ -128,6 +128,16 @@ def test_thresholds_of_zero_are_the_trained_model(
     assert dial.trained.density == dial.trained.calibration_density == sum(own) / len(own)
 
 
+def test_a_model_with_thresholds_of_its_own_is_trained_at_those(
+    trained_run: Path, windows: Windows, dial: Dial
+) -> None:
+    decoder = load_model(trained_run).decoder
+    decoder.thresholds = torch.tensor([0.3, -0.2, -math.inf, 0.1])
+    point = turn(decoder, 4, windows, []).trained
+    assert point.thresholds == pytest.approx([0.3, -0.2, None, 0.1])
+    assert point.held_out_density != dial.trained.held_out_density and point.held_out_site_densities[2] == 1.0
+
+
 def test_density_one_executes_everything(loaded: Loaded, trained_run: Path, windows: Windows, dial: Dial) -> None:
     point = dial.points[-1]
     assert point.density == point.held_out_density == 1.0 and point.thresholds == [None] * len(dial.sites)

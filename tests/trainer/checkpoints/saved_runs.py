@@ -36,8 +36,14 @@ CASES = {f"fp32-{stage}": [f"deepspeed.zero_stage={stage}"] for stage in STAGES}
 SHUFFLED = "deepspeed.extra={zero_optimization: {round_robin_gradients: true}}"
 
 
-def save_runs(folder: Path, data: dict[str, Any], cases: dict[str, list[str]], ranks: int) -> Path:
-    """A folder below ``folder`` with one run folder a case; odd sizes, so that two partitions need padding."""
+def save_runs(
+    folder: Path,
+    data: dict[str, Any],
+    cases: dict[str, list[str]],
+    ranks: int,
+    module: str = "tests.trainer.checkpoints.saved_runs",
+) -> Path:
+    """A folder below ``folder`` with what ``module`` makes of each case; odd sizes: two partitions need padding."""
     config = {
         "model": {
             "vocab_size": 400, "layers": 2, "width": 33, "heads": 2, "kv_heads": 1, "head_width": 6, "ffn_width": 21,
@@ -53,7 +59,7 @@ def save_runs(folder: Path, data: dict[str, Any], cases: dict[str, list[str]], r
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     (folder / "cases.json").write_text(json.dumps(cases))
     arguments = [str(folder / name) for name in ("run.yaml", "cases.json", "out")]
-    done = run("tests.trainer.checkpoints.saved_runs", *arguments, processes=ranks)
+    done = run(module, *arguments, processes=ranks)
     assert done.returncode == 0, done.stdout[-4000:]
     return folder / "out"
 
@@ -65,7 +71,7 @@ def rehash(saved: Path, name: str) -> None:
     (saved / "manifest.json").write_text(json.dumps(parsed))
 
 
-def _masters(engine: Any, config: PretrainConfig) -> dict[str, Tensor]:
+def masters_of(engine: Any, config: PretrainConfig) -> dict[str, Tensor]:
     """The engine's own fp32 weights, whole, by name; collective."""
     import deepspeed
 
@@ -87,7 +93,7 @@ def _train_and_save(config: PretrainConfig, folder: Path, world: World) -> None:
         (folder / "checkpoints").mkdir(parents=True)
     world.barrier()
     save_now(engine, folder / "checkpoints", STEPS, {"step": STEPS}, "f" * 64, config, world)
-    masters = _masters(engine, config)
+    masters = masters_of(engine, config)
     if world.is_main:
         torch.save(masters, folder / "masters.pt")
     engine.destroy()

@@ -1,0 +1,198 @@
+"""What the ``init`` block names: found, checked against the config, and described, before anything is built.
+
+    a run, a checkpoint     of stage one; the fp32 masters, whatever ranks and ZeRO stage wrote them
+    a folder of weights     of ``convert.from_hf``, ``convert.average`` or ``tune.merge``
+    a Hugging Face folder   of the Llama family, or an export of ours
+
+Every rank maps the files and reads what it keeps of one parameter after the other. Whether they are whole is looked at
+by all ranks together, a share each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from safetensors import safe_open
+
+from convert.hf_config import ensemble_config, model_config, routing_thresholds
+from convert.hf_weights import read_tensors, tie_head, weight_files
+from data.files import read_json
+from model.config import ModelConfig, RouterConfig
+from model.router import thresholds_of
+from settings import load, peek
+from trainer.checkpoints import manifest
+from trainer.checkpoints.empty_decoder import without_memory
+from trainer.checkpoints.layout import CONFIG, ENGINE, checkpoints_of, is_run
+from trainer.checkpoints.read_weights import thresholds_in
+from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder
+from trainer.checkpoints.zero_files import MASTER, Stored, stored
+from trainer.config import InitConfig, PretrainConfig, WeightsConfig, is_stage_two
+from trainer.distributed import World
+from trainer.engine import optimizer_order
+from trainer.initial import Fork, GivenWeights, Initial
+
+_WHAT = "give init.path a stage-one run, one of its checkpoints, a folder of weights or a Hugging Face folder"
+_MUST_AGREE = (
+    "vocab_size",
+    "layers",
+    "width",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "ffn_width",
+    "qk_norm",
+    "tied_head",
+    "rope_theta",
+    "rope_scaling",
+    "norm_epsilon",
+)
+_OF_ROUTERS = ("kind", "granularity", "input", "always_on_first", "always_on_last")
+
+
+def open_initial(init: InitConfig, model: ModelConfig, world: World) -> Initial:
+    """What ``init`` names, for a run of ``model``; collective.
+
+    Raises:
+        ValueError: if it is not there, not whole, of stage two, or of another model; for a fork, if it has no optimiser
+            state. On every rank.
+    """
+    folder = Path(init.path)
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; {_WHAT}")
+    if init.kind == "fork":
+        return _fork(folder, world)
+    if is_weights_folder(folder):
+        given = _weights_folder(folder, world)
+    elif (folder / "config.json").is_file():
+        given = _hugging_face(folder, world)
+    else:
+        given = _checkpoint(folder, world)
+    _refuse_another_model(given, model)
+    return given
+
+
+def _fork(folder: Path, world: World) -> Fork:
+    if is_weights_folder(folder) or (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds weights and no optimiser's state, which init.kind fork goes on with; set init.kind: "
+            "weights, or give a run or one of its checkpoints"
+        )
+    checkpoint = _whole_checkpoint(folder, world)
+    step = manifest.read(checkpoint, world)["step"]
+    return Fork(checkpoint, f"fork of {checkpoint}, step {step:,}")
+
+
+def _whole_checkpoint(folder: Path, world: World) -> Path:
+    """The checkpoint that ``folder`` names, of stage one and whole."""
+    if is_run(folder):
+        found, torn = manifest.newest_whole(checkpoints_of(folder), world)
+        if world.is_main:
+            for sentence in torn:
+                print(f"passed over: {sentence}", flush=True)
+        if found is None:
+            raise ValueError(f"{folder} holds no whole checkpoint; train until one is saved, or give another run")
+    else:
+        problem, found = manifest.problem_of(folder, world), folder
+        if problem is not None:
+            raise ValueError(f"{folder} is nothing that a run can start from: {problem}; {_WHAT}")
+    if is_stage_two(found / CONFIG):
+        raise ValueError(
+            f"{found} is of stage two, whose weights lie on top of a base; merge them first with: python -m tune.merge "
+            f"{folder} OUT, and give init.path that folder"
+        )
+    return found
+
+
+def _checkpoint(folder: Path, world: World) -> GivenWeights:
+    found = _whole_checkpoint(folder, world)
+    written = manifest.read(found, world)
+    config = load(found / CONFIG, [], PretrainConfig)
+    trained = optimizer_order(without_memory(config.model))
+    read = partial(stored, found / ENGINE, written["zero_stage"], written["world_size"], trained, state=False)
+    return GivenWeights(
+        config.model, found, read, f"weights of {found}, step {written['step']:,}", thresholds_in(found)
+    )
+
+
+def _weights_folder(folder: Path, world: World) -> GivenWeights:
+    problem = manifest.problem_of(folder, world)
+    if problem is not None:
+        raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
+    _refuse_ensemble(folder, peek(folder / CONFIG).get("ensemble") is not None)
+    config = load(folder / CONFIG, [], WeightsConfig)
+    source = manifest.read(folder, world).get("source", "unknown origin")
+    given = None if config.thresholds is None else thresholds_of(config.thresholds)
+    read = partial(_of_safetensors, folder / WEIGHTS)
+    return GivenWeights(config.model, folder, read, f"weights of {folder} ({source})", given)
+
+
+def _of_safetensors(path: Path) -> Iterator[Stored]:
+    with safe_open(path, framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118
+            tensor = file.get_tensor(name)
+            yield Stored(name, tensor.shape, {MASTER: [tensor.reshape(-1)]})
+
+
+def _hugging_face(folder: Path, world: World) -> GivenWeights:
+    raw, path = read_json(folder / "config.json"), folder / "config.json"
+    model = model_config(raw, path)
+    _refuse_ensemble(folder, ensemble_config(raw, path) is not None)
+    tensors, problem = {}, None
+    try:
+        tensors = read_tensors(weight_files(folder), (world.rank, world.size))
+        if model.tied_head:
+            tie_head(tensors, folder)
+    except ValueError as error:
+        problem = str(error)
+    if problem := next((told for told in world.gather_objects(problem) if told), None):
+        raise ValueError(problem)
+
+    def read() -> Iterator[Stored]:
+        for name, tensor in tensors.items():
+            yield Stored(name, tensor.shape, {MASTER: [tensor.reshape(-1)]})
+
+    given = routing_thresholds(raw, path, len(model.sites))
+    description = f"weights of the Hugging Face {raw['model_type']} checkpoint {folder}"
+    return GivenWeights(model, folder, read, description, None if given is None else thresholds_of(given))
+
+
+def _refuse_ensemble(folder: Path, has_one: bool) -> None:
+    if has_one:
+        raise ValueError(
+            f"{folder} has a late-layer ensemble, which stage one does not train; give init.path what it was tuned from"
+        )
+
+
+def _refuse_another_model(given: GivenWeights, model: ModelConfig) -> None:
+    """Refuse sizes that differ, routers that would be lost, and noise by which new ones would skip at once."""
+    there = given.model
+    differ = [
+        f"model.{name} {getattr(there, name)} there, {getattr(model, name)} here"
+        for name in _MUST_AGREE
+        if getattr(there, name) != getattr(model, name)
+    ]
+    if there.router is not None:
+        here = model.router
+        differ += [
+            f"router {name} {getattr(there.router, name)} there, {getattr(here, name, None)} here"
+            for name in _OF_ROUTERS
+            if getattr(there.router, name) != getattr(here, name, None)
+        ]
+    if differ:
+        raise ValueError(
+            f"{given.folder} holds another model ({'; '.join(differ)}); give the model block its values, or init.path "
+            "another folder"
+        )
+    if there.router is None and model.router is not None:
+        _refuse_noise(given.folder, model.router)
+
+
+def _refuse_noise(folder: Path, router: RouterConfig) -> None:
+    if router.learned and router.noise.start > 0 and router.budget.controller != "quantile":
+        raise ValueError(
+            f"{folder} has no routers, and new ones must execute everything at first, which noise of scale "
+            f"{router.noise.start:g} would not let them: set model.router.budget.controller: quantile, or "
+            "router.noise.start: 0"
+        )

@@ -1,0 +1,75 @@
+"""What a fresh run starts from, besides freshly drawn weights. Who reads what: ``pretrain/initial.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.router import LearnedRouter, Router
+from trainer.checkpoints.reshard import put
+from trainer.checkpoints.zero_files import MASTER, Stored, only_tensors
+from trainer.distributed import World
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A checkpoint to go on from in another run folder.
+
+    Attributes:
+        checkpoint: the folder, whole.
+        description: a line for the log and the checkpoints' manifests.
+    """
+
+    checkpoint: Path
+    description: str
+
+
+@dataclass(frozen=True)
+class GivenWeights:
+    """Weights without an optimiser's state.
+
+    Attributes:
+        model: theirs.
+        folder: where they lie.
+        stored: reads them, a parameter at a time; called once, on every rank.
+        description: a line for the log and the checkpoints' manifests.
+        thresholds: what their routers' margins are compared with, fp32 [S]; None for 0.
+    """
+
+    model: ModelConfig
+    folder: Path
+    stored: Callable[[], Iterable[Stored]]
+    description: str
+    thresholds: Tensor | None = None
+
+    def put_into(self, engine: Any, world: World) -> None:
+        """Give the weights to an engine that has not trained yet; collective.
+
+        Learned routers that are not among them execute everything at first. Where thresholds follow their margins they
+        do so with any weights, and keep what was drawn; else they get weights of zero, and a tie executes.
+
+        Raises:
+            ValueError: if the files hold another model than their config says.
+        """
+        engine.module.thresholds = None if self.thresholds is None else self.thresholds.to(world.device)
+        with only_tensors(self.folder):
+            left = put(engine, self.stored(), self.folder, world.rank, world.size)
+        routers = {f"{name}.weight": m for name, m in engine.module.named_modules() if isinstance(m, Router)}
+        if missing := [name for name in left if name not in routers]:
+            raise ValueError(f"{self.folder} has no {missing[0]}; its files do not belong together, so copy it again")
+        router = engine.module.config.router
+        if router is None or router.budget.controller == "quantile":
+            return
+        shape = torch.Size((2, self.model.width))
+        closed = [name for name in left if isinstance(routers[name], LearnedRouter)]
+        zeros = (Stored(name, shape, {MASTER: [torch.zeros(shape.numel())]}) for name in closed)
+        put(engine, zeros, self.folder, world.rank, world.size)
+
+
+Initial = Fork | GivenWeights
