@@ -105,6 +105,10 @@ def _usage(model: Exported) -> str:
 
 def _training_rows(facts: dict[str, Any]) -> list[list[str]]:
     rows = [[label, _shown(facts[name])] for name, label in _LABELS.items() if facts.get(name) is not None]
+    rows += [
+        ["averaged checkpoint", _shown(f"{member['checkpoint']}, {member['share']:.2%} of the mean")]
+        for member in facts.get("averaged") or []
+    ]
     losses = facts.get("validation_losses") or {}
     return rows + [[f"validation loss on {name}, nats a token", f"{value:.4f}"] for name, value in losses.items()]
 

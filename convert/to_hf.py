@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.hf_weights import usual_name
 from convert.model_card import Exported, model_card
-from data.files import temporary_name, write_atomically, write_json
+from data.files import folder_around, temporary_name, write_atomically, write_json
 from model.config import ModelConfig
 from settings import path_argument, user_errors
 from trainer import code_state, opening
@@ -73,7 +73,7 @@ def export(
 
     _require_free(out)
     separate = adapters == "separate"
-    loaded = load_model(path, merged=not separate, disk=_disk_of(out))
+    loaded = load_model(path, merged=not separate, disk=folder_around(out))
     decoder = loaded.decoder
     _require_exportable(decoder, path, separate)
     with torch.no_grad():
@@ -271,11 +271,6 @@ def _require_free(out: Path) -> None:
         raise ValueError(f"OUT must name a folder without '..', got {out}; give its path in full")
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already and is no empty folder, and nothing is written over; give another one")
-
-
-def _disk_of(out: Path) -> Path:
-    """The innermost folder around ``out`` that there is."""
-    return next(folder for folder in out.absolute().parents if folder.is_dir())
 
 
 def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:

@@ -68,11 +68,19 @@ class SourceSummary:
     windows: int
     """Samples in one epoch."""
     share: float
-    """Of all samples."""
+    """Of the run's samples."""
+    taken: Sequence[int]
+    """Samples that the run takes of it, by stage of the mixture."""
 
-    def epochs(self, samples: int) -> float:
-        """How often this source is gone through in ``samples`` samples of the whole mixture."""
-        return samples * self.share / self.windows
+    @property
+    def epochs(self) -> float:
+        """How often the run goes through this source."""
+        return sum(self.taken) / self.windows
+
+    @property
+    def stage_epochs(self) -> list[float]:
+        """The same by stage of the mixture."""
+        return [samples / self.windows for samples in self.taken]
 
 
 class MixedStream:
@@ -81,8 +89,8 @@ class MixedStream:
     def __init__(self, config: StreamConfig, windows: Sequence[int]) -> None:
         """``windows`` of each source."""
         self._stream = config
-        names, weights = [source.name for source in config.sources], [source.weight for source in config.sources]
-        self._order = Order(names, windows, weights, config.seed)
+        names = [source.name for source in config.sources]
+        self._order = Order(names, windows, config.mixture(), config.seed)
 
     def _located(self, consumed: Sequence[int] | range) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
         """Sample ids int64 [B], their sources' numbers int64 [B], and for each sample its source and window."""
@@ -90,15 +98,23 @@ class MixedStream:
         sources, _, windows = self._order.locate(sample_ids)
         return sample_ids, sources, list(zip(sources.tolist(), windows.tolist(), strict=True))
 
+    def _shares(self, samples: int) -> tuple[np.ndarray, list[float]]:
+        """What a run of ``samples`` takes of each source by stage, int64 [K, S], and each source's share of it."""
+        taken = self._order.mixture.taken(samples, self._stream.skip_ranges)
+        return taken, (taken.sum(axis=0) / samples).tolist()
+
     def _fingerprint(self, sources: Sequence[dict[str, Any]], **decisive: Any) -> str:
         """SHA-256 of what each of the ``sources`` holds, of the order, and of what else is ``decisive``."""
+        first, *later = self._stream.mixture()
+        if later:
+            decisive["stages"] = [{"first": stage.first, "weights": stage.weights} for stage in later]
         decisive |= {
             "order_version": ORDER_VERSION,
             "seed": self._stream.seed,
             "sequence_tokens": self._stream.sequence_tokens,
             "sources": [
-                {"name": source.name, "weight": source.weight, **held}
-                for source, held in zip(self._stream.sources, sources, strict=True)
+                {"name": source.name, "weight": weight, **held}
+                for source, weight, held in zip(self._stream.sources, first.weights, sources, strict=True)
             ],
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
@@ -148,17 +164,15 @@ class TrainingData(MixedStream):
         ]
         return self._fingerprint(sources, tokenizer=self._tokenizer_sha256)
 
-    def summary(self) -> list[SourceSummary]:
-        """One entry a source."""
+    def summary(self, samples: int) -> list[SourceSummary]:
+        """One entry a source, for a run of ``samples``."""
         length = self._config.sequence_tokens
+        taken, shares = self._shares(samples)
         return [
-            SourceSummary(
-                name=source.name,
-                tokens=store.tokens,
-                windows=store.windows(length),
-                share=float(share),
+            SourceSummary(source.name, store.tokens, store.windows(length), share, by_stage)
+            for source, store, share, by_stage in zip(
+                self._config.sources, self._stores, shares, taken.T.tolist(), strict=True
             )
-            for source, store, share in zip(self._config.sources, self._stores, self._order.mixture.shares, strict=True)
         ]
 
     def batch(self, consumed: Sequence[int] | range) -> Batch:

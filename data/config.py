@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from data.places import fill_in_texts
+from data.stages import MixtureStage, Stage, require_known_sources, require_one_after_the_other
 from settings import PathText, Strict
 
 File = Annotated[PathText, AfterValidator(fill_in_texts)]
@@ -83,6 +84,10 @@ class StreamConfig(Strict):
             last_end = end
         return self
 
+    def mixture(self) -> list[Stage]:
+        """Which weights hold from which sample on: the sources' own, from the first one."""
+        return [Stage("", 0, [source.weight for source in self.sources])]
+
 
 def refuse_names_twice(**groups: Sequence[MixedSource]) -> None:
     """Raise ValueError if two sources of a group, such as ``validation``, have one name."""
@@ -103,6 +108,9 @@ class DataConfig(StreamConfig):
     """What to train on."""
     validation: list[SourceConfig] = Field(default_factory=list)
     """Named validation sets, evaluated apart."""
+    stages: list[MixtureStage] = Field(default_factory=list)
+    """Parts of the run with weights of their own, such as a warm-up, a main part and an annealing; one with the
+    sources' weights unless given."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How to train the tokenizer."""
     shard_tokens: int = Field(100_000_000, ge=1_000)
@@ -116,3 +124,37 @@ class DataConfig(StreamConfig):
     def _unique_names(self) -> DataConfig:
         refuse_names_twice(sources=self.sources, validation=self.validation)
         return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> DataConfig:
+        if self.stages:
+            require_known_sources(self.stages, [source.name for source in self.sources])
+            require_one_after_the_other(self.stages, self.sequence_tokens)
+        return self
+
+    def mixture(self) -> list[Stage]:
+        """Which weights hold from which sample on: those of ``stages``, or the sources' own.
+
+        Raises:
+            ValueError: if a stage begins at a share of the run, which :meth:`in_tokens` resolves.
+        """
+        return [
+            Stage(
+                stage.name,
+                stage.first_sample(self.sequence_tokens),
+                [stage.weights.get(source.name, 0.0) for source in self.sources],
+            )
+            for stage in self.stages
+        ] or super().mixture()
+
+    def in_tokens(self, run_samples: int) -> DataConfig:
+        """The same, its stages that begin at a share of the run at a token of a run of ``run_samples``.
+
+        Raises:
+            ValueError: if stages overlap then.
+        """
+        if not self.stages:
+            return self
+        stages = [stage.in_tokens(run_samples, self.sequence_tokens) for stage in self.stages]
+        require_one_after_the_other(stages, self.sequence_tokens)
+        return self.model_copy(update={"stages": stages})

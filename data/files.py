@@ -22,6 +22,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY)
 
 
+def folder_around(path: Path) -> Path:
+    """The innermost folder around ``path`` that there is: on whose disk it would come to be."""
+    return next(folder for folder in path.absolute().parents if folder.is_dir())
+
+
 def publish(file: BinaryIO, path: Path) -> None:
     """Close ``file``, which was written under ``temporary_name(path)``, and give it its name, durably."""
     file.flush()

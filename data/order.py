@@ -2,14 +2,15 @@
 
 Two steps. **Mixture**: samples come in blocks; from the weights follows how many of a block's samples each source
 gives (exact at every block's end, see :class:`Mixture`), and a keyed permutation spreads them over the block. So
-sample i is the n-th sample of its source. **Permutation**: n gives the epoch, ``n // windows``, and in each epoch a
+sample i is the n-th sample of its source. A stage (``data/stages.py``) has blocks of its own, and its sources go on
+counting where the stage before it ended. **Permutation**: n gives the epoch, ``n // windows``, and in each epoch a
 keyed permutation of all windows gives the one that comes n-th, so every window comes once an epoch and none is dropped.
 
 A permutation of ``range(n)`` is never stored: a Feistel network is a bijection on a power of four that is at least n,
 and a value that falls outside ``range(n)`` is sent through again until it falls inside ("cycle walking"), which keeps
 it a bijection.
 
-N: samples asked for. S: sources. M: samples in a block.
+N: samples asked for. S: sources. M: samples in a block. K: stages.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import numpy as np
+
+from data.skip_ranges import Ranges, pass_over
+from data.stages import Stage
 
 ORDER_VERSION = 1
 """Part of the data fingerprint: raise it with any change that moves a sample."""
@@ -72,25 +76,29 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 class Mixture:
-    """Sample number -> source, and the how-many-th sample of that source it is.
+    """One stage: sample number, counted from the stage's first -> source, and the how-many-th sample of it.
 
     Source s has given ``round(W_s n) - round(W_{s-1} n)`` samples when n samples, a whole number of blocks, are done
-    (W: cumulative shares). These add up to n, and each differs from its share of n by less than 1.
+    (W: cumulative shares). These add up to n, and each differs from its share of n by less than 1. A source of weight 0
+    changes nothing of the others.
     """
 
-    def __init__(self, weights: Sequence[float], seed: int) -> None:
-        """Raises ValueError if a weight is below a millionth of their sum."""
+    def __init__(self, weights: Sequence[float], seed: int, number: int = 0, name: str = "") -> None:
+        """``number`` and ``name`` of the stage. Raises ValueError if a weight is below a millionth of their sum."""
         exact = [Fraction(weight) for weight in weights]
         self.shares = [weight / sum(exact) for weight in exact]
-        if min(self.shares) < SMALLEST_SHARE:
+        smallest = min(share for share in self.shares if share)
+        if smallest < SMALLEST_SHARE:
+            least = min(weight for weight in weights if weight)
+            where = f"data.stages: '{name}'" if name else "data.sources"
             raise ValueError(
-                f"data.sources: weight {min(weights)} is less than a millionth of the sum of weights {sum(weights)}; "
+                f"{where}: weight {least} is less than a millionth of the sum of weights {sum(weights)}; "
                 "raise it, or leave that source out"
             )
         # Above 2 / share no source's count can go down from one block to the next.
-        self.block_samples = max(BLOCK_SAMPLES, -int(-2 // min(self.shares)))
+        self.block_samples = max(BLOCK_SAMPLES, -int(-2 // smallest))
         self._cumulative = [sum(self.shares[: s + 1], Fraction(0)) for s in range(len(self.shares))]
-        self._seed = seed
+        self._key = (seed, "mixture") if number == 0 else (seed, "mixture of stage", number)
         self._cached_block = functools.lru_cache(maxsize=4)(self._block)
 
     def counts(self, block: int) -> np.ndarray:
@@ -98,6 +106,12 @@ class Mixture:
         half = Fraction(1, 2)
         reached = [int(share * block * self.block_samples + half) for share in self._cumulative]
         return np.diff(np.array([0, *reached], np.int64))
+
+    def given(self, samples: int) -> np.ndarray:
+        """Samples each source has given when ``samples`` are done, which may end within a block: int64 [S]."""
+        block, rest = divmod(samples, self.block_samples)
+        counts = self.counts(block)
+        return counts + np.bincount(self._cached_block(block)[0][:rest], minlength=len(counts)) if rest else counts
 
     def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Source and ordinal in it of every sample: int64 [N] -> int64 [N], int64 [N]."""
@@ -113,7 +127,7 @@ class Mixture:
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and ordinal of every sample of one block: int64 [M], int64 [M]."""
         before = self.counts(block)
-        shuffled = permute(np.arange(self.block_samples), self.block_samples, key_of(self._seed, "mixture", block))
+        shuffled = permute(np.arange(self.block_samples), self.block_samples, key_of(*self._key, block))
         given = self.counts(block + 1) - before
         sources = np.searchsorted(np.cumsum(given), shuffled, side="right")
         # A source's ordinals rise along the block, so that it ends one epoch before it begins the next.
@@ -123,12 +137,50 @@ class Mixture:
         return sources, ordinals
 
 
+class StagedMixture:
+    """All stages: sample number -> source, and the how-many-th sample of it since the run's beginning."""
+
+    def __init__(self, stages: Sequence[Stage], seed: int) -> None:
+        """Raises ValueError as :class:`Mixture`."""
+        self._firsts = np.array([stage.first for stage in stages], np.int64)
+        self._mixtures = [Mixture(stage.weights, seed, number, stage.name) for number, stage in enumerate(stages)]
+        lengths = np.diff(self._firsts).tolist()
+        given = [mixture.given(length) for mixture, length in zip(self._mixtures, lengths, strict=False)]
+        self._before = np.cumsum([np.zeros(len(stages[0].weights), np.int64), *given], axis=0)
+        """int64 [K, S], samples that each source has given before each stage."""
+
+    def locate(self, sample_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source and ordinal in it of every sample: int64 [N] -> int64 [N], int64 [N]."""
+        source, ordinal = np.empty_like(sample_ids), np.empty_like(sample_ids)
+        stages = np.searchsorted(self._firsts, sample_ids, side="right") - 1
+        for number in np.unique(stages).tolist():
+            here = stages == number
+            source[here], within = self._mixtures[number].locate(sample_ids[here] - self._firsts[number])
+            ordinal[here] = self._before[number][source[here]] + within
+        return source, ordinal
+
+    def taken(self, consumed: int, skip_ranges: Ranges = ()) -> np.ndarray:
+        """What a run of ``consumed`` samples takes of each source in each stage: int64 [K, S]."""
+        end = int(pass_over(np.array([consumed - 1]), skip_ranges)[0]) + 1
+        taken = self._given(end)
+        for first, stop in skip_ranges:
+            if first < end:
+                taken -= self._given(stop) - self._given(first)
+        return taken
+
+    def _given(self, end: int) -> np.ndarray:
+        """What the samples below ``end`` are of each source in each stage: int64 [K, S]."""
+        ends = [*self._firsts[1:].tolist(), end]
+        parts = zip(self._mixtures, self._firsts.tolist(), ends, strict=True)
+        return np.stack([mixture.given(max(min(stop, end) - first, 0)) for mixture, first, stop in parts])
+
+
 class Order:
     """Sample number -> source, epoch and window."""
 
-    def __init__(self, names: Sequence[str], windows: Sequence[int], weights: Sequence[float], seed: int) -> None:
-        """One name, number of windows (at least 1) and weight for every source."""
-        self.mixture = Mixture(weights, seed)
+    def __init__(self, names: Sequence[str], windows: Sequence[int], stages: Sequence[Stage], seed: int) -> None:
+        """One name and number of windows (at least 1) for every source, and its weight in every stage."""
+        self.mixture = StagedMixture(stages, seed)
         self._windows = np.array(windows, np.int64)
         self._keys = [key_of(seed, "windows", name) for name in names]
 

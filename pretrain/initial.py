@@ -24,31 +24,16 @@ from model.router import thresholds_of
 from settings import load, peek
 from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import without_memory
-from trainer.checkpoints.layout import CONFIG, ENGINE, checkpoints_of, is_run
-from trainer.checkpoints.read_weights import thresholds_in
+from trainer.checkpoints.layout import CONFIG, checkpoints_of, is_run
+from trainer.checkpoints.read_weights import thresholds_in, weights_of
+from trainer.checkpoints.same_model import differences
 from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder
-from trainer.checkpoints.zero_files import MASTER, Stored, stored
+from trainer.checkpoints.zero_files import MASTER, Stored
 from trainer.config import InitConfig, PretrainConfig, WeightsConfig, is_stage_two
 from trainer.distributed import World
-from trainer.engine import optimizer_order
 from trainer.initial import Fork, GivenWeights, Initial
 
 _WHAT = "give init.path a stage-one run, one of its checkpoints, a folder of weights or a Hugging Face folder"
-_MUST_AGREE = (
-    "vocab_size",
-    "layers",
-    "width",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "ffn_width",
-    "qk_norm",
-    "tied_head",
-    "rope_theta",
-    "rope_scaling",
-    "norm_epsilon",
-)
-_OF_ROUTERS = ("kind", "granularity", "input", "always_on_first", "always_on_last")
 
 
 def open_initial(init: InitConfig, model: ModelConfig, world: World) -> Initial:
@@ -107,13 +92,10 @@ def _whole_checkpoint(folder: Path, world: World) -> Path:
 
 def _checkpoint(folder: Path, world: World) -> GivenWeights:
     found = _whole_checkpoint(folder, world)
-    written = manifest.read(found, world)
+    step = manifest.read(found, world)["step"]
     config = load(found / CONFIG, [], PretrainConfig)
-    trained = optimizer_order(without_memory(config.model))
-    read = partial(stored, found / ENGINE, written["zero_stage"], written["world_size"], trained, state=False)
-    return GivenWeights(
-        config.model, found, read, f"weights of {found}, step {written['step']:,}", thresholds_in(found)
-    )
+    read = partial(weights_of, without_memory(config.model), found, config.deepspeed.zero_stage)
+    return GivenWeights(config.model, found, read, f"weights of {found}, step {step:,}", thresholds_in(found))
 
 
 def _weights_folder(folder: Path, world: World) -> GivenWeights:
@@ -167,30 +149,25 @@ def _refuse_ensemble(folder: Path, has_one: bool) -> None:
 
 def _refuse_another_model(given: GivenWeights, model: ModelConfig) -> None:
     """Refuse sizes that differ, routers that would be lost, and noise by which new ones would skip at once."""
-    there = given.model
-    differ = [
-        f"model.{name} {getattr(there, name)} there, {getattr(model, name)} here"
-        for name in _MUST_AGREE
-        if getattr(there, name) != getattr(model, name)
-    ]
-    if there.router is not None:
-        here = model.router
-        differ += [
-            f"router {name} {getattr(there.router, name)} there, {getattr(here, name, None)} here"
-            for name in _OF_ROUTERS
-            if getattr(there.router, name) != getattr(here, name, None)
-        ]
-    if differ:
+    added = given.model.router is None and model.router is not None
+    there = _weights_alone(given.model)
+    here = _weights_alone(model.model_copy(update={"router": None}) if added else model)
+    if differ := differences(there.model_dump(mode="json"), here):
         raise ValueError(
             f"{given.folder} holds another model ({'; '.join(differ)}); give the model block its values, or init.path "
             "another folder"
         )
-    if there.router is None and model.router is not None:
+    if added:
         _refuse_noise(given.folder, model.router)
 
 
-def _refuse_noise(folder: Path, router: RouterConfig) -> None:
-    if router.learned and router.noise.start > 0 and router.budget.controller != "quantile":
+def _weights_alone(model: ModelConfig) -> ModelConfig:
+    """Without what weights do not depend on, and with what may be left out."""
+    return model.model_copy(update={"max_positions": 1, "init_std": 1.0, "head_width": model.head_dim})
+
+
+def _refuse_noise(folder: Path, router: RouterConfig | None) -> None:
+    if router is not None and router.learned and router.noise.start > 0 and router.budget.controller != "quantile":
         raise ValueError(
             f"{folder} has no routers, and new ones must execute everything at first, which noise of scale "
             f"{router.noise.start:g} would not let them: set model.router.budget.controller: quantile, or "

@@ -19,7 +19,8 @@ class Strict(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if any(isinstance(item, bool) for item in (value if isinstance(value, list | tuple) else [value])):
+        items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(item, bool) for item in items):
             kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
             if bool not in kinds and kinds & {int, float}:
                 raise ValueError(f"must be a number, got {value!r}, as YAML reads true, yes and on (false, no and off)")

@@ -183,6 +183,11 @@ class TrainConfig(Strict):
         """Where the run is after ``step`` steps."""
         return Progress(step, self.steps)
 
+    @property
+    def samples(self) -> int:
+        """Windows of the whole run."""
+        return self.steps * self.global_batch_samples
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one rank in one optimiser step.
 
@@ -375,13 +380,14 @@ def is_stage_two(path: str | Path) -> bool:
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
-    """A run's config from its file and the command line, with the run folder's name filled in.
+    """A run's config from its file and the command line, with the run folder's name and the stages' tokens filled in.
 
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    config = load(path, overrides, PretrainConfig)
-    return config.model_copy(update={"train": name_run(config.train, path)})
+    config: PretrainConfig = load(path, overrides, PretrainConfig)
+    train = name_run(config.train, path)
+    return config.model_copy(update={"train": train, "data": config.data.in_tokens(train.samples)})
 
 
 def name_run(train: TrainConfig, path: str | Path) -> TrainConfig:

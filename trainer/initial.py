@@ -13,7 +13,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.router import LearnedRouter, Router
 from trainer.checkpoints.reshard import put
-from trainer.checkpoints.zero_files import MASTER, Stored, only_tensors
+from trainer.checkpoints.zero_files import MASTER, Stored
 from trainer.distributed import World
 
 
@@ -58,8 +58,7 @@ class GivenWeights:
             ValueError: if the files hold another model than their config says.
         """
         engine.module.thresholds = None if self.thresholds is None else self.thresholds.to(world.device)
-        with only_tensors(self.folder):
-            left = put(engine, self.stored(), self.folder, world.rank, world.size)
+        left = put(engine, self.stored(), self.folder, world.rank, world.size)
         routers = {f"{name}.weight": m for name, m in engine.module.named_modules() if isinstance(m, Router)}
         if missing := [name for name in left if name not in routers]:
             raise ValueError(f"{self.folder} has no {missing[0]}; its files do not belong together, so copy it again")

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 from data.batches import Batch
 from data.files import only_writer
 from data.skip_ranges import refuse_other_past, sample_ids
+from data.stages import stage_after
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
@@ -202,6 +203,7 @@ class Trainer:
         """
         self.step += 1
         self.samples += self.config.train.global_batch_samples
+        self._look_for_border()
         self.metrics.log_step(self.step, self.samples, result, lr, self.budget, waited_s)
         # In fp16 a gradient that overflows where every loss was finite only lowers the loss scale.
         if result.applied or (self.config.train.precision == "fp16" and not result.bad_ranks):
@@ -278,6 +280,15 @@ class Trainer:
         data = state["data"]
         if data["fingerprint"] == self.fingerprint:
             refuse_other_past(data["skip_ranges"], self.config.data.skip_ranges, self.samples)
+
+    def _look_for_border(self) -> None:
+        """Mark the step that first took samples of another stage of the mixture, where other losses are no spike."""
+        mixture, ranges = self.config.data.mixture(), self.config.data.skip_ranges
+        consumed_before = self.samples - self.config.train.global_batch_samples
+        before, now = (stage_after(mixture, consumed, ranges) for consumed in (consumed_before, self.samples))
+        if now > before:
+            self.spikes.forget()
+            self.metrics.mark_stage(self.step, now)
 
     def _look_for_spike(self, result: StepResult) -> None:
         """Report when a spike begins and ends, with the way back; end the run if it is to.

@@ -44,14 +44,14 @@ class ExampleSummary(SourceSummary):
     cut_texts: int
     """Texts that were cut into windows."""
 
-    def sentence(self, samples: int) -> str:
-        """All of it, for a run of ``samples`` samples."""
+    def sentence(self) -> str:
+        """All of it."""
         left_out = f", {self.left_out:,} left out" if self.left_out else ""
         cut = f", {self.cut_texts:,} texts cut" if self.cut_texts else ""
         return (
             f"{self.name}: {self.examples:,} examples{left_out}{cut}, {self.tokens:,} tokens, "
             f"{self.learned_tokens:,} of them learned, in {self.windows:,} windows {self.fill:.1%} full, "
-            f"{self.share:.0%} of samples, {self.epochs(samples):.2f} epochs"
+            f"{self.share:.0%} of samples, {self.epochs:.2f} epochs"
         )
 
 
@@ -98,8 +98,9 @@ class TuningData(MixedStream):
         sources = [{"windows": packed.sha256} for packed in self._sources]
         return self._fingerprint(sources, tokenizer=self._tokenizer.sha256, eos_id=self._tokenizer.eos_id)
 
-    def summary(self) -> list[ExampleSummary]:
-        """One entry a source."""
+    def summary(self, samples: int) -> list[ExampleSummary]:
+        """One entry a source, for a run of ``samples``."""
+        taken, shares = self._shares(samples)
         return [
             ExampleSummary(
                 name=source.name,
@@ -110,10 +111,11 @@ class TuningData(MixedStream):
                 fill=float(packed.examples.inputs.sum()) / (len(packed.windows) * self._config.sequence_tokens),
                 left_out=packed.examples.left_out,
                 cut_texts=packed.examples.cut_texts,
-                share=float(share),
+                share=share,
+                taken=by_stage,
             )
-            for source, packed, share in zip(
-                self._config.sources, self._sources, self._order.mixture.shares, strict=True
+            for source, packed, share, by_stage in zip(
+                self._config.sources, self._sources, shares, taken.T.tolist(), strict=True
             )
         ]
 

@@ -19,13 +19,12 @@ def describe_start(
     """Base, method, trainable parameters, data, sets to evaluate on and machine, a line each."""
     train, ensemble = config.train, config.ensemble
     trained, total = trainable_counts(decoder)
-    samples = train.last_step * train.global_batch_samples
     lines = [
         f"base      {base.description}",
         f"routers   {config.base.routers}" if config.model.sites else "routers   none",
         f"method    {describe_method(config)}",
         f"trained   {trained:,} of {total:,} parameters ({trained / total:.2%})",
-        f"training  {train.last_step:,} steps of {train.global_batch_samples} windows of {config.data.sequence_tokens} "
+        f"training  {train.steps:,} steps of {train.global_batch_samples} windows of {config.data.sequence_tokens} "
         "tokens",
     ]
     if ensemble is not None:
@@ -34,8 +33,8 @@ def describe_start(
             f"ensemble  the last {ensemble.layers} layers, final weight {ensemble.final_weight} at the start, "
             f"distillation {ensemble.distillation}, balance {ensemble.balance}",
         )
-    for source in data.summary():
-        lines.append(f"data      {source.sentence(samples)}")
+    for source in data.summary(train.samples):
+        lines.append(f"data      {source.sentence()}")
     lines += [f"evaluated {example_set.sentence()}" for example_set in sets]
     return "\n".join([*lines, machine(config, world)])
 

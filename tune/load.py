@@ -15,11 +15,13 @@ from typing import NamedTuple
 
 from model.decoder import Decoder
 from settings import load
+from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import allocate, without_memory
 from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.read_weights import checkpoint_of, fill, thresholds_in
-from trainer.checkpoints.weights_folder import is_weights_folder, read_weights
+from trainer.checkpoints.weights_folder import is_weights_folder, read_empty, read_weights
 from trainer.config import PretrainConfig, WeightsConfig, is_stage_two
+from trainer.distributed import ALONE
 from tune.config import TuneConfig
 
 
@@ -51,8 +53,8 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
 
     Args:
         path: a run folder of stage one or two, of which the newest whole checkpoint is taken (torn ones are told on
-            stderr and passed over), one checkpoint's folder, or a folder of weights (what ``convert.from_hf`` and
-            ``tune.merge`` write).
+            stderr and passed over), one checkpoint's folder, or a folder of weights (what ``convert.from_hf``,
+            ``convert.average`` and ``tune.merge`` write).
         merged: a tuned run's adapters are part of the weights that they sit on, and names are the base's.
         disk: keep the weights in a file without a name in this folder; in memory unless given.
 
@@ -63,31 +65,46 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
     if is_weights_folder(path):
         decoder, weights_config = read_weights(path, disk)
         return Loaded(decoder, weights_config, None, path)
+    loaded = load_empty(path)
+    allocate(loaded.decoder, disk)
+    assert not isinstance(loaded.config, WeightsConfig)
+    step = fill(loaded.decoder, loaded.source, loaded.config.deepspeed.zero_stage)
+    if merged and isinstance(loaded.config, TuneConfig):
+        from tune.adapters import merge  # PEFT
+
+        merge(loaded.decoder)
+    return loaded._replace(decoder=loaded.decoder.eval(), step=step)
+
+
+def load_empty(path: Path) -> Loaded:
+    """:func:`load_model` without the weights: the decoder has no memory, and adapters as they were trained.
+
+    Raises:
+        ValueError: if ``path`` holds none, or not a whole one.
+    """
+    if is_weights_folder(path):
+        decoder, weights_config = read_empty(path)
+        return Loaded(decoder, weights_config, None, path)
     if (path / "config.json").is_file():
         raise ValueError(
             f"{path} is a Hugging Face folder, not a run; import it with: python -m convert.from_hf {path} OUT, and "
             "give that folder"
         )
-    source = checkpoint_of(path)
-    if is_stage_two(source / CONFIG):
-        return _tuned(source, merged, disk)
-    config = load(source / CONFIG, [], PretrainConfig)
-    decoder = without_memory(config.model, config.train.seed)
-    allocate(decoder, disk)
-    step = fill(decoder, source, config.deepspeed.zero_stage)
+    return load_whole(checkpoint_of(path))
+
+
+def load_whole(source: Path) -> Loaded:
+    """:func:`load_empty` of a checkpoint's folder that is known to be whole."""
+    step = manifest.read(source, ALONE)["step"]
+    if not is_stage_two(source / CONFIG):
+        config = load(source / CONFIG, [], PretrainConfig)
+        decoder = without_memory(config.model, config.train.seed)
+        decoder.thresholds = thresholds_in(source)
+        return Loaded(decoder, config, step, source)
+    from tune.adapters import prepare  # PEFT
+
+    tuned = load(source / CONFIG, [], TuneConfig)
+    decoder = without_memory(tuned.model, tuned.base.seed or 0, tuned.ensemble)
+    prepare(decoder, tuned.adapter, tuned.base.routers, tuned.train.seed)
     decoder.thresholds = thresholds_in(source)
-    return Loaded(decoder, config, step, source)
-
-
-def _tuned(source: Path, merged: bool, disk: Path | None) -> Loaded:
-    from tune.adapters import merge, prepare  # PEFT
-
-    config = load(source / CONFIG, [], TuneConfig)
-    decoder = without_memory(config.model, config.base.seed or 0, config.ensemble)
-    prepare(decoder, config.adapter, config.base.routers, config.train.seed)
-    allocate(decoder, disk)
-    step = fill(decoder, source, config.deepspeed.zero_stage)
-    decoder.thresholds = thresholds_in(source)
-    if merged:
-        merge(decoder)
-    return Loaded(decoder.eval(), config, step, source)
+    return Loaded(decoder, tuned, step, source)

@@ -92,7 +92,7 @@ class Demo:
                 0.25,
                 checkpoint_at(checkpoints_of(run), one.steps) / manifest.NAME,
                 one,
-                one.steps * one.global_batch_samples * self.stage_one.data.sequence_tokens,
+                one.samples * self.stage_one.data.sequence_tokens,
             ),
             DemoStage("examples", "lines of code with open brackets", [*python, "launch.demo.examples", data], 0.03),
             DemoStage(
@@ -102,7 +102,7 @@ class Demo:
                 0.4,
                 checkpoint_at(checkpoints_of(tuned), two.steps) / manifest.NAME,
                 two,
-                two.steps * two.global_batch_samples * self.stage_two.data.sequence_tokens,
+                two.samples * self.stage_two.data.sequence_tokens,
             ),
             DemoStage(
                 "export",

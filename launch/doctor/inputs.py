@@ -26,8 +26,7 @@ def shards(config: PretrainConfig) -> Iterator[Finding]:
     sha256 = tokenizer_sha256(config.data.dir)
     for source in config.data.validation:
         TokenStore(validation_folder(config.data, source.name), sha256)
-    samples = config.train.last_step * config.train.global_batch_samples
-    told = ", ".join(f"{s.name} {s.tokens:,} tokens, {s.epochs(samples):.2f} epochs" for s in data.summary())
+    told = ", ".join(f"{s.name} {s.tokens:,} tokens, {s.epochs:.2f} epochs" for s in data.summary(config.train.samples))
     yield Finding(
         "data", "ok", f"{told}; tokenizer and model agree on {data.vocab_size:,} ids, sizes as in the manifests"
     )

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 from launch.plan import communication
 from launch.plan.communication import Cluster, Step, expected_mfu, ladder, volume
+from launch.plan.data import data_lines
 from launch.plan.gpus import GPUS
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
@@ -80,7 +81,7 @@ def _what(workload: Workload, arguments: argparse.Namespace) -> str:
         lines.append(
             "            (frozen weights save up to a third of it, and activations; neither is taken off here)"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *data_lines(config)])
 
 
 _ROWS = {

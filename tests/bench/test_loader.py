@@ -39,7 +39,7 @@ def test_shards_are_whole_and_hold_what_was_asked_for(tmp_path: Path, vocab: int
     config = loader.write_shards(tmp_path, vocab, tokens=2_500_000, sequence_tokens=32)
     data = TrainingData(config)
     assert data.vocab_size == vocab
-    large, small = data.summary()
+    large, small = data.summary(1000)
     assert large.tokens >= 0.75 * 2_500_000 and small.tokens >= 0.25 * 2_500_000
     assert large.share == small.share == 0.5
     batch = next(loader.step_batches(data, 3, 8))

@@ -58,8 +58,8 @@ def test_rows_against_a_slow_reference(folder: Path, confine: bool, restart: boo
     assert batch.tokens.shape == batch.targets.shape == (40, length) and batch.tokens.dtype == torch.int64
     assert (batch.documents is not None) == confine and (batch.positions is not None) == restart
     stores = [everything(Path(config.dir) / "train" / name) for name in ("main", "second")]
-    names, weights = [source.name for source in config.sources], [source.weight for source in config.sources]
-    order = Order(names, [entry.windows for entry in data.summary()], weights, config.seed)
+    names = [source.name for source in config.sources]
+    order = Order(names, [entry.windows for entry in data.summary(40)], config.mixture(), config.seed)
     sources, _, windows = order.locate(np.arange(40))
     assert batch.sources is not None and batch.sources.tolist() == sources.tolist()
     for row, (source, window) in enumerate(zip(sources, windows, strict=True)):
@@ -134,13 +134,13 @@ def test_fingerprint_changes_with_what_decides_the_order(folder: Path) -> None:
 
 def test_summary_accounts_for_every_token(folder: Path) -> None:
     config = reopened(folder)
-    summary = TrainingData(config).summary()
+    summary = TrainingData(config).summary(1000)
     assert [entry.name for entry in summary] == ["main", "second"]
     for entry in summary:
         tokens, _ = everything(Path(config.dir) / "train" / entry.name)
         assert entry.tokens == len(tokens)
     assert summary[1].share == pytest.approx(0.3)
-    assert summary[1].epochs(1000) == pytest.approx(300 / summary[1].windows)
+    assert summary[1].taken == [300] and summary[1].epochs == pytest.approx(300 / summary[1].windows)
 
 
 def test_source_shorter_than_a_window(folder: Path) -> None:

@@ -8,6 +8,12 @@ import numpy as np
 import pytest
 
 from data.order import Mixture, Order, key_of, permute
+from data.stages import Stage
+
+
+def always(*weights: float) -> list[Stage]:
+    """One stage, of the whole run."""
+    return [Stage("", 0, weights)]
 
 
 @pytest.mark.parametrize("size", [*range(1, 40), 63, 64, 65, 255, 256, 257, 1000, 4096, 4097, 100_003])
@@ -76,7 +82,7 @@ def test_weight_too_small_is_refused() -> None:
 
 
 def test_every_window_once_an_epoch_for_every_source() -> None:
-    order = Order(["a", "b", "c"], [7, 500, 1], [1, 4, 0.5], seed=1)
+    order = Order(["a", "b", "c"], [7, 500, 1], always(1, 4, 0.5), seed=1)
     source, epoch, window = order.locate(np.arange(20_000))
     for number, windows in enumerate([7, 500, 1]):
         mine = source == number
@@ -89,7 +95,7 @@ def test_every_window_once_an_epoch_for_every_source() -> None:
 
 def test_any_slice_gives_the_same_samples() -> None:
     def fresh() -> Order:
-        return Order(["a", "b"], [100, 333], [0.3, 0.7], seed=5)
+        return Order(["a", "b"], [100, 333], always(0.3, 0.7), seed=5)
 
     whole = np.stack(fresh().locate(np.arange(5000)))
     for first, count in ((0, 1), (4999, 1), (995, 10), (1234, 700)):
@@ -101,14 +107,14 @@ def test_any_slice_gives_the_same_samples() -> None:
 
 def test_seed_and_name_change_the_order() -> None:
     def windows(name: str, seed: int) -> list[int]:
-        return Order([name], [1000], [1.0], seed).locate(np.arange(100))[2].tolist()
+        return Order([name], [1000], always(1.0), seed).locate(np.arange(100))[2].tolist()
 
     assert windows("a", 0) == windows("a", 0)
     assert windows("a", 0) != windows("a", 1) != windows("b", 1)
 
 
 def test_far_into_a_long_run() -> None:
-    order = Order(["a", "b"], [10**9, 10**6], [0.9, 0.1], seed=0)
+    order = Order(["a", "b"], [10**9, 10**6], always(0.9, 0.1), seed=0)
     source, epoch, window = order.locate(np.arange(10**12, 10**12 + 100))
     assert (window >= 0).all() and (window < np.array([10**9, 10**6])[source]).all()
     assert (np.abs(epoch - np.array([900, 100_000])[source]) <= 1).all()

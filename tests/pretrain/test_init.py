@@ -160,9 +160,9 @@ def test_routers_with_a_price_begin_at_a_tie(
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "vocabulary": ({"vocab_size": 401}, r"model.vocab_size 400 there, 401 here\); give the model block its values"),
-    "head size": ({"head_width": 8}, r"model.head_dim 6 there, 8 here"),
+    "head size": ({"head_width": 8}, r"model.head_width 6 there, 8 here"),
     "rotation": ({"rope_theta": 5000.0}, r"model.rope_theta 10000.0 there, 5000.0 here"),
-    "routers lost": ({"router": None}, r"router kind learned there, None here; router granularity layer there"),
+    "routers lost": ({"router": None}, r"router granularity layer there, None here; router kind learned there"),
     "other routers": (
         {"router": {"density": 0.5, "granularity": "module"}},
         r"router granularity layer there, module here",

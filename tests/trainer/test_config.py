@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from settings import to_yaml
 from trainer.config import PretrainConfig, load_run
 
 Configure = Callable[..., PretrainConfig]
@@ -101,3 +102,19 @@ def test_run_dir_is_the_config_files_name_unless_given(write_config: Callable[..
     assert load_run(path).train.run_dir == "runs/my-run"
     assert load_run(path, ["train.run_dir=elsewhere"]).train.run_dir == "elsewhere"
     assert not Path("runs/my-run").exists()  # loading makes nothing
+
+
+def test_shares_of_the_run_are_tokens_in_the_run_folder(tiny: dict[str, Any], write_config: Callable[..., str]) -> None:
+    """So a run that goes on for longer, from the config that it saved, keeps its borders."""
+    path = write_config(tiny)
+    stages = "[{name: main, from_share: 0, weights: {code: 1}}, {name: end, from_share: 0.75, weights: {code: 2}}]"
+    config = load_run(path, [f"data.stages={stages}"])
+    assert [(stage.from_tokens, stage.from_share) for stage in config.data.stages] == [(0, None), (24 * 32, None)]
+    saved = Path(path).with_name("saved.yaml")
+    saved.write_text(to_yaml(config))
+    assert load_run(saved) == config
+    assert load_run(saved, ["train.steps=400"]).data == config.data
+    with pytest.raises(
+        ValueError, match=r"'main' begins at token 0 and 'end', the next one, at token 0, so they overl"
+    ):
+        load_run(path, [f"data.stages={stages.replace('0.75', '0.01')}"])

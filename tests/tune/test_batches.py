@@ -91,7 +91,7 @@ def test_an_epoch_holds_every_example_whole_and_once(folder: Path, tokenizer: Te
     found: Counter[Any] = Counter()
     for source in blocks(folder).sources:
         data = TuningData(blocks(folder, sources=[source], pack=pack), tokenizer)
-        (entry,) = data.summary()
+        (entry,) = data.summary(8)
         batch = data.batch(range(entry.windows))
         assert batch.tokens.shape == (entry.windows, T) and batch.tokens.dtype == torch.int64
         assert batch.scored_targets == int((batch.targets != IGNORED).sum()) == entry.learned_tokens
@@ -175,18 +175,18 @@ def test_summary(folder: Path, tokenizer: TextTokenizer, tmp_path: Path) -> None
     long = write_lines(tmp_path / "long.jsonl", [{"prompt": "x" * 99, "response": "y"}, *pairs(3)])
     sources = [{"name": "long", "files": [str(long)], "weight": 3}, blocks(folder).sources[1].model_dump()]
     data = TuningData(blocks(folder, sources=sources, too_long="leave_out"), tokenizer)
-    first, second = data.summary()
+    first, second = data.summary(4000)
     assert (first.name, first.examples, first.left_out, first.cut_texts) == ("long", 3, 1, 0)
     assert (second.examples, second.left_out, first.share) == (23, 0, 0.75)
-    assert first.epochs(4 * first.windows) == 3.0
+    assert first.epochs == 3000 / first.windows
     assert 0 < first.fill <= 1 and second.fill > 0.7
     assert first.tokens - first.examples == pytest.approx(first.fill * first.windows * T)
     assert data.vocab_size == tokenizer.vocab_size
-    assert first.sentence(8).startswith("long: 3 examples, 1 left out, ") and "left out" not in second.sentence(8)
+    assert first.sentence().startswith("long: 3 examples, 1 left out, ") and "left out" not in second.sentence()
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 40)
     data = TuningData(blocks(folder, sources=[{"name": "t", "files": [str(text)], "format": "text"}]), tokenizer)
-    assert ", 1 texts cut, " in data.summary()[0].sentence(8)
+    assert ", 1 texts cut, " in data.summary(8)[0].sentence()
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -259,5 +259,5 @@ def test_windows_of_real_data_are_full(tokenizer: TextTokenizer) -> None:
         pytest.skip(f"{REAL} is absent")
     source = {"name": "polarity", "files": [str(REAL / "polarity-validation.jsonl")]}
     config = ExamplesConfig.model_validate({"sequence_tokens": 512, "sources": [source], "too_long": "refuse"})
-    (entry,) = TuningData(config, tokenizer).summary()
+    (entry,) = TuningData(config, tokenizer).summary(8)
     assert entry.examples == 500 and entry.fill > 0.9

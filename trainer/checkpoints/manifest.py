@@ -69,15 +69,25 @@ def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:
 
     Every file's size and SHA-256 is compared with the manifest; the files are shared out over the ranks.
     """
+    found, torn = newest_whole_ones(folder, world, 1)
+    return (found[0] if found else None), torn
+
+
+def newest_whole_ones(folder: Path, world: World, most: int) -> tuple[list[Path], list[str]]:
+    """As :func:`newest_whole`: up to ``most`` of them, the newest first."""
     torn = [f"{p.name} was never finished" for p in unfinished(folder)] if world.is_main else []
     candidates = world.broadcast_object(newest_first(folder) if world.is_main else None)
     torn = world.broadcast_object(torn)
+    found: list[Path] = []
     for candidate in candidates:
         problem = problem_of(candidate, world)
-        if problem is None:
-            return candidate, torn
-        torn.append(f"{candidate.name} is torn: {problem}")
-    return None, torn
+        if problem is not None:
+            torn.append(f"{candidate.name} is torn: {problem}")
+            continue
+        found.append(candidate)
+        if len(found) == most:
+            break
+    return found, torn
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:

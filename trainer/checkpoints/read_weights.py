@@ -7,7 +7,7 @@ model, and of the files, which are mapped, what the system likes to keep. Decode
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -36,12 +36,25 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     Raises:
         ValueError: if the files hold another model, or anything but tensors and numbers.
     """
+    with torch.no_grad():
+        _fill(module, weights_of(module, folder, zero_stage), folder)
+    return manifest.read(folder, ALONE)["step"]
+
+
+def weights_of(module: nn.Module, folder: Path, zero_stage: int) -> Iterator[Stored]:
+    """What a checkpoint holds of a module's parameters, mapped and not read, in no particular order.
+
+    Args:
+        module, folder, zero_stage: as for :func:`fill`; the module may be without memory.
+
+    Raises:
+        ValueError: if the files hold anything but tensors and numbers.
+    """
     written = manifest.read(folder, ALONE)
     trained = optimizer_order(module)
     import_deepspeed()  # quietly: the allowed types are its own
-    with only_tensors(folder), torch.no_grad():
-        _fill(module, stored(folder / ENGINE, zero_stage, written["world_size"], trained, state=False), folder)
-    return written["step"]
+    with only_tensors(folder):
+        yield from stored(folder / ENGINE, zero_stage, written["world_size"], trained, state=False)
 
 
 def thresholds_in(checkpoint: Path) -> Tensor | None:

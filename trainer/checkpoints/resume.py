@@ -17,6 +17,7 @@ from trainer.checkpoints.layout import CONFIG, ENGINE, STATE, newest_first, rng_
 from trainer.checkpoints.reshard import reshard
 from trainer.checkpoints.retention import refuse_taken
 from trainer.checkpoints.rng import set_rng_state
+from trainer.checkpoints.same_model import differences
 from trainer.checkpoints.save import conditions
 from trainer.checkpoints.zero_files import only_tensors
 from trainer.config import StageConfig
@@ -138,18 +139,7 @@ def _check_fit(
             f"weights, start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on with the other "
             "data"
         )
-    model = blocks["model"]
-    sizes = config.model.model_dump(mode="json")
-    changed = [
-        f"model.{key} {model.get(key)} there, {value} here"
-        for key, value in sizes.items()
-        if key != "router" and model.get(key) != value
-    ]
-    routers = model["router"] or {}, sizes["router"] or {}
-    for key in ("granularity", "kind", "input", "always_on_first", "always_on_last"):
-        then, now = (router.get(key) for router in routers)
-        if then != now:
-            changed.append(f"router {key} {then} there, {now} here")
+    changed = differences(blocks["model"], config.model)
     for name, value in config.structure().items():
         block, _, field = name.partition(".")
         there = (blocks.get(block) or {}).get(field)

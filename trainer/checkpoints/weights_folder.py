@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,23 +85,44 @@ def read_weights(folder: Path, disk: Path | None = None) -> tuple[Decoder, Weigh
     Raises:
         ValueError: if a file is missing or was changed, or the weights are those of another model.
     """
+    decoder, config = read_empty(folder)
+    allocate(decoder, disk)
+    with torch.no_grad(), weights_in(folder, decoder) as weights:
+        for name, parameter in decoder.named_parameters():  # a tied head is not among them
+            parameter.copy_(weights.get_tensor(name))
+    return decoder, config
+
+
+def read_empty(folder: Path) -> tuple[Decoder, WeightsConfig]:
+    """:func:`read_weights` without the weights: the decoder has no memory.
+
+    Raises:
+        ValueError: if a file is missing or was changed.
+    """
     problem = manifest.problem_of(folder, ALONE)
     if problem is not None:
         raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
     config = load(folder / CONFIG, [], WeightsConfig)
     decoder = without_memory(config.model, config.seed, config.ensemble)
     decoder.thresholds = None if config.thresholds is None else thresholds_of(config.thresholds)
-    allocate(decoder, disk)
-    wanted = dict(decoder.named_parameters())  # a tied head is not among them
-    with safe_open(folder / WEIGHTS, framework="pt") as file, torch.no_grad():
-        difference = mismatch(wanted, {name: file.get_slice(name).get_shape() for name in file.keys()})  # noqa: SIM118
+    return decoder, config
+
+
+@contextmanager
+def weights_in(folder: Path, decoder: Decoder) -> Iterator[Any]:
+    """The open file of weights; its ``get_tensor(name)`` reads one of ``decoder``'s, which may have no memory.
+
+    Raises:
+        ValueError: if the weights are those of another model.
+    """
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        difference = mismatch(dict(decoder.named_parameters()), shapes)
         if difference is not None:
             raise ValueError(
                 f"{folder} is a checkpoint of another shape than its {CONFIG}: {difference}; write it again"
             )
-        for name, parameter in wanted.items():
-            parameter.copy_(file.get_tensor(name))
-    return decoder, config
+        yield file
 
 
 def require_absent(out: Path) -> None:

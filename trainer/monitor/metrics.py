@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data.files import write_atomically
+from data.stages import describe_shares, stage_after
 from model.budget import Budget
 from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops, training_flops
 from trainer.config import StageConfig
@@ -66,6 +67,7 @@ class Metrics:
         self.log = logger_of_run()
         self.sites = config.model.sites
         self.sources = [source.name for source in config.data.sources]
+        self._mixture = config.data.mixture()
         self._since_log: list[StepResult] = []
         self._clock = time.perf_counter()
         self._waited_s = self._waited_so_far_s = 0.0
@@ -111,9 +113,21 @@ class Metrics:
         waited_s, self._waited_s = waited_s - self._waited_s, waited_s
         line = self._training_line(step, lr, budget, elapsed_s, waited_s)
         line["train/tokens"] = samples * self.config.data.sequence_tokens
+        if len(self._mixture) > 1:
+            line["data/stage"] = stage_after(self._mixture, samples, self.config.data.skip_ranges)
         self._since_log = []
         self._add(step, line)
         self._tell(step, line)
+
+    def mark_stage(self, step: int, number: int) -> None:
+        """Mark ``step`` as the first with samples of stage ``number`` of the mixture."""
+        stage = self._mixture[number]
+        told = f"{stage.name} begins with sample {stage.first:,}: {describe_shares(stage, self.sources)}"
+        self.log.info(f"step {step:>6,}  data.stages: {told}")
+        self._add(step, {"data/stage": number})
+        if self._writer is not None:
+            with self._to_look_at():
+                self._writer.add_text("data/stages", told, step)
 
     def log_evaluation(self, step: int, evaluations: list[Evaluation]) -> None:
         """Log validation losses and densities, and draw the routing."""

@@ -7,7 +7,7 @@ fast fall at the start, which lies below its mean, or a slow rise, which takes t
 whose distribution has a long tail, the logarithm is taken.
 
 Steps of a spike stay out of the mean, or it would soon pass for normal. One that lasts as long as the window is the
-new normal, and the window begins again.
+new normal, and the window begins again; it does where a stage of the mixture begins, too.
 
 Everything here is computed from figures that are the same on every rank, so every rank comes to the same end.
 """
@@ -96,11 +96,16 @@ class SpikeDetector:
         else:
             spike = replace(before, last_step=step, steps=before.steps + 1, consumed=consumed)
         if spike.steps == self.config.window_steps:
-            self._losses.clear()
-            self._log_norms.clear()
+            self.forget()
             return replace(spike, end="has lasted for train.spike.window_steps and passes for normal from now on")
         self._spike = spike
         return spike
+
+    def forget(self) -> None:
+        """Begin the window again, because the data are others from here on."""
+        self._losses.clear()
+        self._log_norms.clear()
+        self._spike = None
 
     def state_dict(self) -> dict[str, Any]:
         """What an exact resume needs."""

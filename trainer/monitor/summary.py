@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from data.batches import TrainingData
+from data.stages import describe_stages
 from model.flops import dense_flops, executed_flops, parameter_counts
 from settings import counted
 from trainer.config import StageConfig
@@ -16,7 +17,6 @@ def describe_start(config: StageConfig, data: TrainingData, world: World) -> str
     """Model, routing, data and machine, a line each."""
     model, train, router = config.model, config.train, config.model.router
     counts = parameter_counts(model)
-    samples = train.last_step * train.global_batch_samples
     lines = [
         f"model     {counts['total']:,} parameters ({counts['layers']:,} in {model.layers} layers, "
         f"{counts['embedding'] + counts['head']:,} in embedding and head)",
@@ -24,14 +24,20 @@ def describe_start(config: StageConfig, data: TrainingData, world: World) -> str
         if router is None
         else f"routing   {router.kind}, {len(model.sites)} sites, density {router.density}, "
         f"{router.execution} execution",
-        f"training  {train.last_step:,} steps of {train.global_batch_samples * config.data.sequence_tokens:,} tokens, "
-        f"{samples * config.data.sequence_tokens:,} in all",
+        f"training  {train.steps:,} steps of {train.global_batch_samples * config.data.sequence_tokens:,} tokens, "
+        f"{train.samples * config.data.sequence_tokens:,} in all"
+        + ("" if train.stop_at_step is None else f"; ends after step {train.last_step:,}"),
     ]
-    for source in data.summary():
+    summary = data.summary(train.samples)
+    for source in summary:
         lines.append(
             f"data      {source.name}: {source.tokens:,} tokens, {source.share:.0%} of samples, "
-            f"{source.epochs(samples):.2f} epochs"
+            f"{source.epochs:.2f} epochs"
         )
+    mixture = config.data.mixture()
+    if len(mixture) > 1:
+        taken = [(source.name, source.taken, source.windows) for source in summary]
+        lines += [f"stage     {told}" for told in describe_stages(mixture, taken, config.data.sequence_tokens)]
     return "\n".join([*lines, machine(config, world)])
 
 

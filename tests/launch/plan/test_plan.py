@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from data.batches import TrainingData
 from launch.plan import __main__ as plan
 from launch.plan import communication
 from launch.plan.communication import Cluster, communication_s, expected_mfu, ladder, volume
@@ -66,6 +67,26 @@ def test_every_stage_one_config_can_be_planned(path: Path, planned: Callable[...
     status, out = planned(str(path), "--gpus", "2", "--gpu", "rtx4090-24g")
     assert status == 0, out
     assert f"{load_run(path).train.steps:,} steps" in out
+
+
+def test_epochs_of_each_source_in_each_stage(
+    tiny: dict[str, Any], write_config: Callable[[dict[str, Any]], str], planned: Callable[..., tuple[int, str]]
+) -> None:
+    weights = [{"code": 1}, {"code": 1}]
+    tiny["data"]["stages"] = [
+        {"name": name, "from_share": share, "weights": own}
+        for name, share, own in zip(("main", "end"), (0, 0.75), weights, strict=True)
+    ]
+    asked = (write_config(tiny), "--gpus", "1", "--gpu", "a100-80g", "train.steps=100")
+    status, out = planned(*asked)
+    (entry,) = TrainingData(load_run(asked[0], ["train.steps=100"]).data).summary(800)
+    assert (
+        status == 0
+        and f"data        main from token 0 on: code 19,200 tokens ({600 / entry.windows:.2f} epochs)" in out
+    )
+    assert f"            end from token 19,200 on: code 6,400 tokens ({200 / entry.windows:.2f} epochs)" in out
+    status, out = planned(*asked, "data.dir=nowhere")
+    assert status == 0 and "code 19,200 tokens\n" in out and "epochs are not known here, where not all shards" in out
 
 
 def test_fp32_takes_as_much_longer_as_its_products(planned: Callable[..., tuple[int, str]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,9 +61,18 @@ def _written(run_dir: str | Path) -> set[str]:
     return {re.sub(r"^validation/code/", "validation/NAME/", name) for name in sources}
 
 
+def in_stages(data: dict[str, Any]) -> dict[str, Any]:
+    """With a second stage, without ``code``, from within the third step of the tiny run on."""
+    stages = [
+        {"name": "main", "from_tokens": 0, "weights": {"code": 3, "few": 1}},
+        {"name": "end", "from_share": 20 / 32, "weights": {"few": 1}},
+    ]
+    return data | {"stages": stages}
+
+
 def test_names_are_those_of_the_documentation(tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train) -> None:
     tiny["model"]["router"]["granularity"] = "module"
-    tiny["data"] = mixed
+    tiny["data"] = in_stages(mixed)
     assert train_here(tiny, "train.steps=2") == 0
     assert _written(tiny["train"]["run_dir"]) == _documented()
 
@@ -70,7 +80,7 @@ def test_names_are_those_of_the_documentation(tiny: dict[str, Any], mixed: dict[
 def test_a_dense_run_writes_nothing_about_routing(tiny: dict[str, Any], train_here: Train) -> None:
     del tiny["model"]["router"]
     assert train_here(tiny, "train.steps=2") == 0
-    left_out = {n for n in _documented() if re.search("SITE|SOURCE|budget|density|noise|noisy", n)}
+    left_out = {n for n in _documented() if re.search("SITE|SOURCE|stage|budget|density|noise|noisy", n)}
     assert _written(tiny["train"]["run_dir"]) == _documented() - left_out
     line = _steps(tiny["train"]["run_dir"])[2]
     assert line["speed/mfu_executed"] == line["speed/mfu_dense_equivalent"]
@@ -128,6 +138,57 @@ def test_a_source_without_samples_in_a_line_has_no_loss(
     line = _steps(tiny["train"]["run_dir"])[1]
     assert line["train/loss/few"] is None and line["train/share/few"] == 0
     assert line["train/loss/code"] == pytest.approx(line["train/loss"], rel=1e-14)
+
+
+def test_a_border_is_marked_and_crossed_by_a_resume_bit_by_bit(
+    tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Step 3 has samples 16 to 23, of which 20 is the first of the second stage; the log says so once."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_dir = tiny["train"]["run_dir"]
+    tiny["data"] = in_stages(mixed)
+    told = "step      3  data.stages: end begins with sample 20: few 100%"
+    assert train_here(tiny, f"train.run_dir={run_dir}-straight", "train.log.every_steps=2") == 0
+    out = capsys.readouterr().out
+    assert out.count("data.stages: ") == 1 and told in out
+    assert "stage     main from token 0 on: code " in out and "stage     end from token 640 on: few 384 tokens (" in out
+
+    assert train_here(tiny, "train.log.every_steps=2") == 0
+    shutil.rmtree(Path(run_dir) / "checkpoints/step-00000004")
+    capsys.readouterr()
+    assert train_here(tiny, "train.log.every_steps=2", "train.checkpoint.resume=required") == 0
+    assert capsys.readouterr().out.count(told) == 1
+    one, other = (
+        [{k: v for k, v in line.items() if not k.startswith(_OF_TIME)} for line in _lines(folder)]
+        for folder in (f"{run_dir}-straight", run_dir)
+    )
+    assert one == other
+    assert {line["step"]: line["data/stage"] for line in one if "data/stage" in line} == {2: 0, 3: 1, 4: 1}
+    last = one[-1]
+    assert last["train/share/code"] == pytest.approx(1 - last["train/share/few"]) and last["train/share/few"] > 0.75
+    events = EventAccumulator(str(Path(run_dir) / "tensorboard")).Reload()
+    assert events.Tags()["tensors"] == ["data/stages/text_summary"]
+    assert {event.step for event in events.Tensors("data/stages/text_summary")} == {3}
+
+
+def test_a_source_that_is_absent_from_a_stage_has_no_loss(
+    tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train
+) -> None:
+    tiny["data"] = in_stages(mixed)
+    assert train_here(tiny) == 0
+    line = _steps(tiny["train"]["run_dir"])[4]
+    assert line["train/loss/code"] is None and line["train/share/code"] == 0
+    assert line["train/loss/few"] == pytest.approx(line["train/loss"], rel=1e-14)
+
+
+def test_a_border_is_no_spike(tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train) -> None:
+    """Where a stage begins losses may be others, so what was normal before it is forgotten."""
+    tiny["data"] = in_stages(mixed)
+    assert train_here(tiny) == 0
+    state = torch.load(Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000004/trainer.pt", weights_only=True)
+    losses = [line["train/loss"] for line in _steps(tiny["train"]["run_dir"]).values()]
+    assert state["spikes"]["losses"] == pytest.approx(losses[2:], rel=1e-12)
 
 
 def test_a_line_is_the_mean_over_its_steps(tiny: dict[str, Any], train_here: Train, tmp_path: Path) -> None:

@@ -1,0 +1,283 @@
+"""Average the weights of checkpoints: ``python -m convert.average RUN --last N OUT``.
+
+    python -m convert.average runs/mine --last 5 runs/mine-mean
+    python -m convert.average runs/mine --last 5 --decay 0.9 runs/mine-mean
+    python -m convert.average runs/mine/checkpoints/step-00000800 runs/fork/checkpoints/step-00000900 runs/mean
+
+The mean of each parameter over checkpoints of one model, uniform, or with weights that fall exponentially with the
+steps before the last one. OUT becomes a folder of weights that everything reads: evaluation, ``convert.to_hf``, stage
+two; config and tokenizer are those of the last checkpoint, by steps. ``train.checkpoint.keep`` and ``keep_every_steps``
+say which checkpoints of a run there are.
+
+Parameters are summed one at a time in fp64, from fp32 master weights wherever there are any, and rounded to fp32 once.
+The checkpoints' files are mapped, and what is done is in a file without a name on OUT's disk: in memory is one
+parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from settings import counted, path_argument, user_errors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tune.load import Loaded
+
+Weights = Callable[[str], "Tensor"]
+"""A parameter by its name, whole, in any dtype."""
+
+
+class Member(NamedTuple):
+    """A checkpoint, and what it counts."""
+
+    loaded: Loaded
+    """Its decoder has no memory."""
+    share: float
+    """Of the mean; those of all members add up to 1."""
+
+
+def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: float | None = None) -> list[str]:
+    """Write the mean of checkpoints to the new folder ``out``; returns what was done, a line each.
+
+    Args:
+        paths: two or more of what :func:`tune.load.load_model` reads; or one run, with ``last``.
+        out: does not exist.
+        last: how many of a run's newest whole checkpoints.
+        decay: a checkpoint counts as much as the next one times this, where steps are evenly spaced; all alike unless
+            given.
+
+    Raises:
+        ValueError: with one sentence for what stands in the way.
+    """
+    from convert.facts import facts_of
+    from data.files import folder_around
+    from trainer.checkpoints.empty_decoder import allocate
+    from trainer.checkpoints.weights_folder import require_absent, write_weights
+
+    require_absent(out)
+    members = _shared_out(_opened(paths, last), decay)
+    newest = members[-1].loaded
+    for member in members:
+        _require_no_adapters(member.loaded)
+        _require_one_model(member.loaded, newest)
+    decoder = newest.decoder
+    allocate(decoder, folder_around(out))
+    with ExitStack() as files:
+        _fill(decoder, [(files.enter_context(_weights_of(m.loaded)), m) for m in members])
+    decoder.thresholds = _mean_thresholds(members)
+    told = f"mean of {counted(len(members), 'checkpoint')}, " + _told(decay)
+    known = facts_of(newest)
+    kept = {name: known[name] for name in ("tokens", "target_density", "precision", "commit") if known.get(name)}
+    write_weights(decoder, out, newest.tokenizer_folder, kept | {"source": told, "averaged": _provenance(members)})
+    shares = [f"          {m.loaded.source}: {m.share:.2%}" for m in members]
+    return [f"averaged  {told}", *shares, f"wrote     {out}"]
+
+
+def _mean_thresholds(members: Sequence[Member]) -> Tensor | None:
+    """What the routers' margins are compared with, which are linear in the routers' weights; None for 0."""
+    import torch
+
+    given = [m.loaded.decoder.thresholds for m in members]
+    if all(thresholds is None for thresholds in given):
+        return None
+    zero = torch.zeros(len(members[0].loaded.decoder.config.sites))
+    sum_of = torch.stack([m.share * (zero if t is None else t).double() for m, t in zip(members, given, strict=True)])
+    return sum_of.sum(0).float()
+
+
+def _told(decay: float | None) -> str:
+    return "uniform" if decay is None else f"each {decay:g} of the next one"
+
+
+def _provenance(members: Sequence[Member]) -> list[dict[str, Any]]:
+    """For the manifest."""
+    from data.files import sha256_of
+    from trainer.checkpoints import manifest
+
+    return [
+        {
+            "checkpoint": str(loaded.source),
+            "step": loaded.step,
+            "share": share,
+            "manifest_sha256": sha256_of(loaded.source / manifest.NAME),
+        }
+        for loaded, share in members
+    ]
+
+
+def _opened(paths: Sequence[Path], last: int | None) -> list[Loaded]:
+    """The checkpoints without their weights, by steps where all have any, else in the order given."""
+    from tune.load import load_empty, load_whole
+
+    if last is None and len(paths) < 2:
+        raise ValueError(
+            f"the mean of {paths[0]} alone is itself; give --last N with a run, or two or more checkpoints"
+        )
+    if last is not None and len(paths) > 1:
+        raise ValueError(
+            f"--last {last} is of one run, and {counted(len(paths), 'path')} were given; leave it out to average those"
+        )
+    found = [load_empty(path) for path in paths] if last is None else [load_whole(p) for p in _newest(paths[0], last)]
+    sources = [loaded.source.resolve() for loaded in found]
+    if twice := [source for source in sources if sources.count(source) > 1]:
+        raise ValueError(f"{twice[0]} would be averaged with itself; give each checkpoint once")
+    return sorted(found, key=lambda loaded: loaded.step or 0) if all(loaded.step for loaded in found) else found
+
+
+def _newest(run: Path, last: int) -> list[Path]:
+    """The newest ``last`` whole checkpoints of ``run``; torn ones are told on stderr and passed over."""
+    from trainer.checkpoints import manifest
+    from trainer.checkpoints.layout import checkpoints_of, is_run
+    from trainer.distributed import ALONE
+
+    if last < 2:
+        raise ValueError(f"--last must be at least 2, got {last}; the mean of a checkpoint alone is itself")
+    if not is_run(run):
+        raise ValueError(f"--last {last} is of a run, and {run} is none; give the folder that train.run_dir names")
+    whole, torn = manifest.newest_whole_ones(checkpoints_of(run), ALONE, last)
+    for sentence in torn:
+        print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+    if len(whole) < last:
+        there = ", ".join(path.name for path in whole) or "none"
+        raise ValueError(
+            f"--last {last} asks for {last} whole checkpoints, and {run} has {len(whole)} ({there}); ask for fewer, or "
+            "have a run keep more of them (train.checkpoint.keep, keep_every_steps)"
+        )
+    return whole
+
+
+def _shared_out(found: Sequence[Loaded], decay: float | None) -> list[Member]:
+    """What each counts."""
+    if decay is None:
+        return [Member(loaded, 1 / len(found)) for loaded in found]
+    if not 0 < decay < 1:
+        raise ValueError(f"--decay must be above 0 and below 1, got {decay:g}; leave it out to let all count alike")
+    without = [loaded.source for loaded in found if loaded.step is None]
+    if without:
+        raise ValueError(f"--decay goes by optimiser steps, which {without[0]} does not tell; leave it out")
+    steps = [loaded.step or 0 for loaded in found]
+    last, interval = max(steps), (max(steps) - min(steps)) / (len(steps) - 1)
+    if not interval:
+        raise ValueError(f"--decay goes by optimiser steps, and all have had {last}; leave it out")
+    weights = [decay ** ((last - step) / interval) for step in steps]
+    return [Member(loaded, weight / sum(weights)) for loaded, weight in zip(found, weights, strict=True)]
+
+
+def _require_no_adapters(loaded: Loaded) -> None:
+    from tune.config import TuneConfig
+
+    if isinstance(loaded.config, TuneConfig) and loaded.config.adapter.kind in ("lora", "dora"):
+        raise ValueError(
+            f"{loaded.source} has {loaded.config.adapter.kind} adapters, and a product of means is no mean of "
+            f"products; merge each checkpoint (python -m tune.merge {loaded.source} OUT) and average those folders"
+        )
+
+
+def _require_one_model(one: Loaded, newest: Loaded) -> None:
+    """Raise ValueError unless their parameters mean the same: sizes, routers, ensemble, beginnings and tokenizer."""
+    from data.tokenization import tokenizer_sha256
+    from trainer.checkpoints.same_model import differences
+    from tune.config import TuneConfig
+
+    both = (one, newest)
+    bases = [m.config.base.sha256 if isinstance(m.config, TuneConfig) else None for m in both]
+    facts: dict[str, list[Any]] = {
+        "ensemble layers": [None if m.decoder.ensemble is None else m.decoder.ensemble.config.layers for m in both],
+        "seed": [m.decoder.seed for m in both],
+        "base": [None if sha is None else sha[:12] for sha in bases],
+        "tokenizer": [tokenizer_sha256(str(m.tokenizer_folder))[:12] for m in both],
+    }
+    changed = differences(one.decoder.config.model_dump(mode="json"), newest.decoder.config)
+    changed += [f"{name} {there} there, {here} here" for name, (there, here) in facts.items() if there != here]
+    if changed:
+        raise ValueError(
+            f"{one.source} and {newest.source} are two models ({'; '.join(changed)}), whose weights have no mean; give "
+            "checkpoints of one run, or of forks of it"
+        )
+
+
+@contextmanager
+def _weights_of(loaded: Loaded) -> Iterator[Weights]:
+    """The parameters of a checkpoint or a folder of weights."""
+    from trainer.checkpoints.read_weights import weights_of
+    from trainer.checkpoints.weights_folder import mismatch, weights_in
+    from trainer.checkpoints.zero_files import MASTER
+    from trainer.config import WeightsConfig
+
+    if isinstance(loaded.config, WeightsConfig):
+        with weights_in(loaded.source, loaded.decoder) as file:
+            yield file.get_tensor
+        return
+    wanted = dict(loaded.decoder.named_parameters())
+    again = {name for name, _ in loaded.decoder.named_parameters(remove_duplicate=False)} - wanted.keys()
+    stage = loaded.config.deepspeed.zero_stage
+    found = {e.name: e for e in weights_of(loaded.decoder, loaded.source, stage) if e.name not in again}
+    if problem := mismatch(wanted, {name: entry.shape for name, entry in found.items()}):
+        raise ValueError(
+            f"the weights in {loaded.source} do not match its config.yaml ({problem}); one of them was changed since, "
+            "so take another checkpoint"
+        )
+
+    def read(name: str) -> Tensor:
+        entry = found[name]
+        flat = entry.part(MASTER)
+        entry.check(loaded.source, flat)
+        return flat.view(entry.shape)
+
+    yield read
+
+
+def _fill(decoder: Any, members: Sequence[tuple[Weights, Member]]) -> None:
+    """Put the mean of each parameter into ``decoder``."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in decoder.named_parameters():
+            mean = torch.zeros(parameter.shape, dtype=torch.float64)
+            for read, member in members:
+                weight = read(name)
+                mean.add_(weight.double(), alpha=member.share)
+                if not torch.isfinite(weight).all():
+                    raise ValueError(
+                        f"{name} in {member.loaded.source} is not finite, so the mean would not be; leave that "
+                        "checkpoint out"
+                    )
+            parameter.copy_(mean)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read, average, write, say so."""
+    parser = argparse.ArgumentParser(
+        prog="convert.average", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        type=path_argument,
+        metavar="RUN_OR_CHECKPOINT",
+        help="a run, with --last; or two or more checkpoints, runs (their newest) or folders of weights",
+    )
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write; must not exist")
+    parser.add_argument("--last", type=int, metavar="N", help="average the newest N whole checkpoints of RUN")
+    parser.add_argument(
+        "--decay",
+        type=float,
+        metavar="D",
+        help="a checkpoint counts D times (above 0, below 1) what the next one does, where steps are evenly spaced, "
+        "else by its steps (default: all alike)",
+    )
+    options = parser.parse_intermixed_args(arguments)
+    with user_errors():
+        print("\n".join(average(options.paths, options.out, options.last, options.decay)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
