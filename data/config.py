@@ -15,14 +15,28 @@ File = Annotated[PathText, AfterValidator(fill_in_texts)]
 
 
 class TokenizerConfig(Strict):
-    """SentencePiece training. Everything that would change ids after export is fixed in code, not here."""
+    """The tokenizer, trained or taken. Everything that would change ids after export is fixed in code, not here."""
 
+    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """A ``tokenizer.model`` of SentencePiece, or a ``tokenizer.json``: byte-level BPE if it is trained here."""
+    path: PathText | None = None
+    """Train none, and copy the tokenizer of this folder, such as a Hugging Face checkpoint's, to ``data.dir`` as it
+    is; then the other fields but ``kind`` and ``vocab_size`` have no effect."""
     vocab_size: int = Field(32_000, ge=300, le=2**31 - 1)
-    """Number of pieces, the 256 byte pieces and the four special ones included."""
+    """Number of pieces, the 256 bytes and the special ones included."""
     model_type: Literal["bpe", "unigram"] = "bpe"
-    """Only ``bpe`` keeps ids exactly the same after conversion to Hugging Face."""
+    """sentencepiece: only ``bpe`` keeps ids exactly the same after conversion to Hugging Face."""
     train_bytes: int = Field(100_000_000, ge=10_000)
     """How many bytes of text to train on, taken evenly from the sources by their weights."""
+
+    @model_validator(mode="after")
+    def _type_of_its_kind(self) -> TokenizerConfig:
+        if self.kind == "huggingface" and self.model_type != "bpe":
+            raise ValueError(
+                f"data.tokenizer.model_type {self.model_type} is a SentencePiece type, and kind is huggingface, which "
+                "is bpe; leave model_type out, or set kind to sentencepiece"
+            )
+        return self
 
 
 class MixedSource(Strict):
@@ -98,13 +112,13 @@ class DataConfig(StreamConfig):
 
     dir: PathText
     """Folder of the tokenizer and the shards: ``tokenizer.json`` or ``tokenizer.model``, ``train/NAME/``,
-    ``validation/NAME/``. A tokenizer of your own goes there, and its size into both ``vocab_size``."""
+    ``validation/NAME/``."""
     sources: list[SourceConfig] = Field(min_length=1)
     """What to train on."""
     validation: list[SourceConfig] = Field(default_factory=list)
     """Named validation sets, evaluated apart."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """How to train the tokenizer."""
+    """How to train the tokenizer, or which to take."""
     shard_tokens: int = Field(100_000_000, ge=1_000)
     """Most tokens in one shard file."""
     confine_attention: bool = False

@@ -33,7 +33,7 @@ from data.shards import (
 from data.sources import Document, Source
 from data.store import TokenStore, train_folder, validation_folder
 from data.tokenization import SentencePiece, TextTokenizer, load_text_tokenizer, tokenizer_sha256
-from data.tokenizer import is_ours
+from data.tokenizer import is_ours, require_configured
 from data.tokenizer_json import require_same_ids
 from settings import counted, load, parse_arguments, shown, user_errors
 
@@ -49,6 +49,7 @@ def prepare(config: DataConfig, workers: int) -> list[tuple[str, Manifest]]:
             changed since an earlier preparation, or another preparation running in the same folder.
     """
     tokenizer = load_text_tokenizer(config.dir)  # before the processes start, so that its absence is reported once
+    require_configured(config.tokenizer, tokenizer)
     if isinstance(tokenizer, SentencePiece) and not is_ours(Path(config.dir)):
         require_same_ids(tokenizer)  # an export would find out when all is trained
     made: list[tuple[str, Manifest]] = []

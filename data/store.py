@@ -58,7 +58,7 @@ class TokenStore:
         if tokenizer_sha256 is not None and self.manifest.tokenizer_sha256 != tokenizer_sha256:
             raise ValueError(
                 f"{path}: the shards were made with tokenizer {self.manifest.tokenizer_sha256[:12]}, but this "
-                f"data folder's tokenizer.model is {tokenizer_sha256[:12]}; restore that tokenizer or prepare again"
+                f"data folder's tokenizer is {tokenizer_sha256[:12]}; restore that tokenizer or prepare again"
             )
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._check_files()
