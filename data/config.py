@@ -48,6 +48,17 @@ class MixedSource(Strict):
     """Share of samples drawn from this source, relative to the others; 1 each means equal shares, not natural ones."""
 
 
+class TokensConfig(Strict):
+    """Files of token ids that others made with the tokenizer in ``data.dir``, instead of text (docs/data.md)."""
+
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Of a flat file that does not say so itself: nanoGPT's, OLMo's."""
+    end_id: int | None = Field(None, ge=0)
+    """The id that closes documents in these files, or opens them; the tokenizer's own unless given."""
+    field: str = "input_ids"
+    """The field or column that holds a document's ids (json, parquet, hub)."""
+
+
 class SourceConfig(MixedSource):
     """One named corpus: local files or a dataset on the Hub, in any format that ``datasets`` reads."""
 
@@ -65,11 +76,18 @@ class SourceConfig(MixedSource):
     """With files: their format; by default inferred from the file name. ``text`` makes one document a file."""
     text_field: str = "text"
     """The field or column that holds a document's text (json, parquet, csv, hub)."""
+    tokens: TokensConfig | None = None
+    """The files hold token ids, not text."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:
         if bool(self.files) == bool(self.hub):
             raise ValueError(f"source '{self.name}' must give files or hub, exactly one of them")
+        if self.tokens is not None and self.format not in (None, "json", "parquet"):
+            raise ValueError(
+                f"source '{self.name}' has tokens, which are no {self.format}; leave its format out, or set it to json "
+                "or parquet"
+            )
         return self
 
 
