@@ -34,7 +34,7 @@ class Encoder:
         if workers > 1:
             # Fresh processes: a fork would copy the threads' locks of the libraries that read the sources.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
 
     def __enter__(self) -> Encoder:
         return self
@@ -84,7 +84,7 @@ def _encode(folder: str, texts: list[bytes]) -> Encoded:
     return tokens, lengths
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Make a worker end when its parent is killed; it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
