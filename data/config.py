@@ -139,6 +139,9 @@ class DataConfig(StreamConfig):
     """How to train the tokenizer, or which to take."""
     shard_tokens: int = Field(100_000_000, ge=1_000)
     """Most tokens in one shard file."""
+    part_bytes: int = Field(500_000_000, ge=1)
+    """About how many bytes of a source's files, as they lie there, are one part of its preparation: what one process
+    reads and tokenizes, and what tasks share. A larger file is a part by itself, but for Parquet, cut by row group."""
     confine_attention: bool = False
     """Attention stays within its document, and no loss is taken on predictions across a document's end."""
     restart_positions: bool = False

@@ -88,8 +88,12 @@ def _encode(folder: str, texts: list[bytes]) -> Encoded:
 
 
 def _begin(threads: int) -> None:
-    """Make a worker use ``threads`` threads, and end when its parent is killed; it would wait for work forever."""
     use_threads(threads)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Make a worker end when its parent is killed; it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -18,7 +18,7 @@ import numpy as np
 from data.config import DataConfig
 from data.files import sha256_of
 from data.open_files import SHARED, Column
-from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model, shard_name
+from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model
 
 
 class _Look(NamedTuple):
@@ -105,7 +105,7 @@ class TokenStore:
             if len(part) and int(part.max()) >= self.manifest.vocab_size:
                 # An id that no embedding has would be an anonymous crash on a GPU.
                 raise ValueError(
-                    f"{self.folder / shard_name(shard)}.bin is damaged: it holds the token id {int(part.max())}, the "
+                    f"{self._paths[shard][0]} is damaged: it holds the token id {int(part.max())}, the "
                     f"vocabulary has {self.manifest.vocab_size}; {self._again()}"
                 )
             tokens[offset + a - first : offset + b - first] = part

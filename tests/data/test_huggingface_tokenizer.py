@@ -182,7 +182,7 @@ def test_an_end_token_that_only_the_models_config_names_comes_along(tmp_path: Pa
 
 
 def test_same_bytes_with_any_number_of_threads(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.prepare.BATCH_BYTES", 2000)
+    monkeypatch.setattr("data.prepare_part.BATCH_BYTES", 2000)
     config = prepared(tmp_path, documents(300), tokenizer=TRAINED)
     alone = contents(Path(config.dir))
     shutil.rmtree(tmp_path / "data/train")

@@ -77,7 +77,7 @@ def test_a_file_that_two_sets_read_is_told(tmp_path: Path) -> None:
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.prepare.token_dtype", lambda _: np.dtype("<u4"))
+    monkeypatch.setattr("data.prepare_part.token_dtype", lambda _: np.dtype("<u4"))
     config = prepared(tmp_path)
     manifest = read_model(folder_of(config) / "manifest.json", Manifest)
     assert manifest.dtype == "uint32"
@@ -86,7 +86,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_same_bytes_with_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.prepare.BATCH_BYTES", 2000)
+    monkeypatch.setattr("data.prepare_part.BATCH_BYTES", 2000)
     write_jsonl(tmp_path / "raw.jsonl", documents(300))
     config = config_of(tmp_path)
     train_tokenizer(config)
