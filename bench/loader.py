@@ -58,7 +58,7 @@ from data.shards import FORMAT_VERSION, ShardWriter, token_dtype
 from data.sources import Cursor, Document
 from data.store import train_folder
 from data.tokenization import tokenizer_sha256
-from data.tokenizer import EOS_ID
+from data.tokenizer_training import EOS_ID
 from model.flops import TRAINING_FACTOR
 from settings import user_errors
 

@@ -16,14 +16,28 @@ File = Annotated[PathText, AfterValidator(fill_in_texts)]
 
 
 class TokenizerConfig(Strict):
-    """SentencePiece training. Everything that would change ids after export is fixed in code, not here."""
+    """The tokenizer, trained or taken. Everything that would change ids after export is fixed in code, not here."""
 
+    kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """A ``tokenizer.model`` of SentencePiece, or a ``tokenizer.json``: byte-level BPE if it is trained here."""
+    path: PathText | None = None
+    """Train none, and copy the tokenizer of this folder, such as a Hugging Face checkpoint's, to ``data.dir`` as it
+    is; then the other fields but ``kind`` and ``vocab_size`` have no effect."""
     vocab_size: int = Field(32_000, ge=300, le=2**31 - 1)
-    """Number of pieces, the 256 byte pieces and the four special ones included."""
+    """Number of pieces, the 256 bytes and the special ones included."""
     model_type: Literal["bpe", "unigram"] = "bpe"
-    """Only ``bpe`` keeps ids exactly the same after conversion to Hugging Face."""
+    """sentencepiece: only ``bpe`` keeps ids exactly the same after conversion to Hugging Face."""
     train_bytes: int = Field(100_000_000, ge=10_000)
     """How many bytes of text to train on, taken evenly from the sources by their weights."""
+
+    @model_validator(mode="after")
+    def _type_of_its_kind(self) -> TokenizerConfig:
+        if self.kind == "huggingface" and self.model_type != "bpe":
+            raise ValueError(
+                f"data.tokenizer.model_type {self.model_type} is a SentencePiece type, and kind is huggingface, which "
+                "is bpe; leave model_type out, or set kind to sentencepiece"
+            )
+        return self
 
 
 class MixedSource(Strict):
@@ -33,6 +47,17 @@ class MixedSource(Strict):
     """Its name in metrics, and in stage one the folder name of its shards."""
     weight: float = Field(1.0, gt=0)
     """Share of samples drawn from this source, relative to the others; 1 each means equal shares, not natural ones."""
+
+
+class TokensConfig(Strict):
+    """Files of token ids that others made with the tokenizer in ``data.dir``, instead of text (docs/data.md)."""
+
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Of a flat file that does not say so itself: nanoGPT's, OLMo's."""
+    end_id: int | None = Field(None, ge=0)
+    """The id that closes documents in these files, or opens them; the tokenizer's own unless given."""
+    field: str = "input_ids"
+    """The field or column that holds a document's ids (json, parquet, hub)."""
 
 
 class SourceConfig(MixedSource):
@@ -52,11 +77,18 @@ class SourceConfig(MixedSource):
     """With files: their format; by default inferred from the file name. ``text`` makes one document a file."""
     text_field: str = "text"
     """The field or column that holds a document's text (json, parquet, csv, hub)."""
+    tokens: TokensConfig | None = None
+    """The files hold token ids, not text."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:
         if bool(self.files) == bool(self.hub):
             raise ValueError(f"source '{self.name}' must give files or hub, exactly one of them")
+        if self.tokens is not None and self.format not in (None, "json", "parquet"):
+            raise ValueError(
+                f"source '{self.name}' has tokens, which are no {self.format}; leave its format out, or set it to json "
+                "or parquet"
+            )
         return self
 
 
@@ -103,7 +135,7 @@ class DataConfig(StreamConfig):
 
     dir: PathText
     """Folder of the tokenizer and the shards: ``tokenizer.json`` or ``tokenizer.model``, ``train/NAME/``,
-    ``validation/NAME/``. A tokenizer of your own goes there, and its size into both ``vocab_size``."""
+    ``validation/NAME/``."""
     sources: list[SourceConfig] = Field(min_length=1)
     """What to train on."""
     validation: list[SourceConfig] = Field(default_factory=list)
@@ -112,9 +144,12 @@ class DataConfig(StreamConfig):
     """Parts of the run with weights of their own, such as a warm-up, a main part and an annealing; one with the
     sources' weights unless given."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """How to train the tokenizer."""
+    """How to train the tokenizer, or which to take."""
     shard_tokens: int = Field(100_000_000, ge=1_000)
     """Most tokens in one shard file."""
+    part_bytes: int = Field(500_000_000, ge=1)
+    """About how many bytes of a source's files, as they lie there, are one part of its preparation: what one process
+    reads and tokenizes, and what tasks share. A larger file is a part by itself, but for Parquet, cut by row group."""
     confine_attention: bool = False
     """Attention stays within its document, and no loss is taken on predictions across a document's end."""
     restart_positions: bool = False

@@ -13,6 +13,7 @@ import io
 import json
 import lzma
 from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -216,8 +217,24 @@ def csv_values(path: Path, column: str) -> Iterator[bytes]:
                 yield str(value).encode(errors="surrogateescape")
 
 
-def parquet_values(path: Path, column: str) -> Iterator[Any]:
-    """A column's values; strings as bytes, so that what is no Unicode in them does not end the file.
+def parquet_row_groups(path: Path) -> list[tuple[int, int]]:
+    """First row and compressed bytes of every row group; none for a file that is compressed as a whole."""
+    if path.suffix in COMPRESSIONS:
+        return []
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.read_metadata(str(path))
+    groups, row = [], 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        groups.append((row, sum(group.column(number).total_compressed_size for number in range(group.num_columns))))
+        row += group.num_rows
+    return groups
+
+
+def parquet_values(path: Path, column: str, first: int = 0, end: int | None = None) -> Iterator[Any]:
+    """A column's values, rows ``first`` up to ``end``; row groups outside are not read.
+
+    Strings are given as bytes, so that what is no Unicode in them does not end the file.
 
     Raises:
         ValueError: there is no such column, or the file is broken.
@@ -232,11 +249,19 @@ def parquet_values(path: Path, column: str) -> Iterator[Any]:
             source = pyarrow.BufferReader(file.read())
     with pyarrow.parquet.ParquetFile(source) as table:
         _require_column(column, table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[column]):
-            values = batch.column(0)
-            if pyarrow.types.is_string(values.type) or pyarrow.types.is_large_string(values.type):
-                values = values.cast(pyarrow.large_binary())
-            yield from values.to_pylist()
+        rows = [table.metadata.row_group(number).num_rows for number in range(table.metadata.num_row_groups)]
+        starts = [0, *accumulate(rows)]
+        last = starts[-1] if end is None else min(end, starts[-1])
+        groups = [number for number in range(len(rows)) if starts[number] < last and starts[number + 1] > first]
+        if not groups:
+            return
+        row = starts[groups[0]]
+        for batch in table.iter_batches(batch_size=_ROWS_AT_ONCE, row_groups=groups, columns=[column]):
+            wanted = batch.column(0).slice(max(first - row, 0), max(last - max(row, first), 0))
+            row += len(batch)
+            if pyarrow.types.is_string(wanted.type) or pyarrow.types.is_large_string(wanted.type):
+                wanted = wanted.cast(pyarrow.large_binary())
+            yield from wanted.to_pylist()
 
 
 def _require_column(column: str, there: list[str]) -> None:

@@ -1,4 +1,8 @@
-"""Texts -> token ids, on as many processes as wanted, results in the order of the texts."""
+"""Texts -> token ids, on as many cores as wanted, results in the order of the texts.
+
+SentencePiece has a process for each core. A ``tokenizer.json`` has one process, with as many threads of the library's
+own: they live there and nowhere else, since a process with such threads must not fork.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from data.sources import Document
-from data.tokenization import TextTokenizer, load_text_tokenizer
+from data.tokenization import JSON_NAME, TextTokenizer, load_text_tokenizer, tokenizer_file, use_threads
 
 Batch = list[Document]
 Encoded = tuple[np.ndarray, np.ndarray]
@@ -24,17 +28,20 @@ Encoded = tuple[np.ndarray, np.ndarray]
 
 
 class Encoder:
-    """Encodes batches of documents with ``workers`` processes; with 1, in this process. A context manager."""
+    """Encodes batches of documents on ``workers`` cores; on 1, in this process. A context manager."""
 
     def __init__(self, folder: str | Path, workers: int) -> None:
         """``folder`` holds the tokenizer; ``workers`` >= 1."""
         self._folder = str(folder)
         self._workers = workers
         self._pool: ProcessPoolExecutor | None = None
-        if workers > 1:
+        if workers == 1:
+            use_threads(1)
+        else:
+            processes, threads = (1, workers) if tokenizer_file(folder).name == JSON_NAME else (workers, 1)
             # Fresh processes: a fork would copy the threads' locks of the libraries that read the sources.
             context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_end_with_parent)
+            self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(threads,))
 
     def __enter__(self) -> Encoder:
         return self
@@ -77,14 +84,15 @@ def _tokenizer(folder: str) -> TextTokenizer:
 
 def _encode(folder: str, texts: list[bytes]) -> Encoded:
     """Tokens of ``texts``, each a document; an empty text gives no token at all."""
-    tokenizer = _tokenizer(folder)
-    documents = [tokenizer.document(text.decode()) for text in texts]
-    lengths = np.array([len(document) for document in documents], np.int64)
-    tokens = np.fromiter((token for document in documents for token in document), np.uint32, int(lengths.sum()))
-    return tokens, lengths
+    return _tokenizer(folder).encode_documents([text.decode() for text in texts])
 
 
-def _end_with_parent() -> None:
+def _begin(threads: int) -> None:
+    use_threads(threads)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
     """Make a worker end when its parent is killed; it would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None

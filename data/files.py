@@ -7,6 +7,8 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +17,10 @@ TEMPORARY = ".tmp"
 """Suffix of a file being written. Whatever carries it is left over from a killed command and may be deleted."""
 _HASHED_AT_ONCE_BYTES = 1 << 22
 """Between two blocks a thread asks for the interpreter lock, and waits for it where another one computes in Python."""
+
+
+_GRACE_S = 5.0
+"""How long the processes of a killed command may hold what they locked."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -27,12 +33,13 @@ def folder_around(path: Path) -> Path:
     return next(folder for folder in path.absolute().parents if folder.is_dir())
 
 
-def publish(file: BinaryIO, path: Path) -> None:
-    """Close ``file``, which was written under ``temporary_name(path)``, and give it its name, durably."""
+def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
+    """Close ``file``, which was written under another name, with ``content`` at its end; give it its name, durably."""
+    file.write(content)
     file.flush()
     os.fsync(file.fileno())
     file.close()
-    os.replace(temporary_name(path), path)
+    os.replace(file.name, path)
     # The rename itself lives in the folder: without this a power cut can bring the old name back.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -42,15 +49,19 @@ def publish(file: BinaryIO, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, shared: bool = False) -> Iterator[None]:
     """Hold the only right to write below ``folder``; it ends with the process, however that ends.
+
+    Args:
+        folder: to lock.
+        shared: others may hold it with us, if they share it too.
 
     Raises:
         ValueError: another process holds it.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise ValueError(f"another command is writing to {folder}; wait for its end, or start only one") from None
@@ -62,11 +73,63 @@ def only_writer(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Put ``content`` at ``path``; a reader sees the old file or the whole new one."""
-    file = temporary_name(path).open("wb")
-    file.write(content)
-    publish(file, path)
+@contextlib.contextmanager
+def only_holder(path: Path, refusal: str) -> Iterator[None]:
+    """Hold the lock file ``path``, which says who has it, and is removed at the end; a killed holder loses it.
+
+    Network file systems lock a file between machines (NFS 4, Lustre with ``flock``, GPFS), but not always a folder.
+
+    Args:
+        path: of the lock file.
+        refusal: how the error begins if another process holds it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    handle = _locked(path, refusal)
+    try:
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _locked(path: Path, refusal: str) -> int:
+    """A descriptor of the lock file, locked where the file system can lock."""
+    end_s = time.monotonic() + _GRACE_S
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except BlockingIOError:
+            if time.monotonic() > end_s:
+                holder = os.pread(handle, 200, 0).decode(errors="replace")
+                os.close(handle)
+                raise ValueError(
+                    f"{refusal} ({holder}); wait for its end, or give each task parts of its own: --part I/N"
+                ) from None
+            time.sleep(0.1)
+        except OSError:
+            return handle  # it cannot lock; tasks keep out of each other's way by their shares alone
+        os.close(handle)
+
+
+def write_atomically(path: Path, content: bytes, shared: bool = False) -> None:
+    """Put ``content`` at ``path``; a reader sees the old file or the whole new one.
+
+    Args:
+        path: of the file.
+        content: all of it.
+        shared: other processes may write the file at the same time; the last one's content stays.
+    """
+    name = temporary_name(path)
+    if shared:
+        name = name.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}{TEMPORARY}")
+    publish(name.open("wb"), path, content)
 
 
 def open_to_others(path: Path) -> None:
@@ -76,9 +139,9 @@ def open_to_others(path: Path) -> None:
     path.chmod(0o666 & ~umask)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON, atomically."""
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, content: Any, shared: bool = False) -> None:
+    """Write ``content`` as indented JSON, atomically; ``shared`` as for :func:`write_atomically`."""
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode(), shared)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Tokenize every source and validation set into shards: ``python -m data.prepare CONFIG [key.sub=value ...]``.
 
-One process reads, ``--workers`` tokenize, and the shards are the same for any number of them. Killed at any moment,
-the same command goes on after the last finished shard and ends with the same bytes as an undisturbed run.
+A source is cut into parts (``data/parts.py``), each prepared in a process of its own, on all cores of one machine or,
+shared out, of many: with ``--part I/N``, under ``srun``, or in a job array. Whoever finishes last joins the parts. The
+shards are the same for any number of processes and tasks. Killed at any moment, the same command goes on after the last
+finished shards and ends with the same bytes as an undisturbed run.
 """
 
 from __future__ import annotations
@@ -9,53 +11,57 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from data.config import DataConfig, SourceConfig
 from data.discovery import find_files
-from data.encode import Encoder
 from data.files import only_writer, read_json, write_json
-from data.progress import Progress
-from data.shards import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    PROGRESS_NAME,
-    Manifest,
-    ShardWriter,
-    finished_shards,
-    read_model,
-    remove_leftovers,
-    token_dtype,
-)
-from data.sources import Document, Source
+from data.join import join, missing, outline, outline_of
+from data.part_processes import PartProcesses
+from data.parts import Part, cut, share
+from data.prepare_part import require_unchanged
+from data.shards import FORMAT_VERSION, MANIFEST_NAME, PROGRESS_NAME, Manifest, read_model
+from data.sources import Source
 from data.store import TokenStore, train_folder, validation_folder
-from data.tokenization import SentencePiece, TextTokenizer, load_text_tokenizer, tokenizer_sha256
-from data.tokenizer import is_ours
+from data.tasks import ALONE, Task, task_of
+from data.tokenization import SentencePiece, load_text_tokenizer, tokenizer_sha256
+from data.tokenizer import is_ours, require_configured
 from data.tokenizer_json import require_same_ids
 from settings import counted, load, parse_arguments, shown, user_errors
 
-BATCH_BYTES = 1 << 19
-"""Text handed to a tokenizing process at once."""
 
-
-def prepare(config: DataConfig, workers: int) -> list[tuple[str, Manifest]]:
-    """Prepare everything in ``config``; returns the manifest of each source and validation set.
+def prepare(config: DataConfig, workers: int, task: Task = ALONE) -> list[tuple[str, Manifest]]:
+    """Prepare the parts of ``config`` that are ``task``'s; returns the manifest of each set that is complete then.
 
     Raises:
         ValueError: no tokenizer, or one that transformers would not follow; an empty or unreadable source, sources
-            changed since an earlier preparation, or another preparation running in the same folder.
+            changed since an earlier preparation, or another command at work on the same part.
     """
     tokenizer = load_text_tokenizer(config.dir)  # before the processes start, so that its absence is reported once
+    require_configured(config.tokenizer, tokenizer)
     if isinstance(tokenizer, SentencePiece) and not is_ours(Path(config.dir)):
         require_same_ids(tokenizer)  # an export would find out when all is trained
     made: list[tuple[str, Manifest]] = []
-    with only_writer(Path(config.dir)), Encoder(config.dir, workers) as encoder:
-        for source, folder in _all_folders(config):
-            manifest = _prepare_source(config, source, folder, tokenizer, encoder)
-            made.append((str(folder.relative_to(config.dir)), manifest))
+    with only_writer(Path(config.dir), shared=True):
+        sets = [_parts(config, source, folder, tokenizer.sha256) for source, folder in _all_folders(config)]
+        for parts in sets:
+            _require_same_origin(parts)
+        mine = share([part for parts in sets for part in parts], task.number, task.of)
+        if task.of > 1:
+            print(f"task {task.number} of {task.of} by {task.said_by}: {counted(len(mine), 'part')}", flush=True)
+        PartProcesses(config.dir, config.shard_tokens, workers).prepare(mine)
+        for parts in sets:
+            folder = parts[0].source_folder
+            if left := missing(parts):
+                numbers = ", ".join(map(str, left[:10])) + (", ..." if len(left) > 10 else "")
+                print(
+                    f"{folder}: {counted(len(left), 'part')} of {len(parts)} not prepared yet ({numbers}); who "
+                    "prepares the last one joins them",
+                    flush=True,
+                )
+                continue
+            made.append((str(folder.relative_to(config.dir)), join(parts)))
+            TokenStore(folder)
     return made
 
 
@@ -79,78 +85,29 @@ def _all_folders(config: DataConfig) -> list[tuple[SourceConfig, Path]]:
     return train + [(source, validation_folder(config, source.name)) for source in config.validation]
 
 
-def _prepare_source(
-    config: DataConfig, source_config: SourceConfig, folder: Path, tokenizer: TextTokenizer, encoder: Encoder
-) -> Manifest:
-    source = Source(source_config)
-    made_from = {
+def _parts(config: DataConfig, source: SourceConfig, folder: Path, tokenizer_sha256: str) -> list[Part]:
+    common = {
         "format_version": FORMAT_VERSION,
-        "tokenizer_sha256": tokenizer.sha256,
-        "settings": {"text_field": source_config.text_field, "shard_tokens": config.shard_tokens},
-        **source.identity(),
+        "tokenizer_sha256": tokenizer_sha256,
+        "settings": {"text_field": source.text_field, "shard_tokens": config.shard_tokens},
     }
+    return cut(Source(source), folder, config.part_bytes, common)
+
+
+def _require_same_origin(parts: list[Part]) -> None:
+    """Refuse before any work what the source's other parts do not agree with, whichever task prepares them."""
+    folder, now = parts[0].source_folder, outline(parts[0])
     if (folder / MANIFEST_NAME).exists():
         manifest = read_model(folder / MANIFEST_NAME, Manifest)
-        _require_unchanged(folder, manifest.made_from, made_from)
-        TokenStore(folder)
-        remove_leftovers(folder)
+        require_unchanged(folder, outline_of(manifest.made_from), now)
         print(f"{folder}: complete already, {manifest.tokens:,} tokens", flush=True)
-        return manifest
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / PROGRESS_NAME).exists():
-        _require_unchanged(folder, read_json(folder / PROGRESS_NAME), made_from)
-    else:
-        remove_leftovers(folder)  # records of nobody knows what: without their origin they prove nothing
-        write_json(folder / PROGRESS_NAME, made_from)
-    writer = ShardWriter(folder, token_dtype(tokenizer.vocab_size), config.shard_tokens, finished_shards(folder))
-    if writer.shards:
-        print(f"{folder}: going on after {len(writer.shards)} finished shards", flush=True)
-    try:
-        with Progress(source_config.name, writer.tokens) as progress:
-            for batch, (tokens, lengths) in encoder.encode(_batches(source.documents(writer.cursor))):
-                writer.add(batch, tokens, lengths)
-                progress.add(len(tokens), source.label(batch[-1].after))
-        return writer.finish(tokenizer.vocab_size, tokenizer.eos_id, made_from)
-    finally:
-        writer.abandon()
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size_bytes = 0
-    for document in documents:
-        batch.append(document)
-        # A document without text costs something too; many of them in a row must not pile up.
-        size_bytes += len(document.text) + 100
-        if size_bytes >= BATCH_BYTES:
-            yield batch
-            batch, size_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse to mix shards of different origins in one folder."""
-    if before == now:
         return
-    changes = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if old == new:
-            continue
-        if key == "files" and old and new:
-            pairs = list(zip_longest(old, new))
-            first = next((a or {}, b or {}) for a, b in pairs if a != b)
-            names = " -> ".join(str(file.get("name", "none")) for file in first)
-            changes.append(f"{sum(a != b for a, b in pairs)} source files (first: {names})")
-        elif key == "tokenizer_sha256":
-            changes.append("the tokenizer")
-        else:
-            changes.append(f"{key} ({old} -> {new})")
-    raise ValueError(
-        f"{folder} was prepared from something else; changed since: {', '.join(changes)}. Undo the change, "
-        f"choose another data.dir, or remove {folder} to prepare it again"
-    )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        require_unchanged(folder, outline_of(read_json(folder / PROGRESS_NAME)), now)
+    except FileNotFoundError:
+        if len(parts) > 1:  # a single part writes its own
+            write_json(folder / PROGRESS_NAME, now, shared=True)
 
 
 def files_twice(config: DataConfig) -> list[str]:
@@ -197,7 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data.prepare",
         description="Tokenize data.sources and data.validation into shards of at most data.shard_tokens tokens under "
-        "data.dir. May be killed and started again: finished shards are kept.",
+        "data.dir. May be killed and started again: finished shards are kept. Under srun and in a job array of SLURM "
+        "every task does its share.",
     )
     parser.add_argument("config", help="YAML file; only its data block is read")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.shard_tokens=50000000")
@@ -205,18 +163,22 @@ def main() -> None:
         "--workers",
         type=int,
         default=_cores(),
-        help="tokenizing processes (default: all cores, %(default)s)",
+        help="processes, which read and tokenize (default: all cores, %(default)s)",
     )
+    parser.add_argument("--part", metavar="I/N", help="do only the share of task I, from 0 to N - 1, of N")
     parser.add_argument("--verify", action="store_true", help="write nothing; check the SHA-256 of every prepared file")
     arguments = parse_arguments(parser)
     with user_errors():
         config = load(arguments.config, arguments.overrides, DataConfig, block="data")
         if arguments.workers < 1:
             raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
-        made = verify(config) if arguments.verify else prepare(config, arguments.workers)
-        print(_report(made, config.sequence_tokens))
         if arguments.verify:
+            print(_report(verify(config), config.sequence_tokens))
             print("verified: every file has the size and SHA-256 of its manifest")
+            return
+        task = task_of(arguments.part)
+        print(_report(prepare(config, arguments.workers, task), config.sequence_tokens))
+        if task.number:
             return
         for sentence in files_twice(config):
             print(f"warning: {sentence}", file=sys.stderr, flush=True)

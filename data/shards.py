@@ -23,6 +23,8 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
 ENDS_DTYPE = np.dtype("<u8")
+COUNTS = ("tokens", "documents", "text_bytes", "repaired_documents", "empty_documents")
+"""What a manifest sums up of its shards, and the manifest of a source of its parts."""
 
 Schema = TypeVar("Schema", bound=Strict)
 
@@ -53,7 +55,7 @@ class Shard(Strict):
 
 
 class Manifest(Strict):
-    """One finished source."""
+    """One finished source, or one part of it. Only a part may hold no document with text."""
 
     format_version: int
     dtype: Literal["uint16", "uint32"]
@@ -62,15 +64,16 @@ class Manifest(Strict):
     """Every token id is below it."""
     eos_id: int = Field(ge=0)
     """Closes every document."""
-    tokens: int = Field(ge=1)
-    documents: int = Field(ge=1)
-    text_bytes: int = Field(ge=1)
+    tokens: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    text_bytes: int = Field(ge=0)
     repaired_documents: int = Field(ge=0)
     empty_documents: int = Field(ge=0)
     """Documents without text; they are left out."""
     made_from: dict[str, Any]
     """Tokenizer hash, settings and source list: whatever must be the same for another run to give the same shards."""
-    shards: list[Shard] = Field(min_length=1)
+    shards: list[Shard]
+    """In the order of the source; of a source of several parts they lie in the parts' folders."""
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -139,14 +142,9 @@ class ShardWriter:
         self._file: BinaryIO | None = None
 
     @property
-    def tokens(self) -> int:
-        """In the finished shards."""
-        return sum(shard.tokens for shard in self.shards)
-
-    @property
-    def cursor(self) -> Cursor:
-        """Where reading goes on after the finished shards."""
-        return Cursor(*self.shards[-1].after) if self.shards else Cursor(0, 0)
+    def cursor(self) -> Cursor | None:
+        """Where reading goes on after the finished shards; None if there are none."""
+        return Cursor(*self.shards[-1].after) if self.shards else None
 
     def add(self, documents: list[Document], tokens: np.ndarray, lengths: np.ndarray) -> None:
         """Append ``documents``, whose ``tokens`` stand one after another; a length of 0 is a document without text."""
@@ -163,20 +161,17 @@ class ShardWriter:
                 self._open()
             self._append(document, stored[start:end].tobytes(), length)
 
-    def finish(self, vocab_size: int, eos_id: int, made_from: dict[str, Any]) -> Manifest:
+    def finish(self, vocab_size: int, eos_id: int, made_from: dict[str, Any], may_be_empty: bool = False) -> Manifest:
         """Close the last shard and write the manifest.
 
         Raises:
-            ValueError: there was no document with text.
+            ValueError: there was no document with text, which only ``may_be_empty`` allows.
         """
         if self._file is not None:
             self._close()
-        if not self.shards:
+        if not self.shards and not may_be_empty:
             raise ValueError(f"{self._folder}: the source has no document with text; check its files and text_field")
-        totals = {
-            key: sum(getattr(shard, key) for shard in self.shards)
-            for key in ("tokens", "documents", "text_bytes", "repaired_documents", "empty_documents")
-        }
+        totals = {key: sum(getattr(shard, key) for shard in self.shards) for key in COUNTS}
         totals["empty_documents"] += self._empty_since_last
         manifest = Manifest(
             format_version=FORMAT_VERSION,

@@ -1,23 +1,22 @@
 """One source's documents, in an order that depends on nothing but the source, from any point on.
 
-Which files it has says data/discovery.py, what they come in data/containers.py. Datasets on the Hub go through the
-``datasets`` library, streaming.
+Which files it has says data/discovery.py, what they come in data/containers.py, and what the Hub has data/hub.py.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.config import SourceConfig
-from data.containers import csv_values, json_records, parquet_values, whole_text
+from data.containers import csv_values, json_records, parquet_row_groups, parquet_values, whole_text
 from data.discovery import FORMATS, find_files, fingerprint, format_of
-from data.hub_cache import ensure_hub_cache
+from data.hub import HubDataset
 from settings import shown
-
-ROWS_AT_ONCE = 64
 
 
 class Cursor(NamedTuple):
@@ -39,7 +38,7 @@ class Document(NamedTuple):
 
 
 class Source:
-    """A source's files, or its dataset on the Hub."""
+    """A source's files, or its dataset on the Hub. Can be pickled; the files found stay the same."""
 
     def __init__(self, config: SourceConfig) -> None:
         """Find the files.
@@ -48,22 +47,47 @@ class Source:
             ValueError: a pattern matches no file, or a file's format cannot be inferred.
         """
         self.config = config
-        self._revision = _hub_revision(config) if config.hub else None
+        self._hub = HubDataset(config) if config.hub else None
         try:
             self.files = [] if config.hub else find_files(config.files)
         except ValueError as error:
             raise ValueError(f"source '{config.name}': {error}") from None
         self._formats = [config.format or _format_of(path, config.name) for path in self.files]
 
-    def identity(self) -> dict[str, Any]:
-        """What identifies this source and its state: its files' names, sizes and fingerprints, or the Hub revision."""
-        if self.config.hub:
-            hub = {"name": self.config.hub, "config": self.config.hub_config, "split": self.config.split}
-            folder = Path(self.config.hub)
-            files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-            there = {"files": [fingerprint(path, folder) for path in files]} if files else {}
-            return {"hub": {**hub, "revision": self._revision}, **there}
-        return {"files": [fingerprint(path) for path in self.files]}
+    def identity(self, first: int = 0, end: int | None = None) -> dict[str, Any]:
+        """What identifies files ``first`` up to ``end`` and their state: names, sizes and fingerprints.
+
+        For a dataset on the Hub its commit, whatever the files.
+        """
+        if self._hub is not None:
+            return self._hub.identity()
+        return {"files": [fingerprint(path) for path in self.files[first:end]]}
+
+    def outline(self) -> dict[str, Any]:
+        """As :meth:`identity` of all files, but of each only name and size, so that none is opened."""
+        if self._hub is not None:
+            return self._hub.identity()
+        return {"files": [{"name": shown(path.name), "bytes": path.stat().st_size} for path in self.files]}
+
+    def pieces(self, limit_bytes: int) -> Iterator[tuple[Cursor, int]]:
+        """Where the source may be cut: the start of each piece, and its bytes as they lie there.
+
+        A piece is a file, or a row group of a Parquet file above ``limit_bytes``. What is compressed as a whole
+        cannot be cut.
+
+        Raises:
+            ValueError: a file cannot be read.
+        """
+        sizes = self._hub_sizes if self._hub is not None else [path.stat().st_size for path in self.files]
+        for number, size in enumerate(sizes):
+            if size <= limit_bytes or self._hub is not None or self._formats[number] != "parquet":
+                yield Cursor(number, 0), size
+                continue
+            with self._naming(number):
+                yield from (
+                    (Cursor(number, row), group_bytes)
+                    for row, group_bytes in parquet_row_groups(self.files[number]) or [(0, size)]
+                )
 
     def label(self, cursor: Cursor) -> str:
         """What is being read at ``cursor``, for a progress line."""
@@ -72,40 +96,64 @@ class Source:
         number = min(cursor.file, len(self.files) - 1)
         return f"{shown(self.files[number].name)} ({number + 1} of {len(self.files)})"
 
-    def documents(self, start: Cursor) -> Iterator[Document]:
-        """Every document from ``start`` on, the ones without text included.
+    def documents(self, start: Cursor, end: Cursor | None = None) -> Iterator[Document]:
+        """Every document from ``start`` up to ``end`` (or all that follow), the ones without text included.
 
         Raises:
             ValueError: a file cannot be read, or a document has no text field; the sentence names the file.
         """
-        for number in range(start.file, max(len(self.files), 1)):
-            yield from self.file_documents(number, start.document if number == start.file else 0)
+        last = Cursor(self._count, 0) if end is None else end
+        for number in range(start.file, self._count):
+            first = start.document if number == start.file else 0
+            if number < last.file:
+                yield from self.file_documents(number, first)
+            elif number == last.file and first < last.document:
+                yield from self.file_documents(number, first, last.document)
 
-    def file_documents(self, number: int, first: int = 0) -> Iterator[Document]:
-        """The documents of file ``number`` (0 for the Hub), from its document ``first`` on."""
-        place = shown(self.files[number]) if self.files else f"Hub dataset {self.config.hub}"
-        try:
-            for index, value in enumerate(self._values(number, first), start=first):
+    def file_documents(self, number: int, first: int = 0, end: int | None = None) -> Iterator[Document]:
+        """The documents of file ``number``, from its document ``first`` up to ``end``."""
+        with self._naming(number):
+            for index, value in enumerate(self._values(number, first, end), start=first):
                 text, repaired = _to_utf8(value, self.config.text_field, index)
                 yield Document(text, repaired, Cursor(number, index + 1))
+
+    @property
+    def _count(self) -> int:
+        return len(self.files) if self._hub is None else len(self._hub_sizes)
+
+    @functools.cached_property
+    def _hub_sizes(self) -> list[int]:
+        assert self._hub is not None
+        with self._naming(0):
+            return self._hub.file_sizes()
+
+    @contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
+        """Whatever a decompressor, a parser or the Hub's client raises over a file, its user needs the file's name."""
+        try:
+            yield
         except Exception as error:
-            # Whatever a decompressor, a parser or the Hub's client raises over a file, its user needs the file's name.
+            place = shown(self.files[number]) if self.files else f"Hub dataset {self.config.hub}"
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"source '{self.config.name}': cannot read {place}: {reason}") from error
 
-    def _values(self, number: int, first: int) -> Iterator[Any]:
+    def _values(self, number: int, first: int, end: int | None) -> Iterator[Any]:
         """The text values of one file as they stand there, of whatever type."""
-        if self.config.hub:
-            return _hub_values(self.config, self._revision, first)
-        path, kind, field = self.files[number], self._formats[number], self.config.text_field
-        values: Iterator[Any]
+        field = self.config.text_field
+        if self._hub is not None:
+            batches = self._hub.batches(number, len(self._hub_sizes), first)
+            values: Iterator[Any] = (value for batch in batches for value in _field(batch, field, "the dataset"))
+            return islice(values, None if end is None else end - first)
+        path, kind = self.files[number], self._formats[number]
+        if kind == "parquet":
+            return parquet_values(path, field, first, end)
         if kind == "json":
             values = (_field(record, field, place) for place, record in json_records(path))
         elif kind == "text":
             values = iter([whole_text(path)])
         else:
-            values = csv_values(path, field) if kind == "csv" else parquet_values(path, field)
-        return islice(values, first, None)
+            values = csv_values(path, field)
+        return islice(values, first, end)
 
 
 def _format_of(path: Path, source: str) -> str:
@@ -145,29 +193,3 @@ def _field(record: Any, field: str, place: str) -> Any:
             "a config, --text-field on a command line"
         )
     return record[field]
-
-
-def _hub_values(config: SourceConfig, revision: str | None, first: int) -> Iterator[Any]:
-    ensure_hub_cache()
-    import datasets  # late: it takes seconds, and every tokenizing process would pay for it
-
-    rows = datasets.load_dataset(
-        config.hub, config.hub_config, split=config.split, revision=revision, streaming=True
-    ).skip(first)
-    for batch in rows.iter(batch_size=ROWS_AT_ONCE):
-        yield from _field(batch, config.text_field, "the dataset")
-
-
-def _hub_revision(config: SourceConfig) -> str | None:
-    """The commit to read, so that an interrupted preparation goes on with the same data; None for a local folder."""
-    assert config.hub is not None
-    if Path(config.hub).is_dir():
-        return None
-    ensure_hub_cache()
-    import huggingface_hub
-
-    try:
-        return huggingface_hub.HfApi().dataset_info(config.hub).sha
-    except Exception as error:  # network, name, permission: all mean that the dataset cannot be had
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"source '{config.name}': the Hub does not give dataset '{config.hub}': {reason}") from error

@@ -18,7 +18,7 @@ import numpy as np
 from data.config import DataConfig
 from data.files import sha256_of
 from data.open_files import SHARED, Column
-from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model, shard_name
+from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model
 
 
 class _Look(NamedTuple):
@@ -58,7 +58,7 @@ class TokenStore:
         if tokenizer_sha256 is not None and self.manifest.tokenizer_sha256 != tokenizer_sha256:
             raise ValueError(
                 f"{path}: the shards were made with tokenizer {self.manifest.tokenizer_sha256[:12]}, but this "
-                f"data folder's tokenizer.model is {tokenizer_sha256[:12]}; restore that tokenizer or prepare again"
+                f"data folder's tokenizer is {tokenizer_sha256[:12]}; restore that tokenizer or prepare again"
             )
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         self._check_files()
@@ -105,7 +105,7 @@ class TokenStore:
             if len(part) and int(part.max()) >= self.manifest.vocab_size:
                 # An id that no embedding has would be an anonymous crash on a GPU.
                 raise ValueError(
-                    f"{self.folder / shard_name(shard)}.bin is damaged: it holds the token id {int(part.max())}, the "
+                    f"{self._paths[shard][0]} is damaged: it holds the token id {int(part.max())}, the "
                     f"vocabulary has {self.manifest.vocab_size}; {self._again()}"
                 )
             tokens[offset + a - first : offset + b - first] = part

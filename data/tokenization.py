@@ -20,22 +20,26 @@ N: tokens of a text.
 from __future__ import annotations
 
 import json
+import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
+from data.exact_cuts import AFTER_LINE_BREAK, border_of, parts
 from data.files import read_json, sha256_of
 from data.sentencepiece_file import MODEL_NAME, cuts_exactly, load_tokenizer, model_proto, refuse_changed_text
 
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME, GENERATION_NAME = "tokenizer_config.json", "generation_config.json"
-PART_CHARACTERS = 32_768
-"""A long document is encoded in parts of about this size: SentencePiece takes far more memory than text at once."""
+_PARTS_AT_ONCE = 64
+"""Some parts of a long text at once, for the library's threads, but not all: their encodings take far more memory."""
 WORD_START = "▁"
 """What a piece begins with where a space stands before it."""
 EOS_PLACES = (
@@ -52,6 +56,10 @@ _MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 class TextTokenizer(ABC):
     """Text to ids and back."""
 
+    kind: Literal["sentencepiece", "huggingface"]
+    border: re.Pattern[str] | None
+    """Where a text may be cut so that its parts have the ids of the whole; None if nowhere."""
+
     def __init__(self, file: Path, vocab_size: int, eos_id: int, prefix: list[int]) -> None:
         self.file = file
         """What it was read from."""
@@ -66,8 +74,31 @@ class TextTokenizer(ABC):
         self._adds_space = bool(first) and self.piece(first[0]).startswith(WORD_START)
 
     @abstractmethod
+    def _encode_parts(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each of ``texts``, parts of texts as :meth:`_parts` gives them."""
+
+    def _parts(self, text: str) -> Iterator[str]:
+        """What is encoded at once; nothing for an empty text."""
+        return parts(text, self.border)
+
     def encode(self, text: str) -> list[int]:
         """The N ids of ``text``, without begin or end of document."""
+        return [token for part in self._parts(text) for token in self._encode_parts([part])[0]]
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of ``texts`` as documents to train on, both ends marked; none for an empty text.
+
+        Returns:
+            The N ids of all of them, one after another, uint32, and each one's number, int64 [texts].
+        """
+        cut = [list(self._parts(text)) for text in texts]
+        flat = [part for some in cut for part in some]
+        encoded: list[np.ndarray] = []
+        for first in range(0, len(flat), _PARTS_AT_ONCE):
+            encoded += [np.array(ids, np.uint32) for ids in self._encode_parts(flat[first : first + _PARTS_AT_ONCE])]
+        before, after, rest = np.array(self.prefix, np.uint32), np.array([self.eos_id], np.uint32), iter(encoded)
+        documents = [np.concatenate([before, *islice(rest, len(some)), after]) if some else before[:0] for some in cut]
+        return np.concatenate([before[:0], *documents]), np.array([len(ids) for ids in documents], np.int64)
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
@@ -80,10 +111,6 @@ class TextTokenizer(ABC):
     @abstractmethod
     def token_id(self, piece: str) -> int | None:
         """The id of a token as it is written in the tokenizer's file; None if it is none."""
-
-    def document(self, text: str) -> list[int]:
-        """The ids of ``text`` as a document to train on, both ends marked; none for an empty text."""
-        return [*self.prefix, *self.encode(text), self.eos_id] if text else []
 
     def split(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
         """The ids of ``prompt``, and those of ``response`` after it."""
@@ -127,6 +154,15 @@ def tokenizer_sha256(folder: str | Path) -> str:
     return sha256_of(tokenizer_file(folder))
 
 
+def use_threads(count: int) -> None:
+    """Let this process's ``tokenizers`` library, which takes all cores otherwise, encode on ``count`` of them.
+
+    To be called before it encodes anything: it starts its threads once. A process that has done so must not fork.
+    """
+    os.environ["RAYON_NUM_THREADS"] = str(count)
+    os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
+
+
 def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
     """The tokenizer in ``folder``.
 
@@ -135,7 +171,7 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
             done everywhere alike.
     """
     file = tokenizer_file(folder)
-    return _HuggingFace(file) if file.name == JSON_NAME else SentencePiece(file)
+    return HuggingFace(file) if file.name == JSON_NAME else SentencePiece(file)
 
 
 def require_vocabulary(
@@ -158,6 +194,8 @@ class SentencePiece(TextTokenizer):
     Special tokens that are spelt out in a text are text, as SentencePiece has it.
     """
 
+    kind = "sentencepiece"
+
     def __init__(self, file: Path) -> None:
         self.processor = load_tokenizer(file.parent)
         """What decodes; it encodes the same ids, too, but takes far more memory for a long text."""
@@ -172,20 +210,17 @@ class SentencePiece(TextTokenizer):
             bare = type(self.proto).FromString(self.processor.serialized_model_proto())
             bare.normalizer_spec.add_dummy_prefix = False
             self._encoder = SentencePieceProcessor(model_proto=bare.SerializeToString())
-        self.cuts_exactly = cuts_exactly(self.proto)
-        """Encoding a text in parts, cut after line breaks, gives the ids of the whole."""
+        self.border = AFTER_LINE_BREAK if cuts_exactly(self.proto) else None
         given = _given_eos_id(file, self.token_id, self.processor.vocab_size())
         prefix = [_bos_id(self.processor, beside, file)] if beside.get("add_bos_token") is True else []
         eos_id = self.processor.eos_id() if given is None else given
         super().__init__(file, self.processor.vocab_size(), eos_id, prefix)
 
-    def encode(self, text: str) -> list[int]:
-        if not text:
-            return []
-        whole = f" {text}" if self._spaced else text
-        if not self.cuts_exactly or len(whole) <= PART_CHARACTERS:
-            return self._encoder.encode(whole)
-        return [token for part in _parts(whole) for token in self._encoder.encode(part)]
+    def _parts(self, text: str) -> Iterator[str]:
+        return super()._parts(f" {text}" if self._spaced and text else text)
+
+    def _encode_parts(self, texts: list[str]) -> list[list[int]]:
+        return [self._encoder.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.processor.decode(list(ids))
@@ -198,11 +233,13 @@ class SentencePiece(TextTokenizer):
         return token if self.processor.id_to_piece(token) == piece else None
 
 
-class _HuggingFace(TextTokenizer):
+class HuggingFace(TextTokenizer):
     """A ``tokenizer.json``, with the tokens that files beside it add, numbered as transformers numbers them.
 
     Special tokens that are spelt out in a text become these tokens, unless ``split_special_tokens`` says otherwise.
     """
+
+    kind = "huggingface"
 
     def __init__(self, file: Path) -> None:
         try:
@@ -226,8 +263,10 @@ class _HuggingFace(TextTokenizer):
             for token in found if isinstance(found, list) else [found]:
                 self._add(token, special=True)
         self._tokenizer.encode_special_tokens = beside.get("split_special_tokens") is True
-        decoder = json.loads(self._tokenizer.to_str())["decoder"]
-        self._byte_level = tokenizers.decoders.ByteLevel() if '"ByteLevel"' in json.dumps(decoder) else None
+        description = json.loads(self._tokenizer.to_str())
+        by_bytes = '"ByteLevel"' in json.dumps(description["decoder"])
+        self._byte_level = tokenizers.decoders.ByteLevel() if by_bytes else None
+        self.border = border_of(description)
         super().__init__(file, self._vocab_size(), eos_id, self._put_before(eos_id, file))
 
     def _add(self, token: Any, special: bool = False) -> None:
@@ -252,8 +291,10 @@ class _HuggingFace(TextTokenizer):
             )
         return before
 
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+    def _encode_parts(self, texts: list[str]) -> list[list[int]]:
+        if len(texts) == 1:  # without threads: a process that forks later may do this
+            return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
+        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids))
@@ -272,16 +313,6 @@ def _common_start(first: list[int], second: list[int]) -> int:
     """How many ids at the start of both are the same."""
     differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differ, min(len(first), len(second)))
-
-
-def _parts(text: str) -> Iterator[str]:
-    """Cuts of ``text`` after line breaks."""
-    start = 0
-    while start < len(text):
-        line_end = text.find("\n", start + PART_CHARACTERS)
-        end = len(text) if line_end < 0 else line_end + 1
-        yield text[start:end]
-        start = end
 
 
 def _beside(folder: Path) -> dict[str, Any]:

@@ -1,76 +1,77 @@
-"""Train the SentencePiece tokenizer: ``python -m data.tokenizer CONFIG [key.sub=value ...]``.
+"""Train the tokenizer, or take one: ``python -m data.tokenizer CONFIG [key.sub=value ...]``.
 
-Every setting that would change ids after export to Hugging Face is fixed here. With ``model_type: bpe`` the ids are
-the same there, and any text comes back from its ids unchanged: no normalisation, no added or removed space, a line
-break is a piece of its own, and what has no piece is spelt in bytes. One exception: the character U+2581 stands for
-a space inside SentencePiece, and comes back as one.
+What lies in ``data.dir`` afterwards decides the ids of everything that is prepared there. So nothing is replaced: a
+tokenizer that is there already is the one that the config asks for, or refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import io
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
+import tokenizers
 
-from data.config import DataConfig
+from data.config import DataConfig, TokenizerConfig
 from data.files import read_json, sha256_of, write_atomically, write_json
 from data.sentencepiece_file import MODEL_NAME
 from data.sources import Source
-from data.tokenization import JSON_NAME, load_text_tokenizer
+from data.tokenization import CONFIG_NAME, JSON_NAME, TextTokenizer, load_text_tokenizer, tokenizer_sha256
+from data.tokenizer_files import copy_tokenizer, tokenizer_contents, tokenizer_names
+from data.tokenizer_training import BYTE_LEVEL_CONFIG, train_byte_level, train_sentencepiece
 from settings import load, parse_arguments, user_errors
 
 MANIFEST_NAME = "tokenizer.manifest.json"
-UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
-LINE_BYTES = 4000
-"""Longest line trained on; SentencePiece silently leaves out lines above 4192 bytes."""
 
 
 def train_tokenizer(config: DataConfig) -> str:
-    """Train ``config.dir/tokenizer.model`` unless it is there already; returns a sentence saying what was done.
+    """Put the tokenizer that ``config`` asks for into ``config.dir``, unless it is there already.
+
+    Returns:
+        A sentence saying what was done.
 
     Raises:
-        ValueError: one is there with other settings, or the text does not suit ``vocab_size``.
+        ValueError: another one is there, the one to take does not fit, or the text does not suit ``vocab_size``.
     """
-    folder = Path(config.dir)
-    path = folder / MODEL_NAME
-    if (folder / JSON_NAME).exists():
-        return _taken(folder / JSON_NAME, config.tokenizer.vocab_size)
-    if path.exists():
-        _require_same_settings(config)
-        return f"{path} exists already ({config.tokenizer.vocab_size:,} pieces); nothing to do"
-    folder.mkdir(parents=True, exist_ok=True)
-    taken_bytes = {source.name: 0 for source in config.sources}
-    model = _train(config, _training_lines(config, taken_bytes))
-    # The model comes last: once it is there, so is the manifest that says how it was made.
-    write_json(
-        folder / MANIFEST_NAME,
-        {
-            "settings": config.tokenizer.model_dump(),
-            "sha256": hashlib.sha256(model).hexdigest(),
-            "text_bytes": taken_bytes,
-            "sentencepiece": sentencepiece.__version__,
-        },
-    )
-    write_atomically(path, model)
-    taken = ", ".join(f"{name} {size:,}" for name, size in taken_bytes.items())
-    return f"{path}: {config.tokenizer.vocab_size:,} pieces, trained on {sum(taken_bytes.values()):,} bytes ({taken})"
+    folder, wanted = Path(config.dir), config.tokenizer
+    if wanted.path is not None:
+        return _take(Path(wanted.path), folder, wanted)
+    for name in (JSON_NAME, MODEL_NAME):
+        if (folder / name).exists():
+            brought = not (folder / MANIFEST_NAME).exists()
+            if not brought:
+                _require_same_settings(wanted, folder / name)
+            require_configured(wanted, load_text_tokenizer(folder))
+            there = "is taken as it is" if brought else "exists already"
+            return f"{folder / name} {there} ({wanted.vocab_size:,} tokens); nothing to do"
+    return _train(config, folder)
 
 
-def _taken(path: Path, vocab_size: int) -> str:
-    """What is said of a Hugging Face tokenizer, which is taken as it is."""
-    found = load_text_tokenizer(path.parent).vocab_size
-    if found != vocab_size:
+def require_configured(wanted: TokenizerConfig, tokenizer: TextTokenizer) -> None:
+    """Refuse a tokenizer that is not what the config says.
+
+    Args:
+        wanted: the config's block.
+        tokenizer: that of ``data.dir``.
+
+    Raises:
+        ValueError: it is of another kind or size, or not that of ``data.tokenizer.path``.
+    """
+    if tokenizer.kind != wanted.kind:
         raise ValueError(
-            f"{path} has {found:,} tokens, and data.tokenizer.vocab_size is {vocab_size:,}; set it (and "
-            "model.vocab_size) to the same number, or move the file away to train a tokenizer"
+            f"{tokenizer.file} is of kind {tokenizer.kind}, and data.tokenizer.kind is {wanted.kind}; set it to "
+            f"{tokenizer.kind}, or choose another data.dir"
         )
-    return f"{path} is taken as it is ({found:,} tokens); nothing to do"
+    if tokenizer.vocab_size != wanted.vocab_size:
+        raise ValueError(
+            f"{tokenizer.file} has {tokenizer.vocab_size:,} tokens, and data.tokenizer.vocab_size is "
+            f"{wanted.vocab_size:,}; set it (and model.vocab_size) to the same number, or choose another data.dir"
+        )
+    # Once it is copied the folder may go: shards are tied to the copy.
+    if wanted.path is not None and Path(wanted.path).is_dir() and tokenizer_sha256(wanted.path) != tokenizer.sha256:
+        raise ValueError(_another(tokenizer.file.parent, wanted.path, tokenizer.file.name))
 
 
 def is_ours(folder: Path) -> bool:
@@ -81,19 +82,41 @@ def is_ours(folder: Path) -> bool:
     return bool(read_json(folder / MANIFEST_NAME).get("sha256") == sha256_of(path))
 
 
-def _require_same_settings(config: DataConfig) -> None:
-    path = Path(config.dir) / MODEL_NAME
-    manifest_path = path.with_name(MANIFEST_NAME)
-    wanted: dict[str, Any] = config.tokenizer.model_dump()
-    if manifest_path.exists():
-        manifest = read_json(manifest_path)
-        if manifest.get("sha256") != sha256_of(path):
-            raise ValueError(f"{path} is not the file that {manifest_path} describes; remove both and train again")
-        recorded: dict[str, Any] = manifest.get("settings", {})
-    else:  # brought from elsewhere: the size is all that can be compared
-        wanted = {"vocab_size": wanted["vocab_size"]}
-        recorded = {"vocab_size": load_text_tokenizer(config.dir).vocab_size}
-    changed = [f"{key} {recorded.get(key)} -> {value}" for key, value in wanted.items() if recorded.get(key) != value]
+def _take(source: Path, folder: Path, wanted: TokenizerConfig) -> str:
+    """Copy the tokenizer in ``source``, after it was found to be what the config says."""
+    if not source.is_dir():
+        what = f"is a file; give its folder, {source.parent}" if source.exists() else "does not exist; correct it"
+        raise ValueError(f"data.tokenizer.path {source} {what}")
+    given = load_text_tokenizer(source)
+    require_configured(wanted, given)
+    contents = tokenizer_contents(source)
+    there = {name: (folder / name).read_bytes() for name in tokenizer_names(folder)}
+    if differing := sorted(name for name in there if there[name] != contents.get(name)):
+        raise ValueError(_another(folder, source, ", ".join(differing)))
+    if there == contents:
+        return f"{folder / given.file.name} is that of {source} already ({given.vocab_size:,} tokens); nothing to do"
+    folder.mkdir(parents=True, exist_ok=True)
+    copied = ", ".join(copy_tokenizer(source, folder))
+    return f"{folder / given.file.name}: {given.vocab_size:,} tokens, taken from {source} as it is ({copied})"
+
+
+def _another(folder: Path, source: str | Path, names: str) -> str:
+    return (
+        f"{folder} holds another tokenizer than data.tokenizer.path {source} (differing: {names}); set data.tokenizer "
+        "back, choose another data.dir, or remove the tokenizer there and the shards made with it"
+    )
+
+
+def _require_same_settings(wanted: TokenizerConfig, path: Path) -> None:
+    manifest = read_json(path.with_name(MANIFEST_NAME))
+    if manifest.get("sha256") != sha256_of(path):
+        raise ValueError(
+            f"{path} is not the file that {MANIFEST_NAME} beside it describes; remove both and train again"
+        )
+    recorded = TokenizerConfig.model_validate(manifest.get("settings", {})).model_dump()
+    changed = [
+        f"{key} {recorded[key]} -> {value}" for key, value in wanted.model_dump().items() if recorded[key] != value
+    ]
     if changed:
         raise ValueError(
             f"{path} was trained with other settings ({', '.join(changed)}); set data.tokenizer back, "
@@ -101,65 +124,53 @@ def _require_same_settings(config: DataConfig) -> None:
         )
 
 
-def _train(config: DataConfig, lines: Iterator[bytes]) -> bytes:
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines,
-            model_writer=model,
-            model_type=config.tokenizer.model_type,
-            vocab_size=config.tokenizer.vocab_size,
-            byte_fallback=True,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n"],
-            unk_id=UNK_ID,
-            bos_id=BOS_ID,
-            eos_id=EOS_ID,
-            pad_id=PAD_ID,
-            num_threads=8,  # fixed: unigram sums in thread order, so another number gives another model
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise ValueError(_size_problem(config.tokenizer.vocab_size, " ".join(str(error).split()))) from None
-    return model.getvalue()
-
-
-def _size_problem(vocab_size: int, reason: str) -> str:
-    """What SentencePiece says of a vocabulary that does not suit the text, with the fix that there is here."""
-    told = f"data.tokenizer.vocab_size={vocab_size}"
-    if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
-        return (
-            f"{told} is too small for the text, whose characters and the special pieces are {needed[1]}, each a piece "
-            "of its own; set it to more than that"
-        )
-    if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", reason):
-        return (
-            f"{told} is too large for the text, which gives {most[1]} pieces at most; lower it, or give more text "
-            "(data.sources, data.tokenizer.train_bytes)"
-        )
-    return (
-        f"{told} does not suit the text ({reason.rpartition('] ')[2]}); change it, or give more text (data.sources, "
-        "data.tokenizer.train_bytes)"
+def _train(config: DataConfig, folder: Path) -> str:
+    _require_no_leftovers(folder, config.tokenizer.kind)
+    folder.mkdir(parents=True, exist_ok=True)
+    taken_bytes = {source.name: 0 for source in config.sources}
+    texts = _sample(config, taken_bytes)
+    if config.tokenizer.kind == "sentencepiece":
+        path, library = folder / MODEL_NAME, {"sentencepiece": sentencepiece.__version__}
+        model = train_sentencepiece(config.tokenizer, texts)
+    else:
+        path, library = folder / JSON_NAME, {"tokenizers": tokenizers.__version__}
+        model = train_byte_level(config.tokenizer, texts)
+        write_json(folder / CONFIG_NAME, BYTE_LEVEL_CONFIG)
+    # The model comes last: once it is there, so is the manifest that says how it was made.
+    write_json(
+        folder / MANIFEST_NAME,
+        {
+            "settings": config.tokenizer.model_dump(exclude={"path"}),
+            "sha256": hashlib.sha256(model).hexdigest(),
+            "text_bytes": taken_bytes,
+            **library,
+        },
     )
+    write_atomically(path, model)
+    taken = ", ".join(f"{name} {size:,}" for name, size in taken_bytes.items())
+    return f"{path}: {config.tokenizer.vocab_size:,} tokens, trained on {sum(taken_bytes.values()):,} bytes ({taken})"
 
 
-def _training_lines(config: DataConfig, taken_bytes: dict[str, int]) -> Iterator[bytes]:
-    """Lines from all sources, each source's share by weight; ``taken_bytes`` is counted up on the way."""
+def _require_no_leftovers(folder: Path, kind: str) -> None:
+    """Refuse what lies beside no tokenizer, but would belong to the one that is trained."""
+    names = set(tokenizer_names(folder))
+    if kind == "huggingface" and CONFIG_NAME in names and read_json(folder / CONFIG_NAME) == BYTE_LEVEL_CONFIG:
+        names.remove(CONFIG_NAME)  # a training that was killed
+    if names:
+        raise ValueError(
+            f"{folder} holds no tokenizer, but {', '.join(sorted(names))} of one, which would change the one that is "
+            "trained; remove them"
+        )
+
+
+def _sample(config: DataConfig, taken_bytes: dict[str, int]) -> Iterator[bytes]:
+    """Documents from all sources, each source's share by weight; ``taken_bytes`` is counted up on the way."""
     total_weight = sum(source.weight for source in config.sources)
     for source in config.sources:
         budget_bytes = int(config.tokenizer.train_bytes * source.weight / total_weight)
         for text in _spread_documents(Source(source), budget_bytes):
             taken_bytes[source.name] += len(text)
-            for line in text.split(b"\n"):
-                for start in range(0, len(line), LINE_BYTES):
-                    # A cut inside a character leaves broken bytes at the seam, which the decoder drops.
-                    piece = line[start : start + LINE_BYTES].decode(errors="ignore")
-                    if piece and "\0" not in piece:  # SentencePiece refuses NUL in training text
-                        yield piece.encode()
+            yield text
         if not taken_bytes[source.name]:
             raise ValueError(f"source '{source.name}' holds no text to train the tokenizer on; check its files")
 
@@ -182,15 +193,16 @@ def _spread_documents(source: Source, budget_bytes: int) -> Iterator[bytes]:
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data.tokenizer",
-        description="Train a SentencePiece tokenizer on a sample (data.tokenizer.train_bytes, in bytes of text) of the "
-        "sources and write it to data.dir/tokenizer.model. If it is there already with the same settings, do nothing.",
+        description="Train a tokenizer (data.tokenizer.kind: sentencepiece or huggingface) on a sample "
+        "(data.tokenizer.train_bytes, in bytes of text) of the sources, or take that of the folder "
+        "data.tokenizer.path, and put it into data.dir. If it is there already, do nothing.",
     )
     parser.add_argument("config", help="YAML file; only its data block is read")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key.sub=value",
-        help="for example data.tokenizer.vocab_size=8000 (pieces) data.tokenizer.train_bytes=20000000 (bytes)",
+        help="for example data.tokenizer.vocab_size=8000 (tokens) data.tokenizer.train_bytes=20000000 (bytes)",
     )
     arguments = parse_arguments(parser)
     with user_errors():

@@ -9,11 +9,12 @@ vocab.json merges.txt ...        what tokenizer.json was made from; a tokenizer'
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 
+from data.files import read_json, write_atomically
 from data.sentencepiece_file import MODEL_NAME
-from data.tokenization import JSON_NAME, tokenizer_file
+from data.tokenization import EOS_PLACES, GENERATION_NAME, JSON_NAME, tokenizer_file
 
 _PATTERNS = (
     MODEL_NAME,
@@ -47,21 +48,50 @@ def tokenizer_files(folder: Path) -> list[Path]:
         ValueError: if there is no tokenizer.
     """
     tokenizer_file(folder)
+    return [folder / name for name in tokenizer_names(folder)]
+
+
+def tokenizer_names(folder: Path) -> list[str]:
+    """The names of such files that are in ``folder``, which may hold no tokenizer, or not exist."""
     found = {path: None for pattern in _PATTERNS for path in sorted(folder.glob(pattern)) if path.is_file()}
-    return list(found)
+    return [str(path.relative_to(folder)) for path in found]
 
 
-def copy_tokenizer(folder: Path, out: Path) -> list[str]:
-    """Copy the tokenizer's files from ``folder`` to the same places in ``out``; returns their names.
+def tokenizer_contents(folder: Path) -> dict[str, bytes]:
+    """What makes a tokenizer elsewhere the one in ``folder``: its files by name, the one that decides the ids last.
+
+    A model's ``config.json`` is no file of a tokenizer. An end-of-document token that only it names stands in
+    ``generation_config.json`` instead.
 
     Raises:
         ValueError: if there is no tokenizer.
     """
-    names = [str(file.relative_to(folder)) for file in tokenizer_files(folder)]
-    for name in names:
+    deciding = tokenizer_file(folder)
+    files = sorted(tokenizer_files(folder), key=lambda file: file == deciding)
+    contents = {str(file.relative_to(folder)): file.read_bytes() for file in files}
+    *others, (model_config, field) = EOS_PLACES
+    named = read_json(folder / model_config).get(field) if (folder / model_config).is_file() else None
+    if named is None or any(_names(folder / name, other) for name, other in others):
+        return contents
+    generation = json.loads(contents.pop(GENERATION_NAME, b"{}")) | {"eos_token_id": named}
+    return {GENERATION_NAME: json.dumps(generation, indent=1).encode(), **contents}
+
+
+def _names(path: Path, field: str) -> bool:
+    return path.is_file() and read_json(path).get(field) not in (None, [])
+
+
+def copy_tokenizer(folder: Path, out: Path) -> list[str]:
+    """Write the tokenizer's files in ``folder`` to the same places in ``out``; returns their names.
+
+    Raises:
+        ValueError: if there is no tokenizer.
+    """
+    contents = tokenizer_contents(folder)
+    for name, content in contents.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / name, out / name)
-    return names
+        write_atomically(out / name, content)
+    return list(contents)
 
 
 def left_behind(folder: Path) -> str:

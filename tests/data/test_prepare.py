@@ -77,7 +77,7 @@ def test_a_file_that_two_sets_read_is_told(tmp_path: Path) -> None:
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.prepare.token_dtype", lambda _: np.dtype("<u4"))
+    monkeypatch.setattr("data.prepare_part.token_dtype", lambda _: np.dtype("<u4"))
     config = prepared(tmp_path)
     manifest = read_model(folder_of(config) / "manifest.json", Manifest)
     assert manifest.dtype == "uint32"
@@ -86,7 +86,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_same_bytes_with_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.prepare.BATCH_BYTES", 2000)
+    monkeypatch.setattr("data.prepare_part.BATCH_BYTES", 2000)
     write_jsonl(tmp_path / "raw.jsonl", documents(300))
     config = config_of(tmp_path)
     train_tokenizer(config)
@@ -193,9 +193,10 @@ def test_changes_since_an_interrupted_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"settings \(.*'shard_tokens': 1000.* -> .*'shard_tokens': 2000"):
         prepare(config_of(tmp_path, shard_tokens=2000), workers=1)
     (Path(config.dir) / "tokenizer.model").unlink()
-    train_tokenizer(config_of(tmp_path, tokenizer={"vocab_size": 330, "train_bytes": 20_000}))
+    other = config_of(tmp_path, tokenizer={"vocab_size": 330, "train_bytes": 20_000})
+    train_tokenizer(other)
     with pytest.raises(ValueError, match="changed since: the tokenizer"):
-        prepare(config, workers=1)
+        prepare(other, workers=1)
 
 
 def test_a_finished_shard_whose_file_was_lost_is_made_again(tmp_path: Path) -> None:
@@ -269,7 +270,7 @@ def test_a_killed_worker_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pyte
     config = config_of(tmp_path)
     train_tokenizer(config)
     monkeypatch.setattr("data.encode._encode", os.kill)  # pickled by name: the worker runs os.kill(...)
-    monkeypatch.setattr("data.encode._end_with_parent", os.abort)
+    monkeypatch.setattr("data.encode._begin", os._exit)
     with pytest.raises(ValueError, match="a tokenizing process was killed"):
         prepare(config, workers=2)
 

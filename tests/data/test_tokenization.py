@@ -15,10 +15,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from data import tokenizer_json
+from data.exact_cuts import PART_CHARACTERS
 from data.files import sha256_of
 from data.prepare import prepare
 from data.sentencepiece_file import load_tokenizer
-from data.tokenization import PART_CHARACTERS, SentencePiece, TextTokenizer, load_text_tokenizer, tokenizer_sha256
+from data.tokenization import TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import train_tokenizer
 from data.tokenizer_json import sample_lines
 from tests.data.helpers import config_of, write_jsonl
@@ -215,7 +216,7 @@ LONG = "".join(f"{' ' * (n % 3)}the fox {n} jumps\n" + "\n" * (n % 4 == 0) for n
 )
 def test_a_long_text_has_the_ids_of_the_uncut_one(tmp_path: Path, settings: dict[str, Any], cuts: bool) -> None:
     tokenizer = load_text_tokenizer(write_sentencepiece(tmp_path, **settings))
-    assert isinstance(tokenizer, SentencePiece) and tokenizer.cuts_exactly == cuts
+    assert (tokenizer.border is not None) == cuts
     assert len(LONG) > 3 * PART_CHARACTERS
     for text in (LONG, f"  {LONG}", "x " * PART_CHARACTERS, *sample_lines_of(300)):
         assert tokenizer.encode(text) == tokenizer.processor.encode(text)
@@ -267,8 +268,13 @@ def test_what_stands_before_a_text_is_what_transformers_puts_there(
     assert tokenizer.prefix == before
     for text in ("the fox", " two\n\n  lines", "naïve 😀"):
         assert theirs(text)["input_ids"][: len(before) + 2] == [*before, *tokenizer.encode(text)][: len(before) + 2]
-    assert tokenizer.document("a") == [*before, *tokenizer.encode("a"), tokenizer.eos_id]
-    assert tokenizer.document("") == []
+    ids, lengths = tokenizer.encode_documents(["a", "", "b"])
+    documents = [[*before, *tokenizer.encode(text), tokenizer.eos_id] for text in "ab"]
+    assert ids.tolist() == [token for ids_of in documents for token in ids_of] and lengths.tolist() == [
+        len(documents[0]),
+        0,
+        len(documents[1]),
+    ]
 
 
 def test_a_begin_token_that_is_no_piece(tmp_path: Path) -> None:
@@ -337,7 +343,8 @@ def test_marks_behind_every_text(tmp_path: Path) -> None:
         content.save(str(folder / "tokenizer.json"))
         if mark == "</s>":
             tokenizer = load_text_tokenizer(folder)
-            assert tokenizer.prefix == [] and tokenizer.document("the")[-1] == 1 and 1 not in tokenizer.encode("the")
+            assert tokenizer.prefix == [] and tokenizer.encode_documents(["the"])[0][-1] == 1
+            assert 1 not in tokenizer.encode("the")
         else:
             with pytest.raises(
                 ValueError, match=r"puts \['<s>'\] after every text, and here documents end with '</s>'"
@@ -352,10 +359,10 @@ def test_stage_one_reads_a_tokenizer_json_and_puts_what_it_puts(tmp_path: Path) 
     texts = ["the fox", "a review: positive\n"]
     write_jsonl(tmp_path / "raw.jsonl", texts)
     tokenizer = load_text_tokenizer(tmp_path / "data")
-    config = config_of(tmp_path, tokenizer={"vocab_size": tokenizer.vocab_size})
+    config = config_of(tmp_path, tokenizer={"kind": "huggingface", "vocab_size": tokenizer.vocab_size})
     assert "tokenizer.json is taken as it is" in train_tokenizer(config)
     with pytest.raises(ValueError, match=r"tokens, and data.tokenizer.vocab_size is 320; set it"):
-        train_tokenizer(config_of(tmp_path))
+        train_tokenizer(config_of(tmp_path, tokenizer={"kind": "huggingface", "vocab_size": 320}))
     manifest = prepare(config, workers=1)[0][1]
     assert manifest.vocab_size == tokenizer.vocab_size and manifest.eos_id == 1
     assert manifest.tokenizer_sha256 == tokenizer_sha256(tmp_path / "data") == tokenizer.sha256

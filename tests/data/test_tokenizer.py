@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from data.exact_cuts import PART_CHARACTERS
 from data.sentencepiece_file import load_tokenizer
-from data.tokenization import PART_CHARACTERS, load_text_tokenizer, tokenizer_sha256
+from data.tokenization import load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import main, train_tokenizer
 from tests.data.helpers import config_of, documents, write_jsonl
 
@@ -108,7 +109,7 @@ def test_existing_tokenizer_is_kept_or_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "data" / "tokenizer.manifest.json"
     manifest.unlink()  # as if brought from elsewhere: its size still counts
     assert "nothing to do" in train_tokenizer(config_of(tmp_path))
-    with pytest.raises(ValueError, match="vocab_size 320 -> 330"):
+    with pytest.raises(ValueError, match=r"has 320 tokens, and data\.tokenizer\.vocab_size is 330; set it"):
         train_tokenizer(other)
     manifest.write_text('{"sha256": "0", "settings": {}}')
     with pytest.raises(ValueError, match="is not the file that"):
@@ -174,7 +175,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     arguments = ["data.tokenizer", str(config), "data.tokenizer.train_bytes=20000"]
     monkeypatch.setattr("sys.argv", [*arguments, "data.tokenizer.vocab_size=320"])
     main()
-    assert "320 pieces" in capsys.readouterr().out
+    assert "320 tokens" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", [*arguments, "data.tokenizer.vocab_size=330"])
     with pytest.raises(SystemExit) as stopped:
         main()

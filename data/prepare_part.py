@@ -1,0 +1,111 @@
+"""Prepare one part of a source: its documents, tokenized, in shards and a manifest of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from data.encode import Encoder
+from data.files import only_holder, read_json, write_json
+from data.parts import Part
+from data.shards import (
+    MANIFEST_NAME,
+    PROGRESS_NAME,
+    Manifest,
+    ShardWriter,
+    finished_shards,
+    read_model,
+    remove_leftovers,
+    token_dtype,
+)
+from data.sources import Document
+from data.tokenization import TextTokenizer
+
+BATCH_BYTES = 1 << 19
+"""Text handed to a tokenizing process at once."""
+
+Report = Callable[[int, str], object]
+"""Takes the number of further tokens, and what is being read."""
+
+
+def prepare_part(part: Part, shard_tokens: int, tokenizer: TextTokenizer, encoder: Encoder, report: Report) -> Manifest:
+    """Prepare ``part`` from where it was left; one that is complete is only compared with its files.
+
+    Raises:
+        ValueError: the part was begun with other files or settings, another command is at it, a file cannot be read, or
+            a source of one part has no document with text.
+    """
+    folder, made_from = part.folder, part.made_from()
+    if (folder / MANIFEST_NAME).exists():
+        return _complete(folder, made_from)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_holder(folder / "lock", f"{folder} is being prepared by another command"):
+        if (folder / MANIFEST_NAME).exists():  # its last holder has just finished it
+            return _complete(folder, made_from)
+        if (folder / PROGRESS_NAME).exists():
+            require_unchanged(folder, read_json(folder / PROGRESS_NAME), made_from)
+        else:
+            remove_leftovers(folder)  # records of nobody knows what: without their origin they prove nothing
+            write_json(folder / PROGRESS_NAME, made_from)
+        writer = ShardWriter(folder, token_dtype(tokenizer.vocab_size), shard_tokens, finished_shards(folder))
+        if writer.shards:
+            print(f"{folder}: going on after {len(writer.shards)} finished shards", flush=True)
+        start = writer.cursor or part.start
+        try:
+            for batch, (tokens, lengths) in encoder.encode(_batches(part.source.documents(start, part.end))):
+                writer.add(batch, tokens, lengths)
+                report(len(tokens), f"reading {part.source.label(batch[-1].after)}")
+            return writer.finish(tokenizer.vocab_size, tokenizer.eos_id, made_from, may_be_empty=part.of > 1)
+        finally:
+            writer.abandon()
+
+
+def _complete(folder: Path, made_from: dict[str, Any]) -> Manifest:
+    manifest = read_model(folder / MANIFEST_NAME, Manifest)
+    require_unchanged(folder, manifest.made_from, made_from)
+    remove_leftovers(folder)
+    return manifest
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size_bytes = 0
+    for document in documents:
+        batch.append(document)
+        # A document without text costs something too; many of them in a row must not pile up.
+        size_bytes += len(document.text) + 100
+        if size_bytes >= BATCH_BYTES:
+            yield batch
+            batch, size_bytes = [], 0
+    if batch:
+        yield batch
+
+
+def require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to mix shards of different origins in one folder.
+
+    Raises:
+        ValueError: naming what differs between what ``folder`` was made from and what it would be made from now.
+    """
+    if before == now:
+        return
+    changes = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if old == new:
+            continue
+        if key == "files" and old and new:
+            pairs = list(zip_longest(old, new))
+            first = next((a or {}, b or {}) for a, b in pairs if a != b)
+            names = " -> ".join(str(file.get("name", "none")) for file in first)
+            changes.append(f"{sum(a != b for a, b in pairs)} source files (first: {names})")
+        elif key == "tokenizer_sha256":
+            changes.append("the tokenizer")
+        else:
+            changes.append(f"{key} ({old} -> {new})")
+    raise ValueError(
+        f"{folder} was prepared from something else; changed since: {', '.join(changes)}. Undo the change, "
+        f"choose another data.dir, or remove {folder} to prepare it again"
+    )

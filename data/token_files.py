@@ -1,0 +1,261 @@
+"""Files of token ids that others made, read without detokenizing.
+
+    flat       FILE.bin, FILE.npy, ...: the ids of all documents, an end token between them
+                 nanoGPT, OLMo          nothing else in the file, whatever its name: uint16 or uint32, little-endian
+                 llm.c                  behind 256 int32: magic, version, number of tokens
+                 numpy.save             behind the header of that format, which tells dtype and byte order
+    Megatron   FILE.bin and FILE.idx (Megatron-LM, GPT-NeoX): ids, and where each document lies (data/megatron_index.py)
+    a list     a field of JSON lines or a column of Parquet: a row is a document
+
+Nothing in ids says whose they are. What can be noticed is refused: ids beyond the vocabulary, no end token, a file that
+is no whole number of them, high halves of uint32 that were read as uint16. An end token that opens documents (llm.c)
+and one that closes them give the same documents. N: tokens of a document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data.config import TokensConfig
+from data.discovery import COMPRESSIONS
+from data.megatron_index import INDEX_SUFFIX, MegatronIndex
+from data.tokenization import TextTokenizer
+
+LLM_C_NUMBERS = 256
+LLM_C = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
+"""llm.c's magic and version, and the dtype that they stand for."""
+LLM_C_EVALUATION = 20240522
+NPY_START = b"\x93NUMPY"
+_LOOKED_AT = 1_000_000
+_READ_AT_ONCE = 1 << 22
+"""Tokens."""
+
+
+class Vocabulary(NamedTuple):
+    """What a document of ids is held against, and made to end with."""
+
+    size: int
+    """Every id is below it."""
+    prefix: list[int]
+    """Ids before every document."""
+    eos_id: int
+    """The id behind every document."""
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> Vocabulary:
+        return cls(tokenizer.vocab_size, tokenizer.prefix, tokenizer.eos_id)
+
+
+def with_indexes(files: list[Path]) -> list[Path]:
+    """``files`` with both of every Megatron pair, so that both are known by their fingerprints."""
+    pairs = [path.with_suffix(suffix) for path in files for suffix in (".bin", INDEX_SUFFIX) if _is_half(path)]
+    return sorted({*files, *pairs})
+
+
+def _is_half(path: Path) -> bool:
+    return path.suffix == INDEX_SUFFIX or (path.suffix == ".bin" and path.with_suffix(INDEX_SUFFIX).is_file())
+
+
+def documents_of_file(
+    path: Path, settings: TokensConfig, vocabulary: Vocabulary, first: int, end: int | None
+) -> Iterator[np.ndarray]:
+    """The documents ``first`` up to ``end`` of a flat file or a Megatron pair, uint32 [N] each, both ends marked.
+
+    Args:
+        path: a flat file, or one of a pair: the ``.bin`` gives the documents, the ``.idx`` none.
+        settings: what the file does not say of itself.
+        vocabulary: that of the tokenizer.
+        first, end: numbers of documents; ``end`` None means all that follow.
+
+    Raises:
+        ValueError: the file is not what it should be.
+    """
+    if path.suffix == INDEX_SUFFIX:
+        MegatronIndex(path)
+        return
+    if _is_half(path):
+        index = MegatronIndex(path.with_suffix(INDEX_SUFFIX))
+        documents: Iterable[np.ndarray] = (
+            index.document(n) for n in range(first, index.documents)[: _count(first, end)]
+        )
+    else:
+        stream = _flat(path, settings)
+        _require_plausible(stream, settings, vocabulary)
+        documents = islice(_split(stream, _end_id(settings, vocabulary)), first, end)
+    for number, ids in enumerate(documents, start=first):
+        yield closed(ids, settings, vocabulary, f"document {number}")
+
+
+def _count(first: int, end: int | None) -> int | None:
+    return None if end is None else max(end - first, 0)
+
+
+def closed(ids: Any, settings: TokensConfig, vocabulary: Vocabulary, place: str) -> np.ndarray:
+    """``ids`` as a document, uint32 [N]: begun and ended as the tokenizer does it, once; nothing if there is no token.
+
+    Args:
+        ids: integers in a row, with or without the marks; None is no document.
+        settings: says which id ends documents there.
+        vocabulary: that of the tokenizer.
+        place: which document it is, in words.
+
+    Raises:
+        ValueError: it is no list of ids of the vocabulary.
+    """
+    try:
+        given = np.asarray([] if ids is None else ids)
+    except ValueError:  # lists of several lengths in it
+        given = np.empty((0, 0))
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{place} is no list of token ids, but {str(ids)[:60]!r}; name the field that holds them: tokens.field"
+        )
+    if not given.size:
+        return np.empty(0, np.uint32)
+    _require_ids(given, vocabulary, place)
+    content = given.astype(np.uint32)
+    if content[-1] == _end_id(settings, vocabulary):
+        content = content[:-1]
+    before = len(vocabulary.prefix)
+    if before and content[:before].tolist() == vocabulary.prefix:
+        content = content[before:]
+    if not len(content):
+        return content
+    return np.concatenate([np.array(vocabulary.prefix, np.uint32), content, np.array([vocabulary.eos_id], np.uint32)])
+
+
+def _end_id(settings: TokensConfig, vocabulary: Vocabulary) -> int:
+    return vocabulary.eos_id if settings.end_id is None else settings.end_id
+
+
+def _require_ids(ids: np.ndarray, vocabulary: Vocabulary, place: str) -> None:
+    if int(ids.min()) >= 0 and int(ids.max()) < vocabulary.size:
+        return
+    where = int(np.argmax((ids < 0) | (ids >= vocabulary.size)))
+    raise ValueError(
+        f"{place} holds the id {int(ids[where])} at its place {where}, and the tokenizer has {vocabulary.size:,} "
+        "tokens: they are ids of another tokenizer, or of another dtype or byte order; correct data.tokenizer or the "
+        "source"
+    )
+
+
+def _flat(path: Path, settings: TokensConfig) -> np.ndarray:
+    """All tokens of a file, mapped into memory."""
+    if path.suffix in COMPRESSIONS:
+        raise ValueError("flat files are mapped into memory as they are; decompress it")
+    with path.open("rb") as file:
+        start = file.read(4 * LLM_C_NUMBERS)
+    if start.startswith(NPY_START):
+        return _numpys(path, settings)
+    if (counted := _llm_c(start)) is not None:
+        name, tokens = counted
+        _require_dtype(settings, name)
+        return _mapped(path, name, len(start), tokens)
+    if settings.dtype is None:
+        raise ValueError("it says nothing of its dtype; set the source's tokens.dtype to uint16 or uint32")
+    return _mapped(path, settings.dtype, 0, None)
+
+
+def _llm_c(start: bytes) -> tuple[str, int] | None:
+    """Dtype and number of tokens as llm.c's header says them; None without one."""
+    if len(start) < 4 * LLM_C_NUMBERS:
+        return None
+    for order in "<>":
+        magic, version, tokens = np.frombuffer(start, f"{order}i4", 3).tolist()
+        if magic == LLM_C_EVALUATION:
+            raise ValueError("it holds an evaluation of llm.c, not documents; leave it out")
+        if (dtype := LLM_C.get((magic, version))) is not None:
+            if order == ">":
+                raise ValueError("its header (llm.c's) is big-endian; swap the bytes of the whole file")
+            return dtype, tokens
+    return None
+
+
+def _mapped(path: Path, name: str, header_bytes: int, tokens: int | None) -> np.ndarray:
+    dtype, there = np.dtype(name).newbyteorder("<"), path.stat().st_size - header_bytes
+    if tokens is not None and there != tokens * dtype.itemsize:
+        raise ValueError(
+            f"its header (llm.c's) counts {tokens:,} tokens of {name}, and {there:,} bytes follow it; restore the file"
+        )
+    if there % dtype.itemsize:
+        raise ValueError(
+            f"it has {there:,} bytes, which is no whole number of {name}; correct tokens.dtype, or restore the file"
+        )
+    return np.memmap(path, dtype, "r", header_bytes) if there else np.empty(0, dtype)
+
+
+def _numpys(path: Path, settings: TokensConfig) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"it begins as numpy's format, and is not whole ({error}); restore it") from None
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"it is an array of {array.dtype.name} {list(array.shape)}; token ids are one row of integers")
+    if array.dtype.kind == "u":
+        _require_dtype(settings, array.dtype.name)
+    return array
+
+
+def _require_dtype(settings: TokensConfig, dtype: str) -> None:
+    if settings.dtype not in (None, dtype):
+        raise ValueError(f"its header says {dtype}, and tokens.dtype is {settings.dtype}; leave tokens.dtype out")
+
+
+def _require_plausible(stream: np.ndarray, settings: TokensConfig, vocabulary: Vocabulary) -> None:
+    """Look at a flat file's start for what a wrong dtype, byte order or tokenizer makes of it."""
+    start = stream[:_LOOKED_AT]
+    if not len(start):
+        return
+    if int(start.max()) >= vocabulary.size or int(start.min()) < 0:
+        others = [name for name, seen in _read_otherwise(start) if int(seen.max()) < vocabulary.size]
+        hint = f"; read as {' or '.join(others)} all of them would be below it" if others else ""
+        _raise_with(hint, start, vocabulary)
+    if start.dtype.itemsize == 2 and len(start) >= 2:
+        zeros_low, zeros_high = (float(np.mean(start[place::2] == 0)) for place in (0, 1))
+        if zeros_high > 0.5 > zeros_low:
+            raise ValueError(
+                f"every second of its ids is 0 ({zeros_high:.0%}), so it holds uint32 that are read as uint16; set "
+                "tokens.dtype to uint32"
+            )
+
+
+def _raise_with(hint: str, start: np.ndarray, vocabulary: Vocabulary) -> None:
+    try:
+        _require_ids(start, vocabulary, "it")
+    except ValueError as error:
+        raise ValueError(f"{error}{hint}") from None
+
+
+def _read_otherwise(start: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    whole = np.ascontiguousarray(start[: len(start) // 2 * 2])
+    if whole.dtype.itemsize == 2:
+        yield "uint32", whole.view("<u4")
+    elif whole.dtype.itemsize == 4:
+        yield "uint16", whole.view("<u2")
+    yield f"{whole.dtype.name} of the other byte order", whole.view(whole.dtype.newbyteorder())
+
+
+def _split(stream: np.ndarray, end_id: int) -> Iterator[np.ndarray]:
+    """The documents of a flat file without their end tokens; one between two end tokens is empty.
+
+    Raises:
+        ValueError: there is no end token.
+    """
+    begun, ended = 0, False
+    for first in range(0, len(stream), _READ_AT_ONCE):
+        for place in (np.flatnonzero(stream[first : first + _READ_AT_ONCE] == end_id) + first).tolist():
+            if place or len(stream) == 1:  # at the very start it opens the first document
+                yield stream[begun:place]
+            begun, ended = place + 1, True
+    if len(stream) and not ended:
+        raise ValueError(
+            f"none of its {len(stream):,} ids is {end_id}, the end of documents: they are ids of another tokenizer or "
+            "byte order, or another id ends them; set the source's tokens.end_id to it"
+        )
+    if begun < len(stream):
+        yield stream[begun:]
