@@ -35,6 +35,8 @@ class Document(NamedTuple):
     """Something in it was no valid Unicode and was replaced."""
     after: Cursor
     """Where reading goes on after it."""
+    duplicate: bool = False
+    """An earlier document has the same text; this one stands without its text, and is left out."""
 
 
 class Source:
