@@ -51,8 +51,8 @@ class GivenWeights:
     def put_into(self, engine: Any, world: World) -> None:
         """Give the weights to an engine that has not trained yet; collective.
 
-        Learned routers that are not among them execute everything at first. Where thresholds follow their margins they
-        do so with any weights, and keep what was drawn; else they get weights of zero, and a tie executes.
+        Learned routers that are not among them get weights of zero: margins are 0, a tie executes, and what they come to
+        prefer is what they have learned, nothing drawn. What other kinds have stays as it was drawn.
 
         Raises:
             ValueError: if the files hold another model than their config says.
@@ -62,9 +62,6 @@ class GivenWeights:
         routers = {f"{name}.weight": m for name, m in engine.module.named_modules() if isinstance(m, Router)}
         if missing := [name for name in left if name not in routers]:
             raise ValueError(f"{self.folder} has no {missing[0]}; its files do not belong together, so copy it again")
-        router = engine.module.config.router
-        if router is None or router.budget.controller == "quantile":
-            return
         shape = torch.Size((2, self.model.width))
         closed = [name for name in left if isinstance(routers[name], LearnedRouter)]
         zeros = (Stored(name, shape, {MASTER: [torch.zeros(shape.numel())]}) for name in closed)
