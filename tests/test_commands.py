@@ -49,7 +49,15 @@ def _module(path: Path) -> str:
 COMMANDS = {_module(path) for path in _files() if 'if __name__ == "__main__":' in path.read_text()}
 CONTRACT = {
     *("data.tokenizer", "data.prepare", "pretrain.train", "tune.train", "tune.merge", "convert.to_hf"),
-    *("convert.from_hf", "evals.perplexity", "evals.generate", "evals.harness", "evals.routing", "evals.dial"),
+    *(
+        "convert.from_hf",
+        "convert.average",
+        "evals.perplexity",
+        "evals.generate",
+        "evals.harness",
+        "evals.routing",
+        "evals.dial",
+    ),
     *("launch.slurm", "launch.doctor", "launch.plan", "launch.watch", "launch.rewind"),
     *("bench.step", "bench.decode", "bench.loader", "bench.isoflop"),
 }

@@ -1,7 +1,7 @@
-"""An export holds one shard of the weights in memory, wherever they come from.
+"""An export holds one shard of the weights in memory, wherever they come from, and an average one parameter.
 
 ``python -m tests.convert.test_memory FOLDER SMALL OUT`` exports SMALL, so that everything is imported, then each source
-in FOLDER, and writes down how much memory that took at most.
+in FOLDER, averages two, and writes down how much memory that took at most.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from convert import hf_compare, to_hf
+from convert.average import average
 from model.decoder import Decoder
 from tests.convert.exports import make_large, make_tuned, write_run
 from tests.launching import ROOT, environment
@@ -55,13 +56,17 @@ def test_one_shard_in_memory(
     for name, write in SOURCES.items():
         decoder = make_large()
         write(folder / name, decoder, corpus)
+        if name == "weights":
+            write(folder / "others", decoder, corpus)
     model_bytes = sum(parameter.numel() for parameter in decoder.parameters()) * 4
     command = [sys.executable, "-m", "tests.convert.test_memory", str(folder), str(exported("layer")[0]), str(out)]
     # What is freed goes back to the system at once, as tensors of large models do by themselves.
     at_once = environment() | {"MALLOC_MMAP_THRESHOLD_": "100000"}
     done = subprocess.run(command, cwd=ROOT, env=at_once, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    for name, grown in json.loads(out.read_text()).items():
+    measured = json.loads(out.read_text())
+    assert measured.pop("average") < 0.25 * model_bytes
+    for name, grown in measured.items():
         assert grown < 0.5 * model_bytes, f"{name}: {grown / 1e6:.0f} MB beside {model_bytes / 1e6:.0f} MB of weights"
         assert len(list((folder / f"{name}-hf").glob("*.safetensors"))) > 5
 
@@ -105,7 +110,9 @@ def _main(folder: Path, small: Path, out: Path) -> None:
 
             hf_compare.compare = compare
             to_hf.export(folder / name, folder / f"{name}-hf", shard_bytes=SHARD_BYTES)
-    out.write_text(json.dumps(grown))
+    with _growth() as growth:
+        average([folder / "weights", folder / "others"], folder / "mean")
+    out.write_text(json.dumps(grown | {"average": growth[0]}))
 
 
 if __name__ == "__main__":
