@@ -66,10 +66,13 @@ def test_two_ranks_finish_and_leave_a_run_folder_that_can_be_run_again(tiny, wri
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_fourteen_steps_are_seven_and_a_kill_and_seven_more_bit_by_bit(tiny, write_config, stage):
-    """Invariant 6, with two micro-batches a step, an adaptive budget, annealed noise and exploration."""
+    """Invariant 6, with two micro-batches a step, an adaptive budget, annealed noise, exploration, and a mixture's
+    border in the second half."""
     tiny["train"] |= {"steps": 14, "checkpoint": {"every_steps": 7}, "evaluation": {"every_steps": 7, "samples": 5}}
     tiny["model"]["router"]["budget"] = {"controller": "adaptive", "dense_until": 0.1, "reach_by": 0.4}
     tiny["model"]["router"]["explore"] = 0.3
+    parts = (("main", 0), ("end", 0.6))
+    tiny["data"]["stages"] = [{"name": name, "from_share": start, "weights": {"code": 1}} for name, start in parts]
     tiny["deepspeed"]["zero_stage"] = stage
     config, run_dir = write_config(tiny), tiny["train"]["run_dir"]
     straight = run(TRAIN, config, f"train.run_dir={run_dir}-straight", processes=2)
@@ -85,7 +88,7 @@ def test_fourteen_steps_are_seven_and_a_kill_and_seven_more_bit_by_bit(tiny, wri
     assert resumed.returncode == 0, resumed.stdout[-3000:]
     assert "at step 7" in resumed.stdout
     one, other = _exact(f"{run_dir}-straight"), _exact(run_dir)
-    assert sorted(one) == list(range(15))
+    assert sorted(one) == list(range(15)) and [one[step]["data/stage"] for step in (8, 9)] == [0, 1]
     assert other == one
     if stage == 3:
         _goes_on_alone_at_another_stage(config, Path(run_dir), one)
