@@ -19,6 +19,7 @@ from safetensors import safe_open
 from convert.hf_config import ensemble_config, model_config, routing_thresholds
 from convert.hf_weights import read_tensors, tie_head, weight_files
 from data.files import read_json
+from data.tokenization import load_text_tokenizer, tokenizer_sha256
 from model.config import ModelConfig, RouterConfig
 from model.router import thresholds_of
 from settings import load, peek
@@ -36,12 +37,12 @@ from trainer.initial import Fork, GivenWeights, Initial
 _WHAT = "give init.path a stage-one run, one of its checkpoints, a folder of weights or a Hugging Face folder"
 
 
-def open_initial(init: InitConfig, model: ModelConfig, world: World) -> Initial:
-    """What ``init`` names, for a run of ``model``; collective.
+def open_initial(init: InitConfig, model: ModelConfig, tokenizer: Path, world: World) -> Initial:
+    """What ``init`` names, for a run of ``model`` on tokens of the ``tokenizer`` in that folder; collective.
 
     Raises:
-        ValueError: if it is not there, not whole, of stage two, or of another model; for a fork, if it has no optimiser
-            state. On every rank.
+        ValueError: if it is not there, not whole, of stage two, or of another model or tokenizer; for a fork, if it has
+            no optimiser state. On every rank.
     """
     folder = Path(init.path)
     if not folder.is_dir():
@@ -55,6 +56,8 @@ def open_initial(init: InitConfig, model: ModelConfig, world: World) -> Initial:
     else:
         given = _checkpoint(folder, world)
     _refuse_another_model(given, model)
+    if problem := world.broadcast_object(_another_tokenizer(given.tokenizer, tokenizer) if world.is_main else None):
+        raise ValueError(problem)
     return given
 
 
@@ -95,7 +98,8 @@ def _checkpoint(folder: Path, world: World) -> GivenWeights:
     step = manifest.read(found, world)["step"]
     config = load(found / CONFIG, [], PretrainConfig)
     read = partial(weights_of, without_memory(config.model), found, config.deepspeed.zero_stage)
-    return GivenWeights(config.model, found, read, f"weights of {found}, step {step:,}", thresholds_in(found))
+    told = f"weights of {found}, step {step:,}"
+    return GivenWeights(config.model, found, Path(config.data.dir), read, told, thresholds_in(found))
 
 
 def _weights_folder(folder: Path, world: World) -> GivenWeights:
@@ -107,7 +111,7 @@ def _weights_folder(folder: Path, world: World) -> GivenWeights:
     source = manifest.read(folder, world).get("source", "unknown origin")
     given = None if config.thresholds is None else thresholds_of(config.thresholds)
     read = partial(_of_safetensors, folder / WEIGHTS)
-    return GivenWeights(config.model, folder, read, f"weights of {folder} ({source})", given)
+    return GivenWeights(config.model, folder, folder, read, f"weights of {folder} ({source})", given)
 
 
 def _of_safetensors(path: Path) -> Iterator[Stored]:
@@ -137,7 +141,7 @@ def _hugging_face(folder: Path, world: World) -> GivenWeights:
 
     given = routing_thresholds(raw, path, len(model.sites))
     description = f"weights of the Hugging Face {raw['model_type']} checkpoint {folder}"
-    return GivenWeights(model, folder, read, description, None if given is None else thresholds_of(given))
+    return GivenWeights(model, folder, folder, read, description, None if given is None else thresholds_of(given))
 
 
 def _refuse_ensemble(folder: Path, has_one: bool) -> None:
@@ -159,6 +163,33 @@ def _refuse_another_model(given: GivenWeights, model: ModelConfig) -> None:
         )
     if added:
         _refuse_noise(given.folder, model.router)
+
+
+def _another_tokenizer(theirs: Path, ours: Path) -> str | None:
+    """Why tokens of ``ours`` mean nothing to weights of ``theirs``; None where they do, or nobody knows.
+
+    A copied run has no tokenizer beside it, and a Hugging Face folder may have none.
+    """
+    try:
+        shas = [tokenizer_sha256(folder) for folder in (theirs, ours)]
+    except ValueError:
+        return None
+    if shas[0] == shas[1]:
+        return None  # before any is loaded
+    there, here = load_text_tokenizer(theirs), load_text_tokenizer(ours)
+    common = range(min(there.vocab_size, here.vocab_size))
+    differs = next((i for i in common if there.piece(i) != here.piece(i)), None)
+    if differs is None and there.vocab_size == here.vocab_size:
+        return None  # one tokenizer, written in two ways
+    what = (
+        f"{there.vocab_size} pieces there, {here.vocab_size} here"
+        if differs is None
+        else f"id {differs} is {there.piece(differs)!r} there, {here.piece(differs)!r} here"
+    )
+    return (
+        f"the weights in init.path were trained with the tokenizer in {theirs}, and data.dir {ours} holds another one "
+        f"({what}); prepare the data with theirs: data.tokenizer.path: {theirs}, and another data.dir"
+    )
 
 
 def _weights_alone(model: ModelConfig) -> ModelConfig:

@@ -39,7 +39,9 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
     data.require_vocabulary(config.model.vocab_size)
     validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
-    initial = partial(open_initial, config.init, config.model, world) if config.init else None
+    initial = None
+    if config.init is not None:
+        initial = partial(open_initial, config.init, config.model, Path(config.data.dir), world)
     with Trainer(config, config_path, data.fingerprint, validation_sets, world, initial=initial) as trainer:
         trainer.log.info(describe_start(trainer.config, data, world))
         if not run(trainer, data):

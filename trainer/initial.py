@@ -37,6 +37,7 @@ class GivenWeights:
     Attributes:
         model: theirs.
         folder: where they lie.
+        tokenizer: a folder with the tokenizer of what they were trained on, as far as it is there.
         stored: reads them, a parameter at a time; called once, on every rank.
         description: a line for the log and the checkpoints' manifests.
         thresholds: what their routers' margins are compared with, fp32 [S]; None for 0.
@@ -44,6 +45,7 @@ class GivenWeights:
 
     model: ModelConfig
     folder: Path
+    tokenizer: Path
     stored: Callable[[], Iterable[Stored]]
     description: str
     thresholds: Tensor | None = None
@@ -51,8 +53,8 @@ class GivenWeights:
     def put_into(self, engine: Any, world: World) -> None:
         """Give the weights to an engine that has not trained yet; collective.
 
-        Learned routers that are not among them get weights of zero: margins are 0, a tie executes, and what they come to
-        prefer is what they have learned, nothing drawn. What other kinds have stays as it was drawn.
+        Learned routers that are not among them get weights of zero: margins are 0, a tie executes, and what they come
+        to prefer is what they have learned, nothing drawn. What other kinds have stays as it was drawn.
 
         Raises:
             ValueError: if the files hold another model than their config says.

@@ -16,7 +16,7 @@ from trainer.initial import GivenWeights
 
 def _start(config: PretrainConfig, folder: Path, world: World) -> None:
     assert config.init is not None
-    given = open_initial(config.init, config.model, world)
+    given = open_initial(config.init, config.model, Path(config.data.dir), world)
     assert isinstance(given, GivenWeights)
     engine = build_engine(config, world)
     given.put_into(engine, world)

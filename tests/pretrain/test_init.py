@@ -105,33 +105,33 @@ def test_a_dense_model_is_taught_to_skip(
         (first,) = take_steps(engine, dense, world, 1)
         decoder = engine.module.float()
         write_weights(decoder, tmp_path / "weights", Path(dense.data.dir), {"source": "a test"})
-    router = "{density: 0.5, explore: 0.2, budget: {controller: quantile, dense_until_step: 1, reach_by_step: 4}}"
+    router = "{density: 0.5, explore: 0.2, budget: {controller: quantile, dense_until_step: 6, reach_by_step: 12}}"
     for stage in (0, 2):
         config = configure(
             f"model.router={router}",
             f"init={{path: {tmp_path / 'weights'}}}",
-            "train.steps=12",
+            "train.steps=20",
             "train.optimizer.lr=0.0005",
             f"deepspeed.zero_stage={stage}",
         )
         assert config.init is not None
         with engine_for(config, world) as engine:
-            given = open_initial(config.init, config.model, world)
+            given = open_initial(config.init, config.model, Path(config.data.dir), world)
             assert isinstance(given, GivenWeights)
             given.put_into(engine, world)
-            steps = take_steps(engine, config, world, 12)
+            steps = take_steps(engine, config, world, 20)
         assert steps[0].tally.density == [1.0] * 3
         # The dense run's second step, before which it had the weights of this one's first.
         assert steps[0].tally.loss == pytest.approx(_loss_of(dense, tmp_path / "weights", world), rel=1e-5)
         means = [sum(step.tally.density) / 3 for step in steps]
-        assert means[1] == pytest.approx(1.0) and all(mean == pytest.approx(0.5, abs=0.12) for mean in means[6:]), means
+        assert means[:7] == [1.0] * 7 and all(mean == pytest.approx(0.5, abs=0.15) for mean in means[14:]), means
         assert first.tally.loss > 0
 
 
 def _loss_of(config: PretrainConfig, weights: Path, world: World) -> float:
     """Of the dense model in ``weights`` on the first batch."""
     with engine_for(config, world) as engine:
-        given = open_initial(InitConfig(path=str(weights)), config.model, world)
+        given = open_initial(InitConfig(path=str(weights)), config.model, Path(config.data.dir), world)
         assert isinstance(given, GivenWeights)
         given.put_into(engine, world)
         return take_steps(engine, config, world, 1)[0].tally.loss
@@ -148,10 +148,10 @@ def test_routers_with_a_price_begin_at_a_tie(
     with pytest.raises(
         ValueError, match=r"new ones must execute everything at first, which noise of scale 1 would not"
     ):
-        open_initial(init, noisy.model, world)
+        open_initial(init, noisy.model, Path(noisy.data.dir), world)
     config = configure("model.router={density: 0.5, noise: {start: 0, end: 0, until: 1}}")
     with engine_for(config, world) as engine:
-        given = open_initial(init, config.model, world)
+        given = open_initial(init, config.model, Path(config.data.dir), world)
         assert isinstance(given, GivenWeights)
         given.put_into(engine, world)
         assert not engine.module.layers[0].router.weight.any()
@@ -176,7 +176,7 @@ def test_weights_of_another_model(sources: dict[str, Path], world: World, name: 
     config = ModelConfig.model_validate(load_model(sources["fp32"]).decoder.config.model_dump() | changes)
     for source in ("fp32", "weights", "hf"):
         with pytest.raises(ValueError, match=sentence) as error:
-            open_initial(InitConfig(path=str(sources[source])), config, world)
+            open_initial(InitConfig(path=str(sources[source])), config, sources["weights"], world)
         assert "\n" not in str(error.value)
 
 
@@ -188,7 +188,7 @@ def test_what_is_nothing_to_start_from(
 
     def refused(path: Path, sentence: str, **fields: Any) -> None:
         with pytest.raises(ValueError, match=sentence) as error:
-            open_initial(InitConfig(path=str(path), **fields), model, world)
+            open_initial(InitConfig(path=str(path), **fields), model, sources["weights"], world)
         assert "\n" not in str(error.value)
 
     refused(tmp_path / "nowhere", "there is no folder .*; give init.path a stage-one run")
@@ -219,6 +219,26 @@ def test_what_is_nothing_to_start_from(
     )
 
 
+def test_tokens_of_another_tokenizer(
+    sources: dict[str, Path], world: World, tmp_path: Path, corpus: dict[str, Any]
+) -> None:
+    """The export's ``tokenizer.json`` is the same one as the ``tokenizer.model`` that it was made from."""
+    model = load_model(sources["fp32"]).decoder.config
+    init = InitConfig(path=str(sources["weights"]))
+    open_initial(InitConfig(path=str(sources["hf"])), model, Path(corpus["dir"]), world)
+    open_initial(init, model, tmp_path, world)  # none there: preparation has its own sentence
+    other = json.loads((sources["hf"] / "tokenizer.json").read_text())
+    vocabulary = other["model"]["vocab"]
+    first, second = sorted(vocabulary, key=vocabulary.__getitem__)[-2:]  # a merge's result must stay in it
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    shutil.copytree(sources["hf"], tmp_path / "other")
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(
+        ValueError, match=r"holds another one \(id 398 is .* there, .* here\); prepare the data with th"
+    ):
+        open_initial(init, model, tmp_path / "other", world)
+
+
 def test_a_run_of_stage_two_is_merged_first(sources: dict[str, Path], world: World, tmp_path: Path) -> None:
     tuned = Path(shutil.copytree(sources["fp32"], tmp_path / "tuned"))
     (checkpoint,) = (tuned / "checkpoints").glob("step-*")
@@ -226,7 +246,7 @@ def test_a_run_of_stage_two_is_merged_first(sources: dict[str, Path], world: Wor
     rehash(checkpoint, "config.yaml")
     for path in (tuned, checkpoint):
         with pytest.raises(ValueError, match=r"is of stage two, .*; merge them first with: python -m tune.merge"):
-            open_initial(InitConfig(path=str(path)), load_model(sources["fp32"]).decoder.config, world)
+            open_initial(InitConfig(path=str(path)), load_model(sources["fp32"]).decoder.config, path, world)
 
 
 def test_files_that_do_not_belong_together(
@@ -240,7 +260,7 @@ def test_files_that_do_not_belong_together(
         update={"model": load_model(sources["fp32"]).decoder.config}
     )
     with engine_for(config, world) as engine:
-        given = open_initial(InitConfig(path=str(copy)), config.model, world)
+        given = open_initial(InitConfig(path=str(copy)), config.model, sources["weights"], world)
         assert isinstance(given, GivenWeights)
         with pytest.raises(ValueError, match=r"has no norm.weight; its files do not belong together, so copy it again"):
             given.put_into(engine, world)
