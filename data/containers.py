@@ -268,7 +268,7 @@ def _require_column(column: str, there: list[str]) -> None:
     if column not in there:
         raise ValueError(
             f"there is no column '{column}' (there: {', '.join(there) or 'none'}); name the one with the text: the "
-            "source's text_field in a config, --text-field on a command line"
+            "source's text_field (of tokens: tokens.field) in a config, --text-field on a command line"
         )
 
 
