@@ -142,6 +142,8 @@ class DataConfig(StreamConfig):
     part_bytes: int = Field(500_000_000, ge=1)
     """About how many bytes of a source's files, as they lie there, are one part of its preparation: what one process
     reads and tokenizes, and what tasks share. A larger file is a part by itself, but for Parquet, cut by row group."""
+    deduplicate: Literal["none", "exact"] = "none"
+    """``exact`` leaves out documents whose text an earlier document of the same source has; reads everything twice."""
     confine_attention: bool = False
     """Attention stays within its document, and no loss is taken on predictions across a document's end."""
     restart_positions: bool = False

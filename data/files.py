@@ -70,47 +70,67 @@ def only_writer(folder: Path, shared: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_holder(path: Path, refusal: str) -> Iterator[None]:
-    """Hold the lock file ``path``, which says who has it, and is removed at the end; a killed holder loses it.
-
-    Network file systems lock a file between machines (NFS 4, Lustre with ``flock``, GPFS), but not always a folder.
+    """Hold the lock file ``path``, see :func:`holding`.
 
     Args:
         path: of the lock file.
         refusal: how the error begins if another process holds it.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, and does not end.
     """
-    handle = _locked(path, refusal)
+    with holding(path, _GRACE_S) as holder:
+        if holder is not None:
+            raise ValueError(f"{refusal} ({holder}); wait for its end, or give each task parts of its own: --part I/N")
+        yield
+
+
+@contextlib.contextmanager
+def holding(path: Path, wait_s: float = 0.0) -> Iterator[str | None]:
+    """Hold the lock file ``path`` and get None, or get who does if another process holds it for ``wait_s``.
+
+    The file says who holds it and is removed at the end. Whoever is killed holds it no longer. Network file systems
+    lock a file between machines (NFS 4, Lustre with ``flock``, GPFS), but not always a folder. Where a file system
+    cannot lock, everybody holds it.
+    """
+    handle = _lock(path)
+    end_s = time.monotonic() + wait_s
+    while handle is None and time.monotonic() < end_s:
+        time.sleep(0.1)
+        handle = _lock(path)
+    if handle is None:
+        yield _holder(path)
+        return
     try:
         os.ftruncate(handle, 0)
         os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
+        yield None
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
 
 
-def _locked(path: Path, refusal: str) -> int:
-    """A descriptor of the lock file, locked where the file system can lock."""
-    end_s = time.monotonic() + _GRACE_S
+def _holder(path: Path) -> str:
+    with contextlib.suppress(FileNotFoundError):
+        return path.read_text(errors="replace") or "unknown"
+    return "just ended"
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor of the lock file, locked where the file system can; None if another process has locked it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
-                return handle
         except BlockingIOError:
-            if time.monotonic() > end_s:
-                holder = os.pread(handle, 200, 0).decode(errors="replace")
-                os.close(handle)
-                raise ValueError(
-                    f"{refusal} ({holder}); wait for its end, or give each task parts of its own: --part I/N"
-                ) from None
-            time.sleep(0.1)
+            os.close(handle)
+            return None
         except OSError:
-            return handle  # it cannot lock; tasks keep out of each other's way by their shares alone
-        os.close(handle)
+            return handle
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        os.close(handle)  # its last holder has just removed it: that was no longer the file of this name
 
 
 def write_atomically(path: Path, content: bytes, shared: bool = False) -> None:

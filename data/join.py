@@ -7,8 +7,10 @@ lock, and may be killed at any moment.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from data.duplicates import remove_hashes
 from data.files import write_json
 from data.parts import Part
 from data.prepare_part import require_unchanged
@@ -42,7 +44,7 @@ def join(parts: Sequence[Part]) -> Manifest:
     first = parts[0]
     path = first.source_folder / MANIFEST_NAME
     if path.exists():
-        remove_leftovers(first.source_folder)
+        _clean(first.source_folder)
         return read_model(path, Manifest)
     shards: list[Shard] = []
     counts = dict.fromkeys(COUNTS, 0)
@@ -60,8 +62,13 @@ def join(parts: Sequence[Part]) -> Manifest:
     except FileNotFoundError:  # who else has joined them took our unfinished file for a leftover
         if not path.exists():
             raise
-    remove_leftovers(first.source_folder)
+    _clean(first.source_folder)
     return joined
+
+
+def _clean(folder: Path) -> None:
+    remove_leftovers(folder)
+    remove_hashes(folder)
 
 
 def _placed(shard: Shard, folder: str) -> Shard:

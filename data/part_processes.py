@@ -7,93 +7,88 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from data.encode import Encoder, end_with_parent
-from data.parts import Part
-from data.prepare_part import prepare_part
+from data.encode import end_with_parent
+from data.parts import Part, Report
 from data.progress import Progress
-from data.tokenization import load_text_tokenizer
 from settings import counted
 from settings.user_errors import is_users
 
+Job = Callable[[Part, int, Report], object]
+"""What to do with a part, with how many processes, telling how it goes on. Can be pickled."""
 _LOOK_EVERY_S = 0.5
 
 
-class PartProcesses:
-    """Prepares parts with ``workers`` processes; with 1, in this process."""
+def work_through(parts: Sequence[Part], job: Job, workers: int, unit: str, divisible: bool) -> None:
+    """Do ``job`` for all ``parts``, the largest first, with ``workers`` processes; with 1, in this process.
 
-    def __init__(self, folder: str, shard_tokens: int, workers: int) -> None:
-        """``folder`` holds the tokenizer."""
-        self._folder, self._shard_tokens, self._workers = folder, shard_tokens, workers
+    Args:
+        parts: in any order.
+        job: see :data:`Job`.
+        workers: processes at work at once, those that jobs start included.
+        unit: of what jobs report, ``tokens``.
+        divisible: a job makes use of more than one process.
 
-    def prepare(self, parts: Sequence[Part]) -> None:
-        """Prepare all ``parts``, the largest first.
-
-        Raises:
-            ValueError: see :func:`data.prepare_part.prepare_part`; the other parts stop, and keep what they finished.
-        """
-        waiting = sorted(parts, key=lambda part: -part.bytes)
-        if self._workers == 1 or len(waiting) == 1:
-            for part in waiting:
-                with Encoder(self._folder, self._workers) as encoder, Progress(part.source.config.name) as progress:
-                    tokenizer = load_text_tokenizer(self._folder)
-                    prepare_part(part, self._shard_tokens, tokenizer, encoder, progress.add)
-        elif waiting:
-            self._share_out(waiting)
-
-    def _share_out(self, waiting: list[Part]) -> None:
-        # Fresh processes: a fork would copy the threads' locks of the libraries that read the sources.
-        context = multiprocessing.get_context("spawn")
-        tokens, stop = context.Value("q", 0), context.Event()
-        count, free, before = len(waiting), self._workers, 0
-        running: dict[Future[str | None], int] = {}
-        pool = ProcessPoolExecutor(
-            min(self._workers, count), mp_context=context, initializer=_begin, initargs=(tokens, stop)
-        )
-        try:
-            with Progress(counted(count, "part")) as progress:
-                while waiting or running:
-                    while waiting and free:
-                        part = waiting.pop(0)
-                        processes = _processes(part, waiting, free)
-                        future = pool.submit(_prepare, part, self._folder, self._shard_tokens, processes)
-                        running[future] = processes
-                        free -= processes
-                    for future in wait(running, _LOOK_EVERY_S, FIRST_COMPLETED).done:
-                        free += running.pop(future)
-                        if (mistake := future.result()) is not None:
-                            raise ValueError(mistake)
-                    now = tokens.value
-                    done = count - len(waiting) - len(running)
-                    progress.add(now - before, f"{done} of {count} parts done")
-                    before = now
-        except BrokenProcessPool:
-            raise ValueError(
-                "a process that prepares a part was killed, probably for memory; start again with fewer than "
-                f"{self._workers} --workers, finished shards are kept"
-            ) from None
-        finally:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+    Raises:
+        ValueError: a job's; the others stop, and keep what they finished. Or a process was killed.
+    """
+    waiting = sorted(parts, key=lambda part: -part.bytes)
+    if workers > 1 and len(waiting) > 1:
+        _share_out(waiting, job, workers, unit, divisible)
+        return
+    for part in waiting:
+        with Progress(part.source.config.name, unit) as progress:
+            job(part, workers, progress.add)
 
 
-def _processes(part: Part, waiting: Sequence[Part], free: int) -> int:
-    """How many of the ``free`` processes a part gets: its share of the bytes that are still to be begun."""
-    total = part.bytes + sum(other.bytes for other in waiting)
-    return min(free, max(1, round(free * part.bytes / max(total, 1))))
+def _share_out(waiting: list[Part], job: Job, workers: int, unit: str, divisible: bool) -> None:
+    # Fresh processes: a fork would copy the threads' locks of the libraries that read the sources.
+    context = multiprocessing.get_context("spawn")
+    done, stop = context.Value("q", 0), context.Event()
+    count, free, before = len(waiting), workers, 0
+    running: dict[Future[str | None], int] = {}
+    pool = ProcessPoolExecutor(min(workers, count), mp_context=context, initializer=_begin, initargs=(done, stop))
+    try:
+        with Progress(counted(count, "part"), unit) as progress:
+            while waiting or running:
+                while waiting and free:
+                    processes = _processes(waiting, free) if divisible else 1
+                    running[pool.submit(_do, job, waiting.pop(0), processes)] = processes
+                    free -= processes
+                for future in wait(running, _LOOK_EVERY_S, FIRST_COMPLETED).done:
+                    free += running.pop(future)
+                    if (mistake := future.result()) is not None:
+                        raise ValueError(mistake)
+                now = done.value
+                progress.add(now - before, f"{count - len(waiting) - len(running)} of {count} parts done")
+                before = now
+    except BrokenProcessPool:
+        raise ValueError(
+            f"a process that prepares a part was killed, probably for memory; start again with fewer than {workers} "
+            "--workers, finished shards are kept"
+        ) from None
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+def _processes(waiting: Sequence[Part], free: int) -> int:
+    """How many of the ``free`` processes the next part gets: its share of the bytes that wait."""
+    total = sum(part.bytes for part in waiting)
+    return min(free, max(1, round(free * waiting[0].bytes / max(total, 1))))
 
 
 _shared: Any = None
-"""In a part's process: the counter of tokens of all parts, and whether they shall stop."""
+"""In a part's process: the count of all parts, and whether they shall stop."""
 
 
-def _begin(tokens: Any, stop: Any) -> None:
+def _begin(done: Any, stop: Any) -> None:
     global _shared
-    _shared = tokens, stop
+    _shared = done, stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the first process then stops the others
     end_with_parent()
 
@@ -102,19 +97,18 @@ class _Stopped(Exception):
     """Another part failed, or the command is interrupted."""
 
 
-def _prepare(part: Part, folder: str, shard_tokens: int, workers: int) -> str | None:
-    """Prepare ``part``; returns a user's mistake as a sentence, because its class and place do not survive the way."""
+def _report(count: int, _: str) -> None:
+    done, stop = _shared
+    with done.get_lock():
+        done.value += count
+    if stop.is_set():
+        raise _Stopped
 
-    def report(tokens: int, _: str) -> None:
-        counter, stop = _shared
-        with counter.get_lock():
-            counter.value += tokens
-        if stop.is_set():
-            raise _Stopped
 
+def _do(job: Job, part: Part, workers: int) -> str | None:
+    """Do ``job``; returns a user's mistake as a sentence, because its class and place do not survive the way."""
     try:
-        with Encoder(folder, workers) as encoder:
-            prepare_part(part, shard_tokens, load_text_tokenizer(folder), encoder, report)
+        job(part, workers, _report)
     except _Stopped:
         pass
     except (ValueError, OSError) as error:

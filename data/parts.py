@@ -12,12 +12,15 @@ train/NAME/
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.sources import Cursor, Source
+
+Report = Callable[[int, str], object]
+"""What is told on the way: how much further the work has come, and what is being read."""
 
 
 @dataclass(frozen=True)

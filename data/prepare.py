@@ -11,15 +11,19 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data.config import DataConfig, SourceConfig
 from data.discovery import find_files
+from data.duplicates import find_duplicates, hash_part
 from data.files import only_writer, read_json, write_json
 from data.join import join, missing, outline, outline_of
-from data.part_processes import PartProcesses
+from data.part_processes import work_through
 from data.parts import Part, cut, share
-from data.prepare_part import require_unchanged
+from data.prepare_part import Output, prepare_part, require_unchanged
 from data.shards import FORMAT_VERSION, MANIFEST_NAME, PROGRESS_NAME, Manifest, read_model
 from data.sources import Source
 from data.store import TokenStore, train_folder, validation_folder
@@ -38,19 +42,20 @@ def prepare(config: DataConfig, workers: int, task: Task = ALONE) -> list[tuple[
         ValueError: no tokenizer, or one that transformers would not follow; an empty or unreadable source, sources
             changed since an earlier preparation, or another command at work on the same part.
     """
-    tokenizer = load_text_tokenizer(config.dir)  # before the processes start, so that its absence is reported once
-    require_configured(config.tokenizer, tokenizer)
-    if isinstance(tokenizer, SentencePiece) and not is_ours(Path(config.dir)):
-        require_same_ids(tokenizer)  # an export would find out when all is trained
+    tokenizer = tokenizer_of(config)  # before the processes start, so that its absence is reported once
     made: list[tuple[str, Manifest]] = []
     with only_writer(Path(config.dir), shared=True):
-        sets = [_parts(config, source, folder, tokenizer) for source, folder in _all_folders(config)]
+        sets = parts_of(config, tokenizer)
         for parts in sets:
             _require_same_origin(parts)
         mine = share([part for parts in sets for part in parts], task.number, task.of)
         if task.of > 1:
             print(f"task {task.number} of {task.of} by {task.said_by}: {counted(len(mine), 'part')}", flush=True)
-        PartProcesses(config.dir, config.shard_tokens, workers).prepare(mine)
+        if config.deduplicate == "exact":
+            _find_duplicates(sets, mine, workers)
+        exact = config.deduplicate == "exact"
+        output = Output(config.dir, tokenizer.vocab_size, tokenizer.eos_id, config.shard_tokens, exact)
+        work_through(mine, partial(prepare_part, output=output), workers, "tokens", divisible=True)
         for parts in sets:
             folder = parts[0].source_folder
             if left := missing(parts):
@@ -86,14 +91,45 @@ def _all_folders(config: DataConfig) -> list[tuple[SourceConfig, Path]]:
     return train + [(source, validation_folder(config, source.name)) for source in config.validation]
 
 
-def _parts(config: DataConfig, source: SourceConfig, folder: Path, tokenizer: TextTokenizer) -> list[Part]:
-    read_as = {"text_field": source.text_field} if source.tokens is None else {"tokens": source.tokens.model_dump()}
-    common = {
-        "format_version": FORMAT_VERSION,
-        "tokenizer_sha256": tokenizer.sha256,
-        "settings": {**read_as, "shard_tokens": config.shard_tokens},
-    }
-    return cut(Source(source, Vocabulary.of(tokenizer)), folder, config.part_bytes, common)
+def tokenizer_of(config: DataConfig) -> TextTokenizer:
+    """The tokenizer in ``data.dir``.
+
+    Raises:
+        ValueError: there is none, it is not the config's, or transformers would not follow it.
+    """
+    tokenizer = load_text_tokenizer(config.dir)
+    require_configured(config.tokenizer, tokenizer)
+    if isinstance(tokenizer, SentencePiece) and not is_ours(Path(config.dir)):
+        require_same_ids(tokenizer)  # an export would find out when all is trained
+    return tokenizer
+
+
+def parts_of(config: DataConfig, tokenizer: TextTokenizer) -> list[list[Part]]:
+    """All parts of each source and validation set.
+
+    Raises:
+        ValueError: a source cannot be found or read.
+    """
+    made = []
+    for source, folder in _all_folders(config):
+        read_as = {"text_field": source.text_field} if source.tokens is None else {"tokens": source.tokens.model_dump()}
+        settings: dict[str, Any] = {**read_as, "shard_tokens": config.shard_tokens}
+        if config.deduplicate != "none":
+            settings["deduplicate"] = config.deduplicate
+        made_with = {"tokenizer_sha256": tokenizer.sha256, "settings": settings}
+        common = {"format_version": FORMAT_VERSION, **made_with}
+        made.append(cut(Source(source, Vocabulary.of(tokenizer)), folder, config.part_bytes, common))
+    return made
+
+
+def _find_duplicates(sets: list[list[Part]], mine: list[Part], workers: int) -> None:
+    def hash_all(parts: Sequence[Part]) -> None:
+        work_through(parts, hash_part, workers, "documents", divisible=False)
+
+    for parts in sets:
+        own = [part for part in mine if part.source_folder == parts[0].source_folder]
+        if set(missing(parts)) & {part.number for part in own}:
+            find_duplicates(parts, own, hash_all)
 
 
 def _require_same_origin(parts: list[Part]) -> None:
@@ -142,6 +178,8 @@ def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
         )
         if manifest.empty_documents:
             lines.append(f"{name}: left out {manifest.empty_documents:,} documents without text")
+        if manifest.duplicate_documents:
+            lines.append(f"{name}: left out {manifest.duplicate_documents:,} documents with the text of an earlier one")
         if manifest.repaired_documents:
             lines.append(f"{name}: replaced invalid Unicode by U+FFFD in {manifest.repaired_documents:,} documents")
     return "\n".join(lines)

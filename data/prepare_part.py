@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from data.duplicates import without_duplicates
 from data.encode import Encoder
 from data.files import only_holder, read_json, write_json
-from data.parts import Part
+from data.parts import Part, Report
 from data.shards import (
     MANIFEST_NAME,
     PROGRESS_NAME,
@@ -21,17 +22,30 @@ from data.shards import (
     token_dtype,
 )
 from data.sources import Document
-from data.tokenization import TextTokenizer
 
 BATCH_BYTES = 1 << 19
 """Text handed to a tokenizing process at once, or token ids to the writer."""
 
-Report = Callable[[int, str], object]
-"""Takes the number of further tokens, and what is being read."""
+
+class Output(NamedTuple):
+    """What the shards of all parts have in common."""
+
+    tokenizer_folder: str
+    vocab_size: int
+    eos_id: int
+    shard_tokens: int
+    deduplicate: bool
+    """Documents that :mod:`data.duplicates` has found are left out."""
 
 
-def prepare_part(part: Part, shard_tokens: int, tokenizer: TextTokenizer, encoder: Encoder, report: Report) -> Manifest:
+def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Manifest:
     """Prepare ``part`` from where it was left; one that is complete is only compared with its files.
+
+    Args:
+        part: what to prepare.
+        workers: processes that tokenize; with 1, this one.
+        report: is told the further tokens of each batch.
+        output: how the shards are written.
 
     Raises:
         ValueError: the part was begun with other files or settings, another command is at it, a file cannot be read, or
@@ -49,15 +63,18 @@ def prepare_part(part: Part, shard_tokens: int, tokenizer: TextTokenizer, encode
         else:
             remove_leftovers(folder)  # records of nobody knows what: without their origin they prove nothing
             write_json(folder / PROGRESS_NAME, made_from)
-        writer = ShardWriter(folder, token_dtype(tokenizer.vocab_size), shard_tokens, finished_shards(folder))
+        writer = ShardWriter(folder, token_dtype(output.vocab_size), output.shard_tokens, finished_shards(folder))
         if writer.shards:
             print(f"{folder}: going on after {len(writer.shards)} finished shards", flush=True)
-        start = writer.cursor or part.start
+        documents = part.source.documents(writer.cursor or part.start, part.end)
+        if output.deduplicate:
+            documents = without_duplicates(part, made_from, documents)
         try:
-            for batch, (tokens, lengths) in encoder.encode(_batches(part.source.documents(start, part.end))):
-                writer.add(batch, tokens, lengths)
-                report(len(tokens), f"reading {part.source.label(batch[-1].after)}")
-            return writer.finish(tokenizer.vocab_size, tokenizer.eos_id, made_from, may_be_empty=part.of > 1)
+            with Encoder(output.tokenizer_folder, workers) as encoder:
+                for batch, (tokens, lengths) in encoder.encode(_batches(documents)):
+                    writer.add(batch, tokens, lengths)
+                    report(len(tokens), f"reading {part.source.label(batch[-1].after)}")
+            return writer.finish(output.vocab_size, output.eos_id, made_from, may_be_empty=part.of > 1)
         finally:
             writer.abandon()
 

@@ -11,13 +11,13 @@ LOG_EVERY_S = 30.0
 
 
 class Progress:
-    """Counts tokens as they are made; use as a context manager."""
+    """Counts tokens, or another unit, as they are made; use as a context manager."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._tokens = 0
+    def __init__(self, name: str, unit: str = "tokens") -> None:
+        self._name, self._unit = name, unit
+        self._count = 0
         self._started_s = self._logged_s = time.monotonic()
-        self._bar = tqdm(desc=name, unit="tok", unit_scale=True, disable=not sys.stderr.isatty())
+        self._bar = tqdm(desc=name, unit=f" {unit}", unit_scale=True, disable=not sys.stderr.isatty())
 
     def __enter__(self) -> Progress:
         return self
@@ -25,13 +25,13 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def add(self, tokens: int, now: str) -> None:
-        """``tokens`` more were tokenized; ``now`` says how far that is, such as the file that is read."""
-        self._tokens += tokens
+    def add(self, count: int, now: str) -> None:
+        """``count`` more are done; ``now`` says how far that is, such as the file that is read."""
+        self._count += count
         self._bar.set_postfix_str(now, refresh=False)
-        self._bar.update(tokens)
+        self._bar.update(count)
         now_s = time.monotonic()
         if self._bar.disable and now_s - self._logged_s >= LOG_EVERY_S:
-            rate = self._tokens / (now_s - self._started_s)
-            print(f"{self._name}: {self._tokens:,} tokens, {rate:,.0f} tokens/s, {now}", flush=True)
+            rate = self._count / (now_s - self._started_s)
+            print(f"{self._name}: {self._count:,} {self._unit}, {rate:,.0f} {self._unit}/s, {now}", flush=True)
             self._logged_s = now_s

@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
 ENDS_DTYPE = np.dtype("<u8")
-COUNTS = ("tokens", "documents", "text_bytes", "repaired_documents", "empty_documents")
+COUNTS = ("tokens", "documents", "text_bytes", "repaired_documents", "empty_documents", "duplicate_documents")
 """What a manifest sums up of its shards, and the manifest of a source of its parts."""
 
 Schema = TypeVar("Schema", bound=Strict)
@@ -48,6 +48,8 @@ class Shard(Strict):
     """Documents in which invalid Unicode was replaced by U+FFFD."""
     empty_documents: int = Field(ge=0)
     """Documents without text passed over on the way to the shard's last one."""
+    duplicate_documents: int = Field(0, ge=0)
+    """Documents passed over likewise because an earlier one has the same text."""
     after: tuple[int, int]
     """Where reading the source goes on: number of the file, number of the document in it."""
     files: dict[str, ShardFile]
@@ -71,6 +73,8 @@ class Manifest(Strict):
     repaired_documents: int = Field(ge=0)
     empty_documents: int = Field(ge=0)
     """Documents without text; they are left out."""
+    duplicate_documents: int = Field(0, ge=0)
+    """Documents left out because an earlier one of the source has the same text."""
     made_from: dict[str, Any]
     """Tokenizer hash, settings and source list: whatever must be the same for another run to give the same shards."""
     shards: list[Shard]
@@ -139,7 +143,7 @@ class ShardWriter:
         self._folder = folder
         self._dtype = dtype
         self._shard_tokens = shard_tokens
-        self._empty_since_last = 0
+        self._empty_since_last = self._duplicates_since_last = 0
         self._file: BinaryIO | None = None
 
     @property
@@ -154,7 +158,8 @@ class ShardWriter:
         for document, length in zip(documents, lengths.tolist(), strict=True):
             start, end = end, end + length
             if not length:
-                self._empty_since_last += 1
+                self._duplicates_since_last += document.duplicate
+                self._empty_since_last += not document.duplicate
                 continue
             if self._file is not None and self._ends[-1] + length > self._shard_tokens:
                 self._close()
@@ -174,6 +179,7 @@ class ShardWriter:
             raise ValueError(f"{self._folder}: the source has no document with text; check its files and its fields")
         totals = {key: sum(getattr(shard, key) for shard in self.shards) for key in COUNTS}
         totals["empty_documents"] += self._empty_since_last
+        totals["duplicate_documents"] += self._duplicates_since_last
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             dtype=self._dtype.name,
@@ -197,7 +203,7 @@ class ShardWriter:
         self._file = temporary_name(self._folder / f"{self._name}.bin").open("wb")
         self._hash = hashlib.sha256()
         self._ends = [0]
-        self._text_bytes = self._repaired = self._empty = 0
+        self._text_bytes = self._repaired = self._empty = self._duplicates = 0
 
     def _append(self, document: Document, stored: bytes, length: int) -> None:
         assert self._file is not None
@@ -208,7 +214,8 @@ class ShardWriter:
         self._repaired += document.repaired
         # Counted only once a document with text follows, so that a run which goes on from here counts the same.
         self._empty += self._empty_since_last
-        self._empty_since_last = 0
+        self._duplicates += self._duplicates_since_last
+        self._empty_since_last = self._duplicates_since_last = 0
         self._after = document.after
 
     def _close(self) -> None:
@@ -224,6 +231,7 @@ class ShardWriter:
             text_bytes=self._text_bytes,
             repaired_documents=self._repaired,
             empty_documents=self._empty,
+            duplicate_documents=self._duplicates,
             after=self._after,
             files={
                 f"{self._name}.bin": ShardFile(

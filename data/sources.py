@@ -40,11 +40,23 @@ class Document(NamedTuple):
     """Where reading goes on after it."""
     ids: np.ndarray | None = None
     """Of a source of token ids, which has no text: uint32 [N], both ends marked; empty for a document without any."""
+    duplicate: bool = False
+    """An earlier document has the same content; this one stands without it, and is left out."""
+
+    @property
+    def content(self) -> bytes:
+        """Its text or its token ids; empty for a document without any."""
+        return self.text if self.ids is None else self.ids.tobytes()
 
     @property
     def size_bytes(self) -> int:
         """What it takes in memory, about."""
         return len(self.text) if self.ids is None else self.ids.nbytes
+
+    def left_out(self) -> Document:
+        """The same as a duplicate."""
+        ids = None if self.ids is None else self.ids[:0]
+        return self._replace(text=b"", repaired=False, ids=ids, duplicate=True)
 
 
 class Source:

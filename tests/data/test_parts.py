@@ -201,7 +201,7 @@ def test_tasks_killed_at_random_and_started_again_give_the_same_bytes(
     while left:
         command = [sys.executable, "-m", "data.prepare", str(tmp_path / "run.yaml"), "--part"]
         started = {part: subprocess.Popen([*command, part, "--workers", left[part]], cwd=ROOT) for part in left}
-        enough = len(contents(folder)) + rng.randint(10, 60)
+        enough = len(contents(folder)) + rng.randint(30, 90)
         while any(process.poll() is None for process in started.values()) and len(list(folder.rglob("*"))) < enough:
             time.sleep(0.001)
         for process in started.values():
@@ -377,7 +377,7 @@ def _killed(*_: object) -> None:
 
 
 def test_a_killed_process_of_a_part_is_told_in_a_sentence(fresh: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.part_processes._prepare", _killed)  # pickled by name
+    monkeypatch.setattr("data.part_processes._do", _killed)  # pickled by name
     with pytest.raises(ValueError, match="a process that prepares a part was killed, probably for memory"):
         prepare(fresh, workers=2)
 

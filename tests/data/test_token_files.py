@@ -224,6 +224,19 @@ def _broken_off(stream: np.ndarray, end_id: int) -> Any:
     raise OSError("the disk is gone")
 
 
+def test_duplicates_are_those_with_the_same_ids(tmp_path: Path, from_text: DataConfig) -> None:
+    tokenizer = load_text_tokenizer(from_text.dir)
+    all_ids = [tokenizer.encode_documents([text])[0].tolist() for text in TEXTS]
+    files, tokens = WRITERS["json_lines"](tmp_path, [*all_ids, *all_ids[:7]], tokenizer.eos_id)
+    settings = from_text.tokenizer.model_copy(update={"path": from_text.dir}).model_dump()
+    config = given(tmp_path, files, tokens, settings, deduplicate="exact")
+    train_tokenizer(config)
+    manifest = prepare(config, workers=1)[0][1]
+    distinct = len({tuple(ids) for ids in all_ids})
+    assert manifest.documents == distinct and manifest.empty_documents == 2
+    assert manifest.duplicate_documents == len(all_ids) + 7 - distinct >= 7
+
+
 PREFIXED = Vocabulary(100, [1, 3], 2)
 
 

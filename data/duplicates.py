@@ -1,0 +1,166 @@
+"""Exact duplicates of documents within a source: found by hash before anything is tokenized.
+
+1. Every part gets a file of its documents' hashes: 16 bytes of BLAKE2b over the text (or ids) and 8 that say where it
+   stands, sorted by hash. A task hashes its own parts first, then those of tasks that are not at work; while another
+   one is hashing a part, it waits.
+2. Whoever comes first compares the files of all parts, a range of hashes at a time, and writes down all documents but
+   the first of every text, in the order of the source.
+3. Each part leaves out those of its own, and counts them.
+
+So 24 bytes a document lie on the disk, in ``duplicates/`` of the source's folder, until the source is complete. In
+memory are those of one part for each process in the first step, and in the second ``_COMPARED_BYTES`` and 8 bytes for
+each duplicate. All of it follows from the source alone, so it may be done twice, and be killed at any moment.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.files import holding, write_atomically
+from data.parts import Part, Report
+from data.sources import Cursor, Document
+
+_FOLDER = "duplicates"
+_LEFT_OUT = "left_out.bin"
+_RECORD = np.dtype([("high", "<u8"), ("low", "<u8"), ("place", "<u8")])
+_DOCUMENTS_A_FILE_BITS = 40
+_COMPARED_BYTES = 1 << 29
+_LOOK_EVERY_S = 0.5
+_REPORT_EVERY = 1000
+
+
+def find_duplicates(
+    parts: Sequence[Part], mine: Sequence[Part], work_through: Callable[[Sequence[Part]], None]
+) -> None:
+    """Write down which documents of a source are left out, unless that is done.
+
+    Args:
+        parts: all of the source.
+        mine: those of this task.
+        work_through: calls :func:`hash_part` for parts, in whatever processes.
+
+    Raises:
+        ValueError: a part's files changed since they were hashed, or cannot be read.
+    """
+    folder = parts[0].source_folder / _FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / _LEFT_OUT).exists():
+        return
+    work_through([part for part in mine if not _hashes(part)])
+    while missing := [part for part in parts if not _hashes(part)]:
+        if idle := [part for part in missing if not _is_held(_lock(part))]:
+            work_through(idle)
+        else:
+            time.sleep(_LOOK_EVERY_S)
+    while not (folder / _LEFT_OUT).exists():
+        with holding(folder / "lock") as holder:
+            if holder is None and not (folder / _LEFT_OUT).exists():
+                places = _compare([_only_hashes(part) for part in parts])
+                write_atomically(folder / _LEFT_OUT, places.tobytes(), shared=True)
+        if holder is not None:
+            time.sleep(_LOOK_EVERY_S)
+
+
+def hash_part(part: Part, _: int, report: Report) -> None:
+    """Write the hashes of a part's documents, unless they are there or another process is at it."""
+    with holding(_lock(part)) as holder:
+        if holder is not None or _hashes(part):
+            return
+        path = _lock(part).with_name(f"{part.number:05d}-{_digest(part.made_from())}.hashes")
+        records = bytearray()
+        for documents, document in enumerate(part.source.documents(part.start, part.end), start=1):
+            if content := document.content:
+                place = _place(document.after).to_bytes(8, "little")
+                records += hashlib.blake2b(content, digest_size=16).digest() + place
+            if documents % _REPORT_EVERY == 0:
+                report(_REPORT_EVERY, f"comparing {part.source.label(document.after)}")
+        table = np.frombuffer(records, _RECORD)
+        write_atomically(path, table[np.lexsort((table["low"], table["high"]))].tobytes(), shared=True)
+
+
+def without_duplicates(part: Part, made_from: dict[str, Any], documents: Iterator[Document]) -> Iterator[Document]:
+    """``documents`` of ``part``, those to leave out without their text.
+
+    Raises:
+        ValueError: the part is no longer ``made_from`` what was hashed.
+    """
+    if _only_hashes(part).stem != f"{part.number:05d}-{_digest(made_from)}":
+        raise ValueError(_changed(part))
+    path = part.source_folder / _FOLDER / _LEFT_OUT
+    places = np.fromfile(path, "<u8") if path.stat().st_size < _RECORD.itemsize else np.memmap(path, "<u8", mode="r")
+    first, last = np.searchsorted(places, [_place(part.start) + 1, _place(part.end) + 1])
+    left_out = set(places[first:last].tolist())
+    for document in documents:
+        if _place(document.after) in left_out:
+            yield document.left_out()
+        else:
+            yield document
+
+
+def remove_hashes(source_folder: Path) -> None:
+    """Delete what only an unfinished preparation needs."""
+    shutil.rmtree(source_folder / _FOLDER, ignore_errors=True)
+
+
+def _place(after: Cursor) -> int:
+    """A document as one number, that of the place behind it; in the order of the source."""
+    return after.file << _DOCUMENTS_A_FILE_BITS | after.document
+
+
+def _compare(paths: Sequence[Path]) -> np.ndarray:
+    """Places of all documents but the first of every text: uint64, ascending."""
+    tables = [np.memmap(path, _RECORD, mode="r") for path in paths if path.stat().st_size]
+    ranges = max(1, sum(table.nbytes for table in tables) // _COMPARED_BYTES + 1)
+    borders = [number * 2**64 // ranges for number in range(1, ranges)]
+    cuts = [[0, *np.searchsorted(table["high"], np.array(borders, "<u8")), len(table)] for table in tables]
+    repeated = [np.empty(0, "<u8")]
+    for number in range(ranges):
+        slices = [table[cut[number] : cut[number + 1]] for table, cut in zip(tables, cuts, strict=True)]
+        if not slices:
+            break
+        records = np.concatenate(slices)
+        records = records[np.lexsort((records["place"], records["low"], records["high"]))]
+        same = (records["high"][1:] == records["high"][:-1]) & (records["low"][1:] == records["low"][:-1])
+        repeated.append(records["place"][1:][same])
+    return np.sort(np.concatenate(repeated))
+
+
+def _digest(made_from: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hashes(part: Part) -> list[Path]:
+    return sorted((part.source_folder / _FOLDER).glob(f"{part.number:05d}-*.hashes"))
+
+
+def _only_hashes(part: Part) -> Path:
+    found = _hashes(part)
+    if len(found) != 1:
+        raise ValueError(_changed(part))
+    return found[0]
+
+
+def _changed(part: Part) -> str:
+    return (
+        f"the files of part {part.number} of {part.source_folder} changed after their documents were compared; undo "
+        f"the change, or remove {part.source_folder} to prepare it again"
+    )
+
+
+def _lock(part: Part) -> Path:
+    return part.source_folder / _FOLDER / f"{part.number:05d}.lock"
+
+
+def _is_held(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with holding(path) as holder:
+        return holder is not None
