@@ -4,9 +4,9 @@
 
 CONFIG's tokenizer must be there; its sources are read, and prepared in temporary folders below ``--disk``. A row of
 ``--workers`` is one command with so many processes; a row of ``--tasks`` is so many commands at once on this machine,
-of one process each, as on a cluster, started and joined as there. ``reading`` gives the documents to nobody. MB are 10^6
-bytes of text, UTF-8; a command's start is in its seconds. All preparations must leave the same bytes, or the last line
-says otherwise and the exit status is 1.
+of one process each, as on a cluster. ``reading`` gives the documents to nobody. MB are 10^6 bytes of text, UTF-8; a
+command's start is in its seconds. All preparations must leave the same bytes, or the last line says otherwise and the
+exit status is 1.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _prepare(file: Path, each: Sequence[Sequence[str]]) -> float:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [int(part) for part in text.split(",") if part]
 
 
 if __name__ == "__main__":
