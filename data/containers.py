@@ -15,7 +15,7 @@ import lzma
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -41,6 +41,9 @@ UNREADABLE = (ValueError, OSError, EOFError, RecursionError, lzma.LZMAError, zst
 _READ_BYTES = 1 << 20
 _ZSTD_WINDOW_BYTES = 1 << 31
 """What ``zstd --long=31`` needs, the most that the format's own tool takes."""
+_ZSTD_HEADER_BYTES = 18
+"""Longest header of a frame."""
+_ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 _START_BYTES = 4096
 _TEXT_BYTES_A_NUL = 10
 """A stray NUL is text; one in two or four bytes is another encoding, and more than this is none."""
@@ -268,21 +271,46 @@ def _require_column(column: str, there: list[str]) -> None:
     if column not in there:
         raise ValueError(
             f"there is no column '{column}' (there: {', '.join(there) or 'none'}); name the one with the text: the "
-            "source's text_field in a config, --text-field on a command line"
+            "source's text_field (of tokens: tokens.field) in a config, --text-field on a command line"
         )
 
 
 def _require_whole(path: Path) -> None:
-    """Refuse a cut-off .zst: unlike gzip and xz, its reader ends quietly where the bytes end."""
+    """Refuse a cut-off .zst: unlike gzip and xz, its reader ends quietly where the bytes end.
+
+    Walks over the sizes of frames and blocks (RFC 8878, 3.1) without decompressing them. What is wrong otherwise the
+    decompressor will say.
+    """
     if path.suffix != ".zst":
         return
-    frame = None
+    size = path.stat().st_size
     with path.open("rb") as file:
-        while chunk := file.read(_READ_BYTES):
-            while chunk:
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj()
-                frame.decompress(chunk)
-                chunk = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    if frame is not None:
+        place = 0
+        while place < size:
+            file.seek(place)
+            place = _zstd_frame_end(file, place)
+    if place > size:
         raise ValueError("the compressed file is cut off")
+
+
+def _zstd_frame_end(file: BinaryIO, place: int) -> int:
+    """Where the frame that begins at ``place`` ends, or a place behind the end of a file that is cut off before."""
+    start = file.read(_ZSTD_HEADER_BYTES)
+    if start[1:4] == _ZSTD_SKIPPABLE and start[0] >> 4 == 5:
+        return place + 8 + int.from_bytes(start[4:8], "little")
+    try:
+        checksum_bytes = 4 if zstandard.get_frame_parameters(start).has_checksum else 0
+        place += zstandard.frame_header_size(start)
+    except zstandard.ZstdError:
+        if len(start) < 5 or (len(start) < _ZSTD_HEADER_BYTES and start.startswith(zstandard.FRAME_HEADER)):
+            return place + _ZSTD_HEADER_BYTES
+        raise
+    last = False
+    while not last:
+        file.seek(place)
+        if len(block := file.read(3)) < 3:
+            return place + 3
+        header = int.from_bytes(block, "little")
+        last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
+        place += 3 + (1 if kind == 1 else size)  # a block of one byte repeated holds it once
+    return place + checksum_bytes

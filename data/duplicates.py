@@ -1,6 +1,6 @@
 """Exact duplicates of documents within a source: found by hash before anything is tokenized.
 
-1. Every part gets a file of its documents' hashes: 16 bytes of BLAKE2b over the text and 8 that say where the document
+1. Every part gets a file of its documents' hashes: 16 bytes of BLAKE2b over the text (or ids) and 8 that say where it
    stands, sorted by hash. A task hashes its own parts first, then those of tasks that are not at work; while another
    one is hashing a part, it waits.
 2. Whoever comes first compares the files of all parts, a range of hashes at a time, and writes down all documents but
@@ -77,9 +77,9 @@ def hash_part(part: Part, _: int, report: Report) -> None:
         path = _lock(part).with_name(f"{part.number:05d}-{_digest(part.made_from())}.hashes")
         records = bytearray()
         for documents, document in enumerate(part.source.documents(part.start, part.end), start=1):
-            if document.text:
+            if content := document.content:
                 place = _place(document.after).to_bytes(8, "little")
-                records += hashlib.blake2b(document.text, digest_size=16).digest() + place
+                records += hashlib.blake2b(content, digest_size=16).digest() + place
             if documents % _REPORT_EVERY == 0:
                 report(_REPORT_EVERY, f"comparing {part.source.label(document.after)}")
         table = np.frombuffer(records, _RECORD)
@@ -100,7 +100,7 @@ def without_duplicates(part: Part, made_from: dict[str, Any], documents: Iterato
     left_out = set(places[first:last].tolist())
     for document in documents:
         if _place(document.after) in left_out:
-            yield Document(b"", False, document.after, duplicate=True)
+            yield document.left_out()
         else:
             yield document
 

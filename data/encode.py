@@ -60,6 +60,9 @@ class Encoder:
         try:
             for batch in batches:
                 texts = [document.text for document in batch]
+                if batch[0].ids is not None:  # and so all others of the source
+                    yield batch, _given(batch)
+                    continue
                 if self._pool is None:
                     yield batch, _encode(self._folder, texts)
                     continue
@@ -75,6 +78,12 @@ class Encoder:
                 f"a tokenizing process was killed, probably for memory; start again with fewer than {self._workers} "
                 "--workers, finished shards are kept"
             ) from None
+
+
+def _given(batch: Batch) -> Encoded:
+    """The tokens of documents that came as such."""
+    ids = [document.ids for document in batch if document.ids is not None]
+    return np.concatenate(ids), np.array([len(one) for one in ids], np.int64)
 
 
 @functools.cache

@@ -54,7 +54,7 @@ def join(parts: Sequence[Part]) -> Manifest:
         counts = {key: count + getattr(manifest, key) for key, count in counts.items()}
         shards += [_placed(shard, part.folder.name) for shard in manifest.shards]
     if not shards:
-        raise ValueError(f"{first.source_folder}: no part has a document with text; check the files and text_field")
+        raise ValueError(f"{first.source_folder}: no part has a document with text; check its files and its fields")
     made_from = {**first.common, **first.source.identity(), "parts": first.of}
     joined = Manifest.model_validate(manifest.model_dump() | counts | {"shards": shards, "made_from": made_from})
     try:

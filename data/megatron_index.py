@@ -37,13 +37,9 @@ class MegatronIndex:
         """Read the index at ``path`` and hold it against the ``.bin`` beside it.
 
         Raises:
-            ValueError: one of the two is missing, damaged or cut off, or they do not belong together.
+            ValueError: one of the two is damaged or cut off, or they do not belong together.
         """
-        tokens = path.with_suffix(".bin")
-        for file in (path, tokens):
-            if not file.is_file():
-                raise ValueError(f"{file.name} is missing; a Megatron pair is {tokens.name} and {path.name}")
-        content = path.read_bytes()
+        tokens, content = path.with_suffix(".bin"), path.read_bytes()
         if content.startswith(OLD_MAGIC):
             raise ValueError(f"{path.name} is an index of the lazy or cached kind; write the pair again as mmap")
         if len(content) < _HEAD.size or not content.startswith(MAGIC):
@@ -68,7 +64,7 @@ class MegatronIndex:
         dtype = np.dtype(DTYPES[code]).newbyteorder("<")
         self._require_whole(path.name, tokens, dtype)
         there = tokens.stat().st_size // dtype.itemsize
-        self._tokens: Any = np.memmap(tokens, dtype, "r", shape=(there,)) if there else np.empty(0, dtype)
+        self._tokens = np.asarray(np.memmap(tokens, dtype, "r", shape=(there,))) if there else np.empty(0, dtype)
 
     @property
     def documents(self) -> int:

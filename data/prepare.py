@@ -28,7 +28,8 @@ from data.shards import FORMAT_VERSION, MANIFEST_NAME, PROGRESS_NAME, Manifest, 
 from data.sources import Source
 from data.store import TokenStore, train_folder, validation_folder
 from data.tasks import ALONE, Task, task_of
-from data.tokenization import SentencePiece, load_text_tokenizer, tokenizer_sha256
+from data.token_files import Vocabulary
+from data.tokenization import SentencePiece, TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import is_ours, require_configured
 from data.tokenizer_json import require_same_ids
 from settings import counted, load, parse_arguments, shown, user_errors
@@ -41,13 +42,10 @@ def prepare(config: DataConfig, workers: int, task: Task = ALONE) -> list[tuple[
         ValueError: no tokenizer, or one that transformers would not follow; an empty or unreadable source, sources
             changed since an earlier preparation, or another command at work on the same part.
     """
-    tokenizer = load_text_tokenizer(config.dir)  # before the processes start, so that its absence is reported once
-    require_configured(config.tokenizer, tokenizer)
-    if isinstance(tokenizer, SentencePiece) and not is_ours(Path(config.dir)):
-        require_same_ids(tokenizer)  # an export would find out when all is trained
+    tokenizer = tokenizer_of(config)  # before the processes start, so that its absence is reported once
     made: list[tuple[str, Manifest]] = []
     with only_writer(Path(config.dir), shared=True):
-        sets = [_parts(config, source, folder, tokenizer.sha256) for source, folder in _all_folders(config)]
+        sets = parts_of(config, tokenizer)
         for parts in sets:
             _require_same_origin(parts)
         mine = share([part for parts in sets for part in parts], task.number, task.of)
@@ -93,12 +91,35 @@ def _all_folders(config: DataConfig) -> list[tuple[SourceConfig, Path]]:
     return train + [(source, validation_folder(config, source.name)) for source in config.validation]
 
 
-def _parts(config: DataConfig, source: SourceConfig, folder: Path, tokenizer_sha256: str) -> list[Part]:
-    settings: dict[str, Any] = {"text_field": source.text_field, "shard_tokens": config.shard_tokens}
-    if config.deduplicate != "none":
-        settings["deduplicate"] = config.deduplicate
-    common = {"format_version": FORMAT_VERSION, "tokenizer_sha256": tokenizer_sha256, "settings": settings}
-    return cut(Source(source), folder, config.part_bytes, common)
+def tokenizer_of(config: DataConfig) -> TextTokenizer:
+    """The tokenizer in ``data.dir``.
+
+    Raises:
+        ValueError: there is none, it is not the config's, or transformers would not follow it.
+    """
+    tokenizer = load_text_tokenizer(config.dir)
+    require_configured(config.tokenizer, tokenizer)
+    if isinstance(tokenizer, SentencePiece) and not is_ours(Path(config.dir)):
+        require_same_ids(tokenizer)  # an export would find out when all is trained
+    return tokenizer
+
+
+def parts_of(config: DataConfig, tokenizer: TextTokenizer) -> list[list[Part]]:
+    """All parts of each source and validation set.
+
+    Raises:
+        ValueError: a source cannot be found or read.
+    """
+    made = []
+    for source, folder in _all_folders(config):
+        read_as = {"text_field": source.text_field} if source.tokens is None else {"tokens": source.tokens.model_dump()}
+        settings: dict[str, Any] = {**read_as, "shard_tokens": config.shard_tokens}
+        if config.deduplicate != "none":
+            settings["deduplicate"] = config.deduplicate
+        made_with = {"tokenizer_sha256": tokenizer.sha256, "settings": settings}
+        common = {"format_version": FORMAT_VERSION, **made_with}
+        made.append(cut(Source(source, Vocabulary.of(tokenizer)), folder, config.part_bytes, common))
+    return made
 
 
 def _find_duplicates(sets: list[list[Part]], mine: list[Part], workers: int) -> None:
@@ -149,10 +170,10 @@ def files_twice(config: DataConfig) -> list[str]:
 def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
     lines = []
     for name, manifest in made:
+        text = f"{manifest.text_bytes:,} bytes of text ({manifest.text_bytes / manifest.tokens:.2f} bytes/token)"
         lines.append(
-            f"{name}: {manifest.tokens:,} tokens, {manifest.documents:,} documents, {manifest.text_bytes:,} bytes of "
-            f"text ({manifest.text_bytes / manifest.tokens:.2f} bytes/token), "
-            f"{counted(len(manifest.shards), 'shard')}, "
+            f"{name}: {manifest.tokens:,} tokens, {manifest.documents:,} documents, "
+            f"{text if manifest.text_bytes else 'which came as tokens'}, {counted(len(manifest.shards), 'shard')}, "
             f"{(manifest.tokens - 1) // sequence_tokens:,} windows of {sequence_tokens:,} tokens"
         )
         if manifest.empty_documents:

@@ -24,7 +24,7 @@ from data.shards import (
 from data.sources import Document
 
 BATCH_BYTES = 1 << 19
-"""Text handed to a tokenizing process at once."""
+"""Text handed to a tokenizing process at once, or token ids to the writer."""
 
 
 class Output(NamedTuple):
@@ -92,7 +92,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     for document in documents:
         batch.append(document)
         # A document without text costs something too; many of them in a row must not pile up.
-        size_bytes += len(document.text) + 100
+        size_bytes += document.size_bytes + 100
         if size_bytes >= BATCH_BYTES:
             yield batch
             batch, size_bytes = [], 0

@@ -42,8 +42,8 @@ class Shard(Strict):
     name: str
     tokens: int = Field(ge=1)
     documents: int = Field(ge=1)
-    text_bytes: int = Field(ge=1)
-    """UTF-8 bytes of its documents' text."""
+    text_bytes: int = Field(ge=0)
+    """UTF-8 bytes of its documents' text; 0 where they came as token ids."""
     repaired_documents: int = Field(ge=0)
     """Documents in which invalid Unicode was replaced by U+FFFD."""
     empty_documents: int = Field(ge=0)
@@ -69,6 +69,7 @@ class Manifest(Strict):
     tokens: int = Field(ge=0)
     documents: int = Field(ge=0)
     text_bytes: int = Field(ge=0)
+    """0 where the documents came as token ids."""
     repaired_documents: int = Field(ge=0)
     empty_documents: int = Field(ge=0)
     """Documents without text; they are left out."""
@@ -175,7 +176,7 @@ class ShardWriter:
         if self._file is not None:
             self._close()
         if not self.shards and not may_be_empty:
-            raise ValueError(f"{self._folder}: the source has no document with text; check its files and text_field")
+            raise ValueError(f"{self._folder}: the source has no document with text; check its files and its fields")
         totals = {key: sum(getattr(shard, key) for shard in self.shards) for key in COUNTS}
         totals["empty_documents"] += self._empty_since_last
         totals["duplicate_documents"] += self._duplicates_since_last

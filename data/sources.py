@@ -12,10 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.config import SourceConfig
+import numpy as np
+
+from data.config import SourceConfig, TokensConfig
 from data.containers import csv_values, json_records, parquet_row_groups, parquet_values, whole_text
 from data.discovery import FORMATS, find_files, fingerprint, format_of
 from data.hub import HubDataset
+from data.token_files import Vocabulary, closed, documents_of_file, with_indexes
 from settings import shown
 
 
@@ -35,26 +38,50 @@ class Document(NamedTuple):
     """Something in it was no valid Unicode and was replaced."""
     after: Cursor
     """Where reading goes on after it."""
+    ids: np.ndarray | None = None
+    """Of a source of token ids, which has no text: uint32 [N], both ends marked; empty for a document without any."""
     duplicate: bool = False
-    """An earlier document has the same text; this one stands without its text, and is left out."""
+    """An earlier document has the same content; this one stands without it, and is left out."""
+
+    @property
+    def content(self) -> bytes:
+        """Its text or its token ids; empty for a document without any."""
+        return self.text if self.ids is None else self.ids.tobytes()
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes in memory, about."""
+        return len(self.text) if self.ids is None else self.ids.nbytes
+
+    def left_out(self) -> Document:
+        """The same as a duplicate."""
+        ids = None if self.ids is None else self.ids[:0]
+        return self._replace(text=b"", repaired=False, ids=ids, duplicate=True)
 
 
 class Source:
     """A source's files, or its dataset on the Hub. Can be pickled; the files found stay the same."""
 
-    def __init__(self, config: SourceConfig) -> None:
+    def __init__(self, config: SourceConfig, vocabulary: Vocabulary | None = None) -> None:
         """Find the files.
+
+        Args:
+            config: where they are.
+            vocabulary: what token ids are held against; a source of text needs none.
 
         Raises:
             ValueError: a pattern matches no file, or a file's format cannot be inferred.
         """
         self.config = config
+        self._vocabulary = vocabulary
         self._hub = HubDataset(config) if config.hub else None
         try:
             self.files = [] if config.hub else find_files(config.files)
+            if config.tokens is not None:
+                self.files = with_indexes(self.files)
         except ValueError as error:
             raise ValueError(f"source '{config.name}': {error}") from None
-        self._formats = [config.format or _format_of(path, config.name) for path in self.files]
+        self._formats = [config.format or _format_of(path, config) for path in self.files]
 
     def identity(self, first: int = 0, end: int | None = None) -> dict[str, Any]:
         """What identifies files ``first`` up to ``end`` and their state: names, sizes and fingerprints.
@@ -115,9 +142,21 @@ class Source:
     def file_documents(self, number: int, first: int = 0, end: int | None = None) -> Iterator[Document]:
         """The documents of file ``number``, from its document ``first`` up to ``end``."""
         with self._naming(number):
-            for index, value in enumerate(self._values(number, first, end), start=first):
+            if self.config.tokens is not None:
+                for index, ids in enumerate(self._ids(number, self.config.tokens, first, end), start=first):
+                    yield Document(b"", False, Cursor(number, index + 1), ids)
+                return
+            for index, value in enumerate(self._values(number, self.config.text_field, first, end), start=first):
                 text, repaired = _to_utf8(value, self.config.text_field, index)
                 yield Document(text, repaired, Cursor(number, index + 1))
+
+    def _ids(self, number: int, tokens: TokensConfig, first: int, end: int | None) -> Iterator[np.ndarray]:
+        """The documents of one file of token ids, both ends marked."""
+        assert self._vocabulary is not None, "only preparation reads token ids, and has a vocabulary"
+        if self._hub is None and self._formats[number] == "flat":
+            return documents_of_file(self.files[number], tokens, self._vocabulary, first, end)
+        values = enumerate(self._values(number, tokens.field, first, end), start=first)
+        return (closed(value, tokens, self._vocabulary, f"document {index}") for index, value in values)
 
     @property
     def _count(self) -> int:
@@ -139,9 +178,8 @@ class Source:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise ValueError(f"source '{self.config.name}': cannot read {place}: {reason}") from error
 
-    def _values(self, number: int, first: int, end: int | None) -> Iterator[Any]:
-        """The text values of one file as they stand there, of whatever type."""
-        field = self.config.text_field
+    def _values(self, number: int, field: str, first: int, end: int | None) -> Iterator[Any]:
+        """The values of one file as they stand there, of whatever type."""
         if self._hub is not None:
             batches = self._hub.batches(number, len(self._hub_sizes), first)
             values: Iterator[Any] = (value for batch in batches for value in _field(batch, field, "the dataset"))
@@ -158,12 +196,14 @@ class Source:
         return islice(values, first, end)
 
 
-def _format_of(path: Path, source: str) -> str:
+def _format_of(path: Path, config: SourceConfig) -> str:
     found = format_of(path)
+    if config.tokens is not None:
+        return found if found in ("json", "parquet") else "flat"
     if found is None:
         known = " ".join(FORMATS)
         raise ValueError(
-            f"source '{source}': the format of {shown(path)} cannot be inferred from its name (known: {known}); "
+            f"source '{config.name}': the format of {shown(path)} cannot be inferred from its name (known: {known}); "
             "set the source's format to text, json, parquet or csv"
         )
     return found
@@ -191,7 +231,7 @@ def _field(record: Any, field: str, place: str) -> Any:
     if not isinstance(record, dict) or field not in record:
         there = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise ValueError(
-            f"{place} has no field '{field}' (there: {there}); name the one with the text: the source's text_field in "
-            "a config, --text-field on a command line"
+            f"{place} has no field '{field}' (there: {there}); name the one with the text: the source's text_field (of "
+            "tokens: tokens.field) in a config, --text-field on a command line"
         )
     return record[field]

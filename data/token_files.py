@@ -52,8 +52,16 @@ class Vocabulary(NamedTuple):
 
 
 def with_indexes(files: list[Path]) -> list[Path]:
-    """``files`` with both of every Megatron pair, so that both are known by their fingerprints."""
+    """``files`` with both of every Megatron pair, so that both are known by their fingerprints.
+
+    Raises:
+        ValueError: an index is without its tokens.
+    """
     pairs = [path.with_suffix(suffix) for path in files for suffix in (".bin", INDEX_SUFFIX) if _is_half(path)]
+    if missing := [path for path in pairs if not path.is_file()]:
+        raise ValueError(
+            f"{missing[0]} is missing; a Megatron pair is {missing[0].name} and {missing[0].stem}{INDEX_SUFFIX}"
+        )
     return sorted({*files, *pairs})
 
 
@@ -134,7 +142,7 @@ def _end_id(settings: TokensConfig, vocabulary: Vocabulary) -> int:
 
 
 def _require_ids(ids: np.ndarray, vocabulary: Vocabulary, place: str) -> None:
-    if int(ids.min()) >= 0 and int(ids.max()) < vocabulary.size:
+    if int(ids.max()) < vocabulary.size and (ids.dtype.kind == "u" or int(ids.min()) >= 0):
         return
     where = int(np.argmax((ids < 0) | (ids >= vocabulary.size)))
     raise ValueError(
@@ -186,7 +194,8 @@ def _mapped(path: Path, name: str, header_bytes: int, tokens: int | None) -> np.
         raise ValueError(
             f"it has {there:,} bytes, which is no whole number of {name}; correct tokens.dtype, or restore the file"
         )
-    return np.memmap(path, dtype, "r", header_bytes) if there else np.empty(0, dtype)
+    # As a plain array, of which a slice costs less.
+    return np.asarray(np.memmap(path, dtype, "r", header_bytes)) if there else np.empty(0, dtype)
 
 
 def _numpys(path: Path, settings: TokensConfig) -> np.ndarray:

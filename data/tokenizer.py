@@ -127,7 +127,7 @@ def _require_same_settings(wanted: TokenizerConfig, path: Path) -> None:
 def _train(config: DataConfig, folder: Path) -> str:
     _require_no_leftovers(folder, config.tokenizer.kind)
     folder.mkdir(parents=True, exist_ok=True)
-    taken_bytes = {source.name: 0 for source in config.sources}
+    taken_bytes = {source.name: 0 for source in config.sources if source.tokens is None}
     texts = _sample(config, taken_bytes)
     if config.tokenizer.kind == "sentencepiece":
         path, library = folder / MODEL_NAME, {"sentencepiece": sentencepiece.__version__}
@@ -165,8 +165,14 @@ def _require_no_leftovers(folder: Path, kind: str) -> None:
 
 def _sample(config: DataConfig, taken_bytes: dict[str, int]) -> Iterator[bytes]:
     """Documents from all sources, each source's share by weight; ``taken_bytes`` is counted up on the way."""
-    total_weight = sum(source.weight for source in config.sources)
-    for source in config.sources:
+    sources = [source for source in config.sources if source.tokens is None]
+    if not sources:
+        raise ValueError(
+            "no source holds text to train a tokenizer on; take the one that its tokens were made with: "
+            "data.tokenizer.path"
+        )
+    total_weight = sum(source.weight for source in sources)
+    for source in sources:
         budget_bytes = int(config.tokenizer.train_bytes * source.weight / total_weight)
         for text in _spread_documents(Source(source), budget_bytes):
             taken_bytes[source.name] += len(text)

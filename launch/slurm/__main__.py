@@ -4,11 +4,14 @@
     python -m launch.slurm my.yaml train.steps=2000 --nodes 2 --gpus-per-node 8 --dry-run
     python -m launch.slurm my.yaml --gpus-per-node 8 --then my_task.yaml train.steps=500 --export exports/my
     python -m launch.slurm my.yaml --gpus-per-node 8 --array train.seed=0,1,2
+    python -m launch.slurm my.yaml --prepare --tasks 16 --cpus-per-task 32 --partition cpu
+    python -m launch.slurm my.yaml --gpus-per-node 8 --after 4711
 
 CONFIG is of either stage. With --then, stage two tunes what the run before it trained (base.path is set) and starts
 when that has ended well. With --array every value has a run folder of its own, RUN-0, RUN-1 and so on, and what follows
-is done for each of them. What holds for every job of a cluster stands in ~/.config/hopscotch/slurm.yaml; see
-docs/clusters.md.
+is done for each of them. With --prepare an array of --tasks jobs shares the preparation of CONFIG's data; with --after
+a run starts when that job, or any other, has ended well. What holds for every job of a cluster stands in
+~/.config/hopscotch/slurm.yaml; see docs/clusters.md.
 
 Exit status: 0 when everything is submitted; 1 when nothing is, with a sentence that says why.
 """
@@ -23,11 +26,25 @@ from pathlib import Path
 
 from launch.slurm.config import SlurmConfig, load_site
 from launch.slurm.jobs import StageJob, load_next, load_stage, parse_array, refuse_held
-from launch.slurm.script import export_script, stage_script
+from launch.slurm.preparation import PrepareJob, load_preparation
+from launch.slurm.script import export_script, prepare_script, stage_script
 from launch.slurm.submit import BatchJob, submit
 from settings import counted, parse_arguments, path_argument, to_yaml, user_errors
 
-SITE_OPTIONS = ("nodes", "gpus_per_node", "tasks_per_node", "time", "partition", "account", "qos", "venv", "container")
+SITE_OPTIONS = (
+    "nodes",
+    "gpus_per_node",
+    "tasks_per_node",
+    "cpus_per_task",
+    "time",
+    "partition",
+    "account",
+    "qos",
+    "venv",
+    "container",
+)
+
+Stage = StageJob | PrepareJob
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,9 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         given = {name: getattr(options, name) for name in SITE_OPTIONS}
         modules = None if options.modules is None else options.modules.split(",")
+        if options.prepare:
+            _refuse_of_a_run(options)
+            given |= {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1}
+        elif options.tasks is not None:
+            raise ValueError(f"--tasks {options.tasks} shares out a preparation; give --prepare, or leave it out")
         site = load_site(options.site, given | {"modules": modules})
         site = site.model_copy(update={"sbatch": [*site.sbatch, *options.sbatch]})
-        stages = _stages(options, site)
+        stages = _preparation(options) if options.prepare else _stages(options, site)
         if options.print_config:
             print("---\n".join(to_yaml(config) for stage in stages for config in stage.configs), end="")
             return 0
@@ -48,16 +70,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("\n".join(job.script for job in jobs), end="")
             _note_held(stages)
             return 0
-        for stage in stages:
-            refuse_held(stage)
-        ids = submit(jobs, submission)
+        _refuse_held(stages)
+        ids = submit(jobs, submission, options.after)
         print(_describe(jobs, ids, site))
     return 0
 
 
+def _refuse_of_a_run(options: argparse.Namespace) -> None:
+    """A preparation has no ranks and no chain."""
+    given = {
+        "--nodes": options.nodes, "--gpus-per-node": options.gpus_per_node, "--tasks-per-node": options.tasks_per_node,
+        "--array": options.array, "--then": options.then, "--export": options.export,
+    }  # fmt: skip
+    if wrong := [name for name, value in given.items() if value]:
+        raise ValueError(
+            f"{', '.join(wrong)} is of a run, and --prepare submits none; submit the run by itself, with --after and "
+            "the preparation's job id"
+        )
+    if options.tasks is None:
+        raise ValueError("--prepare needs --tasks N, the number of jobs that share the preparation")
+
+
+def _preparation(options: argparse.Namespace) -> list[PrepareJob]:
+    return [load_preparation(options.config, options.overrides, options.tasks)]
+
+
 def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[StageJob]:
     array = None if options.array is None else parse_array(options.array)
-    stages = [load_stage(options.config, options.overrides, site, array)]
+    stages = [load_stage(options.config, options.overrides, site, array, options.after is None)]
     for file, *overrides in options.then:
         stages.append(load_next(Path(file), overrides, site, stages[-1]))
     folders = [folder.resolve() for stage in stages for folder in stage.folders]
@@ -67,22 +107,31 @@ def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[StageJob]:
     return stages
 
 
-def _note_held(stages: list[StageJob]) -> None:
+def _refuse_held(stages: Sequence[Stage]) -> None:
+    for stage in stages:
+        if isinstance(stage, StageJob):  # a preparation goes on with what is there
+            refuse_held(stage)
+
+
+def _note_held(stages: Sequence[Stage]) -> None:
     """What a dry run prints is not submitted, so what would be refused then is only told."""
     try:
-        for stage in stages:
-            refuse_held(stage)
+        _refuse_held(stages)
     except ValueError as error:
         print(f"note: this would not be submitted: {error}", file=sys.stderr)
 
 
-def _jobs(options: argparse.Namespace, stages: list[StageJob], site: SlurmConfig, submission: str) -> list[BatchJob]:
-    jobs = [
-        BatchJob(stage.module, "job.sbatch", stage_script(stage, site, submission, options.job_name), stage)
-        for stage in stages
-    ]
-    if options.export is not None:
-        last = stages[-1]
+def _jobs(options: argparse.Namespace, stages: Sequence[Stage], site: SlurmConfig, submission: str) -> list[BatchJob]:
+    jobs = []
+    for stage in stages:
+        if isinstance(stage, PrepareJob):
+            script = prepare_script(stage, site, submission, options.job_name)
+            jobs.append(BatchJob(stage.module, "prepare.sbatch", script, stage))
+        else:
+            script = stage_script(stage, site, submission, options.job_name)
+            jobs.append(BatchJob(stage.module, "job.sbatch", script, stage))
+    last = stages[-1]
+    if options.export is not None and isinstance(last, StageJob):
         for out in (Path(f"{options.export}{task}") for task in last.tasks):
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise ValueError(f"--export {out} exists already, and nothing is written over; give another folder")
@@ -93,12 +142,16 @@ def _jobs(options: argparse.Namespace, stages: list[StageJob], site: SlurmConfig
 
 def _describe(jobs: list[BatchJob], ids: list[str], site: SlurmConfig) -> str:
     """What was submitted, and how to look at it and stop it."""
-    lines = [f"training on {counted(site.nodes, 'node')} of {counted(site.ranks_per_node, 'rank')}"]
+    first = jobs[0].stage
+    if isinstance(first, PrepareJob):
+        lines = [f"preparing in {counted(first.shares, 'task')} of {counted(site.cores_per_rank, 'core')}"]
+    else:
+        lines = [f"training on {counted(site.nodes, 'node')} of {counted(site.ranks_per_node, 'rank')}"]
     for number, (job, id_) in enumerate(zip(jobs, ids, strict=True)):
         tasks = job.stage.tasks
         folder = f"{job.stage.run}{tasks[0]}" + (f" to {tasks[-1]}" if len(tasks) > 1 else "")
         lines.append(f"job {id_}  {job.what}  {folder}" + (f"  after {ids[number - 1]}" if number else ""))
-    logs = jobs[0].stage.folders[0] / "logs"
+    logs = first.folders[0] / "logs"
     return "\n".join(
         [*lines, f"follow    squeue --me; tail -F {logs}/slurm-*.out", f"stop      scancel {' '.join(ids)}"]
     )
@@ -108,12 +161,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="YAML of a run of either stage")
+    parser.add_argument("config", help="YAML of a run of either stage; of a preparation its data block")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of CONFIG")
     add = parser.add_argument
     add("--nodes", type=int, help="nodes of the job (default: 1)")
     add("--gpus-per-node", type=int, metavar="N", help="GPUs on each node, one rank each")
     add("--tasks-per-node", type=int, metavar="N", help="ranks on each node, for a job on CPUs")
+    add("--cpus-per-task", type=int, metavar="N", help="cores of each rank, or of each task of a preparation")
     add("--time", help="time limit of one job: 24:00:00, 2-12:00:00, or minutes; the run may be longer")
     add("--partition", help="partition")
     add("--account", help="account that is charged")
@@ -136,6 +190,9 @@ def _parser() -> argparse.ArgumentParser:
         help="stage two of the run before, once that is done",
     )
     add("--export", metavar="OUT", help="convert the last run to a Hugging Face folder, once it is done")
+    add("--prepare", action="store_true", help="instead of a run, prepare its data in a job array of --tasks tasks")
+    add("--tasks", type=int, metavar="N", help="with --prepare: tasks that share the parts of the data")
+    add("--after", metavar="JOB", help="start when this job has ended well; the data may then not be prepared yet")
     add("--dry-run", action="store_true", help="print the scripts; submit and write nothing")
     add("--print-config", action="store_true", help="print the resolved config of every run; submit and write nothing")
     return parser

@@ -50,6 +50,9 @@ class StageJob:
     base: str | None
     configs: tuple[PretrainConfig | TuneFile, ...]
 
+    field = "train.run_dir"
+    """What says where ``run`` is."""
+
     @property
     def module(self) -> str:
         """What trains it."""
@@ -76,7 +79,9 @@ def parse_array(text: str) -> Array:
     return Array(key, parts)
 
 
-def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: Array | None = None) -> StageJob:
+def load_stage(
+    file: Path, overrides: Sequence[str], site: SlurmConfig, array: Array | None = None, prepared: bool = True
+) -> StageJob:
     """The first stage of a chain, or the only one.
 
     Args:
@@ -84,6 +89,7 @@ def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: A
         overrides: ``key.sub=value``.
         site: the resources, over whose ranks the global batch must divide.
         array: its tasks; a single run if None.
+        prepared: its data is there already.
 
     Raises:
         ValueError: with one sentence for each mistake.
@@ -94,7 +100,7 @@ def load_stage(file: Path, overrides: Sequence[str], site: SlurmConfig, array: A
         tasks = [(f"-{number}", [f"{array.key}={value}"]) for number, value in enumerate(array.values)]
     configs = tuple(load_either(file, [*overrides, *value, f"train.run_dir={run}{task}"]) for task, value in tasks)
     names = tuple(task for task, _ in tasks)
-    return _checked(StageJob(file, _passed_on(overrides), run, names, array, None, configs), site)
+    return _checked(StageJob(file, _passed_on(overrides), run, names, array, None, configs), site, prepared)
 
 
 def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: StageJob) -> StageJob:
@@ -116,23 +122,29 @@ def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: S
     return _checked(StageJob(file, _passed_on(overrides), run, before.tasks, None, before.run, configs), site)
 
 
-def _checked(stage: StageJob, site: SlurmConfig) -> StageJob:
+def require_plain(field: str, folder: str) -> None:
+    """Raise ValueError if ``folder``, which ``field`` names, cannot stand in a batch script's options."""
+    if re.search(r"[^\w./+=:@-]", folder):
+        raise ValueError(
+            f"{field} '{folder}' stands in SLURM's options, which read more into some characters; use letters and "
+            "digits and . _ - / + = : @"
+        )
+
+
+def _checked(stage: StageJob, site: SlurmConfig, prepared: bool = True) -> StageJob:
     """``stage``, if it could start.
 
     Raises:
-        ValueError: if the batch does not divide, or the data is not there.
+        ValueError: if the batch does not divide, or the data is not there though it is ``prepared``.
     """
     from data.batches import TrainingData
 
-    if re.search(r"[^\w./+=:@-]", stage.run):
-        raise ValueError(
-            f"train.run_dir '{stage.run}' stands in SLURM's options, which read more into some characters; use letters "
-            "and digits and . _ - / + = : @"
-        )
+    require_plain("train.run_dir", stage.run)
     for config in stage.configs:
         config.train.accumulation(site.world_size)
         if isinstance(config, PretrainConfig):
-            TrainingData(config.data)  # raises for shards that are missing, damaged or of another tokenizer
+            if prepared:
+                TrainingData(config.data)  # raises for shards that are missing, damaged or of another tokenizer
         elif stage.base is None and not Path(config.base.path).exists():
             raise ValueError(
                 f"base.path {config.base.path} does not exist; give a run, a checkpoint or a folder of weights"

@@ -1,4 +1,4 @@
-"""The scripts that SLURM gets: ``stage.sbatch`` and ``export.sbatch`` of this folder, filled in."""
+"""The scripts that SLURM gets: ``stage.sbatch``, ``export.sbatch`` and ``prepare.sbatch`` of this folder, filled in."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from launch.slurm.config import SlurmConfig
 from launch.slurm.jobs import StageJob
+from launch.slurm.preparation import PrepareJob
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 
 STARTS_WITHOUT_PROGRESS = 3
@@ -47,8 +48,14 @@ def export_script(stage: StageJob, out: str, site: SlurmConfig, submission: str,
     return _render("export.sbatch", stage, site, submission, name, {"out": out})
 
 
+def prepare_script(job: PrepareJob, site: SlurmConfig, submission: str, job_name: str | None) -> str:
+    """The batch script of the array that prepares data."""
+    own = {"overrides": job.overrides, "shares": job.shares}
+    return _render("prepare.sbatch", job, site, submission, job_name or f"{Path(job.run).name}-prepare", own)
+
+
 def _render(
-    template: str, stage: StageJob, site: SlurmConfig, submission: str, job_name: str, own: dict[str, Any]
+    template: str, stage: StageJob | PrepareJob, site: SlurmConfig, submission: str, job_name: str, own: dict[str, Any]
 ) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

@@ -4,7 +4,7 @@ RUN/submit/TIME/
   code/                  the project's Python as it was, which the job runs; commit.txt and changes.diff beside it
   config.original.yaml   as written, which the job reads with the overrides in job.sbatch
   config.yaml            resolved
-  job.sbatch             and export.sbatch, at the end of a chain
+  job.sbatch             and export.sbatch, at the end of a chain; prepare.sbatch in data.dir/submit/TIME
   jobs                   SLURM's ids, one a line
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from data.files import write_atomically
 from launch.slurm.jobs import StageJob
+from launch.slurm.preparation import PrepareJob
 from settings import to_yaml
 from trainer import code_state
 from trainer.checkpoints.layout import CONFIG
@@ -37,13 +38,15 @@ class BatchJob:
     what: str
     file: str
     script: str
-    stage: StageJob
+    stage: StageJob | PrepareJob
 
 
-def submit(jobs: Sequence[BatchJob], submission: str) -> list[str]:
+def submit(jobs: Sequence[BatchJob], submission: str, after: str | None = None) -> list[str]:
     """Submit ``jobs`` as a chain, each after the one before it has succeeded; returns their ids.
 
     Args:
+        jobs: in their order.
+        after: id of a job in the queue, before the first of them.
         submission: name of the new folder in every ``RUN/submit``.
 
     Raises:
@@ -59,8 +62,12 @@ def submit(jobs: Sequence[BatchJob], submission: str) -> list[str]:
             _write(job, number, folder / "submit" / submission)
     ids: list[str] = []
     try:
-        for job in jobs:
-            ids.append(_sbatch(job, job.stage.folders[0] / "submit" / submission / job.file, ids))
+        for number, job in enumerate(jobs):
+            script = job.stage.folders[0] / "submit" / submission / job.file
+            # Task i of an array waits for task i of the array before it; anything else for all of what is before it.
+            kind = "aftercorr" if number and len(job.stage.tasks) > 1 else "afterok"
+            before = ids[-1] if ids else after
+            ids.append(_sbatch(job, script, None if before is None else f"{kind}:{before}"))
     except ValueError:
         if ids:
             subprocess.run(["scancel", *ids], check=False)
@@ -75,13 +82,12 @@ def submit(jobs: Sequence[BatchJob], submission: str) -> list[str]:
     return ids
 
 
-def _sbatch(job: BatchJob, script: Path, before: Sequence[str]) -> str:
-    """Submit ``script`` to run after the last job of ``before``; returns its id."""
+def _sbatch(job: BatchJob, script: Path, dependency: str | None) -> str:
+    """Submit ``script``; returns its id."""
     command = ["sbatch", "--parsable"]
-    if before:
-        # Task i of an array waits for task i; a job whose predecessor failed is cancelled, not left in the queue.
-        kind = "afterok" if len(job.stage.tasks) == 1 else "aftercorr"
-        command += [f"--dependency={kind}:{before[-1]}", "--kill-on-invalid-dep=yes"]
+    if dependency is not None:
+        # A job whose predecessor failed is cancelled, not left in the queue.
+        command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
     done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
@@ -112,9 +118,9 @@ def copy_code(folder: Path) -> None:
     (folder / code_state.CHANGES).write_text(code_state.diff())
 
 
-def _refuse_queued(stages: Sequence[StageJob]) -> None:
-    """Two jobs that write to one run folder would destroy it."""
-    for folder in dict.fromkeys(folder for stage in stages for folder in stage.folders):
+def _refuse_queued(stages: Sequence[StageJob | PrepareJob]) -> None:
+    """Two jobs that write to one folder would destroy it."""
+    for folder, field in {folder: stage.field for stage in stages for folder in stage.folders}.items():
         for path in sorted(folder.glob("submit/*/jobs")):
             for job in path.read_text().split():
                 asked = subprocess.run(
@@ -123,5 +129,5 @@ def _refuse_queued(stages: Sequence[StageJob]) -> None:
                 if asked.stdout.strip():  # SLURM forgets a job some minutes after its end, and then fails
                     raise ValueError(
                         f"job {job} of {folder} is in the queue or running; wait for its end, cancel it with scancel "
-                        f"{job}, or give another train.run_dir"
+                        f"{job}, or give another {field}"
                     )

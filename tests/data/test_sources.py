@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from data.config import SourceConfig
+from data.containers import _require_whole
 from data.sources import Cursor, Source
 from tune.config import ExampleSource
 
@@ -157,6 +158,27 @@ def test_cut_compressed_files_are_refused(tmp_path: Path, kind: str, suffix: str
     (tmp_path / f"a{kind}{suffix}").write_bytes(compressed[: len(compressed) * 3 // 4])
     with pytest.raises(ValueError, match=rf"cannot read .*a\{kind}\{suffix}"):
         texts(source(tmp_path / f"a{kind}{suffix}"))
+
+
+def test_every_cut_of_a_zst_file_is_noticed_without_decompressing_it(tmp_path: Path) -> None:
+    """Frames with and without checksum and size, of literal, repeated and compressed blocks, and a skippable one."""
+    options = [(level, checksum, size) for level in (1, 19) for checksum in (True, False) for size in (True, False)]
+    bodies = [b"", b"x", b"a" * 300_000, os.urandom(140_000), b"the cat " * 20_000]
+    frames = [
+        zstandard.ZstdCompressor(level=level, write_checksum=checksum, write_content_size=size).compress(body)
+        for level, checksum, size in options
+        for body in bodies
+    ] + [b"\x53\x2a\x4d\x18\x05\0\0\0skipp"]
+    path = tmp_path / "a.txt.zst"
+    for frame in frames:
+        before = zstandard.compress(b"before ")
+        for cut in {1, 3, 4, 5, 6, 8, 9, len(frame) // 2, len(frame) - 5, len(frame) - 4, len(frame) - 1} - {0}:
+            if 0 < cut < len(frame):
+                path.write_bytes(before + frame[:cut])
+                with pytest.raises(ValueError, match=r"a\.txt\.zst: the compressed file is cut off"):
+                    texts(source(path))
+        path.write_bytes(before + frame)
+        _require_whole(path)
 
 
 def test_the_folder_of_texts_is_filled_in_when_a_config_is_read(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from data.config import DataConfig
+from data.prepare import prepare
+from settings import load
+from tests.data.helpers import contents
 from tests.launch.slurm.slurm_cluster import NODES, Cluster
 from tests.launching import BIN, ROOT, run
 from tests.programs import SLURM, needs
@@ -230,6 +235,45 @@ def test_an_array_of_chains_in_one_command(
         tuned = yaml.safe_load((tmp_path / f"tuned-{task}/config.yaml").read_text())
         assert (tuned["base"]["path"], tuned["train"]["steps"]) == (run_dir, 2)
         assert (tmp_path / f"hf-{task}/model.safetensors").is_file(), log(str(tmp_path / f"tuned-{task}"))[-3000:]
+
+
+@pytest.mark.slow
+def test_an_array_prepares_data_on_both_nodes_and_a_run_waits_for_it(
+    cluster: Cluster, tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    """Three tasks; what they leave is what one process leaves, and the run that was submitted meanwhile reads it."""
+    folders = {name: tmp_path / name for name in ("alone", "array", "srun")}
+    for folder in folders.values():
+        folder.mkdir()
+        for path in Path(tiny["data"]["dir"]).glob("tokenizer*"):
+            shutil.copy(path, folder)
+    tiny["data"] |= {"part_bytes": 20_000, "shard_tokens": 5000, "deduplicate": "exact"}
+    config = write_config(tiny)
+    prepare(load(config, [f"data.dir={folders['alone']}"], DataConfig, block="data"), workers=1)
+
+    given = [config, f"data.dir={folders['array']}"]
+    (job,) = submit(cluster, *given, "--prepare", "--tasks", "3", "--cpus-per-task", "1", "--sbatch=--hold")
+    (run_job,) = submit(cluster, *given, *TWO_NODES, "--after", job)
+    assert cluster.job(run_job)["Dependency"].startswith(f"afterok:{job}")
+    assert f"job {job} of {folders['array']} is in the queue" in refused(cluster, *given, "--prepare", "--tasks", "1")
+    assert not (folders["array"] / "train").exists()
+    cluster.run("scontrol", "release", job)
+    assert cluster.wait_for(run_job, "COMPLETED", "FAILED", "CANCELLED")["JobState"] == "COMPLETED", log(
+        str(folders["array"])
+    ) + log(tiny["train"]["run_dir"])
+    said = log(str(folders["array"]))
+    assert all(f"task {number} of 3 by --part" in said for number in range(3))
+    assert prepared_of(folders["array"]) == prepared_of(folders["alone"])
+
+    command = [sys.executable, "-m", "data.prepare", config, f"data.dir={folders['srun']}", "--workers", "1"]
+    said = cluster.run("srun", "--ntasks=2", "--nodes=2", *command)
+    assert all(f"task {number} of 2 by SLURM's step" in said for number in range(2))
+    assert prepared_of(folders["srun"]) == prepared_of(folders["alone"])
+
+
+def prepared_of(folder: Path) -> dict[str, bytes]:
+    """Every prepared file of a data folder."""
+    return {name: content for kind in ("train", "validation") for name, content in contents(folder / kind).items()}
 
 
 def test_what_sbatch_refuses_is_one_sentence_and_takes_the_chain_with_it(

@@ -145,6 +145,16 @@ def test_an_array_of_chains(
         (["--then", "{tuning}", "base.path=x", *DRY], "leave base.path=x out"),
         (["--then", "{tuning}", "train.run_dir={run}", *DRY], "two runs of the chain have the folder"),
         (["--export", "{full}", *DRY], "exists already, and nothing is written over"),
+        (["--tasks", "2", *DRY], "--tasks 2 shares out a preparation; give --prepare, or leave it out"),
+        (["--prepare", "--dry-run"], "--prepare needs --tasks N, the number of jobs that share the preparation"),
+        (["--prepare", "--tasks", "2", *DRY], "--nodes, --tasks-per-node is of a run, and --prepare submits none"),
+        (["--prepare", "--tasks", "0", "--dry-run"], "--tasks 0 must be from 1 to the number of parts, 2,"),
+        (["--prepare", "--tasks", "3", "--dry-run"], "lower data.part_bytes (500,000,000) for more parts"),
+        (["--prepare", "--tasks", "1", "data.dir=nowhere", "--dry-run"], "nowhere has no tokenizer"),
+        (
+            ["--prepare", "--tasks", "1", "data.dir=my data", "--dry-run"],
+            "data.dir 'my data' stands in SLURM's options",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence_and_nothing_is_written(
@@ -162,6 +172,31 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     printed = capsys.readouterr()
     assert end.value.code == 1 and not printed.out and not Path(run).exists()
     assert printed.err.startswith("error: ") and sentence in printed.err and printed.err.count("\n") == 1
+
+
+def test_an_array_that_prepares_data(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    config, site, folder = write_config(tiny), tmp_path / "site.yaml", tiny["data"]["dir"]
+    site.write_text("gpus_per_node: 8\nnodes: 2\npartition: gpu\n")
+    options = ["--prepare", "--tasks", "3", "--cpus-per-task", "32", "--partition", "cpu", "--site", str(site)]
+    (script,) = _scripts(capsys, config, "data.part_bytes=5000", *options, "--dry-run")
+    wanted = {
+        f"job-name={Path(folder).name}-prepare", f"chdir={Path.cwd()}", f"output={folder}/logs/slurm-%j.out",
+        "open-mode=append", "nodes=1", "ntasks=1", "cpus-per-task=32", "array=0-2", "partition=cpu", "requeue",
+    }  # fmt: skip
+    assert {line[10:] for line in script.splitlines() if line.startswith("#SBATCH ")} == wanted
+    assert "-P -m data.prepare " in script and "    data.part_bytes=5000 \\\n" in script
+    assert '--workers "$SLURM_CPUS_PER_TASK" --part "$SLURM_ARRAY_TASK_ID/3"\n' in script and "gpu" not in script
+    assert main([config, *options, "--print-config", "data.part_bytes=5000"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["data"]["part_bytes"] == 5000
+
+
+def test_a_run_after_a_job_may_have_its_data_prepared_by_it(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (script,) = _scripts(capsys, write_config(tiny), *DRY, "data.dir=nowhere", "--after", "17")
+    assert "    data.dir=nowhere \\\n" in script
 
 
 def test_stage_two_needs_its_base_unless_it_comes_before(tuning: str, capsys: pytest.CaptureFixture[str]) -> None:

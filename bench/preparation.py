@@ -1,0 +1,134 @@
+"""How fast text is read and prepared: with one and two processes on this machine, and by tasks that share the parts.
+
+    python -m bench.preparation my.yaml [key.sub=value ...] --workers 1,2 --tasks 1,2,7 --out preparation.json
+
+CONFIG's tokenizer must be there; its sources are read, and prepared in temporary folders below ``--disk``. A row of
+``--workers`` is one command with so many processes; a row of ``--tasks`` is so many commands at once on this machine,
+of one process each, as on a cluster. ``reading`` gives the documents to nobody. MB are 10^6 bytes of text, UTF-8; a
+command's start is in its seconds. All preparations must leave the same bytes, or the last line says otherwise and the
+exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.config import DataConfig
+from data.files import sha256_of
+from data.part_processes import work_through
+from data.parts import Part, Report
+from data.prepare import parts_of, tokenizer_of, verify
+from data.shards import Manifest
+from settings import counted, load, parse_arguments, path_argument, user_errors
+
+_REPORT_BYTES = 1 << 20
+
+
+def read_part(part: Part, _: int, report: Report) -> None:
+    """Read all documents of a part, and report the bytes of their text."""
+    size = 0
+    for document in part.source.documents(part.start, part.end):
+        size += len(document.text)
+        if size > _REPORT_BYTES:
+            report(size, part.source.label(document.after))
+            size = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print, compare."""
+    parser = argparse.ArgumentParser(
+        prog="bench.preparation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML file; only its data block is read")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.part_bytes=12500000")
+    parser.add_argument("--workers", type=_numbers, default=[1, 2], help="processes of one command (default: 1,2)")
+    parser.add_argument("--tasks", type=_numbers, default=[1, 2, 7], help="commands at once (default: 1,2,7)")
+    parser.add_argument(
+        "--disk", type=path_argument, default=Path(), help="folder to write below (default: the current one)"
+    )
+    parser.add_argument("--out", type=path_argument, help="also write the figures as JSON")
+    options = parse_arguments(parser, arguments)
+    with user_errors():
+        config = load(options.config, options.overrides, DataConfig, block="data")
+        figures = measure(config, options.workers, options.tasks, options.disk)
+        print(report(figures), flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    return 0 if figures["same_bytes"] else 1
+
+
+def measure(config: DataConfig, workers: Sequence[int], tasks: Sequence[int], disk: Path) -> dict[str, Any]:
+    """Seconds of every row, and the bytes of text of each."""
+    parts = [part for of_set in parts_of(config, tokenizer_of(config)) for part in of_set]
+    rows: list[tuple[str, float]] = []
+    hashes = set()
+    for count in workers:
+        start_s = time.perf_counter()
+        work_through(parts, read_part, count, "bytes", divisible=False)
+        rows.append((f"reading, {counted(count, 'process', 'processes')}", time.perf_counter() - start_s))
+    made: list[tuple[str, Manifest]] = []
+    ways = [(f"preparing, {counted(count, 'worker')}", [["--workers", str(count)]]) for count in workers]
+    ways += [(f"preparing, {counted(count, 'task')} of 1 worker", _shares(count)) for count in tasks]
+    for name, commands in ways:
+        with tempfile.TemporaryDirectory(dir=disk) as folder:
+            own = config.model_copy(update={"dir": folder})
+            for path in Path(config.dir).glob("tokenizer*"):
+                shutil.copy(path, folder)
+            file = Path(folder) / "config.yaml"
+            file.write_text(yaml.safe_dump({"data": own.model_dump(mode="json")}))
+            rows.append((name, _prepare(file, commands)))
+            made = verify(own)
+            hashes.add(tuple(sha256_of(path) for path in sorted(Path(folder).rglob("manifest.json"))))
+    return {
+        "parts": len(parts),
+        "text_bytes": sum(manifest.text_bytes for _, manifest in made),
+        "seconds": dict(rows),
+        "same_bytes": len(hashes) == 1,
+    }
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The figures as a table."""
+    size = figures["text_bytes"]
+    lines = [f"{size:,} bytes of text in {counted(figures['parts'], 'part')}", f"{'':<32}{'s':>8}{'MB/s':>8}"]
+    lines += [f"{name:<32}{seconds:8.1f}{size / seconds / 1e6:8.1f}" for name, seconds in figures["seconds"].items()]
+    lines.append("all left the same bytes" if figures["same_bytes"] else "they did NOT leave the same bytes")
+    return "\n".join(lines)
+
+
+def _shares(tasks: int) -> list[list[str]]:
+    return [["--workers", "1", "--part", f"{number}/{tasks}"] for number in range(tasks)]
+
+
+def _prepare(file: Path, each: Sequence[Sequence[str]]) -> float:
+    """Run a command with each of these arguments, all at once; seconds until the last has ended."""
+    start_s = time.perf_counter()
+    command = [sys.executable, "-m", "data.prepare", str(file)]
+    started = [
+        subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for more in each
+    ]
+    said = [process.communicate()[1] for process in started]
+    for process, errors in zip(started, said, strict=True):
+        if process.returncode:
+            raise ValueError(f"data.prepare failed: {errors.strip().splitlines()[-1]}")
+    return time.perf_counter() - start_s
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",") if part]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

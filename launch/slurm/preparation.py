@@ -1,0 +1,63 @@
+"""A job array that prepares a config's data: what is submitted for ``--prepare --tasks N``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.config import DataConfig
+from data.prepare import parts_of, tokenizer_of
+from launch.slurm.jobs import require_plain
+from settings import Strict, load
+
+
+class DataFile(Strict):
+    """What a preparation reads of a config."""
+
+    data: DataConfig
+
+
+@dataclass(frozen=True)
+class PrepareJob:
+    """One array, every task of which prepares its share of the parts; see StageJob for what both have.
+
+    Attributes:
+        file: the config as written.
+        overrides: ``key.sub=value``.
+        run: ``data.dir``, where logs and what is submitted go.
+        configs: resolved, one.
+        shares: tasks of the array.
+    """
+
+    file: Path
+    overrides: tuple[str, ...]
+    run: str
+    configs: tuple[DataFile]
+    shares: int
+
+    field = "data.dir"
+    module = "data.prepare"
+    tasks = ("",)
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folder of the data."""
+        return [Path(self.run)]
+
+
+def load_preparation(file: Path, overrides: Sequence[str], shares: int) -> PrepareJob:
+    """The array of ``shares`` tasks that prepares the ``data`` block of ``file``.
+
+    Raises:
+        ValueError: with one sentence for each mistake; also if there are fewer parts than tasks.
+    """
+    config = load(file, overrides, DataConfig, block="data")
+    require_plain("data.dir", config.dir)
+    parts = [part for parts in parts_of(config, tokenizer_of(config)) for part in parts]
+    if not 1 <= shares <= len(parts):
+        raise ValueError(
+            f"--tasks {shares} must be from 1 to the number of parts, {len(parts):,}, as a part is the least that a "
+            f"task can do; lower data.part_bytes ({config.part_bytes:,}) for more parts"
+        )
+    return PrepareJob(file, tuple(overrides), config.dir, (DataFile(data=config),), shares)
