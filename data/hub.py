@@ -15,10 +15,10 @@ ROWS_AT_ONCE = 64
 
 
 class HubDataset:
-    """One split of a dataset, pinned to the commit found when this was made."""
+    """One split of a dataset, pinned to a commit."""
 
-    def __init__(self, config: SourceConfig) -> None:
-        """Ask for the newest commit; a local folder has none.
+    def __init__(self, config: SourceConfig, revision: str | None) -> None:
+        """Take the commit ``revision``, or ask for the newest one; a local folder has none.
 
         Raises:
             ValueError: the Hub does not give the dataset.
@@ -26,7 +26,7 @@ class HubDataset:
         assert config.hub is not None
         self.name, self.split = config.hub, config.split
         self._config = config.hub_config
-        self._revision = _newest_revision(config)
+        self._revision = revision or _newest_revision(config)
 
     def identity(self) -> dict[str, Any]:
         """Which dataset this is, in which state: its commit, or the fingerprints of a local folder's files."""
@@ -70,7 +70,7 @@ def _builder(name: str, config: str | None, revision: str | None) -> Any:
 
 
 def _newest_revision(config: SourceConfig) -> str | None:
-    """The commit to read, so that an interrupted preparation goes on with the same data; None for a local folder."""
+    """The commit that is now the dataset's; None for a local folder."""
     assert config.hub is not None
     if Path(config.hub).is_dir():
         return None

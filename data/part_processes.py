@@ -56,7 +56,7 @@ def _share_out(waiting: list[Part], job: Job, workers: int, unit: str, divisible
         with Progress(counted(count, "part"), unit) as progress:
             while waiting or running:
                 while waiting and free:
-                    processes = _processes(waiting, free) if divisible else 1
+                    processes = processes_for(waiting, free) if divisible else 1
                     running[pool.submit(_do, job, waiting.pop(0), processes)] = processes
                     free -= processes
                 for future in wait(running, _LOOK_EVERY_S, FIRST_COMPLETED).done:
@@ -76,7 +76,7 @@ def _share_out(waiting: list[Part], job: Job, workers: int, unit: str, divisible
         pool.shutdown(cancel_futures=True)
 
 
-def _processes(waiting: Sequence[Part], free: int) -> int:
+def processes_for(waiting: Sequence[Part], free: int) -> int:
     """How many of the ``free`` processes the next part gets: its share of the bytes that wait."""
     total = sum(part.bytes for part in waiting)
     return min(free, max(1, round(free * waiting[0].bytes / max(total, 1))))

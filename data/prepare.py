@@ -12,6 +12,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,17 @@ def parts_of(config: DataConfig, tokenizer: TextTokenizer) -> list[list[Part]]:
             settings["deduplicate"] = config.deduplicate
         made_with = {"tokenizer_sha256": tokenizer.sha256, "settings": settings}
         common = {"format_version": FORMAT_VERSION, **made_with}
-        made.append(cut(Source(source, Vocabulary.of(tokenizer)), folder, config.part_bytes, common))
+        opened = Source(source, Vocabulary.of(tokenizer), _begun_with(folder))
+        made.append(cut(opened, folder, config.part_bytes, common))
     return made
+
+
+def _begun_with(folder: Path) -> str | None:
+    """The Hub's commit that an unfinished preparation reads, for all tasks, even if the dataset has moved on since."""
+    with suppress(FileNotFoundError):
+        revision = read_json(folder / PROGRESS_NAME).get("hub", {}).get("revision")
+        return None if revision is None else str(revision)
+    return None
 
 
 def _find_duplicates(sets: list[list[Part]], mine: list[Part], workers: int) -> None:

@@ -62,19 +62,20 @@ class Document(NamedTuple):
 class Source:
     """A source's files, or its dataset on the Hub. Can be pickled; the files found stay the same."""
 
-    def __init__(self, config: SourceConfig, vocabulary: Vocabulary | None = None) -> None:
+    def __init__(self, config: SourceConfig, vocabulary: Vocabulary | None = None, revision: str | None = None) -> None:
         """Find the files.
 
         Args:
             config: where they are.
             vocabulary: what token ids are held against; a source of text needs none.
+            revision: of a dataset on the Hub, the commit to read; the newest one if None.
 
         Raises:
             ValueError: a pattern matches no file, or a file's format cannot be inferred.
         """
         self.config = config
         self._vocabulary = vocabulary
-        self._hub = HubDataset(config) if config.hub else None
+        self._hub = HubDataset(config, revision) if config.hub else None
         try:
             self.files = [] if config.hub else find_files(config.files)
             if config.tokens is not None:

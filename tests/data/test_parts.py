@@ -12,7 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -22,10 +24,11 @@ import yaml
 import zstandard
 
 from data.config import DataConfig, SourceConfig
-from data.files import only_holder
-from data.join import join, missing
+from data.files import only_holder, write_json
+from data.join import join, missing, outline
+from data.part_processes import processes_for
 from data.parts import Part, cut, share
-from data.prepare import main, prepare, verify
+from data.prepare import main, parts_of, prepare, verify
 from data.shards import Manifest, read_model
 from data.sources import Cursor, Source
 from data.store import TokenStore
@@ -141,6 +144,50 @@ def test_a_hub_dataset_is_cut_between_its_files(tmp_path: Path) -> None:
     assert [document.text.decode() for document in after] == everything[135:140]
     (whole,) = cut_source(tmp_path, 10**6, hub=str(tmp_path / "set"))
     assert texts_of(whole) == everything
+
+
+def test_a_hub_dataset_that_moves_on_is_read_at_the_commit_it_was_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tasks of an array start at different times."""
+    commits = iter(["first", "second", "third"])
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: SimpleNamespace(sha=next(commits)))
+    monkeypatch.setattr("data.hub.HubDataset.file_sizes", lambda _: [10, 10])
+    write_jsonl(tmp_path / "raw.jsonl", documents(100))
+    config = config_of(tmp_path)
+    train_tokenizer(config)
+    source = SourceConfig(name="main", hub="nobody/nothing")
+    config = config.model_copy(update={"sources": [source], "part_bytes": 10})
+    for read in ("first", "second"):  # nothing has begun yet
+        (parts,) = parts_of(config)
+        assert parts[0].source.outline()["hub"]["revision"] == read
+    parts[0].source_folder.mkdir(parents=True)
+    write_json(parts[0].source_folder / "progress.json", outline(parts[0]))
+    (parts,) = parts_of(config)
+    assert len(parts) == 2 and parts[1].made_from()["hub"]["revision"] == "second"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "workers", "processes"),
+    [
+        ([100, 1, 1], 8, [8]),  # nearly all is in one: the others wait
+        ([10, 10, 10], 8, [3, 2, 3]),
+        ([10, 10], 8, [4, 4]),
+        ([10] * 9, 4, [1, 1, 1, 1]),
+        ([0, 0], 2, [1, 1]),
+    ],
+)
+def test_the_fewer_parts_the_more_processes_a_part(
+    tmp_path: Path, sizes: list[int], workers: int, processes: list[int]
+) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (part,) = cut_source(tmp_path, 10, files=[str(tmp_path / "a.txt")])
+    waiting, free, given = [replace(part, bytes=size) for size in sizes], workers, []
+    while waiting and free:
+        given.append(processes_for(waiting, free))
+        free -= given[-1]
+        waiting.pop(0)
+    assert given == processes
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 7, 50])

@@ -137,8 +137,8 @@ def _check_fit(
             f"{checkpoint} was trained on other data or another order (its data fingerprint is {there[:12]}, this "
             f"config's is {str(fingerprint)[:12]}); resume with the same shards, data.seed, sequence_tokens, weights "
             "and data.stages (where they begin at shares of the run, another train.steps moves them: take the run "
-            f"folder's config.yaml), start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on with the "
-            "other data"
+            f"folder's config.yaml), start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on "
+            "with the other data"
         )
     changed = differences(blocks["model"], config.model)
     for name, value in config.structure().items():

@@ -271,6 +271,38 @@ def test_an_array_prepares_data_on_both_nodes_and_a_run_waits_for_it(
     assert prepared_of(folders["srun"]) == prepared_of(folders["alone"])
 
 
+@pytest.mark.slow
+def test_an_array_that_loses_a_node_and_a_task_ends_with_the_same_bytes(
+    cluster: Cluster, tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    """The node's task is requeued by SLURM; the one that was cancelled is submitted again by hand."""
+    folders = {name: tmp_path / name for name in ("alone", "array")}
+    for folder in folders.values():
+        folder.mkdir()
+        for path in Path(tiny["data"]["dir"]).glob("tokenizer*"):
+            shutil.copy(path, folder)
+    tiny["data"] |= {"part_bytes": 500_000, "shard_tokens": 50_000}
+    tiny["data"]["sources"] = [{"name": "code", "format": "text", "files": ["{stdlib}/*.py", "{stdlib}/[a-m]*/*.py"]}]
+    config = write_config(tiny)
+    (job,) = submit(
+        cluster, config, f"data.dir={folders['array']}", "--prepare", "--tasks", "2", "--cpus-per-task", "1"
+    )
+    shards = lambda: len(list(folders["array"].rglob("shard-*.bin")))  # noqa: E731
+    cluster.wait(lambda: shards() >= 4, "four shards")
+    cluster.kill_node(NODES[1])
+    cluster.run("scancel", f"{job}_0")
+    cluster.start_node(NODES[1])
+    prepare(load(config, [f"data.dir={folders['alone']}"], DataConfig, block="data"), workers=1)  # meanwhile
+    assert not (folders["array"] / "train/code/manifest.json").exists()
+    (script,) = (folders["array"] / "submit").glob("*/prepare.sbatch")
+    cluster.run("sbatch", "--array=0", str(script))
+    cluster.wait(cluster.is_idle, "idle nodes")
+    if cluster.run("squeue", "--noheader"):  # what was requeued waits for two minutes
+        cluster.start_now(f"{job}_1")
+    cluster.wait(lambda: not cluster.run("squeue", "--noheader"), "an empty queue", 400)
+    assert prepared_of(folders["array"]) == prepared_of(folders["alone"]), log(str(folders["array"]))
+
+
 def prepared_of(folder: Path) -> dict[str, bytes]:
     """Every prepared file of a data folder."""
     return {name: content for kind in ("train", "validation") for name, content in contents(folder / kind).items()}
