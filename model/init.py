@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -35,31 +33,18 @@ def init_std(name: str, config: ModelConfig) -> float | None:
     return config.init_std
 
 
-def initialise(
-    model: nn.Module,
-    config: ModelConfig,
-    seed: int,
-    gather: Callable[[Tensor], AbstractContextManager[object]] = lambda _: nullcontext(),
-) -> None:
-    """Draw all weights of ``model`` in place.
+def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Draw all weights of ``model``, a ``Decoder`` of ``config``, in place."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(drawn(name, parameter.shape, config, seed))
 
-    Args:
-        model: a ``Decoder``.
-        config: its config.
-        seed: the run's seed.
-        gather: context manager that makes a partitioned parameter whole and writes it back (ZeRO 3); called once
-            per parameter, so only one is whole at a time.
-    """
-    for name, parameter in model.named_parameters():
-        std = init_std(name, config)
-        with gather(parameter), torch.no_grad():
-            if parameter.numel() == 0:
-                continue  # partitioned, and this rank does not write
-            if std is None:
-                parameter.fill_(1.0)
-                continue
-            values = torch.empty(parameter.shape, dtype=torch.float32)
-            parameter.copy_(values.normal_(0.0, std, generator=generator_of(seed, name)))
+
+def drawn(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+    """The fresh values of a decoder's parameter, fp32 on the CPU."""
+    std = init_std(name, config)
+    values = torch.empty(shape, dtype=torch.float32)
+    return values.fill_(1.0) if std is None else values.normal_(0.0, std, generator=generator_of(seed, name))
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:

@@ -54,6 +54,14 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def give(self, values: Tensor, source: int) -> Tensor:
+        """The values that rank ``source`` has, on every rank, in place."""
+        if self.size > 1:
+            there = values.to(self.device)
+            dist.broadcast(there, src=source)
+            values.copy_(there)
+        return values
+
     def gather_objects(self, value: Any) -> list[Any]:
         """``value`` of every rank, in rank order, on every rank."""
         values: list[Any] = [value]

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
 from model.decoder import Decoder
-from model.init import initialise
+from model.init import drawn as draw
 from trainer.adafactor import Adafactor
 from trainer.config import OptimizerConfig, StageConfig
 from trainer.deepspeed_config import deepspeed_config
-from trainer.deepspeed_internals import gathered, import_deepspeed, undo_first_step
+from trainer.deepspeed_internals import gathered, import_deepspeed, is_partitioned, undo_first_step, whole_shape
 from trainer.distributed import World
 
 
-def build_engine(config: StageConfig, world: World, decoder: Decoder | None = None) -> Any:
+def build_engine(
+    config: StageConfig,
+    world: World,
+    decoder: Decoder | None = None,
+    drawn: Callable[[str], bool] = lambda name: True,
+) -> Any:
     """A ``DeepSpeedEngine`` around a decoder; those of its parameters that require a gradient are trained.
 
     Args:
@@ -26,6 +32,8 @@ def build_engine(config: StageConfig, world: World, decoder: Decoder | None = No
         decoder: whole on every rank; a freshly initialised one unless given. That one is built partitioned under ZeRO
             3, so that no rank ever holds all of it; its weights are the same at every stage and world size (see
             ``model/init.py``).
+        drawn: by its name, whether a fresh weight must be: not one that is about to be read from a file, which is
+            undefined until then.
 
     Raises:
         ValueError: for a config that DeepSpeed cannot run here.
@@ -34,7 +42,7 @@ def build_engine(config: StageConfig, world: World, decoder: Decoder | None = No
     if config.train.precision == "fp16" and world.device.type == "cpu":
         raise ValueError("train.precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
     json = deepspeed_config(config, world.size)
-    model = _new_decoder(config, json) if decoder is None else decoder
+    model = _new_decoder(config, json, world, drawn) if decoder is None else decoder
     model.recompute = config.train.activation_checkpointing
     if config.train.compile:
         model.compile_layers()
@@ -56,14 +64,49 @@ def build_engine(config: StageConfig, world: World, decoder: Decoder | None = No
     return engine
 
 
-def _new_decoder(config: StageConfig, json: dict[str, Any]) -> Decoder:
+def _new_decoder(config: StageConfig, json: dict[str, Any], world: World, drawn: Callable[[str], bool]) -> Decoder:
     deepspeed = import_deepspeed()
     partitioned = config.deepspeed.zero_stage == 3
-    with deepspeed.zero.Init(config_dict_or_path=json) if partitioned else nullcontext():
+    with _nothing_drawn(), deepspeed.zero.Init(config_dict_or_path=json) if partitioned else nullcontext():
         model = Decoder(config.model, seed=config.train.seed)
-
-    initialise(model, config.model, config.train.seed, lambda parameter: gathered(parameter, modifier_rank=0))
+    _draw(model, config, world, [name for name, _ in model.named_parameters() if drawn(name)])
     return model
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Within it torch's own modules leave their weights as the memory was: they are about to be drawn, or read."""
+    kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding)
+    own = [kind.reset_parameters for kind in kinds]
+    try:
+        for kind in kinds:
+            kind.reset_parameters = lambda self: None
+        yield
+    finally:
+        for kind, reset in zip(kinds, own, strict=True):
+            kind.reset_parameters = reset
+
+
+def _draw(model: Decoder, config: StageConfig, world: World, names: Sequence[str]) -> None:
+    """Draw each of these weights once in the whole job; collective.
+
+    The ranks draw one each, all at a time, and then give them to each other, so a rank holds one weight besides what it
+    keeps.
+    """
+    for first in range(0, len(names), world.size):
+        together = names[first : first + world.size]
+        mine = together[world.rank] if world.rank < len(together) else None
+        values = None
+        if mine is not None:
+            values = draw(mine, whole_shape(model.get_parameter(mine)), config.model, config.train.seed)
+        for owner, name in enumerate(together):
+            parameter = model.get_parameter(name)
+            with gathered(parameter, modifier_rank=owner), torch.no_grad():
+                if owner == world.rank:
+                    assert values is not None
+                    parameter.copy_(values)
+            if not is_partitioned(parameter):
+                world.give(parameter.data, owner)
 
 
 def set_learning_rate(engine: Any, ratio: float) -> None:

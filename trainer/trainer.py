@@ -87,7 +87,7 @@ class Trainer:
         config, precision_told = decide(config, world, found or fork)
         self.config = config
         self._hold = ExitStack()  # until the end no other run may write here
-        self.engine = build_engine(config, world, decoder)
+        self.engine = build_engine(config, world, decoder, _drawn(found or fork, given))
         try:
             self._open(config_path, found, given, precision_told)
         except BaseException as error:
@@ -322,6 +322,13 @@ class Trainer:
             who = "; ".join(f"rank {rank} (its samples {_span(ids)})" for rank, ids in result.bad_ranks[:8])
             where = f"the loss was not finite on {who}"
         return f"step {self.step}: {where}; the update was left out and training goes on with the next batch"
+
+
+def _drawn(checkpoint: Path | None, given: Initial | None) -> Callable[[str], bool]:
+    """Which weights are drawn: those that nothing is read for."""
+    if isinstance(given, GivenWeights):
+        return lambda name: "router" in name  # theirs may have none
+    return lambda name: checkpoint is None
 
 
 def _span(ids: list[int]) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
-from tests.model.tiny import SIZES, VARIANTS, config
+from tests.model.tiny import VARIANTS, config
 
 
 def drawn(cfg: ModelConfig, seed: int = 0) -> dict[str, Tensor]:
@@ -84,30 +82,3 @@ def test_dtype_of_the_parameter_does_not_change_the_draw() -> None:
     initialise(rounded, config(), 0)
     for name, weight in drawn(config()).items():
         assert torch.equal(rounded.get_parameter(name), weight.bfloat16()), name
-
-
-def test_partitioned_parameters_are_gathered_one_at_a_time() -> None:
-    """As ZeRO 3 has them: empty outside ``gather``, whole inside, and only on the rank that writes."""
-    cfg = ModelConfig.model_validate(SIZES)
-    model, whole = Decoder(cfg), 0
-    shapes = {id(p): p.shape for p in model.parameters()}
-    written: dict[int, Tensor] = {}
-    for parameter in model.parameters():
-        parameter.data = torch.empty(0)
-
-    @contextmanager
-    def gather(parameter: Tensor) -> Iterator[None]:
-        nonlocal whole
-        whole += 1
-        assert whole == 1
-        parameter.data = torch.empty(shapes[id(parameter)])
-        yield
-        written[id(parameter)] = parameter.data
-        parameter.data = torch.empty(0)
-        whole -= 1
-
-    initialise(model, cfg, 0, gather)
-    for name, weight in drawn(cfg).items():
-        assert torch.equal(written[id(model.get_parameter(name))], weight), name
-    initialise(model, cfg, 0)  # a rank that holds nothing writes nothing
-    assert all(p.numel() == 0 for p in model.parameters())
