@@ -287,8 +287,7 @@ def test_an_array_that_loses_a_node_and_a_task_ends_with_the_same_bytes(
     (job,) = submit(
         cluster, config, f"data.dir={folders['array']}", "--prepare", "--tasks", "2", "--cpus-per-task", "1"
     )
-    shards = lambda: len(list(folders["array"].rglob("shard-*.bin")))  # noqa: E731
-    cluster.wait(lambda: shards() >= 4, "four shards")
+    cluster.wait(lambda: len(list(folders["array"].rglob("shard-*.bin"))) >= 4, "four shards")
     cluster.kill_node(NODES[1])
     cluster.run("scancel", f"{job}_0")
     cluster.start_node(NODES[1])
