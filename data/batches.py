@@ -143,11 +143,11 @@ class TrainingData(MixedStream):
         return self._stores[0].manifest.vocab_size
 
     def require_vocabulary(self, vocab_size: int) -> None:
-        """Raise ValueError unless the model's embedding has ``vocab_size`` rows for as many ids of the shards."""
+        """Raise ValueError unless ``vocab_size``, the config's, is the one that the shards were made with."""
         if self.vocab_size != vocab_size:
             raise ValueError(
-                f"the shards in {self._config.dir} have a vocabulary of {self.vocab_size}, model.vocab_size is "
-                f"{vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {self.vocab_size}, or prepare "
+                f"the shards in {self._config.dir} have a vocabulary of {self.vocab_size}, data.tokenizer.vocab_size "
+                f"is {vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {self.vocab_size}, or prepare "
                 "the data again"
             )
 

@@ -37,7 +37,7 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     from trainer.trainer import Trainer
 
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
-    data.require_vocabulary(config.model.vocab_size)
+    data.require_vocabulary(config.data.tokenizer.vocab_size)
     validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
     initial = None
     if config.init is not None:

@@ -352,11 +352,12 @@ class PretrainConfig(StageConfig):
 
     def _model_against_data(self) -> list[str]:
         problems = super()._model_against_data()
-        if self.model.vocab_size != self.data.tokenizer.vocab_size:
+        rows, ids = self.model.vocab_size, self.data.tokenizer.vocab_size
+        if rows < ids or (rows > ids and self.init is None):  # given weights may have rows that no token uses
             problems.insert(
                 0,
-                f"model.vocab_size ({self.model.vocab_size}) must equal data.tokenizer.vocab_size "
-                f"({self.data.tokenizer.vocab_size}); set both to the same number",
+                f"model.vocab_size ({rows}) must equal data.tokenizer.vocab_size ({ids}), or with an init block be "
+                "larger; set both to the same number",
             )
         return problems
 

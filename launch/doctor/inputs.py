@@ -22,7 +22,7 @@ def shards(config: PretrainConfig) -> Iterator[Finding]:
         ValueError: in the loader's own words, for the first that is not.
     """
     data = TrainingData(config.data)
-    data.require_vocabulary(config.model.vocab_size)
+    data.require_vocabulary(config.data.tokenizer.vocab_size)
     sha256 = tokenizer_sha256(config.data.dir)
     for source in config.data.validation:
         TokenStore(validation_folder(config.data, source.name), sha256)

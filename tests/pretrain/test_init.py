@@ -264,3 +264,14 @@ def test_files_that_do_not_belong_together(
         assert isinstance(given, GivenWeights)
         with pytest.raises(ValueError, match=r"has no norm.weight; its files do not belong together, so copy it again"):
             given.put_into(engine, world)
+
+
+def test_rows_of_the_embedding_that_no_token_uses(configure: Callable[..., PretrainConfig]) -> None:
+    """As padded vocabularies have them."""
+    with pytest.raises(
+        ValueError, match=r"model.vocab_size \(448\) must equal data.tokenizer.vocab_size \(400\), or w"
+    ):
+        configure("model.vocab_size=448")
+    assert configure("model.vocab_size=448", "init={path: somewhere}").model.vocab_size == 448
+    with pytest.raises(ValueError, match=r"model.vocab_size \(384\) must equal"):
+        configure("model.vocab_size=384")

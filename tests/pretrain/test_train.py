@@ -178,7 +178,7 @@ def test_a_torn_checkpoint_is_passed_over_and_nothing_whole_is_an_error(tiny, wr
         (["data.dir=nowhere"], "nowhere"),
         (
             ["model.vocab_size=500", "data.tokenizer.vocab_size=500"],
-            "have a vocabulary of 400, model.vocab_size is 500",
+            "have a vocabulary of 400, data.tokenizer.vocab_size is 500",
         ),
     ],
 )
