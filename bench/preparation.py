@@ -26,9 +26,9 @@ import yaml
 
 from data.config import DataConfig
 from data.files import sha256_of
-from data.part_processes import work_through
-from data.parts import Part, Report
-from data.prepare import parts_of, tokenizer_of, verify
+from data.prepare.parts import Part, Report
+from data.prepare.processes import work_through
+from data.prepare.run import parts_of, tokenizer_of, verify
 from data.shards import Manifest
 from settings import counted, load, parse_arguments, path_argument, user_errors
 

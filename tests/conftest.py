@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from data.config import DataConfig
-from data.prepare import prepare
+from data.prepare.run import prepare
 from data.tokenizer import train_tokenizer
 from tests import launching, ranks
 from tests.once import once

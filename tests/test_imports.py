@@ -28,6 +28,8 @@ MAY_IMPORT_WITHIN = {
     | {"trainer.deepspeed_internals", "trainer.log"},
     "trainer.monitor": {"trainer.checkpoints", "trainer.config", "trainer.distributed", "trainer.evaluate"}
     | {"trainer.exit_status", "trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.step"},
+    "data.prepare": {"data.config", "data.discovery", "data.files", "data.shards", "data.sources"}
+    | {"data.store", "data.token_files", "data.tokenization", "data.tokenizer", "data.tokenizer_json"},
     "bench.common": set(),
     "bench.isoflop": {"bench.common"},
     "bench.loop": {"bench.common", "bench.loader"},

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.config import DataConfig
-from data.prepare import parts_of, tokenizer_of
+from data.prepare.run import parts_of, tokenizer_of
 from launch.slurm.jobs import require_plain
 from settings import Strict, load
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from data.prepare import prepare
+from data.prepare.run import prepare
 from data.tokenizer import train_tokenizer
 
 LINE = "the quick brown fox jumps over a lazy dog while seven wizards quietly count 1234 stars in winter"

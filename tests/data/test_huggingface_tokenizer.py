@@ -16,9 +16,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import AutoTokenizer
 
 from convert.hf_tokenizer import write_tokenizer
-from data.encode import Encoder
 from data.exact_cuts import BEFORE_SPACE, KNOWN_PATTERNS, border_of, parts
-from data.prepare import prepare
+from data.prepare.encode import Encoder
+from data.prepare.run import prepare
 from data.sources import Cursor, Document
 from data.tokenization import load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import train_tokenizer
@@ -182,7 +182,7 @@ def test_an_end_token_that_only_the_models_config_names_comes_along(tmp_path: Pa
 
 
 def test_same_bytes_with_any_number_of_threads(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.prepare_part.BATCH_BYTES", 2000)
+    monkeypatch.setattr("data.prepare.one_part.BATCH_BYTES", 2000)
     config = prepared(tmp_path, documents(300), tokenizer=TRAINED)
     alone = contents(Path(config.dir))
     shutil.rmtree(tmp_path / "data/train")
@@ -193,7 +193,9 @@ def test_same_bytes_with_any_number_of_threads(trained: Path, tmp_path: Path, mo
 def test_workers_are_the_threads_of_one_process(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And this process, which may fork later, has none."""
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "unchanged")
-    monkeypatch.setattr("data.encode._encode", os.getenv)  # pickled by name: the worker answers what it was told
+    monkeypatch.setattr(
+        "data.prepare.encode._encode", os.getenv
+    )  # pickled by name: the worker answers what it was told
     batch = [Document(b"a", False, Cursor(0, 1))]
     with Encoder(trained, workers=3) as encoder:
         for name, value in (("RAYON_NUM_THREADS", "3"), ("TOKENIZERS_PARALLELISM", "true")):

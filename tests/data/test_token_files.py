@@ -16,7 +16,8 @@ import pytest
 
 from data.config import DataConfig, SourceConfig, TokensConfig
 from data.files import read_json
-from data.prepare import main, prepare
+from data.prepare.__main__ import main
+from data.prepare.run import prepare
 from data.sources import Source
 from data.store import TokenStore
 from data.token_files import Vocabulary, closed
@@ -205,7 +206,7 @@ def test_interrupted_and_resumed(tmp_path: Path, from_text: DataConfig, monkeypa
     config = given(tmp_path, files, tokens, settings)
     train_tokenizer(config)
     monkeypatch.setattr("data.token_files._READ_AT_ONCE", 100)
-    monkeypatch.setattr("data.prepare_part.BATCH_BYTES", 3000)
+    monkeypatch.setattr("data.prepare.one_part.BATCH_BYTES", 3000)
     with monkeypatch.context() as patch:
         patch.setattr("data.token_files._split", _broken_off)
         with pytest.raises(ValueError, match="the disk is gone"):

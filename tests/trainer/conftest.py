@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from data.config import DataConfig
-from data.prepare import prepare
+from data.prepare.run import prepare
 from data.tokenizer import train_tokenizer
 from pretrain.train import train
 from settings import user_errors

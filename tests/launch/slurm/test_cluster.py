@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from data.config import DataConfig
-from data.prepare import prepare
+from data.prepare.run import prepare
 from settings import load
 from tests.data.helpers import contents
 from tests.launch.slurm.slurm_cluster import NODES, Cluster

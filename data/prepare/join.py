@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.duplicates import remove_hashes
 from data.files import write_json
-from data.parts import Part
-from data.prepare_part import require_unchanged
+from data.prepare.duplicates import remove_hashes
+from data.prepare.one_part import require_unchanged
+from data.prepare.parts import Part
 from data.shards import COUNTS, MANIFEST_NAME, Manifest, Shard, read_model, remove_leftovers
 
 

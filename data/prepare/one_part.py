@@ -7,10 +7,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.duplicates import without_duplicates
-from data.encode import Encoder
 from data.files import only_holder, read_json, write_json
-from data.parts import Part, Report
+from data.prepare.duplicates import without_duplicates
+from data.prepare.encode import Encoder
+from data.prepare.parts import Part, Report
 from data.shards import (
     MANIFEST_NAME,
     PROGRESS_NAME,
@@ -35,7 +35,7 @@ class Output(NamedTuple):
     eos_id: int
     shard_tokens: int
     deduplicate: bool
-    """Documents that :mod:`data.duplicates` has found are left out."""
+    """Documents that :mod:`data.prepare.duplicates` has found are left out."""
 
 
 def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Manifest:

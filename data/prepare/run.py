@@ -1,16 +1,7 @@
-"""Tokenize every source and validation set into shards: ``python -m data.prepare CONFIG [key.sub=value ...]``.
-
-A source is cut into parts (``data/parts.py``), each prepared in a process of its own, on all cores of one machine or,
-shared out, of many: with ``--part I/N``, under ``srun``, or in a job array. Whoever finishes last joins the parts. The
-shards are the same for any number of processes and tasks. Killed at any moment, the same command goes on after the last
-finished shards and ends with the same bytes as an undisturbed run.
-"""
+"""Prepare a config's sources, or the share of one task, and join what is complete."""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,21 +10,21 @@ from typing import Any
 
 from data.config import DataConfig, SourceConfig
 from data.discovery import find_files
-from data.duplicates import find_duplicates, hash_part
 from data.files import only_writer, read_json, write_json
-from data.join import join, missing, outline, outline_of
-from data.part_processes import work_through
-from data.parts import Part, cut, share
-from data.prepare_part import Output, prepare_part, require_unchanged
+from data.prepare.duplicates import find_duplicates, hash_part
+from data.prepare.join import join, missing, outline, outline_of
+from data.prepare.one_part import Output, prepare_part, require_unchanged
+from data.prepare.parts import Part, cut, share
+from data.prepare.processes import work_through
+from data.prepare.tasks import ALONE, Task
 from data.shards import FORMAT_VERSION, MANIFEST_NAME, PROGRESS_NAME, Manifest, read_model
 from data.sources import Source
 from data.store import TokenStore, train_folder, validation_folder
-from data.tasks import ALONE, Task, task_of
 from data.token_files import Vocabulary
 from data.tokenization import SentencePiece, TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import is_ours, require_configured
 from data.tokenizer_json import require_same_ids
-from settings import counted, load, parse_arguments, shown, user_errors
+from settings import counted, shown
 
 
 def prepare(config: DataConfig, workers: int, task: Task = ALONE) -> list[tuple[str, Manifest]]:
@@ -175,64 +166,3 @@ def files_twice(config: DataConfig) -> list[str]:
         + ("; that validation loss says nothing of other text" if one.split("/")[0] != other.split("/")[0] else "")
         for (one, other), paths in shared.items()
     ]
-
-
-def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
-    lines = []
-    for name, manifest in made:
-        text = f"{manifest.text_bytes:,} bytes of text ({manifest.text_bytes / manifest.tokens:.2f} bytes/token)"
-        lines.append(
-            f"{name}: {manifest.tokens:,} tokens, {manifest.documents:,} documents, "
-            f"{text if manifest.text_bytes else 'which came as tokens'}, {counted(len(manifest.shards), 'shard')}, "
-            f"{(manifest.tokens - 1) // sequence_tokens:,} windows of {sequence_tokens:,} tokens"
-        )
-        if manifest.empty_documents:
-            lines.append(f"{name}: left out {manifest.empty_documents:,} documents without text")
-        if manifest.duplicate_documents:
-            lines.append(f"{name}: left out {manifest.duplicate_documents:,} documents with the text of an earlier one")
-        if manifest.repaired_documents:
-            lines.append(f"{name}: replaced invalid Unicode by U+FFFD in {manifest.repaired_documents:,} documents")
-    return "\n".join(lines)
-
-
-def _cores() -> int:
-    """Cores this process may use: in a cluster job fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare",
-        description="Tokenize data.sources and data.validation into shards of at most data.shard_tokens tokens under "
-        "data.dir. May be killed and started again: finished shards are kept. Under srun and in a job array of SLURM "
-        "every task does its share.",
-    )
-    parser.add_argument("config", help="YAML file; only its data block is read")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.shard_tokens=50000000")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=_cores(),
-        help="processes, which read and tokenize (default: all cores, %(default)s)",
-    )
-    parser.add_argument("--part", metavar="I/N", help="do only the share of task I, from 0 to N - 1, of N")
-    parser.add_argument("--verify", action="store_true", help="write nothing; check the SHA-256 of every prepared file")
-    arguments = parse_arguments(parser)
-    with user_errors():
-        config = load(arguments.config, arguments.overrides, DataConfig, block="data")
-        if arguments.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
-        if arguments.verify:
-            print(_report(verify(config), config.sequence_tokens))
-            print("verified: every file has the size and SHA-256 of its manifest")
-            return
-        task = task_of(arguments.part)
-        print(_report(prepare(config, arguments.workers, task), config.sequence_tokens))
-        if task.number:
-            return
-        for sentence in files_twice(config):
-            print(f"warning: {sentence}", file=sys.stderr, flush=True)
-
-
-if __name__ == "__main__":
-    main()

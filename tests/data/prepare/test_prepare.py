@@ -17,7 +17,8 @@ import yaml
 
 from data.config import DataConfig
 from data.files import only_writer
-from data.prepare import files_twice, main, prepare, verify
+from data.prepare.__main__ import main
+from data.prepare.run import files_twice, prepare, verify
 from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
 from data.tokenizer import train_tokenizer
@@ -77,7 +78,7 @@ def test_a_file_that_two_sets_read_is_told(tmp_path: Path) -> None:
 
 
 def test_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.prepare_part.token_dtype", lambda _: np.dtype("<u4"))
+    monkeypatch.setattr("data.prepare.one_part.token_dtype", lambda _: np.dtype("<u4"))
     config = prepared(tmp_path)
     manifest = read_model(folder_of(config) / "manifest.json", Manifest)
     assert manifest.dtype == "uint32"
@@ -86,7 +87,7 @@ def test_large_vocabulary_takes_four_bytes(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_same_bytes_with_any_number_of_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.prepare_part.BATCH_BYTES", 2000)
+    monkeypatch.setattr("data.prepare.one_part.BATCH_BYTES", 2000)
     write_jsonl(tmp_path / "raw.jsonl", documents(300))
     config = config_of(tmp_path)
     train_tokenizer(config)
@@ -269,8 +270,8 @@ def test_a_killed_worker_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pyte
     write_jsonl(tmp_path / "raw.jsonl", documents(50))
     config = config_of(tmp_path)
     train_tokenizer(config)
-    monkeypatch.setattr("data.encode._encode", os.kill)  # pickled by name: the worker runs os.kill(...)
-    monkeypatch.setattr("data.encode._begin", os._exit)
+    monkeypatch.setattr("data.prepare.encode._encode", os.kill)  # pickled by name: the worker runs os.kill(...)
+    monkeypatch.setattr("data.prepare.encode._begin", os._exit)
     with pytest.raises(ValueError, match="a tokenizing process was killed"):
         prepare(config, workers=2)
 
@@ -278,7 +279,7 @@ def test_a_killed_worker_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pyte
 def test_plain_lines_in_a_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("data.progress.LOG_EVERY_S", 0.0)
+    monkeypatch.setattr("data.prepare.progress.LOG_EVERY_S", 0.0)
     prepared(tmp_path)
     said = capsys.readouterr()
     assert "tokens/s, reading raw.jsonl (1 of 1)" in said.out

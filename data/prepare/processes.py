@@ -12,9 +12,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from data.encode import end_with_parent
-from data.parts import Part, Report
-from data.progress import Progress
+from data.prepare.encode import end_with_parent
+from data.prepare.parts import Part, Report
+from data.prepare.progress import Progress
 from settings import counted
 from settings.user_errors import is_users
 

@@ -14,10 +14,11 @@ import yaml
 
 from data.config import DataConfig
 from data.files import holding
-from data.prepare import main, prepare
+from data.prepare.__main__ import main
+from data.prepare.run import prepare
+from data.prepare.tasks import Task
 from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
-from data.tasks import Task
 from data.tokenizer import train_tokenizer
 from tests.data.helpers import config_of, contents, documents, write_jsonl
 
@@ -135,7 +136,7 @@ def test_stopped_at_any_rename(
 def test_hashes_are_compared_a_range_at_a_time(
     fresh: DataConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.duplicates._COMPARED_BYTES", 100)
+    monkeypatch.setattr("data.prepare.duplicates._COMPARED_BYTES", 100)
     prepare(fresh, workers=1)
     assert contents(Path(fresh.dir)) == expected
 
@@ -143,7 +144,7 @@ def test_hashes_are_compared_a_range_at_a_time(
 def test_parts_that_another_task_is_hashing_are_waited_for(
     fresh: DataConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.duplicates._LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("data.prepare.duplicates._LOOK_EVERY_S", 0.05)
     folder = Path(fresh.dir) / "train/main/duplicates"
     folder.mkdir(parents=True)
     with holding(folder / "00003.lock") as holder:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data.files import holding, write_atomically
-from data.parts import Part, Report
+from data.prepare.parts import Part, Report
 from data.sources import Cursor, Document
 
 _FOLDER = "duplicates"

@@ -23,13 +23,14 @@ import zstandard
 
 from data.config import DataConfig, SourceConfig
 from data.files import only_holder
-from data.join import join, missing
-from data.parts import cut
-from data.prepare import main, prepare, verify
+from data.prepare.__main__ import main
+from data.prepare.join import join, missing
+from data.prepare.parts import cut
+from data.prepare.run import prepare, verify
+from data.prepare.tasks import Task
 from data.shards import Manifest, read_model
 from data.sources import Source
 from data.store import TokenStore
-from data.tasks import Task
 from data.tokenizer import train_tokenizer
 from settings.project import ROOT
 from tests.data.helpers import config_of, contents, documents, write_jsonl
@@ -308,7 +309,7 @@ def _killed(*_: object) -> None:
 
 
 def test_a_killed_process_of_a_part_is_told_in_a_sentence(fresh: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data.part_processes._do", _killed)  # pickled by name
+    monkeypatch.setattr("data.prepare.processes._do", _killed)  # pickled by name
     with pytest.raises(ValueError, match="a process that prepares a part was killed, probably for memory"):
         prepare(fresh, workers=2)
 

@@ -14,12 +14,12 @@ import zstandard
 
 from data.config import SourceConfig
 from data.files import write_json
-from data.join import outline
-from data.part_processes import processes_for
-from data.parts import Part, cut, share
-from data.prepare import parts_of
+from data.prepare.join import outline
+from data.prepare.parts import Part, cut, share
+from data.prepare.processes import processes_for
+from data.prepare.run import parts_of, tokenizer_of
+from data.prepare.tasks import ALONE, Task, task_of
 from data.sources import Cursor, Source
-from data.tasks import ALONE, Task, task_of
 from data.tokenizer import train_tokenizer
 from tests.data.helpers import config_of, documents, write_jsonl
 
@@ -97,11 +97,11 @@ def test_a_hub_dataset_that_moves_on_is_read_at_the_commit_it_was_begun_with(
     source = SourceConfig(name="main", hub="nobody/nothing")
     config = config.model_copy(update={"sources": [source], "part_bytes": 10})
     for read in ("first", "second"):  # nothing has begun yet
-        (parts,) = parts_of(config)
+        (parts,) = parts_of(config, tokenizer_of(config))
         assert parts[0].source.outline()["hub"]["revision"] == read
     parts[0].source_folder.mkdir(parents=True)
     write_json(parts[0].source_folder / "progress.json", outline(parts[0]))
-    (parts,) = parts_of(config)
+    (parts,) = parts_of(config, tokenizer_of(config))
     assert len(parts) == 2 and parts[1].made_from()["hub"]["revision"] == "second"
 
 

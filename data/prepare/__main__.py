@@ -1,0 +1,80 @@
+"""Tokenize every source and validation set into shards: ``python -m data.prepare CONFIG [key.sub=value ...]``.
+
+A source is cut into parts (``parts.py``), each prepared in a process of its own, on all cores of one machine or, shared
+out, of many: with ``--part I/N``, under ``srun``, or in a job array. Whoever finishes last joins the parts. The
+shards are the same for any number of processes and tasks. Killed at any moment, the same command goes on after the last
+finished shards and ends with the same bytes as an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from data.config import DataConfig
+from data.prepare.run import files_twice, prepare, verify
+from data.prepare.tasks import task_of
+from data.shards import Manifest
+from settings import counted, load, parse_arguments, user_errors
+
+
+def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
+    lines = []
+    for name, manifest in made:
+        text = f"{manifest.text_bytes:,} bytes of text ({manifest.text_bytes / manifest.tokens:.2f} bytes/token)"
+        lines.append(
+            f"{name}: {manifest.tokens:,} tokens, {manifest.documents:,} documents, "
+            f"{text if manifest.text_bytes else 'which came as tokens'}, {counted(len(manifest.shards), 'shard')}, "
+            f"{(manifest.tokens - 1) // sequence_tokens:,} windows of {sequence_tokens:,} tokens"
+        )
+        if manifest.empty_documents:
+            lines.append(f"{name}: left out {manifest.empty_documents:,} documents without text")
+        if manifest.duplicate_documents:
+            lines.append(f"{name}: left out {manifest.duplicate_documents:,} documents with the text of an earlier one")
+        if manifest.repaired_documents:
+            lines.append(f"{name}: replaced invalid Unicode by U+FFFD in {manifest.repaired_documents:,} documents")
+    return "\n".join(lines)
+
+
+def _cores() -> int:
+    """Cores this process may use: in a cluster job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare",
+        description="Tokenize data.sources and data.validation into shards of at most data.shard_tokens tokens under "
+        "data.dir. May be killed and started again: finished shards are kept. Under srun and in a job array of SLURM "
+        "every task does its share.",
+    )
+    parser.add_argument("config", help="YAML file; only its data block is read")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.shard_tokens=50000000")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=_cores(),
+        help="processes, which read and tokenize (default: all cores, %(default)s)",
+    )
+    parser.add_argument("--part", metavar="I/N", help="do only the share of task I, from 0 to N - 1, of N")
+    parser.add_argument("--verify", action="store_true", help="write nothing; check the SHA-256 of every prepared file")
+    arguments = parse_arguments(parser)
+    with user_errors():
+        config = load(arguments.config, arguments.overrides, DataConfig, block="data")
+        if arguments.workers < 1:
+            raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
+        if arguments.verify:
+            print(_report(verify(config), config.sequence_tokens))
+            print("verified: every file has the size and SHA-256 of its manifest")
+            return
+        task = task_of(arguments.part)
+        print(_report(prepare(config, arguments.workers, task), config.sequence_tokens))
+        if task.number:
+            return
+        for sentence in files_twice(config):
+            print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
