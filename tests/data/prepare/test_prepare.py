@@ -24,7 +24,7 @@ from data.shards import Manifest, read_model
 from data.tokenizer import train_tokenizer
 from tests.data.helpers import config_of, contents, documents, prepared, write_jsonl
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def folder_of(config: DataConfig) -> Path:
