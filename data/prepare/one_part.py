@@ -7,7 +7,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data.files import only_holder, read_json, write_json
+from data.files import holding, only_holder, read_json, write_json
 from data.prepare.duplicates import without_duplicates
 from data.prepare.encode import Encoder
 from data.prepare.parts import Part, Report
@@ -53,7 +53,8 @@ def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Ma
     """
     folder, made_from = part.folder, part.made_from()
     if (folder / MANIFEST_NAME).exists():
-        return _complete(folder, made_from)
+        with holding(folder / "lock"):  # removes that of one who was killed in the moment after
+            return _complete(folder, made_from)
     folder.mkdir(parents=True, exist_ok=True)
     with only_holder(folder / "lock", f"{folder} is being prepared by another command"):
         if (folder / MANIFEST_NAME).exists():  # its last holder has just finished it

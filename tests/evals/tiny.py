@@ -56,6 +56,7 @@ def run_folder(out: Path, tiny: dict[str, Any]) -> Path:
     checkpoint = out / "checkpoints/step-00000007"
     (checkpoint / "deepspeed").mkdir(parents=True)
     torch.save({"module": model("layer").state_dict()}, checkpoint / "deepspeed/mp_rank_00_model_states.pt")
+    torch.save({}, checkpoint / "trainer.pt")
     for folder in (checkpoint, out):
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     manifest.write(checkpoint, {"step": 7, "world_size": 1})

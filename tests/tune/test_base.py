@@ -39,6 +39,7 @@ def stage_one(tmp_path: Path, tiny: dict[str, Any]) -> tuple[Path, Decoder]:
     checkpoint = tmp_path / "run/checkpoints/step-00000007"
     (checkpoint / "deepspeed").mkdir(parents=True)
     torch.save({"module": model.state_dict()}, checkpoint / "deepspeed/mp_rank_00_model_states.pt")
+    torch.save({}, checkpoint / "trainer.pt")
     for folder in (checkpoint, tmp_path / "run"):
         (folder / "config.yaml").write_text(yaml.safe_dump(tiny))
     manifest.write(checkpoint, {"step": 7, "world_size": 1})

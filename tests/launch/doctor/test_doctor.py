@@ -245,7 +245,7 @@ def test_shards_are_compared_with_tokenizer_and_model(tiny: dict[str, Any], tmp_
 
     assert finding().level == "ok"
     tiny["model"]["vocab_size"] = tiny["data"]["tokenizer"]["vocab_size"] = 500
-    assert "vocabulary of 400, model.vocab_size is 500" in finding().found
+    assert "vocabulary of 400, data.tokenizer.vocab_size is 500" in finding().found
     tiny["model"]["vocab_size"] = tiny["data"]["tokenizer"]["vocab_size"] = 400
     tiny["data"]["validation"][0]["name"] = "absent"
     assert "absent/manifest.json does not exist" in finding().found

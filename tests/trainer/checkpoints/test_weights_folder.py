@@ -80,7 +80,8 @@ def test_the_files(tmp_path: Path, tokenizer: Path) -> None:
     names = {"config.yaml", "generation_config.json", "model.safetensors", "tokenizer.model", "tokenizer_config.json"}
     assert manifest["kind"] == "weights" and manifest["source"] == "a test" and manifest["files"].keys() == names
     assert {path.name for path in (tmp_path / "out").iterdir()} == {*names, "manifest.json"}
-    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text()).keys() == {"model", "ensemble", "seed"}
+    blocks = {"model", "ensemble", "seed", "thresholds"}
+    assert yaml.safe_load((tmp_path / "out/config.yaml").read_text()).keys() == blocks
     with safe_open(tmp_path / "out/model.safetensors", framework="pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
         assert all(file.get_slice(name).get_dtype() == "BF16" for name in file.keys())  # noqa: SIM118

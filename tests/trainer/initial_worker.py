@@ -1,4 +1,4 @@
-"""``python -m tests.pretrain.init_worker CONFIG CASES OUT``: what engines hold that start from given weights."""
+"""``python -m tests.trainer.initial_worker CONFIG CASES OUT``: what engines hold that start from given weights."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def test_every_source_at_every_stage_gives_two_ranks_the_masters_bit_by_bit(
         expected[name] = two_rank_runs / run_folder / "masters.pt"
         cases[f"bf16-{stage}"] = [f"deepspeed.zero_stage={stage}", *TIED, f"init={{path: {sources['bf16']}}}"]
         expected[f"bf16-{stage}"] = two_rank_runs / "bf16-2" / "masters.pt"
-    out = save_runs(tmp_path, corpus, cases, ranks=2, module="tests.pretrain.init_worker")
+    out = save_runs(tmp_path, corpus, cases, ranks=2, module="tests.trainer.initial_worker")
     for name, path in expected.items():
         here, there = torch.load(out / name / "masters.pt"), torch.load(path)
         assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in there), name
