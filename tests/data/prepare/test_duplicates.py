@@ -168,7 +168,7 @@ def test_a_part_that_changes_after_it_was_compared_is_refused(
     changing = fresh.model_copy(update={"sources": sources})
     for number in (0, 1):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("data.prepare.prepare_part", _interrupt)
+            patch.setattr("data.prepare.run.prepare_part", _interrupt)
             prepare(changing, 1)
         write_jsonl(tmp_path / f"{number}.jsonl", [f"SOME text {number}"] * 3)
         with pytest.raises(
