@@ -50,6 +50,7 @@ def checkpoint(tmp_path: Path, corpus: dict[str, Any]) -> Path:
 
 def write(decoder: Decoder, folder: Path) -> None:
     torch.save({"module": decoder.state_dict()}, folder / "deepspeed/mp_rank_00_model_states.pt")
+    torch.save({}, folder / "trainer.pt")
     (folder / manifest.NAME).unlink(missing_ok=True)
     manifest.write(folder, {"step": STEP, "world_size": 1})
 
