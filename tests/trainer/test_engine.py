@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from model.decoder import Decoder
+from model.init import initialise
 from tests.trainer.one_rank import engine_for, losses, take_steps, weights
 from trainer.config import OptimizerConfig, PretrainConfig
 from trainer.distributed import World
-from trainer.engine import build_engine, parameter_groups, set_learning_rate
+from trainer.engine import _draw, build_engine, parameter_groups, set_learning_rate
 
 Configure = Callable[..., PretrainConfig]
 MUON = ("train.optimizer.kind=muon", "train.clip_norm=0", "train.optimizer.lr=0.002")
@@ -135,3 +139,39 @@ def test_clipping_at_stage_0_is_what_zero_does(configure: Configure, world: Worl
         assert own_norms[0] is not None and own_norms[0] > 0.3  # before clipping
         for name in own:
             torch.testing.assert_close(own[name], theirs[name], rtol=1e-5, atol=1e-6)
+
+
+def test_partitioned_parameters_are_gathered_one_at_a_time(
+    configure: Callable[..., PretrainConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ZeRO 3 has them: empty outside ``gathered``, whole inside; a rank writes its own and nothing else."""
+    config = configure()
+    shapes = {name: p.shape for name, p in Decoder(config.model).named_parameters()}
+    expected = Decoder(config.model)
+    initialise(expected, config.model, config.train.seed)
+    for rank in (0, 1):
+        model = Decoder(config.model)
+        names, whole = {p: name for name, p in model.named_parameters()}, 0
+        written: dict[str, tuple[int, Tensor]] = {}
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0)
+
+        @contextmanager
+        def gather(parameter: Tensor, modifier_rank: int, names: Any = names, written: Any = written) -> Iterator[None]:
+            nonlocal whole
+            whole += 1
+            assert whole == 1
+            parameter.data = torch.full(shapes[names[parameter]], torch.nan)
+            yield
+            if not parameter.isnan().all():
+                written[names[parameter]] = modifier_rank, parameter.data
+            parameter.data = torch.empty(0)
+            whole -= 1
+
+        monkeypatch.setattr("trainer.engine.gathered", gather)
+        monkeypatch.setattr("trainer.engine.is_partitioned", lambda _: True)
+        monkeypatch.setattr("trainer.engine.whole_shape", lambda p, names=names: shapes[names[p]])
+        _draw(model, config, World(rank, 2, rank, 2, torch.device("cpu")), list(shapes))
+        assert list(written) == list(shapes)[rank::2] and all(p.numel() == 0 for p in model.parameters())
+        for name, (owner, values) in written.items():
+            assert owner == rank and torch.equal(values, expected.get_parameter(name)), name
