@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,19 @@ def prepared(folder: Path, texts: list[str] | None = None, **changes: Any) -> Da
     train_tokenizer(config)
     prepare(config, workers=1)
     return config
+
+
+class Renames:
+    """``os.replace`` until the rename number ``stop_after``, in place of which the command is interrupted."""
+
+    def __init__(self, stop_after: int) -> None:
+        self._left, self._rename = stop_after, os.replace
+
+    def __call__(self, old: Path, new: Path) -> None:
+        if not self._left:
+            raise KeyboardInterrupt
+        self._left -= 1
+        self._rename(old, new)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from data.prepare.tasks import Task
 from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
 from data.tokenizer import train_tokenizer
-from tests.data.helpers import config_of, contents, documents, write_jsonl
+from tests.data.helpers import Renames, config_of, contents, documents, write_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +114,8 @@ def test_the_same_bytes_for_tasks_at_the_same_time(fresh: DataConfig, expected: 
 def test_stopped_at_any_rename(
     fresh: DataConfig, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, stop_after: int
 ) -> None:
-    renames, rename = 0, os.replace
-
-    def stop(old: Path, new: Path) -> None:
-        nonlocal renames
-        if renames == stop_after:
-            raise KeyboardInterrupt
-        renames += 1
-        rename(old, new)
-
     with monkeypatch.context() as patch:
-        patch.setattr("os.replace", stop)
+        patch.setattr("os.replace", Renames(stop_after))
         with pytest.raises(KeyboardInterrupt):
             prepare(fresh, 1, Task(0, 2, "a test"))
             prepare(fresh, 1, Task(1, 2, "a test"))

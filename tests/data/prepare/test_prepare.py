@@ -22,7 +22,7 @@ from data.prepare.run import files_twice, prepare, verify
 from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
 from data.tokenizer import train_tokenizer
-from tests.data.helpers import config_of, contents, documents, prepared, write_jsonl
+from tests.data.helpers import Renames, config_of, contents, documents, prepared, write_jsonl
 
 ROOT = Path(__file__).parents[3]
 
@@ -145,18 +145,8 @@ def test_stopped_at_any_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     whole = prepared(tmp_path, documents(60))
     expected = contents(Path(whole.dir))
     shutil.rmtree(folder_of(whole))
-    renames = 0
-    rename = os.replace
-
-    def stop(old: Path, new: Path) -> None:
-        nonlocal renames
-        if renames == stop_after:
-            raise KeyboardInterrupt
-        renames += 1
-        rename(old, new)
-
     with monkeypatch.context() as patch:
-        patch.setattr("os.replace", stop)
+        patch.setattr("os.replace", Renames(stop_after))
         try:
             prepare(whole, workers=1)
         except KeyboardInterrupt:
