@@ -125,8 +125,7 @@ class Decoder(nn.Module):
         if sample_ids is None:
             sample_ids = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
-        held = self._checked(self.thresholds if thresholds is None else thresholds)
-        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, held, self.centres)
+        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, self._held(thresholds), self.centres)
         inputs = self._pass_inputs(tokens, documents, positions, cache, routing, capacity_tokens)
         late, record = self._run_layers(tokens, inputs)
         if targets is None:
@@ -207,7 +206,9 @@ class Decoder(nn.Module):
         for layer in self.layers:
             layer.compile(dynamic=None)
 
-    def _checked(self, thresholds: Tensor | None) -> Tensor | None:
+    def _held(self, thresholds: Tensor | None) -> Tensor | None:
+        """The ``thresholds`` given, or its own."""
+        thresholds = self.thresholds if thresholds is None else thresholds
         if thresholds is not None and thresholds.shape != (len(self.config.sites),):
             raise ValueError(
                 f"thresholds must hold one number for each of the {len(self.config.sites)} routed sites, got a tensor "

@@ -10,7 +10,6 @@ by all ranks together, a share each.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from trainer.checkpoints.layout import CONFIG, checkpoints_of, is_run
 from trainer.checkpoints.read_weights import thresholds_in, weights_of
 from trainer.checkpoints.same_model import differences
 from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder
-from trainer.checkpoints.zero_files import MASTER, Stored
+from trainer.checkpoints.zero_files import as_they_are
 from trainer.config import InitConfig, PretrainConfig, WeightsConfig, is_stage_two
 from trainer.distributed import World
 from trainer.initial import Fork, GivenWeights, Initial
@@ -110,15 +109,10 @@ def _weights_folder(folder: Path, world: World) -> GivenWeights:
     config = load(folder / CONFIG, [], WeightsConfig)
     source = manifest.read(folder, world).get("source", "unknown origin")
     given = None if config.thresholds is None else thresholds_of(config.thresholds)
-    read = partial(_of_safetensors, folder / WEIGHTS)
-    return GivenWeights(config.model, folder, folder, read, f"weights of {folder} ({source})", given)
-
-
-def _of_safetensors(path: Path) -> Iterator[Stored]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118
-            tensor = file.get_tensor(name)
-            yield Stored(name, tensor.shape, {MASTER: [tensor.reshape(-1)]})
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    told = f"weights of {folder} ({source})"
+    return GivenWeights(config.model, folder, folder, partial(as_they_are, tensors), told, given)
 
 
 def _hugging_face(folder: Path, world: World) -> GivenWeights:
@@ -134,14 +128,10 @@ def _hugging_face(folder: Path, world: World) -> GivenWeights:
         problem = str(error)
     if problem := next((told for told in world.gather_objects(problem) if told), None):
         raise ValueError(problem)
-
-    def read() -> Iterator[Stored]:
-        for name, tensor in tensors.items():
-            yield Stored(name, tensor.shape, {MASTER: [tensor.reshape(-1)]})
-
     given = routing_thresholds(raw, path, len(model.sites))
     description = f"weights of the Hugging Face {raw['model_type']} checkpoint {folder}"
-    return GivenWeights(model, folder, folder, read, description, None if given is None else thresholds_of(given))
+    thresholds = None if given is None else thresholds_of(given)
+    return GivenWeights(model, folder, folder, partial(as_they_are, tensors), description, thresholds)
 
 
 def _refuse_ensemble(folder: Path, has_one: bool) -> None:

@@ -303,7 +303,7 @@ def train_step(
     if applied:
         density = counter.wanted_density()
         penalty = float(budget.penalty(density, progress))
-        budget.observe(density, progress, counter.margin_moments())
+        budget.observe(density, progress, counter.margin_moments() if budget.follows_margins else None)
         if balance is not None:
             balance.observe(counter.sums.vote_largest)
         return StepResult(counter.tally(), penalty, norm, True, [])

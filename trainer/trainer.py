@@ -83,27 +83,26 @@ class Trainer:
         self.samples = 0
         found = resume.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
         given = initial() if initial is not None and found is None else None
-        fork = given.checkpoint if isinstance(given, Fork) else None
-        config, precision_told = decide(config, world, found or fork)
+        source = given.checkpoint if isinstance(given, Fork) else found
+        config, precision_told = decide(config, world, source)
         self.config = config
         self._hold = ExitStack()  # until the end no other run may write here
-        self.engine = build_engine(config, world, decoder, _drawn(found or fork, given))
+        self.engine = build_engine(config, world, decoder, _drawn(source, given))
         try:
-            self._open(config_path, found, given, precision_told)
+            self._open(config_path, source, given, precision_told)
         except BaseException as error:
             self._let_go(error)
             raise
 
-    def _open(self, config_path: Path, found: Path | None, given: Initial | None, precision_told: str | None) -> None:
-        """Resume from ``found`` or start, and set up everything around the engine."""
+    def _open(self, config_path: Path, source: Path | None, given: Initial | None, precision_told: str | None) -> None:
+        """Go on from the checkpoint ``source``, own or forked, or start; set up everything around the engine."""
         config, world, validation_sets = self.config, self.world, self.validation_sets
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
         self.spikes = SpikeDetector(config.train.spike)
-        source = given.checkpoint if isinstance(given, Fork) else found
         if source is not None:
-            fingerprint = self.fingerprint if source == found else None
+            fingerprint = self.fingerprint if given is None else None
             state, change = resume.load(self.engine, source, fingerprint, config, world)
             dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
             self._take_back(state)
@@ -132,12 +131,12 @@ class Trainer:
             )
         if source is not None:
             self.metrics.load_state_dict(state["metrics"])
-            told = f"resumed from {found} at step {self.step:,}" if given is None else given.description
+            told = f"resumed from {source} at step {self.step:,}" if given is None else given.description
             self.log.info(f"{told}{dealt_out}")
         elif given is not None:
             self.log.info(given.description)
         tick = self.run.heartbeat.tick
-        origin = given.description if given else resume.origin_of(found, world)
+        origin = given.description if given else resume.origin_of(source, world)
         self.saver = Saver(self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick, origin)
         self.stop = StopRequest(tell=world.is_main)
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.

@@ -25,7 +25,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,21 +105,21 @@ def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: 
     weights: dict[str, Tensor] = states["module"]
     whole = all(weight.dtype == torch.float32 for weight in weights.values())
     if whole and not state:
-        yield from _as_they_are(weights, set())
+        yield from as_they_are(weights)
     elif stage > 0:
         yield from _in_order(weights, states["param_shapes"], _optimizer_states(folder, ranks), state)
-        yield from _as_they_are(weights, {name for group in states["param_shapes"] for name in group})
+        yield from as_they_are(weights, {name for group in states["param_shapes"] for name in group})
     elif whole:
         kept = states["optimizer"]["state"]
         for place, name in enumerate(trained):
             yield _one_tensor(name, weights[name], weights[name], kept.get(place, {}))
-        yield from _as_they_are(weights, set(trained))
+        yield from as_they_are(weights, set(trained))
     else:
         masters = [master for group in states["optimizer"]["fp32_groups"] for master in group]
         low = {name: weights[name] for name in weights if name in set(trained)}
         kept = states["optimizer"]["optimizer_state_dict"]["state"] if state else {}
         yield from by_value(low, masters, kept)
-        yield from _as_they_are(weights, set(trained))
+        yield from as_they_are(weights, set(trained))
 
 
 class Joined:
@@ -160,7 +160,7 @@ def _one_tensor(name: str, master: Tensor, weight: Tensor, state: dict[str, Any]
     return Stored(name, weight.shape, flat, weight, _updates([state]))
 
 
-def _as_they_are(weights: dict[str, Tensor], but: set[str]) -> Iterator[Stored]:
+def as_they_are(weights: dict[str, Tensor], but: Collection[str] = ()) -> Iterator[Stored]:
     """Whole weights, all ``but`` those."""
     for name, weight in weights.items():
         if name not in but:
