@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Attention
 from model.cache import KVCache
-from model.config import ModelConfig, RouterConfig
+from model.config import Capacity, ModelConfig, RouterConfig
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.router import ROUTERS, Gate, RoutingInputs
@@ -41,7 +41,7 @@ class PassInputs:
         routing: what routers read; None for a dense model.
         cache: the KV cache to append to, if any.
         recompute: activation checkpointing: recompute a layer's inside in the backward pass.
-        capacity_tokens: most tokens of a row that a routed site executes; None for no limit.
+        capacity: how many tokens of a row a routed site computes; None where shapes follow the decisions.
     """
 
     cos: Tensor
@@ -50,7 +50,7 @@ class PassInputs:
     routing: RoutingInputs | None
     cache: KVCache | None
     recompute: bool
-    capacity_tokens: int | None = None
+    capacity: Capacity | None = None
 
 
 class Decision(NamedTuple):
@@ -178,14 +178,15 @@ class Block(nn.Module):
 
 
 def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
-    explored = None if gate.explored is None else Selection.of(gate.explored)
+    room, explored = inputs.capacity, None
+    if gate.explored is not None:
+        explored = Selection.of(gate.explored) if room is None else Selection.capped(gate.explored, room.explored)[0]
     if config.execution == "reference":
         batch, tokens = gate.executed.shape
         return Decision(gate, gate.executed, Selection.everything(batch, tokens, exact=False), explored)
-    if inputs.capacity_tokens is not None:
-        assert explored is None, "a capacity does not go with exploration"
-        selection, executed = Selection.capped(gate.executed, inputs.capacity_tokens)
-        return Decision(gate, executed, selection)
+    if room is not None:
+        selection, executed = Selection.capped(gate.executed, room.executed)
+        return Decision(gate, executed, selection, explored)
     return Decision(gate, gate.executed, Selection.of(gate.executed), explored)
 
 
@@ -222,5 +223,6 @@ def _add(x: Tensor, update: Tensor, missed: Tensor | None, decision: Decision, c
     x = decision.selection.add(x, _weigh(update, decision, config))
     if missed is None or decision.explored is None:
         return x
-    value = torch.where(decision.executed, 0.0, decision.gate.value)  # 0 for all: fillers may be executed tokens
+    gate = decision.gate
+    value = torch.where(gate.executed, 0.0, gate.value)  # 0 for all: fillers may be tokens that were to execute
     return decision.explored.add(x, missed * decision.explored.gather(value)[:, None].to(missed.dtype))

@@ -30,19 +30,25 @@ soft gate, whose gradient routers learn by, is centred on the threshold, but no 
 learn while all tokens execute, too. m_s and d_s are averages over the last few steps, over all tokens of all ranks: the
 same for any split of the batch.
 
-Dimension letters: S routed sites.
+Most of that gradient is common to all tokens of a site: executing helps. It would move all margins together, and the
+threshold after them. So a router learns as if it read its input less its mean over those steps: of what tells tokens
+apart. In the first step, when there is no mean yet, it learns nothing.
+
+Dimension letters: S routed sites, D width.
 """
 
 from __future__ import annotations
 
 import math
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from model.config import ModelConfig, Progress
+from model.config import Capacity, ModelConfig, Progress
 from model.flops import site_shares
+from model.router import Centres
 
 _MEMORY = 0.5
 """quantile: how much of the moments of margins is kept at every step. Routers move by a good part of a deviation a step
@@ -50,6 +56,18 @@ when they are young; a longer memory would lag."""
 _GAIN, _LEAST_GAIN = 0.5, 0.05
 """quantile: deviations that a threshold moves in one step for each unit of density error: halved when the error changes
 its sign, so that a threshold settles inside a narrow bundle of margins, and raised again while it keeps it."""
+
+
+class Seen(NamedTuple):
+    """What ``controller: quantile`` follows, over all tokens of a step, on all ranks.
+
+    Attributes:
+        moments: mean and mean square of each site's margins, fp64 [2, S].
+        input_mean: mean of what each site's router read, fp64 [S, D].
+    """
+
+    moments: Tensor
+    input_mean: Tensor
 
 
 class Budget:
@@ -71,8 +89,7 @@ class Budget:
         self._integral = torch.zeros(self.sites, dtype=torch.float32, device=device)
         self.follows_margins = self.active and self.router is not None and self.router.budget.controller == "quantile"
         self._gain = torch.full_like(self._error, _GAIN)
-        self._moments = torch.zeros((2, self.sites), dtype=torch.float64, device=device)
-        self.seen_margins = False
+        self._seen: Seen | None = None
 
     def target(self, progress: Progress) -> float:
         """Density asked for at ``progress``: 1, then a line down to P."""
@@ -80,22 +97,29 @@ class Budget:
             return 1.0
         return self.router.budget.target(self.router.density, progress) if self.active else self.router.density
 
-    def capacity_tokens(self, progress: Progress) -> int | None:
-        """Most tokens of a window that a site may execute at ``progress``; None where all may."""
+    def capacity(self, progress: Progress) -> Capacity | None:
+        """How many tokens of a window a site computes at ``progress``; None where shapes follow the decisions."""
         if self.router is None:
             return None
-        return self.router.capacity_tokens(self.sequence_tokens, self.target(progress))
+        return self.router.capacity(self.sequence_tokens, self.target(progress))
 
-    def thresholds(self, progress: Progress) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Thresholds and centres of soft gates for this step, fp32 [S] each; None where margins are compared with 0."""
+    @property
+    def seen_margins(self) -> bool:
+        """Whether there was a step for thresholds to follow."""
+        return self._seen is not None
+
+    def thresholds(self, progress: Progress) -> tuple[Tensor, Centres] | tuple[None, None]:
+        """Thresholds, fp32 [S], and centres of soft gates for this step; None where margins are compared with 0."""
         if not self.follows_margins:
             return None, None
-        mean, target = self._moments[0], self.target(progress)
-        deviation = (self._moments[1] - mean.square()).clamp(min=0).sqrt()
-        below = NormalDist().inv_cdf(1 - target) if target < 1 and self.seen_margins else -math.inf
-        offset = below + self._integral.double()
+        if self._seen is None:
+            return torch.full_like(self._error, -math.inf), Centres(torch.zeros_like(self._error), None)
+        (mean, square), target = self._seen.moments, self.target(progress)
+        deviation = (square - mean.square()).clamp(min=0).sqrt()
+        offset = (NormalDist().inv_cdf(1 - target) if target < 1 else -math.inf) + self._integral.double()
         threshold = torch.where(deviation > 0, mean + deviation * offset, -math.inf)
-        return threshold.float(), (mean + deviation * offset.clamp(-1, 1)).float()
+        centre = mean + deviation * offset.clamp(-1, 1)
+        return threshold.float(), Centres(centre.float(), self._seen.input_mean.float())
 
     def prices(self) -> Tensor:
         """Nats per unit of density for this step, fp32 [S]; the gradient of the penalty at the last step's density."""
@@ -112,26 +136,28 @@ class Budget:
         error = self._errors(density, progress)
         return self.router.budget.coefficient * (self._scale() * error.square()).sum()
 
-    def observe(self, density: Tensor, progress: Progress, moments: Tensor | None = None) -> None:
+    def observe(self, density: Tensor, progress: Progress, seen: Seen | None = None) -> None:
         """Take in what the step just done found, over all ranks and micro-batches.
 
         Args:
             density: wanted by each site, [S].
             progress: as for that step.
-            moments: mean and mean square of each site's margins, fp64 [2, S]; quantile only.
+            seen: what thresholds follow; quantile only.
         """
         if not self.active:
             return
         assert self.router is not None
         before, self._error = self._error, self._errors(density.detach().float(), progress)
         if self.follows_margins:
-            assert moments is not None
-            if self.seen_margins and self.target(progress) < 1:
+            assert seen is not None
+            if self._seen is None:
+                self._seen = seen
+                return
+            if self.target(progress) < 1:
                 turned = self._error * before < 0
                 self._gain = torch.where(turned, self._gain / 2, self._gain * 1.2).clamp(_LEAST_GAIN, _GAIN)
                 self._integral = (self._integral + self._gain * self._error).clamp(-3, 3)
-            self._moments = _MEMORY * self._moments + (1 - _MEMORY) * moments if self.seen_margins else moments.clone()
-            self.seen_margins = True
+            self._seen = Seen(*(_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(self._seen, seen, strict=True)))
             return
         # Not before the target stands still: while it is 1, noise keeps the density below it and I would wind up.
         if self.router.budget.controller == "adaptive" and progress.step >= self.router.budget.reached(progress):
@@ -140,7 +166,9 @@ class Budget:
     def state_dict(self) -> dict[str, Tensor]:
         """What an exact resume needs."""
         state = {"error": self._error.cpu(), "integral": self._integral.cpu()}
-        return state | ({"moments": self._moments.cpu(), "gain": self._gain.cpu()} if self.seen_margins else {})
+        if self._seen is not None:
+            state |= {"gain": self._gain.cpu()} | {name: each.cpu() for name, each in self._seen._asdict().items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put back what :meth:`state_dict` returned."""
@@ -153,8 +181,8 @@ class Budget:
         self._error = state["error"].to(self._error.device)
         self._integral = state["integral"].to(self._integral.device)
         if self.follows_margins and "moments" in state:
-            self._moments, self._gain = (state[name].to(self._error.device) for name in ("moments", "gain"))
-            self.seen_margins = True
+            self._gain = state["gain"].to(self._error.device)
+            self._seen = Seen(*(state[name].to(self._error.device) for name in Seen._fields))
 
     def _errors(self, density: Tensor, progress: Progress) -> Tensor:
         assert self.router is not None

@@ -176,6 +176,19 @@ class BudgetConfig(DensityRamp):
         return self
 
 
+class Capacity(NamedTuple):
+    """How many tokens of a window a routed site computes in training, whatever routers decide: static shapes.
+
+    Attributes:
+        executed: most tokens that execute; the first ones along the window do.
+        explored: skipped tokens for which the site's output is computed for their gates to learn from, drawn among all
+            of the window's; all of them where there are fewer.
+    """
+
+    executed: int
+    explored: int = 0
+
+
 class RouterConfig(ConfigBlock):
     """Which tokens a layer executes. ``learned`` is the method; the other kinds are baselines at the same density."""
 
@@ -204,17 +217,13 @@ class RouterConfig(ConfigBlock):
     explore: float = Field(0.0, ge=0, le=1)
     """learned: share of skipped tokens for which training computes, forward only, what the site would have added, for
     their gates to learn from. 1 is textbook straight-through; with 0 only executed tokens' gates learn from the loss.
-    """
+    With a capacity a fixed number a window: this share of those skipped at the target density, rounded up to whole
+    blocks of 16 tokens."""
     budget: BudgetConfig = BudgetConfig()
     """How the learned router is held at its density."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RouterConfig:
-        if self.explores and self.execution == "capacity":
-            raise ValueError(
-                f"router.explore ({self.explore:g}) computes a number of skipped tokens that varies, and "
-                "router.execution 'capacity' has static shapes; set execution: rounded, or explore: 0"
-            )
         if self.execution == "capacity" and self.budget.kind == "global":
             raise ValueError(
                 "router.execution 'capacity' gives every site the same room, and router.budget.kind 'global' lets "
@@ -241,11 +250,19 @@ class RouterConfig(ConfigBlock):
         """Whether skipped tokens are computed in training, too."""
         return self.learned and self.explore > 0
 
-    def capacity_tokens(self, tokens: int, target: float) -> int | None:
-        """How many of a window's ``tokens`` a site may execute at density ``target``; None where there is no limit."""
+    def capacity(self, tokens: int, target: float) -> Capacity | None:
+        """Room for a window of ``tokens`` at density ``target``; None where shapes follow what routers decide."""
         if self.execution != "capacity":
             return None
-        return min(math.ceil(target * self.capacity_factor * tokens / 128) * 128, tokens)
+        explored = self.explore * (1 - self.density) * tokens if self.explores else 0.0
+        return Capacity(
+            _whole_blocks(target * self.capacity_factor * tokens, 128, tokens), _whole_blocks(explored, 16, tokens)
+        )
+
+
+def _whole_blocks(wanted: float, block: int, most: int) -> int:
+    """``wanted`` tokens rounded up to whole blocks, and no more than ``most``."""
+    return min(math.ceil(wanted / block) * block, most)
 
 
 class EnsembleConfig(ConfigBlock):

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from model.block import Block, Decision, PassInputs
 from model.cache import KVCache
 from model.chunks import IGNORED
-from model.config import EnsembleConfig, ModelConfig
+from model.config import Capacity, EnsembleConfig, ModelConfig
 from model.ensemble import LateLayers, Vote, VoteSums, vote_sums
 from model.head import LMHead, LossSums, Scores, Teaching
 from model.norm import RMSNorm
 from model.record import RoutingRecord
 from model.rotary import rotation
-from model.router import RoutingInputs
+from model.router import Centres, RoutingInputs
 from model.visibility import Visibility
 
 
@@ -63,8 +63,8 @@ class Decoder(nn.Module):
         self.ensemble: LateLayers | None = None
         self.thresholds: Tensor | None = None
         """fp32 [S], what the margins of learned routers are compared with; 0 unless set. See ``model/budget.py``."""
-        self.centres: Tensor | None = None
-        """fp32 [S], in training: where the soft gates are 1/2; the thresholds unless set."""
+        self.centres: Centres | None = None
+        """In training: what soft gates are centred on; the thresholds unless set."""
         self.lm_head = LMHead(config.width, config.vocab_size)
         if config.tied_head:
             self.lm_head.weight = self.embed_tokens.weight
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         temperature: Tensor | float = 1.0,
         z_coefficient: float = 0.0,
         cache: KVCache | None = None,
-        capacity_tokens: int | None = None,
+        capacity: Capacity | None = None,
         thresholds: Tensor | None = None,
         scored_targets: int | None = None,
         score: bool = False,
@@ -110,8 +110,8 @@ class Decoder(nn.Module):
             temperature: of the soft gate; used in training mode only.
             z_coefficient: weight of the z-loss.
             cache: KV cache to read and extend.
-            capacity_tokens: most tokens of a row that a routed site executes, first come first served along the row;
-                no limit unless given. Used in training mode only.
+            capacity: how many tokens of a row a routed site computes; as many as routers decide unless given. Used in
+                training mode only.
             thresholds: fp32 [S]; a learned router executes a token whose margin (execute logit minus skip logit)
                 reaches its site's; the decoder's own unless given.
             scored_targets: N, how many targets are not -100; where given, norm and head run on their tokens alone.
@@ -125,8 +125,11 @@ class Decoder(nn.Module):
         if sample_ids is None:
             sample_ids = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
-        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, self._held(thresholds), self.centres)
-        inputs = self._pass_inputs(tokens, documents, positions, cache, routing, capacity_tokens)
+        room = capacity if self.training else None
+        explored = None if room is None else room.explored
+        held = self._held(thresholds)
+        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, held, self.centres, explored)
+        inputs = self._pass_inputs(tokens, documents, positions, cache, routing, room)
         late, record = self._run_layers(tokens, inputs)
         if targets is None:
             hidden, vote = self._read_out(late)
@@ -150,7 +153,7 @@ class Decoder(nn.Module):
         positions: Tensor | None,
         cache: KVCache | None,
         routing: RoutingInputs,
-        capacity_tokens: int | None,
+        capacity: Capacity | None,
     ) -> PassInputs:
         """What every layer of this pass shares."""
         batch, length = tokens.shape
@@ -163,8 +166,7 @@ class Decoder(nn.Module):
             cos, sin = rotation(self.config, places, self.embed_tokens.weight.dtype)
         past = 0 if cache is None else cache.length
         visibility = Visibility(length, past, documents, tokens.device)
-        room = capacity_tokens if self.training else None
-        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, room)
+        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity)
 
     def _run_layers(self, tokens: Tensor, inputs: PassInputs) -> tuple[list[Tensor], RoutingRecord]:
         """Residual stream after each of the last layers that are asked, [B, T, D], and what was routed."""

@@ -73,6 +73,12 @@ class RoutingRecord:
         return torch.stack((wide.sum((1, 2)), wide.square().sum((1, 2))))
 
     @cached_property
+    def input_sums(self) -> Tensor:
+        """fp32 [S, D], sums over the tokens of what routers read; empty unless thresholds follow their margins."""
+        sums = [d.gate.input_sum for d in self._decisions if d.gate.input_sum is not None]
+        return torch.stack(sums) if sums else torch.zeros((0, 0), device=self._keys.device)
+
+    @cached_property
     def attended_keys(self) -> Tensor:
         """int64 [S], keys that the executed tokens saw, summed over them."""
         return (self.executed * self._keys).sum((1, 2))

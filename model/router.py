@@ -41,6 +41,7 @@ class Gate(NamedTuple):
         explored: bool [B, T], skipped tokens whose gates learn from what the site would have added; None where none do.
         noisy_margin: fp32 [B, T], what was compared with the site's threshold in training, without a gradient; None
             where thresholds do not follow it.
+        input_sum: fp32 [D], sum over the tokens of what the router read; None likewise.
     """
 
     executed: Tensor
@@ -48,6 +49,7 @@ class Gate(NamedTuple):
     logits: Tensor | None = None
     explored: Tensor | None = None
     noisy_margin: Tensor | None = None
+    input_sum: Tensor | None = None
 
     @property
     def value(self) -> Tensor:
@@ -64,6 +66,18 @@ class Gate(NamedTuple):
         return None if self.logits is None else _difference(self.logits)
 
 
+class Centres(NamedTuple):
+    """What the soft gates of sites with a threshold are centred on, from the steps before.
+
+    Attributes:
+        margin: fp32 [S], where a site's soft gate is 1/2.
+        input: fp32 [S, D], mean of what its router read; None while there was no step, in which nothing is learned.
+    """
+
+    margin: Tensor
+    input: Tensor | None
+
+
 @dataclass(frozen=True)
 class RoutingInputs:
     """What routers read besides the hidden states.
@@ -76,8 +90,9 @@ class RoutingInputs:
         seed: the run's seed.
         thresholds: fp32 [S]; a learned router executes a token whose margin reaches its site's threshold, 0 unless
             given.
-        centres: fp32 [S], where the soft gate of a site is 1/2; the thresholds unless given. Read in training mode
-            only.
+        centres: what soft gates are centred on; the thresholds unless given. Read in training mode only.
+        explored_tokens: how many skipped tokens of a window are explored; each by chance unless given. Read in training
+            mode only.
     """
 
     sample_ids: Tensor
@@ -86,7 +101,8 @@ class RoutingInputs:
     temperature: Tensor
     seed: int
     thresholds: Tensor | None = None
-    centres: Tensor | None = None
+    centres: Centres | None = None
+    explored_tokens: int | None = None
 
 
 class Router(nn.Module):
@@ -115,23 +131,33 @@ class LearnedRouter(Router):
         if not self.training:
             return Gate(self._greedy(logits, inputs.thresholds), logits=logits)
         margin = _difference(logits) + inputs.noise_scale * torch.logit(self._uniform(inputs))
-        thresholds, noisy = inputs.thresholds, None
+        thresholds, noisy, input_sum = inputs.thresholds, None, None
         if thresholds is None:
             executed = margin >= 0
         else:
-            noisy = margin.detach()
-            executed = noisy >= self._own(thresholds)
-            margin = margin - self._own(thresholds if inputs.centres is None else inputs.centres)
+            noisy, input_sum = margin.detach(), x.detach().sum((0, 1), dtype=torch.float32)
+            threshold = self._own(thresholds)
+            executed = noisy >= threshold
+            margin = margin - threshold if inputs.centres is None else self._centred(margin, inputs.centres)
         soft = torch.sigmoid(margin / inputs.temperature)
         # In this order the forward value is exactly 0 or 1: soft - soft is exactly 0.
         learning = soft - soft.detach()
-        if not (self.config.explores and torch.is_grad_enabled()):
-            return Gate(executed, executed.float() + learning, noisy_margin=noisy)
-        explored = ~executed & (self._uniform(inputs, _EXPLORATION) < self.config.explore)
+        if not (self.config.explores and inputs.explored_tokens != 0 and torch.is_grad_enabled()):
+            return Gate(executed, executed.float() + learning, None, None, noisy, input_sum)
+        explored, chance = self._explored(executed, inputs)
         # A skipped token that is explored stands for all those that are not. They learn neither what the site would add
         # nor its price: price alone would drive every skipped token further away.
-        learning = learning * torch.where(executed, 1.0, explored / self.config.explore)
-        return Gate(executed, executed.float() + learning, explored=explored, noisy_margin=noisy)
+        learning = learning * torch.where(executed, 1.0, explored / chance)
+        return Gate(executed, executed.float() + learning, None, explored, noisy, input_sum)
+
+    def _centred(self, margin: Tensor, centres: Centres) -> Tensor:
+        """``margin`` [B, T] less its site's centre, with the gradient of the same router on the input less its mean.
+
+        Most of a gate's gradient is common to all tokens: executing helps. It would move all margins together, and the
+        threshold after them.
+        """
+        common = margin if centres.input is None else _difference(_logits(self._own(centres.input), self.weight))
+        return margin - (common - common.detach()) - self._own(centres.margin)
 
     def _greedy(self, logits: Tensor, thresholds: Tensor | None) -> Tensor:
         """bool [B, T] of the logits [B, T, 2]."""
@@ -139,6 +165,15 @@ class LearnedRouter(Router):
             skip, execute = logits.unbind(-1)
             return execute >= skip
         return _difference(logits) >= self._own(thresholds)
+
+    def _explored(self, executed: Tensor, inputs: RoutingInputs) -> tuple[Tensor, Tensor | float]:
+        """Which skipped tokens are explored, bool [B, T], and the chance each skipped one had, [B, 1] or for all."""
+        drawn, number = self._uniform(inputs, _EXPLORATION), inputs.explored_tokens
+        if number is None:
+            return ~executed & (drawn < self.config.explore), self.config.explore
+        first = drawn.masked_fill(executed, 1.0).topk(number, largest=False).indices
+        explored = torch.zeros_like(executed).scatter(1, first, True) & ~executed
+        return explored, (number / (~executed).sum(1, keepdim=True)).clamp(max=1.0)
 
     def _own(self, of_sites: Tensor) -> Tensor:
         """This site's entry, [1], of a tensor [S]."""

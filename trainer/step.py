@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
-from model.budget import Budget
+from model.budget import Budget, Seen
 from model.chunks import IGNORED
-from model.config import Progress
+from model.config import Capacity, Progress
 from model.decoder import DecoderOutput
 from model.ensemble import Balance
 from model.flops import Routed
@@ -125,6 +125,7 @@ class _StepSums(NamedTuple):
     vote_largest: Tensor
     source_nll: Tensor
     source_targets: Tensor
+    inputs: Tensor
 
 
 class Counter:
@@ -133,11 +134,18 @@ class Counter:
     Attributes:
         vector: all sums, to be summed over the ranks.
         sums: the same by name.
+
+    Args:
+        sites: routed ones.
+        device: where the sums are.
+        late_layers: that vote.
+        sources: counted apart; 0 for not at all.
+        width: of what routers read, where thresholds follow their margins; else 0.
     """
 
-    def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0):
+    def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0, width: int = 0):
         self._sources = sources
-        self._sizes = [1] * 10 + [sites] * 7 + [late_layers] * 2 + [sources] * 2
+        self._sizes = [1] * 10 + [sites] * 7 + [late_layers] * 2 + [sources] * 2 + [sites * width]
         self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self.sums = _StepSums(*self.vector.split(self._sizes))
 
@@ -169,6 +177,8 @@ class Counter:
             # Sums of rows, not scattered: scattering adds in another order every time on a GPU.
             own = sources == torch.arange(self._sources, device=sources.device)[:, None]
             parts += [torch.where(own, each, 0).sum(dim=1) for each in (nll, valid.sum(dim=1))]
+        if self._sizes[-1]:
+            parts.append(routing.input_sums.flatten())
         self.vector[10:] += torch.cat(parts)  # all that follows the ten, at once
 
     def ask_to_stop(self) -> None:
@@ -179,16 +189,17 @@ class Counter:
         """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
         return ((self.sums.executed_tokens + self.sums.overflow_tokens) / self.sums.tokens).float()
 
-    def margin_moments(self) -> Tensor:
-        """Mean and mean square of each site's margins, fp64 [2, S], on the device."""
-        return torch.stack((self.sums.margins, self.sums.squared_margins)) / self.sums.tokens
+    def seen(self) -> Seen:
+        """What thresholds follow, on the device."""
+        moments = torch.stack((self.sums.margins, self.sums.squared_margins)) / self.sums.tokens
+        return Seen(moments, self.sums.inputs.view(len(self.sums.margins), -1) / self.sums.tokens)
 
     def tally(self) -> Tally:
         """The sums on the host."""
-        numbers = iter(self.vector.tolist())  # one copy, one wait
+        names, sizes = _StepSums._fields[:-1], self._sizes[:-1]  # what routers read stays on the device
+        numbers = iter(self.vector[: sum(sizes)].tolist())  # one copy, one wait
         found: dict[str, Any] = {
-            name: [next(numbers) for _ in range(size)]
-            for name, size in zip(_StepSums._fields, self._sizes, strict=True)
+            name: [next(numbers) for _ in range(size)] for name, size in zip(names, sizes, strict=True)
         }
         found |= {name: found[name][0] for name in _StepSums._fields[:10]}
         found |= {name: int(found[name]) for name in ("targets", "stop", "bad_micro_batches")}
@@ -224,11 +235,11 @@ def run(engine: Any, batch: Batch, **options: Any) -> DecoderOutput:
 
 
 def forward(
-    engine: Any, batch: Batch, config: StageConfig, progress: Progress, capacity_tokens: int | None = None
+    engine: Any, batch: Batch, config: StageConfig, progress: Progress, capacity: Capacity | None = None
 ) -> DecoderOutput:
     """:func:`run` with the routers' noise and temperature as they are at ``progress``.
 
-    In training ``capacity_tokens`` is the most tokens of a window that a routed site executes.
+    In training ``capacity`` is how many tokens of a window a routed site computes.
     """
     router = config.model.router
     return run(
@@ -238,7 +249,7 @@ def forward(
         noise_scale=0.0 if router is None else router.noise.at(progress),
         temperature=1.0 if router is None else router.temperature.at(progress),
         z_coefficient=config.train.z_loss,
-        capacity_tokens=capacity_tokens,
+        capacity=capacity,
     )
 
 
@@ -276,12 +287,13 @@ def train_step(
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)
     sources = len(config.data.sources)
-    counter = Counter(budget.sites, world.device, late_layers(engine), sources if sources > 1 else 0)
+    width = config.model.width if budget.follows_margins else 0
+    counter = Counter(budget.sites, world.device, late_layers(engine), sources if sources > 1 else 0, width)
     vote_prices = balance.prices() if balance is not None and balance.coefficient else None
-    capacity_tokens = budget.capacity_tokens(progress)
+    capacity = budget.capacity(progress)
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, world.device)
-        output = forward(engine, batch, config, progress, capacity_tokens)
+        output = forward(engine, batch, config, progress, capacity)
         assert output.loss is not None
         loss = output.loss.loss
         if vote_prices is not None and output.vote_sums is not None:
@@ -303,7 +315,7 @@ def train_step(
     if applied:
         density = counter.wanted_density()
         penalty = float(budget.penalty(density, progress))
-        budget.observe(density, progress, counter.margin_moments() if budget.follows_margins else None)
+        budget.observe(density, progress, counter.seen() if budget.follows_margins else None)
         if balance is not None:
             balance.observe(counter.sums.vote_largest)
         return StepResult(counter.tally(), penalty, norm, True, [])

@@ -22,7 +22,7 @@ from bench.common.memory import peak_bytes, tensor_bytes
 from bench.common.options import PEER
 from model import noise
 from model.chunks import IGNORED
-from model.config import ModelConfig, RouterConfig
+from model.config import Capacity, ModelConfig, RouterConfig
 from model.decoder import Decoder, RoutingRecord
 from model.flops import Routed, dense_flops, executed_flops
 from model.init import initialise
@@ -220,7 +220,7 @@ class Ours(Contestant):
         super().__init__(decoder, decoder.config)
         self.decoder = decoder
         self._counts: tuple[Tensor, Tensor, Tensor] | None = None
-        self._capacity_tokens: int | None = None
+        self._capacity: Capacity | None = None
         if compiled:
             decoder.compile_layers()
 
@@ -236,13 +236,11 @@ class Ours(Contestant):
         self._sample_ids = torch.arange(len(tokens), device=tokens.device)
         router = self.config.router
         if router is not None:
-            self._capacity_tokens = router.capacity_tokens(tokens.shape[1], router.density)
+            self._capacity = router.capacity(tokens.shape[1], router.density)
 
     def loss(self) -> Tensor:
         """Mean loss over the batch, a scalar tensor."""
-        out = self.decoder(
-            self.tokens, self._targets, sample_ids=self._sample_ids, capacity_tokens=self._capacity_tokens
-        )
+        out = self.decoder(self.tokens, self._targets, sample_ids=self._sample_ids, capacity=self._capacity)
         self._counts = _detached(out.routing)
         return out.loss.loss / self._valid
 

@@ -128,8 +128,8 @@ def computed_share(model: ModelConfig, sequence_tokens: int, density: float) -> 
     """Share of a window's tokens that a routed site computes in training when routers pick ``density`` of them."""
     if model.router is None or model.router.execution == "reference":
         return 1.0
-    capacity = model.router.capacity_tokens(sequence_tokens, model.router.density)
-    return density if capacity is None else capacity / sequence_tokens
+    capacity = model.router.capacity(sequence_tokens, model.router.density)
+    return density if capacity is None else capacity.executed / sequence_tokens
 
 
 def read_workload(path: str, overrides: Sequence[str] = ()) -> Workload:

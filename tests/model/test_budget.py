@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from model.budget import Budget
+from model.budget import Budget, Seen
 from model.config import BudgetConfig, Progress
 from model.flops import site_shares
 from tests.model.tiny import config, share
@@ -118,6 +118,11 @@ def test_inactive_without_learned_routers(kind: str) -> None:
     assert held.target(share(0.0)) == (1.0 if kind == "dense" else 0.5)
 
 
+def seen(mean: Tensor, square: Tensor) -> Seen:
+    """Moments of margins, with inputs of which nothing is asked."""
+    return Seen(torch.stack((mean, square)).double(), torch.zeros((len(mean), 4), dtype=torch.float64))
+
+
 def follow(margins: Tensor, steps: int, target: float = TARGET, drift: float = 0.0) -> tuple[Budget, Tensor]:
     """A quantile controller on the same ``margins`` [S, N] at every step, moved by ``drift``; densities at the end."""
     held = Budget(config(density=target, budget={"controller": "quantile"}), 33)
@@ -127,7 +132,7 @@ def follow(margins: Tensor, steps: int, target: float = TARGET, drift: float = 0
         assert thresholds is not None
         moved = margins.double() + drift * step
         density = (moved.float() >= thresholds[:, None]).float().mean(1)
-        held.observe(density, share(1.0), torch.stack((moved.mean(1), moved.square().mean(1))))
+        held.observe(density, share(1.0), seen(moved.mean(1), moved.square().mean(1)))
     return held, density
 
 
@@ -152,9 +157,10 @@ def test_a_quantile_at_a_target_of_one_is_below_everything_and_gates_still_learn
     for _ in range(2):
         thresholds, centres = held.thresholds(share(0.2))
         assert thresholds is not None and centres is not None
-        assert torch.isneginf(thresholds).all() and torch.isfinite(centres).all()
-        held.observe(torch.ones(3), share(0.2), torch.tensor([[2.0], [5.0]], dtype=torch.float64).expand(2, 3))
-    assert centres.tolist() == [1.0] * 3  # a deviation below the mean
+        assert torch.isneginf(thresholds).all() and torch.isfinite(centres.margin).all()
+        assert (centres.input is None) == (not held.seen_margins)
+        held.observe(torch.ones(3), share(0.2), seen(torch.full((3,), 2.0), torch.full((3,), 5.0)))
+    assert centres.margin.tolist() == [1.0] * 3  # a deviation below the mean
     thresholds, _ = held.thresholds(share(0.75))
     assert thresholds is not None and bool((thresholds > 0).all())
     # Before any margins, whatever the target: everything executes.
@@ -167,8 +173,11 @@ def test_a_quantile_goes_on_where_it_was_saved() -> None:
     first, _ = follow(margins, 5)
     second = Budget(config(density=TARGET, budget={"controller": "quantile"}), 33)
     second.load_state_dict(first.state_dict())
-    for one, other in zip(first.thresholds(share(1.0)), second.thresholds(share(1.0)), strict=True):
-        assert one is not None and other is not None and torch.equal(one, other)
+    (one, one_centres), (other, other_centres) = (held.thresholds(share(1.0)) for held in (first, second))
+    assert one is not None and other is not None and one_centres is not None and other_centres is not None
+    assert torch.equal(one, other) and torch.equal(one_centres.margin, other_centres.margin)
+    assert one_centres.input is not None and other_centres.input is not None
+    assert torch.equal(one_centres.input, other_centres.input)
 
 
 def test_a_ramp_in_steps_does_not_move_with_the_run() -> None:

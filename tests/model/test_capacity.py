@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from model.config import Capacity, RouterConfig
 from model.decoder import Decoder, DecoderOutput
 from model.flops import Routed, executed_flops
+from model.router import Gate, LearnedRouter, RoutingInputs
 from tests.model.tiny import (
     LENGTH,
     assert_close,
@@ -23,11 +26,11 @@ from tests.model.tiny import (
 granular = pytest.mark.parametrize("granularity", ["layer", "module"])
 
 
-def step(model: Decoder, capacity_tokens: int | None, confined: bool = False) -> DecoderOutput:
+def step(model: Decoder, capacity: Capacity | None, confined: bool = False) -> DecoderOutput:
     documents, positions = documents_of(9, 16, 8) if confined else (None, None)
     out = model(
         random_tokens(), random_targets(), sample_ids=torch.tensor([11, 5, 2]), noise_scale=0.7,
-        documents=documents, positions=positions, capacity_tokens=capacity_tokens,
+        documents=documents, positions=positions, capacity=capacity,
     )  # fmt: skip
     (out.loss.loss + (torch.linspace(-3, 5, len(out.routing.density)) * out.routing.density).sum()).backward()
     return out
@@ -38,7 +41,7 @@ def step(model: Decoder, capacity_tokens: int | None, confined: bool = False) ->
 @pytest.mark.parametrize("confined", [False, True], ids=["one-document", "documents"])
 def test_with_room_for_all_it_is_the_rounded_execution(kind: str, granularity: str, confined: bool) -> None:
     models = [decoder(config(kind, granularity=granularity)) for _ in range(2)]
-    rounded, capped = step(models[0], None, confined), step(models[1], LENGTH - 3, confined)
+    rounded, capped = step(models[0], None, confined), step(models[1], Capacity(LENGTH - 3), confined)
     assert torch.equal(rounded.routing.executed, capped.routing.executed)
     assert capped.routing.overflow_tokens.sum() == 0
     assert_close(capped.loss.loss, rounded.loss.loss)
@@ -50,11 +53,10 @@ def test_with_room_for_all_it_is_the_rounded_execution(kind: str, granularity: s
 @granular
 def test_overflow_is_the_model_in_which_those_tokens_skip(granularity: str) -> None:
     """Outputs as if the gate had said skip; the density that is priced counts what the gate really said."""
-    capacity = 12
     capped = decoder(config("learned", granularity=granularity))
-    out = step(capped, capacity)
+    out = step(capped, Capacity(12))
     executed, routing = out.routing.executed, out.routing
-    assert executed.sum(-1).max() == capacity and routing.overflow_tokens.sum() > 0
+    assert executed.sum(-1).max() == 12 and routing.overflow_tokens.sum() > 0
     wanted = routing.density * random_tokens().numel()
     assert_close(wanted, (routing.executed_tokens + routing.overflow_tokens).float(), 1e-4)
 
@@ -70,10 +72,69 @@ def test_overflow_is_the_model_in_which_those_tokens_skip(granularity: str) -> N
         assert_close(capped.get_parameter(name).grad, truths[name])
 
 
+@granular
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("confined", [False, True], ids=["one-document", "documents"])
+def test_exploration_with_room_is_the_reference_that_explores_the_same_tokens(
+    granularity: str, recompute: bool, confined: bool
+) -> None:
+    models = [
+        decoder(config("learned", granularity=granularity, explore=0.5, execution=execution), recompute=recompute)
+        for execution in ("reference", "capacity")
+    ]
+    reference, capped = (step(model, Capacity(LENGTH - 3, explored=5), confined) for model in models)
+    assert torch.equal(reference.routing.executed, capped.routing.executed)
+    assert capped.routing.overflow_tokens.sum() == 0
+    assert capped.routing.explored_tokens.tolist() == [5 * 3] * len(models[1].config.sites)
+    assert torch.equal(capped.routing.explored_tokens, reference.routing.explored_tokens)
+    assert_close(capped.loss.token_nll, reference.loss.token_nll)
+    truths = gradients(models[0])
+    for name, gradient in gradients(models[1]).items():
+        assert_close(gradient, truths[name])
+
+
+def test_explored_windows_have_their_number_and_stand_for_all_skipped_tokens() -> None:
+    """On average over seeds the router's gradient is the one with all explored, whatever a window's density."""
+    x = torch.randn(2, 300, 8, generator=torch.Generator().manual_seed(0))
+    x[1, 20:, 0] = 40.0  # executed by far: 20 tokens of this window at most are skipped
+
+    def gradient(number: int | None, seed: int) -> tuple[Gate, Tensor]:
+        made = LearnedRouter(RouterConfig(density=0.5, explore=1.0), 8, 0)
+        with torch.no_grad():
+            made.weight.copy_(torch.linspace(-0.3, 0.3, 16).view(2, 8))
+        scales = torch.tensor(0.0), torch.tensor(1.0)
+        inputs = RoutingInputs(torch.tensor([3, 4]), torch.arange(300), *scales, seed, explored_tokens=number)
+        gate = made(x, inputs)
+        (gate.value * x[..., 1]).sum().backward()
+        assert made.weight.grad is not None
+        return gate, made.weight.grad
+
+    every, exact = gradient(None, 0)
+    skipped = (~every.executed).sum(1).tolist()
+    assert skipped[0] > 100 and 0 < skipped[1] < 20
+    drawn = [gradient(30, seed) for seed in range(100)]
+    for gate, _ in drawn:
+        assert torch.equal(gate.executed, every.executed) and not (gate.explored & gate.executed).any()
+        assert gate.explored.sum(1).tolist() == [30, skipped[1]]
+    times = torch.stack([gate.explored[0] for gate, _ in drawn]).float().mean(0)[~every.executed[0]]
+    assert times.min() > 0 and times.mean() == pytest.approx(30 / skipped[0]) and times.max() < 2.5 * times.mean()
+    mean = torch.stack([found for _, found in drawn]).mean(0)
+    assert (mean - exact).norm() < 0.1 * exact.norm()
+
+
+def test_tokens_without_room_are_not_added_as_fillers_of_exploration() -> None:
+    """More room for exploration than skipped tokens: fillers are tokens that wanted to execute and found none."""
+    models = [decoder(config("learned", explore=1.0)) for _ in range(2)]
+    few, many = (step(m, Capacity(4, explored=e)) for m, e in zip(models, (0, LENGTH), strict=True))
+    assert few.routing.overflow_tokens.min() > 0
+    assert torch.equal(few.loss.token_nll, many.loss.token_nll)
+    assert few.routing.explored_tokens.max() == 0 < many.routing.explored_tokens.min()
+
+
 def test_evaluation_never_drops() -> None:
     model = decoder(config("learned")).eval()
     with torch.no_grad():
-        free, capped = model(random_tokens()), model(random_tokens(), capacity_tokens=3)
+        free, capped = model(random_tokens()), model(random_tokens(), capacity=Capacity(3))
     assert torch.equal(free.logits, capped.logits) and capped.routing.overflow_tokens.sum() == 0
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model.cache import KVCache
 from model.chunks import IGNORED
+from model.config import Capacity
 from model.decoder import Decoder, DecoderOutput
 from model.generate import generate
 from tests.model.tiny import (
@@ -74,9 +75,9 @@ def test_future_reaches_nothing(kind: str, granularity: str, execution: str, tra
 @granular
 def test_future_reaches_nothing_under_a_capacity(kind: str, granularity: str) -> None:
     model = decoder(config(kind, granularity=granularity))
-    assert run(model, random_tokens(), capacity_tokens=10).routing.overflow_tokens.sum() > 0
+    assert run(model, random_tokens(), capacity=Capacity(10)).routing.overflow_tokens.sum() > 0
     for cut in (1, 16, LENGTH - 1):
-        assert_past_untouched(model, cut, capacity_tokens=10)
+        assert_past_untouched(model, cut, capacity=Capacity(10))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from model.config import Capacity
 from tests.model.tiny import assert_close, config, decoder, gradients, random_targets, random_tokens
 
 pytestmark = pytest.mark.processes  # of a C++ compiler, a minute of them
@@ -23,12 +24,17 @@ def _fresh_compiler() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("capacity_tokens", "recompute", "backend"),
-    [(None, False, "inductor"), (None, True, "aot_eager"), (20, False, "aot_eager"), (20, True, "aot_eager")],
+    ("capacity", "recompute", "backend"),
+    [
+        (None, False, "inductor"),
+        (None, True, "aot_eager"),
+        (Capacity(20), False, "aot_eager"),
+        (Capacity(20), True, "aot_eager"),
+    ],
     ids=["rounded", "rounded-recompute", "capacity", "capacity-recompute"],
 )
 def test_layers_are_compiled_once_for_all_layers_and_densities(
-    capacity_tokens: int | None, recompute: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+    capacity: Capacity | None, recompute: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The default through C++, which takes a minute of a compiler.
 
@@ -51,7 +57,7 @@ def test_layers_are_compiled_once_for_all_layers_and_densities(
                 random_targets(),
                 sample_ids=torch.arange(3) + number,
                 noise_scale=1.0,
-                capacity_tokens=capacity_tokens,
+                capacity=capacity,
             )
             (out.loss.loss + out.routing.density.sum()).backward()
             found.append((out, gradients(model)))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from model.config import BudgetConfig, ModelConfig, Progress, Ramp, RopeScaling, RouterConfig
+from model.config import BudgetConfig, Capacity, ModelConfig, Progress, Ramp, RopeScaling, RouterConfig
 from tests.model.tiny import SIZES, config, share
 
 ROUTER = {"density": 0.5}
@@ -24,10 +24,6 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "more always-on than layers": (
         {"router": ROUTER | {"always_on_first": 9}},
         r"always_on_first \(9\) \+ always_on_last \(0\) leave none of the 3 layers",
-    ),
-    "exploration with static shapes": (
-        {"router": ROUTER | {"explore": 0.1, "execution": "capacity"}},
-        "router.explore \\(0.1\\) computes .*'capacity' has static shapes; set execution: rounded, or explore: 0",
     ),
     "one capacity for sites that may differ": (
         {"router": ROUTER | {"execution": "capacity", "budget": {"kind": "global"}}},
@@ -119,12 +115,14 @@ def test_a_ramp_ends_at_a_share_or_at_a_step() -> None:
 
 def test_capacity_in_whole_blocks() -> None:
     router = RouterConfig(density=0.5, execution="capacity")
-    assert router.capacity_tokens(2048, 0.5) == 1280  # 0.5 x 1.25 x 2048, whole blocks of 128
-    assert router.capacity_tokens(2048, 0.51) == 1408
-    assert router.capacity_tokens(2048, 0.9) == router.capacity_tokens(2048, 1.0) == 2048
-    assert router.capacity_tokens(100, 0.25) == 100
-    assert RouterConfig(density=0.5, execution="capacity", capacity_factor=1.0).capacity_tokens(2048, 0.5) == 1024
-    assert RouterConfig(density=0.5).capacity_tokens(2048, 0.5) is None
+    assert router.capacity(2048, 0.5) == Capacity(1280)  # 0.5 x 1.25 x 2048, whole blocks of 128
+    assert router.capacity(2048, 0.51) == Capacity(1408)
+    assert router.capacity(2048, 0.9) == router.capacity(2048, 1.0) == Capacity(2048)
+    assert router.capacity(100, 0.25) == Capacity(100)
+    exact = RouterConfig(density=0.5, execution="capacity", capacity_factor=1.0, explore=0.1)
+    assert exact.capacity(2048, 0.5) == Capacity(1024, explored=112)  # 0.1 x 0.5 x 2048, whole blocks of 16
+    assert exact.capacity(2048, 1.0) == Capacity(2048, explored=112)  # the same all along a density's ramp
+    assert RouterConfig(density=0.5).capacity(2048, 0.5) is None
 
 
 def test_defaults_are_the_papers_where_the_method_says_so() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model import noise
 from model.config import RouterConfig
-from model.router import ROUTERS, Gate, RoutingInputs, _difference, _logits
+from model.router import ROUTERS, Centres, Gate, RoutingInputs, _difference, _logits
 
 BATCH, TOKENS, WIDTH, SITE = 4, 50, 16, 3
 SEED = 9
@@ -147,8 +147,9 @@ def test_the_margins_gradient_without_an_fp32_copy_of_the_input(dtype: torch.dty
 
 def test_a_threshold_moves_the_decision_and_a_centre_the_gradient() -> None:
     learned, x = router("learned"), hidden().requires_grad_()
-    thresholds, centres = torch.full((SITE + 1,), 0.7), torch.full((SITE + 1,), -0.4)
-    given = replace(inputs(1.0), thresholds=thresholds, centres=centres)
+    thresholds = torch.full((SITE + 1,), 0.7)
+    means = torch.zeros((SITE + 1, x.shape[-1]))
+    given = replace(inputs(1.0), thresholds=thresholds, centres=Centres(torch.full((SITE + 1,), -0.4), means))
     gate = learned(x, given)
     u = noise.uniform(SEED, given.sample_ids, SITE, torch.arange(TOKENS))
     noisy = margin(x, learned.weight) + torch.logit(u)
@@ -158,6 +159,30 @@ def test_a_threshold_moves_the_decision_and_a_centre_the_gradient() -> None:
     (found,) = torch.autograd.grad(gate.value.sum(), learned.weight)
     (expected,) = torch.autograd.grad(torch.sigmoid(noisy + 0.4).sum(), learned.weight)
     torch.testing.assert_close(found, expected)
+    assert gate.input_sum is not None
+    torch.testing.assert_close(gate.input_sum, x.detach().sum((0, 1)))
     everything = replace(given, thresholds=torch.full((SITE + 1,), -math.inf))
     assert learned(x, everything).executed.all()
     assert torch.equal(learned.eval()(x, given).executed, margin(x, learned.weight) >= 0.7)
+
+
+def test_a_threshold_follows_what_tokens_have_in_common_and_a_router_learns_the_rest() -> None:
+    """The gradient is that of a router which reads its input less the mean; decisions are those of the input itself."""
+    learned, x = router("learned"), hidden() + 3.0
+    thresholds, margins = torch.full((SITE + 1,), 0.7), torch.zeros(SITE + 1)
+    mean = x.mean((0, 1))
+    means = torch.full((SITE + 1, x.shape[-1]), 50.0)
+    means[SITE] = mean
+    plain = replace(inputs(1.0), thresholds=thresholds)
+    gate = learned(x, replace(plain, centres=Centres(margins, means)))
+    assert torch.equal(gate.executed, learned(x, plain).executed)
+    weights = torch.linspace(-1, 2, gate.value.numel()).view_as(gate.value)
+    (found,) = torch.autograd.grad((gate.value * weights).sum(), learned.weight)
+    assert gate.noisy_margin is not None
+    slope = torch.sigmoid(gate.noisy_margin) * (1 - torch.sigmoid(gate.noisy_margin)) * weights
+    execute = torch.einsum("bt,btd->d", slope, x - mean)
+    torch.testing.assert_close(found, torch.stack((-execute, execute)), rtol=1e-4, atol=1e-4)
+    # In the first step there is no mean yet.
+    first = learned(x, replace(plain, centres=Centres(margins, None)))
+    (nothing,) = torch.autograd.grad((first.value * weights).sum(), learned.weight)
+    assert not nothing.any() and torch.equal(first.executed, gate.executed)

@@ -23,7 +23,7 @@ from bench.common.contestants import (
 )
 from bench.common.memory import peak_bytes
 from bench.common.options import model_config, routed_name
-from model.config import RouterConfig
+from model.config import Capacity, RouterConfig
 from model.flops import Routed, dense_flops, executed_flops
 
 CPU = torch.device("cpu")
@@ -133,11 +133,11 @@ def test_a_peer_that_does_not_compile_runs_as_it_comes(monkeypatch: pytest.Monke
 def test_capacity_holds_every_row_to_its_room(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[int, float]] = []
 
-    def ten(_: object, tokens: int, target: float) -> int:
+    def ten(_: object, tokens: int, target: float) -> Capacity:
         asked.append((tokens, target))
-        return 10
+        return Capacity(10)
 
-    monkeypatch.setattr(RouterConfig, "capacity_tokens", ten)
+    monkeypatch.setattr(RouterConfig, "capacity", ten)
     ours = _ours(0.5, "capacity")
     ours.step()
     assert asked == [(64, 0.5)]
