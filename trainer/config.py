@@ -214,7 +214,10 @@ class DeepSpeedSettings(Strict):
     persistence_threshold: int = Field(100_000, ge=0)
     """stage 3: parameters with fewer elements stay whole on every rank."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Merged into the generated DeepSpeed JSON as it is; must not contradict what is generated."""
+    """Merged into the generated DeepSpeed JSON; must not contradict what is generated. Only what is known to train, to
+    be saved and to resume here: ``KNOWN_EXTRA`` in ``trainer/deepspeed_config.py``."""
+    allow_untested: bool = False
+    """Let ``extra`` hold anything else, too: nobody has looked whether saving and resuming know of it."""
 
 
 class StageConfig(Strict):

@@ -90,9 +90,11 @@ def test_other_optimisers_are_not_in_the_json(configure: Configure) -> None:
 
 
 def test_extra_is_merged_into_every_depth(configure: Configure) -> None:
-    extra = "{wall_clock_breakdown: true, zero_optimization: {overlap_comm: false, stage: 2}, gradient_clipping: 1.0}"
+    extra = (
+        "{communication_data_type: fp32, zero_optimization: {overlap_comm: false, stage: 2}, gradient_clipping: 1.0}"
+    )
     made = deepspeed_config(configure(f"deepspeed.extra={extra}"), 1)
-    assert made["wall_clock_breakdown"] is True
+    assert made["communication_data_type"] == "fp32"
     assert made["zero_optimization"] == {"stage": 2, "reduce_scatter": False, "overlap_comm": False}
     assert made["gradient_clipping"] == 1.0  # the same value is no contradiction
 
@@ -106,11 +108,24 @@ def test_extra_is_merged_into_every_depth(configure: Configure) -> None:
         ("{train_batch_size: 16}", r"deepspeed\.extra\.train_batch_size \(16\) contradicts .* \(8\)"),
         ("{bf16: {enabled: true}}", r"deepspeed\.extra\.bf16\.enabled \(True\) contradicts .* \(False\)"),
         ("{fp16: {enabled: true}}", r"deepspeed\.extra\.fp16\.enabled \(True\) contradicts .* \(False\)"),
+        ("{gradient_cliping: 1.0}", r"extra\.gradient_cliping is not among .* \(communication_data_type, zero_"),
+        (
+            "{zero_optimization: {zero_quantized_weights: true}}",
+            r"zero_quantized_weights is not .*allow_untested: true",
+        ),
+        ("{compile: {deepcompile: true}}", r"deepspeed\.extra\.compile is not among what is known"),
+        ("{bf16: {immediate_grad_update: true}}", r"extra\.bf16\.immediate_grad_update .*\(nothing in this block\)"),
     ],
 )
 def test_extra_must_not_contradict(configure: Configure, extra: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         deepspeed_config(configure(f"deepspeed.extra={extra}"), 1)
+
+
+def test_what_is_not_known_can_be_forced(configure: Configure) -> None:
+    extra = "{zero_optimization: {zero_quantized_weights: true}, compile: {deepcompile: true}}"
+    made = deepspeed_config(configure(f"deepspeed.extra={extra}", "deepspeed.allow_untested=true"), 1)
+    assert made["zero_optimization"]["zero_quantized_weights"] is True and made["compile"] == {"deepcompile": True}
 
 
 def test_a_batch_that_does_not_divide_is_refused(configure: Configure) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 
 from model.decoder import Decoder
@@ -175,3 +176,21 @@ def test_partitioned_parameters_are_gathered_one_at_a_time(
         assert list(written) == list(shapes)[rank::2] and all(p.numel() == 0 for p in model.parameters())
         for name, (owner, values) in written.items():
             assert owner == rank and torch.equal(values, expected.get_parameter(name)), name
+
+
+def test_zero_3_gathers_a_layer_as_one(configure: Configure, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its modules are not fetched one by one, also with exploration, for which they are called twice."""
+    config, fetched = configure("deepspeed.zero_stage=3", "model.router.explore=0.5"), []
+    real = PartitionedParameterCoordinator.fetch_sub_module
+
+    def fetch(self: Any, module: torch.nn.Module, forward: bool) -> None:
+        fetched.append((type(module).__name__, forward))
+        real(self, module, forward)
+
+    with engine_for(config, world) as engine:
+        take_steps(engine, config, world, 1)
+        monkeypatch.setattr(PartitionedParameterCoordinator, "fetch_sub_module", fetch)
+        take_steps(engine, config, world, 1, first=1)
+    layers, micro_batches = config.model.layers, config.accumulation(1)
+    assert fetched.count(("Block", True)) == layers * micro_batches
+    assert {name for name, _ in fetched} == {"Decoder", "Embedding", "ModuleList", "Block", "RMSNorm", "LMHead"}
