@@ -2,11 +2,16 @@
 # make demo    text to an exported, tuned model      make check   format, lint, types, text
 # make quick   the tests that start no processes and build no engines, and some that do: some of every folder
 # make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
+# make gpu     all that only a GPU can tell, in ten minutes; DEVICE=cpu rehearses it. OUT, MINUTES, WHEELS: docs/speed.md
+# make wheels  what a GPU machine without network lacks, into wheels/; HAVE names a file with what it has
 # make lock    newest versions of what requirements.txt and requirements-dev.txt need, into requirements.lock
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
+MINUTES ?= 10
+OUT ?= runs/gpu
+DEVICE ?= cuda
 DEMO := configs/demo.yaml configs/tune_demo.yaml
 UV := $(BIN)/uv pip
 INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock
@@ -16,7 +21,7 @@ INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock
 # to import instead of 4.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup tools demo quick test faults check docs lock clean
+.PHONY: setup tools demo quick test faults gpu wheels check docs lock clean
 
 setup: $(VENV)/.installed
 tools: $(VENV)/.tools
@@ -47,6 +52,14 @@ test: tools
 
 faults: tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "slow or not slow" tests/faults
+
+# With the environment that is there: a borrowed machine has its own torch and no network.
+gpu:
+	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m bench.gpu --device $(DEVICE) --minutes $(MINUTES) --out $(OUT) \
+		$(if $(WHEELS),--wheels $(WHEELS))
+
+wheels: setup
+	$(BIN)/python -m bench.gpu.wheels wheels $(if $(HAVE),--have $(HAVE))
 
 check: tools
 	$(BIN)/ruff format --check .

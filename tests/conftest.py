@@ -44,9 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("processes")
         if "world" in getattr(item, "fixturenames", ()):
             item.add_marker("engines")
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if "slow" in item.keywords and "slow" not in chosen:
+        if item.get_closest_marker("slow") and "slow" not in chosen:
             item.add_marker(pytest.mark.skip(reason="takes minutes; run with -m slow"))
     if "PYTEST_XDIST_WORKER" in os.environ:  # the long files first, so that the workers end at the same time
         items.sort(key=lambda item: "processes" not in item.keywords)

@@ -31,6 +31,7 @@ MAY_IMPORT_WITHIN = {
     "data.prepare": {"data.config", "data.discovery", "data.files", "data.shards", "data.sources"}
     | {"data.store", "data.token_files", "data.tokenization", "data.tokenizer", "data.tokenizer_json"},
     "bench.common": set(),
+    "bench.gpu": {"bench.common"},
     "bench.isoflop": {"bench.common"},
     "bench.loop": {"bench.common", "bench.loader"},
     "evals.dial": {"evals.windows"},

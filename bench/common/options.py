@@ -75,22 +75,33 @@ def add_run(parser: argparse.ArgumentParser, repeats: int, check: bool = True) -
         )
 
 
-def resolve(options: argparse.Namespace, cpu: Mapping[str, object], cuda: Mapping[str, object]) -> None:
-    """Fill in the device and what goes by it; ``options.other_sizes`` says what differs from the device's defaults.
+def find_device(asked: str | None) -> str:
+    """The device ``asked`` for; without one, cuda if there is one.
 
     Raises:
         ValueError: for a device that is none or not there.
     """
     import torch
 
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
-        raise ValueError(f"--device must be cpu or cuda (or cuda:N), got {options.device}")
-    on_cuda = options.device != "cpu"
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device must be cpu or cuda (or cuda:N), got {device}")
+    on_cuda = device != "cpu"
     if on_cuda and not torch.cuda.is_available():
-        raise ValueError(f"--device {options.device} asks for a CUDA device and there is none; use --device cpu")
-    if on_cuda and (torch.device(options.device).index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {options.device} is not there; this machine has {torch.cuda.device_count()}")
+        raise ValueError(f"--device {device} asks for a CUDA device and there is none; use --device cpu")
+    if on_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device} is not there; this machine has {torch.cuda.device_count()}")
+    return device
+
+
+def resolve(options: argparse.Namespace, cpu: Mapping[str, object], cuda: Mapping[str, object]) -> None:
+    """Fill in the device and what goes by it; ``options.other_sizes`` says what differs from the device's defaults.
+
+    Raises:
+        ValueError: for a device that is none or not there.
+    """
+    options.device = find_device(options.device)
+    on_cuda = options.device != "cpu"
     defaults = {"dtype": "bf16" if on_cuda else "fp32", **(cuda if on_cuda else cpu)}
     for name, value in defaults.items():
         if getattr(options, name) is None:
