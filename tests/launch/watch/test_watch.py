@@ -180,6 +180,24 @@ def test_many_ranks_show_those_that_are_late(run: Path, watched: Watch) -> None:
     assert status == 76 and "late: rank 17 on " in told and "39 more of 40 ranks are not late" in told
 
 
+@pytest.mark.parametrize(("every_s", "silent_after_s"), [(2.0, 4), (16.0, 48)])
+def test_of_thousands_of_ranks_three_heartbeats_may_be_missed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, every_s: float, silent_after_s: int
+) -> None:
+    """With a patience of 4 s, by a stopwatch of ours."""
+    now_s = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    heartbeat = Heartbeat(run / "heartbeat", 0)
+    heartbeat.every_s = every_s
+    heartbeat.write()
+    looks = watch.Watch(run, 4.0)
+    assert not looks.look().silent
+    now_s[0] += silent_after_s
+    assert not looks.look().silent
+    now_s[0] += 0.5
+    assert looks.look().silent == {0}
+
+
 def test_before_the_first_heartbeat(run: Path, watched: Watch) -> None:
     assert state_of([], set(), waited=False) == "starting"
     (run / "metrics.jsonl").unlink()
