@@ -208,7 +208,6 @@ def _weights_of(loaded: Loaded) -> Iterator[Weights]:
     """The parameters of a checkpoint or a folder of weights."""
     from trainer.checkpoints.read_weights import weights_of
     from trainer.checkpoints.weights_folder import mismatch, weights_in
-    from trainer.checkpoints.zero_files import MASTER
     from trainer.config import WeightsConfig
 
     if isinstance(loaded.config, WeightsConfig):
@@ -226,10 +225,7 @@ def _weights_of(loaded: Loaded) -> Iterator[Weights]:
         )
 
     def read(name: str) -> Tensor:
-        entry = found[name]
-        flat = entry.part(MASTER)
-        entry.check(loaded.source, flat)
-        return flat.view(entry.shape)
+        return found[name].master(loaded.source).view(found[name].shape)
 
     yield read
 

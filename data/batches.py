@@ -123,8 +123,8 @@ class MixedStream:
 class TrainingData(MixedStream):
     """All sources, mixed and shuffled."""
 
-    def __init__(self, config: DataConfig, pin_memory: bool = False) -> None:
-        """Open every source; batches are in pinned memory if asked.
+    def __init__(self, config: DataConfig, pin_memory: bool = False, check_files: bool = True) -> None:
+        """Open every source; batches are in pinned memory if asked, ``check_files`` as of :class:`TokenStore`.
 
         Raises:
             ValueError: a source is missing, damaged, shorter than one window, or made with another tokenizer than
@@ -134,7 +134,8 @@ class TrainingData(MixedStream):
         self._pin_memory = pin_memory
         names = [source.name for source in config.sources]
         self._tokenizer_sha256 = tokenizer_sha256(config.dir)
-        self._stores = [_open(train_folder(config, name), self._tokenizer_sha256, config) for name in names]
+        folders = [train_folder(config, name) for name in names]
+        self._stores = [_open(folder, self._tokenizer_sha256, config, check_files) for folder in folders]
         super().__init__(config, [store.windows(config.sequence_tokens) for store in self._stores])
 
     @property
@@ -188,15 +189,15 @@ class TrainingData(MixedStream):
 class ValidationSet:
     """One named validation set: its windows in order, the same every time."""
 
-    def __init__(self, config: DataConfig, name: str) -> None:
-        """Open ``name``, one of ``config.validation``.
+    def __init__(self, config: DataConfig, name: str, check_files: bool = True) -> None:
+        """Open ``name``, one of ``config.validation``; ``check_files`` as of :class:`TokenStore`.
 
         Raises:
             ValueError: as for :class:`TrainingData`.
         """
         self.name = name
         self._config = config
-        self._store = _open(validation_folder(config, name), tokenizer_sha256(config.dir), config)
+        self._store = _open(validation_folder(config, name), tokenizer_sha256(config.dir), config, check_files)
 
     @property
     def samples(self) -> int:
@@ -245,8 +246,8 @@ def step_sample_ids(
     return [range(start, start + micro_batch) for start in first]
 
 
-def _open(folder: Path, expected_tokenizer: str, config: DataConfig) -> TokenStore:
-    store = TokenStore(folder, expected_tokenizer)
+def _open(folder: Path, expected_tokenizer: str, config: DataConfig, check_files: bool) -> TokenStore:
+    store = TokenStore(folder, expected_tokenizer, check_files)
     if not store.windows(config.sequence_tokens):
         raise ValueError(
             f"{folder} holds {store.tokens} tokens, but one window takes data.sequence_tokens + 1 = "

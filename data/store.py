@@ -2,8 +2,8 @@
 
 A shard that is changed under a run would change what it learns without a word. So before each window the shard's
 files are looked at (size, time of change, inode: two system calls). If they are others than before, or at first use
-newer than the manifest, which is written last, their SHA-256 decides: the same bytes, as after a copy, are taken,
-others end the run and are named.
+newer than the manifest, which is written last, or of another size than it says, their SHA-256 decides: the same bytes,
+as after a copy, are taken, others end the run and are named.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ def validation_folder(config: DataConfig, name: str) -> Path:
 class TokenStore:
     """All shards of one source as one long row of tokens. Never writes."""
 
-    def __init__(self, folder: str | Path, tokenizer_sha256: str | None = None) -> None:
+    def __init__(self, folder: str | Path, tokenizer_sha256: str | None = None, check_files: bool = True) -> None:
         """Open ``folder`` and compare every file's size with the manifest.
 
         Args:
             folder: what ``data.prepare`` wrote.
             tokenizer_sha256: refuse shards made with another tokenizer; None takes any.
+            check_files: at once; otherwise each is looked at when it is used, and only the manifest is read.
 
         Raises:
             ValueError: a file is missing, cut, damaged or of another format or tokenizer; the sentence names it.
@@ -61,7 +62,8 @@ class TokenStore:
                 f"data folder's tokenizer is {tokenizer_sha256[:12]}; restore that tokenizer or prepare again"
             )
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
-        self._check_files()
+        if check_files:
+            self._check_files()
         counts = [shard.tokens for shard in self.manifest.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if self._starts[-1] != self.manifest.tokens:
@@ -136,9 +138,10 @@ class TokenStore:
             }
             for name, size in sizes.items():
                 path, again = self.folder / name, self._again()
-                if not path.is_file():
-                    raise ValueError(f"{path} is missing; {again}")
-                there = path.stat().st_size
+                try:
+                    there = os.stat(path).st_size
+                except FileNotFoundError:
+                    raise ValueError(f"{path} is missing; {again}") from None
                 if there != size or name not in shard.files or shard.files[name].bytes != size:
                     raise ValueError(f"{path} has {there} bytes, the manifest counts {size}; {again}")
 
@@ -149,7 +152,9 @@ class TokenStore:
         if columns is None or looks != self._seen[number]:
             for path in self._paths[number]:
                 SHARED.forget(path)
-            if columns is not None or any(look.changed_ns > self._written_ns for look in looks):
+            expected = [file.bytes for file in shard.files.values()]
+            whole = expected == [look.size_bytes for look in looks]
+            if columns is not None or not whole or any(look.changed_ns > self._written_ns for look in looks):
                 self._compare(shard)
             tokens, ends = (str(self.folder / f"{shard.name}.{kind}") for kind in ("bin", "ends"))
             columns = Column(tokens, self._dtype, shard.tokens), Column(ends, ENDS_DTYPE, shard.documents)

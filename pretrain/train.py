@@ -21,6 +21,7 @@ from trainer.config import PretrainConfig, load_run
 from trainer.exit_status import EXIT_PREEMPTED
 
 if TYPE_CHECKING:
+    from data.batches import TrainingData, ValidationSet
     from trainer.distributed import World
 
 
@@ -30,15 +31,12 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     Raises:
         ValueError: for anything that the user can fix; what was saved stays.
     """
-    from data.batches import TrainingData, ValidationSet
     from pretrain.initial import open_initial
     from trainer.loop import run
     from trainer.monitor.summary import describe_end, describe_start
     from trainer.trainer import Trainer
 
-    data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
-    data.require_vocabulary(config.data.tokenizer.vocab_size)
-    validation_sets = [ValidationSet(config.data, source.name) for source in config.data.validation]
+    data, validation_sets = open_data(config, world)
     initial = None
     if config.init is not None:
         initial = partial(open_initial, config.init, config.model, Path(config.data.dir), world)
@@ -48,6 +46,30 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
             return EXIT_PREEMPTED
         trainer.log.info(describe_end(config, trainer.evaluations))
     return 0
+
+
+def open_data(config: PretrainConfig, world: World) -> tuple[TrainingData, list[ValidationSet]]:
+    """Training and validation data; rank 0 looks at every shard's files, for all; collective.
+
+    Raises:
+        ValueError: if they are missing, damaged or do not go with the config; on every rank.
+    """
+    from data.batches import TrainingData, ValidationSet
+
+    def opened(check_files: bool) -> tuple[TrainingData, list[ValidationSet]]:
+        data = TrainingData(config.data, world.device.type == "cuda", check_files)
+        data.require_vocabulary(config.data.tokenizer.vocab_size)
+        return data, [ValidationSet(config.data, source.name, check_files) for source in config.data.validation]
+
+    found, problem = None, None
+    if world.is_main:
+        try:
+            found = opened(check_files=True)
+        except ValueError as error:
+            problem = str(error)
+    if problem := world.broadcast_object(problem):
+        raise ValueError(problem)
+    return found or opened(check_files=False)
 
 
 def main() -> int:

@@ -179,6 +179,10 @@ class TrainConfig(Strict):
         """After which a start of the run ends."""
         return self.steps if self.stop_at_step is None else min(self.stop_at_step, self.steps)
 
+    def is_logged(self, step: int) -> bool:
+        """Whether a line of metrics is written after ``step`` steps."""
+        return step % self.log.every_steps == 0 or step == self.last_step
+
     def progress(self, step: int) -> Progress:
         """Where the run is after ``step`` steps."""
         return Progress(step, self.steps)

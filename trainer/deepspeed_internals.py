@@ -111,13 +111,16 @@ def whole_weight(parameter: Tensor) -> Tensor:
     return weight
 
 
-def set_weight(parameter: Tensor, read: Callable[[int, int], Tensor], rank: int, size: int) -> None:
-    """Put a weight into what the forward pass of this rank uses, in its own precision.
+def set_weight(engine: Any, parameter: Tensor, read: Callable[[int, int], Tensor], rank: int, size: int) -> None:
+    """Put what this rank keeps of a weight into what its forward pass uses, in its own precision.
+
+    Where the masters of all ranks together are the weight, or their parts of it, nothing more is asked for:
+    :func:`share_weights` then does the rest.
 
     Args:
-        parameter: of an engine's module.
-        read: gives entries of the whole, flat weight: the first, and how many. Of a partitioned one only this rank's
-            part is asked for.
+        engine: DeepSpeed's.
+        parameter: of its module.
+        read: gives entries of the whole, flat weight: the first, and how many.
         rank, size: of this process, and how many there are.
     """
     entries = whole_size(parameter)
@@ -127,8 +130,21 @@ def set_weight(parameter: Tensor, read: Callable[[int, int], Tensor], rank: int,
         parameter.ds_tensor.view(-1)[: own.numel()].copy_(own)
         if hasattr(parameter, "ds_secondary_tensor"):
             parameter.ds_secondary_tensor = None  # hpZ's copy within a node, which forward passes read: made again
-    if parameter.numel():  # whole on every rank: not partitioned, or small
+    elif not (engine.zero_optimization_stage() in (1, 2) and parameter.requires_grad):
         parameter.copy_(read(0, entries).view(parameter.shape))
+
+
+def share_weights(engine: Any, gather: Callable[[Tensor], Tensor]) -> None:
+    """After every rank has its masters and parts: what the forward pass wants whole, from all of them; collective.
+
+    ``gather`` gives the flat values of every rank, one after the other.
+    """
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.update_lp_params()
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_tensor") and parameter.numel():  # small, so whole on every rank, too
+            whole = gather(parameter.ds_tensor.view(-1).to(parameter.device))
+            parameter.copy_(whole[: parameter.numel()].view(parameter.shape))
 
 
 def torch_optimizer(engine: Any) -> torch.optim.Optimizer:

@@ -54,6 +54,12 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def largest(self, values: Tensor) -> Tensor:
+        """Elementwise largest over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def give(self, values: Tensor, source: int) -> Tensor:
         """The values that rank ``source`` has, on every rank, in place."""
         if self.size > 1:
@@ -61,6 +67,14 @@ class World:
             dist.broadcast(there, src=source)
             values.copy_(there)
         return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """The flat ``values`` of every rank, one after the other, on every rank."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """``value`` of every rank, in rank order, on every rank."""

@@ -1,4 +1,5 @@
-"""What every rank says of itself while it runs: ``RUN/heartbeat/rank-N.json``, rewritten every two seconds.
+"""What every rank says of itself while it runs: ``RUN/heartbeat/rank-N.json``, rewritten every two seconds, or as often
+as all ranks together may write.
 
 Two different things stop when a run goes wrong, so both are reported: ``beat`` counts up as long as the process can run
 at all, ``still_s`` grows while it makes no progress. A rank that waits for another still beats; one that was killed or
@@ -19,7 +20,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 BEAT_EVERY_S = 2.0
-"""Seconds between two writes."""
+"""Seconds between two writes, at least."""
+_BEATS_PER_S = 128
+"""Of all ranks together, at most: what a file of each node of 8 GPUs every two seconds would be at 2,048 ranks. Each is
+a file made and a file renamed, in one folder of a shared file system."""
 FINAL = ("ended", "stopped", "stalled", "failed", "lost")
 """Phases after which a rank is silent: all steps done, asked to stop and saved, no progress, an error, and the error of
 a rank that has lost another one."""
@@ -37,6 +41,7 @@ class Beat:
         before: the phase before that: what a rank was at when it stalled or failed.
         still_s: seconds without progress.
         time: of the rank's own clock, seconds since 1970; for people.
+        every_s: seconds between two writes of a rank that is well.
     """
 
     rank: int
@@ -48,6 +53,7 @@ class Beat:
     before: str
     still_s: float
     time: float
+    every_s: float = BEAT_EVERY_S
 
     @property
     def doing(self) -> str:
@@ -60,6 +66,7 @@ class Heartbeat:
 
     def __init__(self, folder: Path, rank: int):
         self.path = folder / f"rank-{rank}.json"
+        self.every_s = BEAT_EVERY_S
         self.rank, self.step, self.phase, self.before = rank, 0, "starting", "starting"
         self._written = 0
         self._progress_s = time.monotonic()
@@ -85,13 +92,19 @@ class Heartbeat:
         self._written += 1
         still_s, host = round(self.still_s, 1), socket.gethostname()
         beat = Beat(
-            self.rank, host, os.getpid(), self._written, self.step, self.phase, self.before, still_s, time.time()
-        )
+            self.rank, host, os.getpid(), self._written, self.step, self.phase, self.before, still_s, time.time(),
+            self.every_s,
+        )  # fmt: skip
         # No fsync: a heartbeat that a power cut loses says nothing wrong.
         temporary = self.path.with_suffix(".tmp")
         with contextlib.suppress(OSError):
             temporary.write_text(json.dumps(asdict(beat)))
             temporary.replace(self.path)
+
+
+def beat_every_s(ranks: int) -> float:
+    """Seconds between two writes of each of ``ranks`` ranks."""
+    return max(BEAT_EVERY_S, ranks / _BEATS_PER_S)
 
 
 def read_beats(folder: Path) -> list[Beat]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.router import LearnedRouter, Router
 from trainer.checkpoints.reshard import put
-from trainer.checkpoints.zero_files import MASTER, Stored
+from trainer.checkpoints.zero_files import Stored, as_they_are
 from trainer.distributed import World
 
 
@@ -60,14 +60,13 @@ class GivenWeights:
             ValueError: if the files hold another model than their config says.
         """
         engine.module.thresholds = None if self.thresholds is None else self.thresholds.to(world.device)
-        left = put(engine, self.stored(), self.folder, world.rank, world.size)
+        left = put(engine, self.stored(), self.folder, world)
         routers = {f"{name}.weight": m for name, m in engine.module.named_modules() if isinstance(m, Router)}
         if missing := [name for name in left if name not in routers]:
             raise ValueError(f"{self.folder} has no {missing[0]}; its files do not belong together, so copy it again")
-        shape = torch.Size((2, self.model.width))
+        shape = (2, self.model.width)
         closed = [name for name in left if isinstance(routers[name], LearnedRouter)]
-        zeros = (Stored(name, shape, {MASTER: [torch.zeros(shape.numel())]}) for name in closed)
-        put(engine, zeros, self.folder, world.rank, world.size)
+        put(engine, as_they_are({name: torch.zeros(shape) for name in closed}), self.folder, world)
 
 
 Initial = Fork | GivenWeights

@@ -24,7 +24,7 @@ from model.chunks import IGNORED
 from model.config import Capacity, Progress
 from model.decoder import DecoderOutput
 from model.ensemble import Balance
-from model.flops import Routed
+from model.flops import Routed, training_flops
 from model.head import LossSums
 from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping
@@ -80,6 +80,19 @@ class Tally:
 
 
 @dataclass(frozen=True)
+class Largest:
+    """The most that one rank did in a step, over its micro-batches.
+
+    Attributes:
+        flops: forward and backward, of the rank that had most.
+        routed: every count's largest; they may be of different ranks.
+    """
+
+    flops: float
+    routed: Routed
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What a step did.
 
@@ -89,6 +102,7 @@ class StepResult:
         grad_norm: norm of the gradient before clipping; None where DeepSpeed does not report it.
         applied: False where the update was left out because something was not finite.
         bad_ranks: then, the ranks whose loss was not finite, with their sample ids.
+        largest: what the ranks that the others wait for did; None for a step that is not logged.
     """
 
     tally: Tally
@@ -96,6 +110,7 @@ class StepResult:
     grad_norm: float | None
     applied: bool
     bad_ranks: list[tuple[int, list[int]]]
+    largest: Largest | None = None
 
 
 class _StepSums(NamedTuple):
@@ -194,10 +209,15 @@ class Counter:
         moments = torch.stack((self.sums.margins, self.sums.squared_margins)) / self.sums.tokens
         return Seen(moments, self.sums.inputs.view(len(self.sums.margins), -1) / self.sums.tokens)
 
-    def tally(self) -> Tally:
-        """The sums on the host."""
-        names, sizes = _StepSums._fields[:-1], self._sizes[:-1]  # what routers read stays on the device
-        numbers = iter(self.vector[: sum(sizes)].tolist())  # one copy, one wait
+    @property
+    def counts(self) -> Tensor:
+        """The vector without what routers read, which stays on the device."""
+        return self.vector[: sum(self._sizes[:-1])]
+
+    def tally(self, counts: Tensor | None = None) -> Tally:
+        """The sums on the host; or those of ``counts``, which has the order of :attr:`counts`."""
+        names, sizes = _StepSums._fields[:-1], self._sizes[:-1]
+        numbers = iter((self.counts if counts is None else counts).tolist())  # one copy, one wait
         found: dict[str, Any] = {
             name: [next(numbers) for _ in range(size)] for name, size in zip(names, sizes, strict=True)
         }
@@ -307,21 +327,28 @@ def train_step(
             engine.step()
     if stop_requested:
         counter.ask_to_stop()
-    own_bad = (
-        counter.sums.bad_micro_batches.clone()
-    )  # before the sum makes it everybody's; read only if the step went bad
+    own = counter.counts.clone()  # before the sum makes it everybody's; read only if the step is logged or went bad
     world.sum(counter.vector)
     norm, applied = _update(engine, config)
+    largest = _largest(counter, own, config, world) if config.train.is_logged(step + 1) else None
     if applied:
         density = counter.wanted_density()
         penalty = float(budget.penalty(density, progress))
         budget.observe(density, progress, counter.seen() if budget.follows_margins else None)
         if balance is not None:
             balance.observe(counter.sums.vote_largest)
-        return StepResult(counter.tally(), penalty, norm, True, [])
+        return StepResult(counter.tally(), penalty, norm, True, [], largest)
     ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
-    bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if own_bad > 0 else None) if entry]
-    return StepResult(counter.tally(), float("nan"), norm, False, bad_ranks)
+    bad = counter.tally(own).bad_micro_batches > 0
+    bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if bad else None) if entry]
+    return StepResult(counter.tally(), float("nan"), norm, False, bad_ranks, largest)
+
+
+def _largest(counter: Counter, own: Tensor, config: StageConfig, world: World) -> Largest:
+    """What the busiest ranks did, from this rank's ``own`` sums; collective: a sum cannot tell."""
+    flops = training_flops(config.model, counter.tally(own).routed)
+    most = world.largest(torch.cat((own, own.new_tensor([flops]))))
+    return Largest(float(most[-1]), counter.tally(most[:-1]).routed)
 
 
 def _update(engine: Any, config: StageConfig) -> tuple[float | None, bool]:

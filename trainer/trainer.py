@@ -141,7 +141,7 @@ class Trainer:
         self.stop = StopRequest(tell=world.is_main)
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
         self.engine.module.register_forward_hook(lambda *_: tick())
-        self.watchdog = Watchdog(self.run, config.train.stall_timeout_s, self.stop.request)
+        self.watchdog = Watchdog(self.run, config.train.stall_timeout_s, self.stop.request, world.size)
         self.evaluations: dict[int, list[Evaluation]] = {}
         self._bad_in_a_row = 0
         self.watchdog.start()

@@ -18,6 +18,7 @@ from launch.plan import communication
 from launch.plan.communication import Cluster, Step, expected_mfu, ladder, volume
 from launch.plan.data import data_lines
 from launch.plan.gpus import GPUS
+from launch.plan.imbalance import sentence
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
 from settings import counted, parse_arguments, tables, user_errors
@@ -53,7 +54,7 @@ def describe(workload: Workload, arguments: argparse.Namespace) -> str:
     parts = [
         _what(workload, arguments),
         _memory(workload, arguments),
-        _time(workload, arguments, cluster, mfu),
+        _time(workload, arguments, cluster, mfu) + f"\n{sentence(workload, arguments.gpus)}".rstrip(),
         _communication(workload, arguments.gpus, cluster),
         _scaling(workload, arguments.gpus, cluster, sum(mfu) / 2),
     ]

@@ -23,12 +23,14 @@ from launch.watch.report import Report, line, page
 from launch.watch.sources import Figures, read_checkpoint, read_figures, read_steps
 from settings import path_argument, user_errors
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
-from trainer.heartbeat import FINAL, Beat, read_beats
+from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, read_beats
 from trainer.monitor import metrics_file
 
 STATUS = {"ended": 0, "stopped": EXIT_PREEMPTED, "stalled": EXIT_STALLED, "lost": EXIT_STALLED, "failed": 1}
 """Exit status by the state in which a run is over; of one that goes on it is 0."""
 _GLANCE_S = 0.5
+_MISSED = 3
+"""Heartbeats that a rank may miss where it writes them more rarely than usual."""
 _LAST_LINES = 20
 
 
@@ -62,8 +64,10 @@ class Watch:
                 self._heard[beat.rank] = (seen, now_s)
                 self._moved |= set() if before is None else {beat.rank}
         heard_s = {beat.rank: now_s - self._heard[beat.rank][1] for beat in beats}
-        silent = {b.rank for b in beats if b.phase not in FINAL and heard_s[b.rank] > self.patience_s}
-        waited = now_s - self._began_s > self.patience_s
+        # Of thousands of ranks each writes more rarely.
+        patience_s = max([self.patience_s, *(_MISSED * beat.every_s for beat in beats if beat.every_s > BEAT_EVERY_S)])
+        silent = {b.rank for b in beats if b.phase not in FINAL and heard_s[b.rank] > patience_s}
+        waited = now_s - self._began_s > patience_s
         figures = read_figures(self.folder / metrics_file.NAME, _LAST_LINES)
         state = state_of(beats, silent, waited)
         return Report(
@@ -129,8 +133,8 @@ def main() -> int:
         type=float,
         default=60.0,
         metavar="S",
-        help="seconds without a new heartbeat after which a rank counts as lost (60); ranks write one every two, but a "
-        "network file system may show it late",
+        help="seconds without a new heartbeat after which a rank counts as lost (60); ranks write one every two, "
+        "above 256 ranks one every N/128, of which three may be missed; a network file system may show it late",
     )
     arguments = parser.parse_args()
     with user_errors():

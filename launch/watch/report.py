@@ -104,6 +104,8 @@ def _facts(report: Report) -> list[str]:
         facts.append(f"density {training['density/mean']:.3f} (target {training['budget/target']:.3f})")
     if training:
         facts.append(f"{training['speed/tokens_per_s']:,.0f} tokens/s")
+    if training.get("speed/imbalance", 1) > 1:
+        facts.append(f"busiest rank {training['speed/imbalance']:.3f} times the mean")
     if report.checkpoint is not None:
         facts.append(f"checkpoint {report.checkpoint[0]}, {duration(report.checkpoint[1])} old")
     return facts

@@ -14,6 +14,7 @@ from tests.launching import run
 
 BASE = ["train.micro_batch_samples=2", "train.steps=10"]
 BASE += ["model.layers=2", "model.width=33", "model.head_width=6", "model.ffn_width=21"]
+BASE += ["deepspeed.persistence_threshold=50"]  # at stage 3 the norms of 33 entries are whole on every rank, too
 
 
 def _fork(count: int, words: list[str]) -> Any:

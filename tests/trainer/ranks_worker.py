@@ -79,6 +79,35 @@ def starved(config: PretrainConfig, world: World) -> dict[str, Any]:
     return _train(config, world)
 
 
+def uneven(config: PretrainConfig, world: World) -> dict[str, Any]:
+    """The first two windows of each four execute everything, the others (rank 1's, by twos) every fourth token."""
+    own: list[list[Any]] = []
+
+    def decide(self: LearnedRouter, x: Tensor, inputs: RoutingInputs) -> Gate:
+        gate = _decide(self, x, inputs)
+        every = torch.where(inputs.sample_ids % 4 < 2, 1, 4)[:, None]
+        keep = torch.arange(x.shape[1]) % every == 0
+        return Gate(keep, gate.value * 0 + keep)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = _forward(*args, **kwargs)
+        routing = output.routing
+        own.append([routing.executed_tokens.tolist(), routing.attended_keys.tolist()])
+        return output
+
+    seen: dict[str, Any] = {"largest": [], "ranks": []}
+
+    def after(step: int, engine: Any, result: StepResult) -> None:
+        seen["ranks"].append(world.gather_objects(own.copy()))
+        own.clear()
+        most = result.largest
+        seen["largest"].append(most and [most.flops, most.routed.executed_tokens, most.routed.attended_keys])
+
+    LearnedRouter.forward = decide  # type: ignore[method-assign]
+    trainer.step.forward = forward
+    return _train(config, world, after) | seen
+
+
 def bad_loss(config: PretrainConfig, world: World) -> dict[str, Any]:
     """In step 1 the last rank's loss is not a number."""
 
@@ -106,6 +135,7 @@ def bad_gradient(config: PretrainConfig, world: World) -> dict[str, Any]:
 RULES: dict[str, Callable[[PretrainConfig, World], dict[str, Any]]] = {
     "plain": plain,
     "starved": starved,
+    "uneven": uneven,
     "bad_loss": bad_loss,
     "bad_gradient": bad_gradient,
 }

@@ -32,6 +32,8 @@ def _cases() -> list[dict[str, Any]]:
         "model.router.budget.kind=global",
         "train.activation_checkpointing=true",
     ]
+    uneven = ["deepspeed.zero_stage=2", "model.router.explore=0", "train.log.every_steps=2"]
+    cases.append({"name": "uneven", "rule": "uneven", "overrides": [*uneven, "train.micro_batch_samples=2"]})
     cases.append({"name": "modules-3", "rule": "starved", "overrides": ["deepspeed.zero_stage=3", *modules]})
     return cases
 
@@ -101,6 +103,27 @@ def test_a_rank_that_keeps_no_token_neither_hangs_nor_diverges(outcomes, referen
     assert one["losses"] != reference("plain-0")["losses"]
     _agree(one, outcomes[1][f"starved-{stage}"], 2e-5)
     _agree(one, outcomes[2][f"starved-{stage}"], 2e-5)
+
+
+def test_the_busiest_rank_of_a_logged_step_is_known_exactly(outcomes):
+    """Rank 0 executes all of its 4 windows of 32 tokens at each of 2 sites, rank 1 a quarter; and alone, all in one."""
+    for ranks, executed in ((2, [[128] * 2, [32] * 2]), (1, [[160] * 2])):
+        got = outcomes[ranks]["uneven"]
+        assert [most is None for most in got["largest"]] == [True, False, True, False]
+        for most, each in zip(got["largest"][1::2], got["ranks"][1::2], strict=True):
+            parts = [list(zip(*micro_batches, strict=True)) for micro_batches in each]
+            own = [[[sum(site) for site in zip(*counts, strict=True)] for counts in part] for part in parts]
+            assert [tokens for tokens, _ in own] == executed
+            flops = [_flops(256 // ranks, tokens, keys) for tokens, keys in own]
+            assert most == [max(flops), executed[0], [max(site) for site in zip(*(k for _, k in own), strict=True)]]
+            assert max(flops) == flops[0] and (flops[0] > 1.2 * sum(flops) / ranks) == (ranks == 2)
+
+
+def _flops(tokens: int, executed: list[float], keys: list[float]) -> float:
+    """Of this model's training: head 32 x 400, keys and values 32 x 32, router 32 x 2, attention 2 x 32 x 32, ..."""
+    always = 32 * 400 + 2 * (32 * 32 + 32 * 2)
+    routed = sum(t * (2 * 32 * 32 + 3 * 32 * 48) + k * 2 * 32 for t, k in zip(executed, keys, strict=True))
+    return 3 * 2 * (tokens * always + routed)
 
 
 def test_module_routers_with_a_global_budget_and_checkpointing_agree_too(outcomes):

@@ -42,7 +42,7 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
 
 
 def weights_of(module: nn.Module, folder: Path, zero_stage: int) -> Iterator[Stored]:
-    """What a checkpoint holds of a module's parameters, mapped and not read, in no particular order.
+    """What a checkpoint holds of a module's parameters, mapped and not read.
 
     Args:
         module, folder, zero_stage: as for :func:`fill`; the module may be without memory.
@@ -53,8 +53,7 @@ def weights_of(module: nn.Module, folder: Path, zero_stage: int) -> Iterator[Sto
     written = manifest.read(folder, ALONE)
     trained = optimizer_order(module)
     import_deepspeed()  # quietly: the allowed types are its own
-    with only_tensors(folder):
-        yield from stored(folder / ENGINE, zero_stage, written["world_size"], trained, state=False)
+    return stored(folder / ENGINE, zero_stage, written["world_size"], trained, state=False)
 
 
 def thresholds_in(checkpoint: Path) -> Tensor | None:
@@ -116,7 +115,7 @@ def _fill(module: nn.Module, stored: Iterable[Stored], folder: Path) -> None:
 
 def _copy(parameter: Tensor, entry: Stored, folder: Path) -> None:
     flat, done = parameter.view(-1), 0
-    for piece in entry.values[MASTER]:
+    for piece in entry.values[MASTER](0, flat.numel()):
         flat[done : done + piece.numel()] = piece
         done += piece.numel()
-    entry.check(folder, flat)
+    entry.check(folder, flat[:done])

@@ -1,7 +1,8 @@
 """Going on from a checkpoint that other ranks, another ZeRO stage or another precision wrote.
 
-The files give every parameter's fp32 master and optimiser state whole (``zero_files.py``); each rank takes of them what
-its own engine holds, one parameter at a time (``trainer/deepspeed_internals.py``).
+The files give any entries of every parameter's fp32 master and optimiser state (``zero_files.py``); each rank reads of
+them what its own engine holds, one parameter at a time (``trainer/deepspeed_internals.py``). What a forward pass wants
+whole is then put together from all ranks' parts, so nothing is read twice.
 
 DeepSpeed's own universal checkpoints do not know stage 0 nor a change between 3 and the others, and give every group
 the first one's settings under stage 3.
@@ -9,53 +10,79 @@ the first one's settings under stage 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from trainer.checkpoints.zero_files import MASTER, Stored, stored
-from trainer.deepspeed_internals import Place, master_places, set_weight, torch_optimizer, whole_shape
+from trainer.deepspeed_internals import (
+    Place,
+    master_places,
+    set_weight,
+    share_weights,
+    torch_optimizer,
+    whole_shape,
+)
+from trainer.distributed import World
 from trainer.engine import optimizer_order
 
 
-def reshard(engine: Any, folder: Path, written: dict[str, Any], rank: int, size: int) -> None:
+def reshard(engine: Any, folder: Path, written: dict[str, Any], world: World) -> None:
     """Put the weights and the optimiser's state of a checkpoint into a fresh engine; collective.
 
     Args:
         engine: the DeepSpeed engine, of the same model.
         folder: DeepSpeed's files.
         written: the checkpoint's manifest.
-        rank, size: of this process, and how many there are.
+        world: this process among all.
 
     Raises:
         ValueError: if the files hold another model.
     """
     trained = optimizer_order(engine.module)
     entries = stored(folder, written["zero_stage"], written["world_size"], trained, state=True)
-    if missing := put(engine, entries, folder, rank, size):
+    if missing := put(engine, entries, folder, world):
         raise ValueError(f"{folder} has no {missing[0]}; resume with the run's own config")
 
 
-def put(engine: Any, entries: Iterable[Stored], folder: Path, rank: int, size: int) -> list[str]:
+def put(engine: Any, entries: Iterable[Stored], folder: Path, world: World) -> list[str]:
     """Put weights, and what else ``entries`` hold, into an engine that has not trained yet; collective.
-
-    A rank reads what it keeps, one parameter at a time.
 
     Args:
         engine: the DeepSpeed engine.
         entries: a parameter each, in any order.
         folder: where they come from, for messages.
-        rank, size: of this process, and how many there are.
+        world: this process among all.
 
     Returns:
         Names of the parameters that were not among them, and are as they were.
 
     Raises:
-        ValueError: for one that the model does not have, or has in another shape.
+        ValueError: for one that the model does not have, or has in another shape, or whose files are not as they were
+            written; on every rank, though only one may have read there.
     """
+    left: list[str] = []
+    error = None
+    try:
+        left = _put_own(engine, entries, folder, world.rank, world.size)
+    except Exception as raised:
+        error = raised
+    told = [problem for problem in world.gather_objects(None if error is None else str(error)) if problem is not None]
+    if error is not None:
+        raise error
+    if told:
+        raise ValueError(told[0])
+    with torch.no_grad():
+        share_weights(engine, world.gather)
+    return left
+
+
+def _put_own(engine: Any, entries: Iterable[Stored], folder: Path, rank: int, size: int) -> list[str]:
+    """What a rank keeps, one parameter at a time; not collective."""
     parameters = dict(engine.module.named_parameters())
     again = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)} - parameters.keys()
     places = dict(master_places(engine, rank, size))
@@ -67,14 +94,16 @@ def put(engine: Any, entries: Iterable[Stored], folder: Path, rank: int, size: i
             parameter = parameters.pop(entry.name, None)
             if parameter is None or whole_shape(parameter) != entry.shape:
                 raise ValueError(f"{entry.name} in {folder} is not of this model; take the config that goes with it")
-            entry.check(folder)
-            set_weight(parameter, partial(entry.part, MASTER), rank, size)
+            read = cache(partial(entry.master, folder))  # weight and master may be the same entries
+            set_weight(engine, parameter, read, rank, size)
             if entry.name in places:
-                _set_state(optimizer, places[entry.name], entry)
+                _set_state(optimizer, places[entry.name], entry, read)
     return list(parameters)
 
 
-def _set_state(optimizer: torch.optim.Optimizer, place: Place, entry: Stored) -> None:
+def _set_state(
+    optimizer: torch.optim.Optimizer, place: Place, entry: Stored, read: Callable[[int, int], Tensor]
+) -> None:
     """The master and, where it is there, the optimiser's state, as far as this rank has them."""
     flat = place.flat
     state = optimizer.state[flat] if entry.updates is not None or len(entry.values) > 1 else {}
@@ -82,4 +111,5 @@ def _set_state(optimizer: torch.optim.Optimizer, place: Place, entry: Stored) ->
         state.setdefault("step", torch.tensor(entry.updates, device=flat.device))
     for name in entry.values:
         target = flat if name == MASTER else state.setdefault(name, torch.zeros_like(flat))
-        target.view(-1)[place.start : place.start + place.size].copy_(entry.part(name, place.offset, place.size))
+        value = read(place.offset, place.size) if name == MASTER else entry.part(name, place.offset, place.size)
+        target.view(-1)[place.start : place.start + place.size].copy_(value)

@@ -72,7 +72,7 @@ def load(
     change = _check_fit(written, checkpoint, fingerprint, config, world)
     with only_tensors(checkpoint):
         if change:
-            reshard(engine, checkpoint / ENGINE, written, world.rank, world.size)
+            reshard(engine, checkpoint / ENGINE, written, world)
         else:
             _load_as_it_is(engine, checkpoint)
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)

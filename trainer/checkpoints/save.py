@@ -1,7 +1,7 @@
 """Writing a checkpoint while training goes on.
 
     copy     every rank copies its state to host memory; only for this does training wait
-    write    a thread of each rank writes its own files, syncs and hashes them, and leaves a receipt
+    write    a thread of each rank writes its own files, syncs and hashes them, and leaves a receipt (``receipts.py``)
     finish   rank 0's thread, once all receipts are there, writes the manifest and renames the folder
 
 DeepSpeed writes in place and names a checkpoint ``latest`` before every rank has finished, so a kill leaves a torn one
@@ -21,7 +21,6 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -29,10 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.files import read_json, write_json
 from settings import to_yaml
 from trainer import code_state
-from trainer.checkpoints import manifest
+from trainer.checkpoints import manifest, receipts
 from trainer.checkpoints.layout import (
     CONFIG,
     ENGINE,
@@ -43,22 +41,20 @@ from trainer.checkpoints.layout import (
     partial_of,
     rng_name,
 )
-from trainer.checkpoints.retention import bytes_below, check_room, checkpoint_bytes, prune, remove
+from trainer.checkpoints.retention import check_room, checkpoint_bytes, prune, remove
 from trainer.checkpoints.rng import rng_state
 from trainer.config import StageConfig
 from trainer.deepspeed_internals import writing_through
 from trainer.distributed import World
 from trainer.log import logger_of_run
 
-_POLL_S = 0.05
+_POLL_S, _SLOWEST_POLL_S = 0.05, 1.0
 _SHARED_DISK_S = 30.0
 """How long a folder that rank 0 has made may take to show on other machines."""
 _QUIET_S = 60.0
 """How long nothing new may come into a checkpoint before a rank that waits for it stops saying that all is well."""
 _FIRST_ERROR_S = 5.0
 """The same where an error has ended this rank, and probably others."""
-_FAILED = "failed-"
-"""Begins the name of the file that a rank leaves which cannot write its part."""
 
 
 def conditions(config: StageConfig, world: World) -> dict[str, Any]:
@@ -172,19 +168,19 @@ class Saver:
             self._thread.join()
 
     def _watch(self, quiet_s: float) -> None:
-        """Tick as long as the checkpoint under way grows; return when it is over, or nothing has come for a while."""
-        size, since, pause_s = -1, time.monotonic(), _POLL_S
-        while not (self._written.is_set() and (self.failed or not self._partial.exists())):
-            grown = bytes_below(self._partial)
-            if _is_given_up(self._partial):
+        """Tick as long as rank 0 says that the checkpoint grows; return when it is over, or has been quiet for long."""
+        before, since, pause_s = 0, time.monotonic(), _POLL_S
+        while not (self._written.is_set() and self.failed):
+            grown = receipts.last_growth(self._partial)
+            if grown is None:
                 return
-            if grown != size:
-                size, since = grown, time.monotonic()
+            if grown != before:
+                before, since = grown, time.monotonic()
                 self.tick()
             if self._written.is_set() and time.monotonic() - since > quiet_s:
                 return
             self._given_up.wait(pause_s)
-            pause_s = min(2 * pause_s, 1.0)
+            pause_s = min(2 * pause_s, _SLOWEST_POLL_S)
 
     def _reset(self) -> None:
         self._problem: str | None = None
@@ -193,7 +189,7 @@ class Saver:
 
     def _make_room(self, engine: Any, partial: Path) -> None:
         """An empty folder that all ranks see, on a disk with room for the checkpoint."""
-        problem = None
+        problem, shows = None, None
         if self.world.is_main:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -201,7 +197,7 @@ class Saver:
                     shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
                 size = checkpoint_bytes(engine.module, self.config)
                 check_room(size, self.folder, partial.stem, self.config.train.checkpoint.max_gb)
-                partial.mkdir()
+                shows = receipts.begin(partial)
             except ValueError as error:
                 problem = str(error)
             except OSError as error:
@@ -209,9 +205,9 @@ class Saver:
                     f"{partial} cannot be made ({error.strerror}); make {self.folder} writable, and resume: "
                     f"{newest_name(self.folder)}"
                 )
-        problem = self.world.broadcast_object(problem)
+        problem, shows = self.world.broadcast_object((problem, shows))
         if problem is None:
-            unseen = [r for r, seen in enumerate(self.world.gather_objects(_appears(partial))) if not seen]
+            unseen = [r for r, seen in enumerate(self.world.gather_objects(_appears(shows))) if not seen]
             if unseen:
                 problem = (
                     f"rank {unseen[0]} does not see {partial}, which rank 0 has made; put train.run_dir on a disk that "
@@ -229,36 +225,36 @@ class Saver:
                 _write(path, content)
                 del content
                 receipt[str(path.relative_to(partial))] = manifest.entry_of(path)
-            write_json(partial / _receipt_name(self.world.rank), receipt)
+            receipts.leave(partial, self.world.rank, receipt)
         except Exception as error:
             self._problem = _reason(error)
-            with suppress(OSError):  # an empty file may find room where nothing else does
-                (partial / f"{_FAILED}{self.world.rank:05d}").touch()
+            receipts.leave_failure(partial, self.world.rank)
         finally:
             files.clear()
             self._written.set()
-        if not self.world.is_main or self._problem:
+        if not self.world.is_main:
             return
         try:
-            if self._finish(partial, facts):
+            if not self._problem and self._finish(partial, facts):
                 took_s = time.perf_counter() - start
                 self.tell(f"saved {self._final} in {took_s:.1f} s, of which training waited {self._waited_s:.1f} s")
         except Exception as error:
             self._problem = _reason(error)
+        finally:
+            receipts.end(partial)
 
     def _finish(self, partial: Path, facts: dict[str, Any]) -> bool:
         """Rank 0, when all have written: manifest, name, and away with what is no longer kept; False if given up."""
-        receipts = [partial / _receipt_name(rank) for rank in range(self.world.size)]
-        start, patience_s = time.monotonic(), self.config.train.timeout_s
-        while not all(receipt.is_file() for receipt in receipts):
-            if self._given_up.wait(_POLL_S):
+        collected, patience_s = receipts.Collection(partial, self.world.size), self.config.train.timeout_s
+        start, pause_s = time.monotonic(), _POLL_S
+        while not (whole := collected.look()):
+            if whole is False or self._given_up.wait(pause_s):
                 return False
             if time.monotonic() - start > patience_s:
                 raise OSError(f"not every rank had written its part after {patience_s:.0f} s")
-        files = {name: entry for receipt in receipts for name, entry in read_json(receipt).items()}
-        for receipt in receipts:
-            receipt.unlink()
-        manifest.write(partial, facts, files)
+            pause_s = min(2 * pause_s, _SLOWEST_POLL_S)
+        receipts.remove(partial)
+        manifest.write(partial, facts, collected.files)
         if self._final.exists():  # a torn one, or a run that was rewound and came here again
             remove(self._final)
         partial.rename(self._final)
@@ -296,14 +292,6 @@ def _on_host(value: Any, seen: dict[tuple[Any, ...], Tensor]) -> Any:
     return copy.deepcopy(value)
 
 
-def _is_given_up(partial: Path) -> bool:
-    """True if a rank has left word that it cannot write its part; ``partial`` may get its final name meanwhile."""
-    try:
-        return any(name.startswith(_FAILED) for name in os.listdir(partial))
-    except FileNotFoundError:
-        return False
-
-
 def _write(path: Path, content: Any) -> None:
     if isinstance(content, str):
         path.write_text(content, encoding="utf-8")
@@ -320,18 +308,14 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _appears(folder: Path) -> bool:
-    """Whether ``folder`` can be seen from here; a network file system may take a while to show it."""
+def _appears(path: Path) -> bool:
+    """Whether ``path`` can be seen from here; a network file system may take a while to show it."""
     deadline = time.monotonic() + _SHARED_DISK_S
-    while not folder.is_dir():
+    while not path.exists():
         if time.monotonic() > deadline:
             return False
         time.sleep(_POLL_S)
     return True
-
-
-def _receipt_name(rank: int) -> str:
-    return f"receipt-{rank:05d}.json"
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,9 @@ whether its master was found in the right place. DeepSpeed's own converter does 
 unrestricted unpickling; the table of fragments beside the partitions is wrong under ``round_robin_gradients``. So the
 order of the parameters in ``param_shapes`` is what counts here.
 
-Files are mapped, not read: a parameter's values are copied when it is their turn.
+Files are mapped, not read: a parameter's values are copied when it is their turn. What a rank has written is opened
+when entries that lie there are asked for, so a rank that keeps a part of everything opens few files and reads few
+entries of them, however many ranks wrote.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +40,9 @@ from trainer.deepspeed_internals import starts, types_in_files
 
 MASTER = "master"
 """The name of the weights among the values of a parameter; the others are the optimiser's, as ``exp_avg``."""
+Pieces = Callable[[int, int], list[Tensor]]
+"""Gives entries of a flat tensor: the first, and how many. One after the other the pieces, which are views, are them;
+fewer where the files have fewer."""
 
 
 class Stored(NamedTuple):
@@ -45,35 +51,44 @@ class Stored(NamedTuple):
     Attributes:
         name: as in the model.
         shape: of the whole parameter.
-        values: by name, flat tensors; one after the other they are its values. ``MASTER`` is always among them, what
-            the optimiser keeps of every entry only for parameters that train.
+        values: by name, what gives them. ``MASTER`` is always among them, what the optimiser keeps of every entry only
+            for parameters that train.
         rounded: the weight in the precision of the forward pass, where the files hold it too.
         updates: the optimiser's own count of steps; None where it keeps none.
     """
 
     name: str
     shape: torch.Size
-    values: dict[str, list[Tensor]]
+    values: dict[str, Pieces]
     rounded: Tensor | None = None
     updates: float | None = None
 
     def part(self, name: str, start: int = 0, size: int | None = None) -> Tensor:
         """``size`` entries of one of ``values`` (all unless given) from ``start`` on, copied out of the file: fp32."""
-        pieces = Joined(self.values[name]).pieces(start, self.shape.numel() - start if size is None else size)
+        pieces = self.values[name](start, self.shape.numel() - start if size is None else size)
         return torch.cat([piece.float() for piece in pieces]) if pieces else torch.empty(0)
 
-    def check(self, folder: Path, master: Tensor | None = None) -> None:
+    def master(self, folder: Path, start: int = 0, size: int | None = None) -> Tensor:
+        """:meth:`part` of the master, checked as :meth:`check` does."""
+        found = self.part(MASTER, start, size)
+        self.check(folder, found, start, size)
+        return found
+
+    def check(self, folder: Path, master: Tensor, start: int = 0, size: int | None = None) -> None:
         """Refuse a master that is not as long as its parameter, or does not round to its weight.
 
-        ``master`` is all of it, where it was read already.
+        Args:
+            folder: where the files lie, for the message.
+            master: what was read of it.
+            start, size: what was asked for, as in :meth:`part`.
 
         Raises:
             ValueError: naming ``folder``.
         """
-        right = sum(piece.numel() for piece in self.values[MASTER]) == self.shape.numel()
+        right = master.numel() == (self.shape.numel() - start if size is None else size)
         if right and self.rounded is not None:
-            whole = self.part(MASTER) if master is None else master
-            right = torch.equal(whole.view(self.shape).to(self.rounded.dtype), self.rounded)
+            weight = self.rounded.reshape(-1)[start : start + master.numel()]
+            right = torch.equal(master.to(weight.dtype), weight)
         if not right:
             raise ValueError(
                 f"{self.name} in {folder} is not where DeepSpeed 0.19 would have put it; read the checkpoint with the "
@@ -82,7 +97,7 @@ class Stored(NamedTuple):
 
 
 def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: bool) -> Iterator[Stored]:
-    """All parameters of a checkpoint, in no particular order.
+    """All parameters of a checkpoint, in an order that is the same on every rank.
 
     Args:
         folder: DeepSpeed's own.
@@ -92,14 +107,7 @@ def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: 
         state: of the optimiser is wanted too, not the masters alone.
     """
     if stage == 3:
-        models = [_load(folder, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt") for rank in range(ranks)]
-        own = _optimizer_states(folder, ranks)
-        moments = [rank["optimizer_state_dict"]["state"] if state else {} for rank in own]
-        parts = [_partition(rank["fp32_flat_groups"], of) for rank, of in zip(own, moments, strict=True)]
-        updates = _updates(list(moments[0].values()))
-        yield from _whole_from_equal_parts(models[0]["param_shapes"], parts, updates)
-        frozen = [{MASTER: Joined(list(m["frozen_param_fragments"].values()))} for m in models]
-        yield from _whole_from_equal_parts([models[0]["frozen_param_shapes"]], frozen)
+        yield from _partitioned(folder, ranks, state)
         return
     states = _load(folder, "mp_rank_00_model_states.pt")
     weights: dict[str, Tensor] = states["module"]
@@ -107,7 +115,7 @@ def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: 
     if whole and not state:
         yield from as_they_are(weights)
     elif stage > 0:
-        yield from _in_order(weights, states["param_shapes"], _optimizer_states(folder, ranks), state)
+        yield from _in_order(weights, states["param_shapes"], folder, state)
         yield from as_they_are(weights, {name for group in states["param_shapes"] for name in group})
     elif whole:
         kept = states["optimizer"]["state"]
@@ -156,44 +164,103 @@ def _like(state: dict[str, Any], like: torch.Size) -> dict[str, Tensor]:
 
 def _one_tensor(name: str, master: Tensor, weight: Tensor, state: dict[str, Any]) -> Stored:
     values = {MASTER: master} | _like(state, master.shape)
-    flat = {name: [value.reshape(-1)] for name, value in values.items()}
-    return Stored(name, weight.shape, flat, weight, _updates([state]))
+    return Stored(name, weight.shape, {n: pieces_of(v) for n, v in values.items()}, weight, _updates([state]))
+
+
+def pieces_of(whole: Tensor) -> Pieces:
+    """Of a tensor that is there as a whole."""
+    return Joined([whole.reshape(-1)]).pieces
 
 
 def as_they_are(weights: dict[str, Tensor], but: Collection[str] = ()) -> Iterator[Stored]:
     """Whole weights, all ``but`` those."""
     for name, weight in weights.items():
         if name not in but:
-            yield Stored(name, weight.shape, {MASTER: [weight.reshape(-1)]})
+            yield Stored(name, weight.shape, {MASTER: pieces_of(weight)})
 
 
 def _in_order(
-    weights: dict[str, Tensor], shapes: list[dict[str, torch.Size]], optimizers: list[dict[str, Any]], state: bool
+    weights: dict[str, Tensor], shapes: list[dict[str, torch.Size]], folder: Path, state: bool
 ) -> Iterator[Stored]:
-    """Stages 1 and 2: a group is its parameters end to end (with gaps, if DeepSpeed aligned them) over all ranks."""
+    """Stages 1 and 2: a group is its parameters end to end (with gaps, if DeepSpeed aligned them) over all ranks.
+
+    All partitions of a group are as long as the first. The last one is saved without the padding behind the last
+    parameter, its moments with it.
+    """
+
+    optimizer_of = cache(partial(_optimizer_state, folder))
+
+    def kept(number: int, rank: int) -> dict[str, Any]:
+        own = optimizer_of(rank)
+        moments = own["base_optimizer_state"]["state"].get(number, {}) if state else {}
+        return {MASTER: own["single_partition_of_fp32_groups"][number]} | moments
+
+    def within(number: int, key: str, rank: int, begin: int, count: int) -> list[Tensor]:
+        return Joined([kept(number, rank)[key]]).pieces(begin, count)
+
     for number, group in enumerate(shapes):
-        states = [rank["base_optimizer_state"]["state"].get(number, {}) if state else {} for rank in optimizers]
-        masters = [rank["single_partition_of_fp32_groups"][number] for rank in optimizers]
-        # The last partitions are saved without the padding behind the last parameter, their moments with it.
-        names = [name for name, value in states[0].items() if isinstance(value, Tensor) and value.dim()]
-        joined = {MASTER: Joined(masters)} | {name: Joined([rank[name] for rank in states]) for name in names}
-        gaps = optimizers[0].get("param_alignment_paddings", [[0] * len(group)] * len(shapes))[number]
+        first = kept(number, 0)
+        lengths = {key: value.numel() for key, value in first.items() if isinstance(value, Tensor) and value.dim()}
+        gaps = optimizer_of(0).get("param_alignment_paddings", [[0] * len(group)] * len(shapes))[number]
         for (name, shape), start in zip(group.items(), starts(group, gaps), strict=True):
-            values = {key: flat.pieces(start, shape.numel()) for key, flat in joined.items()}
-            yield Stored(name, shape, values, weights[name], _updates(states))
+            values: dict[str, Pieces] = {
+                key: partial(_across, partial(within, number, key), n, start) for key, n in lengths.items()
+            }
+            yield Stored(name, shape, values, weights[name], _updates([first]))
+
+
+def _across(
+    within: Callable[[int, int, int], list[Tensor]], length: int, offset: int, start: int, count: int
+) -> list[Tensor]:
+    """``count`` entries from ``offset + start`` on of what lies cut into equal lengths, one a rank.
+
+    ``within`` gives entries of a rank's length: the rank, the first, and how many.
+    """
+    found: list[Tensor] = []
+    place, end = offset + start, offset + start + count
+    while place < end:
+        rank, begin = divmod(place, length)
+        size = min(length - begin, end - place)
+        found += within(rank, begin, size)
+        place += size
+    return found
+
+
+def _partitioned(folder: Path, ranks: int, state: bool) -> Iterator[Stored]:
+    """Stage 3: what trains is in the optimisers' files, what does not in the models'."""
+
+    model_of, optimizer_of = cache(partial(_model_states, folder)), cache(partial(_optimizer_state, folder))
+
+    def moments(rank: int) -> dict[int, Any]:
+        return optimizer_of(rank)["optimizer_state_dict"]["state"] if state else {}
+
+    @cache
+    def trained(rank: int) -> dict[str, Joined]:
+        return _partition(optimizer_of(rank)["fp32_flat_groups"], moments(rank))
+
+    def frozen(rank: int) -> dict[str, Joined]:
+        return {MASTER: Joined(list(model_of(rank)["frozen_param_fragments"].values()))}
+
+    shapes, updates = model_of(0)["param_shapes"], _updates(list(moments(0).values()))
+    yield from _whole_from_equal_parts(shapes, ranks, trained, updates)
+    yield from _whole_from_equal_parts([model_of(0)["frozen_param_shapes"]], ranks, frozen)
 
 
 def _whole_from_equal_parts(
-    shapes: list[dict[str, torch.Size]], ranks: list[dict[str, Joined]], updates: float | None = None
+    shapes: list[dict[str, torch.Size]],
+    ranks: int,
+    parts: Callable[[int], dict[str, Joined]],
+    updates: float | None = None,
 ) -> Iterator[Stored]:
     """Stage 3: every rank holds an equal part of every parameter, in the same order; the last parts are padded."""
+
+    def within(key: str, start: int, rank: int, begin: int, count: int) -> list[Tensor]:
+        return parts(rank)[key].pieces(start + begin, count)
+
     start = 0
     for name, shape in (entry for group in shapes for entry in group.items()):
-        part = math.ceil(shape.numel() / len(ranks))
-        values: dict[str, list[Tensor]] = {key: [] for key in ranks[0]}
-        for rank, joined in enumerate(ranks):
-            for key, flat in joined.items():
-                values[key] += flat.pieces(start, max(min(part, shape.numel() - rank * part), 0))
+        part = math.ceil(shape.numel() / ranks)
+        values: dict[str, Pieces] = {key: partial(_across, partial(within, key, start), part, 0) for key in parts(0)}
         yield Stored(name, shape, values, updates=updates)
         start += part
 
@@ -210,13 +277,15 @@ def _updates(states: Sequence[dict[str, Any]]) -> float | None:
     return None if step is None else float(step)
 
 
-def _optimizer_states(folder: Path, ranks: int) -> list[dict[str, Any]]:
-    """What each rank's optimiser wrote, in rank order; the names begin with ``bf16_`` or do not."""
-    names = []
-    for rank in range(ranks):
-        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
-        names.append(name if (folder / name).exists() else f"bf16_{name}")
-    return [_load(folder, name)["optimizer_state_dict"] for name in names]
+def _optimizer_state(folder: Path, rank: int) -> dict[str, Any]:
+    """What a rank's optimiser wrote; the name begins with ``bf16_`` or does not."""
+    name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    return _load(folder, name if (folder / name).exists() else f"bf16_{name}")["optimizer_state_dict"]
+
+
+def _model_states(folder: Path, rank: int) -> dict[str, Any]:
+    """What else a rank wrote at stage 3."""
+    return _load(folder, f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt")
 
 
 @contextmanager
@@ -248,4 +317,5 @@ def only_tensors(checkpoint: Path) -> Iterator[None]:
 
 
 def _load(folder: Path, name: str) -> Any:
-    return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+    with only_tensors(folder.parent):
+        return torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)

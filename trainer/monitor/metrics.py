@@ -106,7 +106,7 @@ class Metrics:
         self._waited_so_far_s = waited_s
         if self._bar is not None:
             self._bar.update()
-        if step % self.config.train.log.every_steps and step != self.config.train.last_step:
+        if not self.config.train.is_logged(step):
             return
         now = time.perf_counter()
         elapsed_s, self._clock = now - self._clock, now
@@ -228,6 +228,7 @@ class Metrics:
             "speed/data_wait_share": waited_s / elapsed_s,
             "memory/peak_bytes": peak_bytes(self.world.device),
         }
+        line |= self._imbalance(self._since_log[-1])
         if self.sites:
             progress = config.train.progress(step - 1)
             density = [tokens / routed.tokens for tokens in routed.executed_tokens]
@@ -251,6 +252,21 @@ class Metrics:
                 line[f"ensemble/weight/{layer}"] = sum(t.vote_weights[place] for t in tallies) / targets
                 line[f"ensemble/largest/{layer}"] = sum(t.vote_largest[place] for t in tallies) / targets
         return line
+
+    def _imbalance(self, result: StepResult) -> dict[str, float]:
+        """How much more the busiest rank did in a step than the mean of all: 1 where they did the same."""
+        largest, routed, ranks = result.largest, result.tally.routed, self.world.size
+        if largest is None:
+            return {}
+        mean = training_flops(self.config.model, routed) / ranks
+        found = {
+            "speed/imbalance": largest.flops / mean,
+            "speed/imbalance_every_layer": training_flops(self.config.model, largest.routed) / mean,
+        }
+        counts = zip(self.sites, largest.routed.executed_tokens, routed.executed_tokens, strict=True)
+        return found | {
+            f"speed/imbalance/{s}": most * ranks / total if total else math.nan for s, most, total in counts
+        }
 
     def _raise_peak(self, reached: float) -> None:
         """What a device has done, FLOP/s, it can do: a peak below that was measured on a busy machine, or was wrong."""

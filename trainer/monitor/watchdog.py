@@ -1,11 +1,11 @@
 """A thread beside the training loop that sees what the loop cannot: that it hangs, or that nobody waits for it.
 
 * It writes the heartbeat (``trainer/heartbeat.py``).
-* No progress for ``train.stall_timeout_s``: it writes the Python stack of every thread to this rank's log, says which
-  ranks are behind, and ends the process with status 76, so that a launcher ends the others and a scheduler can start
-  the run again. One rank that hangs makes all others wait in a collective, so all of them notice, and the one whose
-  stack is elsewhere is the culprit. It is a thread because Python runs no signal handler while the main thread waits
-  in a collective.
+* No progress for ``train.stall_timeout_s``: it writes the Python stack of every thread to this rank's log and ends the
+  process with status 76, so that a launcher ends the others and a scheduler can start the run again. One rank that
+  hangs makes all others wait in a collective, so all of them notice, and the one whose stack is elsewhere is the
+  culprit. The first of them reads all heartbeats and says which ranks are behind. It is a thread because Python runs
+  no signal handler while the main thread waits in a collective.
 * The launcher is gone (``orphan.py``), or somebody removed the run folder: it asks the run to stop, as a
   signal would. The weights are in memory still, so they are saved in a new folder.
 * Native code crashes, as for a file that was cut while it is mapped: the stacks go to this rank's log.
@@ -25,18 +25,22 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain, repeat
+from pathlib import Path
 
 from trainer.exit_status import EXIT_STALLED
-from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, behind, read_beats
+from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, beat_every_s, behind, read_beats
 from trainer.monitor.orphan import LAUNCHER, is_gone
 from trainer.run_folder import RunFolder
 
 _LINGER_S = 6.0
-"""Between a rank's dump and its end. If one left at once, the others' collectives would fail before they could say
-where they hang."""
-_LAST_RESORT_S = 12.0
-"""How much later ``faulthandler`` acts: after the other ranks have ended, whose status says more, and before launcher
+"""Between a rank's dump and its end, at least. If one left at once, the others' collectives would fail before they
+could say where they hang; and who is alive writes another heartbeat meanwhile.
+
+``faulthandler`` acts as long again later: after the other ranks have ended, whose status says more, and before launcher
 or scheduler, which give a rank 30 seconds, kill the one that hangs."""
+_SPOKESMAN = "stall"
+"""The file in the heartbeats' folder that the rank has made which tells of all of them."""
 _NAMED = 8
 """Ranks that a sentence names at most."""
 
@@ -48,11 +52,16 @@ class Watchdog:
         run: its run folder.
         stall_timeout_s: longest time without progress.
         ask_to_stop: called once if the launcher is gone.
+        ranks: how many write heartbeats.
     """
 
-    def __init__(self, run: RunFolder, stall_timeout_s: float, ask_to_stop: Callable[[], None]):
+    def __init__(self, run: RunFolder, stall_timeout_s: float, ask_to_stop: Callable[[], None], ranks: int = 1):
         self.run, self.stall_timeout_s, self.ask_to_stop = run, stall_timeout_s, ask_to_stop
         self._every_s = min(BEAT_EVERY_S, stall_timeout_s / 4)
+        every_s = run.heartbeat.every_s = beat_every_s(ranks)
+        self._pauses_s = chain([every_s * (run.rank + 1) / ranks], repeat(every_s))  # not all of them at once
+        self._next_s = 0.0
+        self._linger_s = max(_LINGER_S, 1.25 * every_s)
         self._file = open(run.log, "ab", buffering=0)  # noqa: SIM115  open as long as a stack may be written
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -73,9 +82,11 @@ class Watchdog:
     def _watch(self) -> None:
         asked = False
         while True:
-            faulthandler.dump_traceback_later(self.stall_timeout_s + _LAST_RESORT_S, exit=True, file=2)
-            self.run.heartbeat.write()
-            if not asked and (reason := self._reason_to_stop()):
+            faulthandler.dump_traceback_later(self.stall_timeout_s + 2 * self._linger_s, exit=True, file=2)
+            due = self._is_due()
+            if due:
+                self.run.heartbeat.write()
+            if not asked and (reason := self._reason_to_stop(due)):
                 asked = True
                 self._say(f"{reason}: this rank asks to stop, as on SIGTERM")
                 self.ask_to_stop()
@@ -84,9 +95,20 @@ class Watchdog:
             if self._over.wait(self._every_s):
                 return
 
-    def _reason_to_stop(self) -> str | None:
+    def _is_due(self) -> bool:
+        """Whether to ask something of the run folder's file system again; among many ranks each does so more rarely."""
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + (next(self._pauses_s) if self.run.heartbeat.every_s > self._every_s else 0.0)
+        return True
+
+    def _reason_to_stop(self, look: bool) -> str | None:
+        """Why this rank should ask to stop; whether the run folder is there is only asked where it may ``look``."""
         if LAUNCHER and is_gone(LAUNCHER):
             return "the launcher is gone"
+        if not look:
+            return None
         with contextlib.suppress(OSError):  # a file system that does not answer is not one that lost the folder
             beats = self.run.heartbeat.path.parent
             # Asked twice: a network file system may say no for a moment.
@@ -104,9 +126,13 @@ class Watchdog:
             faulthandler.dump_traceback(self._file, all_threads=True)
         heartbeat.note(heartbeat.step, "stalled")
         heartbeat.write()
-        earlier = read_beats(folder)
-        time.sleep(_LINGER_S)
-        sentence = stall_sentence(earlier, read_beats(folder), self.stall_timeout_s)
+        if _is_first(folder):
+            earlier = read_beats(folder)
+            time.sleep(self._linger_s)
+            sentence = stall_sentence(earlier, read_beats(folder), self.stall_timeout_s)
+        else:
+            time.sleep(self._linger_s)
+            sentence = f"{stall_sentence([], [], self.stall_timeout_s)}; another rank says which are behind"
         self._say(f"{sentence}; its stacks are in {self.run.log}")
         os._exit(EXIT_STALLED)
 
@@ -120,6 +146,17 @@ class Watchdog:
         """Write to the log, past the logger: a main thread that hangs in a write holds the logger's lock."""
         with contextlib.suppress(OSError):
             self._file.write(f"{time.strftime('%F %T')} WARNING {sentence}\n".encode())
+
+
+def _is_first(folder: Path) -> bool:
+    """Whether no other rank has taken it upon itself to read all heartbeats; the folder is emptied at every start."""
+    try:
+        (folder / _SPOKESMAN).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # a disk that cannot be written can perhaps be read
+        pass
+    return True
 
 
 def stall_sentence(earlier: list[Beat], now: list[Beat], stall_timeout_s: float) -> str:

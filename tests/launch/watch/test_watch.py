@@ -32,7 +32,8 @@ def run(tmp_path: Path) -> Path:
     lines: list[dict[str, object]] = [{"step": 300, "validation/code/loss": 3.75}]
     for step in (200, 300, 400):
         figures = {"train/loss": 4 - step / 1000, "speed/step_s": 6.0, "speed/tokens_per_s": 12345.6}
-        lines.append({"step": step, **figures, "density/mean": 0.5125, "budget/target": 0.5})
+        routing = {"density/mean": 0.5125, "budget/target": 0.5, "speed/imbalance": 1.0375}
+        lines.append({"step": step, **figures, **routing})
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + '{"step": 410, "train/lo')  # being written
     for name in ("step-00000300", "step-00000400.partial"):
@@ -91,6 +92,7 @@ def test_a_running_run_is_told_with_status_0(run: Path, watched: Watch) -> None:
     assert f"{run}: running, step 401 of 1,000 (40%), 60 min to go" in told
     for fact in ("loss 3.6000", "validation code 3.7500", "density 0.512 (target 0.500)", "12,346 tokens/s"):
         assert fact in told
+    assert "busiest rank 1.038 times the mean" in told
     assert re.search(r"checkpoint step-00000300, \d+ s old", told) and "late" not in told and "silent" not in told
     assert [line.split()[0] for line in told.splitlines()[3:]] == ["0", "1"]
 
@@ -176,6 +178,24 @@ def test_many_ranks_show_those_that_are_late(run: Path, watched: Watch) -> None:
     late.write()
     status, told = watched(run, "--once")
     assert status == 76 and "late: rank 17 on " in told and "39 more of 40 ranks are not late" in told
+
+
+@pytest.mark.parametrize(("every_s", "silent_after_s"), [(2.0, 4), (16.0, 48)])
+def test_of_thousands_of_ranks_three_heartbeats_may_be_missed(
+    run: Path, monkeypatch: pytest.MonkeyPatch, every_s: float, silent_after_s: int
+) -> None:
+    """With a patience of 4 s, by a stopwatch of ours."""
+    now_s = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    heartbeat = Heartbeat(run / "heartbeat", 0)
+    heartbeat.every_s = every_s
+    heartbeat.write()
+    looks = watch.Watch(run, 4.0)
+    assert not looks.look().silent
+    now_s[0] += silent_after_s
+    assert not looks.look().silent
+    now_s[0] += 0.5
+    assert looks.look().silent == {0}
 
 
 def test_before_the_first_heartbeat(run: Path, watched: Watch) -> None:

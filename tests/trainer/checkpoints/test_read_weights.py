@@ -53,7 +53,7 @@ def test_masters_that_round_to_the_same_weight_keep_their_order() -> None:
     """Norms early in training: 1 in bf16, and not 1 in fp32."""
     ones, masters = torch.ones(3, dtype=torch.bfloat16), [torch.full((3,), 1 + i / 1000) for i in range(3)]
     entries = by_value({"a": ones, "b": ones, "c": ones}, list(masters), {})
-    found = {entry.name: entry.values[MASTER][0] for entry in entries}
+    found = {entry.name: entry.part(MASTER) for entry in entries}
     assert list(found) == ["a", "b", "c"]
     assert all(torch.equal(one, other) for one, other in zip(found.values(), masters, strict=True))
 

@@ -16,7 +16,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from data.files import only_writer
 from tests.trainer.one_rank import engine_for, save_now, take_steps
-from trainer.checkpoints import manifest, resume
+from trainer.checkpoints import manifest, receipts, resume
 from trainer.checkpoints import save as saving
 from trainer.checkpoints.save import Saver, _on_host
 from trainer.config import PretrainConfig
@@ -151,25 +151,30 @@ def test_two_runs_do_not_write_to_one_folder(
 def test_one_who_waits_says_that_all_is_well_as_long_as_the_checkpoint_grows(
     configure: Configure, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quiet_s: float, expected: int
 ) -> None:
-    """Rank 0 has written its part; rank 1's comes in pieces."""
+    """Rank 0 has written its part; rank 1's file grows, then come the receipt and the end."""
     ticks, two = list[float](), TwoRanks(0, 2, 0, 1, torch.device("cpu"))
     monkeypatch.setattr(saving, "_QUIET_S", quiet_s)
     saver = Saver(tmp_path, "f", configure(), two, tick=lambda: ticks.append(0.0))
-    saver._thread, saver._partial = threading.Thread(), tmp_path / "step-00000001.partial"
-    saver._partial.mkdir()
-    saver._written.set()
+    partial, final = tmp_path / "step-00000001.partial", tmp_path / "step-00000001"
+    saver._partial, saver._final = partial, final
+    receipts.begin(partial)
+    saver._thread = threading.Thread(target=saver._run, args=({}, partial, {}, 0.0))
 
     def other_rank() -> None:
-        for number in range(3):
+        for size in range(1, 4):
             time.sleep(0.5)
-            (saver._partial / f"{number}").write_text("x")
-        saver._partial.rename(tmp_path / "step-00000001")
+            (partial / "part").write_text("x" * size)
+        receipts.leave(partial, 1, {"part": {}})
 
     other = threading.Thread(target=other_rank)
+    saver._thread.start()
     other.start()
+    saver._written.wait()
     saver._watch(saving._QUIET_S)
-    assert len(ticks) >= expected and saver._partial.exists() == (quiet_s < 1)
+    assert len(ticks) >= expected and (receipts.last_growth(partial) is None) == (quiet_s > 1)
     other.join()
+    saver._thread.join()
+    assert final.is_dir() and {path.name for path in final.iterdir()} == {"part", "manifest.json"}
 
 
 def test_an_error_of_ours_is_told_apart_from_one_of_the_disk(
@@ -244,13 +249,6 @@ def test_a_rank_that_could_not_write_ends_the_others_with_its_reason(
         with pytest.raises(ValueError, match=r"could not be written .* \(disk of rank 1 is gone\)"):
             saver.wait()
     assert manifest.newest_whole(tmp_path, world) == (None, ["step-00000001.partial was never finished"])
-
-
-def test_a_checkpoint_may_become_whole_while_one_looks_for_word_of_a_failure(tmp_path: Path) -> None:
-    """A listing of the folder met its new name once, and ended a finished run."""
-    assert not saving._is_given_up(tmp_path / "step-00000001.partial") and not saving._is_given_up(tmp_path)
-    (tmp_path / f"{saving._FAILED}00001").touch()
-    assert saving._is_given_up(tmp_path)
 
 
 def test_a_copy_shares_nothing_and_keeps_what_was_one_tensor_one() -> None:

@@ -18,7 +18,7 @@ import torch
 from data.batches import TrainingData
 from data.config import DataConfig
 from model.budget import Budget
-from model.flops import Routed
+from model.flops import Routed, training_flops
 from tests.launching import ROOT
 from trainer.config import PretrainConfig
 from trainer.distributed import World
@@ -28,7 +28,7 @@ from trainer.monitor import routing_figure as heatmap
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.stop import StopRequest
 from trainer.run_folder import RunFolder
-from trainer.step import StepResult, Tally
+from trainer.step import Largest, StepResult, Tally
 
 Train = Callable[..., int]
 
@@ -87,6 +87,26 @@ def test_a_dense_run_writes_nothing_about_routing(tiny: dict[str, Any], train_he
     assert not (Path(tiny["train"]["run_dir"]) / "routing.png").exists()
 
 
+def test_the_imbalance_of_ranks_is_that_of_the_last_step_of_a_line(
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder
+) -> None:
+    """Two ranks, which executed 15 and 5 tokens at every site of this step."""
+    config = configure("train.log.every_steps=2")
+    together = Routed(20, 110, [20.0] * 3, [40.0] * 3)
+    most = Routed(10, 55, [15.0, 15.0, 20.0], [30.0, 30.0, 40.0])
+    flops = training_flops(config.model, Routed(10, 55, [15.0] * 3, [30.0] * 3))
+    step = replace(_step(), tally=replace(_step().tally, routed=together), largest=Largest(flops, most))
+    made = Metrics(config, folder, replace(world, size=2), 0, 1e12)
+    made.log_step(1, 8, _step(), 0.1, Budget(config.model, 32), 0.0)
+    made.log_step(2, 16, step, 0.1, Budget(config.model, 32), 0.0)
+    made.close()
+    (line,) = _lines(folder.path)
+    mean = training_flops(config.model, together) / 2
+    assert line["speed/imbalance"] == flops / mean > 1.1
+    assert line["speed/imbalance_every_layer"] == training_flops(config.model, most) / mean > line["speed/imbalance"]
+    assert [line[f"speed/imbalance/layer-{layer:02d}"] for layer in range(3)] == [1.5, 1.5, 2.0]
+
+
 @pytest.mark.quick
 def test_figures_fit_together(tiny: dict[str, Any], train_here: Train) -> None:
     """Peak is 1 TFLOP/s in the tiny run."""
@@ -105,6 +125,8 @@ def test_figures_fit_together(tiny: dict[str, Any], train_here: Train) -> None:
         half_cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 1) / 3)) / 2  # to a tenth at the last step
         assert line["optimizer/lr"] == pytest.approx(0.003 * half_cosine)
         assert line["budget/target"] == 0.5
+        alone = {name: value for name, value in line.items() if name.startswith("speed/imbalance")}
+        assert len(alone) == 5 and set(alone.values()) == {1.0}
         assert 0 <= line["speed/data_wait_share"] < 1 and line["memory/peak_bytes"] > 10_000_000
     evaluation = _lines(tiny["train"]["run_dir"])[-1]
     greedy, noisy = (evaluation[f"validation/code/{name}"] for name in ("loss", "loss_with_noise"))
@@ -382,7 +404,7 @@ def test_a_peak_below_what_steps_reach_is_raised_and_told_once(
     tiny["train"]["log"] |= {"peak_tflops": 1e-9}
     assert train_here(tiny) == 0
     shares = [line["speed/mfu_executed"] for line in _steps(tiny["train"]["run_dir"]).values()]
-    assert shares[0] == 1 and all(0 < share <= 1 for share in shares)
+    assert shares[0] == pytest.approx(1) and all(0 < share < 1 + 1e-12 for share in shares)  # divided and multiplied
     told = [
         line for line in capsys.readouterr().out.splitlines() if "MFU is measured against was 1e-09 TFLOP/s" in line
     ]

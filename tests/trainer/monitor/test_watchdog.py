@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.launching import has_ended, run, start
+from tests.system_calls import counted
 from trainer.exit_status import EXIT_STALLED
 from trainer.heartbeat import Beat, read_beats
 from trainer.monitor.stop import lost_rank
@@ -81,13 +82,66 @@ def test_what_came_before_the_watch_is_not_counted(folder: RunFolder, monkeypatc
     assert folder.heartbeat.still_s < 60 and "no progress" not in folder.log.read_text()
 
 
+@pytest.mark.parametrize("ranks", [64, 512, 2048])
+def test_heartbeats_of_all_ranks_ask_no_more_of_the_file_system_than_those_of_a_few(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """In a minute of a run, by a stopwatch of ours: at most 128 a second in all, of three calls each."""
+    now_s = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    most = 0
+    for rank in sorted({0, 1, ranks // 2, ranks - 1}):
+        run = RunFolder(folder.path, rank)
+        watchdog = Watchdog(run, 900, lambda: None, ranks)
+        beats = 0
+        for second in range(0, 64, 2):  # the loop's own pace
+            now_s[0] = 1000.0 + second
+            if watchdog._is_due():
+                with counted() as asked:
+                    run.heartbeat.write()
+                    assert watchdog._reason_to_stop(True) is None
+                beats += 1
+                assert asked == {"open": 1, "replace": 1, "stat": 1}
+        most = max(most, beats)
+        watchdog._file.close()
+    assert most * ranks <= 1.3 * 64 * 128  # also the first one of all
+    (told,) = {beat.every_s for beat in read_beats(folder.heartbeat.path.parent)}
+    assert told == max(2.0, ranks / 128)
+
+
+def test_of_thousands_of_ranks_one_reads_all_heartbeats_when_they_stall(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others ask for one file, and say where their stacks are."""
+    for rank in range(512):
+        RunFolder(folder.path, rank).heartbeat.write()
+    said, opened = [], []
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(os, "_exit", lambda status: None)
+    for rank in (3, 0, 511):
+        watchdog = Watchdog(RunFolder(folder.path, rank), 900, lambda: None, 512)
+        monkeypatch.setattr(watchdog, "_say", said.append)
+        with counted() as asked:
+            watchdog._end()
+        opened.append(asked["open"])
+        assert asked.total() <= (2 * (512 + 3) if rank == 3 else 3) + 4
+        watchdog._file.close()
+    assert opened[0] >= 2 * 512 and opened[1] == opened[2] == 2
+    assert "not heard of any more" in said[0] and "another rank says which are behind" in said[1] == said[2].replace(
+        "rank-511", "rank-0"
+    )
+
+
 def test_one_rank_that_hangs_ends_the_run_with_all_stacks_and_status_76(tiny, write_config) -> None:
     run_dir = Path(tiny["train"]["run_dir"])
     done = _run_and_hang(tiny, write_config, "read", 2, launcher="fork")
     assert done.returncode == EXIT_STALLED, done.stdout[-3000:]
-    for rank in (0, 1):
-        sentence = f"rank {rank}: no progress for train.stall_timeout_s (8 s); behind: rank 1 on "
-        assert re.search(re.escape(sentence) + rf"\S+ \(step 3, loading\); its stacks are in {run_dir}", done.stdout)
+    start = r"^rank (.): no progress for train.stall_timeout_s \(8 s\); "
+    told = rf"behind: rank 1 on \S+ \(step 3, loading\); its stacks are in {run_dir}"
+    who = [
+        re.findall(start + what, done.stdout, re.M) for what in (told, "another rank says which are behind; its sta")
+    ]
+    assert sorted(who) == [["0"], ["1"]]  # one reads all heartbeats and speaks, whichever was first
     waits, hangs = ((run_dir / f"logs/rank-{rank}.log").read_text() for rank in (0, 1))
     assert "in all_reduce" in waits and "in train_step" in waits and "hang_worker" in waits
     assert "in _hang" in hangs and "in _hang" not in waits

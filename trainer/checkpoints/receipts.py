@@ -1,0 +1,107 @@
+"""What the threads that write a checkpoint tell one another: by files, in a folder of the checkpoint.
+
+    receipts/
+      receipt-00003.json   what rank 3 has written, with sizes and hashes
+      failed-00003         rank 3 cannot write its part
+      growing              written anew as long as the checkpoint grows; gone when that is over, well or not
+
+Rank 0 alone looks around: a look is three listings and the sizes of a few files, and each receipt is read once. The
+others ask for the time of one file. So what a rank asks of a shared file system does not grow with the number of ranks.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from data.files import read_json, write_json
+from trainer.checkpoints.layout import ENGINE
+
+_FOLDER, _GROWING, _RECEIPT, _FAILED = "receipts", "growing", "receipt-", "failed-"
+_SAMPLED = 8
+"""Files being written whose sizes show that those who write them get on."""
+
+
+def begin(partial: Path) -> Path:
+    """Make the empty checkpoint ``partial``, rank 0; return the file that shows when another rank sees it."""
+    (partial / _FOLDER).mkdir(parents=True)
+    (partial / _FOLDER / _GROWING).touch()
+    return partial / _FOLDER / _GROWING
+
+
+def leave(partial: Path, rank: int, written: dict[str, Any]) -> None:
+    """Say that ``rank`` has written its files: entries of the manifest, by name."""
+    write_json(partial / _FOLDER / f"{_RECEIPT}{rank:05d}.json", written)
+
+
+def leave_failure(partial: Path, rank: int) -> None:
+    """Say that ``rank`` cannot write its part, if it can say that."""
+    with suppress(OSError):  # an empty file may find room where nothing else does
+        (partial / _FOLDER / f"{_FAILED}{rank:05d}").touch()
+
+
+def last_growth(partial: Path) -> int | None:
+    """When ``partial`` was last seen to grow, in the file system's ns; None if it is whole, or given up."""
+    try:
+        return (partial / _FOLDER / _GROWING).stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def end(partial: Path) -> None:
+    """Tell all who wait that nothing more will come."""
+    with suppress(OSError):
+        (partial / _FOLDER / _GROWING).unlink()
+
+
+def remove(partial: Path) -> None:
+    """Take all of this out of a checkpoint that every rank has written."""
+    shutil.rmtree(partial / _FOLDER)
+
+
+class Collection:
+    """Rank 0's: the receipts so far.
+
+    Args:
+        partial: the checkpoint.
+        ranks: how many write.
+
+    Attributes:
+        files: entries of the manifest, of the ranks that are done.
+    """
+
+    def __init__(self, partial: Path, ranks: int):
+        self.files: dict[str, Any] = {}
+        self._partial, self._ranks = partial, ranks
+        self._read: set[str] = set()
+        self._seen: tuple[int, int] | None = None
+
+    def look(self) -> bool | None:
+        """True when all have written; False when one cannot; None before, and tell the others if there is more."""
+        folder = self._partial / _FOLDER
+        names = os.listdir(folder)
+        if any(name.startswith(_FAILED) for name in names):
+            return False
+        for name in names:
+            if name.startswith(_RECEIPT) and name.endswith(".json") and name not in self._read:
+                self.files |= read_json(folder / name)
+                self._read.add(name)
+        if len(self._read) == self._ranks:
+            return True
+        seen = len(self._read), self._sampled_bytes()
+        if seen != self._seen:
+            self._seen = seen
+            with suppress(OSError):  # a full disk is the business of those who write
+                (folder / _GROWING).write_text(f"{seen[0]} of {self._ranks} ranks have written\n")
+        return None
+
+    def _sampled_bytes(self) -> int:
+        """Of the first few files that no receipt names yet."""
+        below = [name for name in os.listdir(self._partial) if name not in (_FOLDER, ENGINE)]
+        with suppress(FileNotFoundError):
+            below += [f"{ENGINE}/{name}" for name in os.listdir(self._partial / ENGINE)]
+        written = sorted(name for name in below if name not in self.files)[:_SAMPLED]
+        return sum((self._partial / name).stat().st_size for name in written)
