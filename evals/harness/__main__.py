@@ -5,11 +5,13 @@
         --against runs/books-hf --trust-remote-code
     python -m evals.harness runs/books --tasks my_task --include my_tasks --shots 1
 
-Three kinds of tasks come from local files. ``blimp`` is every minimal pair in DATA/blimp/*.jsonl, ``blimp_NAME`` one of
+Four kinds of tasks come from local files. ``blimp`` is every minimal pair in DATA/blimp/*.jsonl, ``blimp_NAME`` one of
 its paradigms: the sentence with the larger likelihood wins. ``classify_NAME`` asks for the label of each prompt in
 DATA/tuning/NAME-test.jsonl, after one example of NAME-train.jsonl. ``perplexity`` is that of a text file or of JSON
 lines, DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token; ``evals.perplexity``
-has sliding ones. Task files in the harness's own format are found through ``--include``.
+has sliding ones. ``one_shot`` is all files of questions in DATA/tasks, after one example each, and NAME one of them,
+DATA/tasks/NAME.jsonl; ``evals/harness/questions.py`` says what a line holds. Task files in the harness's own format are
+found through ``--include``.
 
 ``--against`` runs the same tasks on a Hugging Face folder, through the harness's own loader, and reports each task's
 largest difference of a log-likelihood, in nats: of a sentence, or of a whole text, which is a sum over many windows.
@@ -27,11 +29,14 @@ from typing import Any, NamedTuple
 
 from data.files import write_atomically
 from data.hub_cache import ensure_hub_cache
+from evals.harness.questions import ONE_SHOT, QUESTIONS
 from evals.harness.tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
 from settings import did_you_mean, path_argument, user_errors
 from settings.project import installing
 from trainer import opening
 
+_STDERR = "_stderr"
+_BOOTSTRAPS = 100  # of the few metrics whose standard error has no formula
 _INSTALL = f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}"
 
 
@@ -44,6 +49,8 @@ class TaskScores(NamedTuple):
     """By task."""
     loglikelihoods: dict[str, list[float]]
     """By task, of every request in order, nats; empty for tasks that generate."""
+    errors: dict[str, dict[str, float]]
+    """Standard errors of the metrics that have one, by task and metric."""
     cut: dict[str, int]
     """Requests that lost the start of their context, as they did not fit into the window; by task, where there are."""
 
@@ -74,21 +81,22 @@ def evaluate(
     manager = TaskManager(include_path=None if include is None else str(include), include_defaults=False)
     for task in tasks:
         if isinstance(task, str) and task not in manager.all_tasks:
-            known = [*manager.all_tasks, BLIMP, f"{CLASSIFY}NAME", PERPLEXITY]
+            known = [*manager.all_tasks, BLIMP, f"{CLASSIFY}NAME", ONE_SHOT, PERPLEXITY]
             raise ValueError(
                 f"there is no task '{task}'; {did_you_mean(task, known)}; --include names a folder of task files"
             )
     done = simple_evaluate(
-        model, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=0, task_manager=manager
+        model, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=_BOOTSTRAPS, task_manager=manager
     )
     assert done is not None
-    metrics, documents, loglikelihoods = {}, {}, {}
+    metrics, errors, documents, loglikelihoods = {}, {}, {}, {}
     for name, samples in done["samples"].items():
-        values = {key.split(",")[0]: value for key, value in done["results"][name].items()}
-        metrics[name] = {key: float(v) for key, v in values.items() if isinstance(v, float) and "stderr" not in key}
+        values = {key.split(",")[0]: float(v) for key, v in done["results"][name].items() if isinstance(v, float)}
+        metrics[name] = {key: v for key, v in values.items() if not key.endswith(_STDERR)}
+        errors[name] = {key.removesuffix(_STDERR): v for key, v in values.items() if key.endswith(_STDERR)}
         documents[name] = len({sample["doc_id"] for sample in samples})
         loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
-    return TaskScores(metrics, documents, loglikelihoods, dict(model.cut))
+    return TaskScores(metrics, documents, loglikelihoods, errors, dict(model.cut))
 
 
 def _numbers(answers: Any) -> list[float]:
@@ -109,27 +117,38 @@ def differences(one: TaskScores, other: TaskScores) -> dict[str, float]:
 
 
 def table(ours: TaskScores, export: TaskScores | None = None) -> str:
-    """The metrics as text, a line each; the export's beside them, with the largest difference of a log-likelihood."""
+    """The metrics as text, a line each, with standard errors.
+
+    The export's stand beside them, with the largest difference of a log-likelihood.
+    """
     wide = max((len(name) for name in ours.metrics), default=0) + 2
     both = [ours] if export is None else [ours, export]
     apart = {} if export is None else differences(ours, export)
 
-    def line(task: str, metric: str, values: list[float], documents: int, apart_nats: float) -> str:
-        numbers = "".join(f"{value:>12.4f}" for value in values)
+    def line(
+        task: str, metric: str, values: list[float], error: float | None, documents: int, apart_nats: float
+    ) -> str:
+        spread = "" if error is None else f"{error:.4f}"
+        numbers = "".join(f"{value:>12.4f}" for value in values) + f"{spread:>12}"
         difference = "" if export is None else f"{apart_nats:>18.1e}"
         return f"{task:<{wide}}{metric:<18}{numbers}{documents:>12,}{difference}"
 
     names = f"{'ours':>12}" if export is None else f"{'ours':>12}{'export':>12}"
-    lines = [f"{'task':<{wide}}{'metric':<18}{names}{'documents':>12}{'' if export is None else '  difference, nats'}"]
+    last = "" if export is None else "  difference, nats"
+    lines = [f"{'task':<{wide}}{'metric':<18}{names}{'std. error':>12}{'documents':>12}{last}"]
     for task, metrics in ours.metrics.items():
         for metric in metrics:
             values = [outcome.metrics[task][metric] for outcome in both]
-            lines.append(line(task, metric, values, ours.documents[task], apart.get(task, 0.0)))
-    paradigms = [task for task in ours.metrics if task.startswith(f"{BLIMP}_")]
-    if len(paradigms) > 1:
-        means = [sum(outcome.metrics[task]["acc"] for task in paradigms) / len(paradigms) for outcome in both]
-        count, most = sum(ours.documents[task] for task in paradigms), max(apart.get(task, 0.0) for task in paradigms)
-        lines.append(line(BLIMP, "acc, mean", means, count, most))
+            error = ours.errors[task].get(metric)
+            lines.append(line(task, metric, values, error, ours.documents[task], apart.get(task, 0.0)))
+    scored = [task for task, metrics in ours.metrics.items() if "acc" in metrics]
+    paradigms = [task for task in scored if task.startswith(f"{BLIMP}_")]
+    for name, tasks in ((BLIMP, paradigms), ("others", [task for task in scored if task not in paradigms])):
+        if len(tasks) > 1:
+            means = [sum(outcome.metrics[task]["acc"] for task in tasks) / len(tasks) for outcome in both]
+            error = sum(ours.errors[task]["acc"] ** 2 for task in tasks) ** 0.5 / len(tasks)
+            count, most = sum(ours.documents[task] for task in tasks), max(apart.get(task, 0.0) for task in tasks)
+            lines.append(line(name, "acc, mean", means, error, count, most))
     return "\n".join(lines)
 
 
@@ -155,12 +174,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     parser.add_argument("--tasks", nargs="+", default=[BLIMP, PERPLEXITY], metavar="TASK", help="blimp perplexity ...")
     parser.add_argument(
-        "--data", type=path_argument, metavar="DATA", help=f"folder that holds {BLIMP}/, tuning/ and {TEXT}"
+        "--data",
+        type=path_argument,
+        metavar="DATA",
+        help=f"folder that holds {BLIMP}/, tuning/, {QUESTIONS}/ and {TEXT}",
     )
     parser.add_argument("--text", type=path_argument, metavar="FILE", help=f"of {PERPLEXITY}, instead of DATA/{TEXT}")
     parser.add_argument("--include", type=path_argument, metavar="FOLDER", help="of task files of your own")
     parser.add_argument(
-        "--shots", type=int, metavar="N", help="examples before each question (unless given blimp 0, classify 1)"
+        "--shots",
+        type=int,
+        metavar="N",
+        help="examples before each question (unless given 1 for classify and one_shot, else 0)",
     )
     parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
     parser.add_argument("--limit", type=int, metavar="N", help="first documents of each task; all unless given")
@@ -209,10 +234,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         how = (opened, window, options.batch)
         against = options.against and open_export(options.against, *how, options.trust_remote_code)
         rest = (tasks, options.include, options.limit, options.shots)
-        ours = evaluate(OurModel(*how), *rest)
+        model = OurModel(*how)
+        ours = evaluate(model, *rest)
+        flops, dense = model.scorer.flops
         export = evaluate(against, *rest) if against else None
         print("\n".join([table(ours, export), *cuts(ours, export, window)]), flush=True)
         content: dict[str, Any] = {"model": str(opened.loaded.source), "ours": ours._asdict()}
+        if dense:
+            print(f"executed {flops / dense:.1%} of the FLOPs of the same windows without routers, generation left out")
+            content["flops_share"] = flops / dense
         if export is not None:
             apart = differences(ours, export)
             content |= {"against": str(options.against), "export": export._asdict(), "differences": apart}

@@ -3,6 +3,7 @@
 blimp            DATA/blimp/*.jsonl, ``blimp_NAME`` one file of them: of two sentences the likelier one
 classify_NAME    DATA/tuning/NAME-test.jsonl: of a few labels the likeliest after the prompt
 perplexity       a text, or JSON lines with a ``text`` field
+one_shot         DATA/tasks/*.jsonl, NAME one file of them: ``evals/harness/questions.py``
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.harness.questions import ONE_SHOT, chosen_files, question_files, question_task
 from settings import did_you_mean
 
 BLIMP, CLASSIFY, PERPLEXITY = "blimp", "classify_", "perplexity"
@@ -32,11 +34,12 @@ def local_tasks(
     """The configs of the tasks that read local files; other names stay names.
 
     Args:
-        names: ``blimp``, ``blimp_NAME``, ``classify_NAME``, ``perplexity``, or a task of the user's.
-        data: holds ``blimp/``, ``tuning/`` and ``books/``.
+        names: ``blimp``, ``blimp_NAME``, ``classify_NAME``, ``perplexity``, ``one_shot``, a file of ``tasks/``, or a
+            task of the user's.
+        data: holds ``blimp/``, ``tuning/``, ``tasks/`` and ``books/``.
         text: of ``perplexity``, if it is not ``TEXT`` in ``data``.
-        shots: examples before each question; unless given 0 before minimal pairs and 1 before what is classified,
-            the setting of Zeng et al. 2023.
+        shots: examples before each question; unless given 1 for ``one_shot`` and before what is classified, the
+            setting of Zeng et al. 2023, and otherwise 0.
         cache: where the ``datasets`` library may write.
 
     Raises:
@@ -53,6 +56,10 @@ def local_tasks(
         elif name.startswith(CLASSIFY):
             path = _file(name, _pair_files(data), f"{data}/{PAIRS}")
             found[name] = _classify(name, path, 1 if shots is None else shots, cache)
+        elif name == ONE_SHOT or name in question_files(data):
+            few = shots if shots is not None else int(name == ONE_SHOT)
+            for task, path in chosen_files(name, data).items():
+                found[task] = question_task(task, path, few, _dataset("json", {"test": path}, cache))
         else:
             found[name] = name
     return list(found.values())

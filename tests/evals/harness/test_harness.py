@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("options", "sentence"),
     [
         (["--tasks", "blimp"], "say with --data where DATA is"),
+        (["--tasks", "one_shot"], "one_shot reads tasks/*.jsonl in DATA, which --data names, and there is none"),
+        (["--tasks", "one_shot", "--data", "DATA"], "and there is none; see docs/evaluation.md"),
         (["--tasks", "perplexity"], "name it with --text"),
         (["--tasks", "blimp", "--data", "/nowhere"], "holds no *.jsonl with minimal pairs"),
         (["--tasks", "perplexity", "--data", "DATA"], "there is no file"),
@@ -237,7 +240,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--tasks", "classify_long", "--data", "DATA"], "has 21 different responses"),
         (["--tasks", "classify_bare", "--data", "DATA"], "bare-train.jsonl, which is missing"),
         (["--tasks", "classify_torn", "--data", "DATA"], "with 'prompt' and 'response' on every line"),
-        (["--tasks", "unheard"], "there is no task 'unheard'; there are: blimp, classify_NAME, perplexity"),
+        (["--tasks", "unheard"], "there is no task 'unheard'; there are: blimp, classify_NAME, one_shot, perplexity"),
         (["--tasks", "x", "--include", "/nowhere"], "there is no folder /nowhere"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--shots", "-1"], "--shots must be at least 0"),
@@ -259,3 +262,90 @@ def test_without_the_library(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert "requirements-dev.txt" in _refused(capsys, str(weights), "--tasks", "blimp")
+
+
+QUESTIONS: dict[str, list[dict[str, Any]]] = {
+    "choose": [
+        {"query": "Question: x = 1", "choices": ["return a", "import os"], "gold": 1},
+        {"query": "y =", "choices": ["2", "import", "b"], "gold": 0},
+    ],
+    "fill": [{"context_options": [first, "import"], "continuation": "os", "gold": 1} for first in ("return a ", "b")],
+    "go_on": [{"context": "import ", "continuation": "os"}, {"context": "return", "continuation": "a"}],
+    "say": [{"context": "import", "answer": "os", "aliases": ["OS.", "sys"]}, {"context": "return", "answer": "zz"}],
+}
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("questions")
+    (folder / "tasks").mkdir()
+    for name, lines in QUESTIONS.items():
+        (folder / f"tasks/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_questions_of_every_shape(weights: Path, questions: Path, tmp_path: Path) -> None:
+    """Likelihoods are those of plain passes, and metrics follow from them."""
+    tasks = local_tasks(list(QUESTIONS), questions, None, None, tmp_path)
+    outcome = evaluate(OurModel(open_model(weights), POSITIONS, 4), tasks)
+    found = outcome.loglikelihoods
+    chosen = [_answer_likelihood(weights, "Question: x = 1\nAnswer:", f" {c}") for c in ("return a", "import os")]
+    chosen += [_answer_likelihood(weights, "y =", f" {c}") for c in ("2", "import", "b")]
+    assert found["choose"] == pytest.approx(chosen, abs=1e-3)
+    right = [chosen[1] > chosen[0], chosen[2] == max(chosen[2:])]
+    assert outcome.metrics["choose"]["acc"] == pytest.approx(sum(right) / 2)
+    assert {"acc", "acc_norm"} == outcome.metrics["choose"].keys() == outcome.errors["choose"].keys()
+    filled = [_answer_likelihood(weights, context, " os") for context in ("return a", "import", "b", "import")]
+    assert found["fill"] == pytest.approx(filled, abs=1e-3)
+    assert outcome.metrics["fill"] == {"acc": ((filled[1] > filled[0]) + (filled[3] > filled[2])) / 2}
+    went_on = [_answer_likelihood(weights, *parts) for parts in (("import", " os"), ("return", " a"))]
+    assert found["go_on"] == pytest.approx(went_on, abs=1e-3)
+    assert outcome.metrics["go_on"]["perplexity"] == pytest.approx(math.exp(-sum(went_on) / 2), rel=1e-3)
+    assert outcome.metrics["say"] == {"exact_match": 0.0} and outcome.documents["say"] == 2
+
+
+def test_an_answer_is_right_by_any_alias_whatever_its_case_and_stops(
+    weights: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OurModel, "_continue", lambda self, context, options: " Os" if "import" in context else "a")
+    outcome = evaluate(OurModel(open_model(weights), POSITIONS, 4), local_tasks(["say"], questions, None, 0, tmp_path))
+    assert outcome.metrics["say"] == {"exact_match": 0.5}
+
+
+def test_one_shot_is_all_files_with_one_example_of_their_own(
+    weights: Path, questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    assert main([str(weights), "--tasks", "one_shot", "--data", str(questions), "--json", str(out)]) == 0
+    printed, written = capsys.readouterr().out, json.loads(out.read_text())
+    assert set(written["ours"]["metrics"]) == set(QUESTIONS)
+    assert "std. error" in printed and "others" in printed and "acc, mean" in printed
+    assert f"executed {written['flops_share']:.1%} of the FLOPs" in printed and 0 < written["flops_share"] < 1
+    # The other question of the file stands before each.
+    example = "y = 2\n\nQuestion: x = 1\nAnswer:"
+    expected = [_answer_likelihood(weights, example, f" {choice}") for choice in ("return a", "import os")]
+    assert written["ours"]["loglikelihoods"]["choose"][:2] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ([], "is empty; a file of questions has one on every line"),
+        (["{"], "bad.jsonl:1 is no JSON object; every line is one question"),
+        (['{"text": "a"}'], "has the fields text; a question has query, choices, gold; context_options, "),
+        (['{"query": "a", "choices": ["b"], "gold": 0}'], "has no list of two or more texts in choices"),
+        (
+            ['{"query": "a", "choices": ["b", "c"], "gold": 2}'],
+            "has gold 2, which is not one of its 2 choices, counted",
+        ),
+        (['{"context": "a", "answer": ""}'], "has no text in answer; all lines of a file have context, answer"),
+        (['{"context": "a", "answer": "b"}'] * 2, "has 1 different lines, and each question takes 1 of the others for"),
+        (['{"context": "a", "answer": "b"}', '{"query": "a"}'], "bad.jsonl:2 is of another kind; all lines of a file"),
+    ],
+)
+def test_questions_that_cannot_be(
+    weights: Path, lines: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/bad.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    assert sentence in _refused(capsys, str(weights), "--tasks", "bad", "--data", str(tmp_path), "--shots", "1")
