@@ -218,7 +218,7 @@ def test_an_earlier_run_is_not_gone_on_with_unasked(
     assert printed.out.startswith("#!/bin/bash")
     assert printed.err.startswith(f"note: this would not be submitted: {tiny['train']['run_dir']}")
     (script,) = _scripts(capsys, write_config(tiny), *DRY, "train.checkpoint.resume=required")
-    assert 'train.run_dir="$run" train.checkpoint.resume=required\n' in script
+    assert 'train.run_dir="$run" train.checkpoint.resume=required \\\n' in script
     assert script.count("train.checkpoint.resume=") == 1
 
 
