@@ -81,17 +81,17 @@ def long_run(tiny: dict[str, Any]) -> dict[str, Any]:
     return tiny
 
 
-Reference = Callable[[], list[tuple[int, float]]]
+Reference = Callable[..., list[tuple[int, float]]]
 
 
 @pytest.fixture
 def uninterrupted(long_run: dict[str, Any], write_config: Callable[..., str]) -> Reference:
-    """Gives the losses of the same run on two ranks without SLURM."""
+    """Gives the losses of the same run, with further overrides, on two ranks without SLURM."""
 
-    def reference() -> list[tuple[int, float]]:
+    def reference(*overrides: str) -> list[tuple[int, float]]:
         folder = f"{long_run['train']['run_dir']}-straight"
         config = write_config(long_run)
-        done = run("pretrain.train", config, f"train.run_dir={folder}", processes=2, timeout_s=1500)
+        done = run("pretrain.train", config, f"train.run_dir={folder}", *overrides, processes=2, timeout_s=1500)
         assert done.returncode == 0, done.stdout[-3000:]
         return losses(folder)
 
@@ -158,7 +158,7 @@ def test_failures_of_ranks_and_a_node_cost_one_job_seconds_and_no_loss(
     cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], uninterrupted: Reference
 ) -> None:
     """An abort, a kill, and a lost node by turns; the spare node takes over, then the one that failed longest ago."""
-    long_run["train"] |= {"steps": 60, "checkpoint": {"every_steps": 5}}
+    long_run["train"] |= {"steps": 10_000, "checkpoint": {"every_steps": 5}}
     run_dir = long_run["train"]["run_dir"]
     (job,) = submit(cluster, write_config(long_run), *TWO_NODES, "--spare-nodes", "1")
     one, two, three = NODES
@@ -168,23 +168,26 @@ def test_failures_of_ranks_and_a_node_cost_one_job_seconds_and_no_loss(
         (partial(cluster.kill_node, two), f"{two} failed first (SLURM lost it)", f"{one}, {three}"),
     ]
     for fail, accused, nodes in failures:
-        _wait_for_more(cluster, run_dir, lambda: newest_name(Path(run_dir, "checkpoints")), "a checkpoint")
+        _wait_for_more(cluster, lambda: newest_name(Path(run_dir, "checkpoints")), "a checkpoint")
         fail()
         start = time.monotonic()
-        _wait_for_more(cluster, run_dir, lambda: log(run_dir).count("resumed from"), "the next start")
-        _wait_for_more(cluster, run_dir, lambda: steps_done(run_dir), "the next step")
+        _wait_for_more(cluster, lambda: log(run_dir).count("resumed from"), "the next start")
+        _wait_for_more(cluster, lambda: steps_done(run_dir), "the next step")
         print(f"{accused}: the next step came {time.monotonic() - start:.1f} s later")
         assert re.search(rf"== status \d+; {re.escape(accused)}.*; ranks start again on {nodes}\n", log(run_dir))
-    found = cluster.wait_for(job, "COMPLETED", "FAILED", "PENDING")
     cluster.start_node(two)
-    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "0"), log(run_dir)[-3000:]
-    assert losses(run_dir) == uninterrupted()
+    _wait_for_more(cluster, lambda: newest_name(Path(run_dir, "checkpoints")), "a checkpoint")
+    cluster.run("scancel", job)
+    assert cluster.wait_for(job, "CANCELLED", "FAILED", "PENDING")["Restarts"] == "0", log(run_dir)[-3000:]
+    cluster.wait(lambda: "asked to stop" in log(run_dir), "the ranks' end")
+    last = losses(run_dir)[-1][0]
+    assert losses(run_dir) == uninterrupted(f"train.stop_at_step={last}")
 
 
-def _wait_for_more(cluster: Cluster, run_dir: str, figure: Callable[[], object], what: str) -> None:
+def _wait_for_more(cluster: Cluster, figure: Callable[[], object], what: str) -> None:
     """Until ``figure`` is no longer what it is now."""
     now = figure()
-    cluster.wait(lambda: figure() != now, f"{what}: {log(run_dir)[-3000:]}", 300)
+    cluster.wait(lambda: figure() != now, what, 300)
 
 
 def _signal(run_dir: str, number: int) -> None:
