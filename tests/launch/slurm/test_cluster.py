@@ -154,6 +154,7 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_as_if_it_had_not(
     assert losses(run_dir) == uninterrupted()
 
 
+@pytest.mark.slow
 def test_failures_of_ranks_and_a_node_cost_one_job_seconds_and_no_loss(
     cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], uninterrupted: Reference
 ) -> None:
@@ -182,6 +183,25 @@ def test_failures_of_ranks_and_a_node_cost_one_job_seconds_and_no_loss(
     cluster.wait(lambda: "asked to stop" in log(run_dir), "the ranks' end")
     last = losses(run_dir)[-1][0]
     assert losses(run_dir) == uninterrupted(f"train.stop_at_step={last}")
+
+
+@pytest.mark.slow
+def test_a_job_with_spare_nodes_that_loses_its_first_one_is_requeued(
+    cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str]
+) -> None:
+    """The batch script dies with it, and SLURM itself would leave such a job as it is."""
+    long_run["train"] |= {"steps": 10_000, "checkpoint": {"every_steps": 5}}
+    run_dir = long_run["train"]["run_dir"]
+    (job,) = submit(cluster, write_config(long_run), *TWO_NODES, "--spare-nodes", "1")
+    _wait_for_more(cluster, lambda: newest_name(Path(run_dir, "checkpoints")), "a checkpoint")
+    cluster.kill_node(NODES[0])
+    assert cluster.wait_for(job, "PENDING", "COMPLETED", "FAILED")["JobState"] == "PENDING", log(run_dir)[-3000:]
+    cluster.start_node(NODES[0])
+    cluster.start_now(job)
+    cluster.wait(lambda: "resumed from" in log(run_dir), "the next start", 300)
+    assert f"== job {job} on {NODES[0]},{NODES[1]}, restart 1, goes on from step-" in log(run_dir)
+    cluster.run("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
 
 
 def _wait_for_more(cluster: Cluster, figure: Callable[[], object], what: str) -> None:
