@@ -152,7 +152,7 @@ def test_an_array_of_chains(
         (["data.dir=nowhere", *DRY], "nowhere"),
         (
             ["train.stall_timeout_s=960", *DRY],
-            "train.stall_timeout_s (960) must be below wait_s (960) of the site file, after which srun kills ranks that",
+            "train.stall_timeout_s (960) must be below wait_s (960) of the site file, after which srun kills ranks",
         ),
         (["--site", "{waiting}", *DRY], "srun --wait=60 is what wait_s says; set wait_s in the site file, and leave"),
         (["--spare-nodes", "-1", *DRY], "spare_nodes: input should be greater than or equal to 0, got -1"),
