@@ -1,7 +1,7 @@
 """Three kinds of errors, each with its exit status, so that a script can tell them apart.
 
-    a user's mistake      one sentence: the rule, the values, the fix        1
-    the world's state     one sentence: a lost rank, a stop from outside     75, 76 (trainer/exit_status.py)
+    a user's mistake      one sentence: the rule, the values, the fix        1; of a run 78 (trainer/exit_status.py)
+    the world's state     one sentence: a lost rank, a stop from outside     75, 76 (also there)
     a fault of ours       the traceback, and where to report it             70
 
 A user's mistake is a ``ValueError`` or ``OSError`` that a ``raise`` statement of ours raised on purpose, and an
@@ -33,6 +33,8 @@ _OURS = str(Path(__file__).resolve().parent.parent)
 _NOT_OURS = (f"{os.sep}site-packages{os.sep}", f"{os.sep}.venv{os.sep}")
 _RAISE = dis.opmap["RAISE_VARARGS"]
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_BROKEN = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN)
+"""Of a disk or a mount that fails, which is nobody's mistake, and which another start or machine may not meet."""
 _REPORT = (
     "this is a fault of Hopscotch or of a library that it uses, not of yours; please report it with what stands above "
     "and what `python -m launch.doctor` prints"
@@ -50,8 +52,8 @@ def rank_by_environment() -> int:
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
-    """Turn a user's mistake raised inside into ``error: <sentence>`` on stderr and exit status 1.
+def user_errors(mistake: int = 1) -> Iterator[None]:
+    """Turn a user's mistake raised inside into ``error: <sentence>`` on stderr and exit status ``mistake``.
 
     Ctrl-C is one word and status 130. Where a reader such as ``head`` has closed our output, the command ends quietly,
     with the status of SIGPIPE. Everything else passes through; at the end of the process it is a fault of ours.
@@ -80,7 +82,7 @@ def user_errors() -> Iterator[None]:
         if rank:
             time.sleep(_OTHER_RANKS_WAIT_S)
         print(f"error: {error}" if not rank else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+        raise SystemExit(1 if isinstance(error, OSError) and error.errno in _BROKEN else mistake) from None
 
 
 def is_users(error: BaseException) -> bool:

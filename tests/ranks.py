@@ -116,10 +116,10 @@ class Processes:
 
         Rank 0 says it. Another rank says the same, or that rank 0 is gone, if it learnt that first.
         """
-        from trainer.exit_status import EXIT_STALLED
+        from trainer.exit_status import EXIT_MISTAKE, EXIT_STALLED
 
         statuses = self.end()
-        assert statuses[0] == 1 and set(statuses) <= {1, EXIT_STALLED}, (statuses, self.output)
+        assert statuses[0] == EXIT_MISTAKE and set(statuses) <= {EXIT_MISTAKE, EXIT_STALLED}, (statuses, self.output)
         assert "Traceback" not in self.output and "Logging error" not in self.output, self.output
         (sentence,) = re.findall("^error: .*", self.output, re.MULTILINE)
         return str(sentence)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from settings import parse_arguments, user_errors
+from trainer.exit_status import EXIT_MISTAKE
 from trainer.monitor.stop import lost_rank
 from trainer.opening import open_run
 
@@ -38,12 +39,13 @@ def run_stage(
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parse_arguments(parser)
-    with user_errors(), lost_rank():
+    with user_errors(EXIT_MISTAKE), lost_rank():
         config = load(arguments.config, arguments.overrides)
         open_run(config.train)
         from trainer.distributed import join, leave
 
-        world = join(config.train.timeout_s)
+        with user_errors():  # a host that does not answer now may be another one, or well, at the next start
+            world = join(config.train.timeout_s)
         status = train(config, arguments.config, world)
         leave()
     return status

@@ -90,6 +90,9 @@ class CheckpointConfig(Strict):
 
     every_steps: int = Field(1000, gt=0)
     """Save after every this many steps, and after the last."""
+    every_minutes: float | None = Field(None, ge=0.1, allow_inf_nan=False)
+    """Save also after the step in which so many minutes have passed since the last save began, by rank 0's clock;
+    none by the clock unless given. ``launch.plan`` tells what failures cost at any value."""
     keep: int = Field(2, ge=1)
     """How many of the newest whole checkpoints stay; older ones are removed once a newer one is whole."""
     keep_every_steps: int = Field(0, ge=0)

@@ -1,4 +1,8 @@
-"""Exit statuses that ask to be started again. docs/training.md has all of them, settings/user_errors.py the others."""
+"""Exit statuses of a run that say whether to start it again; docs/training.md has all of them.
+
+Any other status but 0 is a failure of a machine, a library or our own, after which a start from the newest checkpoint
+may well get further.
+"""
 
 from __future__ import annotations
 
@@ -9,3 +13,5 @@ EXIT_STALLED = 76
 
 Nothing since the newest checkpoint is saved; starting it again is right, unless it happens again and again.
 """
+EXIT_MISTAKE = 78
+"""Exit status of a rank that a user's mistake has ended (EX_CONFIG): so would every start, until it is corrected."""

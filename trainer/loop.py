@@ -34,7 +34,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
             # Save first, then evaluate: an evaluation that dies must not take the step with it.
             last = trainer.step == last_step
             stopping = result.tally.stop > 0 and not last
-            if last or stopping or trainer.step % save_every == 0:
+            if last or stopping or result.tally.save_due or trainer.step % save_every == 0:
                 trainer.save(wait=last or stopping)
             if stopping and trainer.was_asked_to_stop():
                 again = command_again("train.checkpoint.resume=auto")

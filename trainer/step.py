@@ -47,6 +47,7 @@ class Tally:
         vote_entropy: of the ensemble's weights, summed over valid targets, nats.
         vote_weights, vote_largest: per late layer, its weight and whether that is the largest, over valid targets.
         source_nll, source_targets: nll and targets of each source, in training on several; they add up to the whole.
+        save_due: 1 if rank 0's clock says that a checkpoint is due.
     """
 
     nll: float
@@ -62,6 +63,7 @@ class Tally:
     vote_largest: list[float] = field(default_factory=list)
     source_nll: list[float] = field(default_factory=list)
     source_targets: list[float] = field(default_factory=list)
+    save_due: int = 0
 
     @property
     def loss(self) -> float:
@@ -116,7 +118,8 @@ class StepResult:
 class _StepSums(NamedTuple):
     """Views of one fp64 vector, in its order, so that one all-reduce and one copy take all of them.
 
-    The first ten have one entry, the next seven one for each site, then two for each late layer, two for each source.
+    The first ``_SCALARS`` have one entry, the next seven one for each site, then two for each late layer, two for each
+    source.
     """
 
     nll: Tensor
@@ -125,6 +128,7 @@ class _StepSums(NamedTuple):
     tokens: Tensor
     visible_keys: Tensor
     stop: Tensor
+    save_due: Tensor
     bad_micro_batches: Tensor
     distillation: Tensor
     vote_entropy: Tensor
@@ -141,6 +145,9 @@ class _StepSums(NamedTuple):
     source_nll: Tensor
     source_targets: Tensor
     inputs: Tensor
+
+
+_SCALARS = 11
 
 
 class Counter:
@@ -160,7 +167,7 @@ class Counter:
 
     def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0, width: int = 0):
         self._sources = sources
-        self._sizes = [1] * 10 + [sites] * 7 + [late_layers] * 2 + [sources] * 2 + [sites * width]
+        self._sizes = [1] * _SCALARS + [sites] * 7 + [late_layers] * 2 + [sources] * 2 + [sites * width]
         self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
         self.sums = _StepSums(*self.vector.split(self._sizes))
 
@@ -194,11 +201,15 @@ class Counter:
             parts += [torch.where(own, each, 0).sum(dim=1) for each in (nll, valid.sum(dim=1))]
         if self._sizes[-1]:
             parts.append(routing.input_sums.flatten())
-        self.vector[10:] += torch.cat(parts)  # all that follows the ten, at once
+        self.vector[_SCALARS:] += torch.cat(parts)  # all that follows the scalars, at once
 
     def ask_to_stop(self) -> None:
         """Count this rank among those that were asked to stop."""
         self.sums.stop.add_(1)
+
+    def ask_to_save(self) -> None:
+        """Say, on rank 0 alone, that a checkpoint is due after this step."""
+        self.sums.save_due.add_(1)
 
     def wanted_density(self) -> Tensor:
         """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
@@ -221,8 +232,8 @@ class Counter:
         found: dict[str, Any] = {
             name: [next(numbers) for _ in range(size)] for name, size in zip(names, sizes, strict=True)
         }
-        found |= {name: found[name][0] for name in _StepSums._fields[:10]}
-        found |= {name: int(found[name]) for name in ("targets", "stop", "bad_micro_batches")}
+        found |= {name: found[name][0] for name in _StepSums._fields[:_SCALARS]}
+        found |= {name: int(found[name]) for name in ("targets", "stop", "save_due", "bad_micro_batches")}
         del found["margins"], found["squared_margins"]
         routed = Routed(**{part.name: found.pop(part.name) for part in fields(Routed)})
         return Tally(routed=routed, **found)
@@ -297,6 +308,7 @@ def train_step(
     step: int,
     stop_requested: bool = False,
     balance: Balance | None = None,
+    save_due: bool = False,
 ) -> StepResult:
     """Take optimiser step number ``step`` (0 is the first) on this rank's micro-batches."""
     engine.train()
@@ -328,6 +340,8 @@ def train_step(
     if stop_requested:
         counter.ask_to_stop()
     own = counter.counts.clone()  # before the sum makes it everybody's; read only if the step is logged or went bad
+    if save_due:
+        counter.ask_to_save()
     world.sum(counter.vector)
     norm, applied = _update(engine, config)
     largest = _largest(counter, own, config, world) if config.train.is_logged(step + 1) else None

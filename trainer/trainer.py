@@ -21,6 +21,7 @@ from model.ensemble import Balance
 from trainer.checkpoints import resume, retention
 from trainer.checkpoints.rng import rng_state, set_rng_state
 from trainer.checkpoints.save import Saver
+from trainer.checkpoints.timer import SaveTimer
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
@@ -138,6 +139,7 @@ class Trainer:
         tick = self.run.heartbeat.tick
         origin = given.description if given else resume.origin_of(source, world)
         self.saver = Saver(self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick, origin)
+        self.save_timer = SaveTimer(config.train.checkpoint.every_minutes)
         self.stop = StopRequest(tell=world.is_main)
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
         self.engine.module.register_forward_hook(lambda *_: tick())
@@ -182,7 +184,10 @@ class Trainer:
         """
         lr = self.begin_step()
         stop = self.stop.requested or self.saver.failed
-        result = train_step(self.engine, batches, self.budget, self.config, self.world, self.step, stop, self.balance)
+        save_due = self.world.is_main and self.save_timer.due
+        result = train_step(
+            self.engine, batches, self.budget, self.config, self.world, self.step, stop, self.balance, save_due
+        )
         self.end_step(result, lr, waited_s)
         return result
 
@@ -227,6 +232,7 @@ class Trainer:
                 later, and the reason may have passed.
         """
         self.run.beat(self.step, "saving")
+        self.save_timer.restart()
         state: dict[str, Any] = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
         set_thresholds(self.engine, self.budget, self.config.train.progress(self.step))
         if self.engine.module.thresholds is not None:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from launch.plan import communication
 from launch.plan.communication import Cluster, Step, expected_mfu, ladder, volume
 from launch.plan.data import data_lines
+from launch.plan.goodput import NODE_MTBF_DAYS, RESTART_S, Failures, interval_s, save_s
 from launch.plan.gpus import GPUS
 from launch.plan.imbalance import sentence
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
@@ -144,8 +145,27 @@ def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, m
             f"checkpoint  {size / 1e9:,.3g} GB, written in {size / 1e9 / arguments.disk_gbs:,.2g} s at "
             f"{arguments.disk_gbs:g} GB/s every {config.train.checkpoint.every_steps:,} steps; {keep} kept and one "
             f"being written take {(keep + 1) * size / 1e9:,.3g} GB",
+            *_failures(workload, arguments, (fast.best_s + slow.worst_s) / 2),
         ]
     )
+
+
+def _failures(workload: Workload, arguments: argparse.Namespace, step_s: float) -> list[str]:
+    """What failures and saving cost as the config saves, and at best."""
+    nodes = -(-arguments.gpus // arguments.gpus_per_node)
+    stall_s, write_s = save_s(workload, arguments.gpus, arguments.disk_gbs)
+    if arguments.save_stall_s is not None:
+        stall_s = arguments.save_stall_s
+    failures = Failures(arguments.node_mtbf_days * 86_400 / nodes, arguments.restart_s, stall_s, write_s)
+    own_s, best_s = interval_s(workload, step_s), max(failures.best_interval_s, write_s, step_s)
+    return [
+        f"failures    one in {failures.between_s / 3600:,.3g} hours with a node's in {arguments.node_mtbf_days:g} days,"
+        f" and {arguments.restart_s:g} s to the next step: --node-mtbf-days, --restart-s",
+        f"            saving every {own_s / 60:,.3g} minutes, for which training waits {stall_s:.2g} s, "
+        f"{failures.lost(own_s):.2%} of the time is lost;",
+        f"            least is {failures.lost(best_s):.2%}, every {best_s / step_s:,.0f} steps: "
+        f"train.checkpoint.every_minutes={max(best_s / 60, 0.1):.2g}",
+    ]
 
 
 def _communication(workload: Workload, gpus: int, cluster: Cluster) -> str:
@@ -221,12 +241,34 @@ def _parser() -> argparse.ArgumentParser:
         "--network-gbps", type=float, help="network of a node, Gbit/s in one direction; the vendor's reference system's"
     )
     parser.add_argument("--mfu", type=float, help="speed/mfu_executed of a run of yours, a share; a range unless given")
+    parser.add_argument(
+        "--node-mtbf-days",
+        type=float,
+        default=NODE_MTBF_DAYS,
+        help=f"days between failures of a node (default {NODE_MTBF_DAYS:g}, Llama 3's)",
+    )
+    parser.add_argument(
+        "--restart-s", type=float, default=RESTART_S, help=f"seconds to the next step (default {RESTART_S:g})"
+    )
+    parser.add_argument(
+        "--save-stall-s", type=float, help="seconds that training waits at a save, as a run's log says; estimated else"
+    )
     parser.add_argument("--disk-gbs", type=float, default=1.0, help="write speed of the run folder, GB/s (default 1)")
     return parser
 
 
 def _refuse_nonsense(arguments: argparse.Namespace) -> None:
-    for name in ("gpus", "gpus_per_node", "network_gbps", "mfu", "disk_gbs"):
+    positive = (
+        "gpus",
+        "gpus_per_node",
+        "network_gbps",
+        "mfu",
+        "disk_gbs",
+        "node_mtbf_days",
+        "restart_s",
+        "save_stall_s",
+    )
+    for name in positive:
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be larger than 0, got {value:g}")

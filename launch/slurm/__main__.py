@@ -33,6 +33,7 @@ from settings import counted, parse_arguments, path_argument, to_yaml, user_erro
 
 SITE_OPTIONS = (
     "nodes",
+    "spare_nodes",
     "gpus_per_node",
     "tasks_per_node",
     "cpus_per_task",
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         modules = None if options.modules is None else options.modules.split(",")
         if options.prepare:
             _refuse_of_a_run(options)
-            given |= {"nodes": 1, "gpus_per_node": 0, "tasks_per_node": 1}
+            given |= {"nodes": 1, "spare_nodes": 0, "gpus_per_node": 0, "tasks_per_node": 1}
         elif options.tasks is not None:
             raise ValueError(f"--tasks {options.tasks} shares out a preparation; give --prepare, or leave it out")
         site = load_site(options.site, given | {"modules": modules})
@@ -79,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _refuse_of_a_run(options: argparse.Namespace) -> None:
     """A preparation has no ranks and no chain."""
     given = {
-        "--nodes": options.nodes, "--gpus-per-node": options.gpus_per_node, "--tasks-per-node": options.tasks_per_node,
+        "--nodes": options.nodes, "--spare-nodes": options.spare_nodes, "--gpus-per-node": options.gpus_per_node,
+        "--tasks-per-node": options.tasks_per_node,
         "--array": options.array, "--then": options.then, "--export": options.export,
     }  # fmt: skip
     if wrong := [name for name, value in given.items() if value]:
@@ -146,7 +148,8 @@ def _describe(jobs: list[BatchJob], ids: list[str], site: SlurmConfig) -> str:
     if isinstance(first, PrepareJob):
         lines = [f"preparing in {counted(first.shares, 'task')} of {counted(site.cores_per_rank, 'core')}"]
     else:
-        lines = [f"training on {counted(site.nodes, 'node')} of {counted(site.ranks_per_node, 'rank')}"]
+        spare = f", {site.spare_nodes} more to spare" if site.spare_nodes else ""
+        lines = [f"training on {counted(site.nodes, 'node')} of {counted(site.ranks_per_node, 'rank')}{spare}"]
     for number, (job, id_) in enumerate(zip(jobs, ids, strict=True)):
         tasks = job.stage.tasks
         folder = f"{job.stage.run}{tasks[0]}" + (f" to {tasks[-1]}" if len(tasks) > 1 else "")
@@ -165,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of CONFIG")
     add = parser.add_argument
     add("--nodes", type=int, help="nodes of the job (default: 1)")
+    add("--spare-nodes", type=int, metavar="N", help="further nodes, which take over from those that fail (default: 0)")
     add("--gpus-per-node", type=int, metavar="N", help="GPUs on each node, one rank each")
     add("--tasks-per-node", type=int, metavar="N", help="ranks on each node, for a job on CPUs")
     add("--cpus-per-task", type=int, metavar="N", help="cores of each rank, or of each task of a preparation")

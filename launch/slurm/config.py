@@ -31,7 +31,9 @@ class SlurmConfig(Strict):
     """One job's resources, and how a node becomes ready to run Python."""
 
     nodes: int = Field(1, ge=1)
-    """Nodes of the job."""
+    """Nodes that ranks run on."""
+    spare_nodes: int = Field(0, ge=0)
+    """Further nodes of the job, idle until one of the others fails: the run then goes on at once, in the same job."""
     gpus_per_node: int = Field(0, ge=0)
     """GPUs on each node, one rank each; 0 for a job on CPUs."""
     tasks_per_node: int | None = Field(None, ge=1)
@@ -43,6 +45,9 @@ class SlurmConfig(Strict):
     A run goes on in a further job where it is longer."""
     save_before_s: int = Field(300, ge=1, le=65_535)
     """Seconds before the time limit at which the ranks are asked to save and stop; more than a save and a step take."""
+    wait_s: int = Field(960, ge=1)
+    """Seconds for which srun waits for the other ranks once one has ended, before it kills them; more than
+    ``train.stall_timeout_s``, so that ranks that hang say where."""
     partition: str | None = None
     """Partition; the cluster's default unless given."""
     account: str | None = None
@@ -87,6 +92,10 @@ class SlurmConfig(Strict):
             )
         if self.venv is not None and self.container is not None:
             problems.append(f"venv ({self.venv}) and container ({self.container}) exclude each other; give one of them")
+        if waits := [option for option in self.srun if re.match(r"--wait\b|-W", option)]:
+            problems.append(
+                f"srun {waits[0]} is what wait_s says; set wait_s in the site file, and leave the option out"
+            )
         if self.time is not None:
             problems += self._time_problems(self.time)
         if problems:

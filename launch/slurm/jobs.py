@@ -135,13 +135,20 @@ def _checked(stage: StageJob, site: SlurmConfig, prepared: bool = True) -> Stage
     """``stage``, if it could start.
 
     Raises:
-        ValueError: if the batch does not divide, or the data is not there though it is ``prepared``.
+        ValueError: if the batch does not divide, the data is not there though it is ``prepared``, or ranks that hang
+            would be killed before they could say so.
     """
     from data.batches import TrainingData
 
     require_plain("train.run_dir", stage.run)
     for config in stage.configs:
         config.train.accumulation(site.world_size)
+        if config.train.stall_timeout_s >= site.wait_s:
+            raise ValueError(
+                f"train.stall_timeout_s ({config.train.stall_timeout_s:g}) must be below wait_s ({site.wait_s}) of the "
+                "site file, after which srun kills ranks that hang, before they have said where; lower the one or "
+                "raise the other"
+            )
         if isinstance(config, PretrainConfig):
             if prepared:
                 TrainingData(config.data)  # raises for shards that are missing, damaged or of another tokenizer

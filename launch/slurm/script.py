@@ -13,7 +13,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from launch.slurm.config import SlurmConfig
 from launch.slurm.jobs import StageJob
 from launch.slurm.preparation import PrepareJob
-from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 
 STARTS_WITHOUT_PROGRESS = 3
 """So many starts of one job may go on from the same checkpoint; the next one ends with a sentence."""
@@ -35,8 +34,6 @@ def stage_script(stage: StageJob, site: SlurmConfig, submission: str, job_name: 
         "base": stage.base,
         # Every start after the first goes on from what is there; that nothing was is checked before submission.
         "resume": "auto" if resume == "never" else resume,
-        "saved_status": EXIT_PREEMPTED,
-        "stalled_status": EXIT_STALLED,
         "starts": STARTS_WITHOUT_PROGRESS,
     }
     return _render("stage.sbatch", stage, site, submission, job_name or Path(stage.run).name, own)

@@ -6,6 +6,7 @@ deepspeed --num_gpus 2 --module tests.faults.breakage bad_loss_on_rank_1 CONFIG 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from model.decoder import DecoderOutput
 from pretrain.train import main
 from trainer import trainer as trainers
 from trainer.checkpoints import save as saving
+from trainer.checkpoints import timer
 
 
 def bad_loss_on_rank_1() -> None:
@@ -71,6 +73,12 @@ def hold_in_save() -> None:
             time.sleep(3600)
 
     saving._write = held
+
+
+def let_a_minute_pass_a_step() -> None:
+    """The save timer's clock goes on by a minute with every look at it; rank 1's by a day."""
+    seconds = itertools.count(0, 60 if os.environ["RANK"] == "0" else 86_400)
+    timer.SaveTimer.__init__.__defaults__ = (lambda: next(seconds),)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from tests.faults.breakage import bad_loss_on_rank_1
 from tests.launching import run
 from tests.ranks import Ranks
-from trainer.exit_status import EXIT_STALLED
+from trainer.exit_status import EXIT_MISTAKE, EXIT_STALLED
 
 
 @pytest.mark.quick
@@ -29,7 +29,7 @@ def test_losses_that_are_no_numbers_on_one_rank_end_the_run_and_name_it(tiny, wr
             error, output = ranks.error(), ranks.output
     else:
         done = run("tests.faults.breakage", "bad_loss_on_rank_1", config, processes=2, launcher=launcher)
-        assert done.returncode == 1
+        assert done.returncode == EXIT_MISTAKE
         output = done.stdout
         (error,) = re.findall("^error: .*", output, re.MULTILINE)
     for step, first in ((4, 24), (5, 32), (6, 40)):

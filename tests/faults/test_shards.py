@@ -12,7 +12,7 @@ import pytest
 from tests.ranks import Ranks
 from trainer.checkpoints import manifest
 from trainer.distributed import ALONE
-from trainer.exit_status import EXIT_STALLED
+from trainer.exit_status import EXIT_MISTAKE, EXIT_STALLED
 
 
 def cut(shard: Path) -> None:
@@ -41,13 +41,13 @@ def test_a_shard_that_is_changed_ends_the_run_and_the_next_start(
         ranks.wait_until(lambda: ranks.output.count("saved ") == 2)
         change(shard)
         statuses = ranks.end()
-        assert 1 in statuses and set(statuses) <= {1, EXIT_STALLED}
+        assert EXIT_MISTAKE in statuses and set(statuses) <= {EXIT_MISTAKE, EXIT_STALLED}
         assert re.search(f"error: {shard} was changed after it was prepared: its SHA-256 differs", ranks.output)
         assert "Traceback" not in ranks.output
     newest, _ = manifest.newest_whole(Path(tiny["train"]["run_dir"]) / "checkpoints", ALONE)
     assert newest is not None
     with Ranks(config) as ranks:
-        assert 1 in ranks.end()
+        assert EXIT_MISTAKE in ranks.end()
         assert f"error: {shard} " in ranks.output and "Traceback" not in ranks.output
     shard.write_bytes(whole)  # restored: newer than the manifest, and the bytes that it counts
     with Ranks(config) as ranks:

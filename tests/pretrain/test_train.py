@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from tests.faults.breakage import hold_in_save
+from tests.faults.breakage import hold_in_save, let_a_minute_pass_a_step
 from tests.launching import run, start
 from tests.ranks import Processes, Ranks
+from trainer.exit_status import EXIT_MISTAKE
 
 TRAIN = "pretrain.train"
 
@@ -82,7 +83,7 @@ def test_fourteen_steps_are_seven_and_a_kill_and_seven_more_bit_by_bit(tiny, wri
         ranks.wait_until((Path(run_dir) / "checkpoints/step-00000007/manifest.json").exists)
         ranks.kill()
     refused = run(TRAIN, config, processes=1)
-    assert refused.returncode == 1 and "already holds step-00000007" in refused.stdout
+    assert refused.returncode == EXIT_MISTAKE and "already holds step-00000007" in refused.stdout
 
     resumed = run(TRAIN, config, "train.checkpoint.resume=required", processes=2)
     assert resumed.returncode == 0, resumed.stdout[-3000:]
@@ -153,7 +154,11 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tiny, write_config):
 def test_a_torn_checkpoint_is_passed_over_and_nothing_whole_is_an_error(tiny, write_config):
     config, run_dir = write_config(tiny), Path(tiny["train"]["run_dir"])
     nothing = run(TRAIN, config, "train.checkpoint.resume=required")
-    assert nothing.returncode == 1 and "cannot resume from" in nothing.stdout and "no checkpoint" in nothing.stdout
+    assert (
+        nothing.returncode == EXIT_MISTAKE
+        and "cannot resume from" in nothing.stdout
+        and "no checkpoint" in nothing.stdout
+    )
     assert not (run_dir / "metrics.jsonl").exists()
 
     assert run(TRAIN, config).returncode == 0
@@ -166,7 +171,7 @@ def test_a_torn_checkpoint_is_passed_over_and_nothing_whole_is_an_error(tiny, wr
     for folder in (run_dir / "checkpoints").iterdir():
         (folder / "trainer.pt").unlink()
     none = run(TRAIN, config, "train.checkpoint.resume=auto")
-    assert none.returncode == 1 and "none of step-00000004, step-00000002 is whole" in none.stdout
+    assert none.returncode == EXIT_MISTAKE and "none of step-00000004, step-00000002 is whole" in none.stdout
 
 
 @pytest.mark.parametrize(
@@ -182,13 +187,29 @@ def test_a_torn_checkpoint_is_passed_over_and_nothing_whole_is_an_error(tiny, wr
         ),
     ],
 )
-def test_a_mistake_is_one_sentence_and_status_1(tiny, write_config, overrides, sentence):
+def test_a_mistake_is_one_sentence_and_a_status_of_its_own(tiny, write_config, overrides, sentence):
     done = run(TRAIN, write_config(tiny), *overrides)
-    assert done.returncode == 1, done.stdout[-2000:]
+    assert done.returncode == EXIT_MISTAKE, done.stdout[-2000:]
     errors = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and sentence in errors[0], done.stdout[-2000:]
     assert "Traceback" not in done.stdout
     assert not Path(tiny["train"]["run_dir"]).exists()
+
+
+def test_rank_0s_clock_says_when_a_checkpoint_is_due_and_a_resume_from_there_is_exact(tiny, write_config):
+    """A minute a step on rank 0; by rank 1's clock a save would be due at every step."""
+    tiny["train"] |= {"steps": 7, "checkpoint": {"every_steps": 1000, "every_minutes": 3, "keep": 9}}
+    config, run_dir = write_config(tiny), Path(tiny["train"]["run_dir"])
+    with Ranks(config, first=let_a_minute_pass_a_step) as ranks:
+        assert ranks.end() == [0, 0], ranks.output[-3000:]
+    saved = sorted((run_dir / "checkpoints").iterdir())
+    assert [folder.name for folder in saved] == ["step-00000003", "step-00000006", "step-00000007"]
+    straight = _exact(str(run_dir))
+    for later in saved[1:]:
+        shutil.rmtree(later)
+    resumed = run(TRAIN, config, "train.checkpoint.resume=required", processes=2)
+    assert resumed.returncode == 0 and "at step 3" in resumed.stdout, resumed.stdout[-3000:]
+    assert _exact(str(run_dir)) == straight
 
 
 def test_a_finished_run_says_so(tiny, write_config):

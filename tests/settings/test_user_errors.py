@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -30,6 +31,21 @@ def test_one_sentence_and_status_one(kind: type[Exception], capsys: pytest.Captu
     assert caught.value.code == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", "error: train.steps must be positive, got 0\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("no"), 78),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data"), 78),
+        (OSError(errno.EIO, "Input/output error", "/data"), 1),
+        (OSError(errno.ESTALE, "Stale file handle", "/data"), 1),
+    ],
+)
+def test_a_mistakes_own_status_is_not_that_of_a_disk_that_fails(error: Exception, status: int) -> None:
+    with pytest.raises(SystemExit) as caught, user_errors(78):
+        raise error
+    assert caught.value.code == status
 
 
 def _of_a_library() -> None:

@@ -24,6 +24,7 @@ from tests.launching import run
 from trainer.checkpoints.resume import _check_fit
 from trainer.checkpoints.save import conditions
 from trainer.distributed import ALONE
+from trainer.exit_status import EXIT_MISTAKE
 from tune.base import load_base
 from tune.batches import ExampleSet, TuningData
 from tune.config import ExamplesConfig, TuneFile
@@ -349,11 +350,11 @@ def test_an_evaluation_that_was_cut_short_is_made_again(runs: Callable[[str], Pa
     assert {"train/loss", "validation/parity/loss/ensemble", "validation/parity/loss"} <= of_step.keys()
 
 
-def test_the_command_ends_with_one_sentence_and_status_1(tuning: dict[str, Any], tmp_path: Path) -> None:
+def test_the_command_ends_with_one_sentence_and_a_mistakes_status(tuning: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "tune.yaml"
     path.write_text(yaml.safe_dump(tuning))
     done = run("tune.train", str(path), "ensemble.layers=9", f"train.run_dir={tmp_path}/none")
-    assert done.returncode == 1 and "Traceback" not in done.stdout
+    assert done.returncode == EXIT_MISTAKE and "Traceback" not in done.stdout
     assert done.stdout.strip().splitlines()[-1].endswith("lower it to at most 4")
     assert not (tmp_path / "none").exists()
 
@@ -391,4 +392,4 @@ def test_a_checkpoint_from_hugging_face_is_imported_tuned_and_merged(
     again = run(
         "tune.train", str(tmp_path / "tune.yaml"), f"base.path={tmp_path}/merged", f"train.run_dir={tmp_path}/2"
     )
-    assert again.returncode == 1 and "was tuned already" in again.stdout and "Traceback" not in again.stdout
+    assert again.returncode == EXIT_MISTAKE and "was tuned already" in again.stdout and "Traceback" not in again.stdout

@@ -122,7 +122,8 @@ def remove(checkpoint: Path) -> None:
 def most_at_once(train: TrainConfig) -> int:
     """Most checkpoints of the run that are there at the same time: while the last one is being written."""
     config = train.checkpoint
-    saves = [*range(config.every_steps, train.last_step, config.every_steps), train.last_step]
+    every = config.every_steps if config.every_minutes is None else 1  # by the clock it may be any step
+    saves = [*range(every, train.last_step, every), train.last_step]
     older = saves[: -config.keep - 1]
     milestones = [step for step in older if config.keep_every_steps and step % config.keep_every_steps == 0]
     return len(saves) - len(older) + len(milestones)

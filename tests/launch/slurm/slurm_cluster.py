@@ -1,6 +1,6 @@
-"""A real SLURM cluster of two nodes on this machine: munged, slurmctld and two slurmd in a temporary folder.
+"""A real SLURM cluster of three nodes on this machine: munged, slurmctld and three slurmd in a temporary folder.
 
-The nodes are called 127.0.0.1 and 127.0.0.2, so that the first host of a job's node list is one that ranks can meet at.
+The nodes are called 127.0.0.1 to 127.0.0.3, so that the first host of a job's node list is one that ranks can meet at.
 Needs no root.
 """
 
@@ -23,7 +23,7 @@ import pytest
 from tests.launching import ROOT, environment, free_port
 from tests.programs import SEARCH, where
 
-NODES = ("127.0.0.1", "127.0.0.2")
+NODES = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -52,7 +52,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 
 
 class Cluster:
-    """Two nodes of one CPU each.
+    """Three nodes of one CPU each.
 
     Attributes:
         environment: for commands that talk to it.
@@ -76,7 +76,7 @@ class Cluster:
         self.conf.write_text(text)
 
     def start(self) -> None:
-        """Start everything, and wait until both nodes are idle."""
+        """Start everything, and wait until all nodes are idle."""
         key = self.folder / "munge.key"
         key.touch(mode=0o600)
         key.write_bytes(secrets.token_bytes(64))
@@ -124,8 +124,8 @@ class Cluster:
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def is_idle(self) -> bool:
-        """Both nodes are up and have nothing to do."""
-        return self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"]
+        """All nodes are up and have nothing to do."""
+        return self.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", str(len(NODES))]
 
     def wait(self, condition: Callable[[], bool], what: str, timeout_s: float = 180) -> None:
         """Poll until ``condition``."""

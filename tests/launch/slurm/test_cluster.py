@@ -9,7 +9,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tests.launch.slurm.slurm_cluster import NODES, Cluster
 from tests.launching import BIN, ROOT, run
 from tests.programs import SLURM, needs
 from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import newest_name
 from trainer.distributed import ALONE
 
 TWO_NODES = ("--nodes", "2", "--tasks-per-node", "1")
@@ -78,17 +81,17 @@ def long_run(tiny: dict[str, Any]) -> dict[str, Any]:
     return tiny
 
 
-Reference = Callable[[], list[tuple[int, float]]]
+Reference = Callable[..., list[tuple[int, float]]]
 
 
 @pytest.fixture
 def uninterrupted(long_run: dict[str, Any], write_config: Callable[..., str]) -> Reference:
-    """Gives the losses of the same run on two ranks without SLURM."""
+    """Gives the losses of the same run, with further overrides, on two ranks without SLURM."""
 
-    def reference() -> list[tuple[int, float]]:
+    def reference(*overrides: str) -> list[tuple[int, float]]:
         folder = f"{long_run['train']['run_dir']}-straight"
         config = write_config(long_run)
-        done = run("pretrain.train", config, f"train.run_dir={folder}", processes=2, timeout_s=1500)
+        done = run("pretrain.train", config, f"train.run_dir={folder}", *overrides, processes=2, timeout_s=1500)
         assert done.returncode == 0, done.stdout[-3000:]
         return losses(folder)
 
@@ -108,7 +111,7 @@ def test_a_run_told_to_stop_is_requeued_and_ends_as_if_it_had_not_been(
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log(run_dir)[-3000:]
     assert losses(run_dir) == uninterrupted()
     printed = log(run_dir)
-    assert f"saved; job {job} goes back into the queue" in printed and "resumed from" in printed
+    assert f"== status 75; saved\n== job {job} goes back into the queue" in printed and "resumed from" in printed
     assert "restart 0, goes on from nothing" in printed and "restart 1, goes on from step-000" in printed
 
 
@@ -152,6 +155,67 @@ def test_a_run_that_loses_a_node_is_requeued_and_ends_as_if_it_had_not(
 
 
 @pytest.mark.slow
+def test_failures_of_ranks_and_a_node_cost_one_job_seconds_and_no_loss(
+    cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], uninterrupted: Reference
+) -> None:
+    """An abort, a kill, and a lost node by turns; the spare node takes over, then the one that failed longest ago."""
+    long_run["train"] |= {"steps": 10_000, "checkpoint": {"every_steps": 5}}
+    run_dir = long_run["train"]["run_dir"]
+    (job,) = submit(cluster, write_config(long_run), *TWO_NODES, "--spare-nodes", "1")
+    one, two, three = NODES
+    failures = [
+        (partial(_signal, run_dir, signal.SIGABRT), f"{two} failed first (task 1: Aborted", f"{one}, {three}"),
+        (partial(_signal, run_dir, signal.SIGKILL), f"{three} failed first (task 1: Killed", f"{one}, {two}"),
+        (partial(cluster.kill_node, two), f"{two} failed first (SLURM lost it)", f"{one}, {three}"),
+    ]
+    for fail, accused, nodes in failures:
+        _wait_for_more(cluster, lambda: newest_name(Path(run_dir, "checkpoints")), "a checkpoint")
+        fail()
+        start = time.monotonic()
+        _wait_for_more(cluster, lambda: log(run_dir).count("resumed from"), "the next start")
+        _wait_for_more(cluster, lambda: steps_done(run_dir), "the next step")
+        print(f"{accused}: the next step came {time.monotonic() - start:.1f} s later")
+        assert re.search(rf"== status \d+; {re.escape(accused)}.*; ranks start again on {nodes}\n", log(run_dir))
+    cluster.start_node(two)
+    _wait_for_more(cluster, lambda: newest_name(Path(run_dir, "checkpoints")), "a checkpoint")
+    cluster.run("scancel", job)
+    assert cluster.wait_for(job, "CANCELLED", "FAILED", "PENDING")["Restarts"] == "0", log(run_dir)[-3000:]
+    cluster.wait(lambda: "asked to stop" in log(run_dir), "the ranks' end")
+    last = losses(run_dir)[-1][0]
+    assert losses(run_dir) == uninterrupted(f"train.stop_at_step={last}")
+
+
+@pytest.mark.slow
+def test_a_job_with_spare_nodes_that_loses_its_first_one_is_requeued(
+    cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str]
+) -> None:
+    """The batch script dies with it, and SLURM itself would leave such a job as it is."""
+    long_run["train"] |= {"steps": 10_000, "checkpoint": {"every_steps": 5}}
+    run_dir = long_run["train"]["run_dir"]
+    (job,) = submit(cluster, write_config(long_run), *TWO_NODES, "--spare-nodes", "1")
+    _wait_for_more(cluster, lambda: newest_name(Path(run_dir, "checkpoints")), "a checkpoint")
+    cluster.kill_node(NODES[0])
+    assert cluster.wait_for(job, "PENDING", "COMPLETED", "FAILED")["JobState"] == "PENDING", log(run_dir)[-3000:]
+    cluster.start_node(NODES[0])
+    cluster.start_now(job)
+    cluster.wait(lambda: "resumed from" in log(run_dir), "the next start", 300)
+    assert f"== job {job} on {NODES[0]},{NODES[1]}, restart 1, goes on from step-" in log(run_dir)
+    cluster.run("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
+
+
+def _wait_for_more(cluster: Cluster, figure: Callable[[], object], what: str) -> None:
+    """Until ``figure`` is no longer what it is now."""
+    now = figure()
+    cluster.wait(lambda: figure() != now, what, 300)
+
+
+def _signal(run_dir: str, number: int) -> None:
+    """Send it to rank 1."""
+    os.kill(json.loads((Path(run_dir) / "heartbeat/rank-1.json").read_text())["pid"], number)
+
+
+@pytest.mark.slow
 def test_scancel_leaves_a_whole_checkpoint_of_the_last_step_and_nothing_in_the_queue(
     cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], uninterrupted: Reference
 ) -> None:
@@ -176,16 +240,19 @@ def test_scancel_leaves_a_whole_checkpoint_of_the_last_step_and_nothing_in_the_q
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_ends_the_job_and_cancels_what_follows(
+def test_a_mistake_ends_the_job_at_once_and_cancels_what_follows(
     cluster: Cluster, long_run: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
 ) -> None:
-    long_run["train"]["steps"] = 100_000
     run_dir = long_run["train"]["run_dir"]
-    job, export = submit(cluster, write_config(long_run), *TWO_NODES, "--export", str(tmp_path / "hf"))
-    cluster.wait(lambda: steps_done(run_dir) > 5, "step 5", 120)
-    os.kill(json.loads((Path(run_dir) / "heartbeat/rank-1.json").read_text())["pid"], signal.SIGKILL)
-    found = cluster.wait_for(job, "FAILED", "COMPLETED", "PENDING")
-    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "137:0", "0")
+    shutil.copytree(long_run["data"]["dir"], tmp_path / "data")
+    long_run["data"]["dir"] = str(tmp_path / "data")
+    options = ["--export", str(tmp_path / "hf"), "--sbatch=--hold"]
+    job, export = submit(cluster, write_config(long_run), *TWO_NODES, *options)
+    shutil.rmtree(tmp_path / "data/train")
+    cluster.run("scontrol", "release", job)
+    found = cluster.wait_for(job, "FAILED", "COMPLETED")
+    assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "78:0", "0")
+    assert log(run_dir).count("goes on from nothing") == 1 and "== status 78; a mistake" in log(run_dir)
     cluster.wait_for(export, "CANCELLED")
 
 

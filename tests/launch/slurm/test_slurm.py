@@ -92,6 +92,19 @@ def test_a_script_says_once_what_it_needs(
     assert not Path(run).exists()
 
 
+def test_spare_nodes_are_part_of_the_job_and_not_of_the_run(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    site = tmp_path / "site.yaml"
+    site.write_text("tasks_per_node: 2\nspare_nodes: 1\nwait_s: 200\n")
+    config = write_config(tiny)
+    (script,) = _scripts(capsys, config, "train.stall_timeout_s=199", "--nodes", "2", "--site", str(site), "--dry-run")
+    assert "#SBATCH --nodes=3\n" in script and "#SBATCH --no-kill\n" in script and "#SBATCH --requeue\n" in script
+    assert '--nodes=2 --ntasks=4 --nodelist="$nodes"' in script and "--wait=200 " in script
+    (without,) = _scripts(capsys, config, *DRY)
+    assert "#SBATCH --nodes=2\n" in without and "--no-kill" not in without and "guard" not in without
+
+
 def test_cpus_containers_and_the_users_own_site_file(
     tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], home: Path
 ) -> None:
@@ -137,6 +150,13 @@ def test_an_array_of_chains(
         (["--container", "c", "--venv", "v", *DRY], "venv (v) and container (c) exclude each other"),
         (["--site", "no-such.yaml", *DRY], "config file no-such.yaml does not exist"),
         (["data.dir=nowhere", *DRY], "nowhere"),
+        (
+            ["train.stall_timeout_s=960", *DRY],
+            "train.stall_timeout_s (960) must be below wait_s (960) of the site file, after which srun kills ranks",
+        ),
+        (["--site", "{waiting}", *DRY], "srun --wait=60 is what wait_s says; set wait_s in the site file, and leave"),
+        (["--spare-nodes", "-1", *DRY], "spare_nodes: input should be greater than or equal to 0, got -1"),
+        (["--prepare", "--tasks", "2", "--spare-nodes", "1", "--dry-run"], "--spare-nodes is of a run, and --prepare"),
         (["train.run_dir=my run", *DRY], "train.run_dir 'my run' stands in SLURM's options"),
         (["--array", "train.seed", *DRY], "--array 'train.seed' must be a field and two or more different values"),
         (["--array", "train.seed=1,1", *DRY], "two or more different values"),
@@ -166,7 +186,8 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     sentence: str,
 ) -> None:
     config, run = write_config(tiny), tiny["train"]["run_dir"]
-    places = {"config": config, "tuning": tuning, "run": run, "full": str(Path(config).parent)}
+    (waiting := Path(config).with_name("site.yaml")).write_text("srun: [--wait=60]\n")
+    places = {"config": config, "tuning": tuning, "waiting": waiting, "run": run, "full": str(Path(config).parent)}
     with pytest.raises(SystemExit) as end:
         main([config, *(argument.format(**places) for argument in arguments)])
     printed = capsys.readouterr()
@@ -218,7 +239,7 @@ def test_an_earlier_run_is_not_gone_on_with_unasked(
     assert printed.out.startswith("#!/bin/bash")
     assert printed.err.startswith(f"note: this would not be submitted: {tiny['train']['run_dir']}")
     (script,) = _scripts(capsys, write_config(tiny), *DRY, "train.checkpoint.resume=required")
-    assert 'train.run_dir="$run" train.checkpoint.resume=required\n' in script
+    assert 'train.run_dir="$run" train.checkpoint.resume=required \\\n' in script
     assert script.count("train.checkpoint.resume=") == 1
 
 

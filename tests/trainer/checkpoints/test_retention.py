@@ -61,6 +61,13 @@ def test_themost_at_once_is_what_a_run_comes_to(
     assert retention.most_at_once(train) == most
 
 
+def test_saves_by_the_clock_may_be_more_than_those_by_steps() -> None:
+    by_steps = training(100, every_steps=100, keep=3, keep_every_steps=50)
+    assert (retention.most_at_once(by_steps), retention.most_at_once(training(100, every_steps=100, keep=3))) == (1, 1)
+    by_clock = training(100, every_steps=100, every_minutes=5, keep=3, keep_every_steps=50)
+    assert retention.most_at_once(by_clock) == 5  # three, the one being written, and step 50
+
+
 def test_a_disk_that_will_not_hold_the_run_is_told_at_its_start(
     tmp_path: Path, world: World, disk: Callable[[float], None]
 ) -> None:

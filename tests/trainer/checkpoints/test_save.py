@@ -21,6 +21,7 @@ from trainer.checkpoints import save as saving
 from trainer.checkpoints.save import Saver, _on_host
 from trainer.config import PretrainConfig
 from trainer.distributed import World
+from trainer.exit_status import EXIT_MISTAKE
 from trainer.step import StepResult
 from trainer.trainer import Trainer
 
@@ -104,7 +105,7 @@ def test_a_write_that_fails_is_tried_once_more_at_the_next_step_and_then_ends_th
     first = f"checkpoint step-00000004 could not be written to {checkpoints} ([Errno 28] No space left on device)"
     assert f"{first}; make room there and resume: the newest checkpoint is step-00000002; trying once more" in told.out
     if lasting:
-        assert status == 1 and newest == checkpoints / "step-00000002"
+        assert status == EXIT_MISTAKE and newest == checkpoints / "step-00000002"
         assert "error: checkpoint step-0000000" in told.err
         assert "make room there and resume: the newest checkpoint is step-00000002" in told.err
     else:
