@@ -48,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"train.activation_checkpointing={str(recompute).lower()}",
                     "deepspeed.persistence_threshold=0",
                     f"train.steps={options.rounds + 1}",
+                    "train.schedule.kind=constant",
+                    "train.schedule.warmup_steps=0",
                 ],
             )
             for stage in STAGES

@@ -134,11 +134,14 @@ def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, m
     days = [workload.total_tokens / rate / 86_400 for rate in rates]
     origin = "as given" if arguments.mfu else "from published dense bf16 runs, none of this code; measure yours: --mfu"
     size, keep = checkpoint_bytes(workload, stage), most_at_once(config.train) - 1
+    host_bound = fast.host_s >= fast.compute_s
     return "\n".join(
         [
             f"MFU         {_range(mfu, '.0%')} on executed FLOPs ({origin})",
             f"speed       {_range(rates, ',.0f')} tokens/s, communication included; a step takes "
             f"{_range((fast.best_s, slow.worst_s), '.3g')} s",
+            f"host        asks for a step's work for {slow.host_s:.3g} s"
+            + (", which is longer than the GPU works on it at the best: larger micro-batches" if host_bound else ""),
             f"run         {config.train.steps:,} steps, {workload.total_tokens:,} tokens: "
             f"{_range(days[::-1], '.3g')} days, {_range([24 * d * arguments.gpus for d in days[::-1]], ',.0f')} "
             "GPU-hours, saving and evaluation not included",

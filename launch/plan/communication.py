@@ -38,6 +38,13 @@ H100 come to when counted as here (docs/clusters.md). No run of this project on 
 _UPDATE_BYTES = 30  # read gradient, master, two moments; write the last three and the weight
 
 
+HOST_MS = {(False, False): 11.1, (False, True): 15.7, (True, False): 14.8, (True, True): 20.8}
+"""CPU milliseconds of the host for a layer of a micro-batch: by ZeRO 3 or less, activations recomputed or kept.
+``python -m bench.host`` on one core of a server's Xeon of 2023, whose own small products are in it: rather high."""
+_UNITS = 3
+"""What ZeRO 3 gathers by itself besides the layers: embedding, last norm, head."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Equal GPUs in equal nodes.
@@ -74,6 +81,7 @@ class Step:
     Attributes:
         gpus: how many.
         compute_s: forward, backward, update.
+        host_s: of the host that asks for them; the device waits where it is longer.
         communication_s: all collectives, one after the other.
         best_s: the whole step, if as much overlaps as DeepSpeed lets overlap.
         memory_bytes: peak of one GPU.
@@ -82,6 +90,7 @@ class Step:
 
     gpus: int
     compute_s: float = math.nan
+    host_s: float = math.nan
     communication_s: float = math.nan
     best_s: float = math.nan
     memory_bytes: float = math.nan
@@ -90,7 +99,7 @@ class Step:
     @property
     def worst_s(self) -> float:
         """The whole step, if nothing overlaps."""
-        return self.compute_s + self.communication_s
+        return max(self.compute_s, self.host_s) + self.communication_s
 
     @property
     def efficiency(self) -> tuple[float, float]:
@@ -111,7 +120,10 @@ def volume(workload: Workload, stage: Stage, accumulation: int) -> Volume:
         return Volume(reductions * trained, gathered, 0, reductions * buckets + (1 if stage > 0 else 0))
     gathers = weights.total + max(weights.total - live, 0)
     return Volume(
-        0, accumulation * width * gathers, accumulation * trained, accumulation * (2 * model.layers + buckets)
+        0,
+        accumulation * width * gathers,
+        accumulation * trained,
+        accumulation * (2 * (model.layers + _UNITS) + buckets),
     )
 
 
@@ -142,6 +154,12 @@ def compute_s(workload: Workload, stage: Stage, ranks: int, gpu: GPU, mfu: float
     )
 
 
+def host_s(workload: Workload, stage: Stage, accumulation: int) -> float:
+    """Seconds in which a rank's host asks for a step of ``accumulation`` micro-batches."""
+    milliseconds = HOST_MS[stage == 3, workload.config.train.activation_checkpointing]
+    return accumulation * workload.model.layers * milliseconds / 1e3
+
+
 def step(workload: Workload, stage: Stage, ranks: int, cluster: Cluster, mfu: float) -> Step:
     """One optimiser step of the config's global batch on ``ranks`` GPUs."""
     try:
@@ -151,12 +169,14 @@ def step(workload: Workload, stage: Stage, ranks: int, cluster: Cluster, mfu: fl
         most = train.global_batch_samples // train.micro_batch_samples
         reason = "exceeds" if ranks > most else "does not divide"
         return Step(ranks, problem=f"{ranks} x {train.micro_batch_samples} samples {reason} the global batch")
+    host = host_s(workload, stage, accumulation)
     compute = compute_s(workload, stage, ranks, cluster.gpu, mfu)
     moved = volume(workload, stage, accumulation)
     communication = communication_s(moved, ranks, cluster)
     # DeepSpeed overlaps by default at stage 3 only.
-    best = max(compute, communication) if stage == 3 else compute + communication
-    return Step(ranks, compute, communication, best, memory(workload, stage, ranks).peak)
+    busy = max(compute, host)
+    best = max(busy, communication) if stage == 3 else busy + communication
+    return Step(ranks, compute, host, communication, best, memory(workload, stage, ranks).peak)
 
 
 def ladder(gpus: int, gpus_per_node: int, limit: int) -> list[int]:
