@@ -22,6 +22,7 @@ from settings.load import _apply_override
 from tests.once import once
 from trainer.config import PretrainConfig, load_run
 from trainer.distributed import World, join, leave
+from trainer.exit_status import EXIT_MISTAKE
 
 
 @pytest.fixture(scope="session")
@@ -87,7 +88,7 @@ def train_here(
     def run(config: dict[str, Any], *overrides: str) -> int:
         path = write_config(config)
         try:
-            with user_errors():
+            with user_errors(EXIT_MISTAKE):
                 return train(load_run(path, overrides), Path(path), world)
         except SystemExit as end:
             return int(str(end.code))
