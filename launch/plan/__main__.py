@@ -27,7 +27,7 @@ from trainer.checkpoints.retention import most_at_once
 
 LARGEST = 8192
 """GPUs up to which the scaling table goes."""
-_POOR = 0.8  # efficiency below which the table says so
+_MUCH = 0.2  # share of communication above which the table says so
 
 
 def main() -> int:
@@ -196,14 +196,20 @@ def _scaling(workload: Workload, gpus: int, cluster: Cluster, mfu: float) -> str
     stage = workload.config.deepspeed.zero_stage
     counts = ladder(gpus, cluster.gpus_per_node, max(LARGEST, gpus))
     steps = [communication.step(workload, stage, count, cluster, mfu) for count in counts]
-    table = [["GPUs", "compute, s", "communication, s", "million tokens/s", "efficiency", "GiB a GPU", ""]]
+    table = [["GPUs", "compute, s", "host, s", "communication, s", "million tokens/s", "efficiency", "GiB a GPU", ""]]
     for s in steps:
         mark = " <" if s.gpus == gpus else ""
         if s.problem:
             continue
         rates = _range([workload.tokens_per_step / seconds / 1e6 for seconds in (s.worst_s, s.best_s)], ",.3g")
         note = "" if s.memory_bytes / GIB <= cluster.gpu.memory_gib else "does not fit"
-        cells = [f"{s.compute_s:.3g}", f"{s.communication_s:.3g}", rates, _range(s.efficiency, ".0%")]
+        cells = [
+            f"{s.compute_s:.3g}",
+            f"{s.host_s:.3g}",
+            f"{s.communication_s:.3g}",
+            rates,
+            _range(s.efficiency, ".0%"),
+        ]
         table.append([f"{s.gpus:,}{mark}", *cells, _gib(s.memory_bytes), note])
     overlap = "from no overlap of compute and communication to all of it" if stage == 3 else "no overlap"
     head = f"scaling of this global batch at MFU {mfu:.0%} and ZeRO {stage}; {overlap}"
@@ -214,10 +220,10 @@ def _scaling(workload: Workload, gpus: int, cluster: Cluster, mfu: float) -> str
 def _limits(workload: Workload, steps: Sequence[Step]) -> list[str]:
     """Where the table above stops paying, and where it stops."""
     train, lines = workload.config.train, []
-    poor = [s for s in steps if not s.problem and s.efficiency[0] < _POOR]
+    poor = [s for s in steps if not s.problem and s.communication_s > _MUCH * s.worst_s]
     if poor:
         lines.append(
-            f"from {poor[0].gpus:,} GPUs on communication can take more than {1 - _POOR:.0%} of the time; larger "
+            f"from {poor[0].gpus:,} GPUs on communication can take more than {_MUCH:.0%} of the time; larger "
             "micro-batches at ZeRO 2 and 3, a lower ZeRO stage, or a larger global batch moves that"
         )
     impossible = [s for s in steps if s.problem]

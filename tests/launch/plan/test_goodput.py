@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,9 @@ from launch.plan import __main__ as plan
 from launch.plan.goodput import NODE_MTBF_DAYS, Failures, interval_s, save_s
 from launch.plan.memory_model import checkpoint_bytes
 from launch.plan.workload import read_workload
-from tests.launching import ROOT
 
 HOURS_3 = 3 * 3600.0
-LARGE = str(ROOT / "configs/skip_1b.yaml")
+LARGE = str(Path(__file__).parent / "large.yaml")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from launch.plan.imbalance import Spread, Waiting, capacity_slowdown, sentence, 
 from launch.plan.workload import read_workload
 from tests.launching import ROOT
 
-CONFIG = str(ROOT / "configs/skip_1b.yaml")
+CONFIG = str(Path(__file__).parent / "large.yaml")
 
 
 def largest(ranks: int) -> float:

@@ -26,7 +26,7 @@ from trainer.checkpoints.weights_folder import write_weights
 from trainer.config import load_run
 
 H100 = Cluster(GPUS["h100-80g"], gpus_per_node=8, network_gbps=3200)
-LARGE = str(ROOT / "configs/skip_1b.yaml")
+LARGE = str(Path(__file__).parent / "large.yaml")
 
 
 @pytest.fixture
@@ -160,8 +160,9 @@ def test_communication_waits_for_the_slower_of_link_and_network() -> None:
     assert communication_s(moved, 4096, H100) > communication_s(moved, 1024, H100)  # the ring's latency
 
 
-def test_efficiency_falls_with_gpus_until_the_batch_is_used_up() -> None:
-    workload = read_workload(LARGE, ["train.global_batch_samples=8192"])
+def test_efficiency_falls_with_gpus_until_the_batch_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(communication, "HOST_MS", dict.fromkeys(communication.HOST_MS, 0.0))
+    workload = read_workload(LARGE, ["train.global_batch_samples=8192", "train.micro_batch_samples=4"])
     steps = [communication.step(workload, 3, count, H100, 0.4) for count in ladder(8, 8, 8192)]
     possible = [s for s in steps if s.problem is None]
     worst, best = zip(*(s.efficiency for s in possible), strict=True)
@@ -169,6 +170,20 @@ def test_efficiency_falls_with_gpus_until_the_batch_is_used_up() -> None:
     assert all(b >= w for w, b in zip(worst, best, strict=True))
     assert [s.gpus for s in steps if s.problem] == [4096, 8192]
     assert all(later.memory_bytes < earlier.memory_bytes for earlier, later in pairwise(possible))
+
+
+def test_a_host_that_takes_longer_than_the_gpu_is_what_a_step_takes(planned: Callable[..., tuple[int, str]]) -> None:
+    small = ["train.micro_batch_samples=1", "deepspeed.zero_stage=1", "train.activation_checkpointing=false"]
+    found = communication.step(read_workload(LARGE, small), 1, 64, H100, 0.4)
+    layers, micro_batches = 24, 1024 // 64
+    assert found.host_s == pytest.approx(layers * micro_batches * communication.HOST_MS[False, False] / 1e3)
+    assert found.host_s > found.compute_s and found.worst_s == found.host_s + found.communication_s
+    assert found.efficiency[0] == found.compute_s / found.worst_s < 0.2
+    slow = communication.step(read_workload(LARGE, small), 3, 64, H100, 0.4)
+    assert slow.host_s / found.host_s == pytest.approx(14.8 / 11.1)
+    told = "which is longer than the GPU works on it at the best: larger micro-batches"
+    asked, shipped = ["--gpus", "64", "--gpu", "h100-80g"], "configs/skip_1b.yaml"
+    assert told in planned(shipped, *small, *asked)[1] and told not in planned(shipped, *asked)[1]
 
 
 def test_stages_and_gpus_that_do_not_fit_are_marked(planned: Callable[..., tuple[int, str]]) -> None:
