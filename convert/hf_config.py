@@ -29,6 +29,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "router_density": 1.0,
         "router_first_layer": 0,
         "router_end_layer": 0,
+        "router_layers": None,
         "router_seed": 0,
         "router_thresholds": None,
         "skip_layers": True,
@@ -165,6 +166,7 @@ def _router(config: dict[str, Any]) -> dict[str, Any] | None:
         **{name: config[f"router_{name}"] for name in ("kind", "density", "granularity", "input")},
         "always_on_first": config["router_first_layer"],
         "always_on_last": config["num_hidden_layers"] - config["router_end_layer"],
+        "layers": "all" if config["router_layers"] is None else config["router_layers"],
     }
 
 

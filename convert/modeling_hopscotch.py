@@ -88,6 +88,7 @@ class HopscotchConfig(PretrainedConfig):
     router_density: float = 1.0  # the share of tokens that it was trained to execute
     router_first_layer: int = 0
     router_end_layer: int = 0  # the first layer behind the routed ones
+    router_layers: list | None = None  # which of them are; all without a list
     router_seed: int = 0  # of ``random``
     # What the margins of ``learned`` routers must reach, by site, None for minus infinity; 0 without a list.
     router_thresholds: list | None = None
@@ -275,8 +276,9 @@ class HopscotchDecoderLayer(GradientCheckpointingLayer):
         self.self_attn = HopscotchAttention(config, layer_idx)
         self.post_attention_layernorm = HopscotchRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = HopscotchMLP(config)
-        place = layer_idx - config.router_first_layer
-        self.routed = config.router_kind is not None and place >= 0 and layer_idx < config.router_end_layer
+        routed = config.router_layers or list(range(config.router_first_layer, config.router_end_layer))
+        self.routed = config.router_kind is not None and layer_idx in routed
+        place = routed.index(layer_idx) if self.routed else 0
         self.by_module = self.routed and config.router_granularity == "module"
         if self.by_module:
             self.attention_router = HopscotchRouter(config, 2 * place)

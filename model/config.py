@@ -7,6 +7,7 @@ between ``configs/dense_160m.yaml`` and ``configs/skip_160m.yaml``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -204,6 +205,9 @@ class RouterConfig(ConfigBlock):
     """How many first layers have no router and execute every token."""
     always_on_last: int = Field(0, ge=0)
     """How many last layers have no router and execute every token."""
+    layers: Literal["all", "every_other"] | list[int] = "all"
+    """Which layers between those have a router: all; every other, beginning with the second (Raposo et al. 2024); or a
+    list of their numbers, which count from 0."""
     noise: Ramp = Ramp(start=1.0, end=0.0, until=0.6)
     """Scale of the Gumbel noise on the logits in training; 1 throughout is the paper's."""
     temperature: Ramp = Ramp(start=1.0, end=1.0, until=1.0)
@@ -263,6 +267,23 @@ class RouterConfig(ConfigBlock):
 def _whole_blocks(wanted: float, block: int, most: int) -> int:
     """``wanted`` tokens rounded up to whole blocks, and no more than ``most``."""
     return min(math.ceil(wanted / block) * block, most)
+
+
+def _layout_problems(router: RouterConfig, layers: int, routed: Sequence[int]) -> list[str]:
+    """Why a model of so many layers cannot be routed as its router block says."""
+    if not routed:
+        named = "" if router.layers == "all" else f" and layers {router.layers}"
+        return [
+            f"router.always_on_first ({router.always_on_first}) + always_on_last ({router.always_on_last}){named} "
+            f"leave none of the {layers} layers to route; lower them, or leave out the router block for a dense model"
+        ]
+    between = range(router.always_on_first, layers - router.always_on_last)
+    if list(routed) != sorted(set(routed)) or not all(layer in between for layer in routed):
+        return [
+            f"router.layers {list(routed)} must be rising numbers of layers that may have a router, "
+            f"{between.start} to {between.stop - 1} of this model's {layers}"
+        ]
+    return []
 
 
 class EnsembleConfig(ConfigBlock):
@@ -333,11 +354,14 @@ class ModelConfig(ConfigBlock):
         return self.head_width or self.width // self.heads
 
     @property
-    def routed_layers(self) -> range:
-        """The layers that have a router; empty for a dense model."""
+    def routed_layers(self) -> Sequence[int]:
+        """The layers that have a router, in order; empty for a dense model."""
         if self.router is None:
             return range(0)
-        return range(self.router.always_on_first, self.layers - self.router.always_on_last)
+        between = range(self.router.always_on_first, self.layers - self.router.always_on_last)
+        if isinstance(self.router.layers, list):
+            return self.router.layers
+        return between if self.router.layers == "all" else between[1::2]
 
     @property
     def routed_sites(self) -> list[Site]:
@@ -366,12 +390,8 @@ class ModelConfig(ConfigBlock):
             problems.append(f"the head width ({self.head_dim}) must be even, rotary turns pairs of its entries")
         if self.heads % self.kv_heads:
             problems.append(f"model.heads ({self.heads}) must be divisible by model.kv_heads ({self.kv_heads})")
-        if self.router is not None and not self.routed_layers:
-            problems.append(
-                f"router.always_on_first ({self.router.always_on_first}) + always_on_last "
-                f"({self.router.always_on_last}) leave none of the {self.layers} layers to route; lower them, or "
-                "leave out the router block for a dense model"
-            )
+        if self.router is not None:
+            problems += _layout_problems(self.router, self.layers, self.routed_layers)
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -55,9 +55,10 @@ class Decoder(nn.Module):
         self.config, self.seed, self.recompute = config, seed, recompute
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         sites_per_layer = len(config.sites) // max(len(config.routed_layers), 1)
-        first = config.routed_layers.start
+        routed = list(config.routed_layers)
         self.layers = nn.ModuleList(
-            Block(config, layer, (layer - first) * sites_per_layer) for layer in range(config.layers)
+            Block(config, layer, routed.index(layer) * sites_per_layer if layer in routed else 0)
+            for layer in range(config.layers)
         )
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.ensemble: LateLayers | None = None

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
     "module-tied": ({**VARIANTS["mqa-tied-wide-head"], "router": MODULE}, None),
     "random": ({"router": {**MODULE, "kind": "random"}, "qk_norm": True}, None),
     "stride": ({"router": {**LEARNED, "kind": "stride", "always_on_last": 1}}, None),
+    "some-layers": ({"router": {**MODULE, "layers": [1, 3]}, "layers": 5}, None),
     "ensemble": ({"tied_head": True}, {"layers": 3, "temperature": 2.0}),
     "layer-ensemble": ({"router": LEARNED}, {"layers": 2}),
     "module-ensemble": ({"router": MODULE, "rope_scaling": {"kind": "linear", "factor": 2.0}}, {"layers": 3, "top": 2}),

@@ -25,8 +25,8 @@ from tests.model.tiny import assert_close
 from tune.load import load_model
 
 Exported = Callable[[str], tuple[Path, Path]]
-CASES = ("dense", "dense-tied-llama3", "dense-odd-heads", "layer", "module-tied", "random", "stride", "ensemble",
-         "layer-ensemble", "module-ensemble")  # fmt: skip
+CASES = ("dense", "dense-tied-llama3", "dense-odd-heads", "layer", "module-tied", "random", "stride", "some-layers",
+         "ensemble", "layer-ensemble", "module-ensemble")  # fmt: skip
 OF_TRAINING = {"noise", "temperature", "execution", "capacity_factor", "explore", "budget"}
 TOKENS = torch.randint(VOCAB, (3, 40), generator=torch.Generator().manual_seed(4))
 

@@ -296,6 +296,17 @@ def test_what_differs_stays_to_be_looked_at(
     assert not (tmp_path / "out.tmp").exists()
 
 
+def test_an_export_that_nobody_has_compared_says_so(
+    tmp_path: Path, exported: Exported, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, compared = exported("layer")
+    monkeypatch.setattr("convert.hf_compare.compare", lambda *_: pytest.fail("compared all the same"))
+    assert main([str(weights), str(tmp_path / "out"), "--no-compare"]) == 0
+    assert "compared  with nothing, as asked" in capsys.readouterr().out
+    assert "nobody has seen this export give the model's logits" in (tmp_path / "out/README.md").read_text()
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (compared / "model.safetensors").read_bytes()
+
+
 def test_a_full_disk(
     tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from model.config import BudgetConfig, Capacity, ModelConfig, Progress, Ramp, RopeScaling, RouterConfig
+from model.decoder import Decoder
 from tests.model.tiny import SIZES, config, share
 
 ROUTER = {"density": 0.5}
@@ -20,6 +21,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "nothing left to route": (
         {"router": ROUTER | {"always_on_first": 1, "always_on_last": 2}},
         r"always_on_first \(1\) \+ always_on_last \(2\) leave none of the 3 layers",
+    ),
+    "falling numbers of layers": (
+        {"router": ROUTER | {"layers": [2, 1]}},
+        r"router.layers \[2, 1\] must be rising numbers of layers that may have a router, 0 to 2 of this model's 3",
+    ),
+    "a layer that is always on": (
+        {"router": ROUTER | {"layers": [0, 1], "always_on_first": 1}},
+        r"router.layers \[0, 1\] must be rising numbers of layers that may have a router, 1 to 2 of this model's 3",
+    ),
+    "no layer in between": (
+        {"router": ROUTER | {"layers": "every_other", "always_on_first": 2}},
+        r"\+ always_on_last \(0\) and layers every_other leave none of the 3 layers",
     ),
     "more always-on than layers": (
         {"router": ROUTER | {"always_on_first": 9}},
@@ -77,6 +90,16 @@ def test_ranges(name: str) -> None:
         ModelConfig.model_validate(SIZES | OUT_OF_RANGE[name])
     (error,) = caught.value.errors()
     assert ".".join(error["loc"]) == name.split()[0]
+
+
+def test_layouts() -> None:
+    assert config(layers="every_other").sites == ["layer-01"]
+    assert list(config(layers="every_other", always_on_first=1).routed_layers) == [2]
+    listed = config(layers=[0, 2], granularity="module")
+    assert listed.sites == ["attention-00", "ffn-00", "attention-02", "ffn-02"]
+    routed = [hasattr(layer, "attention_router") for layer in Decoder(listed).layers]
+    assert routed == [True, False, True]
+    assert [int(layer.ffn_router.site) for layer in Decoder(listed).layers if layer.routed] == [1, 3]
 
 
 def test_an_always_on_first_layer_may_leave_one() -> None:

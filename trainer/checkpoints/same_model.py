@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.config import ModelConfig
+from model.config import ModelConfig, RouterConfig
 
 
 def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
@@ -23,8 +23,9 @@ def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
         if key != "router" and there.get(key) != value
     ]
     routers = there["router"] or {}, sizes["router"] or {}
-    for key in ("granularity", "kind", "input", "always_on_first", "always_on_last"):
-        then, now = (router.get(key) for router in routers)
+    for key in ("granularity", "kind", "input", "always_on_first", "always_on_last", "layers"):
+        default = RouterConfig.model_fields[key].default  # of a field that is younger than the checkpoint
+        then, now = (router.get(key, default) for router in routers)
         if then != now:
             changed.append(f"router {key} {then} there, {now} here")
     return changed
