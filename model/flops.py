@@ -138,5 +138,11 @@ class _Costs:
         self.router = 2 * 2 * d
 
 
+def layer_elements(config: ModelConfig) -> int:
+    """Entries of the matrices of one layer."""
+    cost = _Costs(config)
+    return (cost.keys_values + cost.attention + cost.ffn) // 2
+
+
 def _has_weights(config: ModelConfig) -> bool:
     return config.router is not None and config.router.kind in ("learned", "expert_choice")

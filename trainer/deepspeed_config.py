@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from model.config import ModelConfig
+from model.flops import layer_elements
 from trainer.config import StageConfig
 
+PREFETCH = 50_000_000
+"""DeepSpeed's default, in elements."""
 KNOWN_EXTRA: dict[str, Any] = {
     "communication_data_type": None,
     "zero_optimization": {
@@ -62,6 +66,11 @@ def deepspeed_config(config: StageConfig, world_size: int) -> dict[str, Any]:
     return merged
 
 
+def prefetch_elements(model: ModelConfig) -> int:
+    """What ZeRO 3 gathers ahead: DeepSpeed's default, or a whole layer where that is more."""
+    return max(PREFETCH, layer_elements(model))
+
+
 def owns_clipping(config: StageConfig) -> bool:
     """True where the trainer, not DeepSpeed, computes the gradient norm, clips, and skips a bad step."""
     return config.deepspeed.zero_stage == 0 and config.train.precision == "fp32"
@@ -76,6 +85,9 @@ def _zero(config: StageConfig) -> dict[str, Any]:
         zero["reduce_scatter"] = False
     if settings.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = settings.persistence_threshold
+        prefetch = prefetch_elements(config.model)
+        if prefetch > PREFETCH and "stage3_prefetch_bucket_size" not in (settings.extra.get("zero_optimization") or {}):
+            zero["stage3_prefetch_bucket_size"] = prefetch
         if config.train.optimizer.kind == "muon":
             zero["reduce_scatter"] = False  # DeepSpeed refuses Muon at stage 3 otherwise
     if settings.offload != "none":

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from launch.plan.workload import Stage, Workload, computed_share
 from model.config import ModelConfig
 from trainer.config import WEIGHT_BYTES
+from trainer.deepspeed_config import PREFETCH, prefetch_elements
 
 GIB = 2**30
 
@@ -34,7 +35,7 @@ CONTEXT_BYTES = 1.5 * GIB
 FRAGMENTATION = 0.05
 """Share of a device's memory that is left free for the allocator: an estimate."""
 # DeepSpeed's defaults, in elements; deepspeed.extra may set others. tests/launch/plan/test_memory_model.py compares.
-ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": 5e7}
+ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "stage3_prefetch_bucket_size": PREFETCH}
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,8 @@ def zero_sizes(workload: Workload) -> tuple[float, ...]:
         ValueError: if ``deepspeed.extra`` has something else than a number for one.
     """
     zero = workload.config.deepspeed.extra.get("zero_optimization") or {}
-    sizes = {name: zero.get(name, default) for name, default in ZERO_DEFAULTS.items()}
+    defaults = ZERO_DEFAULTS | {"stage3_prefetch_bucket_size": prefetch_elements(workload.model)}
+    sizes = {name: zero.get(name, default) for name, default in defaults.items()}
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int | float) or size <= 0:
             raise ValueError(

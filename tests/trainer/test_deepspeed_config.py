@@ -122,6 +122,24 @@ def test_extra_must_not_contradict(configure: Configure, extra: str, sentence: s
         deepspeed_config(configure(f"deepspeed.extra={extra}"), 1)
 
 
+def test_zero_3_gathers_a_layer_ahead(configure: Configure) -> None:
+    """Of a large model; DeepSpeed's default of 5e7 elements is enough for others, and a size that is given stays."""
+    made = deepspeed_config(configure("deepspeed.zero_stage=3"), 1)["zero_optimization"]
+    assert "stage3_prefetch_bucket_size" not in made
+    large = [
+        "deepspeed.zero_stage=3",
+        "model.width=8192",
+        "model.heads=64",
+        "model.kv_heads=8",
+        "model.ffn_width=28672",
+    ]
+    made = deepspeed_config(configure(*large), 1)["zero_optimization"]
+    attention, ffn = 8192 * 8192 * 2 + 8192 * 1024 * 2, 3 * 8192 * 28672
+    assert made["stage3_prefetch_bucket_size"] == attention + ffn
+    given = "deepspeed.extra={zero_optimization: {stage3_prefetch_bucket_size: 1000}}"
+    assert deepspeed_config(configure(*large, given), 1)["zero_optimization"]["stage3_prefetch_bucket_size"] == 1000
+
+
 def test_what_is_not_known_can_be_forced(configure: Configure) -> None:
     extra = "{zero_optimization: {zero_quantized_weights: true}, compile: {deepcompile: true}}"
     made = deepspeed_config(configure(f"deepspeed.extra={extra}", "deepspeed.allow_untested=true"), 1)
