@@ -41,7 +41,7 @@ def test_a_run_that_fails_is_one_sentence_after_its_last_lines(
         training.main(["--device", "cpu"])
     said = capsys.readouterr()
     assert ended.value.code == 1
-    assert said.err == "error: the run zero-1 ended with status 1\n"
+    assert said.err == "error: the run zero-1 ended with status 78\n"
     assert "zero-1: error: " in said.out
 
 
