@@ -25,7 +25,7 @@ def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
     routers = there["router"] or {}, sizes["router"] or {}
     for key in ("granularity", "kind", "input", "always_on_first", "always_on_last", "layers"):
         default = RouterConfig.model_fields[key].default  # of a field that is younger than the checkpoint
-        then, now = (router.get(key, default) for router in routers)
+        then, now = (router.get(key, default) if router else None for router in routers)
         if then != now:
             changed.append(f"router {key} {then} there, {now} here")
     return changed
