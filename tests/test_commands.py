@@ -14,6 +14,7 @@ import pytest
 from settings.load import key_paths
 from tests.test_imports import MAY_IMPORT
 from trainer.config import PretrainConfig
+from trainer.exit_status import EXIT_MISTAKE
 from tune.config import TuneConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,8 +99,9 @@ def test_mistakes_in_a_config_are_told_before_anything_heavy(module: str) -> Non
     extra, config = CONFIG_FIRST[module], "configs/tune_demo.yaml" if module == "tune.train" else "configs/demo.yaml"
     block = "data" if module.startswith("data.") else "train"
     missing, misspelt = run_light(module, ["no/such.yaml", *extra], [config, f"{block}.seeed=1", *extra])
-    assert missing[0] == 1 and missing[1].startswith("error: config file no/such.yaml does not exist")
-    assert misspelt[0] == 1 and f"unknown key '{block}.seeed'; did you mean '{block}.seed'?" in misspelt[1]
+    status = EXIT_MISTAKE if module in ("pretrain.train", "tune.train") else 1
+    assert missing[0] == status and missing[1].startswith("error: config file no/such.yaml does not exist")
+    assert misspelt[0] == status and f"unknown key '{block}.seeed'; did you mean '{block}.seed'?" in misspelt[1]
 
 
 def test_a_run_folder_that_is_taken_is_told_before_anything_heavy(tiny, write_config) -> None:
@@ -108,13 +110,13 @@ def test_a_run_folder_that_is_taken_is_told_before_anything_heavy(tiny, write_co
     config = write_config(tiny)
     (taken,) = run_light("pretrain.train", [config, "train.checkpoint.resume=never"])
     assert (
-        taken[0] == 1
+        taken[0] == EXIT_MISTAKE
         and taken[1].splitlines()[0] == f"{run_dir}: starting; torch and DeepSpeed take some seconds to load"
     )
     assert "already holds step-00000031; set train.checkpoint.resume=auto to go on with that run" in taken[1]
     (run_dir / "checkpoints" / "step-00000031").rmdir()
     (none,) = run_light("pretrain.train", [config, "train.checkpoint.resume=required"])
-    assert none[0] == 1 and "there is no checkpoint; check train.run_dir" in none[1]
+    assert none[0] == EXIT_MISTAKE and "there is no checkpoint; check train.run_dir" in none[1]
 
 
 def _texts() -> list[tuple[str, str]]:

@@ -52,7 +52,7 @@ def parts(device: str, out: Path) -> list[Part]:
         judged = ["--check"] if cuda and compiled and execution == "rounded" else []
         words = ["bench.step", "--execution", execution, "--compile" if compiled else "--no-compile", "--repeats=5"]
         how = "compiled" if compiled else "not compiled"
-        name = f"step-{execution}-{how.replace('not ', 'un')}"
+        name = "-".join(("step", execution, how.replace("not ", "un")))
         return bench(name, f"training steps, {execution} execution, layers {how}", words + judged, weight, 40, _step)
 
     check = ["--check"] if cuda else []

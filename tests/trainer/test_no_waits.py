@@ -76,8 +76,9 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def train(config: PretrainConfig) -> None:
     """One step of two micro-batches on 64 tokens each, up to the update."""
     tokens = config.data.sequence_tokens
-    grid = torch.zeros(2, tokens, dtype=torch.int64)
-    first = torch.zeros(2, dtype=torch.int64)
+    samples = config.train.micro_batch_samples
+    grid = torch.zeros(samples, tokens, dtype=torch.int64)
+    first = torch.zeros(samples, dtype=torch.int64)
     documents = grid if config.data.confine_attention else None
     batch = Batch(grid, grid, first, documents, grid if config.data.restart_positions else None)
     budget = Budget(config.model, tokens)
@@ -86,8 +87,6 @@ def train(config: PretrainConfig) -> None:
         seen = Seen(torch.zeros(2, sites, dtype=wide), torch.zeros(sites, config.model.width, dtype=wide))
         budget.observe(torch.ones(sites), config.train.progress(2), seen)
     decoder = Decoder(config.model, recompute=config.train.activation_checkpointing)
-    for parameter in decoder.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16 if config.train.precision == "bf16" else torch.float32)
     step.train_step(PlainEngine(decoder), [batch, batch], budget, config, ALONE, 3)
 
 
@@ -97,7 +96,7 @@ def train(config: PretrainConfig) -> None:
         ["model.router.explore=0.1"],
         ["model.router.explore=0.1", "model.router.granularity=module", "train.activation_checkpointing=true"],
         ["model.router.explore=0.1", "model.router.budget.controller=quantile", "data.confine_attention=true"],
-        ["model.router.explore=0.1", "data.restart_positions=true", "train.z_loss=0.001", "train.precision=bf16"],
+        ["model.router.explore=0.1", "data.restart_positions=true", "train.z_loss=0.001"],
         ["model.router.explore=0"],
         ["model.router=null"],
     ],

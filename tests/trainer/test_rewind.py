@@ -20,6 +20,7 @@ from launch import rewind
 from launch.rewind import go_back
 from tests.trainer.checkpoints.test_resume import fake
 from trainer.checkpoints.read_weights import checkpoint_of
+from trainer.exit_status import EXIT_MISTAKE
 from trainer.heartbeat import Heartbeat
 from trainer.monitor.spikes import Spike, how_to_go_back
 
@@ -78,7 +79,7 @@ def test_a_spike_ends_the_run_which_goes_back_and_is_as_if_it_had_never_met_thos
     """By the very commands that the error gives."""
     run = Path(long_run["train"]["run_dir"])
     long_run["train"]["spike"]["action"], long_run["train"]["max_bad_steps"] = "stop", 3
-    assert train_here(long_run) == 1
+    assert train_here(long_run) == EXIT_MISTAKE
     (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert re.match(r"error: spike at steps 18 to 20: the (loss|gradient norm) rose to ", error)
     assert f"its samples are {POISON[0]} to {POISON[1] - 1};" in error
@@ -112,9 +113,9 @@ def test_a_spike_ends_the_run_which_goes_back_and_is_as_if_it_had_never_met_thos
     # A later start must know of the range, too; and one cannot pass over what was trained on.
     forgets = ["train.steps=26", "train.checkpoint.resume=auto"]
     capsys.readouterr()
-    assert train_here(long_run, *forgets) == 1
+    assert train_here(long_run, *forgets) == EXIT_MISTAKE
     assert f"it has passed over [[{POISON[0]}, {POISON[1]}]], and data.skip_ranges says []" in capsys.readouterr().err
-    assert train_here(long_run, *forgets, f"data.skip_ranges=[[0,8],[{POISON[0]},{POISON[1]}]]") == 1
+    assert train_here(long_run, *forgets, f"data.skip_ranges=[[0,8],[{POISON[0]},{POISON[1]}]]") == EXIT_MISTAKE
     assert f"keep what is there and add ranges from {24 * 8 + 24} on" in capsys.readouterr().err
     assert train_here(long_run, *forgets, f"data.skip_ranges=[[{POISON[0]},{POISON[1]}],[216,224]]") == 0
 
@@ -147,18 +148,20 @@ def test_another_seed_is_refused_until_it_is_accepted_and_then_once_is_enough(
     go_back(run, 2)
     other = ["data.seed=7", "train.checkpoint.resume=required"]  # whose numbers are others', so no range is missed
     capsys.readouterr()
-    assert train_here(tiny, *other) == 1
+    assert train_here(tiny, *other) == EXIT_MISTAKE
     error = capsys.readouterr().err
     accept = re.search(r"or set (train\.checkpoint\.accept_data=[0-9a-f]{12}) to go on with the other data", error)
     assert accept is not None
     wrong = accept[1][:-1] + ("0" if accept[1][-1] != "0" else "1")
-    assert train_here(tiny, *other, wrong) == 1
+    assert train_here(tiny, *other, wrong) == EXIT_MISTAKE
     assert train_here(tiny, *other, accept[1]) == 0
     assert (run / "checkpoints/abandoned-1/step-00000004").is_dir()
     assert train_here(tiny, *other, "train.steps=6") == 0
     assert [line["step"] for line in _metrics(run) if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
     capsys.readouterr()
-    assert train_here(tiny, "train.checkpoint.resume=required", "train.steps=8") == 1  # the first seed is now the other
+    assert (
+        train_here(tiny, "train.checkpoint.resume=required", "train.steps=8") == EXIT_MISTAKE
+    )  # the first seed is now the other
     assert "was trained on other data or another order" in capsys.readouterr().err
 
 

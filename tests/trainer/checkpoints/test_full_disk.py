@@ -14,6 +14,7 @@ from tests.trainer.one_rank import engine_for, save_now, take_steps
 from trainer.checkpoints import manifest
 from trainer.config import PretrainConfig
 from trainer.distributed import World
+from trainer.exit_status import EXIT_MISTAKE
 
 Mount = Callable[[int], Path]
 BLOCK_BYTES = 4096
@@ -67,7 +68,7 @@ def test_a_save_without_room_is_refused_before_it_writes(
 ) -> None:
     needed = _estimate_bytes(configure())
     folder = mount(needed // 2)
-    assert train_here(tiny) == 1
+    assert train_here(tiny) == EXIT_MISTAKE
     told = capsys.readouterr()
     assert "this run will have 2 checkpoints at once" in told.out
     error = _one_error(told.err)
@@ -100,7 +101,7 @@ def test_a_disk_that_fills_up_while_saving_costs_only_that_save(
     assert size - needed > 4 * BLOCK_BYTES
     folder = mount(size + (needed + int(share * (size - needed))) // BLOCK_BYTES * BLOCK_BYTES)
 
-    assert train_here(tiny) == 1
+    assert train_here(tiny) == EXIT_MISTAKE
     error = _one_error(capsys.readouterr().err)
     assert f"checkpoint step-00000004 could not be written to {folder}" in error
     assert error.endswith("make room there and resume: the newest checkpoint is step-00000002")

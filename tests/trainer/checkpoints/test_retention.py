@@ -16,6 +16,7 @@ from trainer.checkpoints import manifest, retention
 from trainer.checkpoints import save as saving
 from trainer.config import CheckpointConfig, PretrainConfig, TrainConfig
 from trainer.distributed import World
+from trainer.exit_status import EXIT_MISTAKE
 
 GB = 10**9
 SIZE = 16.0 * GB  # bytes of a checkpoint
@@ -127,7 +128,7 @@ def test_a_run_with_a_quota_ends_before_it_begins_or_with_the_older_checkpoint_w
     """Of 1.2 MB each and three at once; the quota then shrinks by what somebody else puts there."""
     folder = Path(tiny["train"]["run_dir"]) / "checkpoints"
     tiny["train"]["log"]["images"] = False
-    assert train_here(tiny, "train.checkpoint.max_gb=0.001") == 1
+    assert train_here(tiny, "train.checkpoint.max_gb=0.001") == EXIT_MISTAKE
     assert "error: train.checkpoint.max_gb (0.001) is too little for 2 checkpoints at once" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
     assert train_here(tiny, "train.steps=2", "train.checkpoint.max_gb=0.01") == 0
@@ -139,7 +140,7 @@ def test_a_run_with_a_quota_ends_before_it_begins_or_with_the_older_checkpoint_w
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saving, "check_room", meanwhile)
-        assert train_here(tiny, "train.checkpoint.resume=auto", "train.checkpoint.max_gb=0.01") == 1
+        assert train_here(tiny, "train.checkpoint.resume=auto", "train.checkpoint.max_gb=0.01") == EXIT_MISTAKE
     error = capsys.readouterr().err
     assert "checkpoint step-00000004 needs about 0.00" in error and error.endswith("checkpoint is step-00000002\n")
     assert manifest.newest_whole(folder, world) == (folder / "step-00000002", [])

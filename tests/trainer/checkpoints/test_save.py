@@ -132,7 +132,7 @@ def test_an_error_of_the_run_itself_waits_for_the_checkpoint_that_is_being_writt
     monkeypatch.setattr(saving, "_write", slowly)
     monkeypatch.setattr(Trainer, "end_step", three_are_good)
     tiny["train"] |= {"steps": 9, "max_bad_steps": 1, "checkpoint": {"every_steps": 3}}
-    assert train_here(tiny) == 1
+    assert train_here(tiny) == EXIT_MISTAKE
     assert "the newest checkpoint is step-00000003" in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_two_runs_do_not_write_to_one_folder(
     folder = Path(tiny["train"]["run_dir"])
     folder.mkdir()
     with only_writer(folder):
-        assert train_here(tiny) == 1
+        assert train_here(tiny) == EXIT_MISTAKE
     assert f"error: another command is writing to {folder}; wait for its end" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
     assert train_here(tiny) == 0

@@ -17,6 +17,7 @@ from model.flops import Routed
 from trainer.checkpoints import manifest
 from trainer.config import PretrainConfig
 from trainer.distributed import World
+from trainer.exit_status import EXIT_MISTAKE
 from trainer.monitor.stop import StopRequest, too_many_bad_steps
 from trainer.step import StepResult, Tally
 from trainer.trainer import Trainer
@@ -48,7 +49,10 @@ def test_a_run_that_blows_up_ends_with_the_steps_samples_and_a_whole_checkpoint(
     assert train_here(tiny, "train.steps=2") == 0
     capsys.readouterr()
     blow_up = ["train.optimizer.lr=1e38", "train.clip_norm=0", "train.max_bad_steps=3", "train.steps=20"]
-    assert train_here(tiny, *blow_up, "train.checkpoint.resume=required", "train.checkpoint.every_steps=100") == 1
+    assert (
+        train_here(tiny, *blow_up, "train.checkpoint.resume=required", "train.checkpoint.every_steps=100")
+        == EXIT_MISTAKE
+    )
     told = capsys.readouterr()
 
     bad = re.findall(r"step (\d+): the loss was not finite on rank 0 \(its samples ([\d, ]+)\)", told.out)
@@ -84,7 +88,7 @@ def test_good_steps_in_between_start_the_count_again(
     tiny["train"] |= {"max_bad_steps": 3, "checkpoint": {"every_steps": 100}, "evaluation": {"every_steps": 100}}
     assert train_here(tiny, "train.steps=6") == 0
     assert seen == [True, True, False, True, True, False]
-    assert train_here(tiny, "train.steps=9", "train.checkpoint.resume=required") == 1
+    assert train_here(tiny, "train.steps=9", "train.checkpoint.resume=required") == EXIT_MISTAKE
 
 
 @pytest.mark.parametrize(("bad_ranks", "ends"), [([], False), ([(0, [1])], True)])
