@@ -128,8 +128,8 @@ def table(ours: TaskScores, export: TaskScores | None = None) -> str:
     def line(
         task: str, metric: str, values: list[float], error: float | None, documents: int, apart_nats: float
     ) -> str:
-        spread = "" if error is None else f"{error:.4f}"
-        numbers = "".join(f"{value:>12.4f}" for value in values) + f"{spread:>12}"
+        told = [*map(_number, values), "" if error is None else _number(error)]
+        numbers = "".join(f"{number:>12}" for number in told)
         difference = "" if export is None else f"{apart_nats:>18.1e}"
         return f"{task:<{wide}}{metric:<18}{numbers}{documents:>12,}{difference}"
 
@@ -150,6 +150,11 @@ def table(ours: TaskScores, export: TaskScores | None = None) -> str:
             count, most = sum(ours.documents[task] for task in tasks), max(apart.get(task, 0.0) for task in tasks)
             lines.append(line(name, "acc, mean", means, error, count, most))
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    """For a column of twelve characters."""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"
 
 
 def cuts(ours: TaskScores, export: TaskScores | None, window_tokens: int) -> list[str]:

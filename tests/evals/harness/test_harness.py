@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 from convert.to_hf import main as export
-from evals.harness.__main__ import differences, evaluate, main, table
+from evals.harness.__main__ import TaskScores, differences, evaluate, main, table
 from evals.harness.model import OurModel
 from evals.harness.tasks import local_tasks
 from evals.perplexity import perplexity
@@ -349,3 +349,10 @@ def test_questions_that_cannot_be(
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/bad.jsonl").write_text("".join(f"{line}\n" for line in lines))
     assert sentence in _refused(capsys, str(weights), "--tasks", "bad", "--data", str(tmp_path), "--shots", "1")
+
+
+def test_a_column_holds_a_perplexity_of_any_size() -> None:
+    scores = TaskScores(
+        {"far": {"perplexity": 883763642.8}}, {"far": 20}, {"far": []}, {"far": {"perplexity": 6.5e8}}, {}
+    )
+    assert table(scores).splitlines()[1].split() == ["far", "perplexity", "8.84e+08", "6.5e+08", "20"]
