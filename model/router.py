@@ -135,10 +135,13 @@ class LearnedRouter(Router):
         if thresholds is None:
             executed = margin >= 0
         else:
-            noisy, input_sum = margin.detach(), x.detach().sum((0, 1), dtype=torch.float32)
             threshold = self._own(thresholds)
-            executed = noisy >= threshold
-            margin = margin - threshold if inputs.centres is None else self._centred(margin, inputs.centres)
+            executed = margin >= threshold
+            if inputs.centres is None:
+                margin = margin - threshold
+            else:
+                noisy, input_sum = margin.detach(), x.detach().sum((0, 1), dtype=torch.float32)
+                margin = self._centred(margin, inputs.centres)
         soft = torch.sigmoid(margin / inputs.temperature)
         # In this order the forward value is exactly 0 or 1: soft - soft is exactly 0.
         learning = soft - soft.detach()

@@ -162,16 +162,3 @@ _SHAPES: dict[tuple[str, ...], tuple[Callable[[dict[str, Any]], str], dict[str, 
         },
     ),
 }
-
-
-def chosen_files(name: str, data: Path | None) -> dict[str, Path]:
-    """The file of task ``name``, or all of them for ``one_shot``.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    files = question_files(data)
-    if name == ONE_SHOT and not files:
-        where = "DATA, which --data names" if data is None else data
-        raise ValueError(f"{ONE_SHOT} reads {QUESTIONS}/*.jsonl in {where}, and there is none; see docs/evaluation.md")
-    return files if name == ONE_SHOT else {name: files[name]}

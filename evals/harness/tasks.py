@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evals.harness.questions import ONE_SHOT, chosen_files, question_files, question_task
+from evals.harness.questions import ONE_SHOT, QUESTIONS, question_files, question_task
 from settings import did_you_mean
 
 BLIMP, CLASSIFY, PERPLEXITY = "blimp", "classify_", "perplexity"
@@ -46,6 +46,7 @@ def local_tasks(
         ValueError: if there are no such files, or not a few labels in them.
     """
     found: dict[str, dict[str, Any] | str] = {}
+    questions = question_files(data)
     for name in names:
         if name == PERPLEXITY:
             found[name] = _perplexity(_text_file(data, text), cache)
@@ -56,10 +57,16 @@ def local_tasks(
         elif name.startswith(CLASSIFY):
             path = _file(name, _pair_files(data), f"{data}/{PAIRS}")
             found[name] = _classify(name, path, 1 if shots is None else shots, cache)
-        elif name == ONE_SHOT or name in question_files(data):
+        elif name == ONE_SHOT or name in questions:
+            if not questions:
+                where = "DATA, which --data names" if data is None else data
+                raise ValueError(
+                    f"{ONE_SHOT} reads {QUESTIONS}/*.jsonl in {where}, and there is none; see docs/evaluation.md"
+                )
             few = shots if shots is not None else int(name == ONE_SHOT)
-            for task, path in chosen_files(name, data).items():
-                found[task] = question_task(task, path, few, _dataset("json", {"test": path}, cache))
+            for task in questions if name == ONE_SHOT else [name]:
+                dataset = _dataset("json", {"test": questions[task]}, cache)
+                found[task] = question_task(task, questions[task], few, dataset)
         else:
             found[name] = name
     return list(found.values())
