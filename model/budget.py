@@ -181,6 +181,12 @@ class Budget:
         self._error = state["error"].to(self._error.device)
         self._integral = state["integral"].to(self._integral.device)
         if self.follows_margins and "moments" in state:
+            if missing := [name for name in Seen._fields if name not in state]:
+                raise ValueError(
+                    f"the checkpoint's budget has no {', '.join(missing)}, which thresholds follow here: an older "
+                    "version saved it; go on with the commit that its manifest names, or start anew from its weights "
+                    "with init"
+                )
             self._gain = state["gain"].to(self._error.device)
             self._seen = Seen(*(state[name].to(self._error.device) for name in Seen._fields))
 

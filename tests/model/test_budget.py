@@ -178,6 +178,11 @@ def test_a_quantile_goes_on_where_it_was_saved() -> None:
     assert torch.equal(one, other) and torch.equal(one_centres.margin, other_centres.margin)
     assert one_centres.input is not None and other_centres.input is not None
     assert torch.equal(one_centres.input, other_centres.input)
+    older = {name: value for name, value in first.state_dict().items() if name != "input_mean"}
+    with pytest.raises(
+        ValueError, match=r"budget has no input_mean, .*: an older version saved it; go on with the commit"
+    ):
+        second.load_state_dict(older)
 
 
 def test_a_ramp_in_steps_does_not_move_with_the_run() -> None:
