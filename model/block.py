@@ -73,6 +73,10 @@ class Decision(NamedTuple):
         return self._replace(gate=gate._replace(executed=self.gate.executed, explored=self.gate.explored))
 
 
+KeysValues = tuple[Tensor, Tensor]
+"""Of all tokens, the cached ones included, [B, S, G, K] each."""
+
+
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): ``down(silu(gate(x)) * up(x))``."""
 
@@ -128,7 +132,8 @@ class Block(nn.Module):
         selection = Selection.everything(*x.shape[:2])
 
         def update(x: Tensor) -> Tensor:
-            return self._layer_update(x, self.input_layernorm(x), selection, inputs)
+            h = self.input_layernorm(x)
+            return self._layer_update(x, h, self._keys_values(h, inputs), selection, inputs)
 
         return selection.add(x, _recomputed(update, x) if _recomputes(inputs) else update(x))
 
@@ -140,9 +145,10 @@ class Block(nn.Module):
             if site.attends:
                 self._write_keys_values(h, inputs)
             return x, decision
-        missed = _missed(decision, inputs, site.part, x, h)
+        shared = self._keys_values(h, inputs) if site.attends else None
+        missed = _missed(decision, inputs, site.part, x, h, shared)
         if not _recomputes(inputs):
-            update = site.part(x, h, decision.selection, inputs)
+            update = site.part(x, h, shared, decision.selection, inputs)
             return _add(x, update, missed, decision, site.config), decision
 
         # Of the above only masks and what explored tokens missed are kept: the norm's output, which is as large as x,
@@ -155,23 +161,33 @@ class Block(nn.Module):
         def whole(x: Tensor, missed: Tensor | None) -> tuple[Tensor, Gate]:
             h = site.norm(x)
             decision = taken.with_gate(site.gate(x, h, inputs))
-            update = site.part(x, h, decision.selection, inputs)
+            shared = self._keys_values(h, inputs) if site.attends else None
+            update = site.part(x, h, shared, decision.selection, inputs)
             return _add(x, update, missed, decision, site.config), decision.gate
 
         x, gate = _recomputed(whole, x, missed)
         return x, taken.with_gate(gate)
 
-    def _layer_update(self, x: Tensor, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
+    def _layer_update(
+        self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
+    ) -> Tensor:
         """What attention and feed-forward together add to the selected tokens, [N, D]."""
-        attended = self._attention_update(x, h, selection, inputs)
+        attended = self._attention_update(x, h, shared, selection, inputs)
         return attended + self.mlp(self.post_attention_layernorm(selection.gather(x) + attended))
 
-    def _attention_update(self, x: Tensor, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
-        keys, values = self._keys_values(h, inputs)
+    def _attention_update(
+        self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
+    ) -> Tensor:
+        assert shared is not None
         cos, sin = selection.gather(inputs.cos), selection.gather(inputs.sin)
-        return self.self_attn(h, keys, values, cos, sin, selection, inputs.visibility)
+        return self.self_attn(h, *shared, cos, sin, selection, inputs.visibility)
 
-    def _keys_values(self, h: Tensor, inputs: PassInputs) -> tuple[Tensor, Tensor]:
+    def _ffn_update(
+        self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
+    ) -> Tensor:
+        return self.mlp(selection.gather(h))
+
+    def _keys_values(self, h: Tensor, inputs: PassInputs) -> KeysValues:
         """Keys and values of all tokens, the cached ones included, [B, S, G, K] each."""
         if inputs.cache is None:
             return self.self_attn.keys_values(h, inputs.cos, inputs.sin)
@@ -182,9 +198,6 @@ class Block(nn.Module):
         assert inputs.cache is not None
         inputs.cache.write(self.layer, *self.self_attn.keys_values(h, inputs.cos, inputs.sin))
 
-    def _ffn_update(self, x: Tensor, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
-        return self.mlp(selection.gather(h))
-
 
 @dataclass(frozen=True)
 class _Site:
@@ -194,14 +207,15 @@ class _Site:
         config: of its router.
         router: asked for each token.
         norm: of the residual stream.
-        part: what it adds to the residual stream of the selected tokens, [N, D], from the stream and its norm.
+        part: what it adds to the residual stream of the selected tokens, [N, D], from the stream, its norm, and all
+            tokens' keys and values.
         attends: has an attention, whose keys and values are of every token.
     """
 
     config: RouterConfig
     router: nn.Module
     norm: RMSNorm
-    part: Callable[[Tensor, Tensor, Selection, PassInputs], Tensor]
+    part: Callable[[Tensor, Tensor, KeysValues | None, Selection, PassInputs], Tensor]
     attends: bool
 
     def gate(self, x: Tensor, h: Tensor, inputs: PassInputs) -> Gate:
@@ -247,7 +261,7 @@ def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
     return update * decision.selection.gather(value)[:, None].to(update.dtype)
 
 
-def _missed(decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Tensor) -> Tensor | None:
+def _missed(decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Any) -> Tensor | None:
     """What ``part`` would have added to the explored tokens, [N, D], without a gradient of its own.
 
     Before the executed tokens' pass: under ZeRO 3 a module's last call in the forward pass must be the one that has a
