@@ -21,7 +21,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,9 @@ from bench.isoflop.report import CSV, spread
 from data.files import write_atomically
 from settings import path_argument, peek, user_errors
 from settings.tables import aligned_markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Rung(NamedTuple):
@@ -164,9 +167,9 @@ def report(rungs: Sequence[Rung], found: Fit, at: float) -> str:
     )
 
 
-def _draw(rungs: Sequence[Rung], found: Fit, at: float):  # type: ignore[no-untyped-def]  # matplotlib is imported late
+def _draw(rungs: Sequence[Rung], found: Fit, at: float) -> Figure:
     """Points by seed, the line and its band, up to ``at``."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes a second
 
     figure = Figure(figsize=(9, 5.5), layout="constrained")
     axes = figure.subplots()
