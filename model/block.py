@@ -115,16 +115,16 @@ class Block(nn.Module):
         if self.routed is None:
             return self._dense(x, inputs), []
         if self.routed.granularity == "layer":
-            sites = [_Site(self.routed, self.router, self.input_layernorm, self._layer_update, True)]
+            sites = [_Site(self.router, self.input_layernorm, self._layer_update, True)]
         else:
             first, second = self.input_layernorm, self.post_attention_layernorm
             sites = [
-                _Site(self.routed, self.attention_router, first, self._attention_update, True),
-                _Site(self.routed, self.ffn_router, second, self._ffn_update, False),
+                _Site(self.attention_router, first, self._attention_update, True),
+                _Site(self.ffn_router, second, self._ffn_update, False),
             ]
         decisions = []
         for site in sites:
-            x, decision = self._routed(site, x, inputs)
+            x, decision = self._routed(site, self.routed, x, inputs)
             decisions.append(decision)
         return x, decisions
 
@@ -137,19 +137,27 @@ class Block(nn.Module):
 
         return selection.add(x, _recomputed(update, x) if _recomputes(inputs) else update(x))
 
-    def _routed(self, site: _Site, x: Tensor, inputs: PassInputs) -> tuple[Tensor, Decision]:
+    def _routed(self, site: _Site, config: RouterConfig, x: Tensor, inputs: PassInputs) -> tuple[Tensor, Decision]:
         """``x`` with what ``site`` adds to it, and its decision."""
+
+        def gate(x: Tensor, h: Tensor) -> Gate:
+            return site.router(h if config.input == "normed" else x, inputs.routing)
+
+        def keys_values(h: Tensor) -> KeysValues | None:
+            return self._keys_values(h, inputs) if site.attends else None
+
         h = site.norm(x)
-        decision = _decide(site.gate(x, h, inputs), site.config, inputs)
+        decision = _decide(gate(x, h), config, inputs)
         if _nothing_to_do(decision, inputs):
             if site.attends:
                 self._write_keys_values(h, inputs)
             return x, decision
-        shared = self._keys_values(h, inputs) if site.attends else None
-        missed = _missed(decision, inputs, site.part, x, h, shared)
         if not _recomputes(inputs):
+            shared = keys_values(h)
+            missed = _missed(decision, inputs, site.part, x, h, shared)
             update = site.part(x, h, shared, decision.selection, inputs)
-            return _add(x, update, missed, decision, site.config), decision
+            return _add(x, update, missed, decision, config), decision
+        missed = None if decision.explored is None else _missed(decision, inputs, site.part, x, h, keys_values(h))
 
         # Of the above only masks and what explored tokens missed are kept: the norm's output, which is as large as x,
         # and the gate are computed again, and the tokens are those that were decided here.
@@ -160,13 +168,12 @@ class Block(nn.Module):
 
         def whole(x: Tensor, missed: Tensor | None) -> tuple[Tensor, Gate]:
             h = site.norm(x)
-            decision = taken.with_gate(site.gate(x, h, inputs))
-            shared = self._keys_values(h, inputs) if site.attends else None
-            update = site.part(x, h, shared, decision.selection, inputs)
-            return _add(x, update, missed, decision, site.config), decision.gate
+            decision = taken.with_gate(gate(x, h))
+            update = site.part(x, h, keys_values(h), decision.selection, inputs)
+            return _add(x, update, missed, decision, config), decision.gate
 
-        x, gate = _recomputed(whole, x, missed)
-        return x, taken.with_gate(gate)
+        x, learning = _recomputed(whole, x, missed)
+        return x, taken.with_gate(learning)
 
     def _layer_update(
         self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
@@ -204,7 +211,6 @@ class _Site:
     """A routed site.
 
     Attributes:
-        config: of its router.
         router: asked for each token.
         norm: of the residual stream.
         part: what it adds to the residual stream of the selected tokens, [N, D], from the stream, its norm, and all
@@ -212,15 +218,10 @@ class _Site:
         attends: has an attention, whose keys and values are of every token.
     """
 
-    config: RouterConfig
     router: nn.Module
     norm: RMSNorm
     part: Callable[[Tensor, Tensor, KeysValues | None, Selection, PassInputs], Tensor]
     attends: bool
-
-    def gate(self, x: Tensor, h: Tensor, inputs: PassInputs) -> Gate:
-        """The router's answer to the residual stream, or to its norm."""
-        return self.router(h if self.config.input == "normed" else x, inputs.routing)
 
 
 def _recomputes(inputs: PassInputs) -> bool:
