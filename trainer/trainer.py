@@ -57,7 +57,7 @@ class Trainer:
         world: this process among all.
         decoder: the model to train; a freshly initialised one unless given.
         initial: finds what a fresh run starts from; not called for a run that is resumed. Freshly drawn weights, or
-            ``decoder``'s, unless given.
+            ``decoder``'s, unless it is given and finds something.
 
     Attributes:
         config: the run's, with its precision decided.
@@ -76,7 +76,7 @@ class Trainer:
         validation_sets: Sequence[ValidationStream],
         world: World,
         decoder: Decoder | None = None,
-        initial: Callable[[], Initial] | None = None,
+        initial: Callable[[], Initial | None] | None = None,
     ):
         self.world, self.fingerprint, self.validation_sets = world, fingerprint, validation_sets
         self.run = RunFolder(str(config.train.run_dir), world.rank)

@@ -52,7 +52,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     if config.ensemble is not None:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
-    with Tuner(config, config_path, data.fingerprint, sets, world, decoder, tokenizer) as trainer:
+    with Tuner(config, config_path, data, sets, world, decoder, tokenizer) as trainer:
         trainer.log.info(describe_start(trainer.config, base, data, [*sets, *tests], decoder, world))
         trained, total = trainable_counts(decoder)
         if trainer.step == 0:
