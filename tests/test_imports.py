@@ -26,7 +26,13 @@ MAY_IMPORT = {
 MAY_IMPORT_WITHIN = {
     "trainer.checkpoints": {"trainer.code_state", "trainer.config", "trainer.distributed", "trainer.engine"}
     | {"trainer.deepspeed_internals", "trainer.log"},
-    "trainer.monitor": {"trainer.checkpoints", "trainer.config", "trainer.distributed", "trainer.evaluate"}
+    "trainer.monitor": {
+        "trainer.checkpoints",
+        "trainer.code_state",
+        "trainer.config",
+        "trainer.distributed",
+        "trainer.evaluate",
+    }
     | {"trainer.exit_status", "trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.step"},
     "data.prepare": {"data.config", "data.discovery", "data.files", "data.shards", "data.sources"}
     | {"data.store", "data.token_files", "data.tokenization", "data.tokenizer", "data.tokenizer_json"},

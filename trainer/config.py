@@ -121,7 +121,7 @@ class SpikeConfig(Strict):
 
 
 class LogConfig(Strict):
-    """Metrics: ``metrics.jsonl``, TensorBoard and the progress line."""
+    """Metrics: ``metrics.jsonl``, trackers and the progress line."""
 
     every_steps: int = Field(10, gt=0)
     """Steps between two metric lines; figures are means over them."""
@@ -129,6 +129,11 @@ class LogConfig(Strict):
     """Peak of one device in TFLOP/s, for MFU; the fastest matrix product measured at the start unless given."""
     images: bool = True
     """Draw the routing heat map at every evaluation."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"])
+    """Where figures, pictures, config and code state go besides the run folder; none of them slows or stops a run.
+    Addresses and keys are the trackers' own variables: ``MLFLOW_TRACKING_URI``, ``WANDB_API_KEY``, ``WANDB_MODE``."""
+    project: str = Field("hopscotch", min_length=1)
+    """wandb, mlflow: the project or experiment that the run belongs to; its name there is its folder's."""
 
 
 class TrainConfig(Strict):

@@ -160,7 +160,7 @@ class Trainer:
         self.watchdog.stop()
         self.run.beat(self.step, phase)
         self.run.heartbeat.write()
-        self.metrics.close()
+        self.metrics.close(phase)
         self._let_go(error)
 
     def _let_go(self, error: BaseException | None) -> None:
