@@ -29,6 +29,7 @@ from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.initial import Fork, GivenWeights, Initial
 from trainer.log import open_log
 from trainer.monitor.metrics import Metrics
+from trainer.monitor.profiler import StepProfiler
 from trainer.monitor.spikes import SpikeDetector, how_to_go_back
 from trainer.monitor.stop import StopRequest, is_lost_rank, too_many_bad_steps
 from trainer.monitor.watchdog import Watchdog
@@ -144,6 +145,8 @@ class Trainer:
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
         self.engine.module.register_forward_hook(lambda *_: tick())
         self.watchdog = Watchdog(self.run, config.train.stall_timeout_s, self.stop.request, world.size)
+        profile = config.train.profile
+        self._profiler = None if profile is None else StepProfiler(profile, self.run.path, world.rank, world.device)
         self.evaluations: dict[int, list[Evaluation]] = {}
         self._bad_in_a_row = 0
         self.watchdog.start()
@@ -153,6 +156,8 @@ class Trainer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         """Flush the metrics and say how this rank has ended."""
+        if self._profiler is not None:
+            self._profiler.close()
         phase = "ended" if self.step >= self.config.train.last_step else "stopped"
         if error is not None:
             self.saver.end()
@@ -190,6 +195,13 @@ class Trainer:
         )
         self.end_step(result, lr, waited_s)
         return result
+
+    def begin_loading(self) -> None:
+        """Between two steps: the next one's data is asked for."""
+        if self._profiler is not None:
+            with self.metrics.paused():
+                self._profiler.between_steps(self.step, self.engine, self.run.heartbeat, self.metrics)
+        self.run.beat(self.step, "loading")
 
     def begin_step(self) -> float:
         """Heartbeat and learning rate of the step to come; returns the rate."""
