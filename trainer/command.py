@@ -45,7 +45,7 @@ def run_stage(
         from trainer.distributed import join, leave
 
         with user_errors():  # a host that does not answer now may be another one, or well, at the next start
-            world = join(config.train.timeout_s)
+            world = join(config.train.timeout_s, Path(str(config.train.run_dir)))
         status = train(config, arguments.config, world)
         leave()
     return status

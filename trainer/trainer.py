@@ -29,6 +29,7 @@ from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.initial import Fork, GivenWeights, Initial
 from trainer.log import open_log
 from trainer.monitor.metrics import Metrics
+from trainer.monitor.out_of_memory import is_out_of_memory, out_of_memory
 from trainer.monitor.profiler import StepProfiler
 from trainer.monitor.spikes import SpikeDetector, how_to_go_back
 from trainer.monitor.stop import StopRequest, is_lost_rank, too_many_bad_steps
@@ -89,7 +90,12 @@ class Trainer:
         config, precision_told = decide(config, world, source)
         self.config = config
         self._hold = ExitStack()  # until the end no other run may write here
-        self.engine = build_engine(config, world, decoder, _drawn(source, given))
+        try:
+            self.engine = build_engine(config, world, decoder, _drawn(source, given))
+        except BaseException as error:
+            if sentence := self._lack_of_memory(error, "while the engine was built"):
+                raise ValueError(sentence) from error
+            raise
         try:
             self._open(config_path, source, given, precision_told)
         except BaseException as error:
@@ -155,9 +161,14 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        """Flush the metrics and say how this rank has ended."""
+        """Flush the metrics and say how this rank has ended.
+
+        Raises:
+            ValueError: in the place of an error for lack of memory: who holds it, and what helps.
+        """
         if self._profiler is not None:
             self._profiler.close()
+        doing = self.run.heartbeat.phase
         phase = "ended" if self.step >= self.config.train.last_step else "stopped"
         if error is not None:
             self.saver.end()
@@ -166,7 +177,16 @@ class Trainer:
         self.run.beat(self.step, phase)
         self.run.heartbeat.write()
         self.metrics.close(phase)
+        sentence = self._lack_of_memory(error, f"in step {self.step + 1:,} ({doing})")
         self._let_go(error)
+        if sentence:
+            raise ValueError(sentence) from error
+
+    def _lack_of_memory(self, error: BaseException | None, where: str) -> str | None:
+        """Who holds the memory that ``error`` has not got; None for another error."""
+        if error is None or not is_out_of_memory(error):
+            return None
+        return out_of_memory(error, getattr(self, "engine", None), self.config, self.world, where, self.run.path)
 
     def _let_go(self, error: BaseException | None) -> None:
         """Of the run folder, and of the engine, whose hooks another one in this process would meet.

@@ -21,7 +21,6 @@ from trainer.monitor.phase_names import PARTS, PHASES
 _EVALUATE, _ACCUMULATE = "autograd::engine::evaluate_function: ", "AccumulateGrad"
 _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 _RUNTIME = ("cuda_runtime", "cuda_driver")
-_COLLECTIVES = ("c10d::", "gloo:", "nccl:", "record_param_comms", "_all_gather", "_reduce_scatter", "_allgather")
 _SYNCHRONIZE = ("Synchronize", "cudaMemcpy", "cuMemcpy")
 GRADIENTS = "gradients"
 """Site of what sums a weight's gradient and, with ZeRO, hands it to the other ranks."""
@@ -52,7 +51,8 @@ class Sums:
         by_kernel: the same of kernels.
         allocated: bytes allocated, by place.
         held: of what was allocated in the trace, bytes alive at the fullest moment, by place of the allocation.
-        waiting: time in collectives, and in waits for the device.
+        waiting: time in collectives, that for other ranks to come to them included, and in waits for the device. A
+            collective may go on beside operators.
         between: time in which no operator ran: Python.
         busy: of the GPU.
         wall: from the beginning of the first phase to the end of the last.
@@ -98,6 +98,7 @@ class Reader:
         self._threads: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         self._memory: list[dict[str, Any]] = []
         self._kernels: list[dict[str, Any]] = []
+        self._collectives: list[dict[str, Any]] = []
         main: Any = None
         for event in events:
             kind = event.get("cat")
@@ -109,6 +110,8 @@ class Reader:
                 self._memory.append(event)
             elif kind in _KERNELS:
                 self._kernels.append(event)
+            if _is_collective(event):
+                self._collectives.append(event)
         if main is None:
             raise ValueError("the trace has none of our phases; it is of another program, or of no whole step")
         self._site_of: dict[int, str] = {}
@@ -162,7 +165,7 @@ class Reader:
                 self.sums.wall += event["dur"]
             elif name in PARTS:
                 place = around._replace(part=name)
-            elif not name.startswith("ProfilerStep"):
+            elif not name.startswith(("ProfilerStep", "gloo:", "nccl:")):
                 place = around._replace(site=name)
         elif name.startswith(_EVALUATE):
             found = self._site_of.get(arguments.get("Sequence number", -1), "")
@@ -181,8 +184,6 @@ class Reader:
         name = event["name"]
         sums.by_place[place] += own
         in_step = place.phase == PHASES["training"]
-        if is_main and in_step and name.startswith(_COLLECTIVES):
-            sums.waiting["other ranks"] += event["dur"] if not self._inside_collective(event) else 0.0
         if is_main and in_step and event["cat"] in _RUNTIME and any(word in name for word in _SYNCHRONIZE):
             sums.waiting["the device"] += event["dur"]
         if event["cat"] == "user_annotation":
@@ -191,22 +192,19 @@ class Reader:
             time, calls = sums.by_operator.get(name, (0.0, 0))
             sums.by_operator[name] = (time + own, calls + 1)
 
-    def _inside_collective(self, event: dict[str, Any]) -> bool:
-        """Whether it is the innermost of several names for one collective: those around it have counted its time."""
-        return event["name"] == "record_param_comms"
-
     def _sum_kernels(self) -> None:
-        end = 0.0
-        for kernel in sorted(self._kernels, key=lambda event: event["ts"]):
+        own = []
+        for kernel in self._kernels:
             place = self._launched_at.get(kernel.get("args", {}).get("External id"), Place("", "", ""))
             if not place.phase:
                 continue
+            own.append(kernel)
             self.sums.kernels[place] += kernel["dur"]
             time, calls = self.sums.by_kernel.get(kernel["name"], (0.0, 0))
             self.sums.by_kernel[kernel["name"]] = (time + kernel["dur"], calls + 1)
-            finish = kernel["ts"] + kernel["dur"]
-            self.sums.busy += max(finish - max(kernel["ts"], end), 0.0)
-            end = max(end, finish)
+        self.sums.busy = _union(own)
+        if self._collectives:
+            self.sums.waiting["collectives"] = _union(self._collectives)
 
     def _sum_memory(self, main: Any) -> None:
         """Bytes allocated by place, and who holds what at the fullest moment."""
@@ -236,3 +234,20 @@ class Reader:
         starts, places = self._times[thread]
         index = bisect.bisect_right(starts, time) - 1
         return places[index] if index >= 0 else Place("", "", "")
+
+
+def _is_collective(event: dict[str, Any]) -> bool:
+    """Of gloo, which runs in threads of its own, or of NCCL, which runs as kernels."""
+    if event.get("cat") in _KERNELS:
+        return "nccl" in event["name"].lower()
+    return event.get("cat") == "user_annotation" and event["name"].startswith("gloo:")
+
+
+def _union(events: Iterable[dict[str, Any]]) -> float:
+    """Time that is covered by at least one of ``events``."""
+    covered = end = 0.0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        finish = event["ts"] + event["dur"]
+        covered += max(finish - max(event["ts"], end), 0.0)
+        end = max(end, finish)
+    return covered
