@@ -25,8 +25,8 @@ _PATIENCE_S = 3.0
 def enable(run: Path | None, environment: MutableMapping[str, str] = os.environ) -> None:
     """Have NCCL record, unless the user's variables say otherwise; before the process group is made.
 
-    The names are torch 2.13's; the older ones, ``TORCH_NCCL_TRACE_BUFFER_SIZE`` and ``TORCH_NCCL_DEBUG_INFO_TEMP_FILE``,
-    are read where these are not set.
+    The names are torch 2.13's. It reads older ones where these are not set: ``TORCH_NCCL_TRACE_BUFFER_SIZE`` and
+    ``TORCH_NCCL_DEBUG_INFO_TEMP_FILE``.
     """
     wanted = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
     if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in environment:

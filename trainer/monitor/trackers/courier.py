@@ -73,6 +73,7 @@ class Courier:
         """Wait until all is delivered, at most until ``deadline_s`` of the monotonic clock, and say what is lost."""
         self._done.wait(max(deadline_s - time.monotonic(), 0.0))
         left = 0 if self._done.is_set() else self._waiting.qsize() + 1
+        self._done.set()
         if lost := self.lost + left:
             self.tell(f"{lost:,} reports did not reach {self._name}; metrics.jsonl and the run folder have them all")
 
@@ -102,7 +103,9 @@ class Courier:
                 getattr(self.tracker, report.method)(*report.arguments)
             except UnreachableError as error:
                 self._say_failing(f"does not answer ({error}); reports wait for it, and the run goes on")
-                if last:  # the run's end waits for a server that is there, not for one that is gone
+                if (
+                    last or self._done.is_set()
+                ):  # the run's end waits for a server that is there, not for one that is gone
                     self._off = True
                     return False
                 self._closing.wait(pause_s)
@@ -120,7 +123,7 @@ class Courier:
                 return True
 
     def _say_failing(self, what: str) -> None:
-        if not self._failing:
+        if not self._failing and not self._done.is_set():
             self.tell(f"{self._name} {what}")
         self._failing = True
 

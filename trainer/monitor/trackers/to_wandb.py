@@ -1,7 +1,8 @@
 """Weights & Biases: online, or into ``RUN/wandb`` with ``WANDB_MODE=offline``, which ``wandb sync`` sends later.
 
 Its own variables say where to and as whom: ``WANDB_API_KEY``, ``WANDB_ENTITY``, ``WANDB_BASE_URL``. A process of its
-own, which the library starts, does the sending; a server that is gone is that one's business.
+own, which the library starts, does the sending; a server that goes away is that one's business. Of one that cannot be
+reached at the start, or takes no such key, the run is kept offline.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any
 import wandb
 
 from trainer.exit_status import EXIT_PREEMPTED
+from trainer.log import logger_of_run
 from trainer.monitor.trackers.interface import Opening
 
-_INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 120.0, 45.0
+_INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 30.0, 45.0
 
 
 class ToWandb:
@@ -31,19 +33,13 @@ class ToWandb:
 
     def open(self, opening: Opening) -> None:
         own = opening.kept_id(self.name) or uuid.uuid4().hex[:8]
-        settings = wandb.Settings(
-            console="off", silent=True, init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S
-        )
-        self._run: Any = wandb.init(
-            project=opening.project,
-            name=opening.folder.name,
-            id=own,
-            resume="allow",
-            dir=str(opening.folder),
-            config=opening.config | {"code": {"commit": opening.commit}},
-            allow_val_change=True,
-            settings=settings,
-        )
+        try:
+            self._run = _start(opening, own)
+        except wandb.errors.CommError as error:
+            reason, kept = str(error).splitlines()[0], opening.folder / "wandb"
+            logger_of_run().warning(f"tracker wandb: {reason}; the run is kept in {kept}, to be sent with `wandb sync`")
+            wandb.teardown()  # of the first attempt, which still has the id
+            self._run = _start(opening, own, mode="offline")
         opening.keep_id(self.name, own)
         self._run.define_metric("*", step_metric="step")
 
@@ -65,3 +61,20 @@ class ToWandb:
 
     def close(self, phase: str) -> None:
         self._run.finish(exit_code={"ended": 0, "stopped": EXIT_PREEMPTED}.get(phase, 1))
+
+
+def _start(opening: Opening, own: str, **options: Any) -> Any:
+    """Begin, or go on with, the run whose id is ``own``."""
+    return wandb.init(
+        project=opening.project,
+        name=opening.folder.name,
+        id=own,
+        resume="allow",
+        dir=str(opening.folder),
+        config=opening.config | {"code": {"commit": opening.commit}},
+        allow_val_change=True,
+        settings=wandb.Settings(
+            console="off", silent=True, init_timeout=_INIT_TIMEOUT_S, finish_timeout=_FINISH_TIMEOUT_S
+        ),
+        **options,
+    )

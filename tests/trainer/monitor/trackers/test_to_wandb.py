@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+from trainer.exit_status import EXIT_PREEMPTED
+from trainer.log import logger_of_run
 
 wandb = pytest.importorskip("wandb", reason="needs wandb: pip install -r requirements-dev.txt")
 
@@ -92,3 +96,28 @@ def test_a_run_and_its_resume_are_one_offline_run(
         there = {name: value for name, value in line.items() if value is not None}
         assert {name: sent[line["step"]][name] for name in there} == there
     assert any(name.startswith("routing") for name in sent[4])
+
+
+def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from trainer.monitor.trackers import to_wandb
+    from trainer.monitor.trackers.interface import Opening
+
+    monkeypatch.setattr(to_wandb, "_INIT_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(logger_of_run(), "propagate", True)
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        wandb.teardown()
+        tracker = to_wandb.ToWandb()
+        tracker.open(Opening(tmp_path, "hops", {"seed": 1}, None, None))
+        tracker.figures(3, 1e9, {"train/loss": 2.0})
+        tracker.close("stopped")
+    said = [record.message for record in caplog.records if record.name == logger_of_run().name]
+    (told,) = {message for message in said if message.startswith("tracker wandb: ")}
+    assert told.endswith(f"; the run is kept in {tmp_path / 'wandb'}, to be sent with `wandb sync`")
+    found = _whole(next((tmp_path / "wandb").glob("offline-run-*")))
+    assert found["exit"] == EXIT_PREEMPTED and found["rows"][0]["train/loss"] == 2.0
