@@ -69,7 +69,7 @@ def main() -> int:
         print(page(sums, f"{path}", arguments.layers))
         if arguments.json is not None:
             rows = {"phases": by_phase(sums), "sites": by_site(sums, each_layer=True)}
-            found = {"steps": sums.steps, "step_ms": sums.wall / sums.steps / 1e3}
+            found = {"steps": sums.steps, "step_ms": sums.in_steps / sums.steps / 1e3}
             write_atomically(
                 arguments.json,
                 json.dumps(found | {name: [asdict(row) for row in listed] for name, listed in rows.items()}).encode(),

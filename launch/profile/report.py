@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from launch.profile.trace import ELSEWHERE, Place, Sums
-from settings import tables
+from settings import counted, tables
 from trainer.monitor.phase_names import PARTS, PHASES
 
 _STEP = PHASES["training"]
@@ -64,8 +64,8 @@ def by_site(sums: Sums, each_layer: bool = False) -> list[Row]:
 def page(sums: Sums, title: str, each_layer: bool = False) -> str:
     """Everything: phases, waiting, sites, operators."""
     steps = sums.steps
-    head = f"{title}: {steps} steps, {sums.wall / steps / 1e3:,.1f} ms a step" + (
-        f", the GPU busy for {sums.busy / sums.wall:.0%}" if sums.kernels else ""
+    head = f"{title}: {counted(steps, 'step')} of {sums.in_steps / steps / 1e3:,.1f} ms" + (
+        f", the GPU busy for {sums.busy / sums.wall:.0%} of the time" if sums.kernels else ""
     )
     parts = [head, _table("phase", by_phase(sums), sums), _waiting(sums)]
     parts += [_table("site, forward and backward", by_site(sums, each_layer), sums), _layers(sums), _operators(sums)]
@@ -123,7 +123,7 @@ def _layers(sums: Sums) -> str:
 def _operators(sums: Sums) -> str:
     found, kind = (sums.by_kernel, "kernel") if sums.by_kernel else (sums.by_operator, "operator")
     longest = sorted(found.items(), key=lambda item: -item[1][0])[:_OPERATORS]
-    table = [[f"{kind}s with most time of their own", "ms a step", "share of the step", "calls a step"]]
+    table = [[f"{kind}s with most time of their own", "ms a step", "share", "calls a step"]]
     for name, (time, calls) in longest:
         short = name if len(name) <= _LONGEST_NAME else f"{name[:_LONGEST_NAME]}..."
         step_ms = time / sums.steps / 1e3

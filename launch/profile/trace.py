@@ -55,11 +55,13 @@ class Sums:
             collective may go on beside operators.
         between: time in which no operator ran: Python.
         busy: of the GPU.
-        wall: from the beginning of the first phase to the end of the last.
+        wall: of all phases together.
+        in_steps: of the steps alone, without data, saving and evaluating.
     """
 
     steps: int = 0
     wall: float = 0.0
+    in_steps: float = 0.0
     busy: float = 0.0
     between: float = 0.0
     by_place: Sum[Place] = field(default_factory=lambda: defaultdict(float))
@@ -161,8 +163,10 @@ class Reader:
         if event["cat"] == "user_annotation":
             if name in PHASES.values() and is_main and not around.phase:
                 place = Place(name, "", "")
-                self.sums.steps += name == PHASES["training"]
                 self.sums.wall += event["dur"]
+                if name == PHASES["training"]:
+                    self.sums.steps += 1
+                    self.sums.in_steps += event["dur"]
             elif name in PARTS:
                 place = around._replace(part=name)
             elif not name.startswith(("ProfilerStep", "gloo:", "nccl:")):

@@ -69,7 +69,7 @@ def test_every_kernel_operator_and_byte_has_its_place() -> None:
     sums = Reader(_on_a_gpu()).sums
     attention = Place("step", "forward", "layer-00 attention")
     back = Place("step", "backward", "layer-00 attention")
-    assert sums.steps == 2 and sums.wall == 2000
+    assert (sums.steps, sums.wall, sums.in_steps) == (2, 2000, 1800)
     assert sums.kernels == {attention: 300, back: 2 * (250 + 200)}
     assert sums.busy == 2 * (150 + 300)  # the two streams' overlap counts once
     assert sums.by_place[attention] == 2 * 100 and sums.by_place[back] == 2 * 50
@@ -114,7 +114,7 @@ def test_the_page_and_its_rows(
     path = _write(tmp_path, _on_a_gpu())
     assert _call(monkeypatch, str(tmp_path), "--json", str(tmp_path / "rows.json")) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{path}: 2 steps, 1.0 ms a step, the GPU busy for 45%\n")
+    assert out.startswith(f"{path}: 2 steps of 0.9 ms, the GPU busy for 45% of the time\n")
     assert "waiting: data 10.0%, the device 2.0%, collectives 20.0%, Python between operators" in out
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert rows["steps"] == 2 and {row["name"] for row in rows["sites"]} >= {"layer-00 attention", "gradients"}

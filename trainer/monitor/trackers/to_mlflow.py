@@ -6,6 +6,7 @@ The library's other variables are its own, too: ``MLFLOW_TRACKING_TOKEN``, ``MLF
 
 from __future__ import annotations
 
+import getpass
 import io
 import os
 from collections.abc import Iterator, Sequence
@@ -13,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-# Of the library: a request that is not answered is tried again by the courier, which counts; no reports to its makers.
+# Of the library: a request that is not answered is tried again by the courier, which counts; no reports to its makers,
+# and no lines of its own, because the log has the address.
 for _name, _value in (
     ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
     ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1"),
     ("MLFLOW_DISABLE_TELEMETRY", "true"),
+    ("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"),
 ):
     os.environ.setdefault(_name, _value)
 
@@ -26,6 +29,7 @@ from mlflow.entities import Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException, RestException  # noqa: E402
 from requests import RequestException  # noqa: E402
 
+from trainer.log import logger_of_run  # noqa: E402
 from trainer.monitor.trackers.interface import Opening, UnreachableError  # noqa: E402
 
 _AT_ONCE = 100
@@ -50,6 +54,9 @@ class ToMLflow:
                 known = self._id = self._new_run(opening)
                 opening.keep_id(self.name, known)
             self._describe(opening)
+            experiment = self._client.get_run(self._id).info.experiment_id
+            address = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
+            logger_of_run().info(f"tracker mlflow: {address}/#/experiments/{experiment}/runs/{self._id}")
 
     def figures(self, step: int, at_s: float, figures: dict[str, float]) -> None:
         metrics = [Metric(name, value, int(1000 * at_s), step) for name, value in figures.items()]
@@ -94,8 +101,11 @@ class ToMLflow:
     def _new_run(self, opening: Opening) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", opening.project)
         found = self._client.get_experiment_by_name(name)
-        experiment = self._client.create_experiment(name) if found is None else found.experiment_id
-        tags = {} if opening.commit is None else {"mlflow.source.git.commit": opening.commit}
+        kind = {"mlflow.experimentKind": "custom_model_development"}  # the page of a training, not of a chat
+        experiment = self._client.create_experiment(name, tags=kind) if found is None else found.experiment_id
+        tags = {"mlflow.source.name": str(opening.folder), "mlflow.source.type": "LOCAL", "mlflow.user": _user()}
+        if opening.commit is not None:
+            tags["mlflow.source.git.commit"] = opening.commit
         run = self._client.create_run(experiment, run_name=opening.folder.name, tags=tags)
         return str(run.info.run_id)
 
@@ -109,6 +119,14 @@ class ToMLflow:
             self._client.log_batch(self._id, params=part)
         for changed in _parts(tags):
             self._client.log_batch(self._id, tags=changed)
+
+
+def _user() -> str:
+    """Who trains; in a container there may be no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
 
 
 def _parts(items: Sequence[Item]) -> Iterator[Sequence[Item]]:

@@ -41,6 +41,8 @@ class ToWandb:
             wandb.teardown()  # of the first attempt, which still has the id
             self._run = _start(opening, own, mode="offline")
         opening.keep_id(self.name, own)
+        if self._run.url:
+            logger_of_run().info(f"tracker wandb: {self._run.url}")
         self._run.define_metric("*", step_metric="step")
 
     def figures(self, step: int, at_s: float, figures: dict[str, float]) -> None:

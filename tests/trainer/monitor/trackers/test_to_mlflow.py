@@ -54,6 +54,7 @@ def test_a_run_and_its_resume_are_one_run_of_the_server(
     own = found.info.run_id
     assert (found.info.run_name, found.info.status) == ("run", "FINISHED")
     assert own == json.loads((run / "trackers.json").read_text())["mlflow"]
+    assert found.data.tags["mlflow.source.name"] == str(run) and found.data.tags["mlflow.user"]
     # The config as it began, and what the resume changed of it.
     resolved = yaml.safe_load((run / "config.yaml").read_text())
     assert found.data.params["train.optimizer.lr"] == str(resolved["train"]["optimizer"]["lr"])
