@@ -18,7 +18,7 @@ from trainer.exit_status import EXIT_MISTAKE
 from tune.config import TuneConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ["torch", "deepspeed", "transformers", "datasets", "matplotlib", "peft", "tensorboard", "lm_eval"]
+HEAVY = ["torch", "deepspeed", "transformers", "datasets", "matplotlib", "peft", "tensorboard", "lm_eval", "starlette"]
 # Runs a module as ``python -m`` does, once for each list of arguments; prints statuses, output and what was imported.
 RUN = """
 import contextlib, io, json, runpy, sys
@@ -58,6 +58,7 @@ CONTRACT = {
         "evals.harness",
         "evals.routing",
         "evals.dial",
+        "evals.play",
     ),
     *("launch.slurm", "launch.doctor", "launch.plan", "launch.watch", "launch.rewind"),
     *("bench.step", "bench.decode", "bench.loader", "bench.isoflop"),
