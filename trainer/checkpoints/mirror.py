@@ -81,8 +81,8 @@ class Mirror:
         if missing:
             why = self._problem or f"train.checkpoint.mirror_wait_s ({wait_s:g}) was over"
             self._warn(
-                f"not known to be mirrored to {self.url}: {', '.join(missing)} ({why}); whole in {self._folder}, and the next "
-                "start with this mirror copies what is still wanted there"
+                f"not known to be mirrored to {self.url}: {', '.join(missing)} ({why}); whole in {self._folder}, and "
+                "the next start with this mirror copies what is still wanted there"
             )
         return missing
 
