@@ -9,6 +9,8 @@ import os
 import shlex
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from settings import did_you_mean
@@ -61,12 +63,12 @@ def require_reachable(url: str, what: str) -> None:
         ) from None
 
 
-def opened(url: str) -> tuple[AbstractFileSystem, str]:
-    """The file system of ``url``, which remembers no listing, and the place there."""
+def opened(url: str, remember: bool = False) -> tuple[AbstractFileSystem, str]:
+    """The file system of ``url``, and the place there; listings are remembered in this process only if asked."""
     from fsspec.core import url_to_fs
 
     local = {"auto_mkdir": True} if url.partition(_MARK)[0] in _LOCAL else {}
-    system, place = url_to_fs(url, use_listings_cache=False, **local)
+    system, place = url_to_fs(url, use_listings_cache=remember, **local)
     return system, str(place).rstrip("/")
 
 
@@ -100,3 +102,46 @@ def entries(system: Any, place: str) -> list[str]:
         return [str(found).rstrip("/").rpartition("/")[2] for found in system.ls(place, detail=False)]
     except FileNotFoundError:
         return []
+
+
+def require_empty(url: str, what: str) -> None:
+    """Refuse a place that cannot be reached, or where something lies.
+
+    Args:
+        url: to look at.
+        what: it is, for the sentence.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    require_reachable(url, what)
+    system, place = opened(url)
+    try:
+        there = patiently(lambda: entries(system, place))
+    except Exception as error:  # each service has classes of its own
+        raise ValueError(f"{what} {url} cannot be used ({reason(error)}); {fix(error)}") from error
+    if there:
+        raise ValueError(f"{what} {url} holds {there[0]} already; give an empty place, or remove what is there")
+
+
+def copy_folder(folder: Path, url: str, last: str) -> None:
+    """Copy all files below ``folder`` to ``url``; the file ``last`` after all others, which it vouches for.
+
+    Raises:
+        ValueError: if that does not work; the folder is as it was.
+    """
+    system, place = opened(url)
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
+    try:
+        for path in files:
+            target = f"{place}/{path.relative_to(folder)}"
+            patiently(partial(system.put_file, str(path), target))
+    except Exception as error:  # each service has classes of its own
+        raise ValueError(
+            f"{folder} is written, and not whole at {url} ({reason(error)}); {fix(error)}, and copy it there"
+        ) from error
+
+
+def fix(error: BaseException) -> str:
+    """What a user can do about it."""
+    return "give it the rights or correct the name" if is_refusal(error) else "look at the network and the service"

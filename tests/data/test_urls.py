@@ -66,3 +66,37 @@ def test_what_cannot_change_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) 
 def test_reasons_are_a_line() -> None:
     assert urls.reason(OSError("one\n  two")) == "OSError: one two" and urls.reason(OSError()) == "OSError"
     assert urls.is_refusal(PermissionError()) and not urls.is_refusal(ConnectionError())
+
+
+def test_a_folder_is_copied_and_one_file_of_it_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    for name in ("config.json", "weights/b.bin", "a.txt"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_text(name)
+    url, order, put_file = f"file://{tmp_path}/away", list[str](), LocalFileSystem.put_file
+
+    def put(self: LocalFileSystem, path1: str, path2: str, **rest: object) -> None:
+        order.append(path2.removeprefix(f"{tmp_path}/away/"))
+        put_file(self, path1, path2, **rest)
+
+    urls.require_empty(url, "--copy-to")
+    monkeypatch.setattr(LocalFileSystem, "put_file", put)
+    urls.copy_folder(tmp_path / "out", url, "config.json")
+    assert order == ["a.txt", "weights/b.bin", "config.json"]
+    assert (tmp_path / "away/weights/b.bin").read_text() == "weights/b.bin"
+    with pytest.raises(ValueError) as taken:
+        urls.require_empty(url, "--copy-to")
+    assert str(taken.value).startswith(f"--copy-to {url} holds ") and "give an empty place" in str(taken.value)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("Forbidden")
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", refuse)
+    with pytest.raises(
+        ValueError, match=r"out is written, and not whole at .*other .PermissionError: Forbidden.; give it"
+    ):
+        urls.copy_folder(tmp_path / "out", f"file://{tmp_path}/other", "config.json")
+    monkeypatch.setattr(LocalFileSystem, "ls", refuse)
+    with pytest.raises(ValueError, match=r"--copy-to .*other cannot be used .PermissionError: Forbidden.; give it the"):
+        urls.require_empty(f"file://{tmp_path}/other", "--copy-to")

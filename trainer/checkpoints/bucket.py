@@ -162,5 +162,4 @@ def facts_of(content: bytes) -> dict[str, Any]:
 
 def unreachable(url: str, error: Exception) -> str:
     """The sentence for a mirror that does not answer, or not as it should."""
-    fix = "give it the rights or correct the name" if urls.is_refusal(error) else "look at the network and the service"
-    return f"train.checkpoint.mirror {url} cannot be used ({urls.reason(error)}); {fix}, or leave it out"
+    return f"train.checkpoint.mirror {url} cannot be used ({urls.reason(error)}); {urls.fix(error)}, or leave it out"
