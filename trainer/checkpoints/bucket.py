@@ -23,6 +23,7 @@ from trainer.checkpoints.layout import CONFIG, finished_names, step_of
 
 _AT_ONCE = 8
 """Files that are copied together, where the service's library can."""
+_TRIED = "tried-by-doctor"
 _ASIDE = "manifest.set-aside.json"
 
 
@@ -44,6 +45,11 @@ class Bucket:
     def write_config(self, config: str) -> None:
         """Put the run's config there, which also tells whether one may write."""
         self._system.pipe_file(f"{self._place}/{CONFIG}", config.encode())
+
+    def try_writing(self) -> None:
+        """Write a small file there, and remove it."""
+        self._system.pipe_file(f"{self._place}/{_TRIED}", b"to be removed\n")
+        self._system.rm_file(f"{self._place}/{_TRIED}")
 
     def put_beside(self, path: Path) -> None:
         """Copy a file of the run folder there, if there is one."""
