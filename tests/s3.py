@@ -49,14 +49,14 @@ class S3:
         self.client.create_bucket(Bucket=name)
         return f"s3://{name}"
 
-    def deny(self, name: str, *actions: str) -> None:
-        """Refuse these from now on; nothing if none is named."""
-        if not actions:
-            self.client.delete_bucket_policy(Bucket=name)
-            return
-        both = [f"arn:aws:s3:::{name}", f"arn:aws:s3:::{name}/*"]
-        rule = {"Effect": "Deny", "Principal": "*", "Action": [f"s3:{action}" for action in actions], "Resource": both}
+    def deny(self, name: str, action: str, keys: str = "*") -> None:
+        """Refuse an action, such as PutObject, on these keys from now on."""
+        rule = {"Effect": "Deny", "Principal": "*", "Action": f"s3:{action}", "Resource": f"arn:aws:s3:::{name}/{keys}"}
         self.client.put_bucket_policy(Bucket=name, Policy=json.dumps({"Version": "2012-10-17", "Statement": [rule]}))
+
+    def allow(self, name: str) -> None:
+        """Refuse nothing any more."""
+        self.client.delete_bucket_policy(Bucket=name)
 
     def keys(self, name: str) -> list[str]:
         """All objects of a bucket."""

@@ -104,3 +104,21 @@ def test_rights_that_are_not_there(s3: S3, tiny: dict[str, Any], run: Path, writ
             "rights or correct the name, or leave it out"
         )
     assert not (run / "checkpoints").exists() or not any((run / "checkpoints").iterdir())
+
+
+def test_half_a_copy_is_not_gone_on_from(s3: S3, tiny: dict[str, Any], run: Path, write_config: Write) -> None:
+    """One file of the last checkpoint may not be written: the run ends well, and an empty disk gets the one before."""
+    config, mirror = write_config(tiny), f"train.checkpoint.mirror={s3.bucket('half')}/run"
+    s3.deny("half", "PutObject", "run/step-00000004/trainer.pt")
+    with start(config, s3, mirror, "train.checkpoint.mirror_wait_s=0.5") as first:
+        assert first.end() == [0], first.output
+    assert "checkpoints cannot be mirrored to s3://half/run (PermissionError: Forbidden)" in first.output
+    assert "not known to be mirrored to s3://half/run: step-00000004 (PermissionError: Forbidden)" in first.output
+    there = {key.removeprefix("run/step-00000004/") for key in s3.keys("half") if "step-00000004" in key}
+    assert there and not there & {"trainer.pt", "manifest.json"}
+    shutil.rmtree(run)
+    s3.allow("half")
+    with start(config, s3, mirror) as second:
+        assert second.end() == [0], second.output
+    assert "copying step-00000002 from s3://half/run" in second.output and "at step 2" in second.output
+    assert "run/step-00000004/manifest.json" in s3.keys("half")
