@@ -23,6 +23,7 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -154,10 +155,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         shown = f"[{address}]" if ":" in address else address
         print(f"{player.name}: http://{shown}:{port}/ (Ctrl-C ends it)", flush=True)
-        try:
+        with suppress(KeyboardInterrupt):
             server.run(sockets=[listening])
-        except KeyboardInterrupt:
-            print("stopped", flush=True)
+        print("stopped", flush=True)
     return 0
 
 
