@@ -1,15 +1,27 @@
 """Token-by-token generation with the KV cache.
 
-Dimension letters: B batch, T prompt tokens.
+Dimension letters: B batch, T prompt tokens, S routed sites.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.cache import KVCache
-from model.decoder import Decoder
+from model.decoder import Decoder, DecoderOutput
+
+
+class Pass(NamedTuple):
+    """One pass of the decoder, and what was taken after it."""
+
+    chosen: Tensor
+    """int64 [B]."""
+    output: DecoderOutput
+    """Over the prompt [B, T] in the first pass, over the token before in the others."""
 
 
 def generate(
@@ -22,7 +34,26 @@ def generate(
     generator: torch.Generator | None = None,
     thresholds: Tensor | None = None,
 ) -> Tensor:
-    """Continue ``prompt``.
+    """Continue ``prompt``; everything but the result is as of :func:`passes`.
+
+    Returns:
+        int64 [B, T + new], the prompt and its continuation.
+    """
+    made = passes(decoder, prompt, max_new_tokens, temperature, top_p, eos_id, generator, thresholds)
+    return torch.cat((prompt, *[one.chosen[:, None] for one in made]), dim=1)
+
+
+def passes(
+    decoder: Decoder,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+    thresholds: Tensor | None = None,
+) -> Iterator[Pass]:
+    """Continue ``prompt`` pass by pass, each as soon as it is done; whoever asks for no more stops it.
 
     Args:
         decoder: put into evaluation mode by the caller.
@@ -34,45 +65,26 @@ def generate(
         generator: of the sampling.
         thresholds: fp32 [S], the compute dial: see :class:`model.decoder.Decoder`.
 
-    Returns:
-        int64 [B, T + new], the prompt and its continuation.
-
     Raises:
         ValueError: for an empty prompt, or a router kind that is not causal.
     """
     if prompt.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token, for example the BOS id")
-    with torch.inference_mode():
-        tokens = _continue(decoder, prompt, max_new_tokens, temperature, top_p, eos_id, generator, thresholds)
-    return tokens.clone()  # outside, so that it is an ordinary tensor
-
-
-def _continue(
-    decoder: Decoder,
-    prompt: Tensor,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    eos_id: int | None,
-    generator: torch.Generator | None,
-    thresholds: Tensor | None,
-) -> Tensor:
     weight = decoder.embed_tokens.weight
     cache = KVCache(decoder.config, len(prompt), prompt.shape[1] + max_new_tokens, weight.device, weight.dtype)
-    tokens, step = prompt, prompt
-    ended = torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    step, ended = prompt, torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):
-        logits = decoder(step, cache=cache, thresholds=thresholds).logits
-        assert logits is not None
-        step = pick(logits[:, -1].float(), temperature, top_p, generator)
-        if eos_id is not None:
-            step = torch.where(ended, eos_id, step)
-            ended |= step == eos_id
-        step = step[:, None]
-        tokens = torch.cat((tokens, step), dim=1)
+        with torch.inference_mode():  # not around what is done with a pass, which the caller decides
+            output = decoder(step, cache=cache, thresholds=thresholds)
+            assert output.logits is not None
+            chosen = pick(output.logits[:, -1].float(), temperature, top_p, generator)
+            if eos_id is not None:
+                chosen = torch.where(ended, eos_id, chosen)
+                ended = ended | (chosen == eos_id)
+            step = chosen[:, None]
+        yield Pass(chosen, output)
         if eos_id is not None and bool(ended.all()):
-            break
-    return tokens
+            return
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

@@ -37,6 +37,7 @@ MAY_IMPORT_WITHIN = {
     "bench.loop": {"bench.common", "bench.loader"},
     "evals.dial": {"evals.windows"},
     "evals.harness": {"evals.generate", "evals.perplexity", "evals.scoring"},
+    "evals.play": {"evals.dial", "evals.generate", "evals.scoring"},
     "evals.routing": {"evals.texts", "evals.windows"},
     "launch.demo": set(),
     "launch.doctor": {"launch.configs", "launch.plan"},

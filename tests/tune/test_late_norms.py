@@ -92,9 +92,7 @@ def test_parts_run_where_the_rank_computes_and_come_back(monkeypatch: pytest.Mon
         ("norm", "cpu:0"), ("embed_tokens", "cpu:0"), ("embed_tokens", "cpu"), ("layers.0", "cpu:0"),
         ("layers.0", "cpu"), ("layers.1", "cpu:0"), ("layers.1", "cpu"),
     ]  # fmt: skip
-    assert dict(moves) == dict.fromkeys(
-        ["norm", "embed_tokens", "layers.0", "layers.1", "layers.2"], "cpu"
-    )
+    assert dict(moves) == dict.fromkeys(["norm", "embed_tokens", "layers.0", "layers.1", "layers.2"], "cpu")
 
 
 def test_a_dimension_without_a_signal_keeps_its_copy(monkeypatch: pytest.MonkeyPatch) -> None:
