@@ -1,15 +1,19 @@
 """Token-by-token generation with the KV cache.
 
-Dimension letters: B batch, T prompt tokens.
+Dimension letters: B batch, T prompt tokens, S routed sites.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.cache import KVCache
 from model.decoder import Decoder
+from model.record import RoutingRecord
 
 
 def generate(
@@ -73,6 +77,41 @@ def _continue(
         if eos_id is not None and bool(ended.all()):
             break
     return tokens
+
+
+@torch.no_grad()
+def stream(
+    decoder: Any,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_id: int | None = None,
+    generator: torch.Generator | None = None,
+    thresholds: Tensor | None = None,
+    device: torch.device | None = None,
+) -> Iterator[tuple[int, RoutingRecord]]:
+    """The tokens that :func:`generate` would append to one row, each as soon as it is known, with the pass before it.
+
+    Args:
+        decoder: in evaluation mode; or an engine around one.
+        prompt: T ids, at least one.
+        max_new_tokens: stop after this many, or after ``eos_id``, which is the last one given then.
+        temperature, top_p, eos_id, generator, thresholds: as of :func:`generate`.
+        device: where ``decoder`` computes; where its embedding lies unless given.
+    """
+    module: Decoder = getattr(decoder, "module", decoder)
+    weight = module.embed_tokens.weight
+    device = weight.device if device is None else device
+    cache = KVCache(module.config, 1, len(prompt) + max_new_tokens, device, weight.dtype)
+    step = torch.tensor([list(prompt)], device=device)
+    for _ in range(max_new_tokens):
+        output = decoder(step, cache=cache, thresholds=thresholds)
+        step = pick(output.logits[:, -1].float(), temperature, top_p, generator)[:, None]
+        token = int(step)
+        yield token, output.routing
+        if token == eos_id:
+            return
 
 
 def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:

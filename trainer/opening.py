@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data.questions import find_tasks, read_questions
 from settings import rank_by_environment
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.checkpoints.retention import refuse_taken
@@ -24,15 +25,20 @@ def open_model(path: Path) -> None:
 
 
 def open_run(train: TrainConfig) -> None:
-    """On rank 0 name the run, and refuse a run folder that it must not start in; a launcher then ends the other ranks.
+    """On rank 0 name the run, refuse a run folder that it must not start in, and look at the files of its tasks.
+
+    A launcher ends the other ranks where it is refused.
 
     :func:`trainer.checkpoints.resume.to_resume` looks again, at whole checkpoints and for all ranks.
 
     Raises:
-        ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``.
+        ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``; or a file of
+            questions is missing or wrong.
     """
     if rank_by_environment() != 0:
         return
     print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
     folder = checkpoints_of(str(train.run_dir))
     refuse_taken(folder, [found.name for found in newest_first(folder)], train.checkpoint.resume)
+    for path in find_tasks(train.evaluation.tasks)[0]:
+        read_questions(path)

@@ -37,6 +37,7 @@ from trainer.precision import decide, slow_bf16_warning
 from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult, set_thresholds, train_step
+from trainer.tasks.live import LiveTasks
 
 
 class TrainingStream(Protocol):
@@ -58,6 +59,7 @@ class Trainer:
         decoder: the model to train; a freshly initialised one unless given.
         initial: finds what a fresh run starts from; not called for a run that is resumed. Freshly drawn weights, or
             ``decoder``'s, unless given.
+        tasks: to run beside the evaluations; none unless given.
 
     Attributes:
         config: the run's, with its precision decided.
@@ -77,7 +79,9 @@ class Trainer:
         world: World,
         decoder: Decoder | None = None,
         initial: Callable[[], Initial] | None = None,
+        tasks: LiveTasks | None = None,
     ):
+        self.tasks = tasks
         self.world, self.fingerprint, self.validation_sets = world, fingerprint, validation_sets
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
@@ -270,10 +274,20 @@ class Trainer:
         before = rng_state()
         set_thresholds(self.engine, self.budget, self.config.train.progress(self.step))
         with self.metrics.paused():
+            self._run_tasks()
             results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
             self.metrics.log_evaluation(self.step, results)
         self.evaluations[self.step] = results
         set_rng_state(before)
+
+    def _run_tasks(self) -> None:
+        """Downstream tasks, where they are due; first, because by the losses a resume knows that all was evaluated."""
+        evaluation = self.config.train.evaluation
+        if self.tasks is None or not evaluation.has_tasks(self.step, self.config.train.last_step):
+            return
+        outcome = self.tasks.run(self.engine)
+        self.metrics.log_figures(self.step, outcome.figures)
+        self.log.info(f"step {self.step:>6,}  tasks: {outcome.sentence()}")
 
     def _take_back(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint's state says."""

@@ -10,6 +10,7 @@ from peft import PeftModel
 from data.tokenization import TextTokenizer
 from model.decoder import Decoder
 from trainer.distributed import World
+from trainer.tasks.live import LiveTasks
 from trainer.trainer import Trainer
 from tune.adapter_files import save_adapter
 from tune.batches import ExampleSet
@@ -34,8 +35,9 @@ class Tuner(Trainer):
         world: World,
         decoder: Decoder,
         tokenizer: TextTokenizer,
+        tasks: LiveTasks | None = None,
     ):
-        super().__init__(config, config_path, fingerprint, sets, world, decoder)
+        super().__init__(config, config_path, fingerprint, sets, world, decoder, tasks=tasks)
         self._sets = sets
         self._classes = token_classes(tokenizer)
 
