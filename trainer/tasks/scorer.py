@@ -94,7 +94,9 @@ class Scorer:
         batches: list[list[list[int]]] = []
         longest = 0
         for inputs, places in sorted(same.items(), key=lambda entry: -len(entry[0])):
-            if not batches or (len(batches[-1]) + 1) * longest > self.batch_tokens:
+            full = not batches or (len(batches[-1]) + 1) * longest > self.batch_tokens
+            # A batch of some size ends where padding would be a quarter of a row.
+            if full or (4 * len(inputs) < 3 * longest and 4 * len(batches[-1]) * longest >= self.batch_tokens):
                 batches.append([])
                 longest = len(inputs)
             batches[-1].append(places)
