@@ -66,8 +66,8 @@ def test_batches_hold_a_number_of_tokens_and_little_padding() -> None:
     scorer.decoder.register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     done: list[int] = []
     scorer.score(rows, done.append)
-    assert shapes == [(1, 60), (4, 12), (1, 3)] and sum(done) == len(rows)  # a row that is too long runs alone
-    assert scorer.padding == pytest.approx(1 - (60 + 12 + 12 + 11 + 4 + 3) / (60 + 48 + 3))
+    assert shapes == [(1, 60), (3, 12), (2, 4)] and sum(done) == len(rows)  # a row that is too long runs alone
+    assert scorer.padding == pytest.approx(1 - (60 + 12 + 12 + 11 + 4 + 3) / (60 + 36 + 8))
     with pytest.raises(ValueError, match="raise --batch-tokens"):
         Scorer(model("dense"), 0)
 
