@@ -72,6 +72,40 @@ def test_batches_hold_a_number_of_tokens_and_little_padding() -> None:
         Scorer(model("dense"), 0)
 
 
+def _choices(lengths: list[tuple[int, int]], choices: int = 3) -> list[Window]:
+    """Questions of some tokens, each followed by choices of some tokens and more."""
+    generator = torch.Generator().manual_seed(4)
+    draw = lambda n: torch.randint(4, 400, (n,), generator=generator).tolist()  # noqa: E731
+    rows = []
+    for question, choice in lengths:
+        asked = draw(question)
+        for number in range(choices):
+            answer = draw(choice + number)
+            rows.append(Window([*asked, *answer[:-1]], answer))
+    return rows
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_what_rows_begin_with_runs_once(name: str) -> None:
+    """With the scores and the counts of whole passes."""
+    decoder, rows = model(name), _choices([(30, 2), (25, 4), (20, 1), (6, 2)])
+    scorer, single = Scorer(decoder, 400), Scorer(decoder, 1)
+    passes: list[tuple[int, ...]] = []
+    hook = decoder.register_forward_pre_hook(lambda _, inputs: passes.append(tuple(inputs[0].shape)))
+    scores = scorer.score(rows)
+    hook.remove()
+    # Of the last question too little is shared. The others' first 19 tokens run once, of each the last one predicts.
+    assert passes == [(3, 19), (9, 14), (3, 9)]
+    for row, found in zip(rows, scores, strict=True):
+        (alone,) = single.score([row])
+        torch.testing.assert_close(found.nll, alone.nll, rtol=1e-4, atol=1e-4)
+        assert found.hit.tolist() == alone.hit.tolist()
+    assert scorer.routed.tokens == 3 * 19 + sum(len(row.inputs) - 19 for row in rows[:9]) + 7 + 8 + 9
+    assert scorer.routed.head_tokens == single.routed.head_tokens
+    ran, dense = scorer.flops
+    assert ran < single.flops[0] and (ran == dense if name == "dense" else ran < dense)
+
+
 class _Rank(World):
     """One of several, alone: what the others would give is added by the test."""
 
@@ -81,7 +115,7 @@ class _Rank(World):
 
 def test_ranks_share_the_batches_and_run_equally_many_passes() -> None:
     """Each batch is in the same company as on one rank, so that scores are the same bits."""
-    decoder, rows = model("layer"), _rows([9, 9, 8, 8, 7, 30, 5, 20])
+    decoder, rows = model("layer"), _rows([9, 9, 8, 8, 7, 30, 6, 20])
     expected, passes, found = Scorer(decoder, 20).score(rows), [], {}
     for rank in range(2):
         scorer, count = Scorer(decoder, 20, _Rank(rank, 2, rank, 2, ALONE.device)), []
@@ -93,6 +127,6 @@ def test_ranks_share_the_batches_and_run_equally_many_passes() -> None:
         batches = scorer._batches(rows)[rank::2]
         own = [scored for batch in batches for scored in scorer._score_batch(rows, batch)[0]]
         found |= dict(own)
-    assert passes == [3, 3]  # of five batches
+    assert passes == [3, 2]  # of five batches; an engine would run one more
     for place, score in enumerate(expected):
         assert torch.equal(score.nll, found[place].nll)
