@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}"
             ) from None
-        resolve(options, {**CPU_SIZES, "batch_tokens": 2048}, {**CUDA_SIZES, "batch_tokens": 32_768})
+        resolve(options, {**CPU_SIZES, "batch_tokens": 1024}, {**CUDA_SIZES, "batch_tokens": 32_768})
         found = measure(options)
         if options.json is not None:
             options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tune.load import Loaded
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 """Tokens that run at once unless the user says otherwise."""
 _TIMEOUT_S = 3600.0  # how long a rank may be ahead of another
 

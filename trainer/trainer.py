@@ -122,6 +122,8 @@ class Trainer:
         self.log = open_log(self.run.log, world.is_main)
         if precision_told:
             self.log.info(precision_told)
+        if self.tasks is not None:
+            self.log.info(self.tasks.sentence())
         if warning := slow_bf16_warning(config, world):
             self.log.warning(warning)
         size = retention.checkpoint_bytes(self.engine.module, config)

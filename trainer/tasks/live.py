@@ -86,9 +86,9 @@ class LiveTasks:
         self._spent_s, self._opened_s = 0.0, time.perf_counter()
 
     def sentence(self) -> str:
-        """What will be run, and what did not fit."""
-        told = [f"{task.name} ({len(task.lines)}{_cut(task)})" for task in self.files]
-        return f"tasks: {', '.join([*told, *self._names])}"
+        """What will be run, and what does not fit."""
+        told = [f"{task.name} ({len(task.lines):,} questions{_cut(task)})" for task in self.files]
+        return f"tasks beside evaluations: {', '.join([*told, *self._names])}"
 
     def run(self, engine: Any) -> Outcome:
         """Run all tasks; collective, and the same outcome on every rank. The engine is left in training mode."""

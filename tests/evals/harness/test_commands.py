@@ -80,7 +80,7 @@ def test_bf16_is_near_fp32(weights: Path, data: Path, tmp_path: Path, capsys: py
         assert main([str(weights), "--tasks", "go_on", "--data", str(data), "--dtype", dtype, "--json", str(out)]) == 0
         found[dtype] = json.loads(out.read_text())["ours"]["loglikelihoods"]["go_on"]
     assert found["bf16"] != found["fp32"] and found["bf16"] == pytest.approx(found["fp32"], rel=0.1)
-    assert "bf16 on cpu, batches of up to 2,048 tokens with " in capsys.readouterr().out
+    assert "bf16 on cpu, batches of up to 1,024 tokens with " in capsys.readouterr().out
 
 
 def test_names_of_the_harness(

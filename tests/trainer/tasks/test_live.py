@@ -71,6 +71,7 @@ def test_a_run_goes_as_without_them_and_any_number_of_ranks_finds_the_same(
         assert 0 < sharded[step]["tasks/share_of_time"] < 1 and sharded[step]["tasks/seconds"] > 0
         assert f"step {step:>6}  tasks: choose acc {sharded[step]['tasks/choose/acc']:.3f} ± " in printed
     assert not [name for name in sharded[1] if name.startswith("tasks/")]
+    assert "tasks beside evaluations: choose (2 questions), fill (2 questions), " in printed
     tiny["deepspeed"]["zero_stage"] = 0
     tiny["train"]["evaluation"] |= {"tasks": files, "task_every_steps": 4}
     whole, _ = _train(tiny, write_config, "whole", 1)
