@@ -22,8 +22,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from data.tokenization import TextTokenizer
+from data.speller import BROKEN, Speller
 from evals.dial import JSON, folder_of
+from evals.placement import add_placement, check_placement, placed
 from settings import path_argument, user_errors
 from trainer import opening
 
@@ -34,11 +35,6 @@ if TYPE_CHECKING:
     from evals.scoring import Opened
     from model.decoder import Decoder
 
-_CONTEXT_TOKENS = 5
-"""Tokens decoded together with new ones, so that a space at the start of a piece is not lost."""
-_HELD_TOKENS = 8
-"""What is no whole character after so many tokens never will be one: a character has at most 4 bytes."""
-_BROKEN = "\ufffd"
 _GREYS = (240, 244, 248, 252, 231)
 """Of the 256 terminal colours, from few layers to all."""
 _BAR_CELLS = 20
@@ -74,46 +70,12 @@ def stream(
         generator: of the sampling.
         thresholds: fp32 [S], the compute dial.
     """
-    import torch
-
     from evals.scoring import layer_shares
     from model.generate import passes
 
     start = torch.tensor([list(prompt)], device=decoder.embed_tokens.weight.device)
     for done in passes(decoder, start, max_new_tokens, temperature, top_p, eos_id, generator, thresholds):
-        share = layer_shares(decoder.config, done.output.routing.executed[:, 0, -1])
-        yield Token(int(done.chosen), float(share))
-
-
-class Speller:
-    """Ids to text, piece by piece; characters that are spelt in several tokens come out whole.
-
-    Args:
-        tokenizer: of the model.
-        prompt: ids before the first one; not given out.
-    """
-
-    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int] = ()) -> None:
-        self.tokenizer = tokenizer
-        self._ids = list(prompt[-_CONTEXT_TOKENS:])
-        self._done = len(self._ids)
-
-    def add(self, token: int) -> str:
-        """The text that is certain now; empty while a character is incomplete."""
-        self._ids.append(token)
-        text = self.tokenizer.decode(self._ids)
-        held = len(self._ids) - self._done
-        return "" if text.endswith(_BROKEN) and held < _HELD_TOKENS else self._give_out(text)
-
-    def rest(self) -> str:
-        """What was held back, broken as it may be."""
-        return self._give_out(self.tokenizer.decode(self._ids))
-
-    def _give_out(self, text: str) -> str:
-        new = text[len(self.tokenizer.decode(self._ids[: self._done])) :]
-        self._ids = self._ids[-_CONTEXT_TOKENS:]
-        self._done = len(self._ids)
-        return new
+        yield Token(int(done.chosen), float(layer_shares(decoder.config, done.output.routing.executed[:, 0, -1])))
 
 
 def prompt_ids(
@@ -198,7 +160,7 @@ def shaded(text: str, share: float) -> str:
     """``text`` in a grey, the brighter the larger ``share``; line ends stay outside, for terminals that fill them."""
     grey = _GREYS[min(int(share * len(_GREYS)), len(_GREYS) - 1)]
     # A model may well spell an escape sequence; on a terminal it must not act.
-    safe = "".join(c if c in "\n\t" or c.isprintable() else _BROKEN for c in text)
+    safe = "".join(c if c in "\n\t" or c.isprintable() else BROKEN for c in text)
     return "\n".join(f"\x1b[38;5;{grey}m{line}\x1b[0m" if line else "" for line in safe.split("\n"))
 
 
@@ -219,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dial", type=path_argument, metavar="FILE", help="for --density; RUN/dial/dial.json unless given"
     )
     parser.add_argument("--bars", action="store_true", help="a line a token, with its share of layers as a bar")
+    add_placement(parser)
     return parser
 
 
@@ -247,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with user_errors():
         _check(options)
+        check_placement(options)
         prompt = _prompt(options)
         opening.open_model(options.model)
         import torch
@@ -254,13 +218,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from evals.dial.file import Dial
         from evals.scoring import open_model
 
-        opened = open_model(options.model)
-        decoder, thresholds = opened.decoder, None
+        with placed(options) as placement:
+            opened = open_model(options.model, placement)
+        decoder, thresholds, device = opened.decoder, None, opened.world.device
         if options.density is not None:
             path = options.dial or dial_of(options.model)
-            thresholds = Dial.load(path, decoder.config, opened.loaded.step).thresholds(options.density)
+            thresholds = Dial.load(path, decoder.config, opened.loaded.step).thresholds(options.density).to(device)
         ids = prompt_ids(opened, prompt, options.max_new_tokens)
-        generator = torch.Generator().manual_seed(options.seed)
+        generator = torch.Generator(device).manual_seed(options.seed)
         tokens = stream(
             decoder, ids, options.max_new_tokens, options.temperature, options.top_p, opened.tokenizer.eos_id,
             generator, thresholds,

@@ -2,6 +2,7 @@
 
     python -m evals.perplexity runs/books $HOPSCOTCH_TEXTS/books/test.jsonl.xz
     python -m evals.perplexity runs/books-tuned notes.txt more.txt --window 512 --stride 128 --json perplexity.json
+    torchrun --nproc-per-node 8 -m evals.perplexity runs/books notes.txt --dtype bf16
 
 MODEL is a run, a checkpoint or a folder of weights. Files are text, JSON lines, Parquet or CSV, compressed or not, as
 in ``data.sources``; a text file is one document. How a document is cut into windows: ``evals/scoring.py``. A smaller
@@ -24,16 +25,18 @@ from tqdm import tqdm
 
 from data.discovery import find_files
 from data.files import write_atomically
+from evals.placement import add_batch, add_placement, check_placement, placed
 from evals.texts import add_text_options, text_field_of, texts_of
 from settings import path_argument, user_errors
 from trainer import opening
 from trainer.config import WeightsConfig
 
 if TYPE_CHECKING:
-    from evals.scoring import Opened, Scorer, Window
+    from evals.scoring import Opened
+    from trainer.tasks.scorer import Scorer, Window
 
 BATCHES_AT_ONCE = 32
-"""Windows are sorted by length within so many batches, so that little is filled up."""
+"""Windows are sorted by length within so many batches, so that there is little padding."""
 
 
 class Perplexity(NamedTuple):
@@ -78,7 +81,7 @@ def perplexity(
     name: str,
     window_tokens: int,
     stride_tokens: int,
-    batch_windows: int = 8,
+    batch_tokens: int = 8192,
 ) -> Perplexity:
     """Score documents; memory holds one of them and a few batches of windows.
 
@@ -88,19 +91,21 @@ def perplexity(
         name: of the result.
         window_tokens: most tokens that the model reads at once.
         stride_tokens: tokens scored in a window.
-        batch_windows: windows that run at once.
+        batch_tokens: that run at once.
 
     Raises:
         ValueError: if window, stride or batch cannot be, or there is no text.
     """
-    from evals.scoring import Scorer, windows
+    from evals.scoring import windows
+    from trainer.tasks.scorer import Scorer
 
     check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
-    scorer = Scorer(opened.decoder, batch_windows)
-    documents = size = tokens = 0
+    scorer = Scorer(opened.decoder, batch_tokens, opened.world)
+    documents = size = tokens = held = 0
     nll = 0.0
     waiting: list[Window] = []
-    with tqdm(unit="token", unit_scale=True, desc=name, disable=None, leave=False) as bar:
+    quiet = None if opened.world.is_main else True
+    with tqdm(unit="token", unit_scale=True, desc=name, disable=quiet, leave=False) as bar:
         for text in texts:
             ids = opened.tokenizer.encode(text)
             if not ids:
@@ -108,10 +113,11 @@ def perplexity(
             documents, size, tokens = documents + 1, size + len(text.encode()), tokens + len(ids)
             for window in windows(opened.start, ids, window_tokens, stride_tokens):
                 waiting.append(window)
-                if len(waiting) == batch_windows * BATCHES_AT_ONCE:
+                held += len(window.inputs)
+                if held >= batch_tokens * BATCHES_AT_ONCE * opened.world.size:
                     nll += _total(scorer, waiting)
                     bar.update(sum(len(window.targets) for window in waiting))
-                    waiting = []
+                    waiting, held = [], 0
         nll += _total(scorer, waiting)
     if not tokens:
         raise ValueError(f"{name} holds no text to score; give a file with some")
@@ -119,7 +125,7 @@ def perplexity(
 
 
 def _total(scorer: Scorer, rows: list[Window]) -> float:
-    return sum(float(scored.nll.double().sum()) for scored in scorer.score(rows))
+    return -sum(scored.loglikelihood for scored in scorer.score(rows))
 
 
 def check_windows(window_tokens: int, stride_tokens: int, positions: int) -> None:
@@ -190,11 +196,35 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines, Parquet or CSV, compressed or not")
     parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens scored in a window; half of it unless given")
-    parser.add_argument("--batch", type=int, default=8, metavar="N", help="windows that run at once (default 8)")
+    add_batch(parser)
     parser.add_argument("--limit", type=int, metavar="N", help="the first documents of each file; all unless given")
     add_text_options(parser)
+    add_placement(parser)
     parser.add_argument("--json", type=path_argument, metavar="OUT", help="write the results to this file, too")
     return parser
+
+
+def _score(opened: Opened, files: Sequence[str], options: argparse.Namespace, batch_tokens: int) -> None:
+    """Score every file; rank 0 prints and writes."""
+    source, tell = opened.loaded.source, print if opened.world.is_main else lambda *_, **__: None
+    field = options.text_field or text_field_of(opened.loaded.config)
+    window_tokens = trained_tokens(opened) if options.window is None else options.window
+    stride_tokens = max(window_tokens // 2, 1) if options.stride is None else options.stride
+    check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
+    tell(f"{source}: windows of {window_tokens} tokens, stride {stride_tokens}\n{HEADER}", flush=True)
+    batch_tokens = batch_tokens if options.batch_tokens is None else options.batch_tokens
+    results = []
+    for path in files:
+        texts = islice(texts_of(path, options.format, field), options.limit)
+        results.append(perplexity(opened, texts, path, window_tokens, stride_tokens, batch_tokens))
+        tell(line(results[-1]), flush=True)
+    if len(results) > 1:
+        results.append(together(results))
+        tell(line(results[-1]))
+    if options.json is not None and opened.world.is_main:
+        content = {"model": str(source), "results": [to_json(result) for result in results]}
+        write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
+        print(f"wrote {options.json}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -205,29 +235,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+        check_placement(options, ranks=True)
         files = find_files(options.files, as_given=True)
         opening.open_model(options.model)
         from evals.scoring import open_model
 
-        opened = open_model(options.model)
-        source = opened.loaded.source
-        field = options.text_field or text_field_of(opened.loaded.config)
-        window_tokens = trained_tokens(opened) if options.window is None else options.window
-        stride_tokens = max(window_tokens // 2, 1) if options.stride is None else options.stride
-        check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
-        print(f"{source}: windows of {window_tokens} tokens, stride {stride_tokens}\n{HEADER}", flush=True)
-        results = []
-        for path in map(str, files):
-            texts = islice(texts_of(path, options.format, field), options.limit)
-            results.append(perplexity(opened, texts, path, window_tokens, stride_tokens, options.batch))
-            print(line(results[-1]), flush=True)
-        if len(results) > 1:
-            results.append(together(results))
-            print(line(results[-1]))
-        if options.json is not None:
-            content = {"model": str(source), "results": [to_json(result) for result in results]}
-            write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
-            print(f"wrote {options.json}")
+        with placed(options) as placement:
+            opened = open_model(options.model, placement)
+            _score(opened, list(map(str, files)), options, placement.batch_tokens)
     return 0
 
 

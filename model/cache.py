@@ -68,6 +68,12 @@ class KVCache:
         self.documents[:, self.length : end] = documents
         return self.documents[:, :end]
 
+    def repeat(self, other: KVCache, times: Tensor) -> None:
+        """Begin, empty so far, with all that ``other`` holds, each of its rows as often as ``times`` [its B] says."""
+        self.length = other.length
+        for held, own in ((other.keys, self.keys), (other.values, self.values)):
+            own[:, :, : self.length] = held[:, :, : self.length].repeat_interleave(times, dim=1)
+
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` as seen, once every layer has written them."""
         self.length += tokens

@@ -97,6 +97,7 @@ class Decoder(nn.Module):
         capacity: Capacity | None = None,
         thresholds: Tensor | None = None,
         scored_targets: int | None = None,
+        places: Tensor | None = None,
         score: bool = False,
     ) -> DecoderOutput:
         """Run the model.
@@ -116,7 +117,10 @@ class Decoder(nn.Module):
             thresholds: fp32 [S]; a learned router executes a token whose margin (execute logit minus skip logit)
                 reaches its site's; the decoder's own unless given.
             scored_targets: N, how many targets are not -100; where given, norm and head run on their tokens alone.
-            score: score every late layer and the ensemble on each token, instead of a loss; needs ``scored_targets``.
+            places: int64 [N], numbers of tokens in the flattened batch; where given, ``targets`` is int64 [N], what
+                follows each of them, and norm and head run on those tokens alone. A token may be there more than once.
+            score: score every late layer and the ensemble on each token, instead of a loss; needs ``scored_targets`` or
+                ``places``.
 
         Raises:
             ValueError: for a cache with a router that is not causal, a full cache, or thresholds of another model.
@@ -136,9 +140,10 @@ class Decoder(nn.Module):
             hidden, vote = self._read_out(late)
             return DecoderOutput(self.lm_head(hidden), None, record, vote=vote)
         if scored_targets is not None:
-            index = torch.nonzero_static(targets.flatten() != IGNORED, size=scored_targets).squeeze(1)
-            late = [state.flatten(0, 1).index_select(0, index) for state in late]
-            targets = targets.flatten().index_select(0, index)
+            places = torch.nonzero_static(targets.flatten() != IGNORED, size=scored_targets).squeeze(1)
+            targets = targets.flatten().index_select(0, places)
+        if places is not None:
+            late = [state.flatten(0, 1).index_select(0, places) for state in late]
         hidden, vote = self._read_out(late)
         if score:
             candidates = (hidden,) if vote is None else (*vote.normed, hidden)

@@ -6,7 +6,7 @@ Dimension letters: B batch, T prompt tokens, S routed sites.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ def generate(
 
 
 def passes(
-    decoder: Decoder,
+    decoder: Any,
     prompt: Tensor,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -56,8 +56,8 @@ def passes(
     """Continue ``prompt`` pass by pass, each as soon as it is done; whoever asks for no more stops it.
 
     Args:
-        decoder: put into evaluation mode by the caller.
-        prompt: int64 [B, T], T at least 1, all rows of equal length.
+        decoder: put into evaluation mode by the caller; or an engine around one.
+        prompt: int64 [B, T], T at least 1, all rows of equal length, where the decoder computes.
         max_new_tokens: stop after this many.
         temperature: 0 takes the most likely token, else logits are divided by it and sampled.
         top_p: sample only from the most likely tokens that together hold this probability.
@@ -70,11 +70,14 @@ def passes(
     """
     if prompt.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token, for example the BOS id")
-    weight = decoder.embed_tokens.weight
-    cache = KVCache(decoder.config, len(prompt), prompt.shape[1] + max_new_tokens, weight.device, weight.dtype)
+    module: Decoder = getattr(decoder, "module", decoder)
+    # An engine trains on: what its collectives make inside an inference mode could not.
+    mode = torch.inference_mode if module is decoder else torch.no_grad
+    size, dtype = prompt.shape[1] + max_new_tokens, module.embed_tokens.weight.dtype
+    cache = KVCache(module.config, len(prompt), size, prompt.device, dtype)
     step, ended = prompt, torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
     for _ in range(max_new_tokens):
-        with torch.inference_mode():  # not around what is done with a pass, which the caller decides
+        with mode():  # not around what is done with a pass, which the caller decides
             output = decoder(step, cache=cache, thresholds=thresholds)
             assert output.logits is not None
             chosen = pick(output.logits[:, -1].float(), temperature, top_p, generator)

@@ -34,13 +34,17 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     from pretrain.initial import open_initial
     from trainer.loop import run
     from trainer.monitor.summary import describe_end, describe_start
+    from trainer.tasks.live import open_tasks
     from trainer.trainer import Trainer
 
     data, validation_sets = open_data(config, world)
+    tasks = open_tasks(config, Path(config.data.dir), world)
     initial = None
     if config.init is not None:
         initial = partial(open_initial, config.init, config.model, Path(config.data.dir), world)
-    with Trainer(config, config_path, data.fingerprint, validation_sets, world, initial=initial) as trainer:
+    with Trainer(
+        config, config_path, data.fingerprint, validation_sets, world, initial=initial, tasks=tasks
+    ) as trainer:
         trainer.log.info(describe_start(trainer.config, data, world))
         if not run(trainer, data):
             return EXIT_PREEMPTED

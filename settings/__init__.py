@@ -5,7 +5,7 @@ from settings.load import load, peek, to_yaml
 from settings.near import did_you_mean
 from settings.paths import PathText, path_argument, shown
 from settings.strict import Strict
-from settings.user_errors import rank_by_environment, user_errors
+from settings.user_errors import rank_by_environment, ranks_by_environment, user_errors
 from settings.words import counted
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "path_argument",
     "peek",
     "rank_by_environment",
+    "ranks_by_environment",
     "shown",
     "to_yaml",
     "user_errors",

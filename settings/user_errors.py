@@ -51,6 +51,12 @@ def rank_by_environment() -> int:
     return int(rank) if rank.isdigit() else 0
 
 
+def ranks_by_environment() -> int:
+    """How many processes the launcher or ``srun`` has started; 1 without."""
+    count = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"
+    return int(count) if count.isdigit() else 1
+
+
 @contextmanager
 def user_errors(mistake: int = 1) -> Iterator[None]:
     """Turn a user's mistake raised inside into ``error: <sentence>`` on stderr and exit status ``mistake``.

@@ -29,16 +29,17 @@ MAY_IMPORT_WITHIN = {
     "trainer.monitor": {"trainer.checkpoints", "trainer.code_state", "trainer.config", "trainer.deepspeed_internals"}
     | {"trainer.distributed", "trainer.evaluate", "trainer.exit_status", "trainer.flight_recorder"}
     | {"trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.step"},
+    "trainer.tasks": {"trainer.config", "trainer.distributed"},
     "data.prepare": {"data.config", "data.discovery", "data.files", "data.shards", "data.sources"}
     | {"data.store", "data.token_files", "data.tokenization", "data.tokenizer", "data.tokenizer_json"},
     "bench.common": set(),
     "bench.gpu": {"bench.common"},
     "bench.isoflop": {"bench.common"},
     "bench.loop": {"bench.common", "bench.loader"},
-    "evals.dial": {"evals.windows"},
-    "evals.harness": {"evals.generate", "evals.perplexity", "evals.scoring"},
-    "evals.play": {"evals.dial", "evals.generate", "evals.scoring"},
-    "evals.routing": {"evals.texts", "evals.windows"},
+    "evals.dial": {"evals.placement", "evals.windows"},
+    "evals.harness": {"evals.perplexity", "evals.placement", "evals.scoring"},
+    "evals.play": {"evals.dial", "evals.generate", "evals.placement", "evals.scoring"},
+    "evals.routing": {"evals.placement", "evals.texts", "evals.windows"},
     "launch.demo": set(),
     "launch.doctor": {"launch.configs", "launch.plan"},
     "launch.plan": {"launch.configs"},

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data.config import DataConfig, StreamConfig
+from data.config import DataConfig, File, StreamConfig
 from model.config import EnsembleConfig, ModelConfig, Progress
 from settings import PathText, Strict, load, peek
 
@@ -75,7 +75,7 @@ class ScheduleConfig(Strict):
 
 
 class EvaluationConfig(Strict):
-    """Losses on the named validation sets."""
+    """Losses on the named validation sets, and downstream tasks."""
 
     every_steps: int = Field(500, gt=0)
     """Evaluate after every this many steps, and before the first and after the last."""
@@ -83,6 +83,30 @@ class EvaluationConfig(Strict):
     """Windows of each validation set to use: evenly spread over it, always the same."""
     with_noise: bool = True
     """Also measure the loss with the routers' training noise; how far greedy routing is from trained routing."""
+    tasks: list[File] = Field(default_factory=list)
+    """Downstream tasks to run on all ranks: files of questions (names or patterns that end in ``.jsonl``, ``{texts}``
+    as in ``data``; docs/evaluation.md), and names or task files (``.yaml``) of lm-evaluation-harness."""
+    task_limit: int | None = Field(200, gt=0)
+    """The first questions of each task only; null for all."""
+    task_shots: int = Field(0, ge=0)
+    """Others, with their answers, before each question; for a harness's task 0 means what it says itself."""
+    task_every_steps: int | None = Field(None, gt=0)
+    """Run the tasks with the evaluations after every this many steps, and after the last; with all of them unless
+    given."""
+
+    @model_validator(mode="after")
+    def _tasks_with_evaluations(self) -> EvaluationConfig:
+        every = self.task_every_steps
+        if every is not None and every % self.every_steps:
+            raise ValueError(
+                f"task_every_steps ({every}) must be a multiple of every_steps ({self.every_steps}), because tasks are "
+                "run with evaluations; change one of them"
+            )
+        return self
+
+    def has_tasks(self, step: int, last_step: int) -> bool:
+        """Whether tasks are run with the evaluation after ``step`` steps."""
+        return bool(self.tasks) and (step % (self.task_every_steps or self.every_steps) == 0 or step == last_step)
 
 
 class CheckpointConfig(Strict):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data.questions import find_tasks, read_questions
 from data.urls import require_reachable
 from settings import rank_by_environment
 from trainer.checkpoints.layout import checkpoints_of, newest_first
@@ -26,13 +27,16 @@ def open_model(path: Path) -> None:
 
 
 def open_run(train: TrainConfig) -> None:
-    """On rank 0 name the run, and refuse a run folder that it must not start in; a launcher then ends the other ranks.
+    """On rank 0 name the run, refuse a run folder that it must not start in, and look at the files of its tasks.
+
+    A launcher ends the other ranks where it is refused.
 
     :func:`trainer.checkpoints.resume.to_resume` looks again, at whole checkpoints and for all ranks.
 
     Raises:
         ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``; if a tracker
-            cannot be used; or if nothing here can reach the mirror's kind of place.
+            cannot be used; if nothing here can reach the mirror's kind of place; or if a file of questions is missing
+            or wrong.
     """
     if rank_by_environment() != 0:
         return
@@ -44,3 +48,5 @@ def open_run(train: TrainConfig) -> None:
     if there or mirror is None:
         refuse_taken(folder, there, train.checkpoint.resume)
     refuse_unusable(train.log.trackers)
+    for path in find_tasks(train.evaluation.tasks)[0]:
+        read_questions(path)

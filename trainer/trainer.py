@@ -40,6 +40,7 @@ from trainer.precision import decide, slow_bf16_warning
 from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult, set_thresholds, train_step
+from trainer.tasks.live import LiveTasks
 
 _PATIENCE_AFTER_ERROR_S = 10.0
 """How long a run that an error has ended waits for its mirror; a launcher ends it soon."""
@@ -64,6 +65,7 @@ class Trainer:
         decoder: the model to train; a freshly initialised one unless given.
         initial: finds what a fresh run starts from; not called for a run that is resumed. Freshly drawn weights, or
             ``decoder``'s, unless it is given and finds something.
+        tasks: to run beside the evaluations; none unless given.
 
     Attributes:
         config: the run's, with its precision decided.
@@ -83,7 +85,9 @@ class Trainer:
         world: World,
         decoder: Decoder | None = None,
         initial: Callable[[], Initial | None] | None = None,
+        tasks: LiveTasks | None = None,
     ):
+        self.tasks = tasks
         self.world, self.fingerprint, self.validation_sets = world, fingerprint, validation_sets
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
@@ -130,6 +134,8 @@ class Trainer:
         self.log = open_log(self.run.log, world.is_main)
         if precision_told:
             self.log.info(precision_told)
+        if self.tasks is not None:
+            self.log.info(self.tasks.sentence())
         if warning := slow_bf16_warning(config, world):
             self.log.warning(warning)
         size = retention.checkpoint_bytes(self.engine.module, config)
@@ -314,10 +320,20 @@ class Trainer:
         before = rng_state()
         set_thresholds(self.engine, self.budget, self.config.train.progress(self.step))
         with self.metrics.paused():
+            self._run_tasks()
             results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
             self.metrics.log_evaluation(self.step, results)
         self.evaluations[self.step] = results
         set_rng_state(before)
+
+    def _run_tasks(self) -> None:
+        """Downstream tasks, where they are due; first, because by the losses a resume knows that all was evaluated."""
+        evaluation = self.config.train.evaluation
+        if self.tasks is None or not evaluation.has_tasks(self.step, self.config.train.last_step):
+            return
+        outcome = self.tasks.run(self.engine)
+        self.metrics.log_figures(self.step, outcome.figures)
+        self.log.info(f"step {self.step:>6,}  tasks: {outcome.sentence()}")
 
     def _take_back(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint's state says."""

@@ -33,6 +33,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     """
     from trainer.loop import run
     from trainer.monitor.summary import describe_end
+    from trainer.tasks.live import open_tasks
     from tune.adapters import prepare, trainable_counts
     from tune.base import load_base
     from tune.batches import ExampleSet, TuningData
@@ -52,7 +53,8 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     if config.ensemble is not None:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
-    with Tuner(config, config_path, data, sets, world, decoder, tokenizer) as trainer:
+    tasks = open_tasks(config, Path(str(config.data.tokenizer)), world)
+    with Tuner(config, config_path, data, sets, world, decoder, tokenizer, tasks) as trainer:
         trainer.log.info(describe_start(trainer.config, base, data, [*sets, *tests], decoder, world))
         trained, total = trainable_counts(decoder)
         if trainer.step == 0:

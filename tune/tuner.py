@@ -10,6 +10,7 @@ from peft import PeftModel
 from data.tokenization import TextTokenizer
 from model.decoder import Decoder
 from trainer.distributed import World
+from trainer.tasks.live import LiveTasks
 from trainer.trainer import Trainer
 from tune.adapter_files import save_adapter
 from tune.batches import ExampleSet, TuningData
@@ -35,12 +36,13 @@ class Tuner(Trainer):
         world: World,
         decoder: Decoder,
         tokenizer: TextTokenizer,
+        tasks: LiveTasks | None = None,
     ):
         def start() -> None:
             if config.ensemble is not None and config.ensemble.start == "fit":
                 fit_norms(decoder, data, config.data.sequence_tokens, world)
 
-        super().__init__(config, config_path, data.fingerprint, sets, world, decoder, start)
+        super().__init__(config, config_path, data.fingerprint, sets, world, decoder, start, tasks)
         self._sets = sets
         self._classes = token_classes(tokenizer)
 

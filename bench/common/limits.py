@@ -51,6 +51,8 @@ LIMITS: dict[str, Limit] = {
     "attention/2048/gathered_0.5": Limit("attention of half the queries / all of 2048, masked", cpu=0.50, cuda=1.00),
     "loop/dense": Limit("tokens a second of our dense loop / transformers.Trainer's", 1.1, 1.1, "at least"),
     "loop/routed_0.5": Limit("of our loop routed at density 0.5 / transformers.Trainer's", 1.6, 1.6, "at least"),
+    "evaluation/choices": Limit("our speed on choices / the harness's own loader's", 1.0, 1.0, "at least"),
+    "evaluation/yes_or_no": Limit("our speed on yes or no / the harness's own loader's", 1.0, 1.0, "at least"),
     "loader/waited_share": Limit("share of a step spent waiting for data", cpu=0.01, cuda=0.01),
 }
 

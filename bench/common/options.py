@@ -7,7 +7,6 @@ sizes that ``bench/common/limits.py`` states its limits for.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import get_args
@@ -16,6 +15,7 @@ from pydantic import ValidationError
 
 from model.config import ModelConfig, RouterConfig
 from settings import path_argument
+from trainer.device import find_device
 
 CPU_SIZES = {"layers": 12, "width": 384, "heads": 6, "kv_heads": 2, "ffn_width": 1024, "vocab": 4096}
 CUDA_SIZES = {"layers": 16, "width": 2048, "heads": 16, "kv_heads": 4, "ffn_width": 7168, "vocab": 32768}
@@ -73,25 +73,6 @@ def add_run(parser: argparse.ArgumentParser, repeats: int, check: bool = True) -
             action="store_true",
             help="exit 1 if a limit (bench/common/limits.py) is missed",
         )
-
-
-def find_device(asked: str | None) -> str:
-    """The device ``asked`` for; without one, cuda if there is one.
-
-    Raises:
-        ValueError: for a device that is none or not there.
-    """
-    import torch
-
-    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device must be cpu or cuda (or cuda:N), got {device}")
-    on_cuda = device != "cpu"
-    if on_cuda and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} asks for a CUDA device and there is none; use --device cpu")
-    if on_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device} is not there; this machine has {torch.cuda.device_count()}")
-    return device
 
 
 def resolve(options: argparse.Namespace, cpu: Mapping[str, object], cuda: Mapping[str, object]) -> None:

@@ -13,10 +13,11 @@ import subprocess
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from bench.common.options import find_device, parser
+from bench.common.options import parser
 from data.files import write_json
 from settings import path_argument, user_errors
 from settings.project import ROOT
+from trainer.device import find_device
 
 
 def facts(device_name: str) -> dict[str, str]:

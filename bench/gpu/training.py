@@ -19,10 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.common.options import find_device, parser
+from bench.common.options import parser
 from data.files import write_json
 from settings import path_argument, to_yaml, user_errors
 from trainer.config import PretrainConfig
+from trainer.device import find_device
 from trainer.local_ranks import environment_alone
 from trainer.monitor import metrics_file
 

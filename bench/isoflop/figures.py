@@ -79,6 +79,28 @@ def density_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | Non
     return figure
 
 
+def task_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
+    """Shares of right answers over FLOPs, a panel a task; mean over seeds, bars from the lowest to the highest."""
+    tasks = sorted({task for r in results for task, (_, values) in r.curve.tasks.items() if len(values) > 1})
+    if not tasks:
+        return None
+    figure = Figure(figsize=(5 * min(len(tasks), 3), 4.5 * -(-len(tasks) // 3) + 1), layout="constrained")
+    panels = figure.subplots(-(-len(tasks) // 3), min(len(tasks), 3), squeeze=False).flatten()
+    for axes, task in zip(panels, tasks, strict=False):
+        for variant, own in _by_variant(suite, [r for r in results if task in r.curve.tasks]):
+            found = [r.curve.tasks[task] for r in own]
+            count = min(len(values) for _, values in found)
+            x = [statistics.mean(at) for at in zip(*(flops[-count:] for flops, _ in found), strict=True)]
+            _line(axes, x, [values[-count:] for _, values in found], _style(suite, own[0]), suite.title(variant))
+        axes.set(xlabel="executed training FLOPs", title=task)
+        axes.grid(color="0.92", linewidth=0.6)
+    for axes in panels[len(tasks) :]:
+        axes.set_axis_off()
+    panels[0].set_ylabel("share of right answers")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
 def dial_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
     """Loss over executed FLOPs a token: the compute dials of learned routers, and dense variants at their own FLOPs.
 
@@ -183,5 +205,10 @@ def _style(suite: Suite, result: FinishedRun) -> dict[str, Any]:
     }
 
 
-PICTURES = {"loss.png": loss_figure, "density.png": density_figure, "dial.png": dial_figure}
+PICTURES = {
+    "loss.png": loss_figure,
+    "density.png": density_figure,
+    "tasks.png": task_figure,
+    "dial.png": dial_figure,
+}
 """What a suite draws, by file name."""

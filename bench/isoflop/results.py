@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,9 @@ import numpy as np
 from bench.isoflop.runs import by_step, is_done, read_dial, read_downstream
 from bench.isoflop.suite import Run, Suite
 from model.flops import parameter_counts
+from trainer.monitor import metrics_file
+
+_SHARES = ("/acc", "/exact_match")
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,14 @@ class Curve:
         seconds: time spent in training steps.
         tokens: training tokens.
         losses: nats per token, greedy routing.
+        tasks: by ``task/metric`` the shares of right answers to ``train.evaluation.tasks``, and the FLOPs by then.
     """
 
     flops: list[float]
     seconds: list[float]
     tokens: list[float]
     losses: list[float]
+    tasks: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,24 @@ def _read(suite: Suite, run: Run) -> FinishedRun:
         forward_flops=last[f"{prefix}/flops_per_token"],
         downstream=(read_downstream(run, suite.downstream) or {}) if suite.downstream else {},
         dial=read_dial(run),
-        curve=Curve(flops, seconds, tokens, [lines[step][f"{prefix}/loss"] for step in evaluated]),
+        curve=Curve(
+            flops, seconds, tokens, [lines[step][f"{prefix}/loss"] for step in evaluated], _tasks(lines, steps, spent)
+        ),
     )
+
+
+def _tasks(
+    lines: dict[int, dict[str, Any]], steps: list[int], spent: np.ndarray
+) -> dict[str, tuple[list[float], list[float]]]:
+    """What was answered right in the course of training: see :class:`Curve`."""
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for step in sorted(lines):
+        for name, value in metrics_file.under("tasks/", lines[step]).items():
+            if name.endswith(_SHARES) and value is not None:
+                flops, values = found.setdefault(name, ([], []))
+                flops.append(float(np.interp(step, steps, spent[:, 0])))
+                values.append(value)
+    return found
 
 
 def _spent(lines: dict[int, dict[str, Any]]) -> tuple[list[int], np.ndarray]:

@@ -169,6 +169,7 @@ def downstream(run: Run, asked: Downstream, logs: Path) -> Job | None:
     def note() -> None:
         metrics = read_json(path)["ours"]["metrics"]
         write_json(path, {"asked": _asked(run, asked), "metrics": metrics})  # log-likelihoods are large, and not used
+        path.with_suffix(".tasks.jsonl").unlink(missing_ok=True)
 
     return Job(f"downstream of {run.name}", tuple(arguments), _log(logs, run, "downstream"), finish=note)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from data.files import write_atomically
 from evals.dial import JSON, PICTURE, folder_of
+from evals.placement import add_placement, check_placement, placed
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import path_argument, user_errors
@@ -64,7 +65,7 @@ def turn(
 
     trained = measure(decoder, windows.calibration)
     own = trained.tally.density
-    as_trained = torch.zeros(len(own)) if decoder.thresholds is None else decoder.thresholds
+    as_trained = torch.zeros(len(own)) if decoder.thresholds is None else decoder.thresholds.cpu()
     # One at the trained density is there anyway; but at density 1, thresholds of 0 need not be enough on other tokens.
     asked = {density for density in densities if density != _mean(own) or density == 1}
     points, lowest_margins = [], trained.margins.amin(1)
@@ -198,14 +199,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="other windows to measure on; those of the training's evaluation, or half of the set, unless given",
     )
     parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="RUN/dial unless given")
+    add_placement(parser)
     options = parser.parse_args(arguments)
     with user_errors():
+        check_placement(options)
         opening.open_model(options.path)
         from evals.dial.figure import draw
         from evals.windows import open_set, split
-        from tune.load import load_model
 
-        loaded = load_model(options.path)
+        with placed(options) as placement:
+            loaded = placement.load(options.path)
         config = loaded.config
         if not isinstance(config, PretrainConfig):
             raise ValueError(

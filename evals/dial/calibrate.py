@@ -32,7 +32,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from model.decoder import Decoder
-from trainer.step import Counter, Tally, run
+from trainer.step import Counter, Tally, run, to_device
 
 TOLERANCE = 1e-3
 """Density that no site is off by once calibration ends early."""
@@ -56,12 +56,15 @@ class Measured:
 @torch.no_grad()
 def measure(decoder: Decoder, batches: Sequence[Batch], thresholds: Tensor | None = None) -> Measured:
     """Run ``decoder``, in evaluation mode and with learned routers, at ``thresholds`` fp32 [S] (0 unless given)."""
-    counter, margins = Counter(len(decoder.config.sites), torch.device("cpu")), []
-    for batch in batches:
+    device = decoder.embed_tokens.weight.device
+    thresholds = None if thresholds is None else thresholds.to(device)
+    counter, margins = Counter(len(decoder.config.sites), device), []
+    for host_batch in batches:
+        batch = to_device(host_batch, device)
         output = run(decoder, batch, thresholds=thresholds)
         counter.add(output, batch.targets)
         assert output.routing.margins is not None
-        margins.append(output.routing.margins.flatten(1))
+        margins.append(output.routing.margins.flatten(1).float().cpu())
     return Measured(counter.tally(), torch.cat(margins, dim=1))
 
 

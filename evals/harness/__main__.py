@@ -1,17 +1,22 @@
-"""lm-evaluation-harness on our checkpoints, offline, and on their exports beside them.
+"""lm-evaluation-harness on our checkpoints, on one device or many, and on their exports beside them.
 
     python -m evals.harness runs/books --data $HOPSCOTCH_TEXTS
     python -m evals.harness runs/books --tasks blimp_causative perplexity --data $HOPSCOTCH_TEXTS --limit 100 \\
         --against runs/books-hf --trust-remote-code
     python -m evals.harness runs/books --tasks my_task --include my_tasks --shots 1
+    deepspeed --module evals.harness runs/books --tasks one_shot --hub --dtype bf16 --json scores.json
 
 Four kinds of tasks come from local files. ``blimp`` is every minimal pair in DATA/blimp/*.jsonl, ``blimp_NAME`` one of
 its paradigms: the sentence with the larger likelihood wins. ``classify_NAME`` asks for the label of each prompt in
 DATA/tuning/NAME-test.jsonl, after one example of NAME-train.jsonl. ``perplexity`` is that of a text file or of JSON
 lines, DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token; ``evals.perplexity``
 has sliding ones. ``one_shot`` is all files of questions in DATA/tasks, after one example each, and NAME one of them,
-DATA/tasks/NAME.jsonl; ``evals/harness/questions.py`` says what a line holds. Task files in the harness's own format are
-found through ``--include``.
+DATA/tasks/NAME.jsonl; ``data/questions.py`` says what a line holds. Task files in the harness's own format are found
+through ``--include``. With ``--hub`` every task that the harness defines has a name, and ``one_shot`` is its tasks of
+that kind; their data come from the Hub.
+
+With ``--json`` the scores of each task are kept as it ends, in OUT's name with ``.tasks.jsonl``; the same command goes
+on there.
 
 ``--against`` runs the same tasks on a Hugging Face folder, through the harness's own loader, and reports each task's
 largest difference of a log-likelihood, in nats: of a sentence, or of a whole text, which is a sum over many windows.
@@ -23,153 +28,27 @@ import argparse
 import json
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from data.files import write_atomically
 from data.hub_cache import ensure_hub_cache
 from evals.harness.questions import ONE_SHOT, QUESTIONS
-from evals.harness.tasks import BLIMP, CLASSIFY, PERPLEXITY, TEXT, local_tasks
-from settings import did_you_mean, path_argument, user_errors
+from evals.harness.tasks import BLIMP, CLASSIFY, HUB_ONE_SHOT, PERPLEXITY, TEXT, local_tasks
+from evals.placement import add_batch, add_placement, check_placement, placed
+from settings import path_argument, rank_by_environment, ranks_by_environment, user_errors
 from settings.project import installing
 from trainer import opening
 
-_STDERR = "_stderr"
-_BOOTSTRAPS = 100  # of the few metrics whose standard error has no formula
+if TYPE_CHECKING:
+    from evals.harness.finished import Done, Finished
+    from evals.placement import Placement
+    from evals.scoring import Opened
+
 _INSTALL = f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}"
-
-
-class TaskScores(NamedTuple):
-    """What one model did on some tasks."""
-
-    metrics: dict[str, dict[str, float]]
-    """By task, then by metric."""
-    documents: dict[str, int]
-    """By task."""
-    loglikelihoods: dict[str, list[float]]
-    """By task, of every request in order, nats; empty for tasks that generate."""
-    errors: dict[str, dict[str, float]]
-    """Standard errors of the metrics that have one, by task and metric."""
-    cut: dict[str, int]
-    """Requests that lost the start of their context, as they did not fit into the window; by task, where there are."""
-
-
-def evaluate(
-    model: Any,
-    tasks: Sequence[dict[str, Any] | str],
-    include: Path | None = None,
-    limit: int | None = None,
-    shots: int | None = None,
-) -> TaskScores:
-    """Run ``tasks`` on ``model``, a model of the harness.
-
-    Args:
-        model: as :mod:`evals.harness.model` makes them.
-        tasks: configs, or names in ``include``.
-        include: folder of the user's task files.
-        limit: the first documents of each task only.
-        shots: for the tasks in ``include``; what they say themselves unless given.
-
-    Raises:
-        ValueError: if a name is no task there.
-    """
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
-
-    model.cut.clear()
-    manager = TaskManager(include_path=None if include is None else str(include), include_defaults=False)
-    for task in tasks:
-        if isinstance(task, str) and task not in manager.all_tasks:
-            known = [*manager.all_tasks, BLIMP, f"{CLASSIFY}NAME", ONE_SHOT, PERPLEXITY]
-            raise ValueError(
-                f"there is no task '{task}'; {did_you_mean(task, known)}; --include names a folder of task files"
-            )
-    done = simple_evaluate(
-        model, tasks=list(tasks), num_fewshot=shots, limit=limit, bootstrap_iters=_BOOTSTRAPS, task_manager=manager
-    )
-    assert done is not None
-    metrics, errors, documents, loglikelihoods = {}, {}, {}, {}
-    for name, samples in done["samples"].items():
-        values = {key.split(",")[0]: float(v) for key, v in done["results"][name].items() if isinstance(v, float)}
-        metrics[name] = {key: v for key, v in values.items() if not key.endswith(_STDERR)}
-        errors[name] = {key.removesuffix(_STDERR): v for key, v in values.items() if key.endswith(_STDERR)}
-        documents[name] = len({sample["doc_id"] for sample in samples})
-        loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
-    return TaskScores(metrics, documents, loglikelihoods, errors, dict(model.cut))
-
-
-def _numbers(answers: Any) -> list[float]:
-    """The log-likelihoods in a sample's answers, which come in lists, with whether they are greedy or without."""
-    if isinstance(answers, float):
-        return [answers]
-    if isinstance(answers, (list, tuple)):
-        return [number for answer in answers for number in _numbers(answer)]
-    return []
-
-
-def differences(one: TaskScores, other: TaskScores) -> dict[str, float]:
-    """By task, the largest difference of a log-likelihood, nats; 0 for tasks that generate."""
-    return {
-        task: max((abs(a - b) for a, b in zip(values, other.loglikelihoods[task], strict=True)), default=0.0)
-        for task, values in one.loglikelihoods.items()
-    }
-
-
-def table(ours: TaskScores, export: TaskScores | None = None) -> str:
-    """The metrics as text, a line each, with standard errors.
-
-    The export's stand beside them, with the largest difference of a log-likelihood.
-    """
-    wide = max((len(name) for name in ours.metrics), default=0) + 2
-    both = [ours] if export is None else [ours, export]
-    apart = {} if export is None else differences(ours, export)
-
-    def line(
-        task: str, metric: str, values: list[float], error: float | None, documents: int, apart_nats: float
-    ) -> str:
-        told = [*map(_number, values), "" if error is None else _number(error)]
-        numbers = "".join(f"{number:>12}" for number in told)
-        difference = "" if export is None else f"{apart_nats:>18.1e}"
-        return f"{task:<{wide}}{metric:<18}{numbers}{documents:>12,}{difference}"
-
-    names = f"{'ours':>12}" if export is None else f"{'ours':>12}{'export':>12}"
-    last = "" if export is None else "  difference, nats"
-    lines = [f"{'task':<{wide}}{'metric':<18}{names}{'std. error':>12}{'documents':>12}{last}"]
-    for task, metrics in ours.metrics.items():
-        for metric in metrics:
-            values = [outcome.metrics[task][metric] for outcome in both]
-            error = ours.errors[task].get(metric)
-            lines.append(line(task, metric, values, error, ours.documents[task], apart.get(task, 0.0)))
-    scored = [task for task, metrics in ours.metrics.items() if "acc" in metrics]
-    paradigms = [task for task in scored if task.startswith(f"{BLIMP}_")]
-    for name, tasks in ((BLIMP, paradigms), ("others", [task for task in scored if task not in paradigms])):
-        if len(tasks) > 1:
-            means = [sum(outcome.metrics[task]["acc"] for task in tasks) / len(tasks) for outcome in both]
-            error = sum(ours.errors[task]["acc"] ** 2 for task in tasks) ** 0.5 / len(tasks)
-            count, most = sum(ours.documents[task] for task in tasks), max(apart.get(task, 0.0) for task in tasks)
-            lines.append(line(name, "acc, mean", means, error, count, most))
-    return "\n".join(lines)
-
-
-def _number(value: float) -> str:
-    """For a column of twelve characters."""
-    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3g}"
-
-
-def cuts(ours: TaskScores, export: TaskScores | None, window_tokens: int) -> list[str]:
-    """A line for each task of which a model did not see all that was asked."""
-    lines = []
-    for name, outcome in (("ours", ours), ("the export", export)):
-        if outcome is None:
-            continue
-        for task, count in outcome.cut.items():
-            asked = len(outcome.loglikelihoods[task]) or outcome.documents[task]
-            lines.append(
-                f"{task}: {count:,} of {asked:,} requests did not fit into a window of {window_tokens:,} tokens and "
-                f"reached {name} without the start of their context; raise --window, or give fewer --shots"
-            )
-    return lines
+_EXPORT_BATCH = 16  # windows, of the harness's own loader
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"folder that holds {BLIMP}/, tuning/, {QUESTIONS}/ and {TEXT}",
     )
     parser.add_argument("--text", type=path_argument, metavar="FILE", help=f"of {PERPLEXITY}, instead of DATA/{TEXT}")
+    parser.add_argument("--hub", action="store_true", help="know the harness's own tasks, whose data the Hub has")
     parser.add_argument("--include", type=path_argument, metavar="FOLDER", help="of task files of your own")
     parser.add_argument(
         "--shots",
@@ -194,9 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
     parser.add_argument("--limit", type=int, metavar="N", help="first documents of each task; all unless given")
-    parser.add_argument("--batch", type=int, default=16, metavar="N", help="windows that run at once (default 16)")
+    add_batch(parser)
     parser.add_argument("--against", type=path_argument, metavar="HF_DIR", help="an export to run the same tasks on")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that HF_DIR brings")
+    add_placement(parser)
     parser.add_argument(
         "--json", type=path_argument, metavar="OUT", help="write metrics and log-likelihoods to this file, too"
     )
@@ -212,6 +93,9 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"there is no folder {options.include}; --include names one with task files")
     if options.json is not None and not options.json.parent.is_dir():
         raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+    check_placement(options, ranks=True)
+    if options.against and ranks_by_environment() > 1:
+        raise ValueError("--against runs the harness's own loader, in one process; start it with python")
     ensure_hub_cache()
     try:
         import lm_eval  # noqa: F401
@@ -222,39 +106,140 @@ def _check(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the tasks, on both models if there are two, print, write."""
     options = _parser().parse_args(arguments)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
-        os.environ.setdefault(name, "1")  # all that is read lies here
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        if not options.hub:
+            os.environ.setdefault(name, "1")  # all that is read lies here
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if rank_by_environment():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars
     with user_errors(), tempfile.TemporaryDirectory() as cache:
         _check(options)
-        tasks = local_tasks(options.tasks, options.data, options.text, options.shots, Path(cache))
+        tasks = local_tasks(options.tasks, options.data, options.text, options.shots, Path(cache), options.hub)
         opening.open_model(options.model)
-        from evals.perplexity import check_windows, trained_tokens
-        from evals.scoring import open_model
-
-        opened = open_model(options.model)
-        window = trained_tokens(opened) if options.window is None else options.window
-        check_windows(window, window, opened.decoder.config.max_positions)
-        from evals.harness.model import OurModel, open_export
-
-        how = (opened, window, options.batch)
-        against = options.against and open_export(options.against, *how, options.trust_remote_code)
-        rest = (tasks, options.include, options.limit, options.shots)
-        model = OurModel(*how)
-        ours = evaluate(model, *rest)
-        flops, dense = model.scorer.flops
-        export = evaluate(against, *rest) if against else None
-        print("\n".join([table(ours, export), *cuts(ours, export, window)]), flush=True)
-        content: dict[str, Any] = {"model": str(opened.loaded.source), "ours": ours._asdict()}
-        if dense:
-            print(f"executed {flops / dense:.1%} of the FLOPs of the same windows without routers, generation left out")
-            content["flops_share"] = flops / dense
-        if export is not None:
-            apart = differences(ours, export)
-            content |= {"against": str(options.against), "export": export._asdict(), "differences": apart}
-        if options.json is not None:
-            write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
-            print(f"wrote {options.json}")
+        with placed(options) as placement:
+            _run(options, tasks, placement)
     return 0
+
+
+def _run(options: argparse.Namespace, tasks: Sequence[dict[str, Any] | str], placement: Placement) -> None:
+    from evals.harness.finished import Finished
+    from evals.perplexity import check_windows, trained_tokens
+    from evals.scoring import open_model
+
+    known = _known(options, tasks)
+    opened = open_model(options.model, placement)
+    window = trained_tokens(opened) if options.window is None else options.window
+    check_windows(window, window, opened.decoder.config.max_positions)
+    finished = Finished(options.json, _tell if opened.world.is_main else lambda _: None)
+    runner = _Runner(options, opened, placement, window)
+    done = runner.all(tasks, known, finished)
+    if opened.world.is_main:
+        _report(options, opened, runner, list(done.values()))
+
+
+def _known(options: argparse.Namespace, tasks: Sequence[dict[str, Any] | str]) -> Any:
+    """What knows the tasks that are names; None where there is none."""
+    names = [task for task in tasks if isinstance(task, str)]
+    if not names:
+        return None
+    from trainer.tasks.harness import known_tasks, no_such_task
+
+    known = known_tasks(options.include, options.hub)
+    for name in names:
+        if name not in known.all_tasks:
+            others = [BLIMP, f"{CLASSIFY}NAME", ONE_SHOT, PERPLEXITY]
+            more = "--include names a folder of task files" + ("" if options.hub else ", --hub knows the harness's own")
+            raise ValueError(f"{no_such_task(name, known, others)}; {more}")
+    return known
+
+
+class _Runner:
+    """Runs tasks one after another, and keeps what is finished."""
+
+    def __init__(self, options: argparse.Namespace, opened: Opened, placement: Placement, window: int) -> None:
+        from evals.harness.finished import weights_of
+        from trainer.tasks.harness import OurModel
+        from trainer.tasks.scorer import Scorer
+
+        batch_tokens = placement.batch_tokens if options.batch_tokens is None else options.batch_tokens
+        self.options, self.world = options, opened.world
+        self.scorer = Scorer(opened.decoder, batch_tokens, opened.world)
+        self.model = OurModel(self.scorer, opened.tokenizer, window)
+        self.export = None
+        if options.against is not None:
+            from evals.harness.model import open_export
+
+            how = (window, _EXPORT_BATCH, options.trust_remote_code, placement)
+            self.export = open_export(options.against, opened, *how)
+        source = opened.loaded.source
+        self.key = {"model": str(source.resolve()), "weights": weights_of(source), "limit": options.limit}
+        self.key |= {"window": window, "dtype": options.dtype, "against": options.against and str(options.against)}
+
+    def all(self, tasks: Sequence[dict[str, Any] | str], known: Any, finished: Finished) -> dict[str, Done]:
+        """By task, what was found now or before."""
+        from evals.harness.finished import files_of
+
+        found = {}
+        for task in tasks:
+            name, shots = (
+                (task, self._shots(task)) if isinstance(task, str) else (task["task"], task.get("num_fewshot"))
+            )
+            key = {**self.key, "shots": shots, "files": files_of(task, self.options.include)}
+            kept = self.world.broadcast_object(finished.get(name, key) if self.world.is_main else None)
+            found[name] = kept or self._one(task, known, shots)
+            if kept is None and self.world.is_main:
+                finished.add(name, key, found[name])
+        return found
+
+    def _shots(self, name: str) -> int | None:
+        """Of a task of the harness; None for what it says itself."""
+        one = self.options.hub and ONE_SHOT in self.options.tasks and name in HUB_ONE_SHOT
+        return 1 if one and self.options.shots is None else self.options.shots
+
+    def _one(self, task: dict[str, Any] | str, known: Any, shots: int | None) -> Done:
+        from evals.harness.finished import Done
+        from trainer.tasks.harness import evaluate, load
+
+        loaded = load(task, known) if isinstance(task, str) else [task]
+        rest = (loaded, self.options.limit, shots if isinstance(task, str) else None)
+        before = self.scorer.flops
+        start_s = time.perf_counter()
+        ours = evaluate(self.model, *rest, self.world)
+        middle_s = time.perf_counter()
+        export = None if self.export is None else evaluate(self.export, *rest)
+        end_s = time.perf_counter()
+        executed, dense = (now - then for now, then in zip(self.scorer.flops, before, strict=True))
+        return Done(ours, export, (executed, dense), (middle_s - start_s, end_s - middle_s))
+
+
+def _report(options: argparse.Namespace, opened: Opened, runner: _Runner, done: Sequence[Done]) -> None:
+    from evals.harness.report import cuts, differences, table, together
+
+    ours = together([each.ours for each in done])
+    export = together([each.export for each in done if each.export is not None]) if options.against else None
+    print("\n".join([table(ours, export), *cuts(ours, export, runner.model.max_length)]), flush=True)
+    spent = zip(*((*each.flops, *each.seconds) for each in done), strict=True)
+    flops, dense, own_s, export_s = (sum(values) for values in spent)
+    content: dict[str, Any] = {"model": str(opened.loaded.source), "ours": ours._asdict(), "seconds": own_s}
+    if dense:
+        print(f"executed {flops / dense:.1%} of the FLOPs of the same windows without routers, generation left out")
+        content["flops_share"] = flops / dense
+    ranks = f"{opened.world.size} ranks, " if opened.world.size > 1 else ""
+    told = f"{own_s:,.1f} s, {ranks}{options.dtype} on {opened.world.device}"
+    if runner.scorer.routed.tokens:
+        told += f", batches of up to {runner.scorer.batch_tokens:,} tokens with {runner.scorer.padding:.1%} padding"
+    print(f"{told}; the export {export_s:,.1f} s" if export else told)
+    if export is not None:
+        apart = differences(ours, export)
+        content |= {"against": str(options.against), "export": export._asdict(), "differences": apart}
+        content["export_seconds"] = export_s
+    if options.json is not None:
+        write_atomically(options.json, (json.dumps(content, indent=1) + "\n").encode())
+        print(f"wrote {options.json}")
+
+
+def _tell(sentence: str) -> None:
+    print(sentence, flush=True)
 
 
 if __name__ == "__main__":

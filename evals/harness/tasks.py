@@ -3,7 +3,9 @@
 blimp            DATA/blimp/*.jsonl, ``blimp_NAME`` one file of them: of two sentences the likelier one
 classify_NAME    DATA/tuning/NAME-test.jsonl: of a few labels the likeliest after the prompt
 perplexity       a text, or JSON lines with a ``text`` field
-one_shot         DATA/tasks/*.jsonl, NAME one file of them: ``evals/harness/questions.py``
+one_shot         DATA/tasks/*.jsonl, NAME one file of them: ``data/questions.py``
+
+And the names under which the harness itself has the tasks of ``one_shot``'s kind, with their data on the Hub.
 """
 
 from __future__ import annotations
@@ -20,6 +22,12 @@ BLIMP, CLASSIFY, PERPLEXITY = "blimp", "classify_", "perplexity"
 PAIRS, TEXT = Path("tuning"), Path("books/test.jsonl.xz")
 """In DATA: where prompts and responses lie, and what ``perplexity`` reads unless told otherwise."""
 MOST_LABELS = 20
+HUB_ONE_SHOT = (
+    *("triviaqa", "nq_open", "webqs", "hellaswag", "lambada_openai", "wsc273", "winogrande", "race", "piqa"),
+    *("arc_easy", "arc_challenge", "openbookqa", "boolq", "copa", "rte", "wic", "multirc", "wsc", "record", "cb"),
+    *("anli_r1", "anli_r2", "anli_r3", "squadv2", "drop", "coqa"),
+)
+"""Tasks of the kind that Zeng et al. 2023 evaluate one-shot, of those that the harness defines."""
 _PERPLEXITIES = {
     "bits_per_byte": "bits_per_byte",
     "byte_perplexity": "weighted_perplexity",
@@ -29,7 +37,7 @@ _PERPLEXITIES = {
 
 
 def local_tasks(
-    names: Sequence[str], data: Path | None, text: Path | None, shots: int | None, cache: Path
+    names: Sequence[str], data: Path | None, text: Path | None, shots: int | None, cache: Path, hub: bool = False
 ) -> list[dict[str, Any] | str]:
     """The configs of the tasks that read local files; other names stay names.
 
@@ -41,6 +49,7 @@ def local_tasks(
         shots: examples before each question; unless given 1 for ``one_shot`` and before what is classified, the
             setting of Zeng et al. 2023, and otherwise 0.
         cache: where the ``datasets`` library may write.
+        hub: ``one_shot`` is ``HUB_ONE_SHOT`` instead of files.
 
     Raises:
         ValueError: if there are no such files, or not a few labels in them.
@@ -57,11 +66,14 @@ def local_tasks(
         elif name.startswith(CLASSIFY):
             path = _file(name, _pair_files(data), f"{data}/{PAIRS}")
             found[name] = _classify(name, path, 1 if shots is None else shots, cache)
+        elif name == ONE_SHOT and hub:
+            found |= {task: task for task in HUB_ONE_SHOT}
         elif name == ONE_SHOT or name in questions:
             if not questions:
                 where = "DATA, which --data names" if data is None else data
                 raise ValueError(
-                    f"{ONE_SHOT} reads {QUESTIONS}/*.jsonl in {where}, and there is none; see docs/evaluation.md"
+                    f"{ONE_SHOT} reads {QUESTIONS}/*.jsonl in {where}, and there is none; see docs/evaluation.md, or "
+                    "read the harness's own from the Hub with --hub"
                 )
             few = shots if shots is not None else int(name == ONE_SHOT)
             for task in questions if name == ONE_SHOT else [name]:

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data.speller import Speller
 from evals.dial.file import Dial
-from evals.generate import Speller, prompt_ids
+from evals.generate import prompt_ids
 from evals.play.protocol import CompletionRequest, Refused
 from evals.scoring import Opened, layer_shares
 from model.decoder import DecoderOutput

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data.discovery import find_files
 from data.files import write_atomically
+from evals.placement import add_placement, check_placement, placed
 from evals.routing import FEWEST
 from evals.routing.page import page
 from evals.texts import add_text_options
@@ -70,17 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     add_text_options(parser)
     parser.add_argument("--out", type=path_argument, metavar="FILE", help=f"an .html file; RUN/{NAME} unless given")
+    add_placement(parser)
     options = parser.parse_args(arguments)
     with user_errors():
+        check_placement(options)
         if options.tokens < FEWEST:
             raise ValueError(f"--tokens must be at least {FEWEST} to say anything, got {options.tokens}; raise it")
         opening.open_model(options.path)
         out = _out(options.path, options.out)
         files = find_files(options.files, as_given=True) if options.files else []
         from evals.routing.report import report_on
-        from tune.load import load_model
 
-        loaded, name = load_model(options.path), _name_of(options.path)
+        with placed(options) as placement:
+            loaded, name = placement.load(options.path), _name_of(options.path)
         report = report_on(loaded, files, options.tokens, name, options.format, options.text_field)
         for label, value in report.facts:
             print(f"{label}: {value}")

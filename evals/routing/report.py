@@ -27,7 +27,7 @@ from model.flops import dense_flops, executed_flops
 from trainer.checkpoints.layout import run_of
 from trainer.config import WeightsConfig
 from trainer.monitor import metrics_file
-from trainer.step import Counter, Tally, run
+from trainer.step import Counter, Tally, run, to_device
 from tune.classes import token_classes
 from tune.load import Loaded
 
@@ -84,15 +84,17 @@ def observe(decoder: Decoder, batches: Sequence[Batch]) -> Observed:
             "not belong together, so restore the tokenizer that the model was trained with"
         )
     late = 0 if decoder.ensemble is None else decoder.ensemble.config.layers
-    counter = Counter(len(decoder.config.sites), torch.device("cpu"), late)
+    device = decoder.embed_tokens.weight.device
+    counter = Counter(len(decoder.config.sites), device, late)
     executed, weights = [], []
-    for batch in batches:
+    for host_batch in batches:
+        batch = to_device(host_batch, device)
         with torch.no_grad():
             output = run(decoder, batch)
         counter.add(output, batch.targets)
-        executed.append(output.routing.executed[:, 0])
+        executed.append(output.routing.executed[:, 0].cpu())
         if output.vote is not None:
-            weights.append(output.vote.weights[0])
+            weights.append(output.vote.weights[0].float().cpu())
     lengths = torch.tensor([batch.tokens.shape[1] for batch in batches])
     return Observed(
         tokens,

@@ -30,7 +30,7 @@ from launch.doctor import hosts
 from launch.doctor.findings import Check, Finding, merge, run, worst
 from launch.plan.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
 from launch.plan.workload import Workload, count_weights
-from settings import counted, parse_arguments, path_argument, rank_by_environment, user_errors
+from settings import counted, parse_arguments, path_argument, rank_by_environment, ranks_by_environment, user_errors
 from trainer.checkpoints.retention import most_at_once
 from trainer.config import PretrainConfig
 from tune.config import TuneFile
@@ -70,7 +70,8 @@ def diagnose(config: PretrainConfig | TuneFile | None, hostfile: Path | None, wo
         data = (
             partial(inputs.shards, config) if isinstance(config, PretrainConfig) else partial(inputs.examples, config)
         )
-        found += sized + world.broadcast_object(run({"data": data}) if world.is_main else None)
+        reads: dict[str, Check] = {"data": data, "tasks": partial(inputs.tasks, config.train.evaluation.tasks)}
+        found += sized + world.broadcast_object(run(reads) if world.is_main else None)
     if hostfile is not None:
         found += world.broadcast_object(run({"hostfile": partial(hosts.hostfile, hostfile)}) if world.is_main else None)
     if world.size > 1:
@@ -173,7 +174,7 @@ def _sized(config: PretrainConfig | TuneFile | None, world: World) -> tuple[Work
 
 def _launched() -> bool:
     """True under a launcher with several ranks; a shell in a SLURM allocation is none."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or 1) > 1
+    return ranks_by_environment() > 1
 
 
 def _as_text(findings: list[Finding], world: World) -> str:

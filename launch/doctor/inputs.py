@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data.batches import TrainingData
 from data.discovery import find_files
+from data.questions import find_tasks, read_questions
 from data.store import TokenStore, validation_folder
 from data.tokenization import load_text_tokenizer, require_vocabulary, tokenizer_sha256
 from launch.configs import model_of, tokenizer_folder
@@ -30,6 +31,20 @@ def shards(config: PretrainConfig) -> Iterator[Finding]:
     yield Finding(
         "data", "ok", f"{told}; tokenizer and model agree on {data.vocab_size:,} ids, sizes as in the manifests"
     )
+
+
+def tasks(names: Sequence[str]) -> Iterator[Finding]:
+    """The files of questions among ``train.evaluation.tasks``, every line of them.
+
+    Raises:
+        ValueError: if one is missing or has a wrong line.
+    """
+    files, others = find_tasks(names)
+    questions = sum(len(read_questions(path).lines) for path in files)
+    if files:
+        yield Finding("tasks", "ok", f"{len(files)} files with {questions:,} questions")
+    if others:
+        yield Finding("tasks", "ok", f"lm-evaluation-harness's {', '.join(others)} are loaded when the run starts")
 
 
 def examples(file: TuneFile) -> Iterator[Finding]:

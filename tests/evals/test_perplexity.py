@@ -12,15 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from evals.perplexity import main, perplexity, trained_tokens
-from evals.scoring import Scorer, Window, layer_shares, open_model, windows
+from evals.scoring import layer_shares, open_model, windows
 from evals.texts import texts_of
 from model.config import ModelConfig
-from model.decoder import Decoder
-from model.flops import Routed, executed_flops
-from tests.evals.tiny import POSITIONS, ROUTERS, SIZES, model, run_folder, weights_folder
+from tests.evals.tiny import POSITIONS, SIZES, run_folder, weights_folder
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 6, "x = 'naïve'  # ünïcode\n", "import os\n"]
 
@@ -38,20 +35,6 @@ def jsonl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _rows(lengths: list[int]) -> list[Window]:
-    """Windows of random tokens; the last half of each is scored."""
-    generator = torch.Generator().manual_seed(3)
-    whole = [torch.randint(4, 400, (n + 1,), generator=generator).tolist() for n in lengths]
-    return [Window(ids[:-1], ids[1:][len(ids) // 2 :]) for ids in whole]
-
-
-def _logits(decoder: Decoder, inputs: list[int]) -> tuple[Tensor, Any]:
-    with torch.no_grad():
-        output = decoder(torch.tensor([inputs]))
-    assert output.logits is not None
-    return output.logits[0], output.routing
-
-
 @pytest.mark.parametrize("stride", [1, 3, 8])
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 29])
 def test_each_token_is_scored_once_with_its_context(count: int, stride: int) -> None:
@@ -66,25 +49,6 @@ def test_each_token_is_scored_once_with_its_context(count: int, stride: int) -> 
         context = len(row.inputs) - len(row.targets) + 1  # of the first scored token
         assert row.inputs[0] == 6 or context >= window - stride
         assert row.inputs == [6, *tokens][: len(row.inputs)] or row.inputs[0] >= 100
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-def test_scores_and_counts_are_those_of_single_passes(name: str) -> None:
-    decoder, rows = model(name), _rows([5, 40, 12, 40, 1])
-    scorer = Scorer(decoder, batch_windows=2)
-    scores, flops = scorer.score(rows), 0.0
-    for row, scored in zip(rows, scores, strict=True):
-        logits, routing = _logits(decoder, row.inputs)
-        chosen = logits[-len(row.targets) :]
-        expected = -chosen.log_softmax(-1).gather(1, torch.tensor(row.targets)[:, None]).squeeze(1)
-        torch.testing.assert_close(scored.nll, expected, rtol=1e-4, atol=1e-4)
-        assert scored.hit.tolist() == (chosen.argmax(-1) == torch.tensor(row.targets)).tolist()
-        executed, keys = routing.executed_tokens.tolist(), routing.attended_keys.tolist()
-        counts = Routed(len(row.inputs), int(routing.visible_keys), executed, keys, len(row.targets))
-        flops += executed_flops(decoder.config, counts)
-    ran, dense = scorer.flops
-    assert ran == pytest.approx(flops, rel=1e-9)  # what fills up a batch is not counted
-    assert ran == dense if name == "dense" else 0 < ran < dense
 
 
 def test_share_of_layers() -> None:
@@ -125,7 +89,8 @@ def test_the_command_on_several_files(
     (tmp_path / "one.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode()))
     files = [str(jsonl), str(tmp_path / "one.txt.gz")]
     out = tmp_path / "out.json"
-    assert main([str(weights), *files, "--window", "16", "--stride", "4", "--batch", "3", "--json", str(out)]) == 0
+    options = ["--window", "16", "--stride", "4", "--batch-tokens", "48", "--json", str(out)]
+    assert main([str(weights), *files, *options]) == 0
     printed = capsys.readouterr().out
     first, second, both = json.loads(out.read_text())["results"]
     assert [first["documents"], second["documents"], both["documents"]] == [3, 1, 4]
@@ -140,7 +105,8 @@ def test_the_command_on_several_files(
 def test_more_context_changes_the_score_and_batches_do_not(weights: Path, jsonl: Path) -> None:
     opened = open_model(weights)
     one, other, many = (
-        perplexity(opened, texts_of(str(jsonl)), "x", 16, stride, batch) for stride, batch in ((16, 1), (4, 1), (16, 5))
+        perplexity(opened, texts_of(str(jsonl)), "x", 16, stride, tokens)
+        for stride, tokens in ((16, 16), (4, 16), (16, 80))
     )
     assert one.nll == pytest.approx(many.nll, rel=1e-6) and one.flops == many.flops
     assert one.nll != pytest.approx(other.nll, rel=1e-3) and other.flops > one.flops
@@ -167,7 +133,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--window", "0"], "--window must be 1 to 64"),
         (["--window", "8", "--stride", "9"], "--stride must be 1 to the window's 8 tokens"),
         (["--stride", "0"], "--stride must be 1"),
-        (["--batch", "0"], "raise --batch"),
+        (["--batch-tokens", "0"], "raise --batch-tokens"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--text-field", "body"], "has no field 'body'"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),

@@ -42,7 +42,7 @@ def test_decoding_is_judged_at_every_default_batch() -> None:
 
 
 def test_more_utilisation_and_tokens_are_better_and_more_time_is_worse() -> None:
-    rates = {"step/dense_mfu", "loop/dense", "loop/routed_0.5"}
+    rates = {"step/dense_mfu", "loop/dense", "loop/routed_0.5", "evaluation/choices", "evaluation/yes_or_no"}
     assert {name for name, limit in LIMITS.items() if limit.sense == "at least"} == rates
     assert judge({"step/dense_mfu": 0.9}, "cpu")[0].holds
     assert not judge({"step/dense_mfu": 0.1}, "cpu")[0].holds

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from bench.isoflop.figures import FEW, density_figure, dial_figure, loss_figure
+from bench.isoflop.figures import FEW, density_figure, dial_figure, loss_figure, task_figure
 from bench.isoflop.report import TIME, as_csv, compare, main_table, rows, spread, time_table, whole_report
 from bench.isoflop.results import collect
 from bench.isoflop.suite import Run, Suite
@@ -250,6 +250,22 @@ def test_densities_of_learned_routers_by_site(finished: tuple[Suite, dict[str, R
     density = runs["skip-seed0"].config.model.router.density  # type: ignore[union-attr]
     assert list(target.get_ydata()) == [density, density] and target.get_linestyle() == ":"
     assert density_figure(suite, collect(suite, [runs["dense-seed0"]])) is None
+
+
+def test_tasks_of_the_runs_over_their_flops(finished: tuple[Suite, dict[str, Run]], tmp_path: Path) -> None:
+    suite, runs = finished
+    assert task_figure(suite, collect(suite, list(runs.values()))) is None
+    for name, last in (("dense-seed0", 0.6), ("dense-seed1", 0.8), ("late-seed1", 0.5)):
+        tasks: list[dict[str, Any]] = [{"step": 0, "tasks/a/acc": 0.25, "tasks/share_of_time": 0.1, "tasks/b/acc": 1}]
+        tasks += [{"step": 4, "tasks/a/acc": last}, {"step": 2, "tasks/c/exact_match": None}]
+        with (runs[name].folder / "metrics.jsonl").open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in tasks))
+    results = collect(suite, list(runs.values()))
+    assert results[0].curve.tasks["a/acc"] == ([0.0, pytest.approx(results[0].flops)], [0.25, 0.6])
+    figure = task_figure(suite, results)
+    assert figure is not None and _labels(figure) == ["all layers", "late"]
+    assert [axes.get_title() for axes in figure.axes] == ["a/acc"]  # of the others there is no curve
+    assert list(figure.axes[0].lines[0].get_ydata()) == [0.25, pytest.approx(0.7)]
 
 
 def test_dials_and_dense_points(finished: tuple[Suite, dict[str, Run]]) -> None:

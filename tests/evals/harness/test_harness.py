@@ -14,12 +14,15 @@ import torch
 pytest.importorskip("lm_eval")
 
 from convert.to_hf import main as export
-from evals.harness.__main__ import TaskScores, differences, evaluate, main, table
-from evals.harness.model import OurModel
+from evals.harness.__main__ import main
+from evals.harness.report import differences, table
 from evals.harness.tasks import local_tasks
 from evals.perplexity import perplexity
 from evals.scoring import open_model
 from tests.evals.tiny import POSITIONS, weights_folder
+from tests.trainer.tasks.questions import QUESTIONS, write_questions
+from trainer.tasks.harness import OurModel, TaskScores, evaluate, known_tasks, load
+from trainer.tasks.scorer import Scorer
 
 PAIRS = [("return a\n", "return return a\n"), ("x = y + 1\n", "x y = + 1\n"), ("for a in b:\n", "for in a b:\n")]
 TEXTS = ["def add(a, b):\n    return a\n", "import os\n"]
@@ -65,6 +68,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _model(weights: Path, window: int = POSITIONS) -> OurModel:
+    opened = open_model(weights)
+    return OurModel(Scorer(opened.decoder, 256), opened.tokenizer, window)
+
+
 class Request:
     """To generate, of a task called ``own``."""
 
@@ -97,7 +105,7 @@ def _answer_likelihood(weights: Path, context: str, answer: str) -> float:
 def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_path: Path) -> None:
     tasks = local_tasks(["blimp", "perplexity"], data, data / "texts.jsonl", 0, tmp_path)
     opened = open_model(weights)
-    outcome = evaluate(OurModel(opened, POSITIONS, 4), tasks)
+    outcome = evaluate(_model(weights), tasks)
     expected = [_likelihood(weights, sentence) for pair in PAIRS for sentence in pair]
     assert outcome.loglikelihoods["blimp_one"] == pytest.approx(expected, abs=1e-3)
     right = sum(good > bad for good, bad in zip(expected[::2], expected[1::2], strict=True))
@@ -112,9 +120,7 @@ def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_pa
 @pytest.mark.parametrize("shots", [None, 0])
 def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_path: Path, shots: int | None) -> None:
     """After one example of the training file, unless told otherwise."""
-    outcome = evaluate(
-        OurModel(open_model(weights), POSITIONS, 4), local_tasks(["classify_mood"], data, None, shots, tmp_path)
-    )
+    outcome = evaluate(_model(weights), local_tasks(["classify_mood"], data, None, shots, tmp_path))
     before = "" if shots == 0 else "".join(f"{prompt}{label}\n\n" for prompt, label in EXAMPLES)
     expected = [
         _answer_likelihood(weights, before + prompt, label) for prompt, _ in LABELLED for label in (" bad", " good")
@@ -126,7 +132,7 @@ def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_pa
 
 
 def test_windows_of_a_long_text(weights: Path, data: Path, tmp_path: Path) -> None:
-    model = OurModel(open_model(weights), 8, 4)
+    model = _model(weights, 8)
     whole = evaluate(model, local_tasks(["perplexity"], None, data / "text.txt", 0, tmp_path))
     assert whole.documents == {"perplexity": 1} and len(whole.loglikelihoods["perplexity"]) == 1
     tokens = len(model.tok_encode("\n\n".join(TEXTS)))
@@ -150,15 +156,15 @@ def test_the_export_has_the_same_scores(
 
 def test_tasks_of_the_users_own(weights: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN_TASK.format(data=data / "blimp/one.jsonl"))
-    model = OurModel(open_model(weights), POSITIONS, 4)
-    outcome = evaluate(model, ["own"], tmp_path, limit=2, shots=1)
+    model = _model(weights)
+    outcome = evaluate(model, load("own", known_tasks(tmp_path)), limit=2, shots=1)
     assert outcome.documents == {"own": 2} and "exact_match" in outcome.metrics["own"]
     assert outcome.loglikelihoods == {"own": []} and differences(outcome, outcome) == {"own": 0.0}
     assert "own" in table(outcome)
 
 
 def test_generation_ends_where_it_is_told(weights: Path) -> None:
-    model = OurModel(open_model(weights), POSITIONS, 4)
+    model = _model(weights)
 
     free, empty = model.generate_until([Request("return", max_gen_toks=12), Request("", max_gen_toks=2)])
     assert isinstance(empty, str) and len(free) > 3
@@ -246,7 +252,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--shots", "-1"], "--shots must be at least 0"),
         (["--tasks", "blimp", "--data", "DATA", "--window", "65"], "--window must be 1 to 64"),
         (["--tasks", "blimp", "--data", "DATA", "--window", "1"], "does not fit into a window of 1"),
-        (["--tasks", "blimp", "--data", "DATA", "--batch", "0"], "raise --batch"),
+        (["--tasks", "blimp", "--data", "DATA", "--batch-tokens", "0"], "raise --batch-tokens"),
         (["--tasks", "blimp", "--data", "DATA", "--against", "DATA"], "has no config.json"),
         (["--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],
@@ -264,30 +270,17 @@ def test_without_the_library(
     assert "requirements-dev.txt" in _refused(capsys, str(weights), "--tasks", "blimp")
 
 
-QUESTIONS: dict[str, list[dict[str, Any]]] = {
-    "choose": [
-        {"query": "Question: x = 1", "choices": ["return a", "import os"], "gold": 1},
-        {"query": "y =", "choices": ["2", "import", "b"], "gold": 0},
-    ],
-    "fill": [{"context_options": [first, "import"], "continuation": "os", "gold": 1} for first in ("return a ", "b")],
-    "go_on": [{"context": "import ", "continuation": "os"}, {"context": "return", "continuation": "a"}],
-    "say": [{"context": "import", "answer": "os", "aliases": ["OS.", "sys"]}, {"context": "return", "answer": "zz"}],
-}
-
-
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("questions")
-    (folder / "tasks").mkdir()
-    for name, lines in QUESTIONS.items():
-        (folder / f"tasks/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_questions(folder / "tasks")
     return folder
 
 
 def test_questions_of_every_shape(weights: Path, questions: Path, tmp_path: Path) -> None:
     """Likelihoods are those of plain passes, and metrics follow from them."""
     tasks = local_tasks(list(QUESTIONS), questions, None, None, tmp_path)
-    outcome = evaluate(OurModel(open_model(weights), POSITIONS, 4), tasks)
+    outcome = evaluate(_model(weights), tasks)
     found = outcome.loglikelihoods
     chosen = [_answer_likelihood(weights, "Question: x = 1\nAnswer:", f" {c}") for c in ("return a", "import os")]
     chosen += [_answer_likelihood(weights, "y =", f" {c}") for c in ("2", "import", "b")]
@@ -307,8 +300,11 @@ def test_questions_of_every_shape(weights: Path, questions: Path, tmp_path: Path
 def test_an_answer_is_right_by_any_alias_whatever_its_case_and_stops(
     weights: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(OurModel, "_continue", lambda self, context, options: " Os" if "import" in context else "a")
-    outcome = evaluate(OurModel(open_model(weights), POSITIONS, 4), local_tasks(["say"], questions, None, 0, tmp_path))
+    def answers(self: OurModel, asked: list[Any], **_: Any) -> list[str]:
+        return [" Os" if "import" in request.args[0] else "a" for request in asked]
+
+    monkeypatch.setattr(OurModel, "generate_until", answers)
+    outcome = evaluate(_model(weights), local_tasks(["say"], questions, None, 0, tmp_path))
     assert outcome.metrics["say"] == {"exact_match": 0.5}
 
 

@@ -440,3 +440,14 @@ def test_mistakes_end_in_one_sentence(
     monkeypatch.chdir(ROOT)
     status, out = examined(*arguments)
     assert status == 1 and sentence in out and out.startswith("error: ") and len(out.splitlines()) == 1
+
+
+def test_files_of_questions_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"context": "a", "answer": "b"}\n' * 2)
+    files, named = run({"tasks": lambda: inputs.tasks([str(path), "piqa"])})
+    assert (files.level, files.found) == ("ok", "1 files with 2 questions")
+    assert named.found == "lm-evaluation-harness's piqa are loaded when the run starts"
+    path.write_text('{"context": "a"}\n')
+    assert "own.jsonl:1 has the fields context" in only(run({"tasks": lambda: inputs.tasks([str(path)])})).found
+    assert run({"tasks": lambda: inputs.tasks([])}) == []

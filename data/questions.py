@@ -1,0 +1,173 @@
+"""Files of questions: tasks of the user's own, a JSON object a line.
+
+What a line holds says what is asked, the same for all lines of a file:
+
+    query, choices, gold                 which of the choices is the likeliest after the query
+    context_options, continuation, gold  after which of the contexts the continuation is the likeliest
+    context, continuation                how likely the continuation is, and whether greedy decoding gives it
+    context, answer[, aliases]           whether greedy decoding gives the answer, or one of its aliases
+
+``gold`` counts from 0. A space stands between the parts where none ends the first. A query with a line ``Question:``
+and none of ``Answer:`` gets one, which is how the sets that have such queries are published.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from data.discovery import find_files
+
+SUFFIX = ".jsonl"
+CHOICES, OPTIONS = ("query", "choices", "gold"), ("context_options", "continuation", "gold")
+CONTINUATION, ANSWER = ("context", "continuation"), ("context", "answer")
+ANSWER_TOKENS = 24
+"""Most tokens of an answer that is generated."""
+_EXAMPLES_SEED = 1234  # lm-evaluation-harness's own: both show the same examples
+Fields = dict[str, Any]
+
+
+class QuestionFile(NamedTuple):
+    """What a file asks."""
+
+    path: Path
+    shape: tuple[str, ...]
+    """The fields that decide, which every line has: one of ``SHAPES``."""
+    lines: list[Fields]
+
+    @property
+    def different(self) -> int:
+        """Lines that differ."""
+        return len({json.dumps(fields, sort_keys=True) for fields in self.lines})
+
+    def require_examples(self, shots: int, fix: str) -> None:
+        """Raise ValueError, with ``fix``, if a question cannot have ``shots`` others before it."""
+        if self.different <= shots:
+            raise ValueError(
+                f"{self.path} has {self.different} different lines, and each question takes {shots} of the others for "
+                f"examples; {fix}"
+            )
+
+    def examples(self, count: int, shots: int) -> list[str]:
+        """What stands before each of the first ``count`` questions: ``shots`` others, each with its answer.
+
+        Drawn as lm-evaluation-harness draws them, from all of the file.
+        """
+        drawn, texts = Random(_EXAMPLES_SEED), []
+        for fields in self.lines[:count]:
+            shown = [other for other in drawn.sample(self.lines, shots + 1) if other != fields][:shots] if shots else []
+            if len(shown) < shots:  # the line is there more than once
+                shown = drawn.sample([other for other in self.lines if other != fields], shots)
+            texts.append("".join(f"{solved(self.shape, other)}\n\n" for other in shown))
+        return texts
+
+
+def read_questions(path: Path) -> QuestionFile:
+    """All of a file, looked at.
+
+    Raises:
+        ValueError: if a line is not of the first line's shape, or there is none.
+    """
+    shape, found = None, []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError:
+                fields = None
+            if not isinstance(fields, dict):
+                raise ValueError(f"{path}:{number} is no JSON object; every line is one question")
+            found.append(fields)
+            shape = shape or next((each for each in SHAPES if all(field in fields for field in each)), None)
+            if shape is None:
+                shapes = "; ".join(", ".join(each) for each in SHAPES)
+                raise ValueError(f"{path}:{number} has the fields {', '.join(fields)}; a question has {shapes}")
+            problem = SHAPES[shape](fields) if all(field in fields for field in shape) else "is of another kind"
+            if problem:
+                raise ValueError(f"{path}:{number} {problem}; all lines of a file have {', '.join(shape)}")
+    if shape is None:
+        raise ValueError(f"{path} is empty; a file of questions has one on every line")
+    return QuestionFile(path, shape, found)
+
+
+def find_tasks(names: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """The files of questions among the ``names`` of tasks, patterns filled in, and the other names.
+
+    Raises:
+        ValueError: there is no such file, or two of them have the same name, which is their task's.
+    """
+    files = [name for name in names if name.endswith(SUFFIX)]
+    found = find_files(files, as_given=True) if files else []
+    others = [name for name in names if name not in files]
+    tasks = [path.stem for path in found] + [Path(name).stem for name in others]
+    if twice := next((task for task in tasks if tasks.count(task) > 1), None):
+        raise ValueError(f"two tasks are called '{twice}', the name of their figures; leave one out, or rename it")
+    return found, others
+
+
+def contexts(shape: tuple[str, ...], fields: Fields) -> list[str]:
+    """What is read before what is scored: one text, or of ``OPTIONS`` one each."""
+    if shape == CHOICES:
+        query: str = fields["query"].rstrip()
+        asks = any(line.startswith("Question:") for line in query.splitlines())
+        return [f"{query}\nAnswer:" if asks and "Answer:" not in query else query]
+    return [text.rstrip() for text in (fields["context_options"] if shape == OPTIONS else [fields["context"]])]
+
+
+def continuations(shape: tuple[str, ...], fields: Fields) -> list[str]:
+    """What is scored, without the space before it: one text, or of ``CHOICES`` one each; of ``ANSWER`` what is right.
+
+    An answer's aliases follow it.
+    """
+    if shape == CHOICES:
+        return list(fields["choices"])
+    if shape == ANSWER:
+        return [fields["answer"], *(fields.get("aliases") or [])]
+    return [fields["continuation"].lstrip()]
+
+
+def solved(shape: tuple[str, ...], fields: Fields) -> str:
+    """A question with its answer, as an example."""
+    before, after = contexts(shape, fields), continuations(shape, fields)
+    context = before[fields["gold"]] if shape == OPTIONS else before[0]
+    return f"{context} {after[fields['gold']] if shape == CHOICES else after[0]}"
+
+
+def _choices_problem(options: str) -> Callable[[Fields], str]:
+    def problem(fields: Fields) -> str:
+        texts, gold = fields[options], fields["gold"]
+        if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
+            return f"has no list of two or more texts in {options}"
+        if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(texts):
+            return f"has gold {gold!r}, which is not one of its {len(texts)} {options}, counted from 0"
+        other = "query" if options == "choices" else "continuation"
+        return "" if isinstance(fields[other], str) and fields[other].strip() else f"has no text in {other}"
+
+    return problem
+
+
+def _text_problem(*names: str) -> Callable[[Fields], str]:
+    def problem(fields: Fields) -> str:
+        empty = [name for name in names if not isinstance(fields[name], str) or not fields[name].strip()]
+        if empty:
+            return f"has no text in {empty[0]}"
+        aliases = fields.get("aliases") or []
+        if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
+            return "has no list of texts in aliases"
+        return ""
+
+    return problem
+
+
+SHAPES: dict[tuple[str, ...], Callable[[Fields], str]] = {
+    CHOICES: _choices_problem("choices"),
+    OPTIONS: _choices_problem("context_options"),
+    CONTINUATION: _text_problem(*CONTINUATION),
+    ANSWER: _text_problem(*ANSWER),
+}
+"""What a line may hold, and what is wrong with one: a few words, or nothing."""

@@ -1,0 +1,31 @@
+"""Which device a command that is no training runs on."""
+
+from __future__ import annotations
+
+import re
+
+DEVICES = r"cpu|cuda(:\d+)?"
+
+
+def check_device(asked: str | None) -> None:
+    """Raise ValueError for what is no device, before torch is loaded; None is fine."""
+    if asked is not None and not re.fullmatch(DEVICES, asked):
+        raise ValueError(f"--device must be cpu or cuda (or cuda:N), got {asked}")
+
+
+def find_device(asked: str | None) -> str:
+    """The device ``asked`` for; without one, cuda if there is one.
+
+    Raises:
+        ValueError: for a device that is none or not there.
+    """
+    import torch
+
+    device = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
+    on_cuda = device != "cpu"
+    if on_cuda and not torch.cuda.is_available():
+        raise ValueError(f"--device {device} asks for a CUDA device and there is none; use --device cpu")
+    if on_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device} is not there; this machine has {torch.cuda.device_count()}")
+    return device

@@ -1,0 +1,305 @@
+"""What lm-evaluation-harness sees of a decoder of ours, and its tasks in the course of training.
+
+Importing this file imports ``lm_eval``, which takes a second; who needs it does so late.
+
+A request is a context and a continuation. An empty context is replaced by the token that every document begins with,
+and a text that is scored whole begins after it too, never after two of them.
+
+A context that does not fit into the window loses its start, as the harness has it: of several examples before a
+question the first go. That is another question than the one that was asked, so it is counted how often it happens.
+
+Every rank makes all requests and gets all answers; the work between is shared (``scorer.py``, ``answers.py``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lm_eval import simple_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from data.tokenization import TextTokenizer
+from settings import did_you_mean
+from trainer.distributed import ALONE, World
+from trainer.tasks.answers import Prompt, answer
+from trainer.tasks.files import Score
+from trainer.tasks.scorer import Scorer, Window
+
+_STDERR = "_stderr"
+_FEW = 100  # task names in an error; the harness has thousands
+_BOOTSTRAPS = 100  # of the few metrics whose standard error has no formula
+
+
+class CountsCuts:
+    """Knows how many requests of each task a window was too small for."""
+
+    max_length: int
+    tok_encode: Any
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.cut: Counter[str] = Counter()
+        """Requests that lost the start of their context, by task."""
+        self._tasks: list[str] = []
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
+        """As the harness does, counting."""
+        self._tasks = [request.task_name for request in requests]
+        try:
+            return super().loglikelihood(requests, disable_tqdm)  # type: ignore[misc]
+        finally:
+            self._tasks = []
+
+    def count_scored(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> None:
+        """Count contexts and continuations; those of whole texts, which are cut into windows of their own, are not.
+
+        Raises:
+            ValueError: if a continuation alone does not fit.
+        """
+        for place, (_, context, continuation) in enumerate(requests):
+            if len(continuation) > self.max_length:
+                raise ValueError(
+                    f"a continuation of {len(continuation)} tokens does not fit into a window of {self.max_length}; "
+                    "raise --window, or choose a task with shorter ones"
+                )
+            if self._tasks and len(context) + len(continuation) > self.max_length + 1:
+                self.cut[self._tasks[place]] += 1
+
+    def count_generated(self, requests: Sequence[Any]) -> None:
+        """Count prompts that leave no room for as many tokens as the task may generate.
+
+        Raises:
+            ValueError: if those alone fill the window.
+        """
+        for request in requests:
+            context, options = request.args
+            new_tokens = normalize_gen_kwargs(options)["max_gen_toks"]
+            if new_tokens >= self.max_length:
+                raise ValueError(
+                    f"{request.task_name} generates up to {new_tokens} tokens, which leaves no room for its prompts in "
+                    f"a window of {self.max_length}; lower max_gen_toks in its generation_kwargs, or raise --window"
+                )
+            if len(self.tok_encode(context)) > self.max_length - new_tokens:
+                self.cut[request.task_name] += 1
+
+
+class OurModel(CountsCuts, TemplateLM):
+    """A decoder of ours, in process.
+
+    Args:
+        scorer: of the decoder, with the ranks that share the work.
+        tokenizer: of the model.
+        window_tokens: most tokens that the model reads at once.
+        lockstep: every rank runs equally many passes, as ZeRO 3 needs it.
+        quiet: show no progress.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        tokenizer: TextTokenizer,
+        window_tokens: int,
+        lockstep: bool = False,
+        quiet: bool = False,
+    ) -> None:
+        super().__init__()
+        self.scorer, self.tokenizer, self.lockstep = scorer, tokenizer, lockstep
+        self._quiet = quiet or not scorer.world.is_main
+        self.max_length = window_tokens
+
+    @property
+    def eot_token_id(self) -> int:
+        """What closes a document."""
+        return self.tokenizer.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context."""
+        return (self.tokenizer.prefix or [self.tokenizer.eos_id])[-1]
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Ids of ``string``; after a begin-of-document token, if the model has one and it is not forbidden."""
+        ids = self.tokenizer.encode(string)
+        return ids if add_special_tokens is False else self.tokenizer.prefix + ids
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(sum of log-likelihoods, whether greedy decoding gives the same) of continuations after their contexts."""
+        self.count_scored(requests)
+        rows = []
+        for _text, context, continuation in requests:
+            inputs = (context + continuation)[:-1]
+            rows.append(Window(inputs[-self.max_length :], continuation))
+        with self._progress(len(rows), "scoring", disable_tqdm) as progress:
+            scored = self.scorer.score(rows, progress)
+        return [(score.loglikelihood, bool(score.hit.all())) for score in scored]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihoods of whole texts, in windows that share no token, as the harness cuts them."""
+        rows: list[tuple[Any, list[int], list[int]]] = []
+        ends = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            cut = get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1)
+            rows += [(None, *make_disjoint_window(pair)) for pair in cut]
+            ends.append(len(rows))
+        parts = [value for value, _ in self._loglikelihood_tokens(rows, disable_tqdm)]
+        return [sum(parts[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Continuations up to the first of the stop sequences."""
+        self.count_generated(requests)
+        prompts = [self._prompt(*request.args) for request in requests]
+        with self._progress(len(prompts), "answering", disable_tqdm) as progress:
+            return answer(
+                self.scorer.engine, self.tokenizer, prompts, self.scorer.world, self.lockstep, progress=progress
+            )
+
+    def _prompt(self, context: str, options: dict[str, Any]) -> Prompt:
+        wanted: Any = normalize_gen_kwargs(options)
+        new_tokens = wanted["max_gen_toks"]
+        ids = (self.tok_encode(context) or [self.prefix_token_id])[-(self.max_length - new_tokens) :]
+        temperature = float(wanted.get("temperature", 1.0)) if wanted["do_sample"] else 0.0
+        stops = handle_stop_sequences(wanted["until"], eos=None)
+        return Prompt(ids, new_tokens, stops, temperature, float(wanted.get("top_p", 1.0)))
+
+    @contextmanager
+    def _progress(self, total: int, what: str, disabled: bool) -> Iterator[Callable[[int], object]]:
+        with tqdm(total=total, desc=what, disable=disabled or self._quiet or None, leave=False) as bar:
+            yield bar.update
+
+
+class TaskScores(NamedTuple):
+    """What one model did on some tasks."""
+
+    metrics: dict[str, dict[str, float]]
+    """By task, then by metric."""
+    documents: dict[str, int]
+    """By task."""
+    loglikelihoods: dict[str, list[float]]
+    """By task, of every request in order, nats; empty for tasks that generate."""
+    errors: dict[str, dict[str, float]]
+    """Standard errors of the metrics that have one, by task and metric."""
+    cut: dict[str, int]
+    """Requests that lost the start of their context, as they did not fit into the window; by task, where there are."""
+
+
+def evaluate(
+    model: Any, tasks: Sequence[Any], limit: int | None = None, shots: int | None = None, world: World = ALONE
+) -> TaskScores:
+    """Run ``tasks`` on ``model``, a model of the harness; on every rank alike, collective.
+
+    Args:
+        model: one that counts cuts: :class:`OurModel`, or an export.
+        tasks: configs, or tasks of :func:`load`.
+        limit: the first documents of each task only.
+        shots: for loaded tasks; what they say themselves unless given.
+        world: ranks that run the model.
+    """
+    model.cut.clear()
+    done = simple_evaluate(
+        model,
+        tasks=list(tasks),
+        num_fewshot=shots,
+        limit=limit,
+        bootstrap_iters=_BOOTSTRAPS,
+        task_manager=TaskManager(include_defaults=False),
+    )
+    # It tells the first rank of a machine alone, whatever it knows.
+    scores: TaskScores = world.broadcast_object(_scores(done, model) if world.is_main else None)
+    return scores
+
+
+def _scores(done: Any, model: CountsCuts) -> TaskScores:
+    metrics, errors, documents, loglikelihoods = {}, {}, {}, {}
+    for name, samples in done["samples"].items():
+        values = {key.split(",")[0]: float(v) for key, v in done["results"][name].items() if isinstance(v, float)}
+        metrics[name] = {key: v for key, v in values.items() if not key.endswith(_STDERR)}
+        errors[name] = {key.removesuffix(_STDERR): v for key, v in values.items() if key.endswith(_STDERR)}
+        documents[name] = len({sample["doc_id"] for sample in samples})
+        loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
+    return TaskScores(metrics, documents, loglikelihoods, errors, dict(model.cut))
+
+
+def load(name: str, manager: TaskManager) -> list[Any]:
+    """The tasks that ``name`` stands for: one, or those of a group or a tag; their data, too.
+
+    Raises:
+        ValueError: if a library or the Hub does not give one of them.
+    """
+    try:
+        return list(manager.load([name])["tasks"].values())
+    except Exception as error:  # network, permission, a package of the task's own: all mean that it cannot be had
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"task '{name}' cannot be loaded ({type(error).__name__}: {reason}); its data come from the Hub, so see "
+            "that it can be reached, or leave the task out, or take files of questions (docs/evaluation.md)"
+        ) from error
+
+
+def known_tasks(include: Path | None = None, hub: bool = False) -> TaskManager:
+    """What knows the tasks in the folder ``include``, and with ``hub`` the harness's own, which takes seconds."""
+    return TaskManager(include_path=None if include is None else str(include), include_defaults=hub)
+
+
+class HarnessTasks:
+    """Tasks of the harness in the course of training, loaded once.
+
+    Args:
+        names: of the harness, or files of its own format (YAML).
+        limit: the first documents of each only.
+        shots: examples before each question; what the tasks say themselves if 0.
+
+    Raises:
+        ValueError: if there is no such task, or it cannot be had.
+    """
+
+    def __init__(self, names: Sequence[str], limit: int | None, shots: int) -> None:
+        manager = known_tasks(hub=any(not is_file(name) for name in names))
+        for name in names:
+            if not is_file(name) and name not in manager.all_tasks:
+                raise ValueError(
+                    f"train.evaluation.tasks: {no_such_task(name, manager)}; files of questions end in .jsonl, task "
+                    "files of the harness in .yaml"
+                )
+        self._tasks = [task for name in names for task in load(name, manager)]
+        self._limit, self._shots = limit, shots or None
+
+    def run(self, scorer: Scorer, tokenizer: TextTokenizer, window_tokens: int, lockstep: bool) -> dict[str, Score]:
+        """Scores by task, the same on every rank; collective."""
+        model = OurModel(scorer, tokenizer, window_tokens, lockstep, quiet=True)
+        found = evaluate(model, self._tasks, self._limit, self._shots, scorer.world)
+        return {task: Score(own, found.errors[task], found.documents[task]) for task, own in found.metrics.items()}
+
+
+def no_such_task(name: str, manager: TaskManager, others: Sequence[str] = ()) -> str:
+    """Says so, with the nearest name; ``others`` are known besides. All are named only where they are few."""
+    known = [*manager.all_tasks, *others]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    shown = known if len(known) < _FEW else near
+    hint = did_you_mean(name, shown) if shown else "python -m lm_eval ls tasks lists them"
+    return f"there is no task '{name}'; {hint}"
+
+
+def is_file(name: str) -> bool:
+    """Whether ``name`` is of a file of the harness's own format."""
+    return name.endswith((".yaml", ".yml"))
+
+
+def _numbers(answers: Any) -> list[float]:
+    """The log-likelihoods in a sample's answers, which come in lists, with whether they are greedy or without."""
+    if isinstance(answers, float):
+        return [answers]
+    if isinstance(answers, (list, tuple)):
+        return [number for answer in answers for number in _numbers(answer)]
+    return []

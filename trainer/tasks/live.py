@@ -1,0 +1,132 @@
+"""Tasks in the course of training: read before the run starts, run by all ranks on the live engine.
+
+Local files need nothing but the tokenizer; other names are lm-evaluation-harness's, which is imported only for them.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from data.hub_cache import ensure_hub_cache
+from data.questions import find_tasks
+from data.tokenization import load_text_tokenizer
+from settings.project import installing
+from trainer.config import StageConfig
+from trainer.distributed import World
+from trainer.tasks.answers import answer
+from trainer.tasks.files import FileTask, Score
+from trainer.tasks.scorer import Scorer, require_causal
+
+if TYPE_CHECKING:
+    from trainer.tasks.harness import HarnessTasks
+
+
+class Outcome:
+    """What one evaluation of all tasks found.
+
+    Attributes:
+        scores: by task.
+        seconds: that it took.
+        share: seconds of all evaluations of tasks, of all since this start of the run.
+    """
+
+    def __init__(self, scores: dict[str, Score], seconds: float, share: float) -> None:
+        self.scores, self.seconds, self.share = scores, seconds, share
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """By metric name, ``tasks/piqa/acc``."""
+        found = {f"tasks/{task}/{name}": v for task, score in self.scores.items() for name, v in score.metrics.items()}
+        return found | {"tasks/seconds": self.seconds, "tasks/share_of_time": self.share}
+
+    def sentence(self) -> str:
+        """One metric of each task with its standard error, and what it all took."""
+        told = []
+        for task, score in self.scores.items():
+            name, value = next(iter(score.metrics.items()))
+            error = f" ± {score.errors[name]:.3f}" if name in score.errors else ""
+            told.append(f"{task} {name} {value:.3f}{error}")
+        return f"{', '.join(told)}; {self.seconds:.1f} s, tasks so far {self.share:.1%} of this start's time"
+
+
+def open_tasks(config: StageConfig, tokenizer_folder: Path, world: World) -> LiveTasks | None:
+    """:class:`LiveTasks`, if the config has any."""
+    return LiveTasks(config, tokenizer_folder, world) if config.train.evaluation.tasks else None
+
+
+class LiveTasks:
+    """The tasks of ``train.evaluation.tasks``.
+
+    Args:
+        config: of the run.
+        tokenizer_folder: holds the model's tokenizer.
+        world: this process among all.
+
+    Raises:
+        ValueError: if a task, the tokenizer or the model does not allow it; on every rank.
+    """
+
+    def __init__(self, config: StageConfig, tokenizer_folder: Path, world: World) -> None:
+        wanted = config.train.evaluation
+        require_causal(config.model)
+        self.config, self.world = config, world
+        self.tokenizer = load_text_tokenizer(tokenizer_folder)
+        window_tokens = config.data.sequence_tokens
+        files, self._names = find_tasks(wanted.tasks)
+        limits = (window_tokens, wanted.task_limit, wanted.task_shots)
+        self.files = [FileTask(path, self.tokenizer, *limits) for path in files]
+        self._harness: HarnessTasks | None = None
+        if self._names:
+            require_harness()
+            from trainer.tasks.harness import HarnessTasks  # lm_eval
+
+            self._harness = HarnessTasks(self._names, wanted.task_limit, wanted.task_shots)
+        self._spent_s, self._opened_s = 0.0, time.perf_counter()
+
+    def sentence(self) -> str:
+        """What will be run, and what does not fit."""
+        told = [f"{task.name} ({len(task.lines):,} questions{_cut(task)})" for task in self.files]
+        return f"tasks beside evaluations: {', '.join([*told, *self._names])}"
+
+    def run(self, engine: Any) -> Outcome:
+        """Run all tasks; collective, and the same outcome on every rank. The engine is left in training mode."""
+        start_s = time.perf_counter()
+        engine.eval()
+        try:
+            scores = self._scores(engine)
+        finally:
+            engine.train()
+        seconds = time.perf_counter() - start_s
+        self._spent_s += seconds
+        return Outcome(scores, seconds, self._spent_s / (time.perf_counter() - self._opened_s))
+
+    def _scores(self, engine: Any) -> dict[str, Score]:
+        data, train = self.config.data, self.config.train
+        lockstep = self.config.deepspeed.zero_stage == 3  # where a pass needs all ranks
+        scorer = Scorer(engine, train.micro_batch_samples * data.sequence_tokens, self.world)
+        windows = [window for task in self.files for window in task.windows]
+        prompts = [prompt for task in self.files for prompt in task.prompts]
+        scored = iter(scorer.score(windows))
+        answered = iter(answer(engine, self.tokenizer, prompts, self.world, lockstep))
+        found = {}
+        for task in self.files:
+            own = [next(scored) for _ in task.windows], [next(answered) for _ in task.prompts]
+            found[task.name] = task.judge(*own)
+        if self._harness is not None:
+            found |= self._harness.run(scorer, self.tokenizer, data.sequence_tokens, lockstep)
+        return found
+
+
+def require_harness() -> None:
+    """Raise ValueError if lm-evaluation-harness is not there; and let the Hub's libraries write somewhere."""
+    ensure_hub_cache()
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise ValueError(f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}") from None
+
+
+def _cut(task: FileTask) -> str:
+    return f", {task.cut} of them without the start of their context" if task.cut else ""
