@@ -24,10 +24,10 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evals.dial import JSON, folder_of
+from evals.placement import add_placement, check_placement, placed
 from evals.play import HOST, NEW_TOKENS, PORT, WAITING
 from settings import path_argument, user_errors
 from settings.project import installing
@@ -35,6 +35,7 @@ from trainer import opening
 
 if TYPE_CHECKING:
     from evals.dial.file import Dial
+    from evals.placement import Placement
     from evals.scoring import Opened
 
 _STOP_S = 5
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help=f"requests that may wait while one is answered (default {WAITING})",
     )
+    add_placement(parser)
     return parser
 
 
@@ -68,6 +70,7 @@ def _check(options: argparse.Namespace) -> None:
         if value < least or (most is not None and value > most):
             upper = "" if most is None else f" and at most {most}"
             raise ValueError(f"--{told} must be at least {least}{upper}, got {value}")
+    check_placement(options)
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
@@ -122,10 +125,6 @@ def _dial(options: argparse.Namespace, opened: Opened) -> tuple[Dial | None, str
         return None, str(error)
 
 
-def _name_of(path: Path) -> str:
-    return path.resolve().name
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Open the model and serve it until Ctrl-C."""
     options = _parser().parse_args(arguments)
@@ -133,32 +132,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(options)
         opening.open_model(options.model)
         listening = _listen(options.host, options.port)
-        address, port = listening.getsockname()[:2]
-        import uvicorn
-
-        from evals.play.player import Player
-        from evals.play.server import application
-        from evals.scoring import open_model
-
-        opened = open_model(options.model)
-        dial, no_dial = _dial(options, opened)
-        player = Player(opened, _name_of(options.model), options.max_new_tokens, dial, no_dial)
-        alone = _is_loopback(address)
-        app = application(player, options.waiting, alone, lambda: server.should_exit)
-        how = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=_STOP_S)
-        server = uvicorn.Server(how)
-        if not alone:
-            print(
-                f"warning: {options.host} lets other machines in, and there is no password: whoever reaches port "
-                f"{port} can use the model",
-                file=sys.stderr,
-            )
-        shown = f"[{address}]" if ":" in address else address
-        print(f"{player.name}: http://{shown}:{port}/ (Ctrl-C ends it)", flush=True)
-        with suppress(KeyboardInterrupt):
-            server.run(sockets=[listening])
+        with placed(options) as placement:
+            _serve(options, placement, listening)
         print("stopped", flush=True)
     return 0
+
+
+def _serve(options: argparse.Namespace, placement: Placement, listening: socket.socket) -> None:
+    """Read the model and answer on ``listening``, until a signal."""
+    import uvicorn
+
+    from evals.play.player import Player
+    from evals.play.server import application
+    from evals.scoring import open_model
+
+    opened = open_model(options.model, placement)
+    dial, no_dial = _dial(options, opened)
+    player = Player(opened, options.model.resolve().name, options.max_new_tokens, dial, no_dial)
+    address, port = listening.getsockname()[:2]
+    alone = _is_loopback(address)
+    app = application(player, options.waiting, alone, lambda: server.should_exit)
+    how = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=_STOP_S)
+    server = uvicorn.Server(how)
+    if not alone:
+        print(
+            f"warning: {options.host} lets other machines in, and there is no password: whoever reaches port "
+            f"{port} can use the model",
+            file=sys.stderr,
+        )
+    shown = f"[{address}]" if ":" in address else address
+    print(f"{player.name}: http://{shown}:{port}/ (Ctrl-C ends it)", flush=True)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ class Mirror:
         self._held: str | None = None
         self._problem: str | None = None
         self._told_at = -_TOLD_EVERY_S
+        self._told_of_prune = False
         self._changed = threading.Condition()
         self._news, self._idle, self._ending, self._given_up = True, False, False, threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)  # may hang in a dead network
@@ -76,7 +77,8 @@ class Mirror:
             self._ending = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._idle, wait_s)
-        self._given_up.set()
+            self._given_up.set()
+            self._changed.notify_all()
         missing = [checkpoint.name for checkpoint in self._wanted() if checkpoint.name not in self._there]
         if missing:
             why = self._problem or f"train.checkpoint.mirror_wait_s ({wait_s:g}) was over"
@@ -99,12 +101,14 @@ class Mirror:
                         return
             except Exception as error:  # whatever the service's library raises, the run goes on
                 self._tell_problem(urls.reason(error))
-                self._held = None
-                self._given_up.wait(pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-                self._news = True
+                pause_s = self._pause(pause_s)
+
+    def _pause(self, pause_s: float) -> float:
+        """Wait before the next attempt, at the end of the run not that long; the pause after it."""
         with self._changed:
-            self._changed.notify_all()
+            ending, self._news = self._ending, True
+            self._changed.wait_for(lambda: self._given_up.is_set() or self._ending != ending, pause_s)
+            return urls.FIRST_PAUSE_S if self._ending != ending else min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _rest(self) -> bool:
         """Say that nothing is left to do, if so; whether the thread is to end."""
@@ -135,11 +139,21 @@ class Mirror:
             again = "; it works again" if self._problem else ""
             self._problem, self._told_at = None, -_TOLD_EVERY_S
             self._tell(f"mirrored {checkpoint.name} to {self.url} in {time.monotonic() - start:.1f} s{again}")
-            if here := newest_first(self._folder):
-                bucket.prune(step_of(here[0]), self._config.mirror_keep, self._config.mirror_keep_every_steps)
+            self._prune(bucket)
             if self._news:
                 return True
         return True
+
+    def _prune(self, bucket: Bucket) -> None:
+        """Remove what is no longer kept there; told once where one may not, as some buckets are only added to."""
+        here = newest_first(self._folder)
+        try:
+            if here:
+                bucket.prune(step_of(here[0]), self._config.mirror_keep, self._config.mirror_keep_every_steps)
+        except Exception as error:  # whatever the service's library raises
+            if not self._told_of_prune:
+                self._warn(f"{self.url}: what is no longer kept there cannot be removed ({urls.reason(error)})")
+            self._told_of_prune = True
 
     def _missing(self, bucket: Bucket) -> list[Path]:
         """Of what is wanted, what the bucket does not have, newest first."""

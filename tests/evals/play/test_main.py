@@ -38,6 +38,7 @@ def test_what_cannot_be_served_is_told(capsys: pytest.CaptureFixture[str], weigh
     assert f"there is no folder {tmp_path / 'none'}" in refused(capsys, str(tmp_path / "none"))
     away = refused(capsys, weights, "--host", "192.0.2.1")
     assert "cannot listen on 192.0.2.1, port 8000" in away and "an address of this machine with --host" in away
+    assert "--device must be" in refused(capsys, weights, "--device", "tpu")
     dial = refused(capsys, weights, "--port", "0", "--dial", str(tmp_path / "dial.json"))
     assert f"there is no dial {tmp_path / 'dial.json'}; calibrate one" in dial
 
@@ -79,9 +80,9 @@ def test_ctrl_c_ends_it_and_what_is_being_answered(weights: str) -> None:
 
 
 def test_other_machines_get_in_only_if_asked(tmp_path: Path, tiny: dict[str, Any]) -> None:
-    """A run without a dial, open to all: the page says how to get one, the command that nobody needs a password."""
+    """A run without a dial, in bf16: the page says how to get one, the command that nobody needs a password."""
     run = run_folder(tmp_path / "mine", tiny)
-    with Processes("evals.play", str(run), "--port", "0", "--host", "0.0.0.0") as server:
+    with Processes("evals.play", str(run), "--port", "0", "--host", "0.0.0.0", "--dtype", "bf16") as server:
         address = _served(server).replace("0.0.0.0", "127.0.0.1")
         assert "warning: 0.0.0.0 lets other machines in, and there is no password" in server.output
         connection = http.client.HTTPConnection(address, timeout=30)
@@ -89,3 +90,7 @@ def test_other_machines_get_in_only_if_asked(tmp_path: Path, tiny: dict[str, Any
         (model,) = json.loads(connection.getresponse().read())["data"]
         assert model["id"] == "mine" and model["details"]["step"] == 7
         assert model["details"]["no_dial"].startswith(f"there is no dial {run / 'dial/dial.json'}; calibrate one")
+        body = json.dumps({"prompt": "def", "max_tokens": 2, "details": True})
+        connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
+        tokens = json.loads(connection.getresponse().read())["choices"][0]["details"]["tokens"]
+        assert all(0 <= token["layers"] <= 4 for token in tokens) and tokens

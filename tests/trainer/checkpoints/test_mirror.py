@@ -213,6 +213,35 @@ def test_what_the_run_was_taken_back_from_is_set_aside(place: Place) -> None:
     assert place.resume() == place.checkpoints / NAMES[2]
 
 
+def test_a_bucket_from_which_nothing_may_be_removed_fills_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fsspec.implementations.local import LocalFileSystem
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("Forbidden")
+
+    for method in ("rm", "rm_file"):
+        monkeypatch.setattr(LocalFileSystem, method, refuse)
+    mirror = place.start(mirror_keep=1)
+    for step in (1, 2, 3):
+        fake(place.checkpoints, step)
+        mirror.wake()
+        _until(lambda step=step: NAMES[step] in place.whole)
+    assert mirror.close(20.0) == [] and place.whole == [NAMES[3], NAMES[2], NAMES[1]]
+    assert place.warned == [f"{place.url}: what is no longer kept there cannot be removed (PermissionError: Forbidden)"]
+
+
+def test_the_end_of_a_run_does_not_wait_out_a_long_pause(
+    place: Place, failing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(urls, "FIRST_PAUSE_S", 30.0)
+    failing(ConnectionError("gone"), times=1)
+    fake(place.checkpoints, 1)
+    mirror = place.start()
+    _until(lambda: place.warned)
+    start = time.monotonic()
+    assert mirror.close(20.0) == [] and time.monotonic() - start < 10
+
+
 def test_a_torn_one_is_not_copied(place: Place) -> None:
     fake(place.checkpoints, 1)
     (fake(place.checkpoints, 2) / "deepspeed/weights.pt").write_bytes(b"")
