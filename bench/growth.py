@@ -99,8 +99,9 @@ def measure_pair(
     import torch
 
     from bench.common.contestants import random_tokens
-    from bench.common.memory import held_to_free_memory, is_out_of_memory
+    from bench.common.memory import held_to_free_memory
     from bench.step import PEAK, row
+    from trainer.monitor.out_of_memory import is_out_of_memory
 
     device = torch.device(options.device)
     try:

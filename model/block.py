@@ -13,8 +13,8 @@ Dimension letters: B batch, T tokens, N executed tokens, D width, F feed-forward
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,14 @@ class Decision(NamedTuple):
     selection: Selection
     explored: Selection | None = None
 
+    def with_gate(self, gate: Gate) -> Decision:
+        """The same tokens, with the values of ``gate``."""
+        return self._replace(gate=gate._replace(executed=self.gate.executed, explored=self.gate.explored))
+
+
+KeysValues = tuple[Tensor, Tensor]
+"""Of all tokens, the cached ones included, [B, S, G, K] each."""
+
 
 class FeedForward(nn.Module):
     """SwiGLU (Shazeer 2020): ``down(silu(gate(x)) * up(x))``."""
@@ -105,55 +113,88 @@ class Block(nn.Module):
     def forward(self, x: Tensor, inputs: PassInputs) -> tuple[Tensor, list[Decision]]:
         """x: [B, T, D] -> [B, T, D] and the decisions of this layer's routed sites, in site order."""
         if self.routed is None:
-            return self._run(inputs, self._dense, x), []
+            return self._dense(x, inputs), []
         if self.routed.granularity == "layer":
-            return self._layer_routed(x, inputs, self.routed)
-        return self._module_routed(x, inputs, self.routed)
+            sites = [_Site(self.router, self.input_layernorm, self._layer_update, True)]
+        else:
+            first, second = self.input_layernorm, self.post_attention_layernorm
+            sites = [
+                _Site(self.attention_router, first, self._attention_update, True),
+                _Site(self.ffn_router, second, self._ffn_update, False),
+            ]
+        decisions = []
+        for site in sites:
+            x, decision = self._routed(site, self.routed, x, inputs)
+            decisions.append(decision)
+        return x, decisions
 
     def _dense(self, x: Tensor, inputs: PassInputs) -> Tensor:
         selection = Selection.everything(*x.shape[:2])
-        update = self._layer_update(x, self.input_layernorm(x), selection, inputs)
-        return selection.add(x, update)
 
-    def _layer_routed(self, x: Tensor, inputs: PassInputs, config: RouterConfig) -> tuple[Tensor, list[Decision]]:
-        h = self.input_layernorm(x)
-        decision = _decide(self.router(h if config.input == "normed" else x, inputs.routing), config, inputs)
+        def update(x: Tensor) -> Tensor:
+            h = self.input_layernorm(x)
+            return self._layer_update(x, h, self._keys_values(h, inputs), selection, inputs)
+
+        return selection.add(x, _recomputed(update, x) if _recomputes(inputs) else update(x))
+
+    def _routed(self, site: _Site, config: RouterConfig, x: Tensor, inputs: PassInputs) -> tuple[Tensor, Decision]:
+        """``x`` with what ``site`` adds to it, and its decision."""
+
+        def gate(x: Tensor, h: Tensor) -> Gate:
+            return site.router(h if config.input == "normed" else x, inputs.routing)
+
+        def keys_values(h: Tensor) -> KeysValues | None:
+            return self._keys_values(h, inputs) if site.attends else None
+
+        h = site.norm(x)
+        decision = _decide(gate(x, h), config, inputs)
         if _nothing_to_do(decision, inputs):
-            self._write_keys_values(h, inputs)
-            return x, [decision]
-        missed = _missed(decision, inputs, self._layer_update, x, h)
-        update = self._run(inputs, self._layer_update, x, h, decision.selection)
-        return _add(x, update, missed, decision, config), [decision]
+            if site.attends:
+                self._write_keys_values(h, inputs)
+            return x, decision
+        if not _recomputes(inputs):
+            shared = keys_values(h)
+            missed = _missed(decision, inputs, site.part, x, h, shared)
+            update = site.part(x, h, shared, decision.selection, inputs)
+            return _add(x, update, missed, decision, config), decision
+        missed = None if decision.explored is None else _missed(decision, inputs, site.part, x, h, keys_values(h))
 
-    def _module_routed(self, x: Tensor, inputs: PassInputs, config: RouterConfig) -> tuple[Tensor, list[Decision]]:
-        h = self.input_layernorm(x)
-        attention = _decide(self.attention_router(h if config.input == "normed" else x, inputs.routing), config, inputs)
-        if _nothing_to_do(attention, inputs):
-            self._write_keys_values(h, inputs)
-        else:
-            missed = _missed(attention, inputs, self._attention_update, h)
-            update = self._run(inputs, self._attention_update, h, attention.selection)
-            x = _add(x, update, missed, attention, config)
+        # Of the above only masks and what explored tokens missed are kept: the norm's output, which is as large as x,
+        # and the gate are computed again, and the tokens are those that were decided here.
+        taken = decision._replace(
+            gate=Gate(decision.gate.executed, explored=decision.gate.explored),
+            selection=replace(decision.selection, recomputed=True),
+        )
 
-        h = self.post_attention_layernorm(x)
-        ffn = _decide(self.ffn_router(h if config.input == "normed" else x, inputs.routing), config, inputs)
-        if not _nothing_to_do(ffn, inputs):
-            missed = _missed(ffn, inputs, self._ffn_update, h)
-            update = self._run(inputs, self._ffn_update, h, ffn.selection)
-            x = _add(x, update, missed, ffn, config)
-        return x, [attention, ffn]
+        def whole(x: Tensor, missed: Tensor | None) -> tuple[Tensor, Gate]:
+            h = site.norm(x)
+            decision = taken.with_gate(gate(x, h))
+            update = site.part(x, h, keys_values(h), decision.selection, inputs)
+            return _add(x, update, missed, decision, config), decision.gate
 
-    def _layer_update(self, x: Tensor, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
+        x, learning = _recomputed(whole, x, missed)
+        return x, taken.with_gate(learning)
+
+    def _layer_update(
+        self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
+    ) -> Tensor:
         """What attention and feed-forward together add to the selected tokens, [N, D]."""
-        attended = self._attention_update(h, selection, inputs)
+        attended = self._attention_update(x, h, shared, selection, inputs)
         return attended + self.mlp(self.post_attention_layernorm(selection.gather(x) + attended))
 
-    def _attention_update(self, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
-        keys, values = self._keys_values(h, inputs)
+    def _attention_update(
+        self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
+    ) -> Tensor:
+        assert shared is not None
         cos, sin = selection.gather(inputs.cos), selection.gather(inputs.sin)
-        return self.self_attn(h, keys, values, cos, sin, selection, inputs.visibility)
+        return self.self_attn(h, *shared, cos, sin, selection, inputs.visibility)
 
-    def _keys_values(self, h: Tensor, inputs: PassInputs) -> tuple[Tensor, Tensor]:
+    def _ffn_update(
+        self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
+    ) -> Tensor:
+        return self.mlp(selection.gather(h))
+
+    def _keys_values(self, h: Tensor, inputs: PassInputs) -> KeysValues:
         """Keys and values of all tokens, the cached ones included, [B, S, G, K] each."""
         if inputs.cache is None:
             return self.self_attn.keys_values(h, inputs.cos, inputs.sin)
@@ -164,17 +205,32 @@ class Block(nn.Module):
         assert inputs.cache is not None
         inputs.cache.write(self.layer, *self.self_attn.keys_values(h, inputs.cos, inputs.sin))
 
-    def _ffn_update(self, h: Tensor, selection: Selection, inputs: PassInputs) -> Tensor:
-        return self.mlp(selection.gather(h))
 
-    def _run(self, inputs: PassInputs, part: Callable[..., Tensor], *args: Tensor | Selection) -> Tensor:
-        """Call ``part``; with activation checkpointing drop its inside and recompute it for the backward pass.
+@dataclass(frozen=True)
+class _Site:
+    """A routed site.
 
-        Decisions are taken outside, so that the recomputation sees the same executed tokens.
-        """
-        if inputs.recompute and torch.is_grad_enabled():
-            return checkpoint(part, *args, inputs, use_reentrant=False, preserve_rng_state=False)
-        return part(*args, inputs)
+    Attributes:
+        router: asked for each token.
+        norm: of the residual stream.
+        part: what it adds to the residual stream of the selected tokens, [N, D], from the stream, its norm, and all
+            tokens' keys and values.
+        attends: has an attention, whose keys and values are of every token.
+    """
+
+    router: nn.Module
+    norm: RMSNorm
+    part: Callable[[Tensor, Tensor, KeysValues | None, Selection, PassInputs], Tensor]
+    attends: bool
+
+
+def _recomputes(inputs: PassInputs) -> bool:
+    return inputs.recompute and torch.is_grad_enabled()
+
+
+def _recomputed(part: Callable[..., Any], *args: Tensor | None) -> Any:
+    """Activation checkpointing: ``part(*args)``, whose inside is dropped and computed again for the backward pass."""
+    return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
@@ -206,7 +262,7 @@ def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
     return update * decision.selection.gather(value)[:, None].to(update.dtype)
 
 
-def _missed(decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Tensor) -> Tensor | None:
+def _missed(decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Any) -> Tensor | None:
     """What ``part`` would have added to the explored tokens, [N, D], without a gradient of its own.
 
     Before the executed tokens' pass: under ZeRO 3 a module's last call in the forward pass must be the one that has a

@@ -296,7 +296,10 @@ class EnsembleConfig(ConfigBlock):
     top: int | None = Field(None, ge=2)
     """Only this many layers with the largest weights vote on a token; all of them unless given. At least 2: a single
     one has weight 1 whatever the router says, which then learns nothing."""
-    final_weight: float = Field(0.6, gt=0, le=1)
+    start: Literal["fit", "copy"] = "fit"
+    """Where the other layers' norms begin: ``fit`` to the final layer's normed state on some tokens of the data, or as
+    a ``copy`` of the final norm."""
+    final_weight: float = Field(0.995, gt=0, le=1)
     """Weight of the final layer at step 0, the rest shared by the others; 1 starts as the base model, to rounding."""
     balance: float = Field(0.0, ge=0)
     """Weight of the load-balancing term, which is least where all layers vote equally often."""

@@ -133,7 +133,7 @@ class Decoder(nn.Module):
         room = capacity if self.training else None
         explored = None if room is None else room.explored
         held = self._held(thresholds)
-        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, held, self.centres, explored)
+        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, held, self.centres, explored, self.recompute)
         inputs = self._pass_inputs(tokens, documents, positions, cache, routing, room)
         late, record = self._run_layers(tokens, inputs)
         if targets is None:

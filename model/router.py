@@ -93,6 +93,7 @@ class RoutingInputs:
         centres: what soft gates are centred on; the thresholds unless given. Read in training mode only.
         explored_tokens: how many skipped tokens of a window are explored; each by chance unless given. Read in training
             mode only.
+        recompute: what routers read is computed again for the backward pass, and not kept until then.
     """
 
     sample_ids: Tensor
@@ -103,6 +104,7 @@ class RoutingInputs:
     thresholds: Tensor | None = None
     centres: Centres | None = None
     explored_tokens: int | None = None
+    recompute: bool = False
 
 
 class Router(nn.Module):
@@ -127,7 +129,7 @@ class LearnedRouter(Router):
         """x: [B, T, D] -> decisions [B, T]."""
         # Detached: the layers below do not learn to please a router. Through the residual stream the gates' gradients
         # would multiply from site to site, until clipping leaves nothing of the language model's (docs/method.md).
-        logits = _logits(x.detach() if torch.is_grad_enabled() else x, self.weight)
+        logits = _logits(x.detach() if torch.is_grad_enabled() else x, self.weight, inputs.recompute)
         if not self.training:
             return Gate(self._greedy(logits, inputs.thresholds), logits=logits)
         margin = _difference(logits) + inputs.noise_scale * torch.logit(self._uniform(inputs))
@@ -247,15 +249,15 @@ def thresholds_of(numbers: Sequence[float | None]) -> Tensor:
     return torch.tensor([-math.inf if t is None else t for t in numbers])
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
-    """Skip and execute, fp32 [B, T, 2]."""
+def _logits(x: Tensor, weight: Tensor, recompute: bool = False) -> Tensor:
+    """Skip and execute, fp32 [B, T, 2]; autograd keeps ``x``, and nothing that outlives a recomputed layer's inside."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
-            return _logits(x, weight)
+            return _logits(x, weight, recompute)
     if not torch.is_grad_enabled():
         return F.linear(x.float(), weight.float())
     wide = x.float()
-    with _kept_as(wide, x):
+    with nullcontext() if recompute else _kept_as(wide, x):
         return F.linear(wide, weight.float())
 
 

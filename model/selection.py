@@ -79,6 +79,7 @@ class Selection:
         index: int64 [N], flat positions in the grid in rising order; None for everything.
         exact: no fillers among them.
         row_tokens: selected tokens of every row, where it is the same number for all.
+        recomputed: what is gathered from is computed again for the backward pass, and not kept until then.
     """
 
     batch: int
@@ -86,6 +87,7 @@ class Selection:
     index: Tensor | None = None
     exact: bool = True
     row_tokens: int | None = None
+    recomputed: bool = False
 
     @staticmethod
     def everything(batch: int, tokens: int, exact: bool = True) -> Selection:
@@ -148,9 +150,9 @@ class Selection:
     def kept_as_index(self, rows: Tensor, x: Tensor) -> AbstractContextManager[object]:
         """Inside, autograd keeps no copy of ``rows``, gathered from ``x`` [B, T, D], and gathers them again backward.
 
-        For operations on the rows of an ``x`` that is kept anyway.
+        For operations on the rows of an ``x`` that is kept anyway; it does nothing where ``x`` is recomputed.
         """
-        index = self.index
+        index = None if self.recomputed else self.index
         if index is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return nullcontext()
         flat, identity = x.detach().flatten(0, 1), id(rows)  # what the hooks refer to stays in memory: not the rows

@@ -59,7 +59,7 @@ CONTRACT = {
         "evals.routing",
         "evals.dial",
     ),
-    *("launch.slurm", "launch.doctor", "launch.plan", "launch.watch", "launch.rewind"),
+    *("launch.slurm", "launch.doctor", "launch.plan", "launch.watch", "launch.rewind", "launch.profile"),
     *("bench.step", "bench.decode", "bench.loader", "bench.isoflop"),
 }
 # Takes a config first: what must be said of one that is not there, or has a key that is none.

@@ -26,8 +26,9 @@ MAY_IMPORT = {
 MAY_IMPORT_WITHIN = {
     "trainer.checkpoints": {"trainer.code_state", "trainer.config", "trainer.distributed", "trainer.engine"}
     | {"trainer.deepspeed_internals", "trainer.log"},
-    "trainer.monitor": {"trainer.checkpoints", "trainer.config", "trainer.distributed", "trainer.evaluate"}
-    | {"trainer.exit_status", "trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.step"},
+    "trainer.monitor": {"trainer.checkpoints", "trainer.code_state", "trainer.config", "trainer.deepspeed_internals"}
+    | {"trainer.distributed", "trainer.evaluate", "trainer.exit_status", "trainer.flight_recorder"}
+    | {"trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.step"},
     "trainer.tasks": {"trainer.config", "trainer.distributed"},
     "data.prepare": {"data.config", "data.discovery", "data.files", "data.shards", "data.sources"}
     | {"data.store", "data.token_files", "data.tokenization", "data.tokenizer", "data.tokenizer_json"},
@@ -41,6 +42,7 @@ MAY_IMPORT_WITHIN = {
     "launch.demo": set(),
     "launch.doctor": {"launch.configs", "launch.plan"},
     "launch.plan": {"launch.configs"},
+    "launch.profile": set(),
     "launch.slurm": {"launch.configs"},
     "launch.watch": set(),
 }

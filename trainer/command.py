@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,21 @@ def run_stage(
     with user_errors(EXIT_MISTAKE), lost_rank():
         config = load(arguments.config, arguments.overrides)
         open_run(config.train)
+        grow_segments(os.environ)
         from trainer.distributed import join, leave
 
         with user_errors():  # a host that does not answer now may be another one, or well, at the next start
-            world = join(config.train.timeout_s)
+            world = join(config.train.timeout_s, Path(str(config.train.run_dir)))
         status = train(config, arguments.config, world)
         leave()
     return status
+
+
+def grow_segments(environment: MutableMapping[str, str]) -> None:
+    """Let the segments of torch's CUDA allocator grow, unless the user's variable says how to allocate.
+
+    Before torch is imported, which reads it. The number of executed tokens differs from step to step, so blocks of ever
+    other sizes are asked for; in segments of fixed size they leave gaps (torch's notes on CUDA, "Memory management").
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -145,7 +145,7 @@ class SpikeConfig(Strict):
 
 
 class LogConfig(Strict):
-    """Metrics: ``metrics.jsonl``, TensorBoard and the progress line."""
+    """Metrics: ``metrics.jsonl``, trackers and the progress line."""
 
     every_steps: int = Field(10, gt=0)
     """Steps between two metric lines; figures are means over them."""
@@ -153,6 +153,29 @@ class LogConfig(Strict):
     """Peak of one device in TFLOP/s, for MFU; the fastest matrix product measured at the start unless given."""
     images: bool = True
     """Draw the routing heat map at every evaluation."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"])
+    """Where figures, pictures, config and code state go besides the run folder; none of them slows or stops a run.
+    Addresses and keys are the trackers' own variables: ``MLFLOW_TRACKING_URI``, ``WANDB_API_KEY``, ``WANDB_MODE``."""
+    project: str = Field("hopscotch", min_length=1)
+    """wandb, mlflow: the project or experiment that the run belongs to; its name there is its folder's."""
+
+
+class ProfileConfig(Strict):
+    """A trace of a few steps from every rank, in ``RUN/profile``; ``launch.profile`` sums it up."""
+
+    steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    """The first and the last step of the trace, as the log counts them; two to ten are enough, and not the first ones
+    of a start, which are slower than the rest."""
+    memory: bool = False
+    """On a GPU also a snapshot of its memory with the stack of every allocation, for pytorch.org/memory_viz; recorded
+    from the start on, so that an out-of-memory error has it, too."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        first, last = self.steps
+        if last < first:
+            raise ValueError(f"steps must be the first and the last to profile, got {first} and {last}; swap them")
+        return self
 
 
 class TrainConfig(Strict):
@@ -200,6 +223,8 @@ class TrainConfig(Strict):
     """Saving and resuming."""
     log: LogConfig = LogConfig()
     """Metrics."""
+    profile: ProfileConfig | None = None
+    """Where the time and memory of some steps go; nothing is profiled unless given."""
 
     @property
     def last_step(self) -> int:

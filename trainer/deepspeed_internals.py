@@ -79,6 +79,11 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def local_part(parameter: Tensor) -> Tensor:
+    """What this rank keeps of a parameter: of a partitioned one its partition."""
+    return parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
+
+
 def whole_shape(parameter: Tensor) -> torch.Size:
     """Of all of a parameter, partitioned or not."""
     return getattr(parameter, "ds_shape", parameter.shape)
@@ -150,6 +155,18 @@ def share_weights(engine: Any, gather: Callable[[Tensor], Tensor]) -> None:
 def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The optimiser that DeepSpeed's own one wraps, or itself where nothing is wrapped."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def optimizer_tensors(engine: Any) -> list[Tensor]:
+    """What the optimiser keeps beside the weights: what it steps, master weights where there are some, and its states.
+
+    At stage 0 in fp32 that is the weights themselves.
+    """
+    optimizer = torch_optimizer(engine)
+    stepped = [p for group in optimizer.param_groups for p in group["params"]]
+    masters = list(getattr(engine.optimizer, "fp32_partitioned_groups_flat", ()))
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return [*stepped, *masters, *states]
 
 
 def master_places(engine: Any, rank: int, size: int) -> Iterator[tuple[str, Place]]:

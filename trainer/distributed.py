@@ -13,12 +13,14 @@ import resource
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from trainer import flight_recorder
 from trainer.deepspeed_internals import import_deepspeed, uses_cuda
 from trainer.meeting import meet, rank_numbers
 
@@ -101,8 +103,12 @@ ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 """One process on a CPU: for what reads and writes without ranks."""
 
 
-def join(timeout_s: float) -> World:
+def join(timeout_s: float, run: Path | None = None) -> World:
     """Meet the other ranks and bind this one to its device.
+
+    Args:
+        timeout_s: how long a collective may wait.
+        run: the run folder, for what NCCL writes when one has waited longer.
 
     Raises:
         ValueError: they cannot meet.
@@ -129,6 +135,8 @@ def join(timeout_s: float) -> World:
             # Without this every rank takes all cores and they fight over them.
             torch.set_num_threads(max((os.cpu_count() or 1) // local_size, 1))
     backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl":
+        flight_recorder.enable(run)
     meet(rank, size, backend, timeout_s, device)
     deepspeed.init_distributed(backend, timeout=timedelta(seconds=timeout_s), verbose=False)
     return World(rank, size, local_rank, local_size, device)

@@ -27,6 +27,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
     if due and not trainer.metrics.has_evaluation(trainer.step):
         trainer.validate()
     trainer.metrics.open_bar()
+    trainer.begin_loading()
     with prefetch(micro_batches(data, config, trainer.world, trainer.step, trainer.samples), 2) as loader:
         for batches in loader:
             result = trainer.train_step(batches, loader.waited_s)
@@ -42,7 +43,7 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
                 return False
             if last or trainer.step % evaluate_every == 0:
                 trainer.validate()
-            trainer.run.beat(trainer.step, "loading")
+            trainer.begin_loading()
     trainer.metrics.close_bar()
     if resumed_at >= last_step:
         field = "train.steps" if last_step == train.steps else "train.stop_at_step"

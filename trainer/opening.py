@@ -10,6 +10,7 @@ from settings import rank_by_environment
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.checkpoints.retention import refuse_taken
 from trainer.config import TrainConfig
+from trainer.monitor.trackers.check import refuse_unusable
 
 
 def open_model(path: Path) -> None:
@@ -32,13 +33,14 @@ def open_run(train: TrainConfig) -> None:
     :func:`trainer.checkpoints.resume.to_resume` looks again, at whole checkpoints and for all ranks.
 
     Raises:
-        ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``; or a file of
-            questions is missing or wrong.
+        ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``, or a tracker
+            cannot be used, or a file of questions is missing or wrong.
     """
     if rank_by_environment() != 0:
         return
     print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
     folder = checkpoints_of(str(train.run_dir))
     refuse_taken(folder, [found.name for found in newest_first(folder)], train.checkpoint.resume)
+    refuse_unusable(train.log.trackers)
     for path in find_tasks(train.evaluation.tasks)[0]:
         read_questions(path)

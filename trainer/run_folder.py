@@ -6,6 +6,7 @@ runs/NAME/
   code.commit, code.diff  commit of the code, and what tracked files had on top of it, if anything, at the last start
   metrics.jsonl           one line a logged step
   tensorboard/            the same, to look at
+  trackers.json           which runs of other trackers are this one: see trainer/monitor/trackers/
   heartbeat/rank-N.json   step and phase of every rank: see trainer/heartbeat.py
   logs/rank-N.log         what every rank had to say
   checkpoints/            see trainer/checkpoints/layout.py
@@ -52,6 +53,16 @@ class RunFolder:
             (self.path / name).unlink(missing_ok=True)  # of an earlier start
             if content:
                 write_atomically(self.path / name, content.encode())
+
+    @property
+    def description(self) -> list[Path]:
+        """The files that say what the run is; some may not be there."""
+        return [self.path / name for name in (CONFIG, "config.original.yaml", "code.commit", "code.diff")]
+
+    @property
+    def record(self) -> list[Path]:
+        """The files that say how it went."""
+        return [self.metrics, self.log]
 
     def beat(self, step: int, phase: str) -> None:
         """Say what this rank does now, and at which step: progress."""

@@ -29,6 +29,8 @@ from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.initial import Fork, GivenWeights, Initial
 from trainer.log import open_log
 from trainer.monitor.metrics import Metrics
+from trainer.monitor.out_of_memory import is_out_of_memory, out_of_memory
+from trainer.monitor.profiler import StepProfiler
 from trainer.monitor.spikes import SpikeDetector, how_to_go_back
 from trainer.monitor.stop import StopRequest, is_lost_rank, too_many_bad_steps
 from trainer.monitor.watchdog import Watchdog
@@ -58,7 +60,7 @@ class Trainer:
         world: this process among all.
         decoder: the model to train; a freshly initialised one unless given.
         initial: finds what a fresh run starts from; not called for a run that is resumed. Freshly drawn weights, or
-            ``decoder``'s, unless given.
+            ``decoder``'s, unless it is given and finds something.
         tasks: to run beside the evaluations; none unless given.
 
     Attributes:
@@ -78,7 +80,7 @@ class Trainer:
         validation_sets: Sequence[ValidationStream],
         world: World,
         decoder: Decoder | None = None,
-        initial: Callable[[], Initial] | None = None,
+        initial: Callable[[], Initial | None] | None = None,
         tasks: LiveTasks | None = None,
     ):
         self.tasks = tasks
@@ -92,7 +94,12 @@ class Trainer:
         config, precision_told = decide(config, world, source)
         self.config = config
         self._hold = ExitStack()  # until the end no other run may write here
-        self.engine = build_engine(config, world, decoder, _drawn(source, given))
+        try:
+            self.engine = build_engine(config, world, decoder, _drawn(source, given))
+        except BaseException as error:
+            if sentence := self._lack_of_memory(error, "while the engine was built"):
+                raise ValueError(sentence) from error
+            raise
         try:
             self._open(config_path, source, given, precision_told)
         except BaseException as error:
@@ -150,6 +157,8 @@ class Trainer:
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
         self.engine.module.register_forward_hook(lambda *_: tick())
         self.watchdog = Watchdog(self.run, config.train.stall_timeout_s, self.stop.request, world.size)
+        profile = config.train.profile
+        self._profiler = None if profile is None else StepProfiler(profile, self.run.path, world.rank, world.device)
         self.evaluations: dict[int, list[Evaluation]] = {}
         self._bad_in_a_row = 0
         self.watchdog.start()
@@ -158,7 +167,14 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        """Flush the metrics and say how this rank has ended."""
+        """Flush the metrics and say how this rank has ended.
+
+        Raises:
+            ValueError: in the place of an error for lack of memory: who holds it, and what helps.
+        """
+        if self._profiler is not None:
+            self._profiler.close()
+        doing = self.run.heartbeat.phase
         phase = "ended" if self.step >= self.config.train.last_step else "stopped"
         if error is not None:
             self.saver.end()
@@ -166,8 +182,17 @@ class Trainer:
         self.watchdog.stop()
         self.run.beat(self.step, phase)
         self.run.heartbeat.write()
-        self.metrics.close()
+        self.metrics.close(phase)
+        sentence = self._lack_of_memory(error, f"in step {self.step + 1:,} ({doing})")
         self._let_go(error)
+        if sentence:
+            raise ValueError(sentence) from error
+
+    def _lack_of_memory(self, error: BaseException | None, where: str) -> str | None:
+        """Who holds the memory that ``error`` has not got; None for another error."""
+        if error is None or not is_out_of_memory(error):
+            return None
+        return out_of_memory(error, getattr(self, "engine", None), self.config, self.world, where, self.run.path)
 
     def _let_go(self, error: BaseException | None) -> None:
         """Of the run folder, and of the engine, whose hooks another one in this process would meet.
@@ -196,6 +221,13 @@ class Trainer:
         )
         self.end_step(result, lr, waited_s)
         return result
+
+    def begin_loading(self) -> None:
+        """Between two steps: the next one's data is asked for."""
+        if self._profiler is not None:
+            with self.metrics.paused():
+                self._profiler.between_steps(self.step, self.engine, self.run.heartbeat, self.metrics)
+        self.run.beat(self.step, "loading")
 
     def begin_step(self) -> float:
         """Heartbeat and learning rate of the step to come; returns the rate."""

@@ -28,10 +28,11 @@ def describe_start(
         "tokens",
     ]
     if ensemble is not None:
+        norms = "copies of the final one" if ensemble.start == "copy" else "fitted to the final one's states"
         lines.insert(
             3,
-            f"ensemble  the last {ensemble.layers} layers, final weight {ensemble.final_weight} at the start, "
-            f"distillation {ensemble.distillation}, balance {ensemble.balance}",
+            f"ensemble  the last {ensemble.layers} layers, norms {norms}, final weight {ensemble.final_weight} at the "
+            f"start, distillation {ensemble.distillation}, balance {ensemble.balance}",
         )
     for source in data.summary(train.samples):
         lines.append(f"data      {source.sentence()}")

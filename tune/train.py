@@ -54,7 +54,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
     tasks = open_tasks(config, Path(str(config.data.tokenizer)), world)
-    with Tuner(config, config_path, data.fingerprint, sets, world, decoder, tokenizer, tasks) as trainer:
+    with Tuner(config, config_path, data, sets, world, decoder, tokenizer, tasks) as trainer:
         trainer.log.info(describe_start(trainer.config, base, data, [*sets, *tests], decoder, world))
         trained, total = trainable_counts(decoder)
         if trainer.step == 0:

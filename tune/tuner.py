@@ -13,10 +13,11 @@ from trainer.distributed import World
 from trainer.tasks.live import LiveTasks
 from trainer.trainer import Trainer
 from tune.adapter_files import save_adapter
-from tune.batches import ExampleSet
+from tune.batches import ExampleSet, TuningData
 from tune.classes import token_classes
 from tune.config import TuneConfig
 from tune.evaluate import ExamplesEvaluation, evaluate_examples
+from tune.late_norms import fit_norms
 from tune.report import figures, table
 from tune.vote_figure import vote_figure
 
@@ -30,14 +31,18 @@ class Tuner(Trainer):
         self,
         config: TuneConfig,
         config_path: Path,
-        fingerprint: str,
+        data: TuningData,
         sets: Sequence[ExampleSet],
         world: World,
         decoder: Decoder,
         tokenizer: TextTokenizer,
         tasks: LiveTasks | None = None,
     ):
-        super().__init__(config, config_path, fingerprint, sets, world, decoder, tasks=tasks)
+        def start() -> None:
+            if config.ensemble is not None and config.ensemble.start == "fit":
+                fit_norms(decoder, data, config.data.sequence_tokens, world)
+
+        super().__init__(config, config_path, data.fingerprint, sets, world, decoder, start, tasks)
         self._sets = sets
         self._classes = token_classes(tokenizer)
 

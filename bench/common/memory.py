@@ -100,13 +100,6 @@ def held_to_free_memory(device: torch.device) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """True for what torch raises when an allocation fails, on either kind of device."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
 def free_bytes() -> int | None:
     """Main memory that can still be taken, by the system's and the container's account; None where neither says."""
     known = []

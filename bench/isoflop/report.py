@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from bench.common.paired import by_signs
 from bench.isoflop.results import FinishedRun
 from bench.isoflop.suite import Suite
 from settings.tables import markdown
@@ -66,7 +67,7 @@ def main_table(suite: Suite, results: Sequence[FinishedRun]) -> str:
     header = ["variant", "layers", "parameters without embedding", "density: target", "greedy", "training tokens"]
     header += [f"executed FLOPs of {suite.title(suite.reference)}"]
     for name in sets:
-        header += [f"validation loss, {name}", f"minus {suite.title(suite.reference)}, by seed"]
+        header += [f"validation loss, {name}", f"minus {suite.title(suite.reference)}, by seed", "from 0"]
     header += [f"{task}, {'bits per byte' if task == 'perplexity' else 'accuracy'}" for task in _tasks(suite)]
     reference = _of(results, suite.reference)
     body = []
@@ -82,7 +83,7 @@ def main_table(suite: Suite, results: Sequence[FinishedRun]) -> str:
         row += [f"{own[0].tokens:,}", _ratio(own, reference, lambda r: r.flops)]
         for name in sets:
             row.append(spread((r.losses[name] for r in own), ".4f", count=True))
-            row.append(_NONE if variant == suite.reference else _paired(own, reference, name))
+            row += [_NONE, _NONE] if variant == suite.reference else _paired(own, reference, name)
         row += [spread((r.downstream.get(task) for r in own), ".4f") for task in _tasks(suite)]
         body.append(row)
     return markdown([header, *body])
@@ -205,8 +206,9 @@ def _ratio(own: Sequence[FinishedRun], reference: Sequence[FinishedRun], figure:
     return f"{statistics.mean(map(figure, own)) / statistics.mean(map(figure, reference)):.3f}"
 
 
-def _paired(own: Sequence[FinishedRun], reference: Sequence[FinishedRun], name: str) -> str:
-    """Loss minus that of the reference's run with the same seed."""
+def _paired(own: Sequence[FinishedRun], reference: Sequence[FinishedRun], name: str) -> list[str]:
+    """Loss minus that of the reference's run with the same seed, and how far from 0 that is."""
     of_seed = {r.run.seed: r.losses[name] for r in reference}
     pairs = [(r.losses[name], of_seed.get(r.run.seed)) for r in own]
-    return spread((a - b for a, b in pairs if a is not None and b is not None), "+.4f", count=True)
+    leads = [a - b for a, b in pairs if a is not None and b is not None]
+    return [spread(leads, "+.4f", count=True), by_signs(leads).sentence() if len(leads) > 1 else _NONE]

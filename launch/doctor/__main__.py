@@ -113,6 +113,7 @@ def machine_checks(
     }
     if train is not None:
         checks["run folder"] = partial(storage.run_folder, train)
+        checks["trackers"] = partial(storage.trackers, train)
     if "RANK" not in os.environ:
         checks["port"] = machine.port  # of launched ranks it is in use, by them
     return checks

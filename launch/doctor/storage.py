@@ -15,6 +15,7 @@ from trainer.checkpoints import resume, retention
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.config import TrainConfig
 from trainer.distributed import ALONE
+from trainer.monitor.trackers.check import refuse_unusable
 
 PROBE_BYTES = 64 * 2**20
 _SAVE_LONG_S = 600.0
@@ -37,6 +38,16 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
         yield Finding("run folder", "error", f"{train.run_dir} has nothing to resume from: {there}", remedy)
     else:
         yield Finding("run folder", "ok", f"{train.run_dir}: {there}")
+
+
+def trackers(train: TrainConfig) -> Iterator[Finding]:
+    """Whether the run's trackers are installed, and know where to and as whom; no server is asked.
+
+    Raises:
+        ValueError: if one is not, in the run's own words.
+    """
+    refuse_unusable(train.log.trackers)
+    yield Finding("trackers", "ok", ", ".join(train.log.trackers) or "none")
 
 
 def space(folder: Path, size_bytes: float | None, keep: int) -> Iterator[Finding]:

@@ -12,7 +12,8 @@ size whatever the model's, and stage 3 keeps gathered layers that it will soon n
     3       w P / N    micro-batches) x P_t / N      (4+m) P_t / N               4 P_t / N
 
 Activations are counted from what autograd keeps in ``model/block.py`` and ``model/head.py``, in elements of w bytes a
-token: of every token the residual stream, its norm, keys and values; of an executed token the rest. Activations and the
+token: of every token the residual stream, its norm, keys and values; of an executed token the rest; with activation
+checkpointing the residual stream before each layer or, with a router for each module, each of them. Activations and the
 update's copies are not held at once, so the peak is the larger of the two.
 
 tests/launch/plan/test_memory_model.py counts the bytes of a real engine. D width, H query heads, G key/value heads, K
@@ -152,13 +153,11 @@ def _layer_elements(model: ModelConfig, routed: bool, share: float, checkpointin
     if not routed:
         return d if checkpointing else 4 * d + 3 * queries + keys_values + 4 * model.ffn_width
     assert model.router is not None
+    sites = 1 if model.router.granularity == "layer" else 2
+    if checkpointing:
+        return sites * d
     # The residual stream and its norm, which the router reads; an executed token's update, which its gate multiplies.
-    if model.router.granularity == "layer":
-        outside, inside = 2 * d + share * d, keys_values + share * (3 * queries + 2 * d + 4 * model.ffn_width)
-    else:
-        outside = 4 * d + share * 2 * d
-        inside = keys_values + share * (3 * queries + d + 4 * model.ffn_width)
-    return outside if checkpointing else outside + inside
+    return sites * 2 * d + keys_values + share * (3 * d + 3 * queries + 4 * model.ffn_width)
 
 
 def _working_bytes(workload: Workload, checkpointing: bool | None, density: float | None) -> float:

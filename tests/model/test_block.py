@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import weakref
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
@@ -29,6 +31,15 @@ from tests.model.tiny import (
 )
 
 BATCH = 3
+
+
+@dataclass(eq=False)
+class Saved:
+    """A tensor that autograd keeps."""
+
+    tensor: Tensor
+
+
 KINDS = ["learned", "random", "stride", "expert_choice"]
 granular = pytest.mark.parametrize("granularity", ["layer", "module"])
 EXECUTIONS = ["rounded", "reference"]
@@ -349,6 +360,24 @@ def test_recomputation_changes_no_bit(kind: str, granularity: str, execution: st
     assert torch.equal(a.loss.loss, b.loss.loss) and torch.equal(a.routing.executed, b.routing.executed)
     for name in a_gradients:
         assert torch.equal(a_gradients[name], b_gradients[name]), name
+
+
+@granular
+def test_recomputation_keeps_one_residual_stream_a_site(granularity: str) -> None:
+    """Neither its norm nor an update; the final norm and the head keep one tensor each."""
+    model = decoder(config("learned", granularity=granularity), recompute=True)
+    alive: weakref.WeakSet[Saved] = weakref.WeakSet()  # what is dropped on the way leaves it
+
+    def pack(tensor: Tensor) -> Saved:
+        alive.add(saved := Saved(tensor.detach()))
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        out = model(random_tokens(), random_targets(), noise_scale=0.7)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    streams = {s.tensor.untyped_storage().data_ptr() for s in alive if s.tensor.numel() >= BATCH * LENGTH * 64}
+    assert len(streams - weights) == len(model.config.sites) + 2
+    assert out.loss is not None
 
 
 def test_record_counts_keys_by_hand() -> None:

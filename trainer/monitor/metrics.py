@@ -1,4 +1,4 @@
-"""Metrics: one line of JSON a logged step, the same figures in TensorBoard, a progress line for people.
+"""Metrics: one line of JSON a logged step, the same figures to the run's trackers, a progress line for people.
 
 Names are ``group/name``; docs/training.md has the table with units. Only rank 0 writes; every figure is already one
 of all ranks. ``metrics.jsonl`` has each step once: what is found after the same step goes into the same line, which is
@@ -8,6 +8,7 @@ yet; so a stop moves no mean.
 
 from __future__ import annotations
 
+import io
 import math
 import resource
 import sys
@@ -24,18 +25,20 @@ from data.files import write_atomically
 from data.stages import describe_shares, stage_after
 from model.budget import Budget
 from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops, training_flops
+from trainer import code_state
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.log import logger_of_run
 from trainer.monitor import metrics_file
 from trainer.monitor.append_only import Lines
+from trainer.monitor.trackers.all import Trackers
+from trainer.monitor.trackers.interface import Opening
 from trainer.run_folder import RunFolder
 from trainer.step import StepResult, Tally
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
 
 
 class Metrics:
@@ -74,16 +77,16 @@ class Metrics:
         self._line: dict[str, Any] = {}
         self._history: list[tuple[int, list[float]]] = []
         self._evaluated_at: set[int] = set()
-        self._writer: SummaryWriter | None = None
+        self._trackers: Trackers | None = None
         self._bar: tqdm | None = None
         self._told_of_pictures = self._told_of_peak = False
         step = self._first_step = resumed_at or 0
         if world.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # not on ranks that do not write
-
             self._keep_lines_up_to(-1 if resumed_at is None else step)
-            self._writer = SummaryWriter(str(run.tensorboard), purge_step=step + 1)
             self._lines = Lines(run.metrics, self.log.warning)
+            log = config.train.log
+            opening = Opening(run.path, log.project, config.model_dump(mode="json"), code_state.commit(), resumed_at)
+            self._trackers = Trackers(log.trackers, opening, run.description, run.record, self.log.warning)
 
     def open_bar(self) -> None:
         """Show a progress bar from here on, if rank 0 writes to a terminal."""
@@ -125,9 +128,8 @@ class Metrics:
         told = f"{stage.name} begins with sample {stage.first:,}: {describe_shares(stage, self.sources)}"
         self.log.info(f"step {step:>6,}  data.stages: {told}")
         self._add(step, {"data/stage": number})
-        if self._writer is not None:
-            with self._to_look_at():
-                self._writer.add_text("data/stages", told, step)
+        if self._trackers is not None:
+            self._trackers.text(step, "data/stages", told)
 
     def log_evaluation(self, step: int, evaluations: list[Evaluation]) -> None:
         """Log validation losses and densities, and draw the routing."""
@@ -153,13 +155,19 @@ class Metrics:
         self._add(step, dict(figures))
 
     def draw(self, name: str, step: int, figure: Callable[[], Figure]) -> None:
-        """Put a stage's own picture into TensorBoard and, its name's slashes replaced, beside ``metrics.jsonl``."""
-        if self._writer is None or not self.config.train.log.images:
+        """Send a stage's own picture to the trackers and put it, its name's slashes replaced, beside
+        ``metrics.jsonl``."""
+        if self._trackers is None or not self.config.train.log.images:
             return
-        drawn = figure()
-        with self._to_look_at():
-            drawn.savefig(self.run.path / f"{name.replace('/', '-')}.png", dpi=110)
-            self._writer.add_figure(name, drawn, step)
+        content = io.BytesIO()
+        figure().savefig(content, dpi=110, format="png")
+        self._trackers.picture(step, name, content.getvalue())
+        try:
+            (self.run.path / f"{name.replace('/', '-')}.png").write_bytes(content.getvalue())
+        except OSError as error:
+            if not self._told_of_pictures:
+                self.log.warning(f"pictures in {self.run.path} cannot be written ({error.strerror}); they stay behind")
+            self._told_of_pictures = True
 
     def has_evaluation(self, step: int) -> bool:
         """True if ``step`` was evaluated before a resume; known on every rank."""
@@ -174,7 +182,7 @@ class Metrics:
 
     def write_line(self) -> None:
         """Write what was found after the last step as its line, if anything was."""
-        if self._writer is not None and self._line:
+        if self._trackers is not None and self._line:
             self._lines.add(metrics_file.text_of(self._line))
         self._line = {}
 
@@ -194,14 +202,13 @@ class Metrics:
         self._waited_s -= state["waited_s"]
         self._line = state["line"] | self._line
 
-    def close(self) -> None:
-        """Flush everything to disk."""
+    def close(self, phase: str = "ended") -> None:
+        """Flush everything to disk and to the trackers; ``phase``, of ``trainer.heartbeat.FINAL``, is how it ended."""
         self.close_bar()
         self.write_line()
-        if self._writer is not None:
-            with self._to_look_at():
-                self._writer.close()
+        if self._trackers is not None:
             self._lines.close()
+            self._trackers.close(phase)
 
     def _training_line(self, step: int, lr: float, budget: Budget, elapsed_s: float, waited_s: float) -> dict[str, Any]:
         good = [r for r in self._since_log if r.applied]
@@ -284,31 +291,15 @@ class Metrics:
         return executed_flops(self.config.model, routed) / routed.tokens
 
     def _add(self, step: int, figures: dict[str, Any]) -> None:
-        """Put ``figures`` into the line of ``step`` and into TensorBoard."""
-        if self._writer is None or not figures:
+        """Put ``figures`` into the line of ``step``, and send them to the trackers."""
+        if self._trackers is None or not figures:
             return
         # JSON has no NaN: a figure that is not one is null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
         if self._line.get("step", step) != step:
             self.write_line()
         self._line = {"step": step, **self._line, **clean}
-        with self._to_look_at():
-            for name, value in clean.items():
-                if value is not None:
-                    self._writer.add_scalar(name, value, step)
-
-    @contextmanager
-    def _to_look_at(self) -> Iterator[None]:
-        """Pictures and TensorBoard hold nothing that ``metrics.jsonl`` does not: a disk without room ends no run."""
-        try:
-            yield
-        except OSError as error:
-            if not self._told_of_pictures:
-                self.log.warning(
-                    f"TensorBoard and pictures in {self.run.path} cannot be written ({error.strerror}); they stay "
-                    "behind until the next start, metrics.jsonl has the figures"
-                )
-            self._told_of_pictures = True
+        self._trackers.figures(step, {name: value for name, value in clean.items() if value is not None})
 
     def _tell(self, step: int, line: dict[str, Any]) -> None:
         density = f"  density {line['density/mean']:.3f}" if self.sites else ""
@@ -321,7 +312,7 @@ class Metrics:
 
     def _draw(self, step: int, evaluation: Evaluation) -> None:
         self._history.append((step, evaluation.greedy.density))
-        if self._writer is None or not self.config.train.log.images:
+        if self._trackers is None or not self.config.train.log.images:
             return
         from trainer.monitor.routing_figure import routing_figure  # matplotlib
 

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from itertools import chain, repeat
 from pathlib import Path
 
+from trainer import flight_recorder
 from trainer.exit_status import EXIT_STALLED
 from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, beat_every_s, behind, read_beats
 from trainer.monitor.orphan import LAUNCHER, is_gone
@@ -126,6 +127,7 @@ class Watchdog:
             faulthandler.dump_traceback(self._file, all_threads=True)
         heartbeat.note(heartbeat.step, "stalled")
         heartbeat.write()
+        flight = flight_recorder.dump(self.run.path, self.run.rank)
         if _is_first(folder):
             earlier = read_beats(folder)
             time.sleep(self._linger_s)
@@ -133,7 +135,8 @@ class Watchdog:
         else:
             time.sleep(self._linger_s)
             sentence = f"{stall_sentence([], [], self.stall_timeout_s)}; another rank says which are behind"
-        self._say(f"{sentence}; its stacks are in {self.run.log}")
+        collectives = f", NCCL's last collectives are in {flight}" if flight else ""
+        self._say(f"{sentence}; its stacks are in {self.run.log}{collectives}")
         os._exit(EXIT_STALLED)
 
     def _say(self, sentence: str) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from bench.common import memory
-from bench.common.memory import free_bytes, held_to_free_memory, is_out_of_memory, peak_bytes, tensor_bytes
+from bench.common.memory import free_bytes, held_to_free_memory, peak_bytes, tensor_bytes
+from trainer.monitor.out_of_memory import is_out_of_memory
 
 CPU = torch.device("cpu")
 KIB = 1024

@@ -66,16 +66,17 @@ def test_the_table_has_means_spreads_and_pairs_of_the_same_seed(finished: tuple[
     counts = parameter_counts(runs["dense-seed0"].config.model)
     inside = f"{counts['total'] - counts['embedding'] - counts['head']:,}"
     loss, downstream = "4.1000 ± 0.1414 (2)", ["0.6250", "2.5000"]
-    assert table["all layers"] == ["1", inside, "-", "-", "1,024", "1.000", loss, "-", *downstream]
+    assert table["all layers"] == ["1", inside, "-", "-", "1,024", "1.000", loss, "-", "-", *downstream]
     density = runs["skip-seed0"].config.model.router.density  # type: ignore[union-attr]
     skip = table["skip"]
     assert skip[2:6] == [f"{density:.3f}", "0.300 ± 0.071", "1,024", "0.950"]
-    assert skip[6:] == ["4.1500 ± 0.3536 (2)", "+0.0500 ± 0.2121 (2)", "-", "-"]  # -0.1 and +0.2
+    far = "+0.3 standard errors, p 1"
+    assert skip[6:] == ["4.1500 ± 0.3536 (2)", "+0.0500 ± 0.2121 (2)", far, "-", "-"]  # -0.1 and +0.2
     late = f"{runs['late-seed1'].planned_flops / runs['dense-seed1'].planned_flops:.3f}"
-    assert table["late"][5:] == [late, "4.5000 (1)", "+0.3000 (1)", "-", "-"]
+    assert table["late"][5:] == [late, "4.5000 (1)", "+0.3000 (1)", "-", "-", "-"]
     assert set(table["absent"]) == {"-"}
     assert table["variant"][6:] == [
-        "validation loss, code", "minus all layers, by seed", "blimp, accuracy", "perplexity, bits per byte"
+        "validation loss, code", "minus all layers, by seed", "from 0", "blimp, accuracy", "perplexity, bits per byte"
     ]  # fmt: skip
 
 

@@ -232,6 +232,15 @@ def test_a_run_folder_in_use_is_an_error(tiny: dict[str, Any], tmp_path: Path) -
     assert only(storage.run_folder(required)).level == "ok"
 
 
+def test_a_tracker_that_cannot_be_used_is_an_error(tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    train = TrainConfig.model_validate(tiny["train"])
+    assert only(storage.trackers(train)).found == "tensorboard"
+    log = train.log.model_copy(update={"trackers": ["mlflow"]})
+    finding = only(run({"trackers": lambda: storage.trackers(train.model_copy(update={"log": log}))}))
+    assert finding.level == "error" and finding.found.startswith("train.log.trackers has mlflow, ")
+
+
 def test_the_folder_asked_is_one_that_exists(tmp_path: Path) -> None:
     assert storage.existing_parent(tmp_path / "a" / "b") == tmp_path
 

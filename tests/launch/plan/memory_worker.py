@@ -15,7 +15,9 @@ import shutil
 import tempfile
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,24 +113,34 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
     return result
 
 
+@dataclass(eq=False)
+class _Saved:
+    """A tensor that autograd keeps."""
+
+    tensor: Tensor
+
+
 def _kept(engine: Any, forward: Callable[[], Any], width: int, found: list[dict[str, float]]) -> Any:
     """Run ``forward``; note the bytes that autograd keeps besides weights, and how dense the routing was."""
-    kept: Storages = {}
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()  # what is dropped on the way leaves it
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor.detach())  # an output that holds its own node would never go
+        alive.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+        output = forward()
+    low = next(engine.module.parameters()).dtype != torch.float32
+    weights = _of(engine.module.parameters())  # which stage 3 gathers on the way
+    kept: Storages = {}
+    for tensor in (saved.tensor for saved in alive):
         storage = tensor.untyped_storage()
         # Torch has no bf16 RMSNorm on the CPU and keeps two fp32 copies of what goes in; the CUDA kernel that.
         copies = tensor.dtype == torch.float32 and tensor.shape[-1:] == (width,) and tensor.dim() < 4
-        low = next(engine.module.parameters()).dtype != torch.float32
-        if storage.data_ptr() not in _of(engine.module.parameters()):  # which stage 3 gathers on the way
-            keep.append(tensor)
-            is_head = tensor.dim() == 2 and tensor.shape[0] == engine.module.config.vocab_size
+        is_head = tensor.dim() == 2 and tensor.shape[0] == engine.module.config.vocab_size
+        if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes() // (4 if copies and low and not is_head else 1)
-        return tensor
-
-    keep: list[Tensor] = []  # so that no address is used twice
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
     executed = output.routing.executed_tokens.float().mean().item() if engine.module.config.sites else 0.0
     gathered = sum(_of(engine.module.parameters()).values())
     tokens = output.routing._keys.numel()

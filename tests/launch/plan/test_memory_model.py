@@ -85,6 +85,7 @@ def test_bytes_in_bf16_on_two_ranks_are_as_planned(measure: Callable[..., Measur
         (2, "fp32", ("model.router.granularity=module",)),
         (2, "bf16", ("model.router=null", "train.activation_checkpointing=true")),
         (1, "fp32", ("train.activation_checkpointing=true",)),
+        (2, "bf16", ("train.activation_checkpointing=true", "model.router.granularity=module")),
         (1, "bf16", ("model.router.execution=reference", "model.tied_head=true")),
     ],
 )

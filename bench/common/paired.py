@@ -1,0 +1,72 @@
+"""Is it more than luck? Two contestants compared by what they did with the same seeds, or on the same examples.
+
+Nothing is assumed about distributions: under the hypothesis that names do not matter each difference might as well have
+the other sign, and the p-values below count how many of these worlds look at least as extreme (Fisher 1935's exact
+randomisation test; for right and wrong answers it is McNemar's exact test).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_ENUMERATED = 20
+"""Up to so many differences all sign patterns are counted: a million."""
+
+
+class Paired(NamedTuple):
+    """Differences between two contestants, pair by pair.
+
+    Attributes:
+        mean: of the differences.
+        error: standard error of the mean; None of fewer than two pairs.
+        p: two-sided, of the exact test by signs. Of n pairs it cannot be below 2 / 2^n.
+    """
+
+    mean: float
+    error: float | None
+    p: float
+
+    def sentence(self) -> str:
+        """How far from 0: ``-3.1 standard errors, p 0.06``."""
+        if not self.error:
+            return f"p {self.p:.2g}"
+        return f"{self.mean / self.error:+.1f} standard errors, p {self.p:.2g}"
+
+
+def by_signs(differences: Sequence[float]) -> Paired:
+    """Compare by the differences of 1 to 20 pairs.
+
+    Raises:
+        ValueError: if there are more or none.
+    """
+    if not 1 <= len(differences) <= _ENUMERATED:
+        raise ValueError(f"the exact test by signs takes 1 to {_ENUMERATED} pairs, got {len(differences)}")
+    sums = np.zeros(1)
+    for difference in differences:
+        sums = np.concatenate([sums + difference, sums - difference])
+    observed = abs(math.fsum(differences))
+    p = float((np.abs(sums) >= observed * (1 - 1e-12)).mean())  # the rounding of a sum in another order
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
+    return Paired(statistics.fmean(differences), error, p)
+
+
+def by_answers(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+    """Compare accuracies on the same examples by those that only one of the two gets right (McNemar's exact test).
+
+    Raises:
+        ValueError: if they are not as many, or none.
+    """
+    if len(first) != len(second) or not first:
+        raise ValueError(f"answers must be to the same examples, got {len(first)} and {len(second)}")
+    gained = sum(b and not a for a, b in zip(first, second, strict=True))
+    lost = sum(a and not b for a, b in zip(first, second, strict=True))
+    split, count = gained + lost, len(first)
+    tail = sum(math.comb(split, k) for k in range(min(gained, lost) + 1)) / 2**split
+    mean = (gained - lost) / count
+    error = math.sqrt(max(split / count - mean**2, 0.0) / count)
+    return Paired(mean, error, min(2 * tail, 1.0))

@@ -1,0 +1,61 @@
+"""Exact tests against counts by hand and against the binomial distribution."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+
+from bench.common.paired import by_answers, by_signs
+
+
+def test_signs_by_hand() -> None:
+    """Of the eight patterns of 1, 2, 4 only all plus and all minus reach 7; all of them reach 1."""
+    assert by_signs([1.0, 2.0, 4.0]).p == 2 / 8
+    assert by_signs([1.0, 2.0, -4.0]).p == 1.0
+    assert by_signs([-1.0, 2.0, 4.0]).p == 4 / 8
+    found = by_signs([-0.1, -0.3])
+    assert found.mean == pytest.approx(-0.2) and found.error == pytest.approx(0.1) and found.p == 0.5
+    assert found.sentence() == "-2.0 standard errors, p 0.5"
+    assert by_signs([0.3]) == (0.3, None, 1.0) and by_signs([0.3]).sentence() == "p 1"
+
+
+def test_signs_are_all_counted() -> None:
+    drawn = random.Random(0)
+    differences = [drawn.gauss(0.3, 1) for _ in range(9)]
+    extreme = sum(
+        abs(math.fsum(s * d for s, d in zip(signs, differences, strict=True))) >= abs(math.fsum(differences)) - 1e-12
+        for signs in itertools.product((1, -1), repeat=9)
+    )
+    assert by_signs(differences).p == extreme / 2**9
+
+
+def test_equal_differences_in_another_order_of_adding() -> None:
+    """0.1 + 0.2 + 0.3 differs from 0.3 + 0.2 + 0.1 in the last bit; both are the observed sum."""
+    assert by_signs([0.1, 0.2, 0.3]).p == by_signs([0.3, 0.2, 0.1]).p == 2 / 8
+
+
+@pytest.mark.parametrize("count", [0, 21])
+def test_too_many_or_no_pairs(count: int) -> None:
+    with pytest.raises(ValueError, match=f"takes 1 to 20 pairs, got {count}"):
+        by_signs([1.0] * count)
+
+
+def test_answers_by_hand() -> None:
+    """Five examples tell the two apart, one for the first and four for the second: 2 (1 + 5) / 32."""
+    first = [True] * 10 + [True] + [False] * 4 + [False] * 5
+    second = [True] * 10 + [False] + [True] * 4 + [False] * 5
+    found = by_answers(first, second)
+    assert found.mean == pytest.approx(3 / 20) and found.p == pytest.approx(12 / 32)
+    differences = [b - a for a, b in zip(first, second, strict=True)]
+    variance = sum((d - 3 / 20) ** 2 for d in differences) / 20
+    assert found.error == pytest.approx(math.sqrt(variance / 20))
+    assert by_answers([True, False], [True, False]) == (0.0, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(("first", "second"), [([True], []), ([], [])])
+def test_answers_to_other_examples(first: list[bool], second: list[bool]) -> None:
+    with pytest.raises(ValueError, match="must be to the same examples"):
+        by_answers(first, second)

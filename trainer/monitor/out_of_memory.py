@@ -1,0 +1,152 @@
+"""What a run says when memory has run out: who holds most of it, and which fields change that.
+
+Parameters, gradients and optimiser states are counted on the live engine; what they do not explain of the peak is
+activations and what a step works with, buckets and other buffers among it. ``launch.plan`` computes the same ahead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import StageConfig
+from trainer.deepspeed_internals import local_part, optimizer_tensors
+from trainer.distributed import World
+from trainer.monitor.profiler import write_snapshot
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Bytes of one rank's device."""
+
+    parameters: float
+    gradients: float
+    optimiser: float
+    activations: float
+
+    @property
+    def largest(self) -> str:
+        """Name of the largest part."""
+        parts = asdict(self)
+        return max(parts, key=lambda name: parts[name])
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return float(sum(asdict(self).values()))
+
+
+_CALLED = {
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimiser": "optimiser states and master weights",
+    "activations": "activations and what a step works with",
+}
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """True for what torch raises when an allocation fails, on either kind of device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def out_of_memory(error: BaseException, engine: Any, config: StageConfig, world: World, where: str, run: Path) -> str:
+    """The sentence for the user; on a GPU it leaves a snapshot of the allocator, too.
+
+    Args:
+        error: what torch raised.
+        engine: the run's; None if it was being built.
+        config: the run's.
+        world: this process.
+        where: the step and what was done in it.
+        run: its folder.
+    """
+    wanted = str(error).split("Tried to allocate ")[-1].split(". ")[0] if "Tried to allocate" in str(error) else ""
+    told = f"rank {world.rank} ran out of memory {where}" + (f", asking for {wanted}" if wanted else "")
+    plan = f"what fits: python -m launch.plan {run / 'config.yaml'} --gpus {world.size} --gpu KIND"
+    if engine is None:
+        return (
+            f"{told}: parameters and optimiser states alone do not fit; {_advice('optimiser', config, world)}; {plan}"
+        )
+    parts = measured(engine, world.device)
+    listed = asdict(parts)
+    first = parts.largest
+    rest = ", ".join(f"{_gb(listed[name])} {_CALLED[name]}" for name in listed if name != first)
+    snapshot = _snapshot(run, world)
+    return (
+        f"{told}: of {_gb(parts.total)} at most, the largest part is {_CALLED[first]} ({_gb(listed[first])}; {rest}); "
+        f"{_advice(first, config, world)}; {plan}{snapshot}"
+    )
+
+
+def measured(engine: Any, device: torch.device) -> Parts:
+    """What a rank holds now, and as activations what is missing to the most that it has held."""
+    module = engine.module
+    kept = optimizer_tensors(engine)
+    parameters = [local_part(p) for p in module.parameters()]
+    gradients = [t.grad for t in (*module.parameters(), *kept) if t.is_leaf and t.grad is not None]
+    counted: set[int] = set()
+    held = _bytes(parameters, device, counted)
+    summed = _bytes(gradients, device, counted)
+    states = _bytes(kept, device, counted)
+    most = (
+        torch.cuda.max_memory_allocated(device)
+        if device.type == "cuda"
+        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
+    return Parts(held, summed, states, activations=max(most - held - summed - states, 0.0))
+
+
+def _bytes(tensors: Iterable[Tensor], device: torch.device, counted: set[int]) -> float:
+    """Of the storages on ``device`` that are not among ``counted``, which they then are."""
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.device.type == device.type and storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            total += storage.nbytes()
+    return float(total)
+
+
+def _advice(part: str, config: StageConfig, world: World) -> str:
+    """Fields that make ``part`` smaller, those that cost least first."""
+    train, zero = config.train, config.deepspeed
+    ways = []
+    if part == "activations":
+        if train.micro_batch_samples > 1:
+            smaller = next(n for n in range(train.micro_batch_samples // 2, 0, -1) if not train.micro_batch_samples % n)
+            ways.append(f"train.micro_batch_samples={smaller}, which accumulates more")
+        if not train.activation_checkpointing:
+            ways.append("train.activation_checkpointing=true")
+        ways.append("shorter windows (data.sequence_tokens)")
+    else:
+        stage = {"optimiser": 1, "gradients": 2, "parameters": 3}[part]
+        if zero.zero_stage < stage and world.size > 1:
+            ways.append(f"deepspeed.zero_stage={stage}")
+        if zero.zero_stage >= stage or world.size == 1:
+            ways.append("more GPUs, over which ZeRO divides it")
+        if zero.offload == "none" and part != "gradients":
+            ways.append(f"deepspeed.offload={'all' if part == 'parameters' else 'optimizer'}")
+    return f"take {' or '.join(ways)}"
+
+
+def _snapshot(run: Path, world: World) -> str:
+    if world.device.type != "cuda":
+        return ""
+    with contextlib.suppress(OSError, RuntimeError):
+        return f"; who holds what: {write_snapshot(run / 'profile', world.rank)}, for pytorch.org/memory_viz"
+    return ""
+
+
+def _gb(size: float) -> str:
+    return f"{size / _GB:.3g} GB"

@@ -1,0 +1,133 @@
+"""Brings reports to one tracker, in a thread, so that training never waits for it.
+
+* The queue is bounded: where a tracker does not answer, what no longer fits is dropped and counted.
+* A server that is gone is tried again, ever more rarely; when it comes back it gets what has waited.
+* The end of a run waits for the rest, for a bounded time; the thread is a daemon, so a call that hangs holds up
+  nothing.
+
+Each trouble is told once.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from trainer.log import logger_of_run
+from trainer.monitor.trackers.interface import Tracker, UnreachableError
+
+ROOM = 1000
+"""Reports that may wait. One is a logged step, an evaluation or a picture: hours of a run that logs every ten steps."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
+
+
+class _Report(NamedTuple):
+    method: str
+    arguments: tuple[Any, ...]
+
+
+class Courier:
+    """Hands reports to ``tracker``, in their order.
+
+    Args:
+        tracker: whose methods are called, from the courier's thread alone.
+        tell: takes a sentence for the user.
+        room: reports that may wait.
+
+    Attributes:
+        lost: reports that did not arrive so far.
+    """
+
+    def __init__(self, tracker: Tracker, tell: Callable[[str], None], room: int = ROOM):
+        self.tracker, self.tell = tracker, tell
+        self.lost = 0
+        self._waiting: queue.Queue[_Report] = queue.Queue(room)
+        self._counting = threading.Lock()
+        self._closing, self._done = threading.Event(), threading.Event()
+        self._failing = self._told_of_loss = self._off = False
+        self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
+        self._thread.start()
+
+    def send(self, method: str, *arguments: Any) -> None:
+        """Have the tracker's ``method`` called; never waits."""
+        try:
+            self._waiting.put_nowait(_Report(method, arguments))
+        except queue.Full:
+            self._lose(1)
+            if not self._told_of_loss:
+                self._told_of_loss = True
+                self.tell(
+                    f"{self._name} takes no reports: {self._waiting.maxsize:,} wait, and further ones are dropped; the "
+                    "run goes on, and metrics.jsonl has all figures"
+                )
+
+    def begin_close(self, phase: str) -> None:
+        """Nothing is sent after this; :meth:`end_close` waits."""
+        self.send("close", phase)
+        self._closing.set()
+
+    def end_close(self, deadline_s: float) -> None:
+        """Wait until all is delivered, at most until ``deadline_s`` of the monotonic clock, and say what is lost."""
+        self._done.wait(max(deadline_s - time.monotonic(), 0.0))
+        left = 0 if self._done.is_set() else self._waiting.qsize() + 1
+        self._done.set()
+        if lost := self.lost + left:
+            self.tell(f"{lost:,} reports did not reach {self._name}; metrics.jsonl and the run folder have them all")
+
+    @property
+    def _name(self) -> str:
+        return f"tracker {self.tracker.name}"
+
+    def _lose(self, count: int) -> None:
+        with self._counting:
+            self.lost += count
+
+    def _work(self) -> None:
+        while not self._done.is_set():
+            report = self._waiting.get()
+            if self._off or not self._deliver(report):
+                self._lose(1)
+            if report.method == "close" or (self._off and self._closing.is_set()):
+                self._lose(self._waiting.qsize())
+                self._done.set()
+
+    def _deliver(self, report: _Report) -> bool:
+        """Call the method until it is taken; False if the report is lost."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            last = self._closing.is_set()
+            try:
+                getattr(self.tracker, report.method)(*report.arguments)
+            except UnreachableError as error:
+                self._say_failing(f"does not answer ({error}); reports wait for it, and the run goes on")
+                if (
+                    last or self._done.is_set()
+                ):  # the run's end waits for a server that is there, not for one that is gone
+                    self._off = True
+                    return False
+                self._closing.wait(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            except Exception as error:
+                self._off = self._off or report.method == "open"
+                logger_of_run().debug("tracker %s, %s", self.tracker.name, report.method, exc_info=True)
+                what = "cannot be used" if self._off else f"did not take {report.method}"
+                self._say_failing(f"{what} ({_first_line(error)}); the run goes on")
+                return False
+            else:
+                if self._failing and self._waiting.empty():
+                    self._failing = False
+                    self.tell(f"{self._name} answers again")
+                return True
+
+    def _say_failing(self, what: str) -> None:
+        if not self._failing and not self._done.is_set():
+            self.tell(f"{self._name} {what}")
+        self._failing = True
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

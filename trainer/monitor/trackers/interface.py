@@ -1,0 +1,100 @@
+"""What a tracker is: a few methods, each called from the tracker's own thread (``courier.py``), one at a time.
+
+    metrics.py --reports--> all.py --a queue each--> courier.py --> to_tensorboard.py, to_wandb.py, to_mlflow.py
+
+Names of figures and pictures are those of ``metrics.jsonl``, the same for all. A report that did not arrive is lost for
+the tracker only: the run folder has everything.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from data.files import write_atomically
+
+IDS = "trackers.json"
+"""In a run folder: which run of a tracker is this one's, so that a resume goes on in the same."""
+
+
+class UnreachableError(Exception):
+    """A tracker's server did not answer, or not now: the same report may be taken later.
+
+    Whatever else a tracker raises loses the report.
+    """
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a tracker is told of a run.
+
+    Attributes:
+        folder: of the run; its name is the run's.
+        project: what runs are grouped under.
+        config: as resolved, nested.
+        commit: of the code, None if it is not known.
+        resumed_at: optimiser steps done before this start; None for a fresh run.
+    """
+
+    folder: Path
+    project: str
+    config: dict[str, Any]
+    commit: str | None
+    resumed_at: int | None
+
+    @property
+    def flat_config(self) -> dict[str, Any]:
+        """The config by ``block.field``; lists are kept."""
+        found: dict[str, Any] = {}
+
+        def walk(prefix: str, value: Any) -> None:
+            if isinstance(value, dict):
+                for name, inner in value.items():
+                    walk(f"{prefix}.{name}" if prefix else str(name), inner)
+            else:
+                found[prefix] = value
+
+        walk("", self.config)
+        return found
+
+    def kept_id(self, tracker: str) -> str | None:
+        """The tracker's own id of this run from an earlier start, if the run goes on from one."""
+        path = self.folder / IDS
+        if self.resumed_at is None or not path.exists():
+            return None
+        found = json.loads(path.read_text()).get(tracker)
+        return None if found is None else str(found)
+
+    def keep_id(self, tracker: str, own: str) -> None:
+        """Keep the tracker's id of this run for the next start."""
+        path = self.folder / IDS
+        ids = json.loads(path.read_text()) if path.exists() else {}
+        write_atomically(path, json.dumps(ids | {tracker: own}).encode())
+
+
+class Tracker(Protocol):
+    """Takes in one run's reports. Any method may take its time, and may raise: see :class:`UnreachableError`."""
+
+    name: str
+    """As in ``train.log.trackers``."""
+
+    def open(self, opening: Opening) -> None:
+        """Begin, or go on with the run of an earlier start."""
+
+    def figures(self, step: int, at_s: float, figures: dict[str, float]) -> None:
+        """Finite figures after ``step`` steps, of the time ``at_s`` in seconds since 1970."""
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A sentence."""
+
+    def picture(self, step: int, name: str, png: bytes) -> None:
+        """A picture, as the content of a PNG file."""
+
+    def files(self, folder: Path, paths: Sequence[Path]) -> None:
+        """Files of the run's ``folder``, each under its place in there; those sent before are replaced."""
+
+    def close(self, phase: str) -> None:
+        """Write everything out. ``phase``: how this rank ended, one of ``trainer.heartbeat.FINAL``."""

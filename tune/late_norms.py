@@ -1,0 +1,109 @@
+"""Where an ensemble's norms begin: at the final layer's normed state, as near as a norm gets to it.
+
+With ``x_i / rms(x_i)`` the state of late layer i and n_k the final one's normed state, the weights of norm i are the
+least-squares fit, dimension by dimension, over some thousand tokens that are to be learned from:
+
+    w_i = sum over tokens of (x_i / rms(x_i)) n_k  /  sum over tokens of (x_i / rms(x_i))^2
+
+States of a pretrained model's late layers do not read through its final norm: a copy of that, with which the norms
+would begin otherwise, makes their votes worse than none (docs/method.md has the figures).
+
+Dimension letters: B batch, T tokens, D width, k late layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.batches import Batch
+from model.chunks import IGNORED
+from model.decoder import Decoder
+from trainer.distributed import World
+from trainer.trainer import TrainingStream
+
+TOKENS = 4096
+"""At least so many, padding aside, of all ranks together; windows are whole."""
+
+
+def fit_norms(decoder: Decoder, data: TrainingStream, window_tokens: int, world: World) -> None:
+    """Set the weights of ``decoder.ensemble.norms``, the same on every rank; collective.
+
+    Args:
+        decoder: whole, on the CPU; it comes back as it was. One layer at a time is on the rank's device.
+        data: its first windows are read.
+        window_tokens: T.
+    """
+    ensemble = decoder.ensemble
+    assert ensemble is not None
+    sums = torch.zeros(2, len(ensemble.norms), decoder.config.width, dtype=torch.float64, device=world.device)
+    training = decoder.training
+    with torch.no_grad(), _a_layer_at_a_time(decoder.eval(), world.device):
+        for batch in _first(data, window_tokens, world):
+            *late, last = _late_states(decoder, batch, world.device)
+            final = decoder.norm(last).double()
+            for i, x in enumerate(late):
+                unit = F.rms_norm(x, x.shape[-1:], None, decoder.norm.epsilon).double()
+                sums[0, i] += (unit * final).sum(0)
+                sums[1, i] += unit.square().sum(0)
+    decoder.train(training)
+    for norm, product, square in zip(ensemble.norms, *world.sum(sums), strict=True):
+        with torch.no_grad():
+            norm.weight.copy_(torch.where(square > 0, product / square, norm.weight.to(square)))
+
+
+class _Voting(Exception):
+    """The late layers are about to vote, and no more of the pass is needed."""
+
+
+def _late_states(decoder: Decoder, batch: Batch, device: torch.device) -> list[Tensor]:
+    """Residual streams of the late layers, [N, D] each, without padding: up to a row's last target."""
+    states: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[list[Tensor], nn.Module]) -> None:
+        states.extend(args[0])
+        raise _Voting
+
+    assert decoder.ensemble is not None
+    watched = decoder.ensemble.register_forward_pre_hook(stop)
+    more = {name: getattr(batch, name) for name in ("sample_ids", "documents", "positions")}
+    try:
+        decoder(batch.tokens.to(device), **{name: None if x is None else x.to(device) for name, x in more.items()})
+    except _Voting:
+        pass
+    finally:
+        watched.remove()
+    real = (batch.targets != IGNORED).flip(1).cumsum(1).flip(1) > 0
+    return [state[real.to(device)] for state in states]
+
+
+def _first(data: TrainingStream, window_tokens: int, world: World) -> Iterator[Batch]:
+    """This rank's share of the run's first windows, one at a time."""
+    windows = -(-TOKENS // window_tokens)
+    for window in range(world.rank, windows, world.size):
+        yield data.batch([window])
+
+
+@contextmanager
+def _a_layer_at_a_time(decoder: Decoder, device: torch.device) -> Iterator[None]:
+    """Inside, ``device`` holds the parts of the decoder while they run, and what is small all the time."""
+    home = decoder.norm.weight.device
+    large: list[nn.Module] = [decoder.embed_tokens, *decoder.layers]
+    hooks = [part.register_forward_pre_hook(lambda part, _: _move(part, device)) for part in large]
+    hooks += [part.register_forward_hook(lambda part, *_: _move(part, home)) for part in large]
+    try:
+        _move(decoder.norm, device)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part in [decoder.norm, *large]:
+            _move(part, home)
+
+
+def _move(part: nn.Module, device: torch.device) -> None:
+    part.to(device)
