@@ -104,12 +104,13 @@ class LiveTasks:
 
     def _scores(self, engine: Any) -> dict[str, Score]:
         data, train = self.config.data, self.config.train
-        lockstep = self.config.deepspeed.zero_stage == 3  # where a pass needs all ranks
-        scorer = Scorer(engine, train.micro_batch_samples * data.sequence_tokens, self.world)
+        lockstep = self.config.deepspeed.zero_stage == 3  # a pass needs all ranks, and the engine
+        model = engine if lockstep else engine.module
+        scorer = Scorer(model, train.micro_batch_samples * data.sequence_tokens, self.world)
         windows = [window for task in self.files for window in task.windows]
         prompts = [prompt for task in self.files for prompt in task.prompts]
         scored = iter(scorer.score(windows))
-        answered = iter(answer(engine, self.tokenizer, prompts, self.world, lockstep))
+        answered = iter(answer(model, self.tokenizer, prompts, self.world, lockstep))
         found = {}
         for task in self.files:
             own = [next(scored) for _ in task.windows], [next(answered) for _ in task.prompts]
