@@ -150,8 +150,7 @@ def brute_force(decoder: Decoder, examples: Examples) -> dict[str, Any]:
             "exact": [all(hit[name, e, r]) for e, r in right],
             "chosen": [one.index(min(one)) == r for one, (_, r) in zip(sums, right, strict=True)],
             "per token": [
-                min(range(examples.choices), key=lambda o, e=e: np.mean(nll[name, e, o])) == r
-                for e, r in right
+                min(range(examples.choices), key=lambda o, e=e: np.mean(nll[name, e, o])) == r for e, r in right
             ],
         }
     if late is not None:
