@@ -17,6 +17,7 @@ parameter.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -66,6 +67,7 @@ def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: fl
     newest = members[-1].loaded
     for member in members:
         _require_no_adapters(member.loaded)
+        _require_open(member.loaded)
         _require_one_model(member.loaded, newest)
     decoder = newest.decoder
     allocate(decoder, folder_around(out))
@@ -168,6 +170,20 @@ def _shared_out(found: Sequence[Loaded], decay: float | None) -> list[Member]:
         raise ValueError(f"--decay goes by optimiser steps, and all have had {last}; leave it out")
     weights = [decay ** ((last - step) / interval) for step in steps]
     return [Member(loaded, weight / sum(weights)) for loaded, weight in zip(found, weights, strict=True)]
+
+
+def _require_open(loaded: Loaded) -> None:
+    """Raise ValueError for a checkpoint whose late layers do not yet vote freely: that is no part of the weights."""
+    from tune.config import TuneConfig
+
+    if not isinstance(loaded.config, TuneConfig) or loaded.config.ensemble is None:
+        return
+    opened = math.ceil(loaded.config.ensemble.open_by * loaded.config.train.steps)
+    if (loaded.step or 0) < opened:
+        raise ValueError(
+            f"{loaded.source} is of step {loaded.step}, and its late layers vote freely from step {opened} on "
+            "(ensemble.open_by); average checkpoints from there on"
+        )
 
 
 def _require_no_adapters(loaded: Loaded) -> None:

@@ -299,8 +299,11 @@ class EnsembleConfig(ConfigBlock):
     start: Literal["fit", "copy"] = "fit"
     """Where the other layers' norms begin: ``fit`` to the final layer's normed state on some tokens of the data, or as
     a ``copy`` of the final norm."""
-    final_weight: float = Field(0.9999, gt=0, le=1)
-    """Weight of the final layer at step 0, the rest shared by the others; 1 starts as the base model, to rounding."""
+    final_weight: float = Field(0.9, gt=0, le=1)
+    """Weight of the final layer before anything is learned, the rest shared by the others."""
+    open_by: float = Field(0.1, ge=0, le=1)
+    """Share of the steps by which the vote is open: it begins as the base model, with all weight on the final layer,
+    and comes down to what ``final_weight`` and the router say. 0: open from the start."""
     balance: float = Field(0.0, ge=0)
     """Weight of the load-balancing term, which is least where all layers vote equally often."""
     distillation: float = Field(0.1, ge=0)

@@ -5,8 +5,9 @@
     w   = softmax(router(n_k) / temperature)              a weight for every layer and token; optionally the top m only
     logits = sum_i w_i (W n_i) = W (sum_i w_i n_i)        the head is linear: one product, whatever k is
 
-The other norms begin as copies of the final one and the router with weights of zero, so at step 0 the final layer
-has the weight ``final_weight`` on every token, and with 1 the model is the base model.
+The router begins with weights of zero, so that without more the final layer has the weight ``final_weight`` on every
+token. In the first steps (``open_by``) a number is added to its logit, falling to 0, with which the ensemble begins as
+the base model; see :meth:`LateLayers.open`.
 
 Load balancing is Switch's (Fedus et al. 2021): ``balance x k x sum_i f_i P_i``, with P_i the mean weight of layer i and
 f_i the share of tokens on which it is largest. f is that of the optimiser step before (see :class:`Balance`), so the
@@ -26,11 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.chunks import IGNORED
-from model.config import EnsembleConfig
+from model.config import EnsembleConfig, Progress
 from model.norm import RMSNorm
 
 _ALL_WEIGHT = 16.0
-"""Logit of the final layer where ``final_weight`` is 1: e^-16 is beyond fp32's rounding of the logits."""
+"""Logit of the final layer where it has all the weight: e^-16 is beyond fp32's rounding of the logits."""
 
 
 class Vote(NamedTuple):
@@ -85,6 +86,21 @@ class LateLayers(nn.Module):
             norm.weight = nn.Parameter(scale.clone())
         self.router = LayerRouter(config, scale.numel()).to(scale.device, scale.dtype)
 
+    def open(self, progress: Progress) -> None:
+        """Let the other layers vote as far as they do at a step: at step 0 not at all, from ``open_by`` on freely."""
+        until, closed = self.config.open_by * progress.steps, _ALL_WEIGHT - self._first_logit
+        self.router.closed = closed * (1 - progress.step / until) if progress.step < until else 0.0
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Keep the weights of the layers as they are now, whatever the step: for a model that trains no more."""
+        self.router.bias[-1] += self.router.closed * self.config.temperature
+        self.router.closed = 0.0
+
+    @property
+    def _first_logit(self) -> float:
+        return _first_logit(self.config.layers, self.config.final_weight)
+
     def forward(self, states: Sequence[Tensor], final_norm: nn.Module) -> Vote:
         """k residual streams [..., D], the final layer's last -> the vote."""
         normed = [norm(x) for norm, x in zip((*self.norms, final_norm), states, strict=True)]
@@ -106,10 +122,14 @@ class LayerRouter(nn.Module):
         bias = torch.zeros(config.layers)
         bias[-1] = _first_logit(config.layers, config.final_weight) * config.temperature
         self.bias = nn.Parameter(bias)
+        self.closed = 0.0
+        """What is added to the final layer's logit."""
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., k], adding up to 1; zero outside the ``top`` largest."""
         logits = F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype)).float() / self.temperature
+        if self.closed:
+            logits = torch.cat((logits[..., :-1], logits[..., -1:] + self.closed), dim=-1)
         if self.top is not None and self.top < logits.shape[-1]:
             chosen = logits.topk(self.top, dim=-1).indices  # by place: on a tie, values would let more in
             logits = torch.full_like(logits, -math.inf).scatter(-1, chosen, logits.gather(-1, chosen))

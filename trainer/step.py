@@ -284,11 +284,14 @@ def forward(
     )
 
 
-def set_thresholds(engine: Any, budget: Budget, progress: Progress) -> None:
-    """Let the routers decide by the budget's thresholds from now on, in training and evaluation.
+def set_schedules(engine: Any, budget: Budget, progress: Progress) -> None:
+    """From now on, in training and evaluation, routers decide by the budget's thresholds and late layers vote as far as
+    they do at this step.
 
-    Until it has seen margins, given thresholds stay.
+    Until the budget has seen margins, given thresholds stay.
     """
+    if engine.module.ensemble is not None:
+        engine.module.ensemble.open(progress)
     if budget.follows_margins and (budget.seen_margins or engine.module.thresholds is None):
         engine.module.thresholds, engine.module.centres = budget.thresholds(progress)
 
@@ -314,7 +317,7 @@ def train_step(
     engine.train()
     progress = config.train.progress(step)
     prices = budget.prices()
-    set_thresholds(engine, budget, progress)
+    set_schedules(engine, budget, progress)
     targets = torch.tensor(_count_targets(micro_batches), dtype=torch.float64, device=world.device)
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
     per_target = world.size / world.sum(targets).clamp(min=1)

@@ -39,7 +39,7 @@ from trainer.monitor.yardstick import measure_peak
 from trainer.precision import decide, slow_bf16_warning
 from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
-from trainer.step import StepResult, set_thresholds, train_step
+from trainer.step import StepResult, set_schedules, train_step
 from trainer.tasks.live import LiveTasks
 
 _PATIENCE_AFTER_ERROR_S = 10.0
@@ -284,7 +284,7 @@ class Trainer:
         self.run.beat(self.step, "saving")
         self.save_timer.restart()
         state: dict[str, Any] = {"step": self.step, "samples": self.samples, "budget": self.budget.state_dict()}
-        set_thresholds(self.engine, self.budget, self.config.train.progress(self.step))
+        set_schedules(self.engine, self.budget, self.config.train.progress(self.step))
         if self.engine.module.thresholds is not None:
             state["thresholds"] = self.engine.module.thresholds
         state["spikes"], state["metrics"] = self.spikes.state_dict(), self.metrics.state_dict()
@@ -318,7 +318,7 @@ class Trainer:
         self.run.beat(self.step, "evaluating")
         # A resume after the save of this step does not evaluate again, so no generator may move in here.
         before = rng_state()
-        set_thresholds(self.engine, self.budget, self.config.train.progress(self.step))
+        set_schedules(self.engine, self.budget, self.config.train.progress(self.step))
         with self.metrics.paused():
             self._run_tasks()
             results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)

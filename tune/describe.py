@@ -31,8 +31,8 @@ def describe_start(
         norms = "copies of the final one" if ensemble.start == "copy" else "fitted to the final one's states"
         lines.insert(
             3,
-            f"ensemble  the last {ensemble.layers} layers, norms {norms}, final weight {ensemble.final_weight} at the "
-            f"start, distillation {ensemble.distillation}, balance {ensemble.balance}",
+            f"ensemble  the last {ensemble.layers} layers, norms {norms}, open by {ensemble.open_by:.0%} of the "
+            f"steps, final weight {ensemble.final_weight} then, distillation {ensemble.distillation}, balance {ensemble.balance}",
         )
     for source in data.summary(train.samples):
         lines.append(f"data      {source.sentence()}")

@@ -69,6 +69,9 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
     allocate(loaded.decoder, disk)
     assert not isinstance(loaded.config, WeightsConfig)
     step = fill(loaded.decoder, loaded.source, loaded.config.deepspeed.zero_stage)
+    if loaded.decoder.ensemble is not None and isinstance(loaded.config, TuneConfig):
+        loaded.decoder.ensemble.open(loaded.config.train.progress(step))
+        loaded.decoder.ensemble.settle()
     if merged and isinstance(loaded.config, TuneConfig):
         from tune.adapters import merge  # PEFT
 

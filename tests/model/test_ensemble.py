@@ -12,7 +12,7 @@ from torch import Tensor
 
 from model.cache import KVCache
 from model.chunks import IGNORED
-from model.config import EnsembleConfig
+from model.config import EnsembleConfig, Progress
 from model.decoder import Decoder
 from model.ensemble import Balance, vote_sums
 from model.generate import generate
@@ -60,6 +60,33 @@ def test_the_final_layer_begins_with_its_weight(weight: float, temperature: floa
     weights = model(random_tokens()).vote.weights
     rest = (1 - weight) / (K - 1)
     torch.testing.assert_close(weights, torch.tensor([rest, rest, weight]).expand_as(weights), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("top", [None, 2])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_the_vote_opens(temperature: float, top: int | None) -> None:
+    """From the base model at step 0 to what the router says at ``open_by``, never back; and settled it stays."""
+    model = tuned("learned", temperature=temperature, top=top, open_by=0.25).eval()
+    late, tokens = model.ensemble, random_tokens()
+    assert late is not None
+    with torch.no_grad():
+        free, shares = model(tokens).logits, []
+        for step in (0, 2, 4, 5, 20):
+            late.open(Progress(step, 20))
+            output = model(tokens)
+            shares.append(float(output.vote.weights[..., -1].mean()))
+        assert shares == sorted(shares, reverse=True) and shares[-2] == shares[-1] < shares[0] - 0.01
+        assert torch.equal(output.logits, free)
+        late.open(Progress(0, 20))
+        late.router.weight.zero_()  # as it is at step 0
+        closed, model.ensemble = model(tokens).logits, None
+        assert_close(closed, model(tokens).logits, 1e-4)
+        model.ensemble = late
+        late.open(Progress(3, 20))
+        half = model(tokens).logits
+        late.settle()
+        assert late.router.closed == 0.0
+        assert_close(model(tokens).logits, half, 1e-5)
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
