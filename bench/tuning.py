@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.common.options import parser, refuse
+from bench.common.paired import by_examples
 from bench.common.timing import ratios, take_turns
 from bench.isoflop.runs import Job, side_by_side
 from data.places import texts
@@ -29,7 +30,9 @@ from settings import path_argument, user_errors
 from settings.project import shipped
 from settings.tables import markdown
 from trainer.monitor import metrics_file
+from tune.evaluate import ENSEMBLE
 from tune.resolve import load_file, resolve
+from tune.tuner import ANSWERS
 
 METHODS = [
     "full",
@@ -42,6 +45,12 @@ METHODS = [
     "early_lora_ensemble",
 ]
 CHOICES = {"polarity": [" negative", " positive"], "subjectivity": [" objective", " subjective"]}
+
+
+PAIRED = (
+    "Intervals are a bootstrap over examples and seeds at once (bench/common/paired.py), the number of seeds behind "
+    "them; one that holds 0 tells no difference."
+)
 
 
 class TuningRun(NamedTuple):
@@ -172,6 +181,37 @@ def tables(options: argparse.Namespace, times: dict[str, list[float]]) -> str:
     return markdown(rows)
 
 
+def paired(options: argparse.Namespace) -> str:
+    """Markdown: each method's vote against the first method's, on the same examples and seeds."""
+    first, *others = options.methods
+    rows = [["method", *(f"{task}: vote minus {first}, points (95 %)" for task in options.tasks)]]
+    for method in others:
+        cells = []
+        for task in options.tasks:
+            pairs = [(_answers(options, m, task, seed) for m in (method, first)) for seed in options.seeds]
+            done = [(a, b) for a, b in pairs if a is not None and b is not None]
+            cells.append(_difference([[x - y for x, y in zip(a, b, strict=True)] for a, b in done]))
+        rows.append([method, *cells])
+    return markdown(rows)
+
+
+def _answers(options: argparse.Namespace, method: str, task: str, seed: int) -> list[int] | None:
+    """Which test examples a run's vote gets right, the final layer's where there is none; None if it is not done."""
+    path = TuningRun(method, task, seed).folder(options.out) / ANSWERS.format(task)
+    if not path.is_file():
+        return None
+    found: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
+    return found[ENSEMBLE] if ENSEMBLE in found else next(reversed(found.values()))
+
+
+def _difference(differences: Sequence[Sequence[float]]) -> str:
+    """Mean and interval of differences by seed and example, in points."""
+    if not differences:
+        return "-"
+    mean, low, high = (100 * value for value in by_examples(differences))
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}; {len(differences)})"
+
+
 def _spread(shares: Iterable[float]) -> str:
     """Mean and standard deviation over seeds, in percent."""
     values = [100 * share for share in shares]
@@ -215,6 +255,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         times = take_turns(step_calls(options), options.repeats, torch.device("cpu")) if options.repeats else {}
         text = tables(options, times)
+        if len(options.methods) > 1:
+            text += f"\n\n{paired(options)}\n\n{PAIRED}"
     print(text)
     for problem in failed:
         print(problem, file=sys.stderr)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from convert.hf_weights import usual_name
 from convert.model_card import Exported, model_card
 from data.files import folder_around, temporary_name, write_atomically, write_json
+from data.urls import copy_folder, require_empty
 from model.config import ModelConfig
 from settings import path_argument, user_errors
 from trainer import code_state, opening
@@ -331,8 +332,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         action="store_true",
         help="do not run the export in transformers: a forward pass and 64 greedy tokens of both models on the CPU",
     )
+    parser.add_argument("--copy-to", metavar="URL", help="an empty place such as s3://bucket/folder for a copy of OUT")
     options = parser.parse_args(arguments)
     with user_errors():
+        if options.copy_to is not None:
+            require_empty(options.copy_to, "--copy-to")
         if not options.shard_gb > 0:
             raise ValueError(f"--shard-gb must be above 0, got {options.shard_gb}; leave it out for 5")
         opening.open_model(options.path)
@@ -346,6 +350,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             not options.no_compare,
         )
         print("\n".join(lines), flush=True)
+        if options.copy_to is not None:
+            copy_folder(options.out, options.copy_to, last="config.json")
+            print(f"copied to {options.copy_to}, config.json last", flush=True)
     return 0
 
 

@@ -12,7 +12,7 @@ from data.stages import MixtureStage, Stage, require_known_sources, require_one_
 from settings import PathText, Strict
 
 File = Annotated[PathText, AfterValidator(fill_in_texts)]
-"""A path or glob pattern; ``{texts}`` is the folder of the shipped experiments' texts."""
+"""A path, a URL or a glob pattern of them; ``{texts}`` is the folder of the shipped experiments' texts."""
 
 
 class TokenizerConfig(Strict):
@@ -64,7 +64,8 @@ class SourceConfig(MixedSource):
     """One named corpus: local files or a dataset on the Hub, in any format that ``datasets`` reads."""
 
     files: list[File] = Field(default_factory=list)
-    """Paths or glob patterns (``**`` allowed), read in sorted order; compressed ones (.gz .xz .zst) too.
+    """Paths, URLs (``s3://bucket/*.jsonl``) or glob patterns (``**`` allowed), read in sorted order; compressed ones
+    (.gz .xz .zst) too.
     ``{stdlib}`` stands for the folder of the running Python's standard library, ``{texts}`` for the one that the
     environment variable ``HOPSCOTCH_TEXTS`` names, or ``../shared/data``: what the shipped experiments read."""
     hub: PathText | None = None

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from data.discovery import COMPRESSIONS
+from data.remote_file import RemoteFile
 
 MARKS = (  # UTF-32's first: one of them begins with one of UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -226,7 +227,7 @@ def parquet_row_groups(path: Path) -> list[tuple[int, int]]:
         return []
     import pyarrow.parquet
 
-    metadata = pyarrow.parquet.read_metadata(str(path))
+    metadata = pyarrow.parquet.read_metadata(_for_arrow(path))
     groups, row = [], 0
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         groups.append((row, sum(group.column(number).total_compressed_size for number in range(group.num_columns))))
@@ -246,7 +247,7 @@ def parquet_values(path: Path, column: str, first: int = 0, end: int | None = No
     import pyarrow.parquet
 
     _require_whole(path)
-    source: Any = str(path)
+    source = _for_arrow(path)
     if path.suffix in COMPRESSIONS:
         with open_bytes(path) as file:
             source = pyarrow.BufferReader(file.read())
@@ -265,6 +266,11 @@ def parquet_values(path: Path, column: str, first: int = 0, end: int | None = No
             if pyarrow.types.is_string(wanted.type) or pyarrow.types.is_large_string(wanted.type):
                 wanted = wanted.cast(pyarrow.large_binary())
             yield from wanted.to_pylist()
+
+
+def _for_arrow(path: Path) -> Any:
+    """What pyarrow reads a file from: its name, or itself where it lies at a URL."""
+    return path.open("rb") if isinstance(path, RemoteFile) else str(path)
 
 
 def _require_column(column: str, there: list[str]) -> None:

@@ -5,6 +5,7 @@ a pattern        glob's: * within a folder, ** over folders; hidden files only w
 ~ $NAME          the home folder, the environment's variables
 {stdlib} {texts} see data/places.py
 order            sorted by absolute name, whatever the order and spelling of the patterns
+URLs             s3://bucket/*.jsonl and others that fsspec reaches: patterns and names alike, read where they lie
 links            followed; one real file counts once, whatever the names that lead to it
 folders          matched by a pattern are passed over; named, they are refused
 broken links     are refused, as is what cannot be read: what was asked for is not left out without a word
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from data.places import expand, hint
+from data.remote_file import RemoteFile, find_remote
+from data.urls import is_url
 from settings import shown
 
 FORMATS = {
@@ -49,16 +52,25 @@ def find_files(patterns: Sequence[str], as_given: bool = False) -> list[Path]:
     Raises:
         ValueError: a pattern matches no file, or matches something that cannot be read.
     """
-    names = [name for pattern in patterns for name in sorted(_matches(pattern), key=os.path.abspath)]
-    found: dict[tuple[int, int], str] = {}
-    for name in names if as_given else sorted(names, key=os.path.abspath):
-        status = os.stat(name)
-        found.setdefault((status.st_dev, status.st_ino), name)
-    return [Path(name) for name in found.values()]
+    names = [name for pattern in patterns for name in sorted(_matches(pattern), key=_place)]
+    found: dict[tuple[int, int], Path] = {}
+    for name in names if as_given else sorted(names, key=_place):
+        path = RemoteFile(name) if is_url(name) else Path(name)
+        status = path.stat()
+        found.setdefault((status.st_dev, status.st_ino), path)
+    return list(found.values())
+
+
+def _place(name: str) -> str:
+    return name if is_url(name) else os.path.abspath(name)
 
 
 def _matches(pattern: str) -> list[str]:
-    name = expand(pattern)
+    name = expand(pattern).removeprefix("file://")
+    if is_url(name):
+        if matched := find_remote(name):
+            return matched
+        raise ValueError(f"no file matches '{name}'; correct the name or pattern")
     if os.path.lexists(name):
         if Path(name).is_dir():
             raise ValueError(f"{shown(name)} is a folder; name its files, such as '{shown(name)}/**/*.jsonl'")

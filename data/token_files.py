@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.config import TokensConfig
-from data.discovery import COMPRESSIONS
+from data.discovery import COMPRESSIONS, format_of
 from data.megatron_index import INDEX_SUFFIX, MegatronIndex
+from data.remote_file import RemoteFile
 from data.tokenization import TextTokenizer
 
 LLM_C_NUMBERS = 256
@@ -55,8 +56,13 @@ def with_indexes(files: list[Path]) -> list[Path]:
     """``files`` with both of every Megatron pair, so that both are known by their fingerprints.
 
     Raises:
-        ValueError: an index is without its tokens.
+        ValueError: an index is without its tokens, or a flat file lies at a URL.
     """
+    remote = [path for path in files if isinstance(path, RemoteFile) and format_of(path) not in ("json", "parquet")]
+    if remote:
+        raise ValueError(
+            f"{remote[0]} is a file of token ids, which is mapped into memory, so it must lie on a disk; copy it to one"
+        )
     pairs = [path.with_suffix(suffix) for path in files for suffix in (".bin", INDEX_SUFFIX) if _is_half(path)]
     if missing := [path for path in pairs if not path.is_file()]:
         raise ValueError(

@@ -71,25 +71,34 @@ def stream(
         thresholds: fp32 [S], the compute dial.
     """
     from evals.scoring import layer_shares
-    from model import generate
+    from model.generate import passes
 
-    chosen = generate.stream(decoder, prompt, max_new_tokens, temperature, top_p, eos_id, generator, thresholds)
-    for token, routing in chosen:
-        yield Token(token, float(layer_shares(decoder.config, routing.executed[:, 0, -1])))
+    start = torch.tensor([list(prompt)], device=decoder.embed_tokens.weight.device)
+    for done in passes(decoder, start, max_new_tokens, temperature, top_p, eos_id, generator, thresholds):
+        yield Token(int(done.chosen), float(layer_shares(decoder.config, done.output.routing.executed[:, 0, -1])))
 
 
-def prompt_ids(opened: Opened, prompt: str, max_new_tokens: int) -> list[int]:
+def prompt_ids(
+    opened: Opened, prompt: str | Sequence[int], max_new_tokens: int, lower: str = "--max-new-tokens"
+) -> list[int]:
     """The prompt's ids, after a begin-of-document token if the model was trained with one; never empty.
+
+    Args:
+        opened: the model.
+        prompt: a text, or ids, which are taken as they are.
+        max_new_tokens: to come after it.
+        lower: what the user can ask for fewer with.
 
     Raises:
         ValueError: if it and what is to come would go beyond the model's positions.
     """
-    ids = opened.tokenizer.prefix + opened.tokenizer.encode(prompt) or opened.start
+    given = opened.tokenizer.prefix + opened.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    ids = given or opened.start
     positions = opened.decoder.config.max_positions
     if len(ids) + max_new_tokens > positions:
         raise ValueError(
             f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones go beyond the model's {positions} positions "
-            "(model.max_positions); shorten the prompt or lower --max-new-tokens"
+            f"(model.max_positions); shorten the prompt or lower {lower}"
         )
     return ids
 

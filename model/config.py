@@ -299,7 +299,7 @@ class EnsembleConfig(ConfigBlock):
     start: Literal["fit", "copy"] = "fit"
     """Where the other layers' norms begin: ``fit`` to the final layer's normed state on some tokens of the data, or as
     a ``copy`` of the final norm."""
-    final_weight: float = Field(0.995, gt=0, le=1)
+    final_weight: float = Field(0.9999, gt=0, le=1)
     """Weight of the final layer at step 0, the rest shared by the others; 1 starts as the base model, to rounding."""
     balance: float = Field(0.0, ge=0)
     """Weight of the load-balancing term, which is least where all layers vote equally often."""

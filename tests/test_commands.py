@@ -18,7 +18,7 @@ from trainer.exit_status import EXIT_MISTAKE
 from tune.config import TuneConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ["torch", "deepspeed", "transformers", "datasets", "matplotlib", "peft", "tensorboard", "lm_eval"]
+HEAVY = ["torch", "deepspeed", "transformers", "datasets", "matplotlib", "peft", "tensorboard", "lm_eval", "starlette"]
 # Runs a module as ``python -m`` does, once for each list of arguments; prints statuses, output and what was imported.
 RUN = """
 import contextlib, io, json, runpy, sys
@@ -58,6 +58,7 @@ CONTRACT = {
         "evals.harness",
         "evals.routing",
         "evals.dial",
+        "evals.play",
     ),
     *("launch.slurm", "launch.doctor", "launch.plan", "launch.watch", "launch.rewind", "launch.profile"),
     *("bench.step", "bench.decode", "bench.loader", "bench.isoflop"),
@@ -115,6 +116,11 @@ def test_a_run_folder_that_is_taken_is_told_before_anything_heavy(tiny, write_co
     )
     assert "already holds step-00000031; set train.checkpoint.resume=auto to go on with that run" in taken[1]
     (run_dir / "checkpoints" / "step-00000031").rmdir()
+    (unknown,) = run_light("pretrain.train", [config, "train.checkpoint.mirror=s33://bucket/run"])
+    assert (
+        unknown[0] == EXIT_MISTAKE
+        and "train.checkpoint.mirror s33://bucket/run: the protocol 's33' is not" in unknown[1]
+    )
     (none,) = run_light("pretrain.train", [config, "train.checkpoint.resume=required"])
     assert none[0] == EXIT_MISTAKE and "there is no checkpoint; check train.run_dir" in none[1]
 

@@ -38,6 +38,7 @@ MAY_IMPORT_WITHIN = {
     "bench.loop": {"bench.common", "bench.loader"},
     "evals.dial": {"evals.placement", "evals.windows"},
     "evals.harness": {"evals.perplexity", "evals.placement", "evals.scoring"},
+    "evals.play": {"evals.dial", "evals.generate", "evals.placement", "evals.scoring"},
     "evals.routing": {"evals.placement", "evals.texts", "evals.windows"},
     "launch.demo": set(),
     "launch.doctor": {"launch.configs", "launch.plan"},

@@ -128,6 +128,16 @@ class CheckpointConfig(Strict):
     free space; the disk alone is the limit unless given."""
     resume: Literal["never", "auto", "required"] = "never"
     """``never`` refuses a run folder that holds checkpoints, ``auto`` resumes if it does, ``required`` must."""
+    mirror: PathText | None = None
+    """A URL such as ``s3://bucket/run``, of any kind that fsspec reaches: whole checkpoints are copied there in the
+    background, and where ``run_dir`` has none, a resume takes the newest from there. A run's own; none unless given."""
+    mirror_keep: int = Field(2, ge=1)
+    """How many of the newest whole checkpoints stay in the mirror."""
+    mirror_keep_every_steps: int = Field(0, ge=0)
+    """Checkpoints at multiples of this stay in the mirror forever; 0 keeps none forever."""
+    mirror_wait_s: float = Field(120.0, ge=0)
+    """How long the end of the run waits for what is not yet mirrored; what is not by then is told, and copied by the
+    next start."""
     accept_data: str | None = Field(None, pattern=r"^[0-9a-f]{12}$")
     """The first 12 digits of the data fingerprint of a checkpoint to go on from with other data all the same: another
     seed, other shards or weights; the error that refuses it gives them."""
@@ -358,6 +368,11 @@ class StageConfig(Strict):
                 f"train.stall_timeout_s ({train.stall_timeout_s:g}) must be below train.timeout_s "
                 f"({train.timeout_s:g}), because a collective that times out ends the ranks before they have said "
                 "where they hang; raise timeout_s or lower stall_timeout_s"
+            )
+        if train.checkpoint.mirror is not None and train.checkpoint.mirror_wait_s >= train.timeout_s:
+            problems.append(
+                f"train.checkpoint.mirror_wait_s ({train.checkpoint.mirror_wait_s:g}) must be below train.timeout_s "
+                f"({train.timeout_s:g}), because the other ranks wait for rank 0 at the end; lower it"
             )
         if train.schedule.warmup_steps > train.steps:
             problems.append(

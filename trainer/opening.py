@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from data.questions import find_tasks, read_questions
+from data.urls import require_reachable
 from settings import rank_by_environment
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.checkpoints.retention import refuse_taken
@@ -33,14 +34,19 @@ def open_run(train: TrainConfig) -> None:
     :func:`trainer.checkpoints.resume.to_resume` looks again, at whole checkpoints and for all ranks.
 
     Raises:
-        ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``, or a tracker
-            cannot be used, or a file of questions is missing or wrong.
+        ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``; if a tracker
+            cannot be used; if nothing here can reach the mirror's kind of place; or if a file of questions is missing
+            or wrong.
     """
     if rank_by_environment() != 0:
         return
     print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
-    folder = checkpoints_of(str(train.run_dir))
-    refuse_taken(folder, [found.name for found in newest_first(folder)], train.checkpoint.resume)
+    folder, mirror = checkpoints_of(str(train.run_dir)), train.checkpoint.mirror
+    there = [found.name for found in newest_first(folder)]
+    if mirror is not None:
+        require_reachable(mirror, "train.checkpoint.mirror")
+    if there or mirror is None:
+        refuse_taken(folder, there, train.checkpoint.resume)
     refuse_unusable(train.log.trackers)
     for path in find_tasks(train.evaluation.tasks)[0]:
         read_questions(path)

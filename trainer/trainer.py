@@ -19,6 +19,7 @@ from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
 from trainer.checkpoints import resume, retention
+from trainer.checkpoints.mirror import open_mirror
 from trainer.checkpoints.rng import rng_state, set_rng_state
 from trainer.checkpoints.save import Saver
 from trainer.checkpoints.timer import SaveTimer
@@ -40,6 +41,9 @@ from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
 from trainer.step import StepResult, set_thresholds, train_step
 from trainer.tasks.live import LiveTasks
+
+_PATIENCE_AFTER_ERROR_S = 10.0
+"""How long a run that an error has ended waits for its mirror; a launcher ends it soon."""
 
 
 class TrainingStream(Protocol):
@@ -88,7 +92,8 @@ class Trainer:
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.step = 0
         self.samples = 0
-        found = resume.to_resume(self.run.checkpoints, config.train.checkpoint.resume, world)
+        checkpoints = config.train.checkpoint
+        found = resume.to_resume(self.run.checkpoints, checkpoints.resume, world, checkpoints.mirror, self.run.metrics)
         given = initial() if initial is not None and found is None else None
         source = given.checkpoint if isinstance(given, Fork) else found
         config, precision_told = decide(config, world, source)
@@ -151,7 +156,11 @@ class Trainer:
             self.log.info(given.description)
         tick = self.run.heartbeat.tick
         origin = given.description if given else resume.origin_of(source, world)
-        self.saver = Saver(self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick, origin)
+        own = source if given is None else None
+        self.mirror = open_mirror(self.run.checkpoints, self.run.metrics, config, world, self.log, own)
+        self.saver = Saver(
+            self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick, origin, self.mirror
+        )
         self.save_timer = SaveTimer(config.train.checkpoint.every_minutes)
         self.stop = StopRequest(tell=world.is_main)
         # A forward pass is progress: of a long accumulation, and of an evaluation of either stage.
@@ -180,6 +189,9 @@ class Trainer:
             self.saver.end()
             phase = "lost" if is_lost_rank(error) else "failed"
         self.watchdog.stop()
+        if self.mirror is not None:
+            patience_s = self.config.train.checkpoint.mirror_wait_s
+            self.mirror.close(patience_s if error is None else min(patience_s, _PATIENCE_AFTER_ERROR_S))
         self.run.beat(self.step, phase)
         self.run.heartbeat.write()
         self.metrics.close(phase)

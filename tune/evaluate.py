@@ -46,12 +46,19 @@ class Candidate:
             decoding gives exactly it. The oracle's: on every token some late layer has it.
         choice_accuracy: examples of which the right response is the likeliest; None without choices. The oracle's:
             some late layer chooses it.
+        per_token_accuracy: the same where responses are compared by their nats a token, so that longer ones have no
+            disadvantage.
+        right: bool [E], by choice where there is one, otherwise by exact match.
+        alone: of the examples that the final layer gets wrong, those that this one gets right; 0 for the final layer.
     """
 
     name: str
     loss: float
     exact_match: Accuracy
     choice_accuracy: Accuracy | None
+    per_token_accuracy: Accuracy | None
+    right: Tensor
+    alone: float
 
     @property
     def accuracy(self) -> Accuracy:
@@ -211,18 +218,35 @@ def _judge(sums: _Sums, right: Tensor, names: list[str], late: int) -> tuple[lis
     assert bool((sums.tokens > 0).all()), "a response was not scored"
     loss = _of(sums.nll, right).sum(-1) / _of(sums.tokens, right).sum()
     exact = _of(sums.misses, right) == 0
-    chosen = None
+    chosen = per_token = None
     if sums.tokens.shape[1] > 1:
-        chosen = sums.nll.argmin(dim=-1) == right
-        if names[-1] == ORACLE:
-            chosen[-1] = chosen[:late].any(dim=0)
+        chosen, per_token = _chosen(sums.nll, right, names, late), _chosen(sums.nll / sums.tokens, right, names, late)
+    answers = (exact if chosen is None else chosen).cpu()
+    beside = answers & ~answers[late - 1]
+    wrong = (~answers[late - 1]).sum().clamp(min=1)
     candidates = [
-        Candidate(name, float(loss[row]), _accuracy(exact[row]), None if chosen is None else _accuracy(chosen[row]))
+        Candidate(
+            name,
+            float(loss[row]),
+            _accuracy(exact[row]),
+            None if chosen is None else _accuracy(chosen[row]),
+            None if per_token is None else _accuracy(per_token[row]),
+            answers[row],
+            float(beside[row].sum() / wrong),
+        )
         for row, name in enumerate(names)
     ]
-    layers_right = (exact if chosen is None else chosen)[:late].sum(dim=0)
+    layers_right = answers[:late].sum(dim=0)
     every, none = (float((layers_right == count).double().mean()) for count in (late, 0))
     return candidates, Agreement(every, float(((layers_right > 0) & (layers_right < late)).double().mean()), none)
+
+
+def _chosen(costs: Tensor, right: Tensor, names: list[str], late: int) -> Tensor:
+    """Whether the right response costs least, [C, E, O] -> bool [C, E]; the oracle asks the late layers."""
+    chosen = costs.argmin(dim=-1) == right
+    if names[-1] == ORACLE:
+        chosen[-1] = chosen[:late].any(dim=0)
+    return chosen
 
 
 def _of(values: Tensor, right: Tensor) -> Tensor:

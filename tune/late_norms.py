@@ -1,7 +1,7 @@
 """Where an ensemble's norms begin: at the final layer's normed state, as near as a norm gets to it.
 
 With ``x_i / rms(x_i)`` the state of late layer i and n_k the final one's normed state, the weights of norm i are the
-least-squares fit, dimension by dimension, over some thousand tokens that are to be learned from:
+least-squares fit, dimension by dimension, over some hundred tokens whose successors are to be learned:
 
     w_i = sum over tokens of (x_i / rms(x_i)) n_k  /  sum over tokens of (x_i / rms(x_i))^2
 
@@ -27,7 +27,7 @@ from trainer.distributed import World
 from trainer.trainer import TrainingStream
 
 TOKENS = 4096
-"""At least so many, padding aside, of all ranks together; windows are whole."""
+"""At least so many are read by all ranks together, prompts and padding included; windows are whole."""
 
 
 def fit_norms(decoder: Decoder, data: TrainingStream, window_tokens: int, world: World) -> None:
@@ -61,7 +61,7 @@ class _Voting(Exception):
 
 
 def _late_states(decoder: Decoder, batch: Batch, device: torch.device) -> list[Tensor]:
-    """Residual streams of the late layers, [N, D] each, without padding: up to a row's last target."""
+    """Residual streams of the late layers where they will vote, [N, D] each: on the N tokens that have a target."""
     states: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[list[Tensor], nn.Module]) -> None:
@@ -77,8 +77,8 @@ def _late_states(decoder: Decoder, batch: Batch, device: torch.device) -> list[T
         pass
     finally:
         watched.remove()
-    real = (batch.targets != IGNORED).flip(1).cumsum(1).flip(1) > 0
-    return [state[real.to(device)] for state in states]
+    voted = (batch.targets != IGNORED).to(device)
+    return [state[voted] for state in states]
 
 
 def _first(data: TrainingStream, window_tokens: int, world: World) -> Iterator[Batch]:

@@ -12,11 +12,16 @@ from tune.evaluate import Accuracy, ExamplesEvaluation, VoteStatistics
 def table(evaluation: ExamplesEvaluation) -> str:
     """What every candidate reached, how far the layers agree, and how the router weighs them."""
     with_choices = evaluation.choices > 1
-    rows = [["candidate", "loss, nats per token", "exact match, %"] + ["choice accuracy, %"] * with_choices]
+    voted = evaluation.agreement is not None
+    rows = [
+        ["candidate", "loss, nats per token", "exact match, %"]
+        + ["choice accuracy, %", "by nats a token, %"] * with_choices
+        + ["right where the final layer is wrong, %"] * voted
+    ]
     for candidate in evaluation.candidates:
-        accuracies = [candidate.exact_match, candidate.choice_accuracy]
+        accuracies = [candidate.exact_match, candidate.choice_accuracy, candidate.per_token_accuracy]
         shown = [_accuracy(accuracy) for accuracy in accuracies if accuracy is not None]
-        rows.append([candidate.name, f"{candidate.loss:.4f}", *shown])
+        rows.append([candidate.name, f"{candidate.loss:.4f}", *shown, *[f"{100 * candidate.alone:.1f}"] * voted])
     choices = f", {evaluation.choices} choices each" if with_choices else ""
     parts = [
         f"{evaluation.name}: {evaluation.examples:,} examples{choices}, {evaluation.tokens:,} tokens in the right "
@@ -51,6 +56,8 @@ def figures(evaluation: ExamplesEvaluation, prefix: str) -> dict[str, float]:
         found[f"{of_set}/exact_match/{candidate.name}"] = candidate.exact_match.share
         if candidate.choice_accuracy is not None:
             found[f"{of_set}/choice_accuracy/{candidate.name}"] = candidate.choice_accuracy.share
+        if candidate.per_token_accuracy is not None:
+            found[f"{of_set}/choice_accuracy_per_token/{candidate.name}"] = candidate.per_token_accuracy.share
     if evaluation.agreement is not None:
         for layers in ("every", "some", "none"):
             found[f"{of_set}/layers_right/{layers}"] = getattr(evaluation.agreement, layers)
@@ -59,6 +66,11 @@ def figures(evaluation: ExamplesEvaluation, prefix: str) -> dict[str, float]:
         name = evaluation.name if prefix == "validation" else f"{prefix}/{evaluation.name}"
         found |= _vote_figures(evaluation.votes, name)
     return found
+
+
+def answers(evaluation: ExamplesEvaluation) -> dict[str, list[int]]:
+    """Which examples every candidate gets right, 0 or 1 in the set's order, to compare runs example by example."""
+    return {candidate.name: candidate.right.int().tolist() for candidate in evaluation.candidates}
 
 
 def _vote_figures(votes: VoteStatistics, name: str) -> dict[str, float]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from peft import PeftModel
 
+from data.files import write_atomically
 from data.tokenization import TextTokenizer
 from model.decoder import Decoder
 from trainer.distributed import World
@@ -18,8 +20,11 @@ from tune.classes import token_classes
 from tune.config import TuneConfig
 from tune.evaluate import ExamplesEvaluation, evaluate_examples
 from tune.late_norms import fit_norms
-from tune.report import figures, table
+from tune.report import answers, figures, table
 from tune.vote_figure import vote_figure
+
+ANSWERS = "answers-{}.json"
+"""What a test set's answers are called: by candidate, 1 for each example that it gets right and else 0."""
 
 
 class Tuner(Trainer):
@@ -56,9 +61,12 @@ class Tuner(Trainer):
         super().validate()
 
     def test(self, sets: Sequence[ExampleSet]) -> None:
-        """Evaluate ``sets`` as ``test``, with the whole table in the log."""
+        """Evaluate ``sets`` as ``test``, with the whole table in the log and answers by example in a file."""
         for example_set in sets:
             evaluation = self._evaluate(example_set, "test")
+            if self.world.is_main:
+                told = json.dumps(answers(evaluation)).encode()
+                write_atomically(self.run.path / ANSWERS.format(example_set.name), told)
             self.log.info(f"test {example_set.name} after {self.step:,} steps\n{table(evaluation)}")
 
     def save_adapter(self, peft: PeftModel | None) -> None:

@@ -189,6 +189,11 @@ def plan(suite: Suite, out: Path) -> list[Run]:
             runs.append(Run(name, seed, folder, tuple(_overrides(keys)), config, planned_flops(config)))
     if not runs[0].config.data.validation:
         raise ValueError(f"{suite.backbone} has no data.validation, and validation losses are what a suite compares")
+    if mirror := next((run.config.train.checkpoint.mirror for run in runs if run.config.train.checkpoint.mirror), None):
+        raise ValueError(
+            f"train.checkpoint.mirror {mirror} belongs to one run, and a suite has {len(runs)}; set it to null in the "
+            "suite's set"
+        )
     return runs
 
 

@@ -114,6 +114,8 @@ def machine_checks(
     if train is not None:
         checks["run folder"] = partial(storage.run_folder, train)
         checks["trackers"] = partial(storage.trackers, train)
+        if train.checkpoint.mirror is not None:
+            checks["mirror"] = partial(storage.mirror, train)
     if "RANK" not in os.environ:
         checks["port"] = machine.port  # of launched ranks it is in use, by them
     return checks

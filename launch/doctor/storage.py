@@ -9,9 +9,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.urls import require_reachable
 from launch.doctor.findings import Finding
 from settings import counted
 from trainer.checkpoints import resume, retention
+from trainer.checkpoints.bucket import Bucket, unreachable
+from trainer.checkpoints.fetch import names_there
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.config import TrainConfig
 from trainer.distributed import ALONE
@@ -33,6 +36,9 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
         yield Finding("run folder", "ok", f"{train.run_dir} holds no checkpoints; the run starts afresh")
         return
     there = retention.newest_name(folder)
+    if train.checkpoint.mirror is not None and not newest_first(folder):
+        yield Finding("run folder", "ok", f"{train.run_dir}: {there}; the mirror is looked at")
+        return
     if train.checkpoint.resume == "required" and not newest_first(folder):
         remedy = "check train.run_dir, or set train.checkpoint.resume=auto"
         yield Finding("run folder", "error", f"{train.run_dir} has nothing to resume from: {there}", remedy)
@@ -48,6 +54,27 @@ def trackers(train: TrainConfig) -> Iterator[Finding]:
     """
     refuse_unusable(train.log.trackers)
     yield Finding("trackers", "ok", ", ".join(train.log.trackers) or "none")
+
+
+def mirror(train: TrainConfig) -> Iterator[Finding]:
+    """Whether the bucket can be written, and what a run would go on from there; one small file, removed again.
+
+    Raises:
+        ValueError: if the run would refuse to start for it, in its own words.
+    """
+    url, folder = str(train.checkpoint.mirror), checkpoints_of(str(train.run_dir))
+    require_reachable(url, "train.checkpoint.mirror")
+    names = names_there(url, ALONE)
+    if not newest_first(folder):
+        retention.refuse_taken(url, names, train.checkpoint.resume, "train.checkpoint.mirror")
+    started = time.perf_counter()
+    try:
+        Bucket(url).try_writing()
+    except Exception as error:  # each service has classes of its own
+        raise ValueError(unreachable(url, error)) from error
+    took_ms = (time.perf_counter() - started) * 1e3
+    there = f"the newest checkpoint there is {names[0]}" if names else "no checkpoint there"
+    yield Finding("mirror", "ok", f"{url}: {there}; a small file written and removed in {took_ms:,.0f} ms")
 
 
 def space(folder: Path, size_bytes: float | None, keep: int) -> Iterator[Finding]:

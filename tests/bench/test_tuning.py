@@ -46,7 +46,8 @@ def test_runs_are_made_once_and_every_method_has_its_row(
     monkeypatch.setattr(subprocess, "run", run_command)
     table = tmp_path / "table.md"
     assert main(_arguments(base_run, data, tmp_path / "runs", *methods, "--markdown", str(table))) == 0
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.read_text().splitlines()]
+    first, paired, told = table.read_text().split("\n\n")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in first.splitlines()]
     assert [row[0] for row in rows] == ["method", "---", "lora", "lora_ensemble"]
     found = [outcome(tmp_path / f"runs/polarity-{method}-0", "polarity") for method in ("lora", "lora_ensemble")]
     for row, one in zip(rows[2:], found, strict=True):
@@ -55,6 +56,15 @@ def test_runs_are_made_once_and_every_method_has_its_row(
         assert row[4:] == [f"{100 * share:.1f}" for share in one[:4]]
     assert float(rows[2][3]) == 1.0 and float(rows[3][3]) > 0
     assert found[0].voted == found[0].final == found[0].oracle and found[1].oracle >= found[1].best_layer
+
+    own, other = (
+        json.loads((tmp_path / f"runs/polarity-{m}-0/answers-polarity.json").read_text())
+        for m in ("lora_ensemble", "lora")
+    )
+    assert list(other) == ["layer-03"] and list(own) == ["layer-01", "layer-02", "layer-03", "ensemble", "oracle"]
+    assert sum(own["ensemble"]) / 6 == pytest.approx(found[1].voted)
+    difference = f"{100 * (sum(own['ensemble']) - sum(other['layer-03'])) / 6:+.1f} ("
+    assert paired.splitlines()[2].startswith(f"| lora_ensemble | {difference}") and "bootstrap" in told
 
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was run already"))
     assert main(_arguments(base_run, data, tmp_path / "runs", *methods[:3], "--repeats", "0")) == 0

@@ -307,6 +307,18 @@ def test_an_export_that_nobody_has_compared_says_so(
     assert (tmp_path / "out/model.safetensors").read_bytes() == (compared / "model.safetensors").read_bytes()
 
 
+def test_a_copy_goes_elsewhere(tmp_path: Path, corpus: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    path, url = write_run(tmp_path / "run", make("layer"), corpus), f"file://{tmp_path}/away"
+    with pytest.raises(SystemExit):
+        main([str(path), str(tmp_path / "out"), "--no-compare", "--copy-to", "s33://bucket/out"])
+    assert "error: --copy-to s33://bucket/out: the protocol 's33' is not known" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()  # told before anything is written
+    assert main([str(path), str(tmp_path / "out"), "--no-compare", "--copy-to", url]) == 0
+    assert f"copied to {url}, config.json last" in capsys.readouterr().out
+    names = [sorted(str(p.relative_to(tmp_path / f)) for p in (tmp_path / f).rglob("*")) for f in ("out", "away")]
+    assert names[0] == names[1] and "config.json" in names[0]
+
+
 def test_a_full_disk(
     tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,9 +12,10 @@ import pytest
 import tokenizers
 import torch
 
+from data.speller import Speller
 from data.tokenization import TextTokenizer, load_text_tokenizer
 from evals.dial.file import Dial, Point, fingerprint
-from evals.generate import Speller, Token, bar, main, shaded, show, stream, summary
+from evals.generate import Token, bar, main, shaded, show, stream, summary
 from evals.scoring import layer_shares
 from model.config import ModelConfig
 from model.generate import generate

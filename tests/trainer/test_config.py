@@ -35,6 +35,10 @@ REFUSED = [
     (["deepspeed.offload=all"], "deepspeed.offload all moves parameters, which needs deepspeed.zero_stage 3, got 2"),
     (["train.compile=true", "deepspeed.zero_stage=3"], "train.compile needs deepspeed.zero_stage 0, 1 or 2, because"),
     (
+        ["train.checkpoint.mirror=s3://bucket/run", "train.checkpoint.mirror_wait_s=1800"],
+        "train.checkpoint.mirror_wait_s (1800) must be below train.timeout_s (1800), because the other ranks wait",
+    ),
+    (
         ["train.stall_timeout_s=600", "train.timeout_s=600"],
         "train.stall_timeout_s (600) must be below train.timeout_s (600), because a collective that times out",
     ),

@@ -149,10 +149,14 @@ def brute_force(decoder: Decoder, examples: Examples) -> dict[str, Any]:
             "loss": sum(values) / len(values),
             "exact": [all(hit[name, e, r]) for e, r in right],
             "chosen": [one.index(min(one)) == r for one, (_, r) in zip(sums, right, strict=True)],
+            "per token": [
+                min(range(examples.choices), key=lambda o, e=e: np.mean(nll[name, e, o])) == r for e, r in right
+            ],
         }
     if late is not None:
-        layers = zip(*(found[name]["chosen"] for name in names[:k]), strict=True)
-        found["oracle"]["chosen"] = [any(which) for which in layers]
+        for kind in ("chosen", "per token"):
+            layers = zip(*(found[name][kind] for name in names[:k]), strict=True)
+            found["oracle"][kind] = [any(which) for which in layers]
     return found
 
 
@@ -167,6 +171,13 @@ def _agrees(evaluation: ExamplesEvaluation, expected: dict[str, Any], with_choic
         if candidate.choice_accuracy is not None:
             assert candidate.choice_accuracy.share == pytest.approx(np.mean(brute["chosen"]))
             shown = "chosen"
+        assert (candidate.per_token_accuracy is not None) == with_choices
+        if candidate.per_token_accuracy is not None:
+            assert candidate.per_token_accuracy.share == pytest.approx(np.mean(brute["per token"]))
+        assert candidate.right.tolist() == brute[shown]
+        final = expected[[name for name in expected["names"] if name.startswith("layer-")][-1]][shown]
+        others = [own for own, theirs in zip(brute[shown], final, strict=True) if not theirs]
+        assert candidate.alone == pytest.approx(np.mean(others) if others else 0.0)
         share = np.mean(brute[shown])
         assert candidate.accuracy.error == pytest.approx(math.sqrt(share * (1 - share) / len(brute[shown])))
 

@@ -17,11 +17,11 @@ from tests.model import tiny
 from trainer.distributed import ALONE
 from tune.late_norms import fit_norms
 
-T, PADDING = 16, 5
+T, PROMPT, PADDING = 16, 3, 5
 
 
 class Stream:
-    """Windows of random tokens, two documents and ``PADDING`` tokens at the end; notes which were asked for."""
+    """Windows of a prompt, what is learned, and padding; notes which were asked for."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -31,7 +31,7 @@ class Stream:
         self.asked += consumed
         tokens = torch.stack([tiny.random_tokens(1, T, seed=number)[0] for number in consumed])
         targets = tokens.roll(-1, 1)
-        targets[:, :3] = IGNORED  # a prompt, which counts all the same
+        targets[:, :PROMPT] = IGNORED
         targets[:, T - PADDING :] = IGNORED
         documents = torch.tensor([0] * 6 + [1] * (T - PADDING - 6) + [2] * PADDING).expand_as(tokens)
         return Batch(tokens, targets, torch.tensor(consumed), documents=documents, positions=None)
@@ -45,10 +45,10 @@ def built(kind: str = "learned", layers: int = 3) -> Decoder:
 
 
 def late_states(decoder: Decoder, stream: Stream, windows: int) -> list[Tensor]:
-    """Residual streams after each late layer of every token but padding, [N, D] each."""
+    """Residual streams after each late layer of every token with a target, [N, D] each."""
     seen: list[list[Tensor]] = []
     hooks = [
-        layer.register_forward_hook(lambda _, __, out: seen[-1].append(out[0][:, : T - PADDING].flatten(0, 1)))
+        layer.register_forward_hook(lambda _, __, out: seen[-1].append(out[0][:, PROMPT : T - PADDING].flatten(0, 1)))
         for layer in decoder.layers
     ]
     with torch.no_grad():

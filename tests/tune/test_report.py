@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tune.evaluate import Accuracy, Agreement, Candidate, ExamplesEvaluation, VoteStatistics
-from tune.report import figures, table
+from tune.report import answers, figures, table
 
 
 def made_up(layers: int = 2, choices: int = 4, classes: tuple[str, ...] = ("word", "end"), **fields: Any) -> Any:
@@ -19,7 +19,9 @@ def made_up(layers: int = 2, choices: int = 4, classes: tuple[str, ...] = ("word
     for place, name in enumerate(names):
         share = 0.1 + 0.8 * place / len(names)
         chosen = Accuracy(share, 0.025) if choices > 1 else None
-        candidates.append(Candidate(name, 3 - share, Accuracy(share / 2, 0.0125), chosen))
+        longer = Accuracy(share / 4, 0.02) if choices > 1 else None
+        right = torch.tensor([True, place > 1])
+        candidates.append(Candidate(name, 3 - share, Accuracy(share / 2, 0.0125), chosen, longer, right, share / 8))
     votes = None
     if layers:
         weight = torch.linspace(1, 2, (len(classes) + 1) * layers, dtype=torch.float64).view(-1, layers)
@@ -40,9 +42,10 @@ def test_the_table_shows_every_candidate_and_class() -> None:
     head, scores, agreement, _, votes = table(made_up()).split("\n\n")
     assert head.startswith("toy: 400 examples, 4 choices each, 2,001 tokens")
     lines = [_cells(line) for line in scores.split("\n")]
-    assert lines[0] == ["candidate", "loss, nats per token", "exact match, %", "choice accuracy, %"]
+    accuracies = ["exact match, %", "choice accuracy, %", "by nats a token, %"]
+    assert lines[0] == ["candidate", "loss, nats per token", *accuracies, "right where the final layer is wrong, %"]
     assert [line[0] for line in lines[2:]] == ["layer-10", "layer-11", "ensemble", "oracle"]
-    assert lines[3] == ["layer-11", "2.7000", "15.0 ± 1.2", "30.0 ± 2.5"]
+    assert lines[3] == ["layer-11", "2.7000", "15.0 ± 1.2", "30.0 ± 2.5", "7.5 ± 2.0", "3.8"]
     assert (
         "choice accuracy all late layers are right on 50.0% of the examples, only some on 30.0%, none on" in agreement
     )
@@ -54,7 +57,8 @@ def test_the_table_shows_every_candidate_and_class() -> None:
 
 def test_without_choices_or_an_ensemble_their_columns_and_parts_are_left_out() -> None:
     _, scores, agreement, *_ = table(made_up(choices=1)).split("\n\n")
-    assert _cells(scores.split("\n")[0]) == ["candidate", "loss, nats per token", "exact match, %"]
+    assert _cells(scores.split("\n")[0])[:3] == ["candidate", "loss, nats per token", "exact match, %"]
+    assert "choice" not in scores and "by nats" not in scores
     assert agreement.startswith("By exact match")
     head, scores = table(made_up(layers=0, choices=1)).split("\n\n")
     assert "choices" not in head and _cells(scores.split("\n")[-1]) == ["layer-11", "2.9000", "5.0 ± 1.2"]
@@ -74,13 +78,15 @@ def test_figures_have_the_names_that_metrics_are_logged_under() -> None:
     assert found["validation/toy/loss/layer-11"] == pytest.approx(2.7)
     assert found["validation/toy/exact_match/ensemble"] == pytest.approx(0.25)
     assert found["validation/toy/choice_accuracy/oracle"] == pytest.approx(0.7)
+    assert found["validation/toy/choice_accuracy_per_token/oracle"] == pytest.approx(0.175)
+    assert answers(made_up()) == {"layer-10": [1, 0], "layer-11": [1, 0], "ensemble": [1, 1], "oracle": [1, 1]}
     assert [found[f"validation/toy/layers_right/{n}"] for n in ("every", "some", "none")] == [0.5, 0.3, 0.2]
     votes = made_up().votes
     assert found["ensemble/weight/toy/layer-10"] == votes.weight[-1, 0]
     assert found["ensemble/weight/toy/layer-11/word"] == votes.weight[0, 1]
     assert found["ensemble/largest/toy/layer-11/end"] == votes.largest[1, 1]
     assert found["ensemble/entropy/toy"] == votes.entropy[-1]
-    assert len(found) == 4 * 3 + 3 + 1 + 2 * 2 * 3
+    assert len(found) == 4 * 4 + 3 + 1 + 2 * 2 * 3
     assert all(type(value) is float for value in found.values())
 
 

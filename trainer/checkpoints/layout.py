@@ -15,6 +15,7 @@ RUN/                        a run: a folder with checkpoints/ in it; the rest of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -48,8 +49,14 @@ def checkpoint_at(folder: Path, step: int) -> Path:
 
 def newest_first(folder: Path) -> list[Path]:
     """All that have a finished checkpoint's name."""
-    found = [p for p in folder.glob(f"{_STEP}*") if p.is_dir() and p.name.removeprefix(_STEP).isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    names = finished_names(found.name for found in folder.glob(f"{_STEP}*") if found.is_dir())
+    return [folder / name for name in names]
+
+
+def finished_names(names: Iterable[str]) -> list[str]:
+    """Of ``names``, those of finished checkpoints, newest first."""
+    found = [name for name in names if name.startswith(_STEP) and name.removeprefix(_STEP).isdigit()]
+    return sorted(found, key=lambda name: step_of(Path(name)), reverse=True)
 
 
 def newest_name(folder: Path) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ from data.files import read_json, write_json
 from trainer.checkpoints.layout import ENGINE
 
 _FOLDER, _GROWING, _RECEIPT, _FAILED = "receipts", "growing", "receipt-", "failed-"
+_POLL_S = 0.05
+_SHARED_DISK_S = 30.0
+"""How long a folder that rank 0 has made may take to show on other machines."""
 _SAMPLED = 8
 """Files being written whose sizes show that those who write them get on."""
 
@@ -30,6 +34,16 @@ def begin(partial: Path) -> Path:
     (partial / _FOLDER).mkdir(parents=True)
     (partial / _FOLDER / _GROWING).touch()
     return partial / _FOLDER / _GROWING
+
+
+def appears(path: Path) -> bool:
+    """Whether ``path`` can be seen from here; a network file system may take a while to show it."""
+    deadline = time.monotonic() + _SHARED_DISK_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_S)
+    return True
 
 
 def leave(partial: Path, rank: int, written: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import torch
 from model.init import generator_of
 from settings import peek
 from trainer.checkpoints import manifest
+from trainer.checkpoints.fetch import fetch, names_there
 from trainer.checkpoints.layout import CONFIG, ENGINE, STATE, newest_first, rng_name
 from trainer.checkpoints.reshard import reshard
 from trainer.checkpoints.retention import refuse_taken
@@ -24,30 +25,58 @@ from trainer.config import StageConfig
 from trainer.distributed import World
 
 
-def to_resume(folder: Path, resume: str, world: World) -> Path | None:
+def to_resume(
+    folder: Path, resume: str, world: World, mirror: str | None = None, metrics: Path | None = None
+) -> Path | None:
     """The checkpoint to start from, or None for a fresh start; torn ones are reported and passed over; collective.
+
+    Where ``folder`` has no whole one, the newest whole one of the mirror is copied there first.
 
     Args:
         folder: the run's ``checkpoints``.
         resume: ``never``, ``auto`` or ``required``, as in the config.
+        world: this process among all.
+        mirror: URL of the run's mirror, if it has one.
+        metrics: the run's file of metrics, which comes from there, too.
 
     Raises:
         ValueError: where a silent start from step 0 would throw away or overwrite work.
     """
     there = world.broadcast_object([p.name for p in newest_first(folder)] if world.is_main else None)
-    refuse_taken(folder, there, resume)
+    away = names_there(mirror, world) if mirror is not None and not there else []
+    if away and resume == "never":
+        refuse_taken(str(mirror), away, resume, "train.checkpoint.mirror")
+    refuse_taken(folder, there or away, resume)
     if resume == "never":
         return None
     found, torn = manifest.newest_whole(folder, world)
     if world.is_main:
         for sentence in torn:
             print(f"passed over: {sentence}", flush=True)
-    if found is None and there:
+    if found is None and mirror is not None:
+        assert metrics is not None
+        found = _fetched(mirror, away or names_there(mirror, world), folder, metrics, world)
+    if found is None and (there or away):
+        where = f"{folder}, or {mirror}" if mirror else str(folder)
+        names = ", ".join(dict.fromkeys([*there, *away]))
         raise ValueError(
-            f"cannot resume from {folder}: none of {', '.join(there)} is whole; check train.run_dir, or remove that "
-            "folder and start from scratch with train.checkpoint.resume=never"
+            f"cannot resume from {where}: none of {names} is whole; check train.run_dir, or remove that folder and "
+            "start from scratch with train.checkpoint.resume=never"
         )
     return found
+
+
+def _fetched(mirror: str, names: list[str], folder: Path, metrics: Path, world: World) -> Path | None:
+    """The newest of the mirror's checkpoints that is whole, in ``folder``."""
+    for name in names:
+        if world.is_main:
+            print(f"{folder} has no whole checkpoint; copying {name} from {mirror}", flush=True)
+        torn = fetch(mirror, name, folder, metrics, world)
+        if torn is None:
+            return folder / name
+        if world.is_main:
+            print(f"passed over: {name} of {mirror} is torn: {torn}", flush=True)
+    return None
 
 
 def origin_of(checkpoint: Path | None, world: World) -> str | None:

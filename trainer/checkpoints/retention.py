@@ -23,32 +23,38 @@ if TYPE_CHECKING:
     from trainer.distributed import World
 
 
-def refuse_taken(folder: Path, there: Sequence[str], resume: str) -> None:
+def refuse_taken(folder: Path | str, there: Sequence[str], resume: str, setting: str = "train.run_dir") -> None:
     """Raise ValueError if a start with ``resume`` must not be made where ``folder`` holds the checkpoints ``there``.
 
     Where it may resume, whether one of them is whole is for :func:`trainer.checkpoints.resume.to_resume` to find out.
+
+    Args:
+        folder: of the checkpoints, or the URL of their mirror.
+        there: their names, newest first.
+        resume: as in the config.
+        setting: the field that says where ``folder`` is.
     """
     if there and resume == "never":
         raise ValueError(
             f"{folder} already holds {there[0]}; set train.checkpoint.resume=auto to go on with that run, or "
-            "give another train.run_dir"
+            f"give another {setting}"
         )
     if not there and resume == "required":
         raise ValueError(
-            f"cannot resume from {folder}: there is no checkpoint; check train.run_dir, or remove that folder and "
+            f"cannot resume from {folder}: there is no checkpoint; check {setting}, or remove that folder and "
             "start from scratch with train.checkpoint.resume=never"
         )
 
 
-def prune(folder: Path, newest: Path, config: CheckpointConfig) -> None:
+def prune(folder: Path, newest: Path, config: CheckpointConfig, held: str | None = None) -> None:
     """Remove checkpoints older than ``newest`` (just written, so whole) beyond the ``keep`` newest.
 
     Those at multiples of ``keep_every_steps`` stay. Torn ones with a higher step do not count: a run that went back
-    behind them must not lose what it went back to.
+    behind them must not lose what it went back to. Nor does the one with the name ``held``, which is being read.
     """
     mine = [found for found in newest_first(folder) if step_of(found) <= step_of(newest)]
     for old in mine[config.keep :]:
-        if not config.keep_every_steps or step_of(old) % config.keep_every_steps:
+        if old.name != held and (not config.keep_every_steps or step_of(old) % config.keep_every_steps):
             remove(old)
 
 
@@ -120,13 +126,17 @@ def remove(checkpoint: Path) -> None:
 
 
 def most_at_once(train: TrainConfig) -> int:
-    """Most checkpoints of the run that are there at the same time: while the last one is being written."""
+    """Most checkpoints of the run that are there at the same time: while the last one is being written.
+
+    One that is being mirrored may be there longer than it is kept.
+    """
     config = train.checkpoint
     every = config.every_steps if config.every_minutes is None else 1  # by the clock it may be any step
     saves = [*range(every, train.last_step, every), train.last_step]
     older = saves[: -config.keep - 1]
     milestones = [step for step in older if config.keep_every_steps and step % config.keep_every_steps == 0]
-    return len(saves) - len(older) + len(milestones)
+    mirrored = config.mirror is not None and len(older) > len(milestones)
+    return len(saves) - len(older) + len(milestones) + mirrored
 
 
 def checkpoint_bytes(module: nn.Module, config: StageConfig) -> float:

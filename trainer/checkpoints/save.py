@@ -41,6 +41,7 @@ from trainer.checkpoints.layout import (
     partial_of,
     rng_name,
 )
+from trainer.checkpoints.mirror import Mirror
 from trainer.checkpoints.retention import check_room, checkpoint_bytes, prune, remove
 from trainer.checkpoints.rng import rng_state
 from trainer.config import StageConfig
@@ -49,8 +50,6 @@ from trainer.distributed import World
 from trainer.log import logger_of_run
 
 _POLL_S, _SLOWEST_POLL_S = 0.05, 1.0
-_SHARED_DISK_S = 30.0
-"""How long a folder that rank 0 has made may take to show on other machines."""
 _QUIET_S = 60.0
 """How long nothing new may come into a checkpoint before a rank that waits for it stops saying that all is well."""
 _FIRST_ERROR_S = 5.0
@@ -79,6 +78,7 @@ class Saver:
         tell: takes a sentence for each checkpoint that is whole; called on rank 0, from the thread.
         tick: called while one waits for a checkpoint that grows, so that a long save is not taken for a hang.
         origin: what the run started from, in words; None for freshly drawn weights.
+        mirror: on rank 0, what copies whole checkpoints elsewhere, if anything.
     """
 
     def __init__(
@@ -90,9 +90,10 @@ class Saver:
         tell: Callable[[str], None] = print,
         tick: Callable[[], None] = lambda: None,
         origin: str | None = None,
+        mirror: Mirror | None = None,
     ):
         self.folder, self.fingerprint, self.config, self.world = folder, fingerprint, config, world
-        self.origin = origin
+        self.origin, self.mirror = origin, mirror
         self.tell, self.tick = tell, tick
         self._thread: threading.Thread | None = None
         self._reset()
@@ -207,7 +208,7 @@ class Saver:
                 )
         problem, shows = self.world.broadcast_object((problem, shows))
         if problem is None:
-            unseen = [r for r, seen in enumerate(self.world.gather_objects(_appears(shows))) if not seen]
+            unseen = [r for r, seen in enumerate(self.world.gather_objects(receipts.appears(shows))) if not seen]
             if unseen:
                 problem = (
                     f"rank {unseen[0]} does not see {partial}, which rank 0 has made; put train.run_dir on a disk that "
@@ -259,7 +260,10 @@ class Saver:
             remove(self._final)
         partial.rename(self._final)
         _sync(self.folder)
-        prune(self.folder, self._final, self.config.train.checkpoint)
+        held = None if self.mirror is None else self.mirror.held
+        prune(self.folder, self._final, self.config.train.checkpoint, held)
+        if self.mirror is not None:
+            self.mirror.wake()
         return True
 
 
@@ -306,16 +310,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _appears(path: Path) -> bool:
-    """Whether ``path`` can be seen from here; a network file system may take a while to show it."""
-    deadline = time.monotonic() + _SHARED_DISK_S
-    while not path.exists():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(_POLL_S)
-    return True
 
 
 def _reason(error: Exception) -> str:

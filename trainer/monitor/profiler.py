@@ -181,6 +181,7 @@ class StepProfiler:
                 continue
             self._range_over(layer, name)
             self._range_over(layer.self_attn, f"{name} attention")
+            self._range_around(layer.self_attn, "keys_values", f"{name} attention")
             self._range_over(layer.mlp, f"{name} ffn")
             for module in layer.children():
                 if isinstance(module, Router):

@@ -13,7 +13,7 @@ import torch
 
 from data.speller import Speller
 from data.tokenization import TextTokenizer
-from model.generate import stream
+from model.generate import passes
 from trainer.distributed import World
 
 
@@ -64,18 +64,18 @@ def answer(
     return [found[place] for place in range(len(prompts))]
 
 
-def _answer(engine: Any, tokenizer: TextTokenizer, prompt: Prompt, passes: int, world: World, lockstep: bool) -> str:
-    """One answer; ``passes``: most of any rank."""
+def _answer(engine: Any, tokenizer: TextTokenizer, prompt: Prompt, longest: int, world: World, lockstep: bool) -> str:
+    """One answer; ``longest``: most new tokens of any rank."""
     sampling = torch.Generator(world.device).manual_seed(0)
     speller, text, ended = Speller(tokenizer, prompt.ids), "", False
-    tokens = stream(
-        engine, prompt.ids, passes if lockstep else prompt.new_tokens, prompt.temperature, prompt.top_p,
-        generator=sampling, device=world.device,
-    )  # fmt: skip
-    for made, (token, _) in enumerate(tokens, 1):
+    start = torch.tensor([prompt.ids], device=world.device)
+    most = longest if lockstep else prompt.new_tokens
+    made = passes(engine, start, most, prompt.temperature, prompt.top_p, generator=sampling)
+    for count, one in enumerate(made, 1):
+        token = int(one.chosen)
         if not ended:
             text += speller.add(token)
-            ended = token == tokenizer.eos_id or made == prompt.new_tokens
+            ended = token == tokenizer.eos_id or count == prompt.new_tokens
             if ended:
                 text += speller.rest()
             ended = ended or any(stop in text for stop in prompt.stops if stop)

@@ -139,6 +139,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "a task must be blimp, blimp_NAME, classify_NAME or perplexity, got 'squ",
     ),
     "tokens": ({"tokens": 0}, "tokens: input should be greater than 0"),
+    "mirror": ({"set": {"train.checkpoint.mirror": "s3://b/run"}}, "mirror s3://b/run belongs to one run, and a suite"),
     "validation": ({"set": {"data.validation": []}}, "has no data.validation, and validation losses are what"),
     "backbone": ({"backbone": "configs/dem.yaml"}, "variant dense: config file configs/dem.yaml does not exist"),
 }

@@ -26,6 +26,7 @@ from model.config import ModelConfig
 from model.decoder import Decoder
 from tests.launching import ROOT
 from tests.launching import run as launch
+from tests.trainer.checkpoints.test_resume import fake
 from trainer import precision
 from trainer.checkpoints.weights_folder import write_weights
 from trainer.config import PretrainConfig, TrainConfig
@@ -239,6 +240,29 @@ def test_a_tracker_that_cannot_be_used_is_an_error(tiny: dict[str, Any], monkeyp
     log = train.log.model_copy(update={"trackers": ["mlflow"]})
     finding = only(run({"trackers": lambda: storage.trackers(train.model_copy(update={"log": log}))}))
     assert finding.level == "error" and finding.found.startswith("train.log.trackers has mlflow, ")
+
+
+def test_a_mirror_is_looked_at(tiny: dict[str, Any], tmp_path: Path) -> None:
+    def finding(url: str, setting: str) -> Finding:
+        block = tiny["train"] | {"checkpoint": {"mirror": url, "resume": setting}}
+        return only(run({"mirror": lambda: storage.mirror(TrainConfig.model_validate(block))}))
+
+    url = f"file://{tmp_path}/away"
+    empty = finding(url, "auto")
+    assert empty.level == "ok" and empty.found.startswith(
+        f"{url}: no checkpoint there; a small file written and removed"
+    )
+    assert list((tmp_path / "away").iterdir()) == []
+    assert "there is no checkpoint" in finding(url, "required").found
+    fake(tmp_path / "away", 3)
+    assert "the newest checkpoint there is step-00000003" in finding(url, "required").found
+    taken = finding(url, "never")
+    assert taken.level == "error" and taken.found == f"{url} already holds step-00000003"
+    assert "the protocol 's33' is not known" in finding("s33://bucket/run", "auto").found
+    unwritable = finding("file:///proc/none", "auto")
+    assert (
+        unwritable.level == "error" and "train.checkpoint.mirror file:///proc/none cannot be used" in unwritable.found
+    )
 
 
 def test_the_folder_asked_is_one_that_exists(tmp_path: Path) -> None:

@@ -1,0 +1,147 @@
+"""Places that are no folders: buckets and whatever else fsspec reaches, by URLs such as ``s3://bucket/run``.
+
+Credentials, endpoints and regions are the affair of each service's own library: environment variables, its files.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from settings import did_you_mean
+from settings.project import ROOT, program
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+_T = TypeVar("_T")
+_MARK = "://"
+_LOCAL = ("file", "local")
+REFUSALS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
+"""What no second attempt changes: rights, and buckets that are not there."""
+ATTEMPTS = 4
+FIRST_PAUSE_S = 1.0
+
+
+def is_url(name: str) -> bool:
+    """Whether ``name`` is one, and not a path."""
+    return _MARK in name
+
+
+def require_reachable(url: str, what: str) -> None:
+    """Refuse a URL for which there is no program here; asks no network.
+
+    Args:
+        url: to look at.
+        what: it is, for the sentence: a field of a config.
+
+    Raises:
+        ValueError: the protocol is not known, or the package that speaks it is not installed.
+    """
+    from fsspec import get_filesystem_class
+    from fsspec.registry import known_implementations
+
+    protocol, mark, rest = url.partition(_MARK)
+    if not mark or not rest.strip("/"):
+        raise ValueError(f"{what} must be a URL such as s3://bucket/folder, got '{url}'; correct it")
+    try:
+        get_filesystem_class(protocol)
+    except ValueError:
+        hint = did_you_mean(protocol, sorted(known_implementations))
+        raise ValueError(f"{what} {url}: the protocol '{protocol}' is not known; {hint}") from None
+    except ImportError:
+        package = known_implementations[protocol]["class"].partition(".")[0]
+        lock = shlex.quote(os.path.relpath(ROOT / "requirements.lock"))
+        raise ValueError(
+            f"{what} {url}: {package}, which reads and writes there, is not installed; install it with: "
+            f"{program('python')} -m pip install {package} --constraint {lock}"
+        ) from None
+
+
+def opened(url: str, remember: bool = False) -> tuple[AbstractFileSystem, str]:
+    """The file system of ``url``, and the place there; listings are remembered in this process only if asked."""
+    from fsspec.core import url_to_fs
+
+    local = {"auto_mkdir": True} if url.partition(_MARK)[0] in _LOCAL else {}
+    system, place = url_to_fs(url, use_listings_cache=remember, **local)
+    return system, str(place).rstrip("/")
+
+
+def patiently(attempt: Callable[[], _T], attempts: int = ATTEMPTS, pause_s: float = FIRST_PAUSE_S) -> _T:
+    """What ``attempt`` returns, tried ``attempts`` times with pauses that double; what cannot change, only once."""
+    for _ in range(attempts - 1):
+        try:
+            return attempt()
+        except REFUSALS:
+            raise
+        except Exception:  # each service has classes of its own for a network that is down
+            time.sleep(pause_s)
+            pause_s *= 2
+    return attempt()
+
+
+def reason(error: BaseException) -> str:
+    """Why a place could not be reached, in a line."""
+    told = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {told}" if told else type(error).__name__
+
+
+def is_refusal(error: BaseException) -> bool:
+    """True for what its user has to change: rights, names, missing credentials."""
+    return isinstance(error, REFUSALS) or "Credentials" in type(error).__name__
+
+
+def entries(system: Any, place: str) -> list[str]:
+    """Names of what lies directly below ``place``; none where there is nothing."""
+    try:
+        return [str(found).rstrip("/").rpartition("/")[2] for found in system.ls(place, detail=False)]
+    except FileNotFoundError:
+        return []
+
+
+def require_empty(url: str, what: str) -> None:
+    """Refuse a place that cannot be reached, or where something lies.
+
+    Args:
+        url: to look at.
+        what: it is, for the sentence.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    require_reachable(url, what)
+    system, place = opened(url)
+    try:
+        there = patiently(lambda: entries(system, place))
+    except Exception as error:  # each service has classes of its own
+        raise ValueError(f"{what} {url} cannot be used ({reason(error)}); {fix(error)}") from error
+    if there:
+        raise ValueError(f"{what} {url} holds {there[0]} already; give an empty place, or remove what is there")
+
+
+def copy_folder(folder: Path, url: str, last: str) -> None:
+    """Copy all files below ``folder`` to ``url``; the file ``last`` after all others, which it vouches for.
+
+    Raises:
+        ValueError: if that does not work; the folder is as it was.
+    """
+    system, place = opened(url)
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
+    try:
+        for path in files:
+            target = f"{place}/{path.relative_to(folder)}"
+            patiently(partial(system.put_file, str(path), target))
+    except Exception as error:  # each service has classes of its own
+        raise ValueError(
+            f"{folder} is written, and not whole at {url} ({reason(error)}); {fix(error)}, and copy it there"
+        ) from error
+
+
+def fix(error: BaseException) -> str:
+    """What a user can do about it."""
+    return "give it the rights or correct the name" if is_refusal(error) else "look at the network and the service"

@@ -1,0 +1,171 @@
+"""A run's checkpoints in a bucket, or wherever a URL leads: what is there, one put in, one taken out.
+
+URL/
+  config.yaml             the run's config
+  metrics.jsonl           as it was when the newest checkpoint was copied
+  step-00001000/...       as in the run folder (layout.py), manifest.json copied last
+  step-00002000/          without a manifest: not whole, or set aside because the run was taken back before it
+
+There are no renames in a bucket, so the manifest alone makes a checkpoint whole: it is written last and removed first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from data import urls
+from trainer.checkpoints import manifest
+from trainer.checkpoints.layout import CONFIG, finished_names, step_of
+
+_AT_ONCE = 8
+"""Files that are copied together, where the service's library can."""
+_TRIED = "tried-by-doctor"
+_ASIDE = "manifest.set-aside.json"
+
+
+class TornHere(Exception):
+    """A checkpoint of the run folder is not whole, or no longer there."""
+
+
+class Bucket:
+    """The checkpoints at a URL. Every method may raise whatever the service's library does."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._system, self._place = urls.opened(url)
+
+    def whole(self) -> list[str]:
+        """Names of the checkpoints that have a manifest, newest first."""
+        return [name for name in self._names() if self._system.exists(self._at(name, manifest.NAME))]
+
+    def write_config(self, config: str) -> None:
+        """Put the run's config there, which also tells whether one may write."""
+        self._system.pipe_file(f"{self._place}/{CONFIG}", config.encode())
+
+    def try_writing(self) -> None:
+        """Write a small file there, and remove it."""
+        self._system.pipe_file(f"{self._place}/{_TRIED}", b"to be removed\n")
+        self._system.rm_file(f"{self._place}/{_TRIED}")
+
+    def put_beside(self, path: Path) -> None:
+        """Copy a file of the run folder there, if there is one."""
+        if path.is_file():
+            self._system.put_file(str(path), f"{self._place}/{path.name}")
+
+    def get_beside(self, path: Path) -> None:
+        """Copy it back, if it is there and not here."""
+        if not path.exists() and self._system.exists(f"{self._place}/{path.name}"):
+            self._system.get_file(f"{self._place}/{path.name}", str(path))
+
+    def manifest_bytes(self, name: str) -> bytes | None:
+        """The manifest of checkpoint ``name`` as it lies there; None if it has none."""
+        try:
+            return bytes(self._system.cat_file(self._at(name, manifest.NAME)))
+        except FileNotFoundError:
+            return None
+
+    def has(self, checkpoint: Path) -> bool:
+        """Whether this very checkpoint is there, and whole."""
+        return self.manifest_bytes(checkpoint.name) == _own_files(checkpoint)[0]
+
+    def put(self, checkpoint: Path, done: set[str], given_up: Callable[[], bool]) -> bool:
+        """Copy a checkpoint there, its manifest last; False if given up on the way.
+
+        Args:
+            checkpoint: the folder of a whole one.
+            done: files that an earlier attempt has copied, which are not copied again; grows.
+            given_up: asked between files.
+
+        Raises:
+            TornHere: if the checkpoint's files are not, or no longer, what its manifest says.
+        """
+        name = checkpoint.name
+        content, files = _own_files(checkpoint)
+        if not done and self.manifest_bytes(name) is not None:  # of another history of the run
+            self._system.rm_file(self._at(name, manifest.NAME))
+        for some in _groups([file for file in files if file not in done]):
+            if given_up():
+                return False
+            self._system.put([str(checkpoint / file) for file in some], [self._at(name, file) for file in some])
+            for file in some:
+                size = self._system.size(self._at(name, file))
+                if size != files[file]["bytes"]:
+                    raise OSError(f"{file} has {size} bytes there instead of {files[file]['bytes']}")
+            done.update(some)
+        self._system.pipe_file(self._at(name, manifest.NAME), content)
+        return True
+
+    def get(self, name: str, file: str, target: Path) -> None:
+        """Copy one file of checkpoint ``name`` to ``target``."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._system.get_file(self._at(name, file), str(target))
+
+    def prune(self, newest: int, keep: int, keep_every_steps: int) -> None:
+        """Remove what is beyond the ``keep`` newest up to step ``newest`` and no multiple of ``keep_every_steps``.
+
+        What has a higher step is of a history that the run was taken back from: it is set aside, never resumed from,
+        and left for its owner to remove.
+        """
+        steps = {name: step_of(Path(name)) for name in self._names()}
+        for name, step in steps.items():
+            if step > newest and (content := self.manifest_bytes(name)) is not None:
+                self._system.pipe_file(self._at(name, _ASIDE), content)
+                self._system.rm_file(self._at(name, manifest.NAME))
+        mine = [name for name, step in steps.items() if step <= newest]
+        for name in mine[keep:]:
+            if not keep_every_steps or steps[name] % keep_every_steps:
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        if self.manifest_bytes(name) is not None:
+            self._system.rm_file(self._at(name, manifest.NAME))
+        self._system.rm(f"{self._place}/{name}", recursive=True)
+
+    def _names(self) -> list[str]:
+        return finished_names(urls.entries(self._system, self._place))
+
+    def _at(self, name: str, file: str) -> str:
+        return f"{self._place}/{name}/{file}"
+
+
+def _own_files(checkpoint: Path) -> tuple[bytes, dict[str, Any]]:
+    """The manifest of a checkpoint of the run folder, and what it says of the files, looked at here."""
+    try:
+        content = (checkpoint / manifest.NAME).read_bytes()
+        files = facts_of(content)["files"]
+        wrong = [file for file, entry in files.items() if (checkpoint / file).stat().st_size != entry["bytes"]]
+    except (OSError, ValueError) as error:
+        raise TornHere(str(error)) from None
+    if wrong:
+        raise TornHere(f"{wrong[0]} has another size than its manifest says")
+    return content, files
+
+
+def _groups(files: list[str]) -> Iterator[list[str]]:
+    rest = iter(files)
+    while some := list(islice(rest, _AT_ONCE)):
+        yield some
+
+
+def facts_of(content: bytes) -> dict[str, Any]:
+    """What a manifest says.
+
+    Raises:
+        ValueError: it is none of this version.
+    """
+    try:
+        found = json.loads(content)
+        if found["format"] == manifest.FORMAT:
+            return dict(found)
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError("its manifest is none of this version")
+
+
+def unreachable(url: str, error: Exception) -> str:
+    """The sentence for a mirror that does not answer, or not as it should."""
+    return f"train.checkpoint.mirror {url} cannot be used ({urls.reason(error)}); {urls.fix(error)}, or leave it out"

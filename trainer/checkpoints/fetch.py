@@ -1,0 +1,137 @@
+"""Taking the newest whole checkpoint out of a run's bucket, where the run folder has none.
+
+The ranks share the files out, biggest first, and look at one another after each: so no rank waits longer for the others
+than a file takes, and all know at once of what went wrong. Every file's size and SHA-256 is compared with the manifest
+as it comes; the folder gets its name last, as when a checkpoint is saved.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data import urls
+from trainer.checkpoints import manifest
+from trainer.checkpoints.bucket import Bucket, facts_of, unreachable
+from trainer.checkpoints.layout import partial_of
+from trainer.checkpoints.receipts import appears
+from trainer.checkpoints.retention import check_room, remove
+from trainer.distributed import World
+
+
+def names_there(url: str, world: World) -> list[str]:
+    """Names of the checkpoints at ``url`` that have a manifest, newest first; collective.
+
+    Raises:
+        ValueError: if it cannot be reached.
+    """
+    names, problem = [], None
+    if world.is_main:
+        try:
+            names = urls.patiently(lambda: Bucket(url).whole())
+        except Exception as error:  # each service has classes of its own
+            problem = unreachable(url, error)
+    names, problem = world.broadcast_object((names, problem))
+    if problem:
+        raise ValueError(f"{problem}, so nobody knows whether there is a checkpoint to go on from")
+    return list(names)
+
+
+def fetch(url: str, name: str, folder: Path, metrics: Path, world: World) -> str | None:
+    """Copy checkpoint ``name`` from ``url`` into ``folder``; why it is not whole there, or None; collective.
+
+    With it comes the run's file of ``metrics``, if there is none here.
+
+    Raises:
+        ValueError: if it cannot be reached, or there is no room.
+    """
+    final = folder / name
+    files, content, torn = _begin(url, final, world)
+    order = sorted(files, key=lambda file: (-files[file]["bytes"], file))
+    for some in [order[at : at + world.size] for at in range(0, len(order), world.size)]:
+        if torn:
+            break
+        mine = some[world.rank :][:1]
+        torn = _agreed(_copied(url, name, mine[0], files[mine[0]], partial_of(final)) if mine else _WELL, world)
+    outcome = _WELL
+    if world.is_main and torn is None:
+        try:
+            urls.patiently(lambda: Bucket(url).get_beside(metrics))
+            _name(final, content)
+        except Exception as error:  # each service has classes of its own
+            outcome = _Outcome(None, unreachable(url, error))
+    return _agreed(outcome, world) or torn
+
+
+class _Outcome(NamedTuple):
+    """Why a checkpoint is not whole there, or why that is not known."""
+
+    torn: str | None = None
+    problem: str | None = None
+
+
+_WELL = _Outcome()
+
+
+def _begin(url: str, final: Path, world: World) -> tuple[dict[str, Any], bytes, str | None]:
+    """Files and manifest of the checkpoint, with an empty folder for it; or why it is none."""
+    files, content, outcome = {}, b"", _WELL
+    if world.is_main:
+        try:
+            content = urls.patiently(lambda: Bucket(url).manifest_bytes(final.name)) or b""
+            files = facts_of(content)["files"]
+            _make_room(files, final)
+        except ValueError as error:
+            outcome = _Outcome(None, str(error)) if files else _Outcome(str(error))
+        except Exception as error:  # each service has classes of its own
+            outcome = _Outcome(None, unreachable(url, error))
+    files, content, outcome = world.broadcast_object((files, content, outcome))
+    if outcome == _WELL and not appears(partial_of(final)):
+        outcome = _Outcome(None, f"rank {world.rank} does not see {partial_of(final)}, which rank 0 has made")
+    return files, content, _agreed(outcome, world)
+
+
+def _make_room(files: dict[str, Any], final: Path) -> None:
+    final.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial_of(final), ignore_errors=True)
+    check_room(sum(entry["bytes"] for entry in files.values()), final.parent, final.name, None)
+    for file in files:
+        (partial_of(final) / file).parent.mkdir(parents=True, exist_ok=True)
+
+
+def _copied(url: str, name: str, file: str, entry: dict[str, Any], partial: Path) -> _Outcome:
+    """Copy one file; a second time if it came otherwise than its manifest says."""
+    target = partial / file
+    for _ in range(2):
+        try:
+            urls.patiently(lambda: Bucket(url).get(name, file, target))
+        except FileNotFoundError:
+            return _Outcome(f"{file} is missing")
+        except Exception as error:  # each service has classes of its own
+            return _Outcome(None, unreachable(url, error))
+        with target.open("rb") as written:
+            os.fsync(written.fileno())
+        if manifest.entry_of(target) == entry:
+            return _WELL
+    return _Outcome(f"{file} does not have the size and SHA-256 of its manifest")
+
+
+def _name(final: Path, content: bytes) -> None:
+    (partial_of(final) / manifest.NAME).write_bytes(content)
+    if final.exists():  # a torn one
+        remove(final)
+    partial_of(final).rename(final)
+
+
+def _agreed(own: _Outcome, world: World) -> str | None:
+    """Why the checkpoint is torn, by any rank; None if it is not.
+
+    Raises:
+        ValueError: if that is not known.
+    """
+    all_of_them = world.gather_objects(own)
+    if problem := next((outcome.problem for outcome in all_of_them if outcome.problem), None):
+        raise ValueError(problem)
+    return next((outcome.torn for outcome in all_of_them if outcome.torn), None)

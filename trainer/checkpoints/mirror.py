@@ -1,0 +1,218 @@
+"""Copying whole checkpoints to a bucket while training goes on.
+
+A thread of rank 0 looks which of the run's whole checkpoints should be in the bucket and are not, the newest first, and
+copies them (``bucket.py``). It is woken by every checkpoint that becomes whole. So what could not be copied before the
+last end of the run is copied at the next start, and while a bucket fails only the newest is tried: later ones take the
+place of earlier ones. Nothing here can fail, stop or slow the run; what does not work is told, tried again with pauses
+that double, and told again at the end. The local checkpoint that is being copied is not removed meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from data import urls
+from settings import to_yaml
+from trainer.checkpoints import manifest
+from trainer.checkpoints.bucket import Bucket, TornHere, unreachable
+from trainer.checkpoints.layout import newest_first, step_of
+from trainer.config import CheckpointConfig, StageConfig
+from trainer.distributed import World
+
+_LONGEST_PAUSE_S = 60.0
+_TOLD_EVERY_S = 600.0
+
+
+class Mirror:
+    """The thread, and what it has done.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        metrics: the run's file of metrics, which goes with each.
+        config: of checkpoints; ``mirror`` is given.
+        tell: takes a sentence, from the thread.
+        warn: the same, for what went wrong.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        metrics: Path,
+        config: CheckpointConfig,
+        tell: Callable[[str], None],
+        warn: Callable[[str], None],
+    ) -> None:
+        assert config.mirror is not None
+        self._folder, self._config, self._tell, self._warn = folder, config, tell, warn
+        self.url, self._metrics = config.mirror, metrics
+        self._there: set[str] = set()
+        self._held: str | None = None
+        self._problem: str | None = None
+        self._told_at = -_TOLD_EVERY_S
+        self._told_of_prune = False
+        self._changed = threading.Condition()
+        self._news, self._idle, self._ending, self._given_up = True, False, False, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)  # may hang in a dead network
+        self._thread.start()
+
+    @property
+    def held(self) -> str | None:
+        """Name of the checkpoint that is being copied, which must stay."""
+        return self._held
+
+    def wake(self) -> None:
+        """Say that another checkpoint is whole."""
+        with self._changed:
+            self._news, self._idle = True, False
+            self._changed.notify_all()
+
+    def close(self, wait_s: float) -> list[str]:
+        """Wait until all is copied, ``wait_s`` at most; names of what is not, told too."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._idle, wait_s)
+            self._given_up.set()
+            self._changed.notify_all()
+        missing = [checkpoint.name for checkpoint in self._wanted() if checkpoint.name not in self._there]
+        if missing:
+            why = self._problem or f"train.checkpoint.mirror_wait_s ({wait_s:g}) was over"
+            self._warn(
+                f"not known to be mirrored to {self.url}: {', '.join(missing)} ({why}); whole in {self._folder}, and "
+                "the next start with this mirror copies what is still wanted there"
+            )
+        return missing
+
+    def _run(self) -> None:
+        pause_s, done = urls.FIRST_PAUSE_S, dict[str, set[str]]()
+        while not self._given_up.is_set():
+            with self._changed:
+                self._changed.wait_for(lambda: self._news or self._ending)
+                self._news = False
+            try:
+                if self._copy_all(done):
+                    pause_s, done = urls.FIRST_PAUSE_S, {}
+                    if self._rest():
+                        return
+            except Exception as error:  # whatever the service's library raises, the run goes on
+                self._tell_problem(urls.reason(error))
+                pause_s = self._pause(pause_s)
+
+    def _pause(self, pause_s: float) -> float:
+        """Wait before the next attempt, at the end of the run not that long; the pause after it."""
+        with self._changed:
+            ending, self._news = self._ending, True
+            self._changed.wait_for(lambda: self._given_up.is_set() or self._ending != ending, pause_s)
+            return urls.FIRST_PAUSE_S if self._ending != ending else min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _rest(self) -> bool:
+        """Say that nothing is left to do, if so; whether the thread is to end."""
+        with self._changed:
+            if self._news:
+                return False
+            self._idle = True
+            self._changed.notify_all()
+            return self._ending
+
+    def _copy_all(self, done: dict[str, set[str]]) -> bool:
+        """Copy what is wanted, the newest first; False if given up, True also where there is news to look at first."""
+        bucket = Bucket(self.url)
+        for checkpoint in self._missing(bucket):
+            self._held, start = checkpoint.name, time.monotonic()
+            try:
+                if not bucket.put(checkpoint, done.setdefault(checkpoint.name, set()), self._given_up.is_set):
+                    return False
+            except TornHere as torn:
+                if checkpoint.exists():  # else it is no longer kept
+                    self._there.add(checkpoint.name)
+                    self._warn(f"{checkpoint.name} is torn and not mirrored: {torn}")
+                continue
+            finally:
+                self._held = None
+            bucket.put_beside(self._metrics)
+            self._there.add(checkpoint.name)
+            again = "; it works again" if self._problem else ""
+            self._problem, self._told_at = None, -_TOLD_EVERY_S
+            self._tell(f"mirrored {checkpoint.name} to {self.url} in {time.monotonic() - start:.1f} s{again}")
+            self._prune(bucket)
+            if self._news:
+                return True
+        return True
+
+    def _prune(self, bucket: Bucket) -> None:
+        """Remove what is no longer kept there; told once where one may not, as some buckets are only added to."""
+        here = newest_first(self._folder)
+        try:
+            if here:
+                bucket.prune(step_of(here[0]), self._config.mirror_keep, self._config.mirror_keep_every_steps)
+        except Exception as error:  # whatever the service's library raises
+            if not self._told_of_prune:
+                self._warn(f"{self.url}: what is no longer kept there cannot be removed ({urls.reason(error)})")
+            self._told_of_prune = True
+
+    def _missing(self, bucket: Bucket) -> list[Path]:
+        """Of what is wanted, what the bucket does not have, newest first."""
+        missing = []
+        for checkpoint in self._wanted():
+            if checkpoint.name not in self._there:
+                with suppress(TornHere):
+                    if bucket.has(checkpoint):
+                        self._there.add(checkpoint.name)
+                        continue
+                missing.append(checkpoint)
+        return missing
+
+    def _wanted(self) -> list[Path]:
+        """Of the checkpoints here, those that belong in the bucket, newest first."""
+        here = [found for found in newest_first(self._folder) if (found / manifest.NAME).is_file()]
+        every = self._config.mirror_keep_every_steps
+        older = here[self._config.mirror_keep :]
+        return here[: self._config.mirror_keep] + [c for c in older if every and step_of(c) % every == 0]
+
+    def _tell_problem(self, problem: str) -> None:
+        now = time.monotonic()
+        if problem != self._problem or now - self._told_at > _TOLD_EVERY_S:
+            self._warn(
+                f"checkpoints cannot be mirrored to {self.url} ({problem}); training goes on, they stay in "
+                f"{self._folder}, and it is tried again"
+            )
+            self._told_at = now
+        self._problem = problem
+
+
+def open_mirror(
+    folder: Path, metrics: Path, config: StageConfig, world: World, log: logging.Logger, resumed: Path | None
+) -> Mirror | None:
+    """Start to mirror ``folder``, on rank 0, if the config says so; collective.
+
+    Args:
+        folder: the run's ``checkpoints``.
+        metrics: the run's file of metrics.
+        config: the run's config, which is put there, too.
+        world: this process among all.
+        log: takes what the thread has to say.
+        resumed: the checkpoint that the run goes on from, if any: then a bucket that does not answer may wait.
+
+    Raises:
+        ValueError: if one may not write there; without ``resumed``, also if it does not answer.
+    """
+    url, problem = config.train.checkpoint.mirror, None
+    if url is None:
+        return None
+    if world.is_main:
+        try:
+            urls.patiently(lambda: Bucket(url).write_config(to_yaml(config)))
+        except Exception as error:  # each service has classes of its own
+            problem = unreachable(url, error)
+            if resumed is not None and not urls.is_refusal(error):
+                log.warning(f"{problem}; the run goes on from {resumed}, and it is tried again with every checkpoint")
+                problem = None
+    problem = world.broadcast_object(problem)
+    if problem:
+        raise ValueError(problem)
+    return Mirror(folder, metrics, config.train.checkpoint, log.info, log.warning) if world.is_main else None
