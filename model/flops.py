@@ -85,14 +85,11 @@ def executed_flops(config: ModelConfig, counts: Routed) -> float:
 
 
 def _explored_flops(config: ModelConfig, counts: Routed) -> float:
-    """Of the forward pass that explored tokens take; keys and values are computed a second time for it."""
+    """Of the forward pass that explored tokens take, which reads the keys and values of the executed ones' pass."""
     if config.router is None or not config.router.explores or counts.explored_tokens is None:
         return 0.0
     assert counts.explored_keys is not None
-    cost = _Costs(config)
-    attending = sum(site.attends for site in config.routed_sites)
-    repeated = counts.tokens * attending * cost.keys_values
-    return repeated + _skippable_flops(config, cost, counts.explored_tokens, counts.explored_keys)
+    return _skippable_flops(config, _Costs(config), counts.explored_tokens, counts.explored_keys)
 
 
 def _skippable_flops(config: ModelConfig, cost: _Costs, tokens: list[float], keys: list[float]) -> float:

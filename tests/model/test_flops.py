@@ -58,7 +58,7 @@ def test_projections_equal_torchs_count(kind: str, variant: str, granularity: st
 
 @granular
 def test_exploration_equals_torchs_count(granularity: str) -> None:
-    """One forward pass of explored tokens, and keys and values a second time, on top of three of what executed."""
+    """One forward pass of explored tokens, less the keys and values, on top of three of what executed."""
     cfg = config("learned", granularity=granularity, explore=0.5, always_on_first=1)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         routing = decoder(cfg)(random_tokens()).routing
