@@ -18,6 +18,7 @@ from evals.scoring import layer_shares, open_model, windows
 from evals.texts import texts_of
 from model.config import ModelConfig
 from tests.evals.tiny import POSITIONS, SIZES, run_folder, weights_folder
+from tests.launching import run
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 6, "x = 'naïve'  # ünïcode\n", "import os\n"]
 
@@ -49,6 +50,15 @@ def test_each_token_is_scored_once_with_its_context(count: int, stride: int) -> 
         context = len(row.inputs) - len(row.targets) + 1  # of the first scored token
         assert row.inputs[0] == 6 or context >= window - stride
         assert row.inputs == [6, *tokens][: len(row.inputs)] or row.inputs[0] >= 100
+
+
+def test_two_ranks_have_the_result_of_one(weights: Path, jsonl: Path, tmp_path: Path) -> None:
+    options = [str(weights), str(jsonl), "--window", "16", "--stride", "8", "--batch-tokens", "40"]
+    assert main([*options, "--json", str(tmp_path / "one.json")]) == 0
+    ended = run("evals.perplexity", *options, "--json", str(tmp_path / "two.json"), processes=2)
+    assert ended.returncode == 0 and ended.stdout.count("wrote ") == 1, ended.stdout[-3000:]
+    (one,), (two,) = (json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("one", "two"))
+    assert two["nll"] == pytest.approx(one["nll"], rel=1e-6) and two["flops"] == one["flops"]
 
 
 def test_share_of_layers() -> None:

@@ -58,7 +58,8 @@ def _written(run_dir: str | Path) -> set[str]:
     names = {name for line in _lines(run_dir) for name in line}
     sites = {re.sub(r"(layer|attention|ffn)-\d\d$", "SITE", name) for name in names}
     sources = {re.sub(r"^train/(loss|share)/(code|few)$", r"train/\1/SOURCE", name) for name in sites}
-    return {re.sub(r"^validation/code/", "validation/NAME/", name) for name in sources}
+    tasks = {re.sub(r"^tasks/\w+/\w+$", "tasks/TASK/METRIC", name) for name in sources}
+    return {re.sub(r"^validation/code/", "validation/NAME/", name) for name in tasks}
 
 
 def in_stages(data: dict[str, Any]) -> dict[str, Any]:
@@ -70,8 +71,12 @@ def in_stages(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"stages": stages}
 
 
-def test_names_are_those_of_the_documentation(tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train) -> None:
+def test_names_are_those_of_the_documentation(
+    tiny: dict[str, Any], mixed: dict[str, Any], train_here: Train, tmp_path: Path
+) -> None:
     tiny["model"]["router"]["granularity"] = "module"
+    (tmp_path / "own.jsonl").write_text('{"context": "import", "continuation": "os"}\n')
+    tiny["train"]["evaluation"]["tasks"] = [str(tmp_path / "own.jsonl")]
     tiny["data"] = in_stages(mixed)
     assert train_here(tiny, "train.steps=2") == 0
     assert _written(tiny["train"]["run_dir"]) == _documented()
@@ -80,7 +85,7 @@ def test_names_are_those_of_the_documentation(tiny: dict[str, Any], mixed: dict[
 def test_a_dense_run_writes_nothing_about_routing(tiny: dict[str, Any], train_here: Train) -> None:
     del tiny["model"]["router"]
     assert train_here(tiny, "train.steps=2") == 0
-    left_out = {n for n in _documented() if re.search("SITE|SOURCE|stage|budget|density|noise|noisy", n)}
+    left_out = {n for n in _documented() if re.search("SITE|SOURCE|stage|budget|density|noise|noisy|^tasks/", n)}
     assert _written(tiny["train"]["run_dir"]) == _documented() - left_out
     line = _steps(tiny["train"]["run_dir"])[2]
     assert line["speed/mfu_executed"] == line["speed/mfu_dense_equivalent"]
