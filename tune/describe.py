@@ -32,7 +32,8 @@ def describe_start(
         lines.insert(
             3,
             f"ensemble  the last {ensemble.layers} layers, norms {norms}, open by {ensemble.open_by:.0%} of the "
-            f"steps, final weight {ensemble.final_weight} then, distillation {ensemble.distillation}, balance {ensemble.balance}",
+            f"steps, final weight {ensemble.final_weight} then, distillation {ensemble.distillation}, "
+            f"balance {ensemble.balance}",
         )
     for source in data.summary(train.samples):
         lines.append(f"data      {source.sentence()}")
