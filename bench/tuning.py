@@ -30,9 +30,7 @@ from settings import path_argument, user_errors
 from settings.project import shipped
 from settings.tables import markdown
 from trainer.monitor import metrics_file
-from tune.evaluate import ENSEMBLE
 from tune.resolve import load_file, resolve
-from tune.tuner import ANSWERS
 
 METHODS = [
     "full",
@@ -197,6 +195,9 @@ def paired(options: argparse.Namespace) -> str:
 
 def _answers(options: argparse.Namespace, method: str, task: str, seed: int) -> list[int] | None:
     """Which test examples a run's vote gets right, the final layer's where there is none; None if it is not done."""
+    from tune.evaluate import ENSEMBLE
+    from tune.tuner import ANSWERS
+
     path = TuningRun(method, task, seed).folder(options.out) / ANSWERS.format(task)
     if not path.is_file():
         return None

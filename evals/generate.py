@@ -70,6 +70,8 @@ def stream(
         generator: of the sampling.
         thresholds: fp32 [S], the compute dial.
     """
+    import torch
+
     from evals.scoring import layer_shares
     from model.generate import passes
 
