@@ -24,9 +24,21 @@ MAY_IMPORT = {
 }
 # What a package within one of those may import of its siblings; modules beside it are named, other folders may not be.
 MAY_IMPORT_WITHIN = {
-    "trainer.checkpoints": {"trainer.code_state", "trainer.config", "trainer.distributed", "trainer.engine"}
+    "trainer.checkpoints": {
+        "trainer.blocks",
+        "trainer.code_state",
+        "trainer.config",
+        "trainer.distributed",
+        "trainer.engine",
+    }
     | {"trainer.deepspeed_internals", "trainer.log"},
-    "trainer.monitor": {"trainer.checkpoints", "trainer.code_state", "trainer.config", "trainer.deepspeed_internals"}
+    "trainer.monitor": {
+        "trainer.blocks",
+        "trainer.checkpoints",
+        "trainer.code_state",
+        "trainer.config",
+        "trainer.deepspeed_internals",
+    }
     | {"trainer.distributed", "trainer.evaluate", "trainer.exit_status", "trainer.flight_recorder"}
     | {"trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.step"},
     "trainer.tasks": {"trainer.config", "trainer.distributed"},

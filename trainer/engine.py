@@ -13,7 +13,8 @@ from model.block import Block
 from model.decoder import Decoder
 from model.init import drawn as draw
 from trainer.adafactor import Adafactor
-from trainer.config import OptimizerConfig, StageConfig
+from trainer.blocks import OptimizerConfig
+from trainer.config import StageConfig
 from trainer.deepspeed_config import deepspeed_config
 from trainer.deepspeed_internals import gathered, import_deepspeed, is_partitioned, undo_first_step, whole_shape
 from trainer.distributed import World

@@ -8,9 +8,9 @@ from pathlib import Path
 from data.questions import find_tasks, read_questions
 from data.urls import require_reachable
 from settings import rank_by_environment
+from trainer.blocks import TrainConfig
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.checkpoints.retention import refuse_taken
-from trainer.config import TrainConfig
 from trainer.monitor.trackers.check import refuse_unusable
 
 

@@ -13,7 +13,8 @@ from pydantic import Field, model_validator
 from data.config import File, MixedSource, StreamConfig, refuse_names_twice
 from model.config import DensityRamp, EnsembleConfig, ModelConfig
 from settings import PathText, Strict
-from trainer.config import DeepSpeedSettings, StageConfig, TrainConfig
+from trainer.blocks import DeepSpeedSettings, TrainConfig
+from trainer.config import StageConfig
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

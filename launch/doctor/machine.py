@@ -19,7 +19,7 @@ import torch
 from launch.doctor.findings import Finding
 from launch.plan.memory_model import GIB
 from settings.project import ROOT, installing
-from trainer.config import TrainConfig
+from trainer.blocks import TrainConfig
 from trainer.deepspeed_internals import uses_cuda
 
 PYTHON = (3, 11)

@@ -12,11 +12,11 @@ from pathlib import Path
 from data.urls import require_reachable
 from launch.doctor.findings import Finding
 from settings import counted
+from trainer.blocks import TrainConfig
 from trainer.checkpoints import resume, retention
 from trainer.checkpoints.bucket import Bucket, unreachable
 from trainer.checkpoints.fetch import names_there
 from trainer.checkpoints.layout import checkpoints_of, newest_first
-from trainer.config import TrainConfig
 from trainer.distributed import ALONE
 from trainer.monitor.trackers.check import refuse_unusable
 

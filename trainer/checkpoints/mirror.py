@@ -18,10 +18,11 @@ from pathlib import Path
 
 from data import urls
 from settings import to_yaml
+from trainer.blocks import CheckpointConfig
 from trainer.checkpoints import manifest
 from trainer.checkpoints.bucket import Bucket, TornHere, unreachable
 from trainer.checkpoints.layout import newest_first, step_of
-from trainer.config import CheckpointConfig, StageConfig
+from trainer.config import StageConfig
 from trainer.distributed import World
 
 _LONGEST_PAUSE_S = 60.0

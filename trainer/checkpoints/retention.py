@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.blocks import CheckpointConfig, TrainConfig
 from trainer.checkpoints.layout import leftovers, newest_first, newest_name, removed_of, step_of
-from trainer.config import CheckpointConfig, StageConfig, TrainConfig
+from trainer.config import StageConfig
 
 if TYPE_CHECKING:
     from torch import nn

@@ -13,10 +13,10 @@ import pytest
 
 from data import urls
 from tests.trainer.checkpoints.test_resume import fake
+from trainer.blocks import CheckpointConfig
 from trainer.checkpoints import manifest, resume, retention
 from trainer.checkpoints.bucket import Bucket
 from trainer.checkpoints.mirror import Mirror
-from trainer.config import CheckpointConfig
 from trainer.distributed import ALONE
 
 NAMES = [f"step-{step:08d}" for step in range(10)]

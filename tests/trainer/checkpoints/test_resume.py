@@ -15,9 +15,10 @@ import torch
 
 from tests.trainer.one_rank import engine_for, save_now, take_steps, weights
 from trainer import code_state
+from trainer.blocks import CheckpointConfig
 from trainer.checkpoints import manifest, resume
 from trainer.checkpoints.retention import prune
-from trainer.config import CheckpointConfig, PretrainConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 
 Configure = Callable[..., PretrainConfig]

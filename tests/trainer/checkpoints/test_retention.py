@@ -12,9 +12,10 @@ import pytest
 from torch import nn
 
 from tests.trainer.checkpoints.test_resume import fake
+from trainer.blocks import CheckpointConfig, TrainConfig
 from trainer.checkpoints import manifest, retention
 from trainer.checkpoints import save as saving
-from trainer.config import CheckpointConfig, PretrainConfig, TrainConfig
+from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.exit_status import EXIT_MISTAKE
 

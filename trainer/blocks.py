@@ -1,0 +1,282 @@
+"""The blocks ``train`` and ``deepspeed`` of a run's config, the same in both stages.
+
+Every quantity is said once. The DeepSpeed JSON (batch sizes, precision, clipping, ZeRO) is generated from these
+fields by ``trainer/deepspeed_config.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from data.config import File
+from model.config import Progress
+from settings import PathText, Strict
+
+
+class OptimizerConfig(Strict):
+    """The optimiser and its parameter groups: matrices (decayed), norms (not decayed), routers (own rate)."""
+
+    kind: Literal["adamw", "adafactor", "muon"] = "adamw"
+    """``adafactor`` has the settings of Zeng et al. 2023; ``muon`` is DeepSpeed's, AdamW for embedding, head, norms."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    """adamw, and muon's AdamW part: decay of the first and second moments."""
+    eps: float = Field(1e-8, gt=0)
+    """adamw, and muon's AdamW part: added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay of matrices."""
+    router_lr_ratio: float = Field(1.0, gt=0)
+    """Learning rate of skip routers and of the ensemble's router, relative to ``lr``."""
+    router_weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of the same."""
+    adafactor_beta2: float = Field(0.99, gt=0, lt=1)
+    """adafactor: decay of the factored second moment."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """muon: momentum."""
+    muon_lr_ratio: float = Field(10.0, gt=0)
+    """muon: learning rate of the orthogonalised updates, relative to ``lr``."""
+
+    def moment_bytes(self, name: str, shape: Sequence[int]) -> float:
+        """fp32 optimiser state of the parameter ``name`` of ``shape``, its master copy left out."""
+        matrix = len(shape) >= 2
+        if self.kind == "adafactor" and matrix:
+            return 4.0 * sum(shape)
+        orthogonalised = self.kind == "muon" and matrix and "embed" not in name and "lm_head" not in name
+        return 4.0 * math.prod(shape) * (1 if self.kind == "adafactor" or orthogonalised else 2)
+
+
+class ScheduleConfig(Strict):
+    """Learning rate over the run: a linear warm-up, then one of four shapes."""
+
+    kind: Literal["cosine", "warmup_stable_decay", "inverse_sqrt", "constant"] = "cosine"
+    """``inverse_sqrt`` stays at the peak up to ``inverse_sqrt_from`` steps, then falls with 1 / sqrt(step)."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the rate rises from 0 to its peak."""
+    final_ratio: float = Field(0.1, ge=0, le=1)
+    """cosine, warmup_stable_decay: rate at the last step, relative to the peak."""
+    decay_share: float = Field(0.2, gt=0, le=1)
+    """warmup_stable_decay: the last share of all steps in which the rate falls, in a straight line."""
+    decay_steps: int | None = Field(None, gt=0)
+    """warmup_stable_decay: the same in steps; ``decay_share`` unless given."""
+    end_step: int | None = Field(None, gt=0)
+    """cosine, warmup_stable_decay: the step with which the decay ends, after which the rate stays; the run's last
+    unless given. A longer or shorter run does not move it."""
+    inverse_sqrt_from: int = Field(10_000, gt=0)
+    """inverse_sqrt: the step at which the rate starts to fall."""
+
+
+class EvaluationConfig(Strict):
+    """Losses on the named validation sets, and downstream tasks."""
+
+    every_steps: int = Field(500, gt=0)
+    """Evaluate after every this many steps, and before the first and after the last."""
+    samples: int = Field(64, gt=0)
+    """Windows of each validation set to use: evenly spread over it, always the same."""
+    with_noise: bool = True
+    """Also measure the loss with the routers' training noise; how far greedy routing is from trained routing."""
+    tasks: list[File] = Field(default_factory=list)
+    """Downstream tasks to run on all ranks: files of questions (names or patterns that end in ``.jsonl``, ``{texts}``
+    as in ``data``; docs/evaluation.md), and names or task files (``.yaml``) of lm-evaluation-harness."""
+    task_limit: int | None = Field(200, gt=0)
+    """The first questions of each task only; null for all."""
+    task_shots: int = Field(0, ge=0)
+    """Others, with their answers, before each question; for a harness's task 0 means what it says itself."""
+    task_every_steps: int | None = Field(None, gt=0)
+    """Run the tasks with the evaluations after every this many steps, and after the last; with all of them unless
+    given."""
+
+    @model_validator(mode="after")
+    def _tasks_with_evaluations(self) -> EvaluationConfig:
+        every = self.task_every_steps
+        if every is not None and every % self.every_steps:
+            raise ValueError(
+                f"task_every_steps ({every}) must be a multiple of every_steps ({self.every_steps}), because tasks are "
+                "run with evaluations; change one of them"
+            )
+        return self
+
+    def has_tasks(self, step: int, last_step: int) -> bool:
+        """Whether tasks are run with the evaluation after ``step`` steps."""
+        return bool(self.tasks) and (step % (self.task_every_steps or self.every_steps) == 0 or step == last_step)
+
+
+class CheckpointConfig(Strict):
+    """What is saved, when, and what a start picks up."""
+
+    every_steps: int = Field(1000, gt=0)
+    """Save after every this many steps, and after the last."""
+    every_minutes: float | None = Field(None, ge=0.1, allow_inf_nan=False)
+    """Save also after the step in which so many minutes have passed since the last save began, by rank 0's clock;
+    none by the clock unless given. ``launch.plan`` tells what failures cost at any value."""
+    keep: int = Field(2, ge=1)
+    """How many of the newest whole checkpoints stay; older ones are removed once a newer one is whole."""
+    keep_every_steps: int = Field(0, ge=0)
+    """Checkpoints at multiples of this stay forever; 0 keeps none forever."""
+    background: bool = True
+    """Write while training goes on; takes host memory for a copy of this rank's state. False: training waits."""
+    max_gb: float | None = Field(None, gt=0)
+    """Most that the run's checkpoints may take together, in GB (10^9 bytes), for disks that do not report a quota as
+    free space; the disk alone is the limit unless given."""
+    resume: Literal["never", "auto", "required"] = "never"
+    """``never`` refuses a run folder that holds checkpoints, ``auto`` resumes if it does, ``required`` must."""
+    mirror: PathText | None = None
+    """A URL such as ``s3://bucket/run``, of any kind that fsspec reaches: whole checkpoints are copied there in the
+    background, and where ``run_dir`` has none, a resume takes the newest from there. A run's own; none unless given."""
+    mirror_keep: int = Field(2, ge=1)
+    """How many of the newest whole checkpoints stay in the mirror."""
+    mirror_keep_every_steps: int = Field(0, ge=0)
+    """Checkpoints at multiples of this stay in the mirror forever; 0 keeps none forever."""
+    mirror_wait_s: float = Field(120.0, ge=0)
+    """How long the end of the run waits for what is not yet mirrored; what is not by then is told, and copied by the
+    next start."""
+    accept_data: str | None = Field(None, pattern=r"^[0-9a-f]{12}$")
+    """The first 12 digits of the data fingerprint of a checkpoint to go on from with other data all the same: another
+    seed, other shards or weights; the error that refuses it gives them."""
+
+
+class SpikeConfig(Strict):
+    """What is a spike of the loss or of the gradient norm, and what happens then."""
+
+    window_steps: int = Field(200, ge=2)
+    """Steps whose mean and standard deviation a step is compared with; before as many are done, nothing is a spike."""
+    threshold: float = Field(7.0, gt=0)
+    """How many standard deviations above the mean a spike begins."""
+    action: Literal["warn", "stop"] = "warn"
+    """``stop`` ends the run after ``train.max_bad_steps`` steps of a spike in a row."""
+
+
+class LogConfig(Strict):
+    """Metrics: ``metrics.jsonl``, trackers and the progress line."""
+
+    every_steps: int = Field(10, gt=0)
+    """Steps between two metric lines; figures are means over them."""
+    peak_tflops: float | None = Field(None, gt=0)
+    """Peak of one device in TFLOP/s, for MFU; the fastest matrix product measured at the start unless given."""
+    images: bool = True
+    """Draw the routing heat map at every evaluation."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"])
+    """Where figures, pictures, config and code state go besides the run folder; none of them slows or stops a run.
+    Addresses and keys are the trackers' own variables: ``MLFLOW_TRACKING_URI``, ``WANDB_API_KEY``, ``WANDB_MODE``."""
+    project: str = Field("hopscotch", min_length=1)
+    """wandb, mlflow: the project or experiment that the run belongs to; its name there is its folder's."""
+
+
+class ProfileConfig(Strict):
+    """A trace of a few steps from every rank, in ``RUN/profile``; ``launch.profile`` sums it up."""
+
+    steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+    """The first and the last step of the trace, as the log counts them; two to ten are enough, and not the first ones
+    of a start, which are slower than the rest."""
+    memory: bool = False
+    """On a GPU also a snapshot of its memory with the stack of every allocation, for pytorch.org/memory_viz; recorded
+    from the start on, so that an out-of-memory error has it, too."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        first, last = self.steps
+        if last < first:
+            raise ValueError(f"steps must be the first and the last to profile, got {first} and {last}; swap them")
+        return self
+
+
+class TrainConfig(Strict):
+    """How to train."""
+
+    run_dir: PathText | None = None
+    """Folder of this run: configs, metrics, logs, checkpoints; ``runs/`` and the config file's name unless given."""
+    seed: int = Field(0, ge=0, lt=2**62)
+    """Of the weights and the routing noise. The data's order has its own."""
+    steps: int = Field(gt=0)
+    """Optimiser steps of the whole run."""
+    stop_at_step: int | None = Field(None, gt=0)
+    """End after this step, saved and evaluated, with all ramps where the whole run has them; a start with another value
+    goes on."""
+    global_batch_samples: int = Field(gt=0)
+    """Windows in one optimiser step, over all ranks and micro-batches."""
+    micro_batch_samples: int = Field(gt=0)
+    """Windows in one forward pass of one rank."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of weights and activations in the step; master weights and optimiser state are fp32. ``auto``: bf16 where all
+    devices multiply it fast, else fp32; a resume goes on in its checkpoint's. Decided when the run starts."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimiser."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the run."""
+    clip_norm: float = Field(1.0, ge=0)
+    """Largest norm of the gradient over all parameters; 0 does not clip."""
+    z_loss: float = Field(0.0, ge=0)
+    """Weight of the squared log-partition (PaLM uses 1e-4)."""
+    activation_checkpointing: bool = False
+    """Recompute each layer's inside in the backward pass instead of holding it."""
+    compile: bool = False
+    """Compile each layer with torch.compile (needs a C++ compiler on the CPU, Triton on a GPU). Stages 0 to 2."""
+    max_bad_steps: int = Field(5, gt=0)
+    """Stop the run after this many steps in a row with a loss or gradient that is not finite."""
+    spike: SpikeConfig = SpikeConfig()
+    """Steps with a loss or gradient that is finite and far too large."""
+    timeout_s: float = Field(1800.0, gt=0)
+    """How long a collective may wait for the other ranks."""
+    stall_timeout_s: float = Field(900.0, gt=0)
+    """Longest time without progress (a micro-batch, a save, a compilation); then stacks are written and it ends."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    log: LogConfig = LogConfig()
+    """Metrics."""
+    profile: ProfileConfig | None = None
+    """Where the time and memory of some steps go; nothing is profiled unless given."""
+
+    @property
+    def last_step(self) -> int:
+        """After which a start of the run ends."""
+        return self.steps if self.stop_at_step is None else min(self.stop_at_step, self.steps)
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a line of metrics is written after ``step`` steps."""
+        return step % self.log.every_steps == 0 or step == self.last_step
+
+    def progress(self, step: int) -> Progress:
+        """Where the run is after ``step`` steps."""
+        return Progress(step, self.steps)
+
+    @property
+    def samples(self) -> int:
+        """Windows of the whole run."""
+        return self.steps * self.global_batch_samples
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one rank in one optimiser step.
+
+        Raises:
+            ValueError: if the global batch does not divide over ``world_size`` ranks.
+        """
+        one_pass = self.micro_batch_samples * world_size
+        if self.global_batch_samples % one_pass:
+            raise ValueError(
+                f"train.global_batch_samples ({self.global_batch_samples}) must be divisible by "
+                f"micro_batch_samples x ranks ({self.micro_batch_samples} x {world_size} = {one_pass}); "
+                "change one of them"
+            )
+        return self.global_batch_samples // one_pass
+
+
+class DeepSpeedSettings(Strict):
+    """What DeepSpeed does with the model's state."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What is partitioned over the ranks: nothing, optimiser state, + gradients, + parameters."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in CPU memory: optimiser state (stages 1 to 3), and parameters too (stage 3)."""
+    persistence_threshold: int = Field(100_000, ge=0)
+    """stage 3: parameters with fewer elements stay whole on every rank."""
+    extra: dict[str, Any] = Field(default_factory=dict)
+    """Merged into the generated DeepSpeed JSON; must not contradict what is generated. Only what is known to train, to
+    be saved and to resume here: ``KNOWN_EXTRA`` in ``trainer/deepspeed_config.py``."""
+    allow_untested: bool = False
+    """Let ``extra`` hold anything else, too: nobody has looked whether saving and resuming know of it."""
