@@ -52,6 +52,7 @@ def passes(
     eos_id: int | None = None,
     generator: torch.Generator | None = None,
     thresholds: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> Iterator[Pass]:
     """Continue ``prompt`` pass by pass, each as soon as it is done; whoever asks for no more stops it.
 
@@ -64,6 +65,8 @@ def passes(
         eos_id: a row that produced it is continued with it; generation ends when all rows have.
         generator: of the sampling.
         thresholds: fp32 [S], the compute dial: see :class:`model.decoder.Decoder`.
+        padding: int64 [B], how many tokens at the beginning of each row are padding, whatever they are: rows of unlike
+            length end together. They are a document of their own, so that nothing sees them.
 
     Raises:
         ValueError: for an empty prompt, or a router kind that is not causal.
@@ -76,15 +79,21 @@ def passes(
     size, dtype = prompt.shape[1] + max_new_tokens, module.embed_tokens.weight.dtype
     cache = KVCache(module.config, len(prompt), size, prompt.device, dtype)
     step, ended = prompt, torch.zeros(len(prompt), dtype=torch.bool, device=prompt.device)
+    rows: dict[str, Tensor] = {}
+    if padding is not None and bool(padding.any()):
+        places = torch.arange(prompt.shape[1], device=prompt.device) - padding[:, None]
+        rows = {"documents": (places >= 0).long(), "positions": places.clamp(min=0)}
     for _ in range(max_new_tokens):
         with mode():  # not around what is done with a pass, which the caller decides
-            output = decoder(step, cache=cache, thresholds=thresholds)
+            output = decoder(step, cache=cache, thresholds=thresholds, **rows)
             assert output.logits is not None
             chosen = pick(output.logits[:, -1].float(), temperature, top_p, generator)
             if eos_id is not None:
                 chosen = torch.where(ended, eos_id, chosen)
                 ended = ended | (chosen == eos_id)
             step = chosen[:, None]
+            if rows:
+                rows = {"documents": torch.ones_like(step), "positions": rows["positions"][:, -1:] + 1}
         yield Pass(chosen, output)
         if eos_id is not None and bool(ended.all()):
             return

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from model.decoder import Decoder
-from model.generate import generate, pick
-from tests.model.tiny import config, decoder, random_tokens
+from model.generate import generate, passes, pick
+from tests.model.tiny import assert_close, config, decoder, random_tokens
 
 LOGITS = torch.log(torch.tensor([[0.05, 0.5, 0.15, 0.3]]))
 
@@ -71,3 +71,19 @@ def test_no_new_tokens(model: Decoder) -> None:
 def test_empty_prompt_is_refused(model: Decoder) -> None:
     with pytest.raises(ValueError, match="prompt is empty; give at least one token"):
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 3)
+
+
+@pytest.mark.parametrize("kind", ["dense", "learned"])
+def test_rows_of_unlike_length_are_as_each_alone(kind: str) -> None:
+    """Whatever stands in the padding, and also where a row has none."""
+    model, lengths = decoder(config(kind)).eval(), (9, 5, 1)
+    rows = [random_tokens(1, length, seed=length) for length in lengths]
+    padding = torch.tensor([max(lengths) - length for length in lengths])
+    prompt = torch.cat(
+        [torch.cat((torch.full((1, int(p)), 3), row), dim=1) for p, row in zip(padding, rows, strict=True)]
+    )
+    together = list(passes(model, prompt, 6, padding=padding))
+    for place, row in enumerate(rows):
+        for one, alone in zip(together, passes(model, row, 6), strict=True):
+            assert one.chosen[place] == alone.chosen[0]
+            assert_close(one.output.logits[place, -1], alone.output.logits[0, -1], 1e-4)

@@ -1,7 +1,7 @@
 """Answers that a model writes to prompts, by one rank or many.
 
-One prompt at a time on each rank: skipping then saves time. With ``lockstep`` (ZeRO 3, where a pass needs all ranks)
-every rank goes on until the longest answer of its round is whole.
+Greedy ones of about one length together, a batch a rank and round. With ``lockstep`` (ZeRO 3, where a pass needs all
+ranks) every rank goes on until the longest answer of its round is whole.
 """
 
 from __future__ import annotations
@@ -15,6 +15,11 @@ from data.speller import Speller
 from data.tokenization import TextTokenizer
 from model.generate import passes
 from trainer.distributed import World
+
+BATCH = 16
+"""Most prompts that are answered together."""
+SHORTEST = 0.75
+"""Of the longest prompt of a batch, what the others have at least."""
 
 
 class Prompt(NamedTuple):
@@ -48,41 +53,89 @@ def answer(
         lockstep: run equally many passes on every rank.
         progress: called with the number of prompts that all ranks together have answered since.
     """
-    order = sorted(range(len(prompts)), key=lambda place: (-prompts[place].new_tokens, -len(prompts[place].ids)))
+    batches = _batches(prompts)
     own: dict[int, str] = {}
-    for first in range(0, len(order), world.size):
-        dealt = order[first : first + world.size]
+    for first in range(0, len(batches), world.size):
+        dealt = batches[first : first + world.size]
+        longest = max(prompts[place].new_tokens for batch in dealt for place in batch)
+        batch = dealt[world.rank] if world.rank < len(dealt) else dealt[0] if lockstep else []
+        texts = _answers(engine, tokenizer, [prompts[place] for place in batch], longest, world, lockstep)
         if world.rank < len(dealt):
-            place = dealt[world.rank]
-            own[place] = _answer(engine, tokenizer, prompts[place], prompts[dealt[0]].new_tokens, world, lockstep)
-        elif lockstep:
-            _answer(engine, tokenizer, prompts[dealt[0]], prompts[dealt[0]].new_tokens, world, lockstep)
-        progress(len(dealt))
+            own |= zip(batch, texts, strict=True)
+        progress(sum(map(len, dealt)))
     found: dict[int, str] = {}
     for part in world.gather_objects(own):
         found |= part
     return [found[place] for place in range(len(prompts))]
 
 
-def _answer(engine: Any, tokenizer: TextTokenizer, prompt: Prompt, longest: int, world: World, lockstep: bool) -> str:
-    """One answer; ``longest``: most new tokens of any rank."""
-    sampling = torch.Generator(world.device).manual_seed(0)
-    speller, text, ended = Speller(tokenizer, prompt.ids), "", False
-    start = torch.tensor([prompt.ids], device=world.device)
-    most = longest if lockstep else prompt.new_tokens
-    made = passes(engine, start, most, prompt.temperature, prompt.top_p, generator=sampling)
-    for count, one in enumerate(made, 1):
-        token = int(one.chosen)
-        if not ended:
-            text += speller.add(token)
-            ended = token == tokenizer.eos_id or count == prompt.new_tokens
-            if ended:
-                text += speller.rest()
-            ended = ended or any(stop in text for stop in prompt.stops if stop)
-        if not lockstep:
-            if ended:
-                break
-        elif not int(world.sum(torch.tensor(int(not ended), device=world.device))):
+def _batches(prompts: Sequence[Prompt]) -> list[list[int]]:
+    """Places of prompts that are answered together, those with the most to write first.
+
+    At most ``BATCH`` of about one length, because padding runs through every layer; sampled ones are alone, so that an
+    answer does not depend on its neighbours.
+    """
+    order = sorted(range(len(prompts)), key=lambda place: (-prompts[place].new_tokens, -len(prompts[place].ids)))
+    batches: list[list[int]] = []
+    for place in order:
+        prompt, first = prompts[place], prompts[batches[-1][0]] if batches else None
+        if (
+            first is None
+            or len(batches[-1]) == BATCH
+            or prompt.temperature
+            or first.temperature
+            or prompt.new_tokens != first.new_tokens
+            or len(prompt.ids) < SHORTEST * len(first.ids)
+        ):
+            batches.append([])
+        batches[-1].append(place)
+    return batches
+
+
+class _Answer:
+    """An answer as it comes."""
+
+    def __init__(self, prompt: Prompt, tokenizer: TextTokenizer) -> None:
+        self._prompt, self._eos_id = prompt, tokenizer.eos_id
+        self._speller = Speller(tokenizer, prompt.ids)
+        self._text, self._tokens, self.ended = "", 0, False
+
+    def add(self, token: int) -> None:
+        """Take in the next token; none after the end."""
+        if self.ended:
+            return
+        self._tokens += 1
+        self._text += self._speller.add(token)
+        self.ended = token == self._eos_id or self._tokens == self._prompt.new_tokens
+        if self.ended:
+            self._text += self._speller.rest()
+        self.ended = self.ended or any(stop in self._text for stop in self._prompt.stops if stop)
+
+    @property
+    def text(self) -> str:
+        """Up to the first stop."""
+        ends = [self._text.find(stop) for stop in self._prompt.stops if stop and stop in self._text]
+        return self._text[: min(ends)] if ends else self._text
+
+
+def _answers(
+    engine: Any, tokenizer: TextTokenizer, prompts: Sequence[Prompt], longest: int, world: World, lockstep: bool
+) -> list[str]:
+    """The answers to one batch; ``longest``: most new tokens of any rank's batch."""
+    if not prompts:
+        return []
+    width, first = max(len(prompt.ids) for prompt in prompts), prompts[0]
+    padding = [width - len(prompt.ids) for prompt in prompts]
+    start = torch.tensor([[0] * pad + list(p.ids) for pad, p in zip(padding, prompts, strict=True)])
+    made = passes(
+        engine, start.to(world.device), longest if lockstep else first.new_tokens, first.temperature, first.top_p,
+        generator=torch.Generator(world.device).manual_seed(0), padding=torch.tensor(padding, device=world.device),
+    )  # fmt: skip
+    answers = [_Answer(prompt, tokenizer) for prompt in prompts]
+    for one in made:
+        for written, token in zip(answers, one.chosen.tolist(), strict=True):
+            written.add(token)
+        going = any(not written.ended for written in answers)
+        if not (int(world.sum(torch.tensor(int(going), device=world.device))) if lockstep else going):
             break
-    ends = [text.find(stop) for stop in prompt.stops if stop and stop in text]
-    return text[: min(ends)] if ends else text
+    return [written.text for written in answers]

@@ -10,7 +10,7 @@ from data.tokenization import load_text_tokenizer
 from tests.evals.tiny import model, weights_folder
 from tests.threads import one_thread as one_thread
 from trainer.distributed import ALONE
-from trainer.tasks.answers import Prompt, answer
+from trainer.tasks.answers import BATCH, Prompt, _batches, answer
 
 
 @pytest.fixture(scope="module")
@@ -28,3 +28,26 @@ def test_stops_and_lengths(tokenizer: Any) -> None:
     in_lockstep = answer(decoder, tokenizer, [Prompt(ids, 4), Prompt(ids, 12, [free[2:4]])], ALONE, lockstep=True)
     assert in_lockstep == [short, stopped]
     assert answer(decoder, tokenizer, [], ALONE) == []
+
+
+@pytest.mark.parametrize("name", ["dense", "layer", "module", "ensemble"])
+def test_an_answer_does_not_depend_on_its_neighbours(
+    name: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = model(name)
+    texts = ["return", "def f(self, other):", "import os", "for place in range(", "class A:", "if x is None: x = 1"]
+    prompts = [Prompt(tokenizer.encode(text), 10) for text in texts]
+    monkeypatch.setattr("trainer.tasks.answers.SHORTEST", 0.0)
+    together = answer(decoder, tokenizer, prompts, ALONE)
+    assert len(set(together)) > 1
+    assert together == [answer(decoder, tokenizer, [prompt], ALONE)[0] for prompt in prompts]
+
+
+def test_who_is_answered_together() -> None:
+    """Greedy prompts for as many tokens and of about one length, ``BATCH`` at most; sampled ones alone."""
+    prompts = [Prompt([1] * length, new) for length, new in ((8, 4), (40, 4), (6, 4), (38, 4), (40, 2), (39, 4))]
+    assert _batches(prompts) == [[1, 5, 3], [0, 2], [4]]
+    sampled = [Prompt([1], 4), Prompt([1], 4, temperature=0.5), Prompt([1], 4), Prompt([1], 4)]
+    assert _batches(sampled) == [[0], [1], [2, 3]]
+    assert [len(batch) for batch in _batches([Prompt([1], 4)] * (BATCH + 1))] == [BATCH, 1]
+    assert _batches([]) == []
