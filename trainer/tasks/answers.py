@@ -18,7 +18,7 @@ from trainer.distributed import World
 
 BATCH = 16
 """Most prompts that are answered together."""
-SHORTEST = 0.75
+SHORTEST = 0.5
 """Of the longest prompt of a batch, what the others have at least."""
 
 
