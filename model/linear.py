@@ -1,27 +1,41 @@
 """Bias-free linear maps that are quick for the few rows of a decoding step.
 
-``x @ weight.T`` of a few rows waits for the weight to be read from memory. On a CPU in fp32 the BLAS behind
-``F.linear`` reads it two to three times slower than the memory allows, for one row to about ten; the same product the
-other way round, ``weight @ x.T``, does not, but for one row, which is therefore given a twin. Measured on two cores
-(AMD Zen 4, MKL of torch 2.13), milliseconds for all the products of twelve layers of width 384 (75 MB of weights):
+``x @ weight.T`` of a few rows waits for the weight to be read from memory. On an AMD CPU in fp32 the BLAS behind
+``F.linear``, which is Intel's, reads it two to three times slower than the memory allows, for one row to about ten; the
+same product the other way round, ``weight @ x.T``, does not, but for one row, which is therefore given a twin. On an
+Intel CPU it is the other way about. Measured on two cores each (AMD Zen 4 and an Intel Xeon with AMX, MKL of torch
+2.13), milliseconds for all the products of twelve layers of width 384 (75 MB of weights):
 
-    rows           1     2     4     8    16    32    64
-    x @ W.T      8.1  11.7  11.1  13.2  14.2  19.5  28.2
-    W @ x.T      7.9   3.0   4.8   6.9   9.3  14.0  19.9
+    rows                   1     2     4     8    16    32    64
+    x @ W.T, AMD         8.1  11.7  11.1  13.2  14.2  19.5  28.2
+    W @ x.T, AMD         7.9   3.0   4.8   6.9   9.3  14.0  19.9
+    x @ W.T, Intel       1.6   1.7   2.4   3.0   5.8
+    W @ x.T, Intel       3.6   3.3   3.5   3.2   3.6
 
-Above eight rows the two come near each other, and the order changes from size to size and from one instruction set to
-another. In training and prefill, with hundreds of rows, nothing is changed.
+So only AMD's are turned. Above eight rows the two come near each other, and the order changes from size to size and
+from one instruction set to another. In training and prefill, with hundreds of rows, nothing is changed.
 
 Dimension letters: N rows, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 8
+"""Products of up to so many rows are turned."""
+
+
+@cache
+def turned() -> bool:
+    """Whether this CPU is one of those on which products of few rows are quicker the other way round."""
+    facts = Path("/proc/cpuinfo")
+    return facts.is_file() and "AuthenticAMD" in facts.read_text()[:1000]
 
 
 class Linear(nn.Linear):
@@ -41,7 +55,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight)
     rows = x.numel() // weight.shape[1]
-    if not 0 < rows <= FEW_ROWS or not x.is_cpu or not x.dtype == weight.dtype == torch.float32:
+    if not 0 < rows <= FEW_ROWS or not x.is_cpu or not x.dtype == weight.dtype == torch.float32 or not turned():
         return F.linear(x, weight)
     flat = x.reshape(rows, weight.shape[1])
     twins = torch.cat((flat, flat)) if rows == 1 else flat

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.linear import FEW_ROWS, Linear
+from model.linear import FEW_ROWS, Linear, turned
 
 
 class Products(TorchDispatchMode):
@@ -35,15 +37,19 @@ def rows_of(*shape: int) -> Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("turn", [True, False])
 @pytest.mark.parametrize("shape", [(0, 48), (1, 48), (1, 1, 48), (2, 48), (2, 3, 48), (8, 1, 48), (9, 48), (4, 70, 48)])
-def test_the_same_numbers_in_the_same_shape(shape: tuple[int, ...]) -> None:
+def test_the_same_numbers_in_the_same_shape(
+    shape: tuple[int, ...], turn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("model.linear.turned", lambda: turn)
     ours, usual = layers()
     x = rows_of(*shape)
     with Products() as products:
         found = ours(x)
     torch.testing.assert_close(found, usual(x), rtol=0, atol=1e-5)
     rows = x.numel() // 48
-    assert products.shapes == [(20, max(rows, 2)) if 0 < rows <= FEW_ROWS else (rows, 20)]
+    assert products.shapes == [(20, max(rows, 2)) if turn and 0 < rows <= FEW_ROWS else (rows, 20)]
     strided = rows_of(*shape[:-1], 96)[..., ::2]
     torch.testing.assert_close(ours(strided), usual(strided), rtol=0, atol=1e-5)
 
@@ -56,3 +62,16 @@ def test_training_and_other_dtypes_take_the_usual_product() -> None:
     ours, usual = layers(torch.bfloat16)
     with torch.no_grad():
         assert torch.equal(ours(rows_of(2, 48).bfloat16()), usual(rows_of(2, 48).bfloat16()))
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False), (None, False)],
+)
+def test_whose_products_are_turned(
+    facts: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if facts is not None:
+        (tmp_path / "cpuinfo").write_text(facts)
+    monkeypatch.setattr("model.linear.Path", lambda _: tmp_path / "cpuinfo")
+    assert turned.__wrapped__() is expected
