@@ -12,6 +12,7 @@ from data.files import write_atomically
 from data.tokenization import TextTokenizer
 from model.decoder import Decoder
 from trainer.distributed import World
+from trainer.step import set_schedules
 from trainer.tasks.live import LiveTasks
 from trainer.trainer import Trainer
 from tune.adapter_files import save_adapter
@@ -78,6 +79,7 @@ class Tuner(Trainer):
 
     def _evaluate(self, example_set: ExampleSet, group: str) -> ExamplesEvaluation:
         self.run.beat(self.step, "evaluating")
+        set_schedules(self.engine, self.budget, self.config.train.progress(self.step))
         with self.metrics.paused():
             evaluation = evaluate_examples(self.engine, example_set, self._classes, self.config, self.world)
             self.metrics.log_figures(self.step, figures(evaluation, group))

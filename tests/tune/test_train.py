@@ -121,7 +121,8 @@ def test_every_method_trains_and_is_evaluated(runs: Callable[[str], Path], name:
 def test_at_step_0_the_loss_is_the_base_models(runs: Callable[[str], Path]) -> None:
     base = metrics(runs("1/lora-alone"))[0]["validation/parity/loss"]
     for name in ("lora", "dora", "early", "none", "full", "as-the-base"):
-        assert metrics(runs(f"1/{name}"))[0]["validation/parity/loss"] == pytest.approx(base, abs=1e-5), name
+        for kind in ("loss", "loss/ensemble"):
+            assert metrics(runs(f"1/{name}"))[0][f"validation/parity/{kind}"] == pytest.approx(base, abs=1e-5), name
     assert metrics(runs("1/dora-alone"))[0]["validation/parity/loss"] == pytest.approx(base, abs=1e-5)
     assert metrics(runs("1/lora"))[0]["validation/parity/loss/layer-03"] == pytest.approx(base, abs=1e-5)
 
