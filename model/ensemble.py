@@ -88,7 +88,8 @@ class LateLayers(nn.Module):
 
     def open(self, progress: Progress) -> None:
         """Let the other layers vote as far as they do at a step: at step 0 not at all, from ``open_by`` on freely."""
-        until, closed = self.config.open_by * progress.steps, _ALL_WEIGHT - self._first_logit
+        until = self.config.open_by * progress.steps
+        closed = _ALL_WEIGHT - _first_logit(self.config.layers, self.config.final_weight)
         self.router.closed = closed * (1 - progress.step / until) if progress.step < until else 0.0
 
     @torch.no_grad()
@@ -96,10 +97,6 @@ class LateLayers(nn.Module):
         """Keep the weights of the layers as they are now, whatever the step: for a model that trains no more."""
         self.router.bias[-1] += self.router.closed * self.config.temperature
         self.router.closed = 0.0
-
-    @property
-    def _first_logit(self) -> float:
-        return _first_logit(self.config.layers, self.config.final_weight)
 
     def forward(self, states: Sequence[Tensor], final_norm: nn.Module) -> Vote:
         """k residual streams [..., D], the final layer's last -> the vote."""

@@ -1,9 +1,9 @@
 """Is it more than luck? Two contestants compared by what they did with the same seeds, or on the same examples.
 
 Nothing is assumed about distributions: under the hypothesis that names do not matter each difference might as well have
-the other sign, and the p-values below count how many of these worlds look at least as extreme (Fisher 1935's exact
-randomisation test; for right and wrong answers it is McNemar's exact test). Where both examples and seeds were drawn,
-the bootstrap draws both again (Efron 1979; pigeonhole bootstrap, Owen 2007).
+the other sign, and the p-value below counts how many of these worlds look at least as extreme (Fisher 1935's exact
+randomisation test). Where both examples and seeds were drawn, the bootstrap draws both again (Efron 1979; pigeonhole
+bootstrap, Owen 2007).
 """
 
 from __future__ import annotations
@@ -54,23 +54,6 @@ def by_signs(differences: Sequence[float]) -> Paired:
     p = float((np.abs(sums) >= observed * (1 - 1e-12)).mean())  # the rounding of a sum in another order
     error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None
     return Paired(statistics.fmean(differences), error, p)
-
-
-def by_answers(first: Sequence[bool], second: Sequence[bool]) -> Paired:
-    """Compare accuracies on the same examples by those that only one of the two gets right (McNemar's exact test).
-
-    Raises:
-        ValueError: if they are not as many, or none.
-    """
-    if len(first) != len(second) or not first:
-        raise ValueError(f"answers must be to the same examples, got {len(first)} and {len(second)}")
-    gained = sum(b and not a for a, b in zip(first, second, strict=True))
-    lost = sum(a and not b for a, b in zip(first, second, strict=True))
-    split, count = gained + lost, len(first)
-    tail = sum(math.comb(split, k) for k in range(min(gained, lost) + 1)) / 2**split
-    mean = (gained - lost) / count
-    error = math.sqrt(max(split / count - mean**2, 0.0) / count)
-    return Paired(mean, error, min(2 * tail, 1.0))
 
 
 def by_examples(differences: Sequence[Sequence[float]], draws: int = 4000) -> tuple[float, float, float]:

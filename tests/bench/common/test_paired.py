@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from bench.common.paired import by_answers, by_examples, by_signs
+from bench.common.paired import by_examples, by_signs
 
 
 def test_signs_by_hand() -> None:
@@ -42,24 +42,6 @@ def test_equal_differences_in_another_order_of_adding() -> None:
 def test_too_many_or_no_pairs(count: int) -> None:
     with pytest.raises(ValueError, match=f"takes 1 to 20 pairs, got {count}"):
         by_signs([1.0] * count)
-
-
-def test_answers_by_hand() -> None:
-    """Five examples tell the two apart, one for the first and four for the second: 2 (1 + 5) / 32."""
-    first = [True] * 10 + [True] + [False] * 4 + [False] * 5
-    second = [True] * 10 + [False] + [True] * 4 + [False] * 5
-    found = by_answers(first, second)
-    assert found.mean == pytest.approx(3 / 20) and found.p == pytest.approx(12 / 32)
-    differences = [b - a for a, b in zip(first, second, strict=True)]
-    variance = sum((d - 3 / 20) ** 2 for d in differences) / 20
-    assert found.error == pytest.approx(math.sqrt(variance / 20))
-    assert by_answers([True, False], [True, False]) == (0.0, 0.0, 1.0)
-
-
-@pytest.mark.parametrize(("first", "second"), [([True], []), ([], [])])
-def test_answers_to_other_examples(first: list[bool], second: list[bool]) -> None:
-    with pytest.raises(ValueError, match="must be to the same examples"):
-        by_answers(first, second)
 
 
 def test_the_bootstraps_interval_covers_what_it_should() -> None:
