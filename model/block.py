@@ -42,6 +42,7 @@ class PassInputs:
         cache: the KV cache to append to, if any.
         recompute: activation checkpointing: recompute a layer's inside in the backward pass.
         capacity: how many tokens of a row a routed site computes; None where shapes follow the decisions.
+        one_on_host: every row has one token, and the host sees decisions for nothing: decoding on a CPU.
     """
 
     cos: Tensor
@@ -51,6 +52,7 @@ class PassInputs:
     cache: KVCache | None
     recompute: bool
     capacity: Capacity | None = None
+    one_on_host: bool = False
 
 
 class Decision(NamedTuple):
@@ -58,19 +60,24 @@ class Decision(NamedTuple):
 
     Attributes:
         gate: the router's answer.
-        executed: bool [B, T], tokens that execute: the gate's, less those beyond the capacity.
         selection: the tokens that are computed.
         explored: skipped tokens for which the site's output is computed without a gradient of its own, and not added.
+        kept: bool [B, T], tokens that execute, where a capacity may have dropped some; else all that the gate says.
     """
 
     gate: Gate
-    executed: Tensor
     selection: Selection
     explored: Selection | None = None
+    kept: Tensor | None = None
+
+    @property
+    def executed(self) -> Tensor:
+        """bool [B, T], tokens that execute."""
+        return self.gate.executed if self.kept is None else self.kept
 
     def with_gate(self, gate: Gate) -> Decision:
         """The same tokens, with the values of ``gate``."""
-        return self._replace(gate=gate._replace(executed=self.gate.executed, explored=self.gate.explored))
+        return self._replace(gate=gate._replace(decided=self.gate.executed, explored=self.gate.explored))
 
 
 KeysValues = tuple[Tensor, Tensor]
@@ -239,11 +246,13 @@ def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
         explored = Selection.of(gate.explored) if room is None else Selection.capped(gate.explored, room.explored)[0]
     if config.execution == "reference":
         batch, tokens = gate.executed.shape
-        return Decision(gate, gate.executed, Selection.everything(batch, tokens, exact=False), explored)
+        return Decision(gate, Selection.everything(batch, tokens, exact=False), explored)
     if room is not None:
-        selection, executed = Selection.capped(gate.executed, room.executed)
-        return Decision(gate, executed, selection, explored)
-    return Decision(gate, gate.executed, Selection.of(gate.executed), explored)
+        selection, kept = Selection.capped(gate.executed, room.executed)
+        return Decision(gate, selection, explored, kept)
+    if inputs.one_on_host:
+        return Decision(gate, Selection.of_rows(gate.rows()), explored)
+    return Decision(gate, Selection.of(gate.executed), explored)
 
 
 def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:

@@ -172,7 +172,8 @@ class Decoder(nn.Module):
             cos, sin = rotation(self.config, places, self.embed_tokens.weight.dtype)
         past = 0 if cache is None else cache.length
         visibility = Visibility(length, past, documents, tokens.device)
-        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity)
+        on_host = length == 1 and tokens.is_cpu and not torch.compiler.is_compiling()
+        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host)
 
     def _run_layers(self, tokens: Tensor, inputs: PassInputs) -> tuple[list[Tensor], RoutingRecord]:
         """Residual stream after each of the last layers that are asked, [B, T, D], and what was routed."""

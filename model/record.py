@@ -58,7 +58,7 @@ class RoutingRecord:
     @cached_property
     def overflow_tokens(self) -> Tensor:
         """int64 [S], tokens whose gate said execute and for which the capacity had no room."""
-        if all(decision.executed is decision.gate.executed for decision in self._decisions):
+        if all(decision.kept is None for decision in self._decisions):
             return torch.zeros_like(self.executed_tokens)
         wanted = torch.stack([decision.gate.executed for decision in self._decisions])
         return wanted.sum((1, 2)) - self.executed_tokens

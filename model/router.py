@@ -34,22 +34,39 @@ class Gate(NamedTuple):
     """A site's decisions. What few ask for is computed when they do: a step of decoding is a chain of small operations.
 
     Attributes:
-        executed: bool [B, T].
+        decided: bool [B, T], :attr:`executed`; None where that is the greedy decision by ``logits``.
         soft: fp32 [B, T], :attr:`value` where it is more than ``executed`` as a number: in training, and of expert
             choice.
         logits: fp32 [B, T, 2], skip and execute; only of a learned router in evaluation mode.
+        threshold: fp32 [1], the least margin of a token that executes by ``logits``; 0 unless given.
         explored: bool [B, T], skipped tokens whose gates learn from what the site would have added; None where none do.
         noisy_margin: fp32 [B, T], what was compared with the site's threshold in training, without a gradient; None
             where thresholds do not follow it.
         input_sum: fp32 [D], sum over the tokens of what the router read; None likewise.
     """
 
-    executed: Tensor
+    decided: Tensor | None
     soft: Tensor | None = None
     logits: Tensor | None = None
+    threshold: Tensor | None = None
     explored: Tensor | None = None
     noisy_margin: Tensor | None = None
     input_sum: Tensor | None = None
+
+    @property
+    def executed(self) -> Tensor:
+        """bool [B, T]."""
+        if self.decided is not None:
+            return self.decided
+        assert self.logits is not None
+        skip, execute = self.logits.unbind(-1)
+        return execute >= skip if self.threshold is None else execute - skip >= self.threshold
+
+    def rows(self) -> list[bool]:
+        """:attr:`executed` of one token a row, on the host, which is quicker there than a tensor."""
+        if self.decided is not None or self.logits is None or self.threshold is not None:
+            return self.executed.flatten().tolist()
+        return [execute >= skip for [[skip, execute]] in self.logits.tolist()]
 
     @property
     def value(self) -> Tensor:
@@ -131,7 +148,7 @@ class LearnedRouter(Router):
         # would multiply from site to site, until clipping leaves nothing of the language model's (docs/method.md).
         logits = _logits(x.detach() if torch.is_grad_enabled() else x, self.weight, inputs.recompute)
         if not self.training:
-            return Gate(self._greedy(logits, inputs.thresholds), logits=logits)
+            return Gate(None, None, logits, None if inputs.thresholds is None else self._own(inputs.thresholds))
         margin = _difference(logits) + inputs.noise_scale * torch.logit(self._uniform(inputs))
         thresholds, noisy, input_sum = inputs.thresholds, None, None
         if thresholds is None:
@@ -148,12 +165,12 @@ class LearnedRouter(Router):
         # In this order the forward value is exactly 0 or 1: soft - soft is exactly 0.
         learning = soft - soft.detach()
         if not (self.config.explores and inputs.explored_tokens != 0 and torch.is_grad_enabled()):
-            return Gate(executed, executed.float() + learning, None, None, noisy, input_sum)
+            return Gate(executed, executed.float() + learning, noisy_margin=noisy, input_sum=input_sum)
         explored, chance = self._explored(executed, inputs)
         # A skipped token that is explored stands for all those that are not. They learn neither what the site would add
         # nor its price: price alone would drive every skipped token further away.
         learning = learning * torch.where(executed, 1.0, explored / chance)
-        return Gate(executed, executed.float() + learning, None, explored, noisy, input_sum)
+        return Gate(executed, executed.float() + learning, None, None, explored, noisy, input_sum)
 
     def _centred(self, margin: Tensor, centres: Centres) -> Tensor:
         """``margin`` [B, T] less its site's centre, with the gradient of the same router on the input less its mean.
@@ -163,13 +180,6 @@ class LearnedRouter(Router):
         """
         common = margin if centres.input is None else _difference(_logits(self._own(centres.input), self.weight))
         return margin - (common - common.detach()) - self._own(centres.margin)
-
-    def _greedy(self, logits: Tensor, thresholds: Tensor | None) -> Tensor:
-        """bool [B, T] of the logits [B, T, 2]."""
-        if thresholds is None:
-            skip, execute = logits.unbind(-1)
-            return execute >= skip
-        return _difference(logits) >= self._own(thresholds)
 
     def _explored(self, executed: Tensor, inputs: RoutingInputs) -> tuple[Tensor, Tensor | float]:
         """Which skipped tokens are explored, bool [B, T], and the chance each skipped one had, [B, 1] or for all."""

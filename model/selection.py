@@ -101,9 +101,15 @@ class Selection:
         Waits for the device to count them. Unless given, ``round_to`` is 1 on the CPU and 128 elsewhere, and 8 there
         for one token a row (T = 1). No token at all is rounded up too, but for T = 1, where that saves the whole site.
         """
-        if mask.shape[1] == 1 and round_to is None and mask.is_cpu and not torch.compiler.is_compiling():
-            return _of_one(mask)
         return _counted(mask, round_to)
+
+    @staticmethod
+    def of_rows(rows: list[bool]) -> Selection:
+        """The only token of each row where ``rows`` [B] says so: :meth:`of` for decoding, decided on the host."""
+        chosen = [row for row, executed in enumerate(rows) if executed]
+        if chosen and (len(chosen) == len(rows) or len(rows) <= _WHOLE_BATCH):
+            return Selection(len(rows), 1, None, len(chosen) == len(rows), 1)
+        return Selection(len(rows), 1, torch.tensor(chosen, dtype=torch.int64))
 
     @staticmethod
     def capped(mask: Tensor, capacity: int) -> tuple[Selection, Tensor]:
@@ -200,14 +206,6 @@ def _counted(mask: Tensor, round_to: int | None) -> Selection:
     if size > count:
         index = _first(_fill(flat, size - count), size)
     return Selection(batch, tokens, index, exact=size == count)
-
-
-def _of_one(mask: Tensor) -> Selection:
-    """:meth:`Selection.of` for ``mask`` [B, 1] on the CPU, where the host sees the answers for nothing."""
-    rows = [row for row, executed in enumerate(mask.flatten().tolist()) if executed]
-    if rows and (len(rows) == len(mask) or len(mask) <= _WHOLE_BATCH):
-        return Selection.everything(len(mask), 1, exact=len(rows) == len(mask))
-    return Selection(len(mask), 1, torch.tensor(rows, dtype=torch.int64))
 
 
 def _fill(mask: Tensor, missing: Tensor | int) -> Tensor:

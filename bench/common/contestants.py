@@ -74,17 +74,18 @@ class HeldRouter(LearnedRouter):
         """x: [B, T, D] -> decisions [B, T]."""
         gate = super().forward(x, inputs)
         if x.shape[1] == 1 and x.is_cpu and not self.training:  # decoding: next to nothing on top of the router's work
-            return gate._replace(executed=self._column(x.shape[0], self._place.of(inputs)))
+            return gate._replace(logits=self._column(x.shape[0], self._place.of(inputs)))
         drawn = self.draws[: x.shape[0]].index_select(1, inputs.positions)
         if not self.training:
-            return gate._replace(executed=drawn)
+            return gate._replace(decided=drawn)
         executed = torch.where(self.hold, drawn, gate.executed)
-        return gate._replace(executed=executed, soft=executed.float() + (gate.value - gate.value.detach()))
+        return gate._replace(decided=executed, soft=executed.float() + (gate.value - gate.value.detach()))
 
     def _column(self, rows: int, place: int) -> Tensor:
-        """``draws`` of the first ``rows`` at a place, bool [rows, 1]."""
+        """Logits for ``draws`` of the first ``rows`` at a place, fp32 [rows, 1, 2]."""
         if self._cut_from is not self.draws or len(self._cut[0]) != rows:
-            self._cut, self._cut_from = self.draws[:rows].split(1, dim=1), self.draws
+            logits = torch.stack((~self.draws, self.draws), dim=-1)[:rows].float()
+            self._cut, self._cut_from = logits.split(1, dim=1), self.draws
         return self._cut[place]
 
 

@@ -130,7 +130,7 @@ def test_a_row_that_is_computed_and_dropped_may_overflow() -> None:
     """Zero times infinity would be NaN."""
     executed = torch.tensor([[True], [False]])
     router = RouterConfig(density=0.5)
-    decision = Decision(Gate(executed, executed.float()), executed, Selection.everything(2, 1, exact=False))
+    decision = Decision(Gate(executed, executed.float()), Selection.everything(2, 1, exact=False))
     for bad in (math.inf, math.nan):
         update = torch.tensor([[1.0, 2.0], [bad, -bad]])
         assert _weigh(update, decision, router).tolist() == [[1, 2], [0, 0]]

@@ -111,9 +111,7 @@ def test_one_token_a_row_is_rounded_up_but_not_from_none(rows: int) -> None:
 @pytest.mark.parametrize("chosen", ["none", "last", "all"])
 def test_one_token_a_row_on_the_cpu_is_taken_exactly_but_of_two_rows(batch: int, chosen: str) -> None:
     rows = {"none": [], "last": [batch - 1], "all": list(range(batch))}[chosen]
-    executed = torch.zeros(batch, 1, dtype=torch.bool)
-    executed[rows] = True
-    selection = Selection.of(executed)
+    selection = Selection.of_rows([row in rows for row in range(batch)])
     if chosen == "last" and batch == 2:
         assert selection.index is None and not selection.exact
     elif len(rows) == batch:
