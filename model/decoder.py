@@ -8,7 +8,9 @@ Dimension letters: B batch, T tokens, N scored tokens, V vocabulary, S routed si
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,33 @@ class DecoderOutput:
     """The same, summed over tokens with a target."""
 
 
+class StatesOfFrozen(Protocol):
+    """Remembers what the first layers make of a batch, where none of their weights are trained.
+
+    Attributes:
+        layers: how many.
+    """
+
+    layers: int
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None,
+        positions: Tensor | None,
+        dtype: torch.dtype,
+        compute: Callable[[], list[Tensor]],
+    ) -> list[Tensor]:
+        """Residual streams [B, T, D] after the last of them, as many as late layers are among them and one at least.
+
+        Args:
+            tokens, documents, positions: what the layers read.
+            dtype: of the streams.
+            compute: makes them, where they are not remembered.
+        """
+        ...
+
+
 class Decoder(nn.Module):
     """A decoder-only language model in which tokens may skip layers.
 
@@ -66,6 +95,8 @@ class Decoder(nn.Module):
         """fp32 [S], what the margins of learned routers are compared with; 0 unless set. See ``model/budget.py``."""
         self.centres: Centres | None = None
         """In training: what soft gates are centred on; the thresholds unless set."""
+        self.frozen: StatesOfFrozen | None = None
+        """Asked instead of the first layers, which must be dense; not in generation."""
         self.lm_head = LMHead(config.width, config.vocab_size)
         if config.tied_head:
             self.lm_head.weight = self.embed_tokens.weight
@@ -135,7 +166,7 @@ class Decoder(nn.Module):
         held = self._held(thresholds)
         routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, held, self.centres, explored, self.recompute)
         inputs = self._pass_inputs(tokens, documents, positions, cache, routing, room)
-        late, record = self._run_layers(tokens, inputs)
+        late, record = self._run_layers(tokens, documents, positions, inputs)
         if targets is None:
             hidden, vote = self._read_out(late)
             return DecoderOutput(self.lm_head(hidden), None, record, vote=vote)
@@ -175,15 +206,34 @@ class Decoder(nn.Module):
         on_host = length == 1 and tokens.is_cpu and not torch.compiler.is_compiling()
         return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host)
 
-    def _run_layers(self, tokens: Tensor, inputs: PassInputs) -> tuple[list[Tensor], RoutingRecord]:
+    def _run_layers(
+        self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, inputs: PassInputs
+    ) -> tuple[list[Tensor], RoutingRecord]:
         """Residual stream after each of the last layers that are asked, [B, T, D], and what was routed."""
-        x = self.embed_tokens(tokens)
         decisions: list[Decision] = []
-        late: deque[Tensor] = deque(maxlen=1 if self.ensemble is None else self.ensemble.config.layers)
-        for layer in self.layers:
-            x, decided = layer(x, inputs)
-            decisions += decided
-            late.append(x)
+        asked = 1 if self.ensemble is None else self.ensemble.config.layers
+        late: deque[Tensor] = deque(maxlen=asked)
+
+        def run(x: Tensor, first: int, end: int) -> None:
+            for layer in self.layers[first:end]:
+                x, decided = layer(x, inputs)
+                decisions.extend(decided)
+                late.append(x)
+
+        layers = len(self.layers)
+        if self.frozen is None or inputs.cache is not None:
+            run(self.embed_tokens(tokens), 0, layers)
+        else:
+            frozen = self.frozen.layers
+
+            def compute() -> list[Tensor]:
+                run(self.embed_tokens(tokens), 0, frozen)
+                return list(late)[-max(asked - (layers - frozen), 1) :]
+
+            states = self.frozen(tokens, documents, positions, self.embed_tokens.weight.dtype, compute)
+            late.clear()
+            late.extend(states)
+            run(states[-1], frozen, layers)
         if inputs.cache is not None:
             inputs.cache.advance(tokens.shape[1])
         return list(late), RoutingRecord(decisions, inputs.visibility, len(tokens))

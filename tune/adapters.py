@@ -27,7 +27,7 @@ from torch import nn
 from model.decoder import Decoder
 from model.init import generator_of
 from trainer.deepspeed_internals import whole_size
-from tune.config import AdapterConfig
+from tune.config import AdapterConfig, layers_adapted
 
 _LEAST = 2.0**-24
 """The least number above 0 that fp16 holds."""
@@ -128,19 +128,19 @@ def has_adapters(decoder: Decoder) -> bool:
 
 
 def _lora_config(decoder: Decoder, adapter: AdapterConfig) -> LoraConfig:
-    early = None
-    if adapter.layers == "early":
+    some = None
+    if adapter.layers != "all":
         assert decoder.ensemble is not None
-        early = list(range(len(decoder.layers) - decoder.ensemble.config.layers))
-        assert early
+        some = list(layers_adapted(adapter, len(decoder.layers), decoder.ensemble.config))
+        assert some
     return LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT's type is narrower than what it divides
         lora_dropout=adapter.dropout,
         use_dora=adapter.kind == "dora",
         target_modules=list(adapter.targets),
-        layers_to_transform=early,
-        layers_pattern=None if early is None else "layers",
+        layers_to_transform=some,
+        layers_pattern=None if some is None else "layers",
     )
 
 

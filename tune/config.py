@@ -32,6 +32,10 @@ class BaseConfig(Strict):
     """How the target density of tuned routers comes down from 1."""
     seed: int | None = Field(None, ge=0, lt=2**62)
     """Of routers of kind ``random``, which decide by it; the base's unless given."""
+    cache_states: PathText | None = None
+    """A folder in which what frozen first layers make of each window is kept, so that it is computed once; for methods
+    that train none of them. A window takes sequence_tokens x width numbers, with ``adapter.kind: none`` times the
+    ensemble's layers."""
     sha256: str | None = None
     """Of the base's manifest: filled in when the run starts, so that another base is noticed."""
 
@@ -54,8 +58,9 @@ class AdapterConfig(Strict):
     """lora, dora: the projections that carry an adapter."""
     final_norm: bool = False
     """lora, dora, none: train the final norm too, as an ensemble does anyway; the control to tell the two apart."""
-    layers: Literal["all", "early"] = "all"
-    """lora, dora: in every layer, or only in those before the ensemble's (the paper's parameter-saving variant)."""
+    layers: Literal["all", "early", "late"] = "all"
+    """lora, dora: in every layer, only in those before the ensemble's (the paper's parameter-saving variant), or only
+    in the ensemble's."""
 
 
 class ChatConfig(Strict):
@@ -159,6 +164,15 @@ class TuneConfig(StageConfig):
             chosen["ensemble"] = self.ensemble.model_dump(mode="json", include={"layers", "temperature", "top"})
         return {f"{block}.{field}": value for block, fields in chosen.items() for field, value in fields.items()}
 
+    @property
+    def frozen_layers(self) -> int:
+        """How many of the first layers have no weight that is trained."""
+        routed = self.model.routed_layers if self.base.routers == "tuned" else ()
+        adapted = range(0)
+        if self.adapter.kind != "none":
+            adapted = layers_adapted(self.adapter, self.model.layers, self.ensemble)
+        return min((*routed, *adapted), default=self.model.layers)
+
     @model_validator(mode="after")
     def _possible_method(self) -> TuneConfig:
         problems = []
@@ -174,6 +188,13 @@ class TuneConfig(StageConfig):
                 "adapter.kind none without an ensemble and with frozen routers trains nothing; add an ensemble block, "
                 "or set adapter.kind to lora, dora or full"
             )
+        if adapter.layers == "late" and ensemble is None:
+            problems.append(
+                "adapter.layers late means the ensemble's layers, and there is no ensemble; add an ensemble block, or "
+                "set adapter.layers: all"
+            )
+        if self.base.cache_states is not None:
+            problems += self._why_no_states()
         if adapter.layers == "early" and (ensemble is None or ensemble.layers >= layers):
             problems.append(
                 "adapter.layers early means the layers before the ensemble's, and there are none; add an ensemble "
@@ -194,3 +215,32 @@ class TuneConfig(StageConfig):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _why_no_states(self) -> list[str]:
+        """What forbids ``base.cache_states``, a sentence each."""
+        problems = []
+        if not self.frozen_layers:
+            problems.append(
+                f"base.cache_states keeps what frozen first layers make, and adapter.kind {self.adapter.kind} with "
+                f"adapter.layers {self.adapter.layers} trains the first one; set adapter.kind: none or adapter.layers: "
+                "late, or leave base.cache_states out"
+            )
+        if self.model.sites:
+            problems.append(
+                "base.cache_states needs a dense base, and this one has routers, whose decisions are counted in every "
+                "step; leave it out"
+            )
+        if self.deepspeed.zero_stage == 3:
+            problems.append(
+                "base.cache_states needs deepspeed.zero_stage 0, 1 or 2: at 3 all ranks must run the same layers, and "
+                "they find different windows; lower it"
+            )
+        return problems
+
+
+def layers_adapted(adapter: AdapterConfig, layers: int, ensemble: EnsembleConfig | None) -> range:
+    """The layers, counted from 0, in which ``adapter`` trains; full, lora and dora."""
+    if adapter.layers == "all" or adapter.kind == "full" or ensemble is None:
+        return range(layers)
+    first_late = max(layers - ensemble.layers, 0)
+    return range(first_late) if adapter.layers == "early" else range(first_late, layers)

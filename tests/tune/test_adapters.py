@@ -97,6 +97,8 @@ def test_adapters_are_where_the_config_says(kind: str) -> None:
     found = {name.split(".lora_")[0] for name, p in decoder.named_parameters() if ".lora_" in name}
     assert found == {"layers.0.self_attn.q_proj", "layers.0.mlp.down_proj"}  # layers 1 and 2 are the ensemble's
     assert decoder.layers[0].self_attn.q_proj.lora_A["default"].weight.shape == (5, 64)
+    late = {n for n, _ in tuned(kind, targets=["q_proj"], layers="late").named_parameters() if ".lora_A" in n}
+    assert late == {f"layers.{layer}.self_attn.q_proj.lora_A.default.weight" for layer in (1, 2)}
     everywhere = {n.split(".lora_")[0] for n, p in tuned(kind).named_parameters() if ".lora_" in n}
     assert len(everywhere) == 3 * 7 and not any("head" in name or "embed" in name for name in everywhere)
 
