@@ -83,14 +83,14 @@ def _teach(
 
     With c = sum_v p_v log p_v and student logits z:  KL = c - p.z + logsumexp(z), and d KL / d z = q - p.
     """
-    logits = (teacher @ weight.T).float().div_(temperature)
+    logits = _scaled(teacher @ weight.T, temperature)
     p = logits.softmax(dim=-1)
     # logsumexp is the largest logit less the logarithm of its probability, which is at least 1 / V.
     negative_entropy = _dot(p, logits) - (logits.amax(dim=-1) - p.amax(dim=-1).log())
     del logits
     total = valid.new_zeros(())
     for student, grad_student in zip(students, grads, strict=True):
-        z = (student @ weight.T).float().div_(temperature)
+        z = _scaled(student @ weight.T, temperature)
         agreement = _dot(p, z)
         top = z.amax(dim=-1, keepdim=True)
         exponentials = z.sub_(top).exp_()  # the logits' memory, as every step down to grad
@@ -112,6 +112,11 @@ def _teach(
             del grad
         del z, exponentials  # before the next student's logits
     return total
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Divided by the temperature, fp32, in the same memory where that can be."""
+    return logits.float() if temperature == 1 else logits.float().div_(temperature)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
