@@ -120,7 +120,7 @@ def measure_pair(
         said = textwrap.shorten(str(error).rpartition("Allocator: ")[2], 160)
     else:
         peak = yardstick.flops_per_s
-        return [row(name, c, options, seconds, peak, f"{pair}/") for name, c in contestants.items()], peak
+        return [row(name, contestants, options, seconds, peak, f"{pair}/") for name in contestants], peak
     # Behind the except block: until its end the error keeps the failed step's tensors alive.
     for contestant in contestants.values():
         contestant.forget()

@@ -4,6 +4,7 @@
     python -m bench.step --densities 0.5 --repeats 30 --json step.json
     python -m bench.step --check                           # exit 1 if a limit of bench/common/limits.py is missed
     python -m bench.step --checkpointing --no-compile --execution rounded
+    python -m bench.step --densities --deeper              # twice the layers at the dense step's FLOPs
 
 The contestants are described in ``bench/common/contestants.py``. Ours and the peer, which has our weights copied in,
 must find the same loss before anything is timed. All take turns in one process, see ``bench/common/timing.py``. On CUDA
@@ -14,6 +15,9 @@ step would have if it cost nothing but matrix products at dense speed. ``MFU`` i
 activation checkpointing computes again is not counted) a second over the fastest matrix product seen in the same rounds
 (``trainer/monitor/yardstick.py``, as in training). ``GiB`` is the peak memory of a step outside the timed rounds: what
 the process would need with this model alone in it, see ``bench/common/memory.py``.
+
+``--deeper`` is a routed model of twice the layers that explores a tenth of its skipped tokens, at the density at which
+training costs what the dense model's does: what ``bench.isoflop`` compares, on the clock.
 """
 
 from __future__ import annotations
@@ -43,14 +47,36 @@ from bench.common.options import (
 )
 from bench.common.report import Result, Row, spread, tell
 from bench.common.timing import Spread, ratios, take_turns
-from model.flops import TRAINING_FACTOR
+from model.flops import TRAINING_FACTOR, density_of, full_windows, training_flops
 from settings import user_errors
 
 if TYPE_CHECKING:
     from bench.common.contestants import Contestant, Ours
+    from model.config import ModelConfig
 
-PEAK = "matmul"
+PEAK, DEEPER = "matmul", "deeper"
 SECONDS = "step_s"
+
+
+def deeper(options: argparse.Namespace) -> ModelConfig:
+    """The config of the contestant with twice the layers at equal FLOPs.
+
+    Raises:
+        ValueError: if there is no such density.
+    """
+    tokens, layers = options.tokens, 2 * options.layers
+
+    def config(density: float) -> ModelConfig:
+        return model_config(options, density, tokens, options.execution, explore=0.1, layers=layers)
+
+    def flops(density: float) -> float:
+        return training_flops(config(density), full_windows(config(density), 1.0, tokens, density))
+
+    dense = model_config(options, None, tokens)
+    density = density_of(flops, training_flops(dense, full_windows(dense, 1.0, tokens, 1.0)))
+    if not 0 < density <= 1:
+        raise ValueError(f"--deeper: no density makes {layers} routed layers cost what {options.layers} dense ones do")
+    return config(density)
 
 
 def build(options: argparse.Namespace) -> dict[str, Contestant]:
@@ -75,6 +101,9 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
     peer = Peer(llama, dense.config)
     contestants: dict[str, Contestant] = {DENSE: dense, PEER: peer}
     contestants |= {routed_name(density): ours(density) for density in options.densities}
+    if options.deeper:
+        decoder = held_decoder(deeper(options), device, dtype, options.checkpointing)
+        contestants[DEEPER] = Ours(decoder, compiled=options.compile)
     for contestant in contestants.values():
         contestant.feed(tokens)
     losses = {name: contestant.step() for name, contestant in contestants.items()}
@@ -99,7 +128,7 @@ def measure(options: argparse.Namespace) -> Result:
     calls: dict[str, Callable[[], object]] = {name: c.step for name, c in contestants.items()}
     seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
     peak = yardstick.flops_per_s
-    rows = {name: row(name, contestants[name], options, seconds, peak) for name in contestants}
+    rows = {name: row(name, contestants, options, seconds, peak) for name in contestants}
     to_peer = ratios(seconds[DENSE], seconds[PEER])
     notes = [contestant.note for contestant in contestants.values() if isinstance(contestant, Peer)]
     return Result(
@@ -113,7 +142,7 @@ def measure(options: argparse.Namespace) -> Result:
 
 def row(
     name: str,
-    contestant: Contestant,
+    contestants: Mapping[str, Contestant],
     options: argparse.Namespace,
     seconds: Mapping[str, list[float]],
     peak: float,
@@ -123,13 +152,14 @@ def row(
 
     Args:
         name: of the contestant.
-        contestant: after its last step.
+        contestants: all of them, after their last step.
         options: for device and dtype.
         seconds: every contestant's rounds.
         peak: the matmul peak, FLOP/s.
         case: goes before the name, for example ``512x4/``.
     """
-    executed, dense = contestant.flops()
+    contestant = contestants[name]
+    executed, dense = contestant.flops()[0], contestants[DENSE].flops()[0]
     step_s = Spread.of(seconds[name]).median
     return Row(
         name=case + name,
@@ -177,6 +207,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=EXECUTIONS,
         help="how routed layers compute executed tokens, the router's setting of that name (default: rounded)",
     )
+    options_parser.add_argument("--deeper", action="store_true", help="add twice the layers at equal FLOPs")
     add_run(options_parser, repeats=10)
     options = options_parser.parse_args(arguments)
     both = {"checkpointing": False, "execution": "rounded"}
@@ -187,6 +218,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     refuse(options, {"tokens": 2, "samples": 1})
     model_config(options, None, options.tokens)
+    if options.deeper:
+        deeper(options)
     return options
 
 

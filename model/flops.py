@@ -13,6 +13,7 @@ tokens take, whose gates learn from an output that has no backward pass of its o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from model.config import ModelConfig
@@ -65,6 +66,12 @@ def full_windows(config: ModelConfig, tokens: float, sequence_tokens: int, densi
     explored = router.explore * (1 - density) if router is not None and router.explores else 0.0
     counts = [[share * total] * sites for share in (density, explored) for total in (tokens, visible)]
     return Routed(tokens, visible, counts[0], counts[1], explored_tokens=counts[2], explored_keys=counts[3])
+
+
+def density_of(flops: Callable[[float], float], wanted: float) -> float:
+    """The density at which ``flops``, a straight line over it, are ``wanted``; it may lie outside of [0, 1]."""
+    half, whole = flops(0.5), flops(1.0)
+    return 1 + (wanted - whole) / (2 * (whole - half))
 
 
 def training_flops(config: ModelConfig, counts: Routed) -> float:

@@ -24,7 +24,7 @@ from model import noise
 from model.chunks import IGNORED
 from model.config import Capacity, ModelConfig, RouterConfig
 from model.decoder import Decoder, RoutingRecord
-from model.flops import Routed, dense_flops, executed_flops
+from model.flops import TRAINING_FACTOR, Routed, dense_flops, training_flops
 from model.init import initialise
 from model.router import Gate, LearnedRouter, RoutingInputs
 
@@ -79,7 +79,9 @@ class HeldRouter(LearnedRouter):
         if not self.training:
             return gate._replace(decided=drawn)
         executed = torch.where(self.hold, drawn, gate.executed)
-        return gate._replace(decided=executed, soft=executed.float() + (gate.value - gate.value.detach()))
+        explored = None if gate.explored is None else self._explored(executed, inputs)[0]
+        soft = executed.float() + (gate.value - gate.value.detach())
+        return gate._replace(decided=executed, soft=soft, explored=explored)
 
     def _column(self, rows: int, place: int) -> Tensor:
         """Logits for ``draws`` of the first ``rows`` at a place, fp32 [rows, 1, 2]."""
@@ -204,9 +206,13 @@ class Contestant:
         return sum(counts.executed_tokens) / (counts.tokens * sites) if sites else 1.0
 
     def flops(self) -> tuple[float, float]:
-        """Forward FLOPs of the last step: executed, and what the dense model's would be."""
+        """Forward FLOPs of the last step: executed, and what they would be without routers.
+
+        Of exploration, which has no backward pass, a third is counted.
+        """
         counts = self.counts()
-        return executed_flops(self.config, counts), dense_flops(self.config, counts.tokens, counts.visible_keys)
+        executed = training_flops(self.config, counts) / TRAINING_FACTOR
+        return executed, dense_flops(self.config, counts.tokens, counts.visible_keys)
 
 
 class Ours(Contestant):
@@ -220,7 +226,7 @@ class Ours(Contestant):
     def __init__(self, decoder: Decoder, compiled: bool = False):
         super().__init__(decoder, decoder.config)
         self.decoder = decoder
-        self._counts: tuple[Tensor, Tensor, Tensor] | None = None
+        self._counts: tuple[Tensor, ...] | None = None
         self._capacity: Capacity | None = None
         if compiled:
             decoder.compile_layers()
@@ -253,8 +259,9 @@ class Ours(Contestant):
     def counts(self) -> Routed:
         """What ran in the last step, by the decoder's own record."""
         assert self._counts is not None
-        executed, attended, visible = self._counts
-        return Routed(self.tokens.numel(), float(visible), executed.tolist(), attended.tolist())
+        executed, attended, explored, explored_keys = (count.tolist() for count in self._counts[1:])
+        visible = float(self._counts[0])
+        return Routed(self.tokens.numel(), visible, executed, attended, None, explored, explored_keys)
 
 
 class Peer(Contestant):
@@ -291,6 +298,7 @@ def assert_same(ours: float, peers: float, dtype: torch.dtype) -> None:
     assert math.isclose(ours, peers, rel_tol=1e-5 if dtype == torch.float32 else 1e-2), (ours, peers)
 
 
-def _detached(record: RoutingRecord) -> tuple[Tensor, Tensor, Tensor]:
+def _detached(record: RoutingRecord) -> tuple[Tensor, ...]:
     """The counts without the densities, whose graph would keep a step's memory alive."""
-    return record.executed_tokens, record.attended_keys, record.visible_keys
+    executed, explored = (record.executed_tokens, record.attended_keys), (record.explored_tokens, record.explored_keys)
+    return (record.visible_keys, *executed, *explored)

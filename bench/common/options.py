@@ -123,20 +123,26 @@ def routed_name(density: float) -> str:
 
 
 def model_config(
-    options: argparse.Namespace, density: float | None, positions: int, execution: str = "rounded"
+    options: argparse.Namespace,
+    density: float | None,
+    positions: int,
+    execution: str = "rounded",
+    explore: float = 0.0,
+    layers: int | None = None,
 ) -> ModelConfig:
     """The benchmark's model for contexts of ``positions`` tokens; dense where ``density`` is None.
 
-    ``execution`` is the router's: how executed tokens are computed in training.
+    ``execution`` is the router's: how executed tokens are computed in training; ``explore``, too. ``layers`` are those
+    of the options unless given.
 
     Raises:
         ValueError: for sizes that do not go together, in a sentence.
     """
     try:
-        router = {"kind": "learned", "density": density, "execution": execution}
+        router = {"kind": "learned", "density": density, "execution": execution, "explore": explore}
         return ModelConfig(
             vocab_size=options.vocab,
-            layers=options.layers,
+            layers=options.layers if layers is None else layers,
             width=options.width,
             heads=options.heads,
             kv_heads=options.kv_heads,

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from data.config import File
-from model.flops import full_windows, training_flops
+from model.flops import density_of, full_windows, training_flops
 from settings import PathText, Strict, load
 from settings.project import shipped
 from trainer.config import PretrainConfig, load_run
@@ -236,13 +236,16 @@ def _matched_density(suite: Suite, name: str, keys: Keys, config: PretrainConfig
             f"variant {name}: equal_flops density chooses the density of a router, and this model is dense; give it a "
             "model.router, or take equal_flops: tokens"
         )
-    half, whole = (planned_flops(_resolve(suite, name, {**keys, _DENSITY: density})) for density in (0.5, 1.0))
-    nothing = 2 * half - whole
-    density = (reference - nothing) / (whole - nothing)
+
+    def flops(density: float) -> float:
+        return planned_flops(_resolve(suite, name, {**keys, _DENSITY: density}))
+
+    density = density_of(flops, reference)
     if not 0 < density <= 1:
+        most, half = flops(1.0) / reference, flops(0.5) / reference
         raise ValueError(
             f"variant {name}: no router.density in (0, 1] makes its executed FLOPs those of {suite.reference}; it "
-            f"plans {nothing / reference:.2f} of them at 0 and {whole / reference:.2f} at 1; give it other layers, or "
+            f"plans {2 * half - most:.2f} of them at 0 and {most:.2f} at 1; give it other layers, or "
             "equal_flops: tokens"
         )
     return round(density, 6)

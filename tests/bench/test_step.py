@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +101,17 @@ def test_a_bad_argument_is_one_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence in refused(step.main, [*TOY, *arguments], capsys)
+
+
+def test_a_deeper_model_costs_what_the_dense_one_does(tmp_path: Path) -> None:
+    found = rows_of(step.main, [*TOY, "--densities", "--deeper"], tmp_path / "step.json", "step_s")
+    assert list(found) == ["dense", "hf_llama", "deeper"]
+    assert found["deeper"]["flop_bound_ratio"] == pytest.approx(1.0, abs=0.1)  # of draws, on 64 tokens
+    assert 0.0 < found["deeper"]["density"] < 0.5
+
+
+def test_a_deeper_model_that_cannot_be_as_cheap_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(
+        step.main, [*TOY, "--deeper", "--heads", "4", "--kv-heads", "4", "--ffn-width", "1", "--tokens", "2"], capsys
+    )
+    assert "no density makes 4 routed layers cost what 2 dense ones do" in said
