@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bench.common.limits import judge, require
 from bench.common.options import (
     BATCH,
     CPU_BATCH,
@@ -181,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser("bench.adapters", str(__doc__))
     add_numbers(made, MODEL | BATCH)
     made.add_argument("--response", type=float, default=0.25, help="share of a sample learned (default: %(default)s)")
-    add_run(made, repeats=10, check=False)
+    add_run(made, repeats=10)
     options = made.parse_args(arguments)
     with user_errors():
         resolve(options, CPU_SIZES | CPU_BATCH, CUDA_SIZES | CUDA_BATCH)
@@ -195,6 +196,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             calls = {name: contestant.step for name, contestant in contestants.items()}
             seconds = take_turns(calls, options.repeats, torch.device(options.device))
         print(table(contestants, seconds))
+        if options.check:
+            measured = {f"tuning/{like}": ratios(seconds[like], seconds[peer]).median for peer, like in PEERS.items()}
+            verdicts = judge(measured, options.device)
+            print(*verdicts, sep="\n")
+            require(verdicts)
         if options.json is not None:
             import json
 

@@ -53,6 +53,8 @@ LIMITS: dict[str, Limit] = {
     "loop/routed_0.5": Limit("of our loop routed at density 0.5 / transformers.Trainer's", 1.6, 1.6, "at least"),
     "evaluation/choices": Limit("our speed on choices / the harness's own loader's", 1.0, 1.0, "at least"),
     "evaluation/yes_or_no": Limit("our speed on yes or no / the harness's own loader's", 1.0, 1.0, "at least"),
+    "tuning/lora": Limit("our LoRA step / PEFT's on Hugging Face's Llama", 1.0, 1.0),
+    "tuning/dora": Limit("our DoRA step / PEFT's on Hugging Face's Llama", 1.0, 1.0),
     "loader/waited_share": Limit("share of a step spent waiting for data", cpu=0.01, cuda=0.01),
 }
 

@@ -2,13 +2,15 @@
 
     for width in 32 64 96 128; do
         python -m bench.isoflop bench/suites/ladder.yaml tokens=$((width * width * 750)) set.model.width=$width \\
-            set.model.heads=$((width / 32)) set.model.ffn_width=$((width * 3)) --out runs/ladder/$width
+            set.model.heads=$((width / 32)) set.model.ffn_width=$((width * 3)) \\
+            set.train.schedule.warmup_steps=$((width * width * 750 / 40960)) --out runs/ladder/$width
     done
     python -m bench.isoflop.ladder runs/ladder/* --at 160e6
 
-Every FOLDER is the --out of one size. A point is one seed: the loss of the variant less that of the suite's reference
-with the same seed. The line is an ordinary least-squares fit of these points over the logarithm of the reference's
-parameters without the embedding; the band is one standard error of its mean. Writes ladder.md and ladder.png to --out.
+15 tokens a parameter, a tenth of the steps to warm up. Every FOLDER is the --out of one size. A point is one seed: the
+loss of the variant less that of the suite's reference with the same seed. The line is an ordinary least-squares fit of
+these points over the logarithm of the reference's parameters without the embedding; the band is one standard error of
+its mean. Writes ladder.md and ladder.png to --out.
 """
 
 from __future__ import annotations
