@@ -2,11 +2,19 @@
 
     python -m bench.tuning runs/books                                   # eight methods, two tasks, three seeds
     python -m bench.tuning runs/books --methods lora lora_ensemble --tasks polarity --seeds 0 1 train.steps=100
+    python -m bench.tuning smollm2 --tasks subjectivity polarity piqa arc_easy --rates 3e-4 1e-3 3e-3 \\
+        --methods none lora lora_ensemble dora dora_ensemble early_lora_ensemble early_lora_ensemble_half \\
+        early_lora_ensemble_quarter ensemble_only base.routers=frozen train.steps=300 data.too_long=leave_out
 
-Every run is ``tune.train`` on ``configs/tune_METHOD.yaml`` with one process and one thread, in its own folder below
-``--out``; what is done is not run again, so an interrupted suite goes on where it was. Step times are taken afterwards,
-all methods taking turns in one process (see ``bench/common/timing.py``), because those of runs side by side mean
-nothing.
+Every run is ``tune.train`` on a file of ``configs/`` with one process and one thread, in its own folder below
+``--out``; what is done is not run again, so an interrupted suite goes on where it was. ``none`` is the base as it is.
+With ``--rates`` every method on every task is run with each learning rate and the first seed, and the other seeds with
+the rate whose last validation loss was least. Step times are taken afterwards, all methods taking turns in one process
+(see ``bench/common/timing.py``), because those of runs side by side mean nothing.
+
+A task that has no TASK-train.jsonl in ``--data`` is a file of questions (``data/questions.py``) in the folder tasks/
+beside it, split by the number of the question: even ones are the test, of the odd ones every fifth is for validation
+and the rest is learned. The parts are written to OUT/data.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ from bench.common.options import parser, refuse
 from bench.common.paired import by_examples
 from bench.common.timing import ratios, take_turns
 from bench.isoflop.runs import Job, side_by_side
+from data.files import write_atomically
 from data.places import texts
 from data.tokenization import load_text_tokenizer
 from model.config import EnsembleConfig, Progress
@@ -32,19 +41,33 @@ from settings.tables import markdown
 from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
 
-METHODS = [
-    "full",
-    "lora",
-    "lora_norm",
-    "lora_ensemble",
-    "dora",
-    "dora_ensemble",
-    "ensemble_only",
-    "early_lora_ensemble",
-]
+METHODS: dict[str, tuple[str, list[str]]] = {
+    **{
+        name: (name, [])
+        for name in (
+            "full",
+            "lora",
+            "lora_norm",
+            "lora_ensemble",
+            "dora",
+            "dora_ensemble",
+            "ensemble_only",
+            "early_lora_ensemble",
+            "full_ensemble",
+        )
+    },
+    "early_lora_ensemble_half": ("early_lora_ensemble", ["adapter.rank=4", "adapter.alpha=8"]),
+    "early_lora_ensemble_quarter": ("early_lora_ensemble", ["adapter.rank=2", "adapter.alpha=4"]),
+    "late_lora_ensemble": ("early_lora_ensemble", ["adapter.layers=late"]),
+    # A step at no rate to speak of: adapters begin as nothing, and so they end.
+    "none": ("lora", ["train.steps=1", "train.schedule.warmup_steps=0", "train.optimizer.lr=1e-12"]),
+}
+"""The config of each, and what else it takes; the first eight are the default."""
 CHOICES = {"polarity": [" negative", " positive"], "subjectivity": [" objective", " subjective"]}
 
 
+SPLITS = {"train": "sources", "validation": "validation", "test": "test"}
+"""Parts of a task, and the config's group that reads each."""
 PAIRED = (
     "Intervals are a bootstrap over examples and seeds at once (bench/common/paired.py), the number of seeds behind "
     "them; one that holds 0 tells no difference."
@@ -52,15 +75,17 @@ PAIRED = (
 
 
 class TuningRun(NamedTuple):
-    """One method on one task with one seed."""
+    """One method on one task with one seed, at the config's learning rate unless given."""
 
     method: str
     task: str
     seed: int
+    rate: float | None = None
 
     def folder(self, out: Path) -> Path:
         """Its run folder."""
-        return out / f"{self.task}-{self.method}-{self.seed}"
+        rate = "" if self.rate is None else f"-lr{self.rate:g}"
+        return out / f"{self.task}-{self.method}-{self.seed}{rate}"
 
 
 class Outcome(NamedTuple):
@@ -75,23 +100,51 @@ class Outcome(NamedTuple):
 
 
 def _config(method: str) -> str:
-    return shipped(f"configs/tune_{method}.yaml")
+    return shipped(f"configs/tune_{METHODS[method][0]}.yaml")
 
 
-def overrides(run: TuningRun, base: str, data: Path, out: Path) -> list[str]:
+def files_of(task: str, data: Path, out: Path) -> dict[str, Path]:
+    """The task's files by split; of a file of questions they are written first, where they are not there.
+
+    Raises:
+        ValueError: if there is no such task.
+    """
+    found = {split: data / f"{task}-{split}.jsonl" for split in SPLITS}
+    if found["train"].is_file():
+        return found
+    whole = data.parent / "tasks" / f"{task}.jsonl"
+    if not whole.is_file():
+        raise ValueError(f"--tasks {task}: there is neither {found['train']} nor {whole}; name another, or give --data")
+    lines = [line for line in whole.read_text(encoding="utf-8").splitlines() if line.strip()]
+    odd = lines[1::2]
+    parts = {"train": [x for n, x in enumerate(odd) if n % 5], "validation": odd[::5], "test": lines[::2]}
+    (out / "data").mkdir(parents=True, exist_ok=True)
+    found = {split: out / "data" / f"{task}-{split}.jsonl" for split in SPLITS}
+    for split, path in found.items():
+        if not path.is_file():
+            write_atomically(path, "".join(f"{line}\n" for line in parts[split]).encode())
+    return found
+
+
+def overrides(run: TuningRun, options: argparse.Namespace) -> list[str]:
     """The command line after the method's config."""
-    block = {}
-    for group, split in (("sources", "train"), ("validation", "validation"), ("test", "test")):
-        source: dict[str, Any] = {"name": run.task, "files": [str(data / f"{run.task}-{split}.jsonl")]}
-        if group != "sources":
+    files, block = files_of(run.task, options.data, options.out), {}
+    for split, group in SPLITS.items():
+        source: dict[str, Any] = {"name": run.task, "files": [str(files[split])]}
+        if run.task not in CHOICES:
+            source["format"] = "question"
+        elif group != "sources":
             source["choices"] = CHOICES[run.task]
         block[group] = json.dumps([source])
     return [
-        f"base.path={base}",
+        f"base.path={options.base}",
         *(f"data.{group}={value}" for group, value in block.items()),
-        f"train.run_dir={run.folder(out)}",
+        f"train.run_dir={run.folder(options.out)}",
         f"train.seed={run.seed}",
         f"data.seed={run.seed}",
+        *options.overrides,
+        *([] if run.rate is None else [f"train.optimizer.lr={run.rate:g}"]),
+        *METHODS[run.method][1],
     ]
 
 
@@ -100,8 +153,7 @@ def job_of(run: TuningRun, options: argparse.Namespace) -> Job | None:
     folder = run.folder(options.out)
     if outcome(folder, run.task) is not None:
         return None
-    arguments = [_config(run.method), *overrides(run, options.base, options.data, options.out)]
-    arguments += ["train.checkpoint.resume=auto", *options.overrides]
+    arguments = [_config(run.method), *overrides(run, options), "train.checkpoint.resume=auto"]
     return Job(folder.name, ("tune.train", *arguments), options.out / "logs" / f"{folder.name}.log")
 
 
@@ -122,6 +174,22 @@ def outcome(folder: Path, task: str) -> Outcome | None:
     )
 
 
+def chosen_rate(method: str, task: str, options: argparse.Namespace) -> float | None:
+    """Of ``--rates`` the one whose last validation loss, with the first seed, was least; None for what has no rate.
+
+    Runs that are not done have no say.
+    """
+    if method == "none" or not options.rates:
+        return None
+    losses = {}
+    for rate in options.rates:
+        folder = TuningRun(method, task, options.seeds[0], rate).folder(options.out)
+        if outcome(folder, task) is not None:
+            losses[rate] = metrics_file.latest(folder / metrics_file.NAME)[f"validation/{task}/loss"]
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None}
+    return min(finite, key=finite.__getitem__) if finite else options.rates[0]
+
+
 def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
     """One training step (forward, backward, AdamW) of every method on the same micro-batch of the first task."""
     import torch
@@ -134,11 +202,8 @@ def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
 
     calls: dict[str, Callable[[], object]] = {}
     for method in options.methods:
-        run = TuningRun(method, options.tasks[0], 0)
-        file = load_file(
-            _config(method),
-            [*overrides(run, options.base, options.data, options.out), *options.overrides],
-        )
+        run = options.runs[method, options.tasks[0], options.seeds[0]]
+        file = load_file(_config(method), overrides(run, options))
         base = load_base(options.base)
         config = resolve(file, base)
         decoder = base.decoder.train()
@@ -162,13 +227,16 @@ def tables(options: argparse.Namespace, times: dict[str, list[float]]) -> str:
     """Markdown: a row a method."""
     header = ["method", "trained", "share", f"step / {options.methods[0]}"]
     for task in options.tasks:
+        header += [f"{task}: rate"] if options.rates else []
         header += [f"{task}: final layer, %", "vote, %", "best layer, %", "oracle, %"]
     rows = [header]
     for method in options.methods:
         cells, trained = [], ["", ""]
         for task in options.tasks:
-            found = [outcome(TuningRun(method, task, seed).folder(options.out), task) for seed in options.seeds]
+            runs = [options.runs[method, task, seed] for seed in options.seeds]
+            found = [outcome(run.folder(options.out), task) for run in runs]
             done = [one for one in found if one is not None]
+            cells += ["-" if runs[0].rate is None else f"{runs[0].rate:g}"] if options.rates else []
             cells += [
                 _spread(getattr(one, field) for one in done) for field in ("final", "voted", "best_layer", "oracle")
             ]
@@ -198,7 +266,7 @@ def _answers(options: argparse.Namespace, method: str, task: str, seed: int) -> 
     from tune.evaluate import ENSEMBLE
     from tune.tuner import ANSWERS
 
-    path = TuningRun(method, task, seed).folder(options.out) / ANSWERS.format(task)
+    path = options.runs[method, task, seed].folder(options.out) / ANSWERS.format(task)
     if not path.is_file():
         return None
     found: dict[str, list[int]] = json.loads(path.read_text(encoding="utf-8"))
@@ -222,6 +290,25 @@ def _spread(shares: Iterable[float]) -> str:
     return f"{statistics.mean(values):.1f}{deviation}"
 
 
+def _run_all(options: argparse.Namespace) -> list[str]:
+    """Train what is missing, the search for rates first; a sentence for everything that failed.
+
+    ``options.runs`` has the runs of the table from then on, by method, task and seed.
+    """
+
+    def train(runs: Iterable[TuningRun]) -> list[str]:
+        jobs = [job for job in (job_of(run, options) for run in runs) if job is not None]
+        return side_by_side(jobs, options.jobs, options.threads, "run")
+
+    pairs = [(method, task) for task in options.tasks for method in options.methods]
+    first = options.seeds[0]
+    failed = train(TuningRun(m, t, first, rate) for m, t in pairs if m != "none" for rate in options.rates)
+    rates = {(method, task): chosen_rate(method, task, options) for method, task in pairs}
+    # Seeds outermost: an interrupted suite has whole tables of fewer seeds.
+    options.runs = {(m, t, s): TuningRun(m, t, s, rates[m, t]) for s in options.seeds for m, t in pairs}
+    return failed + [problem for problem in train(options.runs.values()) if problem not in failed]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing, then print the table; status 1 if a run failed."""
     made = parser("bench.tuning", str(__doc__))
@@ -229,8 +316,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="for every run, for example train.steps=100"
     )
-    made.add_argument("--methods", nargs="+", choices=[*METHODS, "full_ensemble"], default=METHODS)
-    made.add_argument("--tasks", nargs="+", choices=CHOICES, default=list(CHOICES))
+    made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:8])
+    made.add_argument("--tasks", nargs="+", metavar="TASK", default=list(CHOICES))
+    made.add_argument("--rates", nargs="+", type=float, default=[], help="learning rates to choose from, by method")
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     made.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
@@ -248,10 +336,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = made.parse_intermixed_args(arguments)
     with user_errors():
         refuse(options, {"repeats": 0, "jobs": 1, "threads": 1})
-        # Seeds outermost: an interrupted suite has whole tables of fewer seeds.
-        runs = [TuningRun(m, t, s) for s in options.seeds for t in options.tasks for m in options.methods]
-        jobs = [job for job in (job_of(run, options) for run in runs) if job is not None]
-        failed = side_by_side(jobs, options.jobs, options.threads, "run")
+        if any(rate <= 0 for rate in options.rates):
+            raise ValueError(f"--rates must lie above 0, got {min(options.rates):g}")
+        failed = _run_all(options)
         import torch
 
         times = take_turns(step_calls(options), options.repeats, torch.device("cpu")) if options.repeats else {}

@@ -142,19 +142,27 @@ class ExampleSet:
         examples = read_examples(source, config, tokenizer, every_choice=True)
         self.examples = len(examples.right)
         """X, how many."""
-        self.choices = examples.choices
-        """Responses that each example is scored with; 1 without choices."""
+        self.choices = np.diff(examples.first)
+        """int64 [X], responses that each example is scored with; 1 without choices."""
         self.right = examples.right
         """int64 [X], which of the choices is the right one."""
         self.left_out, self.cut_texts = examples.left_out, examples.cut_texts
         """Examples that do not fit into a window, and texts that were cut into windows."""
-        right_entries = np.arange(self.examples) * self.choices + self.right
+        self._first = examples.first
+        right_entries = self._first[:-1] + self.right
         self._right = _Packed(examples, config, tokenizer, right_entries)
-        self._all = self._right if self.choices == 1 else _Packed(examples, config, tokenizer)
+        self._all = self._right if self.most_choices == 1 else _Packed(examples, config, tokenizer)
+
+    @property
+    def most_choices(self) -> int:
+        """Of any example."""
+        return int(self.choices.max())
 
     def sentence(self) -> str:
         """What it holds, and what it does not."""
-        choices = f" of {self.choices} choices" if self.choices > 1 else ""
+        fewest, most = int(self.choices.min()), self.most_choices
+        number = f"{most}" if fewest == most else f"{fewest} to {most}"
+        choices = f" of {number} choices" if most > 1 else ""
         left_out = f", {self.left_out:,} left out" if self.left_out else ""
         cut = f", {self.cut_texts:,} texts cut" if self.cut_texts else ""
         return f"{self.name}: {self.examples:,} examples{choices}{left_out}{cut}, in {self.samples:,} windows"
@@ -187,7 +195,8 @@ class ExampleSet:
             ids = np.where(places < samples, places, NO_SAMPLE)
             batch = self._all.batch(ids)
             entries, tokens = self._all.entries(ids, batch)
-            example, choice = entries // self.choices, entries % self.choices
+            example = np.searchsorted(self._first, entries, side="right") - 1
+            choice = entries - self._first[example]
             yield batch, Scored(example, choice, choice == self.right[example], tokens)
 
 

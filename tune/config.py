@@ -83,9 +83,10 @@ class ExampleSource(MixedSource):
 
     files: list[File] = Field(min_length=1)
     """As in stage one: paths or glob patterns (``**`` allowed), read in sorted order."""
-    format: Literal["response", "chat", "text"] = "response"
+    format: Literal["response", "chat", "text", "question"] = "response"
     """``response``: a prompt and a response a line. ``chat``: a list of messages a line, with ``role`` and ``content``.
-    ``text``: documents, all of which is learned; cut into windows where they are longer."""
+    ``text``: documents, all of which is learned; cut into windows where they are longer. ``question``: a question a
+    line, with choices of its own if it has any, as ``evals.harness`` and ``train.evaluation.tasks`` read them."""
     prompt_field: str = "prompt"
     """response: the field with the prompt."""
     response_field: str = "response"

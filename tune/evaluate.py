@@ -4,7 +4,7 @@ Candidates are the late layers alone, each through its own norm, the final one l
 ensemble the final layer alone. The oracle is no model: on each token it takes the late layer that does best there. How
 far it lies below the best layer says how much the layers complement each other.
 
-Dimension letters: E examples, O responses to choose from (1 where there is no choice), N scored tokens of a batch,
+Dimension letters: E examples, O most responses to choose from (1 where there is no choice), N scored tokens of a batch,
 C candidates and the oracle, k late layers, G token classes, V vocabulary.
 """
 
@@ -159,11 +159,12 @@ def evaluate_examples(
     for part in (sums.nll, sums.misses, sums.tokens, sums.votes):
         world.sum(part)
     right = torch.as_tensor(example_set.right, device=world.device)
-    candidates, agreement = _judge(sums, right, names, late)
+    offered = torch.as_tensor(example_set.choices, device=world.device)
+    candidates, agreement = _judge(sums, right, offered, names, late)
     return ExamplesEvaluation(
         name=example_set.name,
         examples=example_set.examples,
-        choices=example_set.choices,
+        choices=example_set.most_choices,
         tokens=int(_of(sums.tokens, right).sum()),
         candidates=candidates,
         agreement=None if config.ensemble is None else agreement,
@@ -183,7 +184,7 @@ class _Sums:
 
     def __init__(self, rows: int, late: int, example_set: ExampleSet, classes: int, device: torch.device):
         self.late = late
-        responses = (example_set.examples, example_set.choices)
+        responses = (example_set.examples, example_set.most_choices)
         self.nll = torch.zeros(rows, *responses, dtype=torch.float64, device=device)
         self.misses, self.tokens = torch.zeros_like(self.nll), torch.zeros_like(self.nll[0])
         self.votes = torch.zeros(classes, 2 * late + 2, dtype=torch.float64, device=device)
@@ -213,14 +214,18 @@ def _vote_row(weights: Tensor) -> Tensor:
     return torch.cat((weights, largest, entropy, torch.ones_like(entropy)), dim=-1)
 
 
-def _judge(sums: _Sums, right: Tensor, names: list[str], late: int) -> tuple[list[Candidate], Agreement]:
-    """From sums over all ranks and the right responses, int64 [E]."""
-    assert bool((sums.tokens > 0).all()), "a response was not scored"
+def _judge(
+    sums: _Sums, right: Tensor, offered: Tensor, names: list[str], late: int
+) -> tuple[list[Candidate], Agreement]:
+    """From sums over all ranks, the right responses and how many each example offers, int64 [E] each."""
+    absent = torch.arange(sums.tokens.shape[1], device=offered.device) >= offered[:, None]
+    assert torch.equal(sums.tokens == 0, absent), "a response was not scored"
     loss = _of(sums.nll, right).sum(-1) / _of(sums.tokens, right).sum()
     exact = _of(sums.misses, right) == 0
     chosen = per_token = None
     if sums.tokens.shape[1] > 1:
-        chosen, per_token = _chosen(sums.nll, right, names, late), _chosen(sums.nll / sums.tokens, right, names, late)
+        costs = (sums.nll, sums.nll / sums.tokens.clamp(min=1))
+        chosen, per_token = (_chosen(c.masked_fill(absent, math.inf), right, names, late) for c in costs)
     answers = (exact if chosen is None else chosen).cpu()
     beside = answers & ~answers[late - 1]
     wrong = (~answers[late - 1]).sum().clamp(min=1)

@@ -2,9 +2,10 @@
 
 An example is the tokenizer's prefix, the prompt, the response and the end-of-document token; the response and that
 token are learned. In a chat every assistant message's content is a response, and the last one is closed by that token
-in place of ``chat.end``, so that a tuned model stops after its answer. In a text everything is learned.
+in place of ``chat.end``, so that a tuned model stops after its answer. In a text everything is learned. Of a question
+with choices (``data/questions.py``) the right one is.
 
-E: entries (an example, or one of its choices, or a piece of a text), I: ids of all of them, X: examples, C: choices.
+E: entries (an example, or one of its choices, or a piece of a text), I: ids of all of them, X: examples.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from data.config import SourceConfig
 from data.containers import UNREADABLE, json_records
 from data.discovery import find_files, format_of
+from data.questions import ANSWER, contexts, continuations, read_questions
 from data.sources import Cursor, Source
 from data.tokenization import TextTokenizer
 from settings import did_you_mean
@@ -44,10 +46,10 @@ class Examples:
     """bool [I]."""
     starts: np.ndarray
     """int64 [E + 1], where each entry's ids begin."""
+    first: np.ndarray
+    """int64 [X + 1], where each example's entries begin: one each unless every choice was asked for."""
     right: np.ndarray
-    """int64 [X], which of an example's C entries is the right response; the entries of example x begin at C x."""
-    choices: int
-    """C, entries of an example; 1 unless every choice was asked for."""
+    """int64 [X], which of an example's entries is the right response."""
     left_out: int
     """Examples that do not fit into a window, and texts without text."""
     cut_texts: int
@@ -70,17 +72,17 @@ class Examples:
 class _Growing:
     """:class:`Examples` while they are read."""
 
-    def __init__(self, choices: int) -> None:
-        self._ids, self._learned, self._starts, self._right = array("i"), bytearray(), array("q", [0]), array("q")
-        self._choices = choices
+    def __init__(self) -> None:
+        self._ids, self._learned, self._starts = array("i"), bytearray(), array("q", [0])
+        self._first, self._right = array("q", [0]), array("q")
         self.left_out = self.cut_texts = 0
 
     def add(self, entries: list[Example], right: int) -> None:
-        assert len(entries) == self._choices
         for ids, learned in entries:
             self._ids.extend(ids)
             self._learned.extend(learned)
             self._starts.append(len(self._ids))
+        self._first.append(len(self._starts) - 1)
         self._right.append(right)
 
     def finish(self) -> Examples:
@@ -88,8 +90,8 @@ class _Growing:
             ids=np.array(self._ids, np.int32),
             learned=np.array(self._learned, np.bool_),
             starts=np.array(self._starts, np.int64),
+            first=np.array(self._first, np.int64),
             right=np.array(self._right, np.int64),
-            choices=self._choices,
             left_out=self.left_out,
             cut_texts=self.cut_texts,
         )
@@ -104,19 +106,18 @@ def read_examples(
         source: one of ``config``'s.
         config: window length, ``too_long``, chat format.
         tokenizer: the model's.
-        every_choice: an entry for each of ``source.choices`` (if it has any), not just for the response.
+        every_choice: an entry for each of ``source.choices`` or of a question's own, not just for the right one.
 
     Raises:
         ValueError: a file, a line or a choice that cannot be used, an example that does not fit into a window unless
             ``too_long`` is ``leave_out``, or no example at all.
     """
     _check_choices(source, tokenizer)
-    all_choices = every_choice and bool(source.choices)
-    found = _Growing(len(source.choices) if all_choices else 1)
+    found = _Growing()
     if source.format == "text":
         _add_texts(found, source, config.sequence_tokens, tokenizer)
     else:
-        _add_records(found, source, config, tokenizer, all_choices)
+        _add_records(found, source, config, tokenizer, every_choice)
     examples = found.finish()
     if not len(examples):
         left_out = f"{examples.left_out} were left out, too long for a window or empty" if examples.left_out else "none"
@@ -154,6 +155,10 @@ def _written_out(
     for path in _files(source):
         place = str(path)
         try:
+            if source.format == "question":
+                for number, (entries, right) in enumerate(_questions(path, tokenizer, all_choices), 1):
+                    yield f"{path}, question {number}", entries, right
+                continue
             for where, record in json_records(path):
                 place = f"{path}, {where}"
                 if not isinstance(record, dict):
@@ -176,8 +181,20 @@ def _responses(
     response = _text(record, source.response_field, "response_field")
     if source.choices and response not in source.choices:
         raise ValueError(f"the response {response!r} is none of the choices {source.choices}; correct one of them")
-    responses = source.choices if all_choices else [response]
+    responses = source.choices if all_choices and source.choices else [response]
     return [_join([(prompt, False), (r, True)], tokenizer) for r in responses], responses.index(response)
+
+
+def _questions(path: Path, tokenizer: TextTokenizer, all_choices: bool) -> Iterator[tuple[list[Example], int]]:
+    """Each question's entries, and which of them is the right one."""
+    asked = read_questions(path)
+    for fields in asked.lines:
+        sought = continuations(asked.shape, fields)[: 1 if asked.shape == ANSWER else None]
+        pairs = [(context, f" {text}") for context in contexts(asked.shape, fields) for text in sought]
+        right = fields["gold"] if "gold" in asked.shape else 0
+        if not all_choices:
+            pairs, right = [pairs[right]], 0
+        yield [_join([(context, False), (text, True)], tokenizer) for context, text in pairs], right
 
 
 def _chat(record: dict[str, Any], source: ExampleSource, chat: ChatConfig, tokenizer: TextTokenizer) -> Example:

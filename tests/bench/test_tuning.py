@@ -13,6 +13,7 @@ from bench.tuning import CHOICES, Outcome, TuningRun, main, outcome
 from tests.launching import run_command
 from tests.ranks import ensure_server
 from tests.tune.conftest import base_run
+from trainer.monitor import metrics_file
 
 __all__ = ["base_run"]  # a fixture, used by name
 SMALL = [
@@ -97,3 +98,45 @@ def test_jobs_must_be_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["runs/none", "--jobs", "0"])
     assert "--jobs must be at least 1" in capsys.readouterr().err
+
+
+def test_a_file_of_questions_is_split_and_rates_are_searched(
+    base_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tasks").mkdir()
+    rows = [
+        {"query": f"Question: {n}?", "choices": ["no", "yes", "never"][: 2 + n % 2], "gold": n % 2} for n in range(16)
+    ]
+    (tmp_path / "tasks/quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ensure_server()
+    monkeypatch.setattr(subprocess, "run", run_command)
+    out = tmp_path / "runs"
+    options = [base_run, "--tasks", "quiz", "--seeds", "3", "--data", str(tmp_path / "tuning"), "--out", str(out)]
+    options += ["--methods", "none", "lora", "--rates", "1e-9", "1e-2", "--repeats", "0"]
+    assert main([*options, *SMALL, "train.evaluation.every_steps=2"]) == 0
+
+    parts = {split: (out / f"data/quiz-{split}.jsonl").read_text().splitlines() for split in tuning.SPLITS}
+    numbers = {split: [int(json.loads(line)["query"][10:-1]) for line in lines] for split, lines in parts.items()}
+    assert numbers == {"test": list(range(0, 16, 2)), "validation": [1, 11], "train": [3, 5, 7, 9, 13, 15]}
+
+    losses = {}
+    for rate in ("1e-09", "0.01"):
+        latest = metrics_file.latest(out / f"quiz-lora-3-lr{rate}/metrics.jsonl")
+        losses[rate] = latest["validation/quiz/loss"]
+    best = min(losses, key=losses.__getitem__)
+    rows_told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| lora ")]
+    assert f"| {float(best):g} |" in rows_told[0] and losses["1e-09"] != losses["0.01"]
+    # The base as it is: what a rate of nothing ends at, after two steps or one.
+    none = metrics_file.latest(out / "quiz-none-3/metrics.jsonl")
+    assert none["validation/quiz/loss"] == pytest.approx(losses["1e-09"], abs=1e-5)
+
+
+def test_a_task_that_is_nowhere_is_one_sentence(
+    base_run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([base_run, "--tasks", "quiz", "--data", str(tmp_path / "tuning"), "--out", str(tmp_path / "runs")])
+    assert "--tasks quiz: there is neither" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([base_run, "--rates", "0", "--out", str(tmp_path / "runs")])
+    assert "--rates must lie above 0, got 0" in capsys.readouterr().err

@@ -214,7 +214,8 @@ def test_every_rank_gets_as_many_batches(
 def test_batches_hold_the_right_responses_only(folder: Path, tokenizer: TextTokenizer) -> None:
     config = blocks(folder)
     example_set = ExampleSet(config, config.validation[0], tokenizer)
-    assert (example_set.name, example_set.examples, example_set.choices) == ("held", 23, 3)
+    assert (example_set.name, example_set.examples, example_set.most_choices) == ("held", 23, 3)
+    assert (example_set.choices == 3).all() and "23 examples of 3 choices" in example_set.sentence()
     assert example_set.right.tolist() == [n % 3 for n in range(23)]
     assert example_set.source is config.validation[0]
     found = [example for batch in example_set.batches(0, 1, 4) for example in taken_apart(batch)]
@@ -248,7 +249,7 @@ def parts(scored: Scored) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def test_without_choices_every_example_is_scored_once(folder: Path, tokenizer: TextTokenizer) -> None:
     config = blocks(folder)
     example_set = ExampleSet(config, config.sources[0], tokenizer)
-    assert example_set.choices == 1 and not example_set.right.any()
+    assert example_set.most_choices == 1 and not example_set.right.any()
     scored = [scored for _, scored in example_set.scored_batches(0, 1, 4)]
     assert set(np.concatenate([part.example for part in scored])) == set(range(60))
     assert all(part.right.all() and not part.choice.any() for part in scored)

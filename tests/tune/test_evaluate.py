@@ -37,16 +37,17 @@ WINDOW = 48
 
 
 class Examples:
-    """E random prompts with O responses each, of which one is right; two responses packed in a window."""
+    """E random prompts with O responses or one fewer each, one of them right; two responses packed in a window."""
 
     def __init__(self, examples: int = 9, choices: int = 3, seed: int = 0) -> None:
         generator = np.random.default_rng(seed)
-        self.name, self.examples, self.choices = "toy", examples, choices
-        self.right = generator.integers(choices, size=examples)
+        self.name, self.examples, self.most_choices = "toy", examples, choices
+        self.choices = np.array([choices - (choices > 2 and example % 2) for example in range(examples)])
+        self.right = generator.integers(self.choices)
         self.responses = []
         for example in range(examples):
             prompt = generator.integers(tiny.VOCABULARY, size=generator.integers(2, 9))
-            for choice in range(choices):
+            for choice in range(self.choices[example]):
                 response = generator.integers(tiny.VOCABULARY, size=generator.integers(1, 9))
                 self.responses.append((example, choice, prompt, response))
 
@@ -144,13 +145,13 @@ def brute_force(decoder: Decoder, examples: Examples) -> dict[str, Any]:
     found: dict[str, Any] = {"names": names, "votes": votes}
     for name in names:
         values = [value for e, r in right for value in nll[name, e, r]]
-        sums = [[sum(nll[name, e, o]) for o in range(examples.choices)] for e, _ in right]
+        sums = [[sum(nll[name, e, o]) for o in range(examples.choices[e])] for e, _ in right]
         found[name] = {
             "loss": sum(values) / len(values),
             "exact": [all(hit[name, e, r]) for e, r in right],
             "chosen": [one.index(min(one)) == r for one, (_, r) in zip(sums, right, strict=True)],
             "per token": [
-                min(range(examples.choices), key=lambda o, e=e: np.mean(nll[name, e, o])) == r for e, r in right
+                min(range(examples.choices[e]), key=lambda o, e=e: np.mean(nll[name, e, o])) == r for e, r in right
             ],
         }
     if late is not None:
@@ -243,7 +244,8 @@ def test_the_oracle_chooses_among_the_layers_without_the_ensemble() -> None:
 
     class OneTokenEach(Examples):
         def __init__(self) -> None:
-            self.name, self.examples, self.choices, self.right = "toy", 1, 3, np.array([2])
+            self.name, self.examples, self.most_choices = "toy", 1, 3
+            self.choices, self.right = np.array([3]), np.array([2])
             self.responses = [(0, choice, np.array([5]), np.array([choice])) for choice in range(3)]
 
     class ToldScores(torch.nn.Module):
@@ -323,7 +325,7 @@ def test_two_ranks_find_what_one_does_with_zero_3_too(tmp_path: Path) -> None:
     with Processes(_rank, tmp_path, count=2) as ranks:
         assert ranks.end() == [0, 0], ranks.output
     decoder, config = build(ENSEMBLES[0], "learned")
-    one = json.loads(as_json(evaluate_examples(decoder, Examples(), CLASSES, config, ALONE)))
+    one = json.loads(as_json(evaluate_examples(decoder, Examples(11), CLASSES, config, ALONE)))
     for rank in (0, 1):
         for kind in ("bare", "zero-3"):
             found = json.loads((tmp_path / f"{kind}-{rank}.json").read_text())
@@ -335,9 +337,9 @@ def _rank(folder: Path) -> None:
     world = join(60.0)
     rank = world.rank
     decoder, config = build(ENSEMBLES[0], "learned")
-    last = list(Examples().scored_batches(1, 2, config.train.micro_batch_samples))[-1][0]
+    last = list(Examples(11).scored_batches(1, 2, config.train.micro_batch_samples))[-1][0]
     assert world.size == 2 and last.scored_targets == 0
-    evaluation = evaluate_examples(decoder, Examples(), CLASSES, config, world)
+    evaluation = evaluate_examples(decoder, Examples(11), CLASSES, config, world)
     (folder / f"bare-{rank}.json").write_text(as_json(evaluation))
     engine, *_ = import_deepspeed().initialize(
         model=decoder,
@@ -347,7 +349,7 @@ def _rank(folder: Path) -> None:
             "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         },
     )
-    evaluation = evaluate_examples(engine, Examples(), CLASSES, config, world)
+    evaluation = evaluate_examples(engine, Examples(11), CLASSES, config, world)
     (folder / f"zero-3-{rank}.json").write_text(as_json(evaluation))
     engine.destroy()
     dist.barrier()

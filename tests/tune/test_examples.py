@@ -67,7 +67,7 @@ def learned_ids(examples: Examples, entry: int) -> list[int]:
 
 def test_what_is_learned_is_the_response_and_its_end(tmp_path: Path, ours: TextTokenizer) -> None:
     examples = read(write_lines(tmp_path / "a.jsonl", PAIRS), ours)
-    assert len(examples) == 3 and examples.choices == 1 and examples.right.tolist() == [0, 0, 0]
+    assert len(examples) == 3 and examples.first.tolist() == [0, 1, 2, 3] and examples.right.tolist() == [0, 0, 0]
     assert examples.left_out == examples.cut_texts == 0
     for number, pair in enumerate(PAIRS):
         ids, learned = examples.entry(number)
@@ -157,16 +157,64 @@ def test_a_text_that_just_fits_is_not_cut(tmp_path: Path, ours: TextTokenizer) -
     assert examples.cut_texts == 1 and len(examples) == 2 and learned_ids(examples, 1) == [ours.eos_id]
 
 
+QUESTIONS = {
+    "choices": [
+        {"query": "Question: is four even?", "choices": ["yes", "no", "never"], "gold": 0},
+        {"query": "the fox", "choices": ["jumps", "sleeps"], "gold": 1},
+    ],
+    "contexts": [{"context_options": ["the fox", "the dog"], "continuation": " jumps", "gold": 1}],
+    "continuation": [{"context": "the quick brown", "continuation": "fox"}],
+    "answer": [{"context": "Who jumps?", "answer": "the fox", "aliases": ["a fox"]}],
+}
+ASKED = {
+    "choices": (
+        [("Question: is four even?\nAnswer:", f" {c}") for c in ("yes", "no", "never")]
+        + [("the fox", f" {c}") for c in ("jumps", "sleeps")],
+        [0, 3, 5],
+        [0, 1],
+    ),
+    "contexts": ([("the fox", " jumps"), ("the dog", " jumps")], [0, 2], [1]),
+    "continuation": ([("the quick brown", " fox")], [0, 1], [0]),
+    "answer": ([("Who jumps?", " the fox")], [0, 1], [0]),
+}
+
+
+@pytest.mark.parametrize("shape", QUESTIONS)
+def test_questions_bring_their_own_choices(shape: str, tmp_path: Path, ours: TextTokenizer) -> None:
+    path = write_lines(tmp_path / "a.jsonl", QUESTIONS[shape])
+    pairs, first, right = ASKED[shape]
+    examples = read(path, ours, every_choice=True, format="question")
+    assert examples.first.tolist() == first and examples.right.tolist() == right
+    for entry, (context, text) in enumerate(pairs):
+        ids, _ = examples.entry(entry)
+        assert ids.tolist() == [*ours.encode(context), *ours.encode(text), ours.eos_id]
+        assert learned_ids(examples, entry) == [*ours.encode(text), ours.eos_id]
+    trained = read(path, ours, format="question")
+    for number, (begin, gold) in enumerate(zip(first, right, strict=False)):
+        assert np.array_equal(trained.entry(number)[0], examples.entry(begin + gold)[0])
+    assert len(trained) == len(right) and not trained.right.any()
+
+
+def test_a_question_that_is_none_is_named(tmp_path: Path, ours: TextTokenizer) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"query": "the fox", "choices": ["jumps", "sleeps"], "gold": 2}])
+    with pytest.raises(ValueError, match=r"a\.jsonl:1 has gold 2, which is not one of its 2 choices"):
+        read(path, ours, format="question")
+
+
 def test_an_entry_for_every_choice(tmp_path: Path, ours: TextTokenizer) -> None:
     choices = [" yes", " no", " it is unknown"]
     pairs = [{"prompt": f"is {n} even:", "response": choices[n % 3]} for n in range(5)]
     path = write_lines(tmp_path / "a.jsonl", pairs)
     examples = read(path, ours, every_choice=True, choices=choices)
-    assert examples.choices == 3 and len(examples) == 15 and examples.right.tolist() == [0, 1, 2, 0, 1]
+    assert (
+        examples.first.tolist() == [0, 3, 6, 9, 12, 15]
+        and len(examples) == 15
+        and examples.right.tolist() == [0, 1, 2, 0, 1]
+    )
     for entry in range(15):
         assert learned_ids(examples, entry) == [*ours.encode(choices[entry % 3]), ours.eos_id]
     trained = read(path, ours, choices=choices)
-    assert trained.choices == 1 and len(trained) == 5
+    assert trained.first.tolist() == list(range(6)) and len(trained) == 5
     assert [learned_ids(trained, n)[:-1] for n in range(5)] == [ours.encode(pair["response"]) for pair in pairs]
 
 
