@@ -186,10 +186,11 @@ def _draw(rungs: Sequence[Rung], found: Fit, at: float) -> Figure:
         axes.plot([rung.parameters] * len(rung.leads), rung.leads, "o", color="black", markerfacecolor="white")
         axes.annotate(
             f"{rung.tokens / 1e6:.3g} M tokens",
-            (rung.parameters, max(rung.leads)),
-            xytext=(0, 8),
-            textcoords="offset points",
+            (rung.parameters, 0.02),
+            xycoords=axes.get_xaxis_transform(),
+            rotation=90,
             ha="center",
+            va="bottom",
             fontsize=8,
         )
     axes.axhline(0, color="0.5", linewidth=0.8)
