@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,8 @@ from settings.tables import aligned_markdown
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from bench.common.contestants import Tuned
+    from model.config import ModelConfig
     from model.decoder import Decoder
     from tune.config import AdapterConfig
 
@@ -68,30 +70,7 @@ PEERS = {"PEFT lora": "lora", "PEFT dora": "dora"}
 """Contestants in plain transformers, and ours of the same method."""
 
 
-class Contestant:
-    """A model, its optimiser, and how its loss is found.
-
-    Attributes:
-        trained: how many parameters.
-    """
-
-    def __init__(self, model: Any, loss: Callable[[], Tensor]):
-        import torch
-
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.trained, self._loss = sum(parameter.numel() for parameter in trained), loss
-        self._optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-
-    def step(self) -> float:
-        """One training step; returns the loss before it."""
-        self._optimizer.zero_grad()
-        loss = self._loss()
-        loss.backward()
-        self._optimizer.step()
-        return float(loss.detach())
-
-
-def build(options: argparse.Namespace, folder: Path) -> dict[str, Contestant]:
+def build(options: argparse.Namespace, folder: Path) -> dict[str, Tuned]:
     """Everyone, a step done, with the peers' losses compared to ours."""
     import torch
 
@@ -117,16 +96,17 @@ def build(options: argparse.Namespace, folder: Path) -> dict[str, Contestant]:
         contestants[name] = _ours(decoder.to(device, dtype), method, tokens, labels, folder)
     for name, like in PEERS.items():
         llama, _ = held_llama(config, weights, device, dtype)
-        contestants[name] = _theirs(llama, AdapterConfig.model_validate(METHODS[like].adapter), tokens, labels)
+        contestants[name] = _theirs(llama, config, AdapterConfig.model_validate(METHODS[like].adapter), tokens, labels)
     losses = {name: contestant.step() for name, contestant in contestants.items()}
     for name, like in PEERS.items():
         assert_same(losses[like], losses[name], dtype)
     return contestants
 
 
-def _ours(decoder: Decoder, method: Method, tokens: Tensor, labels: Tensor, folder: Path) -> Contestant:
+def _ours(decoder: Decoder, method: Method, tokens: Tensor, labels: Tensor, folder: Path) -> Tuned:
     import torch
 
+    from bench.common.contestants import Tuned
     from model.chunks import IGNORED
     from model.config import EnsembleConfig
     from tune.adapters import prepare
@@ -139,10 +119,7 @@ def _ours(decoder: Decoder, method: Method, tokens: Tensor, labels: Tensor, fold
         decoder.add_ensemble(ensemble)
     prepare(decoder.train(), adapter, "frozen", 0)
     if method.kept:
-        layers = len(decoder.layers)
-        adapted = range(0) if adapter.kind == "none" else layers_adapted(adapter, layers, ensemble)
-        frozen = min(adapted, default=layers)
-        decoder.frozen = KeptStates(folder, "bench", frozen, max(3 - (layers - frozen), 1))
+        decoder.frozen = KeptStates(folder, "bench", layers_adapted(adapter, len(decoder.layers), ensemble).start)
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
     learned = int((targets != IGNORED).sum())
@@ -152,23 +129,25 @@ def _ours(decoder: Decoder, method: Method, tokens: Tensor, labels: Tensor, fold
         assert sums is not None
         return sums.loss / learned
 
-    return Contestant(decoder, loss)
+    return Tuned(decoder, decoder.config, loss)
 
 
-def _theirs(llama: Any, adapter: AdapterConfig, tokens: Tensor, labels: Tensor) -> Contestant:
+def _theirs(llama: Any, config: ModelConfig, adapter: AdapterConfig, tokens: Tensor, labels: Tensor) -> Tuned:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
+    from bench.common.contestants import Tuned
+
+    lora = LoraConfig(
         r=adapter.rank,
         lora_alpha=int(adapter.alpha),
         use_dora=adapter.kind == "dora",
         target_modules=list(adapter.targets),
     )
-    model = get_peft_model(llama.train(), config)
-    return Contestant(model, lambda: model(input_ids=tokens, labels=labels).loss)
+    model = get_peft_model(llama.train(), lora)
+    return Tuned(model, config, lambda: model(input_ids=tokens, labels=labels).loss)
 
 
-def table(contestants: Mapping[str, Contestant], seconds: Mapping[str, list[float]]) -> str:
+def table(contestants: Mapping[str, Tuned], seconds: Mapping[str, list[float]]) -> str:
     """Markdown: a row a contestant, its step beside that of each peer."""
     rows = [["", "trained parameters", *(f"step / {peer}" for peer in PEERS)]]
     for name, contestant in contestants.items():

@@ -112,18 +112,19 @@ def files_of(task: str, data: Path, out: Path) -> dict[str, Path]:
     found = {split: data / f"{task}-{split}.jsonl" for split in SPLITS}
     if found["train"].is_file():
         return found
+    parts = {split: out / "data" / f"{task}-{split}.jsonl" for split in SPLITS}
+    if all(path.is_file() for path in parts.values()):
+        return parts
     whole = data.parent / "tasks" / f"{task}.jsonl"
     if not whole.is_file():
         raise ValueError(f"--tasks {task}: there is neither {found['train']} nor {whole}; name another, or give --data")
     lines = [line for line in whole.read_text(encoding="utf-8").splitlines() if line.strip()]
     odd = lines[1::2]
-    parts = {"train": [x for n, x in enumerate(odd) if n % 5], "validation": odd[::5], "test": lines[::2]}
+    own = {"train": [x for n, x in enumerate(odd) if n % 5], "validation": odd[::5], "test": lines[::2]}
     (out / "data").mkdir(parents=True, exist_ok=True)
-    found = {split: out / "data" / f"{task}-{split}.jsonl" for split in SPLITS}
-    for split, path in found.items():
-        if not path.is_file():
-            write_atomically(path, "".join(f"{line}\n" for line in parts[split]).encode())
-    return found
+    for split, path in parts.items():
+        write_atomically(path, "".join(f"{line}\n" for line in own[split]).encode())
+    return parts
 
 
 def overrides(run: TuningRun, options: argparse.Namespace) -> list[str]:

@@ -244,14 +244,15 @@ def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
     room, explored = inputs.capacity, None
     if gate.explored is not None:
         explored = Selection.of(gate.explored) if room is None else Selection.capped(gate.explored, room.explored)[0]
+    if inputs.one_on_host and room is None and config.execution != "reference":
+        return Decision(gate, Selection.of_rows(gate.rows()), explored)
+    gate = gate._replace(decided=gate.executed)  # once, whoever asks
     if config.execution == "reference":
         batch, tokens = gate.executed.shape
         return Decision(gate, Selection.everything(batch, tokens, exact=False), explored)
     if room is not None:
         selection, kept = Selection.capped(gate.executed, room.executed)
         return Decision(gate, selection, explored, kept)
-    if inputs.one_on_host:
-        return Decision(gate, Selection.of_rows(gate.rows()), explored)
     return Decision(gate, Selection.of(gate.executed), explored)
 
 

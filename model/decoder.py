@@ -53,19 +53,15 @@ class StatesOfFrozen(Protocol):
     layers: int
 
     def __call__(
-        self,
-        tokens: Tensor,
-        documents: Tensor | None,
-        positions: Tensor | None,
-        dtype: torch.dtype,
-        compute: Callable[[], list[Tensor]],
+        self, read: list[Tensor | None], states: int, dtype: torch.dtype, compute: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
-        """Residual streams [B, T, D] after the last of them, as many as late layers are among them and one at least.
+        """Residual streams [B, T, D] after the last ``states`` of them.
 
         Args:
-            tokens, documents, positions: what the layers read.
+            read: tokens, documents and positions, int64 [B, T] each.
+            states: how many streams.
             dtype: of the streams.
-            compute: makes them, where they are not remembered.
+            compute: makes those of the whole batch, where they are not remembered.
         """
         ...
 
@@ -225,12 +221,13 @@ class Decoder(nn.Module):
             run(self.embed_tokens(tokens), 0, layers)
         else:
             frozen = self.frozen.layers
+            needed = max(asked - (layers - frozen), 1)
 
             def compute() -> list[Tensor]:
                 run(self.embed_tokens(tokens), 0, frozen)
-                return list(late)[-max(asked - (layers - frozen), 1) :]
+                return list(late)[-needed:]
 
-            states = self.frozen(tokens, documents, positions, self.embed_tokens.weight.dtype, compute)
+            states = self.frozen([tokens, documents, positions], needed, self.embed_tokens.weight.dtype, compute)
             late.clear()
             late.extend(states)
             run(states[-1], frozen, layers)

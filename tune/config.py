@@ -167,12 +167,8 @@ class TuneConfig(StageConfig):
 
     @property
     def frozen_layers(self) -> int:
-        """How many of the first layers have no weight that is trained."""
-        routed = self.model.routed_layers if self.base.routers == "tuned" else ()
-        adapted = range(0)
-        if self.adapter.kind != "none":
-            adapted = layers_adapted(self.adapter, self.model.layers, self.ensemble)
-        return min((*routed, *adapted), default=self.model.layers)
+        """How many of the first layers have no weight that is trained, skip routers left aside."""
+        return layers_adapted(self.adapter, self.model.layers, self.ensemble).start
 
     @model_validator(mode="after")
     def _possible_method(self) -> TuneConfig:
@@ -240,7 +236,9 @@ class TuneConfig(StageConfig):
 
 
 def layers_adapted(adapter: AdapterConfig, layers: int, ensemble: EnsembleConfig | None) -> range:
-    """The layers, counted from 0, in which ``adapter`` trains; full, lora and dora."""
+    """The layers, counted from 0, in which ``adapter`` trains; none behind the last one with ``kind: none``."""
+    if adapter.kind == "none":
+        return range(layers, layers)
     if adapter.layers == "all" or adapter.kind == "full" or ensemble is None:
         return range(layers)
     first_late = max(layers - ensemble.layers, 0)

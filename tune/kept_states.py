@@ -29,53 +29,45 @@ class KeptStates:
         folder: the config's ``base.cache_states``; made if it is missing.
         fingerprint: of the base.
         layers: how many of the first layers are frozen.
-        states: after how many of these the residual stream is needed, the last ones.
 
     Attributes:
         layers: the same.
         computed, read: windows so far.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, layers: int, states: int):
-        self.layers, self._states = layers, states
-        self._folder = folder / fingerprint[:16] / f"layers-{layers - states + 1}-to-{layers}"
+    def __init__(self, folder: Path, fingerprint: str, layers: int):
+        self.layers, self._folder = layers, folder / fingerprint[:16]
         self.computed, self.read = 0, 0
 
     @torch.no_grad()
     def __call__(
-        self,
-        tokens: Tensor,
-        documents: Tensor | None,
-        positions: Tensor | None,
-        dtype: torch.dtype,
-        compute: Callable[[], list[Tensor]],
+        self, read: list[Tensor | None], states: int, dtype: torch.dtype, compute: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
-        """The states, [B, T, D] each; ``compute`` is called where a window of the batch has none yet.
-
-        Args:
-            tokens, documents, positions: int64 [B, T], what the frozen layers read.
-            dtype: of the states.
-            compute: returns the states of the whole batch.
+        """See :class:`model.decoder.StatesOfFrozen`; ``compute`` is called where a window of the batch has no file yet.
 
         Raises:
             ValueError: for a file that does not hold what it should.
         """
-        inputs = torch.stack([x for x in (tokens, documents, positions) if x is not None], dim=1).cpu()
-        names = [hashlib.sha256(window.numpy().tobytes()).hexdigest() for window in inputs]
-        folder = self._folder / str(dtype).removeprefix("torch.")
+        inputs = torch.stack([x for x in read if x is not None], dim=1).cpu()
+        given = bytes(x is not None for x in read)
+        names = [hashlib.sha256(given + window.numpy().tobytes()).hexdigest() for window in inputs]
+        folder = (
+            self._folder / f"layers-{self.layers - states + 1}-to-{self.layers}" / str(dtype).removeprefix("torch.")
+        )
         paths = [folder / name[:2] / f"{name}.safetensors" for name in names]
         missing = [number for number, path in enumerate(paths) if not path.is_file()]
         self.computed, self.read = self.computed + len(missing), self.read + len(paths) - len(missing)
         if missing:
-            states = compute()
-            assert len(states) == self._states
+            computed = compute()
+            assert len(computed) == states
             for number in missing:
                 paths[number].parent.mkdir(parents=True, exist_ok=True)
-                window = torch.stack([state[number] for state in states])
+                window = torch.stack([state[number] for state in computed])
                 write_atomically(paths[number], save({"states": window.cpu().contiguous()}), shared=True)
-            return states
-        windows = torch.stack([_read(path, (self._states, tokens.shape[1])) for path in paths], dim=1)
-        return list(windows.to(tokens.device, non_blocking=True))
+            return computed
+        windows = torch.stack([_read(path, (states, inputs.shape[2])) for path in paths], dim=1)
+        assert read[0] is not None
+        return list(windows.to(read[0].device, non_blocking=True))
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor:

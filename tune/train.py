@@ -55,9 +55,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
     if config.base.cache_states is not None:
-        frozen, late = config.frozen_layers, 0 if config.ensemble is None else config.ensemble.layers
-        states = max(late - (config.model.layers - frozen), 1)
-        decoder.frozen = KeptStates(Path(config.base.cache_states), base.fingerprint, frozen, states)
+        decoder.frozen = KeptStates(Path(config.base.cache_states), base.fingerprint, config.frozen_layers)
     tasks = open_tasks(config, Path(str(config.data.tokenizer)), world)
     with Tuner(config, config_path, data, sets, world, decoder, tokenizer, tasks) as trainer:
         trainer.log.info(describe_start(trainer.config, base, data, [*sets, *tests], decoder, world))

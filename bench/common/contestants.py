@@ -293,6 +293,29 @@ class Peer(Contestant):
         return self.call(input_ids=self.tokens, labels=self.tokens).loss
 
 
+class Tuned(Contestant):
+    """A model of which some weights are trained, on a loss of its own.
+
+    Args:
+        model: on its device, weights that stay frozen by ``requires_grad``.
+        config: its sizes.
+        loss: returns the mean loss over its batch.
+    """
+
+    def __init__(self, model: nn.Module, config: ModelConfig, loss: Callable[[], Tensor]):
+        super().__init__(model, config)
+        self._loss = loss
+
+    @property
+    def trained(self) -> int:
+        """How many parameters are."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def loss(self) -> Tensor:
+        """Mean loss over the batch, a scalar tensor."""
+        return self._loss()
+
+
 def assert_same(ours: float, peers: float, dtype: torch.dtype) -> None:
     """Both dense models must compute the same thing before anything is timed."""
     assert math.isclose(ours, peers, rel_tol=1e-5 if dtype == torch.float32 else 1e-2), (ours, peers)

@@ -24,8 +24,8 @@ from tune.config import AdapterConfig, TuneFile
 from tune.kept_states import KeptStates
 from tune.resolve import resolve
 
-METHODS = {"none": (3, 2), "late": (1, 1)}
-"""What is trained: how many of three layers are frozen, and after how many of these the states are kept."""
+METHODS = {"none": 3, "late": 1}
+"""What is trained, and how many of three layers are frozen."""
 
 
 def built(method: str, layers: int = 2) -> Decoder:
@@ -56,10 +56,9 @@ def losses(decoder: Decoder, steps: int = 4) -> list[float]:
 @pytest.mark.parametrize("method", ["none", "late"])
 def test_training_is_the_same_and_states_are_computed_once(method: str, tmp_path: Path) -> None:
     expected = losses(built(method))
-    frozen, states = METHODS[method]
     for again in range(2):
         decoder = built(method)
-        decoder.frozen = kept = KeptStates(tmp_path, "base", frozen, states)
+        decoder.frozen = kept = KeptStates(tmp_path, "base", METHODS[method])
         assert losses(decoder) == pytest.approx(expected, rel=1e-6)
         assert (kept.computed, kept.read) == ((0, 12) if again else (6, 6))
     assert expected[2] < expected[0]
@@ -68,7 +67,7 @@ def test_training_is_the_same_and_states_are_computed_once(method: str, tmp_path
 def test_another_base_method_or_dtype_shares_nothing(tmp_path: Path) -> None:
     def computed(fingerprint: str, method: str, dtype: torch.dtype = torch.float32) -> int:
         decoder = built(method).to(dtype)
-        decoder.frozen = kept = KeptStates(tmp_path, fingerprint, *METHODS[method])
+        decoder.frozen = kept = KeptStates(tmp_path, fingerprint, METHODS[method])
         decoder(tiny.random_tokens())
         return kept.computed
 
@@ -79,7 +78,7 @@ def test_another_base_method_or_dtype_shares_nothing(tmp_path: Path) -> None:
 def test_documents_and_positions_are_part_of_a_window(tmp_path: Path) -> None:
     decoder = built("none")
     plain = copy.deepcopy(decoder)
-    decoder.frozen = kept = KeptStates(tmp_path, "base", *METHODS["none"])
+    decoder.frozen = kept = KeptStates(tmp_path, "base", METHODS["none"])
     for lengths in ((20, 13), (13, 20)):
         documents, positions = tiny.documents_of(*lengths)
         for places in (None, positions):
@@ -92,7 +91,7 @@ def test_generation_asks_the_layers(tmp_path: Path) -> None:
     from model.cache import KVCache
 
     decoder = built("none").eval()
-    decoder.frozen = kept = KeptStates(tmp_path, "base", *METHODS["none"])
+    decoder.frozen = kept = KeptStates(tmp_path, "base", METHODS["none"])
     cache = KVCache(decoder.config, 3, tiny.LENGTH, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         tiny.assert_close(decoder(tiny.random_tokens(), cache=cache).logits, decoder(tiny.random_tokens()).logits)
@@ -102,7 +101,7 @@ def test_generation_asks_the_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
 def test_a_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
     decoder = built("none")
-    decoder.frozen = KeptStates(tmp_path, "base", *METHODS["none"])
+    decoder.frozen = KeptStates(tmp_path, "base", METHODS["none"])
     decoder(tiny.random_tokens())
     broken = next(tmp_path.rglob("*.safetensors"))
     broken.write_bytes(content)
