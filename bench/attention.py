@@ -127,7 +127,7 @@ def gathered(inputs: Inputs, executed: Tensor | None) -> AttentionCase:
 
     batch, tokens, heads, width = inputs.queries.shape
     device = inputs.queries.device
-    visibility = Visibility(tokens, 0, None, device)
+    visibility = Visibility(torch.arange(tokens, device=device), tokens, None)
     selection = Selection.everything(batch, tokens) if executed is None else Selection.of(executed)
     queries = selection.gather(inputs.queries.detach()).clone().requires_grad_()
     asks = torch.ones(batch, tokens, dtype=torch.bool, device=device) if executed is None else executed

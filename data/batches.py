@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class Batch:
     sample_ids: Tensor
     """int64 [B]; -1 for a row that only fills up a validation batch."""
     documents: Tensor | None
-    """int64 [B, T], number of the document within the window, from 0, never falling; None unless confine_attention."""
+    """int64 [B, S], number of the document within the window, from 0, never falling; None unless confine_attention. Of
+    whole windows, S = T, unless :meth:`at` took a part of them."""
     positions: Tensor | None
     """int64 [B, T], 0 at every document's and every window's start; None unless restart_positions."""
     scored_targets: int | None = None
@@ -57,6 +58,22 @@ class Batch:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         changed: dict[str, Any] = {n: change(part) if isinstance(part, Tensor) else part for n, part in parts.items()}
         return Batch(**changed)
+
+    def at(self, places: Tensor) -> Batch:
+        """The part of it at ``places``, int64 [T'], of its windows; it keeps their documents whole."""
+
+        def part(of_tokens: Tensor) -> Tensor:
+            taken = of_tokens.index_select(1, places)
+            return taken.pin_memory() if of_tokens.is_pinned() else taken
+
+        targets = part(self.targets)
+        return replace(
+            self,
+            tokens=part(self.tokens),
+            targets=targets,
+            positions=None if self.positions is None else part(self.positions),
+            scored_targets=None if self.scored_targets is None else int((targets != IGNORED).sum()),
+        )
 
 
 @dataclass(frozen=True)

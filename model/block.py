@@ -28,6 +28,7 @@ from model.linear import Linear
 from model.norm import RMSNorm
 from model.router import ROUTERS, Gate, RoutingInputs
 from model.selection import Selection
+from model.sequence import SequenceGroup
 from model.visibility import Visibility
 
 
@@ -43,6 +44,7 @@ class PassInputs:
         recompute: activation checkpointing: recompute a layer's inside in the backward pass.
         capacity: how many tokens of a row a routed site computes; None where shapes follow the decisions.
         one_on_host: every row has one token, and the host sees decisions for nothing: decoding on a CPU.
+        sequence: the ranks that share the windows; None where every rank has whole ones.
     """
 
     cos: Tensor
@@ -53,6 +55,7 @@ class PassInputs:
     recompute: bool
     capacity: Capacity | None = None
     one_on_host: bool = False
+    sequence: SequenceGroup | None = None
 
 
 class Decision(NamedTuple):
@@ -81,7 +84,7 @@ class Decision(NamedTuple):
 
 
 KeysValues = tuple[Tensor, Tensor]
-"""Of all tokens, the cached ones included, [B, S, G, K] each."""
+"""Of all tokens, those included that are cached or on other ranks, [B, S, G, K] each."""
 
 
 class FeedForward(nn.Module):
@@ -202,9 +205,10 @@ class Block(nn.Module):
         return self.mlp(selection.gather(h))
 
     def _keys_values(self, h: Tensor, inputs: PassInputs) -> KeysValues:
-        """Keys and values of all tokens, the cached ones included, [B, S, G, K] each."""
+        """Keys and values of all tokens, those included that are cached or on other ranks, [B, S, G, K] each."""
         if inputs.cache is None:
-            return self.self_attn.keys_values(h, inputs.cos, inputs.sin)
+            own = self.self_attn.keys_values(h, inputs.cos, inputs.sin)
+            return own if inputs.sequence is None else inputs.sequence.keys_values(*own)
         self._write_keys_values(h, inputs)
         return inputs.cache.read(self.layer, h.shape[1])
 
@@ -243,17 +247,25 @@ def _recomputed(part: Callable[..., Any], *args: Tensor | None) -> Any:
 def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
     room, explored = inputs.capacity, None
     if gate.explored is not None:
-        explored = Selection.of(gate.explored) if room is None else Selection.capped(gate.explored, room.explored)[0]
+        explored, _ = _select(gate.explored, None if room is None else room.explored, inputs.sequence)
     if inputs.one_on_host and room is None and config.execution != "reference":
         return Decision(gate, Selection.of_rows(gate.rows()), explored)
     gate = gate._replace(decided=gate.executed)  # once, whoever asks
     if config.execution == "reference":
         batch, tokens = gate.executed.shape
         return Decision(gate, Selection.everything(batch, tokens, exact=False), explored)
-    if room is not None:
-        selection, kept = Selection.capped(gate.executed, room.executed)
-        return Decision(gate, selection, explored, kept)
-    return Decision(gate, Selection.of(gate.executed), explored)
+    selection, kept = _select(gate.executed, None if room is None else room.executed, inputs.sequence)
+    return Decision(gate, selection, explored, kept)
+
+
+def _select(wanted: Tensor, capacity: int | None, sequence: SequenceGroup | None) -> tuple[Selection, Tensor | None]:
+    """The tokens of ``wanted``, bool [B, T], to compute; and which a capacity, of the whole window, left."""
+    if capacity is None:
+        return Selection.of(wanted), None
+    if sequence is None:
+        return Selection.capped(wanted, capacity)
+    kept = wanted & sequence.own(sequence.whole(wanted).cumsum(dim=1) <= capacity)
+    return Selection.of(kept), kept  # a rank's share of them differs from step to step
 
 
 def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:

@@ -25,6 +25,7 @@ from model.norm import RMSNorm
 from model.record import RoutingRecord
 from model.rotary import rotation
 from model.router import Centres, RoutingInputs
+from model.sequence import SequenceGroup
 from model.visibility import Visibility
 
 
@@ -126,6 +127,7 @@ class Decoder(nn.Module):
         scored_targets: int | None = None,
         places: Tensor | None = None,
         score: bool = False,
+        sequence: SequenceGroup | None = None,
     ) -> DecoderOutput:
         """Run the model.
 
@@ -133,7 +135,8 @@ class Decoder(nn.Module):
             tokens: int64 [B, T].
             targets: int64 [B, T], -100 where no loss is taken; without them logits are returned.
             sample_ids: int64 [B], the samples' global numbers for the routing noise; zeros unless given.
-            documents: int64 [B, T]; attention stays within a run of equal numbers. One document unless given.
+            documents: int64 [B, T]; attention stays within a run of equal numbers. One document unless given. With
+                ``sequence``, of the whole window.
             positions: int64 [B, T], rotary positions; counted from the cache's length unless given.
             noise_scale: scale of the routers' Gumbel noise; used in training mode only.
             temperature: of the soft gate; used in training mode only.
@@ -148,19 +151,26 @@ class Decoder(nn.Module):
                 follows each of them, and norm and head run on those tokens alone. A token may be there more than once.
             score: score every late layer and the ensemble on each token, instead of a loss; needs ``scored_targets`` or
                 ``places``.
+            sequence: the ranks that share these windows, of which the tokens are this rank's; not with a cache.
 
         Raises:
             ValueError: for a cache with a router that is not causal, a full cache, or thresholds of another model.
         """
         past = 0 if cache is None else cache.length
-        steps = torch.arange(past, past + tokens.shape[1], device=tokens.device)
+        length = tokens.shape[1]
+        if sequence is None:
+            steps = torch.arange(past, past + length, device=tokens.device)
+        else:
+            steps = sequence.places(length, tokens.device)
         if sample_ids is None:
             sample_ids = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
         room = capacity if self.training else None
         explored = None if room is None else room.explored
         held = self._held(thresholds)
-        routing = RoutingInputs(sample_ids, steps, noise, soft, self.seed, held, self.centres, explored, self.recompute)
+        routing = RoutingInputs(
+            sample_ids, steps, noise, soft, self.seed, held, self.centres, explored, self.recompute, sequence
+        )
         inputs = self._pass_inputs(tokens, documents, positions, cache, routing, room)
         late, record = self._run_layers(tokens, documents, positions, inputs)
         if targets is None:
@@ -197,10 +207,11 @@ class Decoder(nn.Module):
         else:
             places = (routing.positions if positions is None else positions).expand(batch, -1)
             cos, sin = rotation(self.config, places, self.embed_tokens.weight.dtype)
-        past = 0 if cache is None else cache.length
-        visibility = Visibility(length, past, documents, tokens.device)
+        shared = 1 if routing.sequence is None else routing.sequence.size
+        keys = length * shared if cache is None else cache.length + length
+        visibility = Visibility(routing.positions, keys, documents)
         on_host = length == 1 and tokens.is_cpu and not torch.compiler.is_compiling()
-        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host)
+        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host, routing.sequence)
 
     def _run_layers(
         self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, inputs: PassInputs

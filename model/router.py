@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from model import noise
 from model.config import RouterConfig
+from model.sequence import SequenceGroup
 
 _EXPLORATION = 1 << 32
 """Added to the seed, so that who is explored does not follow from the noise."""
@@ -111,6 +112,7 @@ class RoutingInputs:
         explored_tokens: how many skipped tokens of a window are explored; each by chance unless given. Read in training
             mode only.
         recompute: what routers read is computed again for the backward pass, and not kept until then.
+        sequence: the ranks that share the windows; None where every rank has whole ones.
     """
 
     sample_ids: Tensor
@@ -122,6 +124,7 @@ class RoutingInputs:
     centres: Centres | None = None
     explored_tokens: int | None = None
     recompute: bool = False
+    sequence: SequenceGroup | None = None
 
 
 class Router(nn.Module):
@@ -186,9 +189,14 @@ class LearnedRouter(Router):
         drawn, number = self._uniform(inputs, _EXPLORATION), inputs.explored_tokens
         if number is None:
             return ~executed & (drawn < self.config.explore), self.config.explore
-        first = drawn.masked_fill(executed, 1.0).topk(number, largest=False).indices
-        explored = torch.zeros_like(executed).scatter(1, first, True) & ~executed
-        return explored, (number / (~executed).sum(1, keepdim=True)).clamp(max=1.0)
+        drawn = drawn.masked_fill(executed, 1.0)
+        if inputs.sequence is not None:  # of the whole window, as everywhere below
+            drawn = inputs.sequence.whole(drawn)
+        first = drawn.topk(number, largest=False).indices
+        skipped = drawn < 1
+        explored = torch.zeros_like(skipped).scatter(1, first, True) & skipped
+        chance = (number / skipped.sum(1, keepdim=True)).clamp(max=1.0)
+        return explored if inputs.sequence is None else inputs.sequence.own(explored), chance
 
     def _own(self, of_sites: Tensor) -> Tensor:
         """This site's entry, [1], of a tensor [S]."""

@@ -8,7 +8,8 @@
 Two numbers a query say it all, so no mask over pairs is ever kept: a mask is made where a kernel wants one, for the
 queries and keys that it is about to work on.
 
-Dimension letters: B batch, T new tokens, S keys (T and the cached ones), C queries of a block.
+Dimension letters: B batch, T new tokens, S keys (of these, of cached tokens and of those on other ranks), C queries of
+a block.
 """
 
 from __future__ import annotations
@@ -22,11 +23,10 @@ class Visibility:
     """First and last visible key of every query of a forward pass; shared by all layers.
 
     Args:
-        tokens: T.
-        past: tokens in the KV cache before these.
-        documents: int64 [B, past + T], a number for every key that is equal within a document and differs from its
+        places: int64 [T], where each new token is among the keys, rising: the last key that it sees.
+        keys: S.
+        documents: int64 [B, S], a number for every key that is equal within a document and differs from its
             neighbours'; None where there is only one document.
-        device: of the tensors.
 
     Attributes:
         last: int64 [T], the last key that each query sees: its own place among the keys.
@@ -35,13 +35,10 @@ class Visibility:
         dense_blocks: FlexAttention's block mask for all tokens as queries, once somebody has built it.
     """
 
-    def __init__(self, tokens: int, past: int, documents: Tensor | None, device: torch.device):
-        self.keys = past + tokens
+    def __init__(self, places: Tensor, keys: int, documents: Tensor | None):
+        self.last, self.keys = places, keys
         self.dense_blocks: BlockMask | None = None
-        self.last = torch.arange(past, self.keys, device=device)
-        self.first: Tensor | None = None
-        if documents is not None:
-            self.first = _starts(documents)[:, past:]
+        self.first = None if documents is None else _starts(documents)[:, places]
 
     def bounds(self, queries: Tensor) -> tuple[Tensor | None, Tensor]:
         """First (None: 0) and last visible keys of ``queries``, columns of the grid, int64 [B, C]: both [B, C]."""

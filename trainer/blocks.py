@@ -250,17 +250,20 @@ class TrainConfig(Strict):
         """Windows of the whole run."""
         return self.steps * self.global_batch_samples
 
-    def accumulation(self, world_size: int) -> int:
+    def accumulation(self, ranks: int, settings: DeepSpeedSettings) -> int:
         """Micro-batches of one rank in one optimiser step.
 
         Raises:
-            ValueError: if the global batch does not divide over ``world_size`` ranks.
+            ValueError: if the global batch does not divide over ``ranks`` that share windows as ``settings`` say, or
+                the ranks into groups that do.
         """
-        one_pass = self.micro_batch_samples * world_size
+        groups = settings.groups(ranks)
+        what = "ranks" if groups == ranks else "groups that share windows"
+        one_pass = self.micro_batch_samples * groups
         if self.global_batch_samples % one_pass:
             raise ValueError(
                 f"train.global_batch_samples ({self.global_batch_samples}) must be divisible by "
-                f"micro_batch_samples x ranks ({self.micro_batch_samples} x {world_size} = {one_pass}); "
+                f"micro_batch_samples x {what} ({self.micro_batch_samples} x {groups} = {one_pass}); "
                 "change one of them"
             )
         return self.global_batch_samples // one_pass
@@ -271,6 +274,9 @@ class DeepSpeedSettings(Strict):
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What is partitioned over the ranks: nothing, optimiser state, + gradients, + parameters."""
+    sequence_parallel: int = Field(1, gt=0)
+    """Neighbouring ranks that share every window, each with a part of its tokens: for windows whose activations one
+    device does not hold. Divides the ranks, and twice it the window. Any number goes on from any other's checkpoint."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in CPU memory: optimiser state (stages 1 to 3), and parameters too (stage 3)."""
     persistence_threshold: int = Field(100_000, ge=0)
@@ -280,3 +286,16 @@ class DeepSpeedSettings(Strict):
     be saved and to resume here: ``KNOWN_EXTRA`` in ``trainer/deepspeed_config.py``."""
     allow_untested: bool = False
     """Let ``extra`` hold anything else, too: nobody has looked whether saving and resuming know of it."""
+
+    def groups(self, ranks: int) -> int:
+        """How many have windows of their own: ranks, or groups of ranks that share theirs.
+
+        Raises:
+            ValueError: ``ranks`` do not divide into such groups.
+        """
+        if ranks % self.sequence_parallel:
+            raise ValueError(
+                f"deepspeed.sequence_parallel ({self.sequence_parallel}) must divide the number of ranks ({ranks}), "
+                "because each group of so many shares its windows; change one of them"
+            )
+        return ranks // self.sequence_parallel

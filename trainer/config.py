@@ -49,7 +49,8 @@ class StageConfig(Strict):
         return self
 
     def _check(self) -> None:
-        problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._timeouts_and_schedule()]
+        problems = [*self._model_against_data(), *self._optimizer_against_zero(), *self._shared_windows()]
+        problems += self._timeouts_and_schedule()
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -92,6 +93,30 @@ class StageConfig(Strict):
             )
         return problems
 
+    def _shared_windows(self) -> list[str]:
+        ranks, window, router = self.deepspeed.sequence_parallel, self.data.sequence_tokens, self.model.router
+        problems: list[str] = []
+        if ranks == 1:
+            return problems
+        if window % (2 * ranks):
+            nearest = [n for n in (window // (2 * ranks) * 2 * ranks, -(-window // (2 * ranks)) * 2 * ranks) if n]
+            problems.append(
+                f"data.sequence_tokens ({window}) must be divisible by 2 x deepspeed.sequence_parallel ({2 * ranks}), "
+                "because a window is cut into two stretches for each of the ranks that share it; take "
+                f"{' or '.join(map(str, nearest))}"
+            )
+        if router is not None and router.kind == "expert_choice":
+            problems.append(
+                f"deepspeed.sequence_parallel ({ranks}) must be 1 with model.router.kind expert_choice, which compares "
+                "all tokens of a window; take a causal kind: learned, random or stride"
+            )
+        if self.train.compile:
+            problems.append(
+                "train.compile needs deepspeed.sequence_parallel 1, because a compiled layer that asks other ranks has "
+                f"not been tried; got {ranks}"
+            )
+        return problems
+
     def _timeouts_and_schedule(self) -> list[str]:
         train, problems = self.train, []
         if train.stall_timeout_s >= train.timeout_s:
@@ -119,7 +144,7 @@ class StageConfig(Strict):
 
     def accumulation(self, world_size: int) -> int:
         """As :meth:`TrainConfig.accumulation`."""
-        return self.train.accumulation(world_size)
+        return self.train.accumulation(world_size, self.deepspeed)
 
     def checkpoint_bytes(self, total: int, trained: int, moment_bytes: float, stage: int | None = None) -> float:
         """Size of one checkpoint: weights of the step (at stage 3 only frozen ones), fp32 master weights, moments.

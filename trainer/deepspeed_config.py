@@ -38,7 +38,8 @@ def deepspeed_config(config: StageConfig, world_size: int) -> dict[str, Any]:
     assert train.precision != "auto", "decided before: see trainer/precision.py"
     accumulation = config.accumulation(world_size)
     generated: dict[str, Any] = {
-        "train_batch_size": train.global_batch_samples,
+        # To DeepSpeed every rank has windows of its own; what it makes of the three numbers is their quotient.
+        "train_batch_size": train.global_batch_samples * zero.sequence_parallel,
         "train_micro_batch_size_per_gpu": train.micro_batch_samples,
         "gradient_accumulation_steps": accumulation,
         # Stage 0 in fp32 clips without reporting the norm and steps on NaN; trainer/step.py does both there itself.

@@ -11,7 +11,7 @@ import os
 import re
 import resource
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.batches import Batch
+from model.sequence import SequenceGroup
 from trainer import flight_recorder
+from trainer.blocks import DeepSpeedSettings
 from trainer.deepspeed_internals import import_deepspeed, uses_cuda
 from trainer.meeting import meet, rank_numbers
 
@@ -37,6 +40,8 @@ class World:
         rank, size: number of this process and how many there are.
         local_rank, local_size: the same within this machine.
         device: where this rank computes.
+        sequence: the ranks that share their windows with this one, itself among them; None where every rank has whole
+            ones.
     """
 
     rank: int
@@ -44,11 +49,46 @@ class World:
     local_rank: int
     local_size: int
     device: torch.device
+    sequence: SequenceGroup | None = None
 
     @property
     def is_main(self) -> bool:
         """True on the rank that prints and writes shared files."""
         return self.rank == 0
+
+    @property
+    def shared(self) -> int:
+        """How many ranks share a window."""
+        return 1 if self.sequence is None else self.sequence.size
+
+    @property
+    def data_rank(self) -> int:
+        """Number among all those of which each has windows of its own: single ranks, or groups that share them."""
+        return self.rank // self.shared
+
+    @property
+    def data_size(self) -> int:
+        """How many have windows of their own."""
+        return self.size // self.shared
+
+    def sharing_windows(self, settings: DeepSpeedSettings) -> World:
+        """The same, where neighbouring ranks share their windows as ``settings`` say; collective.
+
+        Raises:
+            ValueError: the ranks do not divide into such groups.
+        """
+        settings.groups(self.size)
+        ranks = settings.sequence_parallel
+        if ranks == 1:
+            return self
+        own, _ = dist.new_subgroups(ranks)
+        return replace(self, sequence=SequenceGroup(self.rank % ranks, ranks, own))
+
+    def part(self, batch: Batch) -> Batch:
+        """This rank's part of its group's ``batch``."""
+        if self.sequence is None:
+            return batch
+        return batch.at(self.sequence.places(batch.tokens.shape[1] // self.shared))
 
     def sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks, in place."""

@@ -71,17 +71,19 @@ def _pass(
     counter = Counter(len(config.model.sites), world.device, late_layers(engine))
     executed = None
     train = config.train
-    for batch in validation_set.batches(world.rank, world.size, train.micro_batch_samples, train.evaluation.samples):
+    ranks, samples = (world.data_rank, world.data_size), (train.micro_batch_samples, train.evaluation.samples)
+    for batch in validation_set.batches(*ranks, *samples):
         # Rows that only fill up are left out; where all are, one still runs, because under ZeRO every rank must.
         # (What they lack are targets, so the number of scored ones stays.)
         real = int((batch.sample_ids >= 0).sum())
-        batch = to_device(_first_rows(batch, max(real, 1)), world.device)
-        output = forward(engine, batch, config, train.progress(step))
+        batch = to_device(world.part(_first_rows(batch, max(real, 1))), world.device)
+        output = forward(engine, batch, config, train.progress(step), sequence=world.sequence)
         if not real:
             continue
         counter.add(output, batch.targets, batch.scored_targets)
         if executed is None and output.routing.executed.numel():
-            executed = output.routing.executed[:, 0].cpu()
+            executed = output.routing.executed[:, 0]
+            executed = (executed if world.sequence is None else world.sequence.whole(executed)).cpu()
     world.sum(counter.vector)
     return counter.tally(), executed
 

@@ -60,9 +60,9 @@ def micro_batches(
         ids = step_sample_ids(
             samples + number * config.train.global_batch_samples,
             config.train.global_batch_samples,
-            world.rank,
-            world.size,
+            world.data_rank,
+            world.data_size,
             config.train.micro_batch_samples,
             accumulation,
         )
-        yield [data.batch(part) for part in ids]
+        yield [world.part(data.batch(part)) for part in ids]

@@ -26,6 +26,7 @@ from model.decoder import DecoderOutput
 from model.ensemble import Balance
 from model.flops import Routed, training_flops
 from model.head import LossSums
+from model.sequence import SequenceGroup
 from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping
 from trainer.deepspeed_internals import leave_step_out
@@ -266,11 +267,17 @@ def run(engine: Any, batch: Batch, **options: Any) -> DecoderOutput:
 
 
 def forward(
-    engine: Any, batch: Batch, config: StageConfig, progress: Progress, capacity: Capacity | None = None
+    engine: Any,
+    batch: Batch,
+    config: StageConfig,
+    progress: Progress,
+    capacity: Capacity | None = None,
+    sequence: SequenceGroup | None = None,
 ) -> DecoderOutput:
     """:func:`run` with the routers' noise and temperature as they are at ``progress``.
 
-    In training ``capacity`` is how many tokens of a window a routed site computes.
+    In training ``capacity`` is how many tokens of a window a routed site computes. ``sequence`` are the ranks that
+    share the batch's windows, if any.
     """
     router = config.model.router
     return run(
@@ -281,6 +288,7 @@ def forward(
         temperature=1.0 if router is None else router.temperature.at(progress),
         z_coefficient=config.train.z_loss,
         capacity=capacity,
+        sequence=sequence,
     )
 
 
@@ -328,7 +336,7 @@ def train_step(
     capacity = budget.capacity(progress)
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, world.device)
-        output = forward(engine, batch, config, progress, capacity)
+        output = forward(engine, batch, config, progress, capacity, world.sequence)
         assert output.loss is not None
         loss = output.loss.loss
         if vote_prices is not None and output.vote_sums is not None:

@@ -232,6 +232,12 @@ class TuneConfig(StageConfig):
                 "base.cache_states needs deepspeed.zero_stage 0, 1 or 2: at 3 all ranks must run the same layers, and "
                 "they find different windows; lower it"
             )
+        if self.deepspeed.sequence_parallel > 1:
+            problems.append(
+                "base.cache_states keeps the states of whole windows, and here "
+                f"deepspeed.sequence_parallel ({self.deepspeed.sequence_parallel}) ranks share each; set that to 1, or "
+                "leave base.cache_states out"
+            )
         return problems
 
 

@@ -104,7 +104,7 @@ def _refuse_impossible(suite: Suite, runs: Sequence[Run], ranks: int) -> None:
     """
     for run in runs:
         try:
-            run.config.train.accumulation(ranks)
+            run.config.accumulation(ranks)
         except ValueError as error:
             raise ValueError(f"variant {run.variant}: {error}") from None
     if suite.downstream is None:

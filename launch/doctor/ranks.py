@@ -107,7 +107,11 @@ def batch(config: StageConfig, world: World) -> Iterator[Finding]:
     """
     count = config.accumulation(world.size)
     what = f"{config.train.global_batch_samples} samples are {counted(count, 'micro-batch', 'micro-batches')} of"
-    yield Finding("batch", "ok", f"{what} {config.train.micro_batch_samples} on each of {world.size} ranks")
+    shared = config.deepspeed.sequence_parallel
+    where = f"each of {counted(world.size, 'rank')}"
+    if shared > 1:
+        where = f"each of {counted(world.size // shared, 'group')} of {shared} ranks that share their windows"
+    yield Finding("batch", "ok", f"{what} {config.train.micro_batch_samples} on {where}")
 
 
 def all_reduce(world: World) -> Iterator[Finding]:

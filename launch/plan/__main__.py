@@ -55,11 +55,12 @@ def describe(workload: Workload, arguments: argparse.Namespace) -> str:
     parts = [
         _what(workload, arguments),
         _memory(workload, arguments),
+        _sharing(workload, arguments, cluster),
         _time(workload, arguments, cluster, mfu) + f"\n{sentence(workload, arguments.gpus)}".rstrip(),
         _communication(workload, arguments.gpus, cluster),
         _scaling(workload, arguments.gpus, cluster, sum(mfu) / 2),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 
 def _what(workload: Workload, arguments: argparse.Namespace) -> str:
@@ -67,6 +68,7 @@ def _what(workload: Workload, arguments: argparse.Namespace) -> str:
     train, dense = config.train, workload.dense_flops_per_token()
     nodes = -(-arguments.gpus // arguments.gpus_per_node)
     accumulation = config.accumulation(arguments.gpus)
+    whose = "a GPU" if workload.shared == 1 else f"for {workload.shared} GPUs that share them"
     lines = [
         f"{arguments.config} on {arguments.gpus} x {arguments.gpu} ({counted(nodes, 'node')})",
         "",
@@ -75,7 +77,7 @@ def _what(workload: Workload, arguments: argparse.Namespace) -> str:
         + (f"; {workload.active_parameters:,} active at density {workload.density:g}" if workload.model.sites else ""),
         f"batch       {workload.tokens_per_step:,} tokens a step: {train.global_batch_samples:,} windows of "
         f"{config.data.sequence_tokens:,}; {counted(accumulation, 'micro-batch', 'micro-batches')} of "
-        f"{train.micro_batch_samples} a GPU; {train.precision}, ZeRO {config.deepspeed.zero_stage}",
+        f"{train.micro_batch_samples} {whose}; {train.precision}, ZeRO {config.deepspeed.zero_stage}",
         f"FLOPs       {workload.flops_per_token() / 1e9:,.3g} GFLOPs a token, forward and backward"
         + (f"; without routers {dense / 1e9:,.3g} GFLOPs" if workload.model.sites else ""),
     ]
@@ -124,6 +126,42 @@ def _memory(workload: Workload, arguments: argparse.Namespace) -> str:
             f"activations are {_gib(all_run)} GiB if every token runs every layer; an untrained router runs about half"
         )
     return "\n".join(lines)
+
+
+def _sharing(workload: Workload, arguments: argparse.Namespace, cluster: Cluster) -> str:
+    """How many ranks must share a window for it to fit; nothing where none need to."""
+    config, gpus, gpu = workload.config, arguments.gpus, GPUS[arguments.gpu]
+    stage, recompute = config.deepspeed.zero_stage, config.train.activation_checkpointing
+    if workload.shared == 1 and memory(workload, stage, gpus).fits(gpu.memory_gib):
+        return ""
+    table = [
+        [
+            "sequence_parallel",
+            "peak, GiB",
+            "fits",
+            f"GiB {'without' if recompute else 'with'} checkpointing",
+            "fits",
+            "keys and values, s a step",
+        ]
+    ]
+    shared = 1
+    while shared <= gpus:
+        other = workload.sharing(shared)
+        if gpus % shared == 0 and not config.data.sequence_tokens % (2 * shared):
+            held = [memory(other, stage, gpus, checkpointing=on) for on in (recompute, not recompute)]
+            try:
+                moved = communication.sequence_volume(other, other.config.accumulation(gpus))
+                seconds = f"{communication.communication_s(moved, shared, cluster):.3g}"
+            except ValueError:  # the global batch does not divide
+                seconds = ""
+            cells = [text for m in held for text in (_gib(m.peak), "yes" if m.fits(gpu.memory_gib) else "no")]
+            table.append([f"{shared}{' <' if shared == workload.shared else ''}", *cells, seconds])
+        shared *= 2
+    head = (
+        f"ranks that share a window of {config.data.sequence_tokens:,} tokens, at ZeRO {stage} and the same global "
+        "batch: twice as many take twice the micro-batches"
+    )
+    return "\n".join([head, tables.columns(table)])
 
 
 def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, mfu: tuple[float, float]) -> str:
@@ -228,11 +266,12 @@ def _limits(workload: Workload, steps: Sequence[Step]) -> list[str]:
         )
     impossible = [s for s in steps if s.problem]
     if impossible:
-        most = train.global_batch_samples // train.micro_batch_samples
+        most = train.global_batch_samples // train.micro_batch_samples * workload.shared
         told = ", ".join(f"{s.gpus:,}" for s in impossible)
         lines.append(
             f"{told} GPUs: {train.global_batch_samples:,} windows do not divide into micro-batches of "
             f"{train.micro_batch_samples} over them; {most:,} GPUs is the most, with one micro-batch each"
+            + (f" for {workload.shared} that share it" if workload.shared > 1 else "")
         )
     return lines
 

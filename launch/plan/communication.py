@@ -13,6 +13,9 @@ The ZeRO paper's stages 1 and 2 scatter where DeepSpeed all-reduces, so a rank s
 reduces every micro-batch's gradients, because it keeps only a part of them. Stage 3 gathers every layer for the forward
 pass, and again for the backward pass what did not stay within ``stage3_max_live_parameters``.
 
+Ranks that share windows (deepspeed.sequence_parallel) gather the keys and values of every layer among themselves, and
+send back their gradients, while nothing is computed: :func:`sequence_volume`.
+
 Time is bandwidth and latency: a gathered or scattered tensor of V bytes crosses a GPU's link as V (g - 1) / g within a
 node of g GPUs, and the node's network as V (n - 1) / n between n nodes, at the same time; an all-reduce is both.
 Latency grows with the ring. Sources of the bandwidths: ``launch/plan/gpus.py``.
@@ -127,6 +130,22 @@ def volume(workload: Workload, stage: Stage, accumulation: int) -> Volume:
     )
 
 
+def sequence_volume(workload: Workload, accumulation: int) -> Volume:
+    """What the ranks that share windows move among themselves in a step; as little again for a capacity is left out."""
+    model, train = workload.model, workload.config.train
+    if workload.shared == 1:
+        return Volume(0, 0, 0, 0)
+    window = train.micro_batch_samples * workload.config.data.sequence_tokens
+    tensor = WEIGHT_BYTES[train.precision] * window * 2 * model.kv_heads * model.head_dim
+    routed = len(model.routed_layers)
+    gathers = model.layers
+    if train.activation_checkpointing:
+        explores = model.router is not None and model.router.explores
+        gathers += model.layers + (routed if explores else 0)  # the explored tokens' pass has its own
+    passes = accumulation * gathers, accumulation * model.layers
+    return Volume(0, passes[0] * tensor, passes[1] * tensor, sum(passes))
+
+
 def communication_s(moved: Volume, ranks: int, cluster: Cluster) -> float:
     """Seconds that the collectives take one after the other."""
     if ranks == 1:
@@ -166,16 +185,18 @@ def step(workload: Workload, stage: Stage, ranks: int, cluster: Cluster, mfu: fl
         accumulation = workload.config.accumulation(ranks)
     except ValueError:
         train = workload.config.train
-        most = train.global_batch_samples // train.micro_batch_samples
+        most = train.global_batch_samples // train.micro_batch_samples * workload.shared
         reason = "exceeds" if ranks > most else "does not divide"
         return Step(ranks, problem=f"{ranks} x {train.micro_batch_samples} samples {reason} the global batch")
     host = host_s(workload, stage, accumulation)
     compute = compute_s(workload, stage, ranks, cluster.gpu, mfu)
     moved = volume(workload, stage, accumulation)
     communication = communication_s(moved, ranks, cluster)
+    waited = communication_s(sequence_volume(workload, accumulation), workload.shared, cluster)
     # DeepSpeed overlaps by default at stage 3 only.
-    busy = max(compute, host)
+    busy = max(compute, host) + waited
     best = max(busy, communication) if stage == 3 else busy + communication
+    communication += waited
     return Step(ranks, compute, host, communication, best, memory(workload, stage, ranks).peak)
 
 

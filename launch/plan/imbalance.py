@@ -109,6 +109,8 @@ def sentence(workload: Workload, ranks: int) -> str:
     model, config = workload.model, workload.config
     if ranks == 1 or model.router is None or model.router.kind != "learned" or model.router.execution != "rounded":
         return ""
+    if workload.shared > 1:
+        return "waiting     for the rank that executes most is not estimated where ranks share windows; it adds to this"
     micro_batch = config.train.micro_batch_samples
     found = slowdowns(workload, Spread(), ranks, micro_batch, config.accumulation(ranks))
     stage = config.deepspeed.zero_stage

@@ -13,8 +13,9 @@ size whatever the model's, and stage 3 keeps gathered layers that it will soon n
 
 Activations are counted from what autograd keeps in ``model/block.py`` and ``model/head.py``, in elements of w bytes a
 token: of every token the residual stream, its norm, keys and values; of an executed token the rest; with activation
-checkpointing the residual stream before each layer or, with a router for each module, each of them. Activations and the
-update's copies are not held at once, so the peak is the larger of the two.
+checkpointing the residual stream before each layer or, with a router for each module, each of them. Ranks that share a
+window have each their part of its tokens, and keys and values of all. Activations and the update's copies are not held
+at once, so the peak is the larger of the two.
 
 tests/launch/plan/test_memory_model.py counts the bytes of a real engine. D width, H query heads, G key/value heads, K
 head width, F feed-forward width, V vocabulary.
@@ -97,7 +98,7 @@ def memory(
     config, weights = workload.config, workload.weights
     width = WEIGHT_BYTES[config.train.precision]
     fp32 = config.train.precision == "fp32"
-    several = config.train.global_batch_samples > config.train.micro_batch_samples * ranks
+    several = config.train.global_batch_samples * workload.shared > config.train.micro_batch_samples * ranks
     share = 1 / ranks if stage > 0 else 1.0
     held = float(width * weights.total)
     if stage == 3:
@@ -133,23 +134,26 @@ def activation_bytes(workload: Workload, checkpointing: bool | None = None, dens
     config, model = workload.config, workload.model
     width = WEIGHT_BYTES[config.train.precision]
     tokens, checkpointing, share = _asked(workload, checkpointing, density)
-    layers = sum(_layer_elements(model, layer in model.routed_layers, share, checkpointing) for layer in _layers(model))
+    layers = sum(
+        _layer_elements(model, layer in model.routed_layers, share, checkpointing, workload.shared)
+        for layer in _layers(model)
+    )
     ends = 2 * model.width  # what the final norm reads, and the loss's gradient of what it returns
     return width * tokens * (layers + ends) + 4 * model.width * model.vocab_size
 
 
 def _asked(workload: Workload, checkpointing: bool | None, density: float | None) -> tuple[int, bool, float]:
-    """Tokens of a micro-batch, checkpointing (the config's unless given), share of the tokens that a site computes."""
+    """A rank's tokens of a micro-batch, checkpointing (the config's unless given), share of them that sites compute."""
     config = workload.config
-    tokens = config.train.micro_batch_samples * config.data.sequence_tokens
+    tokens = config.train.micro_batch_samples * config.data.sequence_tokens // workload.shared
     executed = workload.density if density is None else density
     share = computed_share(workload.model, config.data.sequence_tokens, executed)
     return tokens, config.train.activation_checkpointing if checkpointing is None else checkpointing, share
 
 
-def _layer_elements(model: ModelConfig, routed: bool, share: float, checkpointing: bool) -> float:
-    """Elements that a layer keeps for each token of the micro-batch; ``share`` of them are computed."""
-    d, queries, keys_values = model.width, model.heads * model.head_dim, 2 * model.kv_heads * model.head_dim
+def _layer_elements(model: ModelConfig, routed: bool, share: float, checkpointing: bool, shared: int) -> float:
+    """Elements that a layer keeps for each of a rank's tokens of the micro-batch; ``share`` of them are computed."""
+    d, queries, keys_values = model.width, model.heads * model.head_dim, shared * 2 * model.kv_heads * model.head_dim
     if not routed:
         return d if checkpointing else 4 * d + 3 * queries + keys_values + 4 * model.ffn_width
     assert model.router is not None
@@ -172,13 +176,15 @@ def _working_bytes(workload: Workload, checkpointing: bool | None, density: floa
     chunk = (4 + width) * rows * model.vocab_size + (width * head if width < 4 else 0)
     # Gradients of the four tensors inside the feed-forward, and of the residual stream's three.
     layer = width * tokens * (share * 3 * model.ffn_width + 3 * model.width)
+    if workload.shared > 1:  # gradients of all keys and values: put together, in parts to send, in parts received
+        layer += 3 * width * tokens * workload.shared * 2 * model.kv_heads * model.head_dim
     if checkpointing:
         layer += (
             width
             * tokens
             * max(
-                _layer_elements(model, routed, share if routed else 1.0, False)
-                - _layer_elements(model, routed, share if routed else 1.0, True)
+                _layer_elements(model, routed, share if routed else 1.0, False, workload.shared)
+                - _layer_elements(model, routed, share if routed else 1.0, True, workload.shared)
                 for routed in {layer in model.routed_layers for layer in _layers(model)}
             )
         )

@@ -9,7 +9,7 @@ Dimension letters: T tokens in a window.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ValidationError
@@ -77,6 +77,16 @@ class Workload:
                 continue
             possible.append(stage)
         return possible
+
+    @property
+    def shared(self) -> int:
+        """How many ranks share a window."""
+        return self.config.deepspeed.sequence_parallel
+
+    def sharing(self, ranks: int) -> Workload:
+        """The same with windows shared by another number of ``ranks``."""
+        settings = self.config.deepspeed.model_copy(update={"sequence_parallel": ranks})
+        return replace(self, config=self.config.model_copy(update={"deepspeed": settings}))
 
     @property
     def tokens_per_step(self) -> int:

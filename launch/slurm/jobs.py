@@ -142,7 +142,7 @@ def _checked(stage: StageJob, site: SlurmConfig, prepared: bool = True) -> Stage
 
     require_plain("train.run_dir", stage.run)
     for config in stage.configs:
-        config.train.accumulation(site.world_size)
+        config.train.accumulation(site.world_size, config.deepspeed)
         if config.train.stall_timeout_s >= site.wait_s:
             raise ValueError(
                 f"train.stall_timeout_s ({config.train.stall_timeout_s:g}) must be below wait_s ({site.wait_s}) of the "

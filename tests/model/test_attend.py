@@ -15,7 +15,11 @@ from model.selection import Selection
 from model.visibility import Visibility
 
 HEADS, GROUPS, WIDTH = 6, 2, 16
-CPU = torch.device("cpu")
+
+
+def visible(tokens: int, past: int = 0, documents: Tensor | None = None) -> Visibility:
+    """Of new tokens after ``past`` others."""
+    return Visibility(torch.arange(past, past + tokens), past + tokens, documents)
 
 
 def documents_of(batch: int, keys: int, count: int = 4) -> Tensor:
@@ -76,7 +80,7 @@ def test_blocks_of_queries(name: str, confined: bool, past: int, tokens: int) ->
     selection = selections(3, tokens)[name]
     documents = documents_of(3, past + tokens) if confined else None
     tensors = inputs(selection, past + tokens)
-    visibility = Visibility(tokens, past, documents, CPU)
+    visibility = visible(tokens, past, documents)
     found = attend(*tensors, selection, visibility)
     expected = reference(*tensors, dense_mask(selection, past, documents, past + tokens))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
@@ -92,7 +96,7 @@ def test_half_precision(dtype: torch.dtype) -> None:
     """bf16 keeps 8 bits: outputs of size 1 within 2e-2; fp16 keeps 11."""
     selection = selections(3, 150)["half"]
     tensors = [x.detach().to(dtype) for x in inputs(selection, 150)]
-    found = attend(*tensors, selection, Visibility(150, 0, None, CPU)).float()
+    found = attend(*tensors, selection, visible(150)).float()
     expected = reference(*(x.float() for x in tensors), dense_mask(selection, 0, None, 150))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 if dtype == torch.bfloat16 else 3e-3)
 
@@ -106,7 +110,7 @@ def test_one_new_token_a_row(confined: bool, rows: list[int], keys: int) -> None
     selection = Selection.of(chosen)
     documents = documents_of(4, keys) if confined else None
     tensors = inputs(selection, keys)
-    found = attend(*tensors, selection, Visibility(1, keys - 1, documents, CPU))
+    found = attend(*tensors, selection, visible(1, keys - 1, documents))
     expected = reference(*tensors, dense_mask(selection, keys - 1, documents, keys))
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
@@ -129,7 +133,7 @@ def test_rows_that_do_not_ask_are_read_only_where_a_call_would_cost_more(
     chosen = torch.zeros(8, 1, dtype=torch.bool)
     chosen[rows] = True
     selection = Selection.of(chosen)
-    attend(*inputs(selection, keys), selection, Visibility(1, keys - 1, None, CPU))
+    attend(*inputs(selection, keys), selection, visible(1, keys - 1))
     assert read == calls
 
 
@@ -144,8 +148,25 @@ def test_blocks_skip_keys_that_nobody_sees(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(attend_module.F, "scaled_dot_product_attention", counting)
     selection = Selection.everything(1, 512)
-    attend_by_blocks(*inputs(selection, 512), selection, Visibility(512, 0, None, CPU))
+    attend_by_blocks(*inputs(selection, 512), selection, visible(512))
     assert sum(pairs) == 512 * 512 * 9 / 16
+
+
+def test_flex_block_mask_of_a_shared_window() -> None:
+    """A rank's two stretches of a window, 512 keys of 1,024: the bounds of queries that lie apart rise all the same."""
+    places = torch.cat((torch.arange(256, 512), torch.arange(1536, 1792)))
+    visibility = Visibility(places, 2048, documents_of(2, 2048))
+    mask = torch.rand(2, 512, generator=torch.Generator().manual_seed(3)) < 0.6
+    selection = Selection.of(mask)
+    first, last = flat_bounds(selection, visibility)
+    assert (first.diff() >= 0).all() and (last.diff() > 0).all()
+    needed, full = needed_blocks(first, last, 2 * 2048)
+    key = torch.arange(2 * 2048)
+    seen = (first[:, None] <= key) & (key <= last[:, None])
+    assert seen.any(1).all() and seen.sum() == (visibility.counts() * mask).sum()
+    for block, rows in enumerate(seen.split(BLOCK)):
+        tiles = rows.view(len(rows), -1, BLOCK)
+        assert torch.equal(needed[block], tiles.any(2).any(0)) and torch.equal(full[block], tiles.all(2).all(0))
 
 
 @names
@@ -158,7 +179,7 @@ def test_flex_block_mask_is_the_dense_mask(name: str, confined: bool, past: int,
         pytest.skip("on a GPU a selection is filled up to at least one block of queries")
     documents = documents_of(3, past + tokens) if confined else None
     keys = 3 * (past + tokens)
-    first, last = flat_bounds(selection, Visibility(tokens, past, documents, CPU))
+    first, last = flat_bounds(selection, visible(tokens, past, documents))
     seen = dense_mask(selection, past, documents, past + tokens)
     place = torch.arange(keys)
     assert torch.equal((first[:, None] <= place) & (place <= last[:, None]), seen)
@@ -190,7 +211,7 @@ def test_flex_attention_compiled_and_not_again_for_other_shapes() -> None:
             torch.compiler.set_stance("fail_on_recompile")
         try:
             with torch.no_grad():
-                found = flex_attend(*tensors, selection, Visibility(tokens, 0, documents, CPU))
+                found = flex_attend(*tensors, selection, visible(tokens, 0, documents))
         finally:
             torch.compiler.set_stance("default")
         expected = reference(*tensors, dense_mask(selection, 0, documents, tokens))

@@ -39,7 +39,7 @@ def test_against_a_loop(variant: str, documents: Tensor | None, everything: bool
     cos, sin = rotation(cfg, torch.arange(TOKENS).expand(BATCH, -1), torch.float32)
     keys, values = attention.keys_values(h, cos, sin)
     turns = (selection.gather(t) for t in (cos, sin))
-    visibility = Visibility(TOKENS, 0, documents, h.device)
+    visibility = Visibility(torch.arange(TOKENS), TOKENS, documents)
     found = attention(h, keys, values, *turns, selection, visibility)
 
     group = cfg.heads // cfg.kv_heads

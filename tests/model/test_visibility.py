@@ -15,7 +15,7 @@ DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one-document", "documents"])
 @pytest.mark.parametrize("past", [0, 4])
 def test_bounds_counts_and_mask(documents: Tensor | None, past: int) -> None:
-    visibility = Visibility(TOKENS - past, past, documents, torch.device("cpu"))
+    visibility = Visibility(torch.arange(past, TOKENS), TOKENS, documents)
     seen = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril().expand(BATCH, -1, -1)
     if documents is not None:
         seen = seen & (documents[:, :, None] == documents[:, None, :])

@@ -42,6 +42,17 @@ REFUSED = [
         ["train.stall_timeout_s=600", "train.timeout_s=600"],
         "train.stall_timeout_s (600) must be below train.timeout_s (600), because a collective that times out",
     ),
+    (
+        ["deepspeed.sequence_parallel=3"],
+        "data.sequence_tokens (32) must be divisible by 2 x deepspeed.sequence_parallel (6), because a window is cut "
+        "into two stretches for each of the ranks that share it; take 30 or 36",
+    ),
+    (["deepspeed.sequence_parallel=32"], "take 64"),
+    (
+        ["deepspeed.sequence_parallel=2", "model.router.kind=expert_choice"],
+        "deepspeed.sequence_parallel (2) must be 1 with model.router.kind expert_choice",
+    ),
+    (["deepspeed.sequence_parallel=2", "train.compile=true"], "train.compile needs deepspeed.sequence_parallel 1"),
     (["train.schedule.warmup_steps=5"], "train.schedule.warmup_steps (5) must not exceed train.steps (4)"),
     (
         ["train.micro_batch_samples=3"],
@@ -68,6 +79,8 @@ ALLOWED = [
     ["deepspeed.zero_stage=3", "deepspeed.offload=all"],
     ["train.schedule.warmup_steps=4"],
     ["train.micro_batch_samples=8"],
+    ["deepspeed.sequence_parallel=16", "data.sequence_tokens=32"],
+    ["train.compile=true", "deepspeed.sequence_parallel=1"],
 ]
 
 
@@ -96,6 +109,12 @@ def test_accumulation_is_what_is_left_of_the_global_batch(configure: Configure) 
         config.accumulation(3)
     with pytest.raises(ValueError, match=r"\(2 x 8 = 16\)"):
         config.accumulation(8)
+    shared = configure("deepspeed.sequence_parallel=2")
+    assert [shared.accumulation(ranks) for ranks in (2, 4, 8)] == [4, 2, 1]
+    with pytest.raises(ValueError, match=r"sequence_parallel \(2\) must divide the number of ranks \(3\), because"):
+        shared.accumulation(3)
+    with pytest.raises(ValueError, match=r"micro_batch_samples x groups that share windows \(2 x 3 = 6\)"):
+        shared.accumulation(6)
 
 
 def test_run_dir_is_the_config_files_name_unless_given(write_config: Callable[..., str], tiny: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.launching import run
 
 STAGES = (0, 1, 2, 3)
+SHARED = ["deepspeed.sequence_parallel=2", "data.confine_attention=true"]
 
 
 def _cases() -> list[dict[str, Any]]:
@@ -22,6 +23,7 @@ def _cases() -> list[dict[str, Any]]:
             {"name": f"plain-{stage}", "rule": "plain", "overrides": [zero, whole]},
             {"name": f"split-{stage}", "rule": "plain", "overrides": [zero, split]},
             {"name": f"starved-{stage}", "rule": "starved", "overrides": [zero, whole]},
+            {"name": f"shared-{stage}", "rule": "plain", "overrides": [zero, whole, *SHARED]},
             {"name": f"bf16-{stage}", "rule": "plain", "overrides": [zero, whole, "train.precision=bf16"]},
             {"name": f"bad_loss-{stage}", "rule": "bad_loss", "overrides": [zero, whole]},
             {"name": f"bad_loss-bf16-{stage}", "rule": "bad_loss", "overrides": [zero, whole, "train.precision=bf16"]},
@@ -33,6 +35,7 @@ def _cases() -> list[dict[str, Any]]:
         "train.activation_checkpointing=true",
     ]
     uneven = ["deepspeed.zero_stage=2", "model.router.explore=0", "train.log.every_steps=2"]
+    cases.append({"name": "documents", "rule": "plain", "overrides": ["deepspeed.zero_stage=0", SHARED[1]]})
     cases.append({"name": "uneven", "rule": "uneven", "overrides": [*uneven, "train.micro_batch_samples=2"]})
     cases.append({"name": "modules-3", "rule": "starved", "overrides": ["deepspeed.zero_stage=3", *modules]})
     return cases
@@ -40,7 +43,7 @@ def _cases() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Results of all cases by number of ranks; of plain bf16 on two."""
+    """Results of all cases by number of ranks; those of bf16 and of shared windows on two alone."""
     import yaml
 
     folder = tmp_path_factory.mktemp("ranks")
@@ -60,7 +63,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) -
     results = {}
     for ranks in (1, 2):
         cases, out = folder / f"cases-{ranks}.json", folder / f"{ranks}.json"
-        cases.write_text(json.dumps([c for c in _cases() if ranks == 2 or not c["name"].startswith("bf16")]))
+        two = ("bf16", "shared")
+        cases.write_text(json.dumps([c for c in _cases() if ranks == 2 or not c["name"].startswith(two)]))
         done = run(
             "tests.trainer.ranks_worker", str(folder / "run.yaml"), str(cases), str(out),
             processes=ranks, timeout_s=400,
@@ -93,6 +97,13 @@ def test_losses_and_weights_do_not_depend_on_ranks_stage_or_split(outcomes, refe
     assert one["losses"][-1] < one["losses"][0] - 0.05
     _agree(one, outcomes[ranks][f"plain-{stage}"], 2e-5)
     _agree(one, outcomes[ranks][f"split-{stage}"], 2e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_that_share_their_windows_train_as_one(outcomes, reference, stage):
+    """Micro-batches of four windows, half of each on either rank, whose documents cross from one to the other."""
+    _agree(reference("documents"), outcomes[2][f"shared-{stage}"], 2e-5)
+    assert reference("documents")["losses"] != reference("plain-0")["losses"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -22,7 +22,8 @@ def main() -> None:
     arguments = parser.parse_args()
     world = join(60.0)
     for overrides in json.loads(arguments.runs.read_text()):
-        assert train(load_file(arguments.config, overrides), arguments.config, world) == 0
+        config = load_file(arguments.config, overrides)
+        assert train(config, arguments.config, world.sharing_windows(config.deepspeed)) == 0
     leave()
 
 

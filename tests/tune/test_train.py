@@ -56,6 +56,8 @@ ONE_RANK = {
 TWO_RANKS = {
     **{f"{name}-{stage}": [*METHODS[name], f"deepspeed.zero_stage={stage}"] for name in ("lora",) for stage in STAGES},
     **{f"{name}-3": [*METHODS[name], "deepspeed.zero_stage=3"] for name in ("dora", "early", "none", "full")},
+    "lora-shared": [*METHODS["lora"], "deepspeed.zero_stage=3", "deepspeed.sequence_parallel=2"],
+    "full-shared": [*METHODS["full"], "deepspeed.zero_stage=1", "deepspeed.sequence_parallel=2"],
     "bf16-2": ["train.precision=bf16"],
     "bf16-3": ["train.precision=bf16", "deepspeed.zero_stage=3"],
     "dropped-3": ["adapter.dropout=0.2", "ensemble.balance=0.5", "deepspeed.zero_stage=3"],

@@ -113,7 +113,14 @@ def load(
         torch.manual_seed(generator_of(config.train.seed, name).initial_seed())
     else:
         set_rng_state(rng)
-    return state, change
+    return state, ", ".join(filter(None, (change, _sharing_change(checkpoint, config))))
+
+
+def _sharing_change(checkpoint: Path, config: StageConfig) -> str:
+    """How windows are shared otherwise than where a checkpoint was written, in words; its state is laid out alike."""
+    there = (peek(checkpoint / CONFIG)["deepspeed"] or {}).get("sequence_parallel", 1)
+    here = config.deepspeed.sequence_parallel
+    return "" if there == here else f"ranks that share a window {there} there and {here} here"
 
 
 def _layout_change(written: dict[str, Any], blocks: dict[str, Any], config: StageConfig, world: World) -> str:

@@ -43,11 +43,11 @@ def describe_start(config: StageConfig, data: TrainingData, world: World) -> str
 
 def machine(config: StageConfig, world: World) -> str:
     """The line on ranks, precision and ZeRO."""
-    train = config.train
+    train, shared = config.train, config.deepspeed.sequence_parallel
     return (
         f"machine   {counted(world.size, 'rank')} on {world.device.type}, {train.precision}, ZeRO "
         f"{config.deepspeed.zero_stage}, {counted(config.accumulation(world.size), 'micro-batch', 'micro-batches')} of "
-        f"{train.micro_batch_samples} samples a step and rank"
+        f"{train.micro_batch_samples} samples a step and {'rank' if shared == 1 else f'group of {shared} ranks'}"
     )
 
 

@@ -39,6 +39,7 @@ COLLECTIVES = {
     "c10d::_reduce_scatter_base_": "reduce_scatter",
     "c10d::allgather_into_tensor_coalesced_": "all_gather",
     "c10d::reduce_scatter_tensor_coalesced_": "reduce_scatter",
+    "c10d::alltoall_base_": "exchange",
 }
 
 
@@ -67,9 +68,12 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
     gc.collect()
     gc.freeze()  # what there is already, all modules with it, is not looked through again
     engine = build_engine(config, world)
+    world = world.sharing_windows(config.deepspeed)
     samples, tokens = config.train.micro_batch_samples, config.data.sequence_tokens
     accumulation = config.accumulation(world.size)
     batch = torch.randint(config.model.vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(0))
+    if world.sequence is not None:
+        batch = world.sequence.own(batch)
     others: list[float] = []
     kept: list[dict[str, float]] = []
 
@@ -82,7 +86,9 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
 
     def step(watch: bool) -> None:
         for number in range(accumulation):
-            forward: Callable[[], Any] = lambda: engine(batch, batch, sample_ids=torch.arange(samples))  # noqa: E731
+            forward: Callable[[], Any] = lambda: engine(  # noqa: E731
+                batch, batch, sample_ids=torch.arange(samples), sequence=world.sequence
+            )
             output = forward() if not watch else _kept(engine, forward, config.model.width, kept)
             engine.backward(output.loss.loss / batch.numel(), scale_wrt_gas=False)
             del output

@@ -11,7 +11,7 @@ import pytest
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from launch.plan.communication import volume
+from launch.plan.communication import sequence_volume, volume
 from launch.plan.memory_model import ZERO_DEFAULTS, Memory, checkpoint_bytes, memory
 from launch.plan.workload import (
     STAGES,
@@ -87,6 +87,8 @@ def test_bytes_in_bf16_on_two_ranks_are_as_planned(measure: Callable[..., Measur
         (1, "fp32", ("train.activation_checkpointing=true",)),
         (2, "bf16", ("train.activation_checkpointing=true", "model.router.granularity=module")),
         (1, "bf16", ("model.router.execution=reference", "model.tied_head=true")),
+        (2, "bf16", ("deepspeed.sequence_parallel=2", "model.router.explore=0.1")),
+        (2, "fp32", ("deepspeed.sequence_parallel=2", "train.activation_checkpointing=true")),
     ],
 )
 def test_bytes_are_as_planned(
@@ -119,11 +121,18 @@ def _agree(measured: Measured, ranks: int) -> None:
 def _moves_what_is_planned(measured: Measured) -> None:
     for name, workload, _, found in measured:
         stage, width = workload.config.deepspeed.zero_stage, WEIGHT_BYTES[workload.config.train.precision]
-        moved = volume(workload, stage, accumulation=2)
+        micro_batches = 2 * workload.shared
+        moved, shared = volume(workload, stage, micro_batches), sequence_volume(workload, micro_batches)
         if stage == 3:
             found = {**found, "all_reduce": 0.0}  # gloo's reduce-scatter is an all-reduce inside
-        for kind in ("all_reduce", "all_gather", "reduce_scatter"):
-            assert found[kind] * width == pytest.approx(getattr(moved, kind), rel=0.02), f"{name}: {kind}"
+        planned = {
+            "all_reduce": moved.all_reduce,
+            "all_gather": moved.all_gather + shared.all_gather,
+            "reduce_scatter": moved.reduce_scatter,
+            "exchange": shared.reduce_scatter,
+        }
+        for kind, bytes_planned in planned.items():
+            assert found[kind] * width == pytest.approx(bytes_planned, rel=0.02), f"{name}: {kind}"
 
 
 # Rajbhandari et al. 2020 (arXiv:1910.02054), table 1: GB a GPU of a 7.5 B model at 1, 4, 16, 64, 256 and 1,024 GPUs.
@@ -160,6 +169,8 @@ def test_the_config_moves_memory_the_right_way(config: dict[str, Any], write_con
 
     base = plan(3, 2)
     assert plan(3, 4).peak < base.peak
+    shared = [plan(3, 4, f"deepspeed.sequence_parallel={ranks}").activations for ranks in (1, 2, 4)]
+    assert 0.9 * shared[0] > shared[1] > shared[2] > shared[0] / 4
     assert plan(3, 2, "train.activation_checkpointing=true").activations < base.activations
     assert plan(3, 2, "model.router.density=0.25").activations < base.activations
     assert plan(3, 2, "model.router.execution=reference").activations > 1.4 * base.activations
