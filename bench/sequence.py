@@ -1,0 +1,180 @@
+"""Windows that ranks share against windows of their own: time, memory and balance at several lengths.
+
+    torchrun --nproc-per-node 2 -m bench.sequence configs/demo.yaml model.layers=4 model.width=256 model.heads=4 \\
+        model.kv_heads=1 model.ffn_width=768 --tokens 2048 4096 8192
+
+A step has as many windows as there are ranks. With ``deepspeed.sequence_parallel`` 1 every rank takes one of them, with
+more a group takes one after the other, each rank its part of all. Time: of a step, in turns in one process, over the
+first contestant's. Memory: the most that a rank's step holds besides weights and optimiser, over the first one's.
+Balance: FLOPs of the rank that executes most over the mean of all, in the order that is built (the p-th stretch from
+either end) and with one stretch a rank from first to last, of the same decisions. CONFIG's shards must be prepared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from bench.common.steps import stepper
+from settings import parse_arguments, path_argument, tables, user_errors
+from trainer.config import PretrainConfig, load_run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from trainer.distributed import World
+
+TOKENS = (2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was found of ``shared`` ranks a window of ``tokens``.
+
+    Attributes:
+        seconds: of each round's step.
+        peak_bytes: of the rank that held most.
+        balance, in_order: FLOPs of the busiest rank over the mean, as built and from first to last.
+    """
+
+    tokens: int
+    shared: int
+    seconds: list[float]
+    peak_bytes: int
+    balance: float
+    in_order: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        prog="bench.sequence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="YAML of a stage-one run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="window lengths")
+    parser.add_argument("--rounds", type=int, default=3, help="steps of each (default: %(default)s)")
+    parser.add_argument("--out", type=path_argument, help="also write the figures as JSON")
+    options = parse_arguments(parser, arguments)
+    with user_errors():
+        from trainer.distributed import join, leave
+
+        world = join(600.0)
+        shared = [ranks for ranks in range(1, world.size + 1) if world.size % ranks == 0]
+        rows = []
+        for tokens in options.tokens:
+            configs = {ranks: _config(options, tokens, ranks, world) for ranks in shared}
+            rows += measure(configs, world, options.rounds)
+        leave()
+        if world.is_main:
+            print(report(rows, world.size), flush=True)
+            if options.out:
+                options.out.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _config(options: argparse.Namespace, tokens: int, shared: int, world: World) -> PretrainConfig:
+    from trainer.precision import decide
+
+    config = load_run(
+        options.config,
+        [
+            *options.overrides,
+            f"data.sequence_tokens={tokens}",
+            f"model.max_positions={tokens}",
+            f"train.global_batch_samples={world.size}",
+            "train.micro_batch_samples=1",
+            "train.steps=10000",
+            "train.schedule.kind=constant",
+            "train.schedule.warmup_steps=0",
+            f"deepspeed.sequence_parallel={shared}",
+        ],
+    )
+    return decide(config, world)[0]
+
+
+def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) -> list[Row]:
+    """A row for each number of ranks that share a window; collective."""
+    import torch
+
+    from bench.common.memory import peak_bytes
+    from bench.common.timing import take_turns
+    from data.batches import TrainingData
+    from trainer.engine import build_engine
+
+    engines = {shared: build_engine(config, world) for shared, config in configs.items()}
+    worlds = {shared: world.sharing_windows(config.deepspeed) for shared, config in configs.items()}
+    steps = {str(shared): stepper(engine, configs[shared], worlds[shared]) for shared, engine in engines.items()}
+    seconds = take_turns(steps, rounds, world.device)
+    rows = []
+    for shared, config in configs.items():
+        peak = torch.tensor(float(peak_bytes(steps[str(shared)], world.device)))
+        batch = TrainingData(config.data).batch([0])
+        with torch.no_grad():
+            routing = engines[shared].module(batch.tokens.to(world.device), noise_scale=1.0).routing
+        executed, keys = routing.executed[:, 0].cpu(), routing._keys[0].cpu()
+        rows.append(
+            Row(
+                config.data.sequence_tokens,
+                shared,
+                seconds[str(shared)],
+                int(world.largest(peak)),
+                balance(config, executed, keys, shared),
+                balance(config, executed, keys, shared, in_order=True),
+            )
+        )
+    for engine in engines.values():
+        engine.destroy()
+    return rows
+
+
+def balance(config: PretrainConfig, executed: Tensor, keys: Tensor, shared: int, in_order: bool = False) -> float:
+    """FLOPs of the rank that executes most of a window over the mean of those that share it.
+
+    Args:
+        config: the run's.
+        executed: bool [S, T], what each routed site executes.
+        keys: int64 [T], how many each token sees.
+        shared: how many ranks.
+        in_order: each has one stretch, from first to last.
+    """
+    import torch
+
+    from model.flops import Routed, executed_flops
+
+    stretches = torch.arange(len(keys)).chunk(shared if in_order else 2 * shared)
+    flops = []
+    for rank in range(shared):
+        own = stretches[rank] if in_order else torch.cat((stretches[rank], stretches[-1 - rank]))
+        mask, seen = executed[:, own], keys[own]
+        counts = Routed(len(own), int(seen.sum()), mask.sum(1).tolist(), (mask * seen).sum(1).tolist())
+        flops.append(executed_flops(config.model, counts))
+    return max(flops) * shared / sum(flops)
+
+
+def report(rows: Sequence[Row], ranks: int) -> str:
+    """A table, each length against the row before which nothing is shared."""
+    from bench.common.timing import ratios
+
+    table = [["tokens", "ranks a window", "time", "peak memory", "busiest rank", "in order"]]
+    for row in rows:
+        alone = next(r for r in rows if r.tokens == row.tokens and r.shared == 1)
+        spread = ratios(row.seconds, alone.seconds)
+        table.append(
+            [
+                f"{row.tokens:,}",
+                str(row.shared),
+                f"{spread.median:.3f} ({spread.low:.3f} to {spread.high:.3f})",
+                f"{row.peak_bytes / alone.peak_bytes:.3f}",
+                f"{row.balance:.3f}",
+                f"{row.in_order:.3f}",
+            ]
+        )
+    return f"{ranks} ranks, {ranks} windows a step\n{tables.columns(table)}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
