@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PROCESSES ?= 2
+WORKERS ?= 3
 MINUTES ?= 10
 OUT ?= runs/gpu
 DEVICE ?= cuda
@@ -44,11 +45,12 @@ $(VENV)/.tools: $(VENV)/.installed requirements-dev.txt
 demo: setup
 	@$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
 
+# Three on two cores: much of a test's time is waiting, for ranks that start and daemons that answer.
 quick: tools
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "quick or not (processes or engines)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "quick or not (processes or engines)"
 
 test: tools
-	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONFAULTHANDLER=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 faults: tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "slow or not slow" tests/faults

@@ -5,8 +5,8 @@
 
 A step has as many windows as there are ranks. With ``deepspeed.sequence_parallel`` 1 every rank takes one of them, with
 more a group takes one after the other, each rank its part of all. Time: of a step, in turns in one process, over the
-first contestant's. Memory: the most that a rank's step holds besides weights and optimiser, over the first one's.
-Balance: FLOPs of the rank that executes most over the mean of all, in the order that is built (the p-th stretch from
+first contestant's. Memory: what autograd keeps of a rank's forward pass, and the most that its step holds besides
+weights and optimiser, with logits and gradients, which are of the same size for all; over the first one's. Balance: FLOPs of the rank that executes most over the mean of all, in the order that is built (the p-th stretch from
 either end) and with one stretch a rank from first to last, of the same decisions. CONFIG's shards must be prepared.
 """
 
@@ -16,6 +16,7 @@ import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bench.common.steps import stepper
@@ -36,13 +37,14 @@ class Row:
 
     Attributes:
         seconds: of each round's step.
-        peak_bytes: of the rank that held most.
+        kept_bytes, peak_bytes: of the rank that held most.
         balance, in_order: FLOPs of the busiest rank over the mean, as built and from first to last.
     """
 
     tokens: int
     shared: int
     seconds: list[float]
+    kept_bytes: int
     peak_bytes: int
     balance: float
     in_order: float
@@ -100,10 +102,12 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
     """A row for each number of ranks that share a window; collective."""
     import torch
 
-    from bench.common.memory import peak_bytes
+    from bench.common.memory import kept_bytes, peak_bytes
     from bench.common.timing import take_turns
     from data.batches import TrainingData
+    from model.visibility import Visibility
     from trainer.engine import build_engine
+    from trainer.step import forward, to_device
 
     engines = {shared: build_engine(config, world) for shared, config in configs.items()}
     worlds = {shared: world.sharing_windows(config.deepspeed) for shared, config in configs.items()}
@@ -111,17 +115,27 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
     seconds = take_turns(steps, rounds, world.device)
     rows = []
     for shared, config in configs.items():
-        peak = torch.tensor(float(peak_bytes(steps[str(shared)], world.device)))
-        batch = TrainingData(config.data).batch([0])
+        engine, here = engines[shared], worlds[shared]
+        batch, progress = to_device(TrainingData(config.data).batch([0]), world.device), config.train.progress(0)
+        peak = float(peak_bytes(steps[str(shared)], world.device))
+        own = here.part(batch)
+        kept = kept_bytes(
+            partial(forward, engine, own, config, progress, sequence=here.sequence), engine.module.parameters()
+        )
         with torch.no_grad():
-            routing = engines[shared].module(batch.tokens.to(world.device), noise_scale=1.0).routing
-        executed, keys = routing.executed[:, 0].cpu(), routing._keys[0].cpu()
+            output = forward(engine.module, batch, config, progress)
+        most = world.largest(torch.tensor([kept, peak], dtype=torch.float64, device=world.device)).tolist()
+        executed = output.routing.executed[:, 0].cpu()
+        places = torch.arange(executed.shape[1])
+        documents = None if batch.documents is None else batch.documents.cpu()
+        keys = Visibility(places, len(places), documents).counts()[0]
         rows.append(
             Row(
                 config.data.sequence_tokens,
                 shared,
                 seconds[str(shared)],
-                int(world.largest(peak)),
+                int(most[0]),
+                int(most[1]),
                 balance(config, executed, keys, shared),
                 balance(config, executed, keys, shared, in_order=True),
             )
@@ -159,7 +173,7 @@ def report(rows: Sequence[Row], ranks: int) -> str:
     """A table, each length against the row before which nothing is shared."""
     from bench.common.timing import ratios
 
-    table = [["tokens", "ranks a window", "time", "peak memory", "busiest rank", "in order"]]
+    table = [["tokens", "ranks a window", "time", "activations", "peak memory", "busiest rank", "in order"]]
     for row in rows:
         alone = next(r for r in rows if r.tokens == row.tokens and r.shared == 1)
         spread = ratios(row.seconds, alone.seconds)
@@ -168,6 +182,7 @@ def report(rows: Sequence[Row], ranks: int) -> str:
                 f"{row.tokens:,}",
                 str(row.shared),
                 f"{spread.median:.3f} ({spread.low:.3f} to {spread.high:.3f})",
+                f"{row.kept_bytes / alone.kept_bytes:.3f}",
                 f"{row.peak_bytes / alone.peak_bytes:.3f}",
                 f"{row.balance:.3f}",
                 f"{row.in_order:.3f}",

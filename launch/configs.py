@@ -64,14 +64,15 @@ def without_storage(config: PretrainConfig | TuneFile) -> tuple[StageConfig, Dec
     import torch
 
     from model.decoder import Decoder
-    from tune.adapters import prepare
-    from tune.base import Base
 
     model = model_of(config)
     with torch.device("meta"):
         decoder = Decoder(model)
     if isinstance(config, PretrainConfig):
         return config, decoder
+    from tune.adapters import prepare  # PEFT and transformers: as long again as all the rest
+    from tune.base import Base
+
     resolved = resolve(config, Base(decoder, model, Path(config.base.path), "", config.base.sha256 or ""))
     if resolved.ensemble is not None:
         decoder.add_ensemble(resolved.ensemble)

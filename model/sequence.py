@@ -57,8 +57,8 @@ class SequenceGroup:
     @torch.compiler.disable
     def keys_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of this rank's tokens, [B, T, G, K] each -> of the whole window's, [B, S, G, K] each."""
-        gathered: Tensor = _Gather.apply(torch.cat((keys, values), dim=2), self)
-        keys, values = gathered.chunk(2, dim=2)
+        gathered: Tensor = _Gather.apply(torch.cat((keys, values)), self)  # one collective; both contiguous behind it
+        keys, values = gathered.chunk(2)
         return keys, values
 
 

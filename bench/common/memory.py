@@ -51,6 +51,22 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return _highest(_allocations(profiled.kineto_results.experimental_event_tree()))
 
 
+def kept_bytes(call: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps of the forward pass ``call`` for its backward pass, besides ``weights``."""
+    kept: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach())
+        return kept[-1]
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = call()
+    own = {weight.untyped_storage().data_ptr() for weight in weights}
+    held = tensor_bytes(tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in own)
+    del output
+    return held
+
+
 def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
     """Time in ns, address and bytes (negative: released) of every allocation in the profiler's tree, oldest first."""
     found, waiting = [], list(tree)

@@ -15,7 +15,7 @@ from model.selection import Selection
 from model.visibility import Visibility
 from tests.model.tiny import assert_close, config, decoder, gradients, random_targets, random_tokens
 
-pytestmark = pytest.mark.processes  # of a C++ compiler, a minute of them
+pytestmark = pytest.mark.processes  # of a C++ compiler
 
 
 @pytest.fixture(autouse=True)
@@ -29,17 +29,18 @@ def _fresh_compiler() -> Iterator[None]:
 @pytest.mark.parametrize(
     ("capacity", "recompute", "backend"),
     [
-        (None, False, "inductor"),
+        pytest.param(None, False, "inductor", marks=pytest.mark.slow),
+        (None, False, "aot_eager"),
         (None, True, "aot_eager"),
         (Capacity(20), False, "aot_eager"),
         (Capacity(20), True, "aot_eager"),
     ],
-    ids=["rounded", "rounded-recompute", "capacity", "capacity-explored-recompute"],
+    ids=["inductor", "rounded", "rounded-recompute", "capacity", "capacity-explored-recompute"],
 )
 def test_layers_are_compiled_once_for_all_layers_and_densities(
     capacity: Capacity | None, recompute: bool, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default through C++, which takes a minute of a compiler.
+    """Through C++ once, two minutes of a compiler: ``pytest -m slow``.
 
     ``aot_eager`` traces forward and backward and compiles again as Inductor does, and has PyTorch run the graphs.
     """

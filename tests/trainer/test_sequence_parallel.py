@@ -13,7 +13,6 @@ from tests.ranks import Ranks
 
 Config = dict[str, Any]
 STEPS = 4
-FIGURES = ("train/", "validation/", "router/", "density/", "budget/", "compute/", "flops/")
 
 
 def _train(path: str, folder: Path, ranks: int, *overrides: str) -> str:
@@ -64,6 +63,7 @@ def test_a_run_goes_on_at_any_number_of_ranks_that_share(path: str, tmp_path: Pa
 @pytest.mark.parametrize("capacity", [False, True], ids=["quantile", "capacity"])
 def test_a_capacity_and_thresholds_are_of_whole_windows(path: str, tmp_path: Path, capacity: bool) -> None:
     more = ["model.router.execution=capacity"] if capacity else ["model.router.budget.controller=quantile"]
+    more += ["train.stop_at_step=3", "train.evaluation.every_steps=4", "train.log.images=false"]
     folders = [tmp_path / "whole", tmp_path / "shared"]
     _train(path, folders[0], 1, "deepspeed.zero_stage=1", *more)
     _train(path, folders[1], 2, "deepspeed.zero_stage=1", "deepspeed.sequence_parallel=2", *more)
@@ -75,5 +75,3 @@ def test_a_capacity_and_thresholds_are_of_whole_windows(path: str, tmp_path: Pat
 def test_ranks_that_do_not_divide_are_told(path: str, tmp_path: Path) -> None:
     with Ranks(path, f"train.run_dir={tmp_path / 'run'}", "deepspeed.sequence_parallel=2", count=3) as ranks:
         assert "deepspeed.sequence_parallel (2) must divide the number of ranks (3), because" in ranks.error()
-    with Ranks(path, f"train.run_dir={tmp_path / 'run'}", "deepspeed.sequence_parallel=4", count=2) as ranks:
-        assert "deepspeed.sequence_parallel (4) must divide the number of ranks (2), because" in ranks.error()

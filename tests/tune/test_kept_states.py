@@ -155,6 +155,10 @@ def test_the_command_keeps_states_for_the_runs_after_it(dense: str, tuning: dict
         ({"adapter": {"kind": "full"}}, "adapter.kind full with adapter.layers all trains the first one"),
         ({"adapter": {"layers": "early"}}, "adapter.kind lora with adapter.layers early trains the first one"),
         ({"adapter": {"kind": "none"}, "deepspeed": {"zero_stage": 3}}, "needs deepspeed.zero_stage 0, 1 or 2"),
+        (
+            {"adapter": {"kind": "none"}, "deepspeed": {"sequence_parallel": 2}},
+            r"keeps the states of whole windows, and here deepspeed.sequence_parallel \(2\) ranks share each",
+        ),
         ({"adapter": {"layers": "late"}, "ensemble": None}, "adapter.layers late means the ensemble's layers"),
     ],
 )

@@ -398,6 +398,12 @@ def test_a_batch_that_does_not_divide_is_an_error(tiny: dict[str, Any]) -> None:
     assert only(ranks.batch(config, ALONE)).level == "ok"
     finding = only(run({"batch": lambda: ranks.batch(config, replace(ALONE, size=3))}))
     assert finding.level == "error" and "2 x 3 = 6" in finding.found
+    tiny["deepspeed"]["sequence_parallel"] = 2
+    shared = PretrainConfig.model_validate(tiny)
+    finding = only(ranks.batch(shared, replace(ALONE, size=4)))
+    assert "2 micro-batches of 2 on each of 2 groups of 2 ranks that share their windows" in finding.found
+    finding = only(run({"batch": lambda: ranks.batch(shared, replace(ALONE, size=3))}))
+    assert finding.level == "error" and "must divide the number of ranks (3)" in finding.found
 
 
 # The report.

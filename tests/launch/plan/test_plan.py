@@ -197,6 +197,25 @@ def test_stages_and_gpus_that_do_not_fit_are_marked(planned: Callable[..., tuple
     assert memory(workload, 3, 8).peak > 24 * GIB
 
 
+def test_the_plan_says_how_many_ranks_must_share_a_window(planned: Callable[..., tuple[int, str]]) -> None:
+    long = ["data.sequence_tokens=131072", "model.max_positions=131072", "train.micro_batch_samples=1"]
+    asked = ["--gpus", "8", "--gpu", "h100-80g", "train.global_batch_samples=32"]
+    table = "ranks that share a window of"
+    assert table not in planned(LARGE, *asked)[1]
+    checkpointing = "train.activation_checkpointing=false"
+    out = planned(LARGE, *long, *asked, checkpointing)[1]
+    rows = {int(c[0]): c for line in out[out.index(table) :].splitlines()[2:6] if (c := line.replace("<", "").split())}
+    assert list(rows) == [1, 2, 4, 8] and rows[1][2] == "no" and rows[8][2] == "yes"
+    peaks = [float(row[1].replace(",", "")) for row in rows.values()]
+    assert peaks == sorted(peaks, reverse=True)
+
+    shared = planned(LARGE, *long, *asked, checkpointing, "deepspeed.sequence_parallel=8")[1]
+    assert "32 micro-batches of 1 for 8 GPUs that share them" in shared and "8 <" in shared
+    assert re.search(rf"^peak .* {peaks[3]:.2f}", shared, re.MULTILINE)
+    status, told = planned(LARGE, *long, *asked, "deepspeed.sequence_parallel=3")
+    assert status == 1 and "2 x deepspeed.sequence_parallel (6)" in told
+
+
 def test_only_stages_that_the_config_allows_are_planned(planned: Callable[..., tuple[int, str]]) -> None:
     for override, stages in (
         ("train.compile=true", [0, 1, 2]),
