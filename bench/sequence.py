@@ -6,8 +6,9 @@
 A step has as many windows as there are ranks. With ``deepspeed.sequence_parallel`` 1 every rank takes one of them, with
 more a group takes one after the other, each rank its part of all. Time: of a step, in turns in one process, over the
 first contestant's. Memory: what autograd keeps of a rank's forward pass, and the most that its step holds besides
-weights and optimiser, with logits and gradients, which are of the same size for all; over the first one's. Balance: FLOPs of the rank that executes most over the mean of all, in the order that is built (the p-th stretch from
-either end) and with one stretch a rank from first to last, of the same decisions. CONFIG's shards must be prepared.
+weights and optimiser, with logits and gradients, which are of the same size for all; over the first one's. Balance:
+FLOPs of the rank that executes most over the mean of all, in the order that is built (the p-th stretch from either end)
+and with one stretch a rank from first to last, of the same decisions. CONFIG's shards must be prepared.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ def _cases() -> list[dict[str, Any]]:
         "train.activation_checkpointing=true",
     ]
     uneven = ["deepspeed.zero_stage=2", "model.router.explore=0", "train.log.every_steps=2"]
+    bf16 = ["deepspeed.zero_stage=1", "train.micro_batch_samples=4", "train.precision=bf16"]
+    cases.append({"name": "shared-bf16", "rule": "plain", "overrides": [*bf16, "deepspeed.sequence_parallel=2"]})
     cases.append({"name": "uneven", "rule": "uneven", "overrides": [*uneven, "train.micro_batch_samples=2"]})
     cases.append({"name": "modules-3", "rule": "starved", "overrides": ["deepspeed.zero_stage=3", *modules]})
     return cases
@@ -101,6 +103,8 @@ def test_losses_and_weights_do_not_depend_on_ranks_stage_or_split(outcomes, refe
 def test_two_ranks_that_share_their_windows_train_as_one(outcomes, reference, stage):
     """Micro-batches of four windows, half of each on either rank."""
     _agree(reference("plain-0"), outcomes[2][f"shared-{stage}"], 2e-5)
+    low = [outcomes[2][name]["losses"] for name in ("bf16-1", "shared-bf16")]
+    assert low[1] == pytest.approx(low[0], rel=2e-3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
