@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from trainer.distributed import World
 
 TOKENS = (2048, 4096, 8192)
+_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         from trainer.distributed import join, leave
 
-        world = join(600.0)
+        world = join(_TIMEOUT_S)
         shared = [ranks for ranks in range(1, world.size + 1) if world.size % ranks == 0]
         rows = []
         for tokens in options.tokens:
@@ -111,7 +112,7 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
     from trainer.step import forward, to_device
 
     engines = {shared: build_engine(config, world) for shared, config in configs.items()}
-    worlds = {shared: world.sharing_windows(config.deepspeed) for shared, config in configs.items()}
+    worlds = {shared: world.sharing_windows(config.deepspeed, _TIMEOUT_S) for shared, config in configs.items()}
     steps = {str(shared): stepper(engine, configs[shared], worlds[shared]) for shared, engine in engines.items()}
     seconds = take_turns(steps, rounds, world.device)
     rows = []

@@ -27,8 +27,7 @@ from typing import Any
 from tests.launching import ROOT, environment, free_port
 
 _FORKS = multiprocessing.get_context("forkserver")
-_HEAVY = ["pretrain.train", "tune.train", "convert.to_hf", "peft", "matplotlib.pyplot", "torch._inductor.compile_fx"]
-_FORKS.set_forkserver_preload([__name__, *_HEAVY])
+_FORKS.set_forkserver_preload([__name__, "tests.heavy"])
 _PATIENCE_S = 240.0
 _GRACE_S = 30.0
 """How long the others may go on after one has failed; gloo notices within seconds."""

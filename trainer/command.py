@@ -48,7 +48,7 @@ def run_stage(
 
         with user_errors():  # a host that does not answer now may be another one, or well, at the next start
             world = join(config.train.timeout_s, Path(str(config.train.run_dir)))
-        world = world.sharing_windows(config.deepspeed)
+        world = world.sharing_windows(config.deepspeed, config.train.timeout_s)
         status = train(config, arguments.config, world)
         del world  # refers to a process group
         leave()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -53,8 +54,9 @@ def import_deepspeed() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # what it would find out by itself, with a warning
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once per step.
     warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor.*", category=FutureWarning)
-    import deepspeed
-    import deepspeed.ops
+    with _no_mlflow():
+        import deepspeed
+        import deepspeed.ops
 
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
@@ -64,6 +66,19 @@ def import_deepspeed() -> Any:
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextmanager
+def _no_mlflow() -> Iterator[None]:
+    """Inside, MLflow cannot be imported unless it is already: DeepSpeed's autotuner would, a second of every start."""
+    if {"mlflow", "deepspeed"} & sys.modules.keys():
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
 
 
 def types_in_files() -> list[Any]:

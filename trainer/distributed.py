@@ -71,8 +71,12 @@ class World:
         """How many have windows of their own."""
         return self.size // self.shared
 
-    def sharing_windows(self, settings: DeepSpeedSettings) -> World:
+    def sharing_windows(self, settings: DeepSpeedSettings, timeout_s: float) -> World:
         """The same, where neighbouring ranks share their windows as ``settings`` say; collective.
+
+        Args:
+            settings: of the run.
+            timeout_s: how long a collective among them may wait.
 
         Raises:
             ValueError: the ranks do not divide into such groups.
@@ -81,7 +85,7 @@ class World:
         ranks = settings.sequence_parallel
         if ranks == 1:
             return self
-        own, _ = dist.new_subgroups(ranks)
+        own, _ = dist.new_subgroups(ranks, timeout=timedelta(seconds=timeout_s))
         return replace(self, sequence=SequenceGroup(self.rank % ranks, ranks, own))
 
     def part(self, batch: Batch) -> Batch:

@@ -45,7 +45,7 @@ def main() -> None:
     results = {}
     for case in json.loads(arguments.cases.read_text()):
         config = load(arguments.config, case["overrides"], PretrainConfig)
-        results[case["name"]] = RULES[case["rule"]](config, world.sharing_windows(config.deepspeed))
+        results[case["name"]] = RULES[case["rule"]](config, world.sharing_windows(config.deepspeed, 60.0))
         LearnedRouter.forward = _decide  # type: ignore[method-assign]
         trainer.step.forward = _forward
     if world.is_main:

@@ -23,7 +23,7 @@ def main() -> None:
     world = join(60.0)
     for overrides in json.loads(arguments.runs.read_text()):
         config = load_file(arguments.config, overrides)
-        assert train(config, arguments.config, world.sharing_windows(config.deepspeed)) == 0
+        assert train(config, arguments.config, world.sharing_windows(config.deepspeed, 60.0)) == 0
     leave()
 
 

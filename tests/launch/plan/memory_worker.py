@@ -68,7 +68,7 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
     gc.collect()
     gc.freeze()  # what there is already, all modules with it, is not looked through again
     engine = build_engine(config, world)
-    world = world.sharing_windows(config.deepspeed)
+    world = world.sharing_windows(config.deepspeed, 60.0)
     samples, tokens = config.train.micro_batch_samples, config.data.sequence_tokens
     accumulation = config.accumulation(world.size)
     batch = torch.randint(config.model.vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(0))
