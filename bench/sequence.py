@@ -104,7 +104,7 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
     """A row for each number of ranks that share a window; collective."""
     import torch
 
-    from bench.common.memory import kept_bytes, peak_bytes
+    from bench.common.memory import kept_tensors, peak_bytes, tensor_bytes
     from bench.common.timing import take_turns
     from data.batches import TrainingData
     from model.visibility import Visibility
@@ -115,22 +115,22 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
     worlds = {shared: world.sharing_windows(config.deepspeed, _TIMEOUT_S) for shared, config in configs.items()}
     steps = {str(shared): stepper(engine, configs[shared], worlds[shared]) for shared, engine in engines.items()}
     seconds = take_turns(steps, rounds, world.device)
+    alone = configs[1]
+    batch, progress = TrainingData(alone.data).batch([0]), alone.train.progress(0)
+    with torch.no_grad():
+        output = forward(engines[1].module, to_device(batch, world.device), alone, progress)
+    executed = output.routing.executed[:, 0].cpu()
+    keys = Visibility(torch.arange(executed.shape[1]), executed.shape[1], batch.documents).counts()[0]
     rows = []
     for shared, config in configs.items():
         engine, here = engines[shared], worlds[shared]
-        batch, progress = to_device(TrainingData(config.data).batch([0]), world.device), config.train.progress(0)
-        peak = float(peak_bytes(steps[str(shared)], world.device))
-        own = here.part(batch)
-        kept = kept_bytes(
-            partial(forward, engine, own, config, progress, sequence=here.sequence), engine.module.parameters()
-        )
-        with torch.no_grad():
-            output = forward(engine.module, batch, config, progress)
-        most = world.largest(torch.tensor([kept, peak], dtype=torch.float64, device=world.device)).tolist()
-        executed = output.routing.executed[:, 0].cpu()
-        places = torch.arange(executed.shape[1])
-        documents = None if batch.documents is None else batch.documents.cpu()
-        keys = Visibility(places, len(places), documents).counts()[0]
+        peak = peak_bytes(steps[str(shared)], world.device)
+        own = to_device(here.part(batch), world.device)
+        output, kept = kept_tensors(partial(forward, engine, own, config, progress, sequence=here.sequence))
+        weights = {weight.untyped_storage().data_ptr() for weight in engine.module.parameters()}
+        held = tensor_bytes(tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in weights)
+        del output, kept
+        most = world.largest(torch.tensor([held, peak], dtype=torch.float64, device=world.device)).tolist()
         rows.append(
             Row(
                 config.data.sequence_tokens,
@@ -160,11 +160,12 @@ def balance(config: PretrainConfig, executed: Tensor, keys: Tensor, shared: int,
     import torch
 
     from model.flops import Routed, executed_flops
+    from model.sequence import places_of
 
-    stretches = torch.arange(len(keys)).chunk(shared if in_order else 2 * shared)
+    stretches = torch.arange(len(keys)).chunk(shared)
     flops = []
     for rank in range(shared):
-        own = stretches[rank] if in_order else torch.cat((stretches[rank], stretches[-1 - rank]))
+        own = stretches[rank] if in_order else places_of(rank, shared, len(keys))
         mask, seen = executed[:, own], keys[own]
         counts = Routed(len(own), int(seen.sum()), mask.sum(1).tolist(), (mask * seen).sum(1).tolist())
         flops.append(executed_flops(config.model, counts))

@@ -44,7 +44,6 @@ class PassInputs:
         recompute: activation checkpointing: recompute a layer's inside in the backward pass.
         capacity: how many tokens of a row a routed site computes; None where shapes follow the decisions.
         one_on_host: every row has one token, and the host sees decisions for nothing: decoding on a CPU.
-        sequence: the ranks that share the windows; None where every rank has whole ones.
     """
 
     cos: Tensor
@@ -55,7 +54,11 @@ class PassInputs:
     recompute: bool
     capacity: Capacity | None = None
     one_on_host: bool = False
-    sequence: SequenceGroup | None = None
+
+    @property
+    def sequence(self) -> SequenceGroup | None:
+        """The ranks that share the windows; None where every rank has whole ones."""
+        return None if self.routing is None else self.routing.sequence
 
 
 class Decision(NamedTuple):

@@ -211,7 +211,7 @@ class Decoder(nn.Module):
         keys = length * shared if cache is None else cache.length + length
         visibility = Visibility(routing.positions, keys, documents)
         on_host = length == 1 and tokens.is_cpu and not torch.compiler.is_compiling()
-        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host, routing.sequence)
+        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host)
 
     def _run_layers(
         self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, inputs: PassInputs

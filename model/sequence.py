@@ -40,7 +40,7 @@ class SequenceGroup:
 
     def places(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Where this rank's ``tokens`` are in the window: int64 [T], rising."""
-        return self.own(torch.arange(tokens * self.size, device=device)[None])[0]
+        return places_of(self.place, self.size, tokens * self.size, device)
 
     def own(self, x: Tensor) -> Tensor:
         """This rank's part, [B, T, ...], of what all have of the whole window, [B, S, ...]; S is a multiple of 2 P."""
@@ -79,6 +79,11 @@ class _Gather(torch.autograd.Function):
         # Not a reduce-scatter: the same bytes, and the sum is in fp32 and in the order of the ranks.
         dist.all_to_all_single(found, parts, group=sequence.group)
         return found.sum(0, dtype=torch.float32).to(grad.dtype), None
+
+
+def places_of(place: int, size: int, window: int, device: torch.device | str = "cpu") -> Tensor:
+    """Where the tokens of the rank at ``place`` of ``size`` are in a window of ``window``: int64 [T], rising."""
+    return _part(torch.arange(window, device=device)[None].chunk(2 * size, dim=1), place)[0]
 
 
 def _part(stretches: tuple[Tensor, ...] | list[Tensor], place: int) -> Tensor:

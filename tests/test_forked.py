@@ -1,4 +1,4 @@
-"""Forked ranks find everything heavy imported, or the whole suite takes a third longer."""
+"""Forked ranks find everything heavy imported, or the whole suite takes minutes longer."""
 
 from __future__ import annotations
 

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import os
 import resource
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,20 +53,25 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     return _highest(_allocations(profiled.kineto_results.experimental_event_tree()))
 
 
-def kept_bytes(call: Callable[[], object], weights: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps of the forward pass ``call`` for its backward pass, besides ``weights``."""
-    kept: list[Tensor] = []
+@dataclass(eq=False)
+class _Saved:
+    """A tensor that autograd keeps."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.detach())
-        return kept[-1]
+    tensor: Tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+
+def kept_tensors(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
+    """What the forward pass ``call`` returns, and what autograd then keeps for the backward pass, weights included."""
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()  # what is dropped on the way leaves it
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor.detach())  # an output that holds its own node would never go
+        alive.add(saved)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         output = call()
-    own = {weight.untyped_storage().data_ptr() for weight in weights}
-    held = tensor_bytes(tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in own)
-    del output
-    return held
+    return output, [saved.tensor for saved in alive]
 
 
 def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:

@@ -131,7 +131,7 @@ def volume(workload: Workload, stage: Stage, accumulation: int) -> Volume:
 
 
 def sequence_volume(workload: Workload, accumulation: int) -> Volume:
-    """What the ranks that share windows move among themselves in a step; as little again for a capacity is left out."""
+    """What the ranks that share windows move among themselves in a step, but for the masks that a capacity asks for."""
     model, train = workload.model, workload.config.train
     if workload.shared == 1:
         return Volume(0, 0, 0, 0)
@@ -185,8 +185,7 @@ def step(workload: Workload, stage: Stage, ranks: int, cluster: Cluster, mfu: fl
         accumulation = workload.config.accumulation(ranks)
     except ValueError:
         train = workload.config.train
-        most = train.global_batch_samples // train.micro_batch_samples * workload.shared
-        reason = "exceeds" if ranks > most else "does not divide"
+        reason = "exceeds" if ranks > workload.most_ranks else "does not divide"
         return Step(ranks, problem=f"{ranks} x {train.micro_batch_samples} samples {reason} the global batch")
     host = host_s(workload, stage, accumulation)
     compute = compute_s(workload, stage, ranks, cluster.gpu, mfu)

@@ -83,6 +83,12 @@ class Workload:
         """How many ranks share a window."""
         return self.config.deepspeed.sequence_parallel
 
+    @property
+    def most_ranks(self) -> int:
+        """Over which the global batch can be spread, one micro-batch each or for each group that shares it."""
+        train = self.config.train
+        return train.global_batch_samples // train.micro_batch_samples * self.shared
+
     def sharing(self, ranks: int) -> Workload:
         """The same with windows shared by another number of ``ranks``."""
         settings = self.config.deepspeed.model_copy(update={"sequence_parallel": ranks})

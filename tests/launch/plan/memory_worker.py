@@ -15,9 +15,7 @@ import shutil
 import tempfile
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import profile
 
-from bench.common.memory import peak_bytes
+from bench.common.memory import kept_tensors, peak_bytes
 from launch.plan.workload import read_workload
 from trainer.distributed import World, join, leave
 from trainer.engine import build_engine
@@ -119,28 +117,13 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
     return result
 
 
-@dataclass(eq=False)
-class _Saved:
-    """A tensor that autograd keeps."""
-
-    tensor: Tensor
-
-
 def _kept(engine: Any, forward: Callable[[], Any], width: int, found: list[dict[str, float]]) -> Any:
     """Run ``forward``; note the bytes that autograd keeps besides weights, and how dense the routing was."""
-    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()  # what is dropped on the way leaves it
-
-    def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor.detach())  # an output that holds its own node would never go
-        alive.add(saved)
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
-        output = forward()
+    output, tensors = kept_tensors(forward)
     low = next(engine.module.parameters()).dtype != torch.float32
     weights = _of(engine.module.parameters())  # which stage 3 gathers on the way
     kept: Storages = {}
-    for tensor in (saved.tensor for saved in alive):
+    for tensor in tensors:
         storage = tensor.untyped_storage()
         # Torch has no bf16 RMSNorm on the CPU and keeps two fp32 copies of what goes in; the CUDA kernel that.
         copies = tensor.dtype == torch.float32 and tensor.shape[-1:] == (width,) and tensor.dim() < 4
