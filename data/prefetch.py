@@ -21,7 +21,7 @@ class Prefetch(Generic[Item]):
     def __init__(self, items: Iterable[Item], depth: int) -> None:
         assert depth >= 1
         self.waited_s = 0.0
-        """Seconds the consumer has waited for items so far: what loading costs the run."""
+        """Seconds the consumer has waited for items that were not ready, so far: what loading costs the run."""
         self._ready: queue.Queue[tuple[str, Item | BaseException | None]] = queue.Queue(depth)
         self._closed = threading.Event()
         self._over = False
@@ -34,9 +34,12 @@ class Prefetch(Generic[Item]):
     def __next__(self) -> Item:
         if self._over:
             raise StopIteration
-        started_s = time.perf_counter()
-        kind, item = self._ready.get()
-        self.waited_s += time.perf_counter() - started_s
+        try:
+            kind, item = self._ready.get_nowait()
+        except queue.Empty:
+            started_s = time.perf_counter()
+            kind, item = self._ready.get()
+            self.waited_s += time.perf_counter() - started_s
         if kind == "item":
             return item  # type: ignore[return-value]
         self._over = True

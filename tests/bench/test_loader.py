@@ -70,7 +70,7 @@ def test_a_slow_loader_is_caught(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_a_fast_loader_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A step long enough that two cores under load cannot make up a wait of a hundredth of it."""
+    """Steps so long that the next batch is there before they end, on busy cores too."""
     quick = Ours.step
 
     def long_step(ours: Ours) -> float:

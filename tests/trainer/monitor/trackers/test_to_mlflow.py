@@ -127,7 +127,7 @@ def test_a_server_that_is_killed_and_comes_back_has_every_figure(
     began_s = time.monotonic()
     for step in range(2, 30):
         made.log_figures(step, {"train/loss": 5.0 / step})
-    assert time.monotonic() - began_s < 0.5
+    assert time.monotonic() - began_s < 10  # one that waited would never come back: the server stays away until then
     _soon(lambda: said[0])
     server.start()
     _soon(lambda: said[1])
