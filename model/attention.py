@@ -15,6 +15,8 @@ heads, K head width, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from model.attend import attend
@@ -24,6 +26,10 @@ from model.norm import RMSNorm
 from model.rotary import rotate
 from model.selection import Selection
 from model.visibility import Visibility
+
+KeysValues = Callable[[], tuple[Tensor, Tensor]]
+"""Keys and values of all tokens, those included that are cached or on other ranks, [B, S, G, K] each; asked for when
+the queries are there, because other ranks' may be on their way until then."""
 
 
 class Attention(nn.Module):
@@ -51,8 +57,7 @@ class Attention(nn.Module):
     def forward(
         self,
         h: Tensor,
-        keys: Tensor,
-        values: Tensor,
+        keys_values: KeysValues,
         cos: Tensor,
         sin: Tensor,
         selection: Selection,
@@ -62,7 +67,7 @@ class Attention(nn.Module):
 
         Args:
             h: normed inputs of all tokens, [B, T, D].
-            keys, values: of all tokens, [B, S, G, K].
+            keys_values: of all tokens.
             cos, sin: rotation of the selected tokens, [N, K].
             selection: which tokens of the grid they are.
             visibility: which keys each of them sees.
@@ -76,5 +81,5 @@ class Attention(nn.Module):
         queries = queries.unflatten(-1, (self.heads, self.head_dim))
         if self.q_norm is not None:
             queries = self.q_norm(queries)
-        out = attend(rotate(queries, cos, sin), keys, values, selection, visibility)
+        out = attend(rotate(queries, cos, sin), *keys_values(), selection, visibility)
         return self.o_proj(out.flatten(1))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention
+from model.attention import Attention, KeysValues
 from model.cache import KVCache
 from model.config import Capacity, ModelConfig, RouterConfig
 from model.linear import Linear
@@ -84,10 +85,6 @@ class Decision(NamedTuple):
     def with_gate(self, gate: Gate) -> Decision:
         """The same tokens, with the values of ``gate``."""
         return self._replace(gate=gate._replace(decided=self.gate.executed, explored=self.gate.explored))
-
-
-KeysValues = tuple[Tensor, Tensor]
-"""Of all tokens, those included that are cached or on other ranks, [B, S, G, K] each."""
 
 
 class FeedForward(nn.Module):
@@ -159,14 +156,12 @@ class Block(nn.Module):
         def keys_values(h: Tensor) -> KeysValues | None:
             return self._keys_values(h, inputs) if site.attends else None
 
-        h = site.norm(x)
+        h, recomputes = site.norm(x), _recomputes(inputs)
+        shared = None if recomputes else keys_values(h)  # before the router: other ranks' are on their way meanwhile
         decision = _decide(gate(x, h), config, inputs)
         if _nothing_to_do(decision, inputs):
-            if site.attends:
-                self._write_keys_values(h, inputs)
             return x, decision
-        if not _recomputes(inputs):
-            shared = keys_values(h)
+        if not recomputes:
             missed = _missed(decision, inputs, site.part, x, h, shared)
             update = site.part(x, h, shared, decision.selection, inputs)
             return _add(x, update, missed, decision, config), decision
@@ -181,8 +176,9 @@ class Block(nn.Module):
 
         def whole(x: Tensor, missed: Tensor | None) -> tuple[Tensor, Gate]:
             h = site.norm(x)
+            shared = keys_values(h)
             decision = taken.with_gate(gate(x, h))
-            update = site.part(x, h, keys_values(h), decision.selection, inputs)
+            update = site.part(x, h, shared, decision.selection, inputs)
             return _add(x, update, missed, decision, config), decision.gate
 
         x, learning = _recomputed(whole, x, missed)
@@ -200,7 +196,7 @@ class Block(nn.Module):
     ) -> Tensor:
         assert shared is not None
         cos, sin = selection.gather(inputs.cos), selection.gather(inputs.sin)
-        return self.self_attn(h, *shared, cos, sin, selection, inputs.visibility)
+        return self.self_attn(h, shared, cos, sin, selection, inputs.visibility)
 
     def _ffn_update(
         self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
@@ -208,16 +204,14 @@ class Block(nn.Module):
         return self.mlp(selection.gather(h))
 
     def _keys_values(self, h: Tensor, inputs: PassInputs) -> KeysValues:
-        """Keys and values of all tokens, those included that are cached or on other ranks, [B, S, G, K] each."""
-        if inputs.cache is None:
-            own = self.self_attn.keys_values(h, inputs.cos, inputs.sin)
-            return own if inputs.sequence is None else inputs.sequence.keys_values(*own)
-        self._write_keys_values(h, inputs)
-        return inputs.cache.read(self.layer, h.shape[1])
-
-    def _write_keys_values(self, h: Tensor, inputs: PassInputs) -> None:
-        assert inputs.cache is not None
-        inputs.cache.write(self.layer, *self.self_attn.keys_values(h, inputs.cos, inputs.sin))
+        """Keys and values of all tokens, those included that are cached or on other ranks; own ones are cached."""
+        keys, values = self.self_attn.keys_values(h, inputs.cos, inputs.sin)
+        if inputs.cache is not None:
+            inputs.cache.write(self.layer, keys, values)
+            return partial(inputs.cache.read, self.layer, h.shape[1])
+        if inputs.sequence is not None:
+            return inputs.sequence.gather(keys, values)
+        return lambda: (keys, values)
 
 
 @dataclass(frozen=True)
@@ -239,7 +233,7 @@ class _Site:
 
 
 def _recomputes(inputs: PassInputs) -> bool:
-    return inputs.recompute and torch.is_grad_enabled()
+    return inputs.recompute and inputs.cache is None and torch.is_grad_enabled()
 
 
 def _recomputed(part: Callable[..., Any], *args: Tensor | None) -> Any:

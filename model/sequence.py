@@ -48,37 +48,98 @@ class SequenceGroup:
 
     def whole(self, x: Tensor) -> Tensor:
         """[B, T, ...] of every rank -> [B, S, ...], the whole window's, without a gradient."""
+        return _in_order(self.send(x, wait=True)[0])
+
+    def send(self, x: Tensor, wait: bool) -> tuple[Tensor, dist.Work | None]:
+        """[B, T, ...] of every rank -> [P, B, T, ...], there at once or when the work has been waited for."""
         x = x.contiguous()
         parts = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group=self.group)
-        early, late = parts.chunk(2, dim=2)
-        return torch.cat([*early, *[*late][::-1]], dim=1)
+        return parts, dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group=self.group, async_op=not wait)
 
-    @torch.compiler.disable
-    def keys_values(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of this rank's tokens, [B, T, G, K] each -> of the whole window's, [B, S, G, K] each."""
-        gathered: Tensor = _Gather.apply(torch.cat((keys, values)), self)  # one collective; both contiguous behind it
-        keys, values = gathered.chunk(2)
-        return keys, values
+    def gather(self, keys: Tensor, values: Tensor) -> Gathered:
+        """Ask the group for the whole window's keys and values; this rank's are [B, T, G, K] each."""
+        return Gathered(torch.cat((keys, values)), self)  # one collective; both contiguous behind it
 
 
-class _Gather(torch.autograd.Function):
-    """:meth:`SequenceGroup.whole`; backward, every rank gets the sum of what the group's ranks found for its part."""
+class Gathered:
+    """Keys and values of a whole window, which the group's ranks are sending each other; a call waits for them.
+
+    Args:
+        own: [2 B, T, G, K], this rank's, first keys, then values.
+        sequence: the group.
+
+    Both ways leave time for other work. Forward, between making one of these and the first call. Backward, autograd
+    takes first what came last: gradients are sent when attention has them, and waited for when the projections of keys
+    and values need them, after those of queries and the router.
+    """
+
+    def __init__(self, own: Tensor, sequence: SequenceGroup):
+        self._transfer = _Transfer(sequence)
+        self._with_gradient = torch.is_grad_enabled()
+        self._parts: Tensor = _Send.apply(own, self._transfer)
+        self._arrived: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self) -> tuple[Tensor, Tensor]:
+        """[B, S, G, K] each; the gradient is that of where this was made, whoever asks first."""
+        if self._arrived is None:
+            with torch.set_grad_enabled(self._with_gradient):
+                whole: Tensor = _Arrive.apply(self._parts, self._transfer)
+                keys, values = whole.chunk(2)
+            self._arrived = keys, values
+        return self._arrived
+
+
+class _Transfer:
+    """A collective of ``sequence`` under way."""
+
+    def __init__(self, sequence: SequenceGroup):
+        self.sequence = sequence
+        self._work: dist.Work | None = None
+
+    def begin(self, work: dist.Work | None) -> None:
+        self._work = work
+
+    def end(self) -> None:
+        assert self._work is not None, "a backward pass entered in the middle"
+        self._work.wait()
+        self._work = None
+
+
+class _Send(torch.autograd.Function):
+    """[B, T, ...] -> [P, B, T, ...], every rank's, once the transfer has ended; backward, the ranks' gradients' sum."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sequence: SequenceGroup) -> Tensor:
-        ctx.sequence = sequence
-        return sequence.whole(x)
+    def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        parts, work = transfer.sequence.send(x, wait=False)
+        transfer.begin(work)
+        return parts
+
+    @staticmethod
+    def backward(ctx: Any, found: Tensor) -> tuple[Tensor, None]:
+        ctx.transfer.end()
+        return found.sum(0, dtype=torch.float32).to(found.dtype), None
+
+
+class _Arrive(torch.autograd.Function):
+    """[P, B, T, ...] of the ranks -> [B, S, ...]; backward, every rank is sent what the others found for its part."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        transfer.end()
+        return _in_order(parts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        sequence: SequenceGroup = ctx.sequence
-        stretches = grad.chunk(2 * sequence.size, dim=1)
-        parts = torch.stack([_part(stretches, place) for place in range(sequence.size)])
+        transfer: _Transfer = ctx.transfer
+        size = transfer.sequence.size
+        stretches = grad.chunk(2 * size, dim=1)
+        parts = torch.stack([_part(stretches, place) for place in range(size)])
         found = torch.empty_like(parts)
         # Not a reduce-scatter: the same bytes, and the sum is in fp32 and in the order of the ranks.
-        dist.all_to_all_single(found, parts, group=sequence.group)
-        return found.sum(0, dtype=torch.float32).to(grad.dtype), None
+        transfer.begin(dist.all_to_all_single(found, parts, group=transfer.sequence.group, async_op=True))
+        return found, None
 
 
 def places_of(place: int, size: int, window: int, device: torch.device | str = "cpu") -> Tensor:
@@ -89,3 +150,9 @@ def places_of(place: int, size: int, window: int, device: torch.device | str = "
 def _part(stretches: tuple[Tensor, ...] | list[Tensor], place: int) -> Tensor:
     """[B, T, ...], what the rank at ``place`` has of all 2 P stretches of a window."""
     return torch.cat((stretches[place], stretches[-1 - place]), dim=1)
+
+
+def _in_order(parts: Tensor) -> Tensor:
+    """[P, B, T, ...], what each rank has -> the whole window, [B, S, ...]."""
+    early, late = parts.chunk(2, dim=2)
+    return torch.cat([*early, *[*late][::-1]], dim=1)

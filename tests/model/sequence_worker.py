@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -15,7 +16,7 @@ from model.chunks import IGNORED
 from model.config import Capacity, EnsembleConfig
 from model.decoder import Decoder, DecoderOutput
 from model.router import Centres
-from model.sequence import SequenceGroup
+from model.sequence import SequenceGroup, _Transfer
 from tests.model.tiny import assert_close, config, decoder, documents_of, random_targets, random_tokens
 
 LENGTH, BATCH = 48, 3
@@ -71,12 +72,13 @@ def main() -> None:
             _compare(case, sequence, places)
         except AssertionError as error:
             raise AssertionError(f"{name}, {size} ranks, rank {sequence.place}: {error}") from error
+    _transfers_leave_time(sequence, places)
     dist.barrier()
     dist.destroy_process_group()
 
 
 def _compare(case: Case, sequence: SequenceGroup, places: Tensor) -> None:
-    tokens, targets = random_tokens(BATCH, LENGTH), random_targets(BATCH, LENGTH)
+    tokens, targets = _batch()
     documents, positions = documents_of(11, 20, LENGTH - 31, batch=BATCH) if case.documents else (None, None)
     whole, shared = _model(case), _model(case)
     expected = _run(whole, case, tokens, targets, documents, positions)
@@ -106,6 +108,36 @@ def _compare(case: Case, sequence: SequenceGroup, places: Tensor) -> None:
         assert_close(_summed(parameter.grad), reference[name].grad)
         moved += bool(parameter.grad.any())
     assert moved > 0.8 * len(reference)
+
+
+def _transfers_leave_time(sequence: SequenceGroup, places: Tensor) -> None:
+    """Router and queries are computed between asking for keys and values and waiting for them, and so backward."""
+    case = Case({"explore": 0.0})
+    model, told = _model(case), list[str]()
+    begin, end = _Transfer.begin, _Transfer.end
+
+    def note(word: str) -> Any:
+        return lambda *_: told.append(word)
+
+    for layer in model.layers:
+        for module, word in ((layer.router, "router"), (layer.self_attn.q_proj, "queries")):
+            module.register_forward_hook(note(word))
+        layer.self_attn.q_proj.weight.register_hook(note("of queries"))
+        layer.self_attn.k_proj.weight.register_hook(note("of keys"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Transfer, "begin", lambda *args: (told.append("asked"), begin(*args)))
+        patch.setattr(_Transfer, "end", lambda *args: (told.append("arrived"), end(*args)))
+        output = _run(model, case, *(x[:, places] for x in _batch()), None, None, sequence)
+        layers = len(model.layers)
+        assert told == ["asked", "router", "queries", "arrived"] * layers, told
+        told.clear()
+        assert output.loss is not None
+        output.loss.loss.backward()
+    assert told == ["asked", "of queries", "arrived", "of keys"] * layers, told
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    return random_tokens(BATCH, LENGTH), random_targets(BATCH, LENGTH)
 
 
 def _model(case: Case) -> Decoder:

@@ -40,7 +40,7 @@ def test_against_a_loop(variant: str, documents: Tensor | None, everything: bool
     keys, values = attention.keys_values(h, cos, sin)
     turns = (selection.gather(t) for t in (cos, sin))
     visibility = Visibility(torch.arange(TOKENS), TOKENS, documents)
-    found = attention(h, keys, values, *turns, selection, visibility)
+    found = attention(h, lambda: (keys, values), *turns, selection, visibility)
 
     group = cfg.heads // cfg.kv_heads
     expected = []

@@ -18,9 +18,10 @@ from safetensors.torch import load_file as load_tensors
 from data.tokenization import load_text_tokenizer
 from model.decoder import Decoder
 from settings import user_errors
-from settings.load import _apply_override
+from settings.load import _apply_override, peek
 from tests.conftest import VOCAB
 from tests.launching import run
+from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.resume import _check_fit
 from trainer.checkpoints.save import conditions
 from trainer.distributed import ALONE
@@ -312,7 +313,7 @@ def test_a_resume_with_another_method_is_refused(
     checkpoint = runs("1/lora") / "checkpoints/step-00000002"
     written = {**conditions(resolved, ALONE), "zero_stage": 2, "data_fingerprint": "same"}
     with pytest.raises(ValueError, match="holds another model") as told:
-        _check_fit(written, checkpoint, "same", resolved, ALONE)
+        _check_fit(written, peek(checkpoint / CONFIG), checkpoint, "same", resolved, ALONE)
     assert CHANGES[change] in str(told.value) and "resume with the blocks that the run was started with" in str(
         told.value
     )

@@ -98,7 +98,8 @@ def load(
         ValueError: if the run's config or data do not fit the checkpoint.
     """
     written = manifest.read(checkpoint, world)
-    change = _check_fit(written, checkpoint, fingerprint, config, world)
+    blocks = peek(checkpoint / CONFIG)
+    change = _check_fit(written, blocks, checkpoint, fingerprint, config, world)
     with only_tensors(checkpoint):
         if change:
             reshard(engine, checkpoint / ENGINE, written, world)
@@ -113,12 +114,12 @@ def load(
         torch.manual_seed(generator_of(config.train.seed, name).initial_seed())
     else:
         set_rng_state(rng)
-    return state, ", ".join(filter(None, (change, _sharing_change(checkpoint, config))))
+    return state, ", ".join(filter(None, (change, _sharing_change(blocks, config))))
 
 
-def _sharing_change(checkpoint: Path, config: StageConfig) -> str:
+def _sharing_change(blocks: dict[str, Any], config: StageConfig) -> str:
     """How windows are shared otherwise than where a checkpoint was written, in words; its state is laid out alike."""
-    there = (peek(checkpoint / CONFIG)["deepspeed"] or {}).get("sequence_parallel", 1)
+    there = (blocks["deepspeed"] or {}).get("sequence_parallel", 1)
     here = config.deepspeed.sequence_parallel
     return "" if there == here else f"ranks that share a window {there} there and {here} here"
 
@@ -147,10 +148,14 @@ def _load_as_it_is(engine: Any, checkpoint: Path) -> None:
 
 
 def _check_fit(
-    written: dict[str, Any], checkpoint: Path, fingerprint: str | None, config: StageConfig, world: World
+    written: dict[str, Any],
+    blocks: dict[str, Any],
+    checkpoint: Path,
+    fingerprint: str | None,
+    config: StageConfig,
+    world: World,
 ) -> str:
     """Refuse what cannot be gone on from; return how its state is laid out otherwise than here."""
-    blocks = peek(checkpoint / CONFIG)
     if ("base" in blocks) != hasattr(config, "base"):
         writer, reader = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
         raise ValueError(f"{checkpoint} was written by {writer}, this is {reader}; give each its own train.run_dir")

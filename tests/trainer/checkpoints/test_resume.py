@@ -251,7 +251,7 @@ def test_a_run_of_the_other_stage_is_told_apart(configure: Configure, world: Wor
     path = saved / "config.yaml"
     path.write_text(path.read_text() + "base: {path: runs/base}\n")
     with pytest.raises(ValueError, match=r"was written by tune.train, this is pretrain.train; give each"):
-        resume._check_fit(manifest.read(saved, world), saved, "0" * 64, configure(), world)
+        resume.load(None, saved, "0" * 64, configure(), world)
 
 
 def test_what_may_change_on_the_way_is_not_refused(configure: Configure, world: World, saved: Path) -> None:
