@@ -187,6 +187,7 @@ def _be_process(
             os.dup2(file.fileno(), descriptor)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
+    multiprocessing.set_start_method(None, force=True)  # its own processes are not of this fork server
     torch.set_num_threads(1)
     try:
         if first is not None:

@@ -28,6 +28,8 @@ from trainer.trainer import TrainingStream
 
 TOKENS = 4096
 """At least so many are read by all ranks together, prompts and padding included; windows are whole."""
+_PASS_TOKENS = 1024
+"""At most so many go through the layers together, or one window."""
 
 
 def fit_norms(decoder: Decoder, data: TrainingStream, window_tokens: int, world: World) -> None:
@@ -82,10 +84,11 @@ def _late_states(decoder: Decoder, batch: Batch, device: torch.device) -> list[T
 
 
 def _first(data: TrainingStream, window_tokens: int, world: World) -> Iterator[Batch]:
-    """This rank's share of the run's first windows, one at a time."""
-    windows = -(-TOKENS // window_tokens)
-    for window in range(world.rank, windows, world.size):
-        yield data.batch([window])
+    """This rank's share of the run's first windows, some at a time."""
+    own = range(world.rank, -(-TOKENS // window_tokens), world.size)
+    together = max(_PASS_TOKENS // window_tokens, 1)
+    for first in range(0, len(own), together):
+        yield data.batch(own[first : first + together])
 
 
 @contextmanager
