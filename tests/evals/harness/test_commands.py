@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-lm_eval = pytest.importorskip("lm_eval")
+pytest.importorskip("lm_eval")
 
 from evals.harness.__main__ import main
 from evals.harness.tasks import HUB_ONE_SHOT
@@ -93,7 +93,9 @@ def test_names_of_the_harness() -> None:
 def test_a_task_of_the_hub_that_is_misspelt_or_out_of_reach(
     weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = harness.known_tasks(include=Path(lm_eval.__file__).parent / "tasks/piqa")
+    from lm_eval import tasks
+
+    known = harness.known_tasks(include=Path(tasks.__file__).parent / "piqa")
     monkeypatch.setattr(harness, "known_tasks", lambda *_, **__: known)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no retries: 23 seconds of waiting
     with pytest.raises(SystemExit) as ended:
