@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from model import noise
 from model.config import RouterConfig
+from model.linear import linear
 from model.sequence import SequenceGroup
 
 _EXPLORATION = 1 << 32
@@ -273,7 +274,7 @@ def _logits(x: Tensor, weight: Tensor, recompute: bool = False) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             return _logits(x, weight, recompute)
     if not torch.is_grad_enabled():
-        return F.linear(x.float(), weight.float())
+        return linear(x.float(), weight.float())
     wide = x.float()
     with nullcontext() if recompute else _kept_as(wide, x):
         return F.linear(wide, weight.float())
