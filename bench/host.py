@@ -79,7 +79,7 @@ def measure(
     for name, config in configs.items():
         decided, _ = decide(config, world)
         engines.append(build_engine(decided, world))
-        steps[name] = stepper(engines[-1], decided, world)
+        steps[name] = stepper(engines[-1], decided, world.sharing_windows(decided.deepspeed, 60.0))
         steps[name]()  # what is built in the first one
     found: dict[tuple[int, bool], list[float]] = {name: [] for name in configs}
     for _ in range(rounds):

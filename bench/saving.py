@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         world = join(60.0)
         config, _ = decide(config, world)
+        world = world.sharing_windows(config.deepspeed, 60.0)
         with tempfile.TemporaryDirectory(dir=options.disk) as folder:
             figures = measure(config, world, Path(folder), options.steps, options.rounds)
         leave()

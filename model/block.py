@@ -40,7 +40,7 @@ class PassInputs:
     Attributes:
         cos, sin: rotation of the tokens, [B, T, K].
         visibility: which keys each query sees.
-        routing: what routers read; None for a dense model.
+        routing: what routers read.
         cache: the KV cache to append to, if any.
         recompute: activation checkpointing: recompute a layer's inside in the backward pass.
         capacity: how many tokens of a row a routed site computes; None where shapes follow the decisions.
@@ -50,7 +50,7 @@ class PassInputs:
     cos: Tensor
     sin: Tensor
     visibility: Visibility
-    routing: RoutingInputs | None
+    routing: RoutingInputs
     cache: KVCache | None
     recompute: bool
     capacity: Capacity | None = None
@@ -59,7 +59,7 @@ class PassInputs:
     @property
     def sequence(self) -> SequenceGroup | None:
         """The ranks that share the windows; None where every rank has whole ones."""
-        return None if self.routing is None else self.routing.sequence
+        return self.routing.sequence
 
 
 class Decision(NamedTuple):
@@ -165,7 +165,10 @@ class Block(nn.Module):
             missed = _missed(decision, inputs, site.part, x, h, shared)
             update = site.part(x, h, shared, decision.selection, inputs)
             return _add(x, update, missed, decision, config), decision
-        missed = None if decision.explored is None else _missed(decision, inputs, site.part, x, h, keys_values(h))
+        missed = None
+        if decision.explored is not None:
+            with torch.no_grad():  # keys and values, too: the backward pass has its own
+                missed = _missed(decision, inputs, site.part, x, h, keys_values(h))
 
         # Of the above only masks and what explored tokens missed are kept: the norm's output, which is as large as x,
         # and the gate are computed again, and the tokens are those that were decided here.
@@ -210,7 +213,7 @@ class Block(nn.Module):
             inputs.cache.write(self.layer, keys, values)
             return partial(inputs.cache.read, self.layer, h.shape[1])
         if inputs.sequence is not None:
-            return inputs.sequence.gather(keys, values)
+            return inputs.sequence.keys_values(keys, values)
         return lambda: (keys, values)
 
 

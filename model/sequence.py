@@ -48,15 +48,17 @@ class SequenceGroup:
 
     def whole(self, x: Tensor) -> Tensor:
         """[B, T, ...] of every rank -> [B, S, ...], the whole window's, without a gradient."""
-        return _in_order(self.send(x, wait=True)[0])
+        parts, work = self.ask(x)
+        work.wait()
+        return _in_order(parts)
 
-    def send(self, x: Tensor, wait: bool) -> tuple[Tensor, dist.Work | None]:
-        """[B, T, ...] of every rank -> [P, B, T, ...], there at once or when the work has been waited for."""
+    def ask(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+        """[B, T, ...] of every rank -> [P, B, T, ...], which is there once the work has been waited for."""
         x = x.contiguous()
         parts = x.new_empty((self.size, *x.shape))
-        return parts, dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group=self.group, async_op=not wait)
+        return parts, dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group=self.group, async_op=True)
 
-    def gather(self, keys: Tensor, values: Tensor) -> Gathered:
+    def keys_values(self, keys: Tensor, values: Tensor) -> Gathered:
         """Ask the group for the whole window's keys and values; this rank's are [B, T, G, K] each."""
         return Gathered(torch.cat((keys, values)), self)  # one collective; both contiguous behind it
 
@@ -76,14 +78,15 @@ class Gathered:
     def __init__(self, own: Tensor, sequence: SequenceGroup):
         self._transfer = _Transfer(sequence)
         self._with_gradient = torch.is_grad_enabled()
-        self._parts: Tensor = _Send.apply(own, self._transfer)
+        self._parts: Tensor | None = _Send.apply(own, self._transfer)
         self._arrived: tuple[Tensor, Tensor] | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """[B, S, G, K] each; the gradient is that of where this was made, whoever asks first."""
         if self._arrived is None:
+            parts, self._parts = self._parts, None  # as large as what is made of it
             with torch.set_grad_enabled(self._with_gradient):
-                whole: Tensor = _Arrive.apply(self._parts, self._transfer)
+                whole: Tensor = _Arrive.apply(parts, self._transfer)
                 keys, values = whole.chunk(2)
             self._arrived = keys, values
         return self._arrived
@@ -96,11 +99,11 @@ class _Transfer:
         self.sequence = sequence
         self._work: dist.Work | None = None
 
-    def begin(self, work: dist.Work | None) -> None:
+    def begin(self, work: dist.Work) -> None:
         self._work = work
 
     def end(self) -> None:
-        assert self._work is not None, "a backward pass entered in the middle"
+        assert self._work is not None, "nothing was asked for"
         self._work.wait()
         self._work = None
 
@@ -111,7 +114,7 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        parts, work = transfer.sequence.send(x, wait=False)
+        parts, work = transfer.sequence.ask(x)
         transfer.begin(work)
         return parts
 

@@ -14,7 +14,7 @@ reduces every micro-batch's gradients, because it keeps only a part of them. Sta
 pass, and again for the backward pass what did not stay within ``stage3_max_live_parameters``.
 
 Ranks that share windows (deepspeed.sequence_parallel) gather the keys and values of every layer among themselves, and
-send back their gradients, while nothing is computed: :func:`sequence_volume`.
+send back their gradients, :func:`sequence_volume`; that router and queries are computed meanwhile is not counted.
 
 Time is bandwidth and latency: a gathered or scattered tensor of V bytes crosses a GPU's link as V (g - 1) / g within a
 node of g GPUs, and the node's network as V (n - 1) / n between n nodes, at the same time; an all-reduce is both.

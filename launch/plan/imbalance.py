@@ -107,10 +107,12 @@ def capacity_slowdown(workload: Workload) -> float:
 def sentence(workload: Workload, ranks: int) -> str:
     """What waiting adds to the compute of a config's step on ``ranks`` GPUs; empty where nobody waits."""
     model, config = workload.model, workload.config
-    if ranks == 1 or model.router is None or model.router.kind != "learned" or model.router.execution != "rounded":
+    if ranks == 1 or model.router is None or model.router.kind != "learned" or model.router.execution == "reference":
         return ""
-    if workload.shared > 1:
+    if workload.shared > 1:  # with a capacity, too, of which they have unlike shares
         return "waiting     for the rank that executes most is not estimated where ranks share windows; it adds to this"
+    if model.router.execution == "capacity":
+        return ""
     micro_batch = config.train.micro_batch_samples
     found = slowdowns(workload, Spread(), ranks, micro_batch, config.accumulation(ranks))
     stage = config.deepspeed.zero_stage

@@ -147,7 +147,7 @@ def _asked(workload: Workload, checkpointing: bool | None, density: float | None
     config = workload.config
     tokens = config.train.micro_batch_samples * config.data.sequence_tokens // workload.shared
     executed = workload.density if density is None else density
-    share = computed_share(workload.model, config.data.sequence_tokens, executed)
+    share = computed_share(workload.model, config.data.sequence_tokens, executed, workload.shared)
     return tokens, config.train.activation_checkpointing if checkpointing is None else checkpointing, share
 
 

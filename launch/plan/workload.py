@@ -62,7 +62,7 @@ class Workload:
     @property
     def computed_share(self) -> float:
         """Share of tokens that a routed site computes, fillers of a capacity and masked tokens included."""
-        return computed_share(self.model, self.config.data.sequence_tokens, self.density)
+        return computed_share(self.model, self.config.data.sequence_tokens, self.density, self.shared)
 
     @property
     def stages(self) -> list[Stage]:
@@ -140,12 +140,15 @@ def forward_flops(model: ModelConfig, sequence_tokens: int, density: float) -> f
     return executed_flops(model, full_windows(model, sequence_tokens, sequence_tokens, density)) / sequence_tokens
 
 
-def computed_share(model: ModelConfig, sequence_tokens: int, density: float) -> float:
-    """Share of a window's tokens that a routed site computes in training when routers pick ``density`` of them."""
+def computed_share(model: ModelConfig, sequence_tokens: int, density: float, shared: int = 1) -> float:
+    """Share of a window's tokens that a routed site computes in training when routers pick ``density`` of them.
+
+    Ranks that share a window, ``shared`` of them, compute what they have of a capacity's tokens and no fillers.
+    """
     if model.router is None or model.router.execution == "reference":
         return 1.0
     capacity = model.router.capacity(sequence_tokens, model.router.density)
-    return density if capacity is None else capacity.executed / sequence_tokens
+    return density if capacity is None or shared > 1 else capacity.executed / sequence_tokens
 
 
 def read_workload(path: str, overrides: Sequence[str] = ()) -> Workload:

@@ -37,7 +37,11 @@ def _cases() -> list[dict[str, Any]]:
     bf16 = ["deepspeed.zero_stage=1", "train.micro_batch_samples=4", "train.precision=bf16"]
     cases.append({"name": "shared-bf16", "rule": "plain", "overrides": [*bf16, "deepspeed.sequence_parallel=2"]})
     cases.append({"name": "uneven", "rule": "uneven", "overrides": [*uneven, "train.micro_batch_samples=2"]})
-    cases.append({"name": "modules-3", "rule": "starved", "overrides": ["deepspeed.zero_stage=3", *modules]})
+    modules.append("deepspeed.zero_stage=3")
+    cases.append({"name": "modules-3", "rule": "starved", "overrides": modules})
+    cases.append(
+        {"name": "shared-starved", "rule": "starved", "overrides": [*modules, "deepspeed.sequence_parallel=2"]}
+    )
     return cases
 
 
@@ -140,6 +144,7 @@ def _flops(tokens: int, executed: list[float], keys: list[float]) -> float:
 
 def test_module_routers_with_a_global_budget_and_checkpointing_agree_too(outcomes):
     _agree(outcomes[1]["modules-3"], outcomes[2]["modules-3"], 2e-5)
+    _agree(outcomes[1]["modules-3"], outcomes[2]["shared-starved"], 2e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

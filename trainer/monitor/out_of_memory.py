@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from trainer.config import StageConfig
@@ -128,6 +129,9 @@ def _advice(part: str, config: StageConfig, world: World) -> str:
             ways.append(f"train.micro_batch_samples={smaller}, which accumulates more")
         if not train.activation_checkpointing:
             ways.append("train.activation_checkpointing=true")
+        ranks = 2 * zero.sequence_parallel
+        if world.size % ranks == 0 and _may_share_windows(config, ranks):
+            ways.append(f"deepspeed.sequence_parallel={ranks}, ranks that share a window")
         ways.append("shorter windows (data.sequence_tokens)")
     else:
         stage = {"optimiser": 1, "gradients": 2, "parameters": 3}[part]
@@ -138,6 +142,17 @@ def _advice(part: str, config: StageConfig, world: World) -> str:
         if zero.offload == "none" and part != "gradients":
             ways.append(f"deepspeed.offload={'all' if part == 'parameters' else 'optimizer'}")
     return f"take {' or '.join(ways)}"
+
+
+def _may_share_windows(config: StageConfig, ranks: int) -> bool:
+    """Whether ``deepspeed.sequence_parallel`` may be ``ranks``."""
+    blocks = config.model_dump(mode="json")
+    blocks["deepspeed"]["sequence_parallel"] = ranks
+    try:
+        type(config).model_validate(blocks)
+    except ValidationError:
+        return False
+    return True
 
 
 def _snapshot(run: Path, world: World) -> str:

@@ -48,6 +48,14 @@ def test_nobody_waits_where_nothing_varies_or_nobody_else_is() -> None:
     assert "waiting     " in sentence(workload, 64) and "at ZeRO 3" in sentence(workload, 64)
 
 
+def test_ranks_that_share_windows_have_unlike_shares_of_a_capacity() -> None:
+    capacity, shared = "model.router.execution=capacity", "deepspeed.sequence_parallel=2"
+    workload = read_workload(CONFIG, [capacity, shared])
+    assert workload.computed_share == workload.density < read_workload(CONFIG, [capacity]).computed_share
+    assert "is not estimated where ranks share windows" in sentence(workload, 64)
+    assert sentence(read_workload(CONFIG, ["model.router.execution=reference", shared]), 64) == ""
+
+
 def test_a_capacity_is_the_work_of_its_tokens() -> None:
     """640 of 2,048 x 0.5 tokens and a quarter more, in whole blocks: 1,280 of 2,048, at every site."""
     workload = read_workload(CONFIG)

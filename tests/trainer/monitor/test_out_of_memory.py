@@ -76,7 +76,11 @@ def test_what_a_rank_holds_is_counted_at_every_stage(
         ("gradients", ["deepspeed.zero_stage=1"], "take deepspeed.zero_stage=2;"),
         ("parameters", [], "take deepspeed.zero_stage=3 or deepspeed.offload=all;"),
         ("activations", ["train.micro_batch_samples=1", "train.activation_checkpointing=true"],
-         "take shorter windows (data.sequence_tokens);"),
+         "take deepspeed.sequence_parallel=2, ranks that share a window or shorter windows (data.sequence_tokens);"),
+        ("activations", ["train.micro_batch_samples=1", "train.activation_checkpointing=true",
+                         "deepspeed.sequence_parallel=2"], "take shorter windows (data.sequence_tokens);"),
+        ("activations", ["train.micro_batch_samples=1", "train.activation_checkpointing=true",
+                         "data.sequence_tokens=30"], "take shorter windows (data.sequence_tokens);"),
     ],
 )  # fmt: skip
 def test_the_advice_is_for_the_largest_part(
