@@ -15,9 +15,11 @@ runs/NAME/
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from data.files import write_atomically
+from data.files import only_writer, write_atomically
 from settings import to_yaml
 from trainer import code_state
 from trainer.checkpoints.layout import CONFIG, checkpoints_of
@@ -37,6 +39,32 @@ class RunFolder:
         self.checkpoints = checkpoints_of(self.path)
         self.heartbeat = Heartbeat(self.path / "heartbeat", rank)
         self.log = self.path / "logs" / f"rank-{rank}.log"
+
+    def claim(self, config: StageConfig, original: str | Path, hold: ExitStack) -> str | None:
+        """Make the run folder and keep other runs out until ``hold`` is closed; why that is not possible, if so."""
+        try:
+            with self.writing():
+                self.path.mkdir(parents=True, exist_ok=True)
+                hold.enter_context(only_writer(self.path))
+                self.create(config, original)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Say of which folder an error of the disk is; of a full one Python does not.
+
+        Raises:
+            ValueError: in its place.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"train.run_dir {self.path} cannot be written ({error.strerror}); make room there and make it "
+                "writable, or give another folder"
+            ) from error
 
     def create(self, config: StageConfig, original: str | Path) -> None:
         """Make the folders; write the configs and which code this is (rank 0 only)."""

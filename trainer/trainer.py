@@ -6,13 +6,12 @@ validate and to take in a step. The loop around it is ``loop.py``, the same for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 from data.batches import Batch
-from data.files import only_writer
 from data.skip_ranges import refuse_other_past, sample_ids
 from data.stages import stage_after
 from model.budget import Budget
@@ -33,7 +32,7 @@ from trainer.monitor.metrics import Metrics
 from trainer.monitor.out_of_memory import is_out_of_memory, out_of_memory
 from trainer.monitor.profiler import StepProfiler
 from trainer.monitor.spikes import SpikeDetector, how_to_go_back
-from trainer.monitor.stop import StopRequest, is_lost_rank, too_many_bad_steps
+from trainer.monitor.stop import StopRequest, bad_step, is_lost_rank, too_many_bad_steps
 from trainer.monitor.watchdog import Watchdog
 from trainer.monitor.yardstick import measure_peak
 from trainer.precision import decide, slow_bf16_warning
@@ -127,7 +126,7 @@ class Trainer:
             given.put_into(self.engine, world)
         problem = None
         if world.is_main:
-            problem = _create(self.run, config, config_path, self._hold)
+            problem = self.run.claim(config, config_path, self._hold)
         problem = world.broadcast_object(problem)
         if problem:
             raise ValueError(problem)
@@ -144,7 +143,7 @@ class Trainer:
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak(world, config.train.precision)
         history_of = validation_sets[0].name if validation_sets else None
-        with _writing(self.run):
+        with self.run.writing():
             self.metrics = Metrics(
                 config, self.run, world, self.step if source else None, peak_flops, history_of, self.balance.layers
             )
@@ -266,7 +265,9 @@ class Trainer:
                 self._look_for_spike(result)
             return
         self._bad_in_a_row += 1
-        self.log.warning(self._describe_bad_step(result))
+        consumed = self.samples - self.config.train.global_batch_samples
+        samples = sample_ids(consumed, self.samples, self.config.data.skip_ranges)
+        self.log.warning(bad_step(self.step, samples, result.bad_ranks))
         if self._bad_in_a_row >= self.config.train.max_bad_steps:
             self._finish_saving()
             raise ValueError(too_many_bad_steps(self._bad_in_a_row, self.step, self.run.checkpoints))
@@ -377,48 +378,9 @@ class Trainer:
             raise ValueError(f"{sentence}; the run was ended by train.spike.action stop")
         self.log.warning(sentence)
 
-    def _describe_bad_step(self, result: StepResult) -> str:
-        consumed = self.samples - self.config.train.global_batch_samples
-        first, last = sample_ids(consumed, self.samples, self.config.data.skip_ranges)
-        samples = f"samples {first} to {last}"
-        if not result.bad_ranks:
-            where = f"the gradient ({samples}) was not finite, the loss was finite on every rank"
-        else:
-            who = "; ".join(f"rank {rank} (its samples {_span(ids)})" for rank, ids in result.bad_ranks[:8])
-            where = f"the loss was not finite on {who}"
-        return f"step {self.step}: {where}; the update was left out and training goes on with the next batch"
-
 
 def _drawn(checkpoint: Path | None, given: Initial | None) -> Callable[[str], bool]:
     """Which weights are drawn: those that nothing is read for."""
     if isinstance(given, GivenWeights):
         return lambda name: "router" in name  # theirs may have none
     return lambda name: checkpoint is None
-
-
-def _span(ids: list[int]) -> str:
-    return ", ".join(str(i) for i in ids) if len(ids) <= 8 else f"{ids[0]} to {ids[-1]}, {len(ids)} of them"
-
-
-def _create(run: RunFolder, config: StageConfig, config_path: Path, hold: ExitStack) -> str | None:
-    """Make the run folder and hold it; why that is not possible, for all ranks."""
-    try:
-        with _writing(run):
-            run.path.mkdir(parents=True, exist_ok=True)
-            hold.enter_context(only_writer(run.path))
-            run.create(config, config_path)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
-@contextmanager
-def _writing(run: RunFolder) -> Iterator[None]:
-    """Say of which folder an error of the disk is; of a full one Python does not."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(
-            f"train.run_dir {run.path} cannot be written ({error.strerror}); make room there and make it writable, or "
-            "give another folder"
-        ) from error

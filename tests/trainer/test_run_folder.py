@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,8 +23,7 @@ from trainer.heartbeat import read_beats
 from trainer.log import open_log
 from trainer.monitor.summary import describe_end, describe_start
 from trainer.run_folder import RunFolder
-from trainer.step import StepResult, Tally
-from trainer.trainer import Trainer
+from trainer.step import Tally
 
 Configure = Callable[..., PretrainConfig]
 Write = Callable[..., str]
@@ -164,17 +161,3 @@ def test_the_end_tells_losses_and_densities(configure: Configure) -> None:
     assert "validation loss  code: 4.5000 nats" in describe_end(config, {last: after})  # a resumed run has no start
     assert "density" not in describe_end(configure("model.router=null"), {0: before, last: after})
     assert describe_end(config, {2: after}).splitlines() == [f"run folder       {config.train.run_dir}"]
-
-
-def test_a_bad_step_names_ranks_and_samples(configure: Configure) -> None:
-    result = StepResult(_tally([0.5], 1.0), 0.0, None, False, [(1, [8, 9]), (3, list(range(20, 32)))])
-
-    def describe(result: StepResult, *overrides: str) -> str:
-        return Trainer._describe_bad_step(SimpleNamespace(step=2, samples=16, config=configure(*overrides)), result)  # type: ignore[arg-type]
-
-    told = describe(result)
-    assert told.startswith("step 2: the loss was not finite on rank 1 (its samples 8, 9); rank 3 (its samples 20 to 31")
-    gradient = dataclasses.replace(result, bad_ranks=[])
-    assert "step 2: the gradient (samples 8 to 15) was not finite" in describe(gradient)
-    # With samples passed over before, the numbers are still those that data.skip_ranges takes.
-    assert "(samples 18 to 25)" in describe(gradient, "data.skip_ranges=[[0, 10]]")

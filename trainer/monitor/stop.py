@@ -23,6 +23,8 @@ _FIRST_ERROR_S = 5.0
 """How long a rank that lost another one waits, so that a launcher sees the status of the one that went first."""
 
 
+_NAMED = 8
+"""Ranks and samples that are named one by one; there may be thousands."""
 _CTRL_C = "Ctrl-C: this step is finished and saved, then the run ends; once more ends it at once, unsaved"
 _LAUNCHERS_OWN = (
     "\n(the deepspeed command ends before that: what it prints now, KeyboardInterrupt, is how it stops; wait for "
@@ -84,6 +86,26 @@ def lost_rank() -> Iterator[None]:
             flush=True,
         )
         raise SystemExit(EXIT_STALLED) from None
+
+
+def bad_step(step: int, samples: tuple[int, int], bad_ranks: list[tuple[int, list[int]]]) -> str:
+    """What a step that was left out says.
+
+    Args:
+        step: its number.
+        samples: the first and the last that it took.
+        bad_ranks: those whose loss was not finite, with their samples; none if it was the gradient.
+    """
+    if bad_ranks:
+        who = "; ".join(f"rank {rank} (its samples {_span(ids)})" for rank, ids in bad_ranks[:_NAMED])
+        where = f"the loss was not finite on {who}"
+    else:
+        where = f"the gradient (samples {samples[0]} to {samples[1]}) was not finite, the loss was finite on every rank"
+    return f"step {step}: {where}; the update was left out and training goes on with the next batch"
+
+
+def _span(ids: list[int]) -> str:
+    return ", ".join(str(i) for i in ids) if len(ids) <= _NAMED else f"{ids[0]} to {ids[-1]}, {len(ids)} of them"
 
 
 def too_many_bad_steps(count: int, step: int, checkpoints: Path) -> str:

@@ -13,12 +13,13 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from data.skip_ranges import sample_ids
 from model.flops import Routed
 from trainer.checkpoints import manifest
 from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.exit_status import EXIT_MISTAKE
-from trainer.monitor.stop import StopRequest, too_many_bad_steps
+from trainer.monitor.stop import StopRequest, bad_step, too_many_bad_steps
 from trainer.step import StepResult, Tally
 from trainer.trainer import Trainer
 
@@ -124,3 +125,11 @@ def test_ctrl_c_is_answered_at_once_and_the_second_ends(capfd: pytest.CaptureFix
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_bad_step_names_ranks_and_samples() -> None:
+    told = bad_step(2, (8, 15), [(1, [8, 9]), (3, list(range(20, 32)))])
+    assert told.startswith("step 2: the loss was not finite on rank 1 (its samples 8, 9); rank 3 (its samples 20 to 31")
+    assert "step 2: the gradient (samples 8 to 15) was not finite" in bad_step(2, (8, 15), [])
+    # With samples passed over before, the numbers are still those that data.skip_ranges takes.
+    assert "(samples 18 to 25)" in bad_step(2, sample_ids(8, 16, [(0, 10)]), [])
