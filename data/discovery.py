@@ -31,6 +31,7 @@ FORMATS = {
     ".txt": "text",
     ".text": "text",
     ".md": "text",
+    ".rst": "text",
     ".json": "json",
     ".jsonl": "json",
     ".ndjson": "json",

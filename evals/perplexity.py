@@ -23,10 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm import tqdm
 
-from data.discovery import find_files
 from data.files import write_atomically
 from evals.placement import add_batch, add_placement, check_placement, placed
-from evals.texts import add_text_options, text_field_of, texts_of
+from evals.texts import add_text_options, text_field_of, text_files, texts_of
 from settings import path_argument, user_errors
 from trainer import opening
 from trainer.config import WeightsConfig
@@ -236,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json is not None and not options.json.parent.is_dir():
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
         check_placement(options, ranks=True)
-        files = find_files(options.files, as_given=True)
+        files = text_files(options.files, options.format)
         opening.open_model(options.model)
         from evals.scoring import open_model
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,18 @@ def text_field_of(config: PretrainConfig | TuneConfig | WeightsConfig) -> str:
     return fields.pop() if len(fields) == 1 else "text"
 
 
+def text_files(names: Sequence[str], kind: str | None = None) -> list[Path]:
+    """The files of these names and patterns, of which all have a format: ``kind``, or one that their name says.
+
+    Raises:
+        ValueError: if there are none, or one has no known format.
+    """
+    files = find_files(list(names), as_given=True)
+    for file in files:
+        _format(file, kind)
+    return files
+
+
 def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text") -> Iterator[str]:
     """The texts of one file.
 
@@ -42,16 +54,20 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
         ValueError: if it is missing, its format is not known, or it cannot be read.
     """
     (file,) = find_files([str(path)])
-    named: Any = kind or format_of(file)
-    if named is None:
-        raise ValueError(
-            f"the format of {file} cannot be inferred from its name (known endings: {' '.join(FORMATS)}); say it: "
-            f"--format {' or '.join(sorted(set(FORMATS.values())))}"
-        )
-    source = Source(SourceConfig(name="FILES", files=[str(file)], format=named, text_field=text_field))
+    source = Source(SourceConfig(name="FILES", files=[str(file)], format=_format(file, kind), text_field=text_field))
     try:
         for document in source.documents(Cursor(0, 0)):
             yield document.text.decode()
     except ValueError as error:
         # What the source says around its reason is about a config.
         raise ValueError(f"{file} cannot be read: {error.__cause__ or error}") from error
+
+
+def _format(file: Path, kind: str | None) -> Any:
+    found = kind or format_of(file)
+    if found is None:
+        raise ValueError(
+            f"the format of {file} cannot be inferred from its name (known endings: {' '.join(FORMATS)}); say it: "
+            f"--format {' or '.join(sorted(set(FORMATS.values())))}"
+        )
+    return found

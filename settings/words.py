@@ -1,4 +1,4 @@
-"""Numbers with their nouns, for sentences that people read."""
+"""Numbers with their nouns and units, for sentences that people read."""
 
 from __future__ import annotations
 
@@ -6,3 +6,14 @@ from __future__ import annotations
 def counted(number: int, what: str, plural: str | None = None) -> str:
     """``1 shard``, ``2 shards``; ``plural`` where it is not ``what`` and an s."""
     return f"{number:,} {what if number == 1 else plural or f'{what}s'}"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``7 min``, ``3 h 5 min``, ``2 d 3 h``."""
+    minutes = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    hours = round(seconds / 3600)
+    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from data.config import File
 from model.config import Progress
@@ -137,6 +137,17 @@ class CheckpointConfig(Strict):
     accept_data: str | None = Field(None, pattern=r"^[0-9a-f]{12}$")
     """The first 12 digits of the data fingerprint of a checkpoint to go on from with other data all the same: another
     seed, other shards or weights; the error that refuses it gives them."""
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _no_path(cls, value: Any) -> Any:
+        if isinstance(value, str) and ("/" in value or value.startswith("step-")):
+            raise ValueError(
+                f"it takes never, auto or required, which go on from the newest whole checkpoint of train.run_dir, got "
+                f"'{value}'; to go back to an earlier one: python -m launch.rewind RUN STEP; to begin another run from "
+                "one: init.path"
+            )
+        return value
 
 
 class SpikeConfig(Strict):

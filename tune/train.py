@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 8 -m tune.train my.yaml
     srun python -m tune.train my.yaml train.checkpoint.resume=auto
 
-Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1 or Ctrl-C asked to stop and the state was saved (start
-again with train.checkpoint.resume=auto); 76 when it hung or lost a rank (the same, from the newest checkpoint); 78 on a
-user's mistake; anything else on a failure.
+Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1, SIGHUP or Ctrl-C asked to stop and the state was saved
+(start again with train.checkpoint.resume=auto); 76 when it hung or lost a rank (the same, from the newest checkpoint);
+78 on a user's mistake; anything else on a failure.
 """
 
 from __future__ import annotations

@@ -15,12 +15,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.discovery import find_files
 from data.files import write_atomically
 from evals.placement import add_placement, check_placement, placed
 from evals.routing import FEWEST
 from evals.routing.page import page
-from evals.texts import add_text_options
+from evals.texts import add_text_options, text_files
 from settings import path_argument, user_errors
 from trainer import opening
 from trainer.checkpoints.layout import run_of
@@ -79,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"--tokens must be at least {FEWEST} to say anything, got {options.tokens}; raise it")
         opening.open_model(options.path)
         out = _out(options.path, options.out)
-        files = find_files(options.files, as_given=True) if options.files else []
+        files = text_files(options.files, options.format) if options.files else []
         from evals.routing.report import report_on
 
         with placed(options) as placement:

@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 from launch.watch.sources import Figures
+from settings.words import duration
 from trainer.heartbeat import FINAL, Beat, behind
 
 _LATE_S = 10.0
@@ -76,17 +77,6 @@ def page(report: Report) -> str:
     if len(shown) < len(report.beats):
         lines.append(f"  {len(report.beats) - len(shown):,} more of {len(report.beats):,} ranks are not late")
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """``42 s``, ``7 min``, ``3 h 5 min``, ``2 d 3 h``."""
-    minutes = round(seconds / 60)
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if minutes < 100:
-        return f"{minutes} min"
-    hours = round(seconds / 3600)
-    return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def _headline(report: Report) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
+import pty
 import signal
 import sys
 import time
@@ -79,6 +80,23 @@ def let_a_minute_pass_a_step() -> None:
     """The save timer's clock goes on by a minute with every look at it; rank 1's by a day."""
     seconds = itertools.count(0, 60 if os.environ["RANK"] == "0" else 86_400)
     timer.SaveTimer.__init__.__defaults__ = (lambda: next(seconds),)
+
+
+def lose_the_terminal() -> None:
+    """What is printed goes to a terminal, which is closed after the third step, as by a connection that is lost."""
+    mine, theirs = pty.openpty()
+    for descriptor in (1, 2):
+        os.dup2(theirs, descriptor)
+    os.close(theirs)
+    end_step = trainers.Trainer.end_step
+
+    def and_closed(self: trainers.Trainer, *arguments: Any) -> None:
+        end_step(self, *arguments)
+        if self.step == 3:
+            os.close(mine)
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    trainers.Trainer.end_step = and_closed  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

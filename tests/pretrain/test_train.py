@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.breakage import hold_in_save, let_a_minute_pass_a_step
+from tests.faults.breakage import hold_in_save, let_a_minute_pass_a_step, lose_the_terminal
 from tests.launching import run, start
 from tests.ranks import Processes, Ranks
 from trainer.exit_status import EXIT_MISTAKE
@@ -136,6 +136,16 @@ def test_one_process_stops_with_the_documented_status(tiny, write_config):
         process.wait_until((Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000002/manifest.json").exists)
         process.processes[0].terminate()
         assert process.end() == [75], process.output[-2000:]
+
+
+def test_a_terminal_that_is_closed_loses_nothing(tiny, write_config):
+    tiny["train"] |= {"steps": 2000, "checkpoint": {"every_steps": 1000}}
+    run_dir = Path(tiny["train"]["run_dir"])
+    with Processes(TRAIN, write_config(tiny), first=lose_the_terminal) as process:
+        assert process.end() == [75]
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    assert saved.name in ("step-00000003", "step-00000004") and (saved / "manifest.json").exists()
+    assert f"step {int(saved.name[5:])} is saved; go on with: " in (run_dir / "logs/rank-0.log").read_text()
 
 
 def test_a_kill_in_the_middle_of_a_save_loses_nothing(tiny, write_config):

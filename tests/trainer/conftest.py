@@ -83,7 +83,7 @@ def train_here(
     world: World, write_config: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., int]]:
     """Stage one in this process: takes a config and overrides, returns the exit status as the command would."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)}
 
     def run(config: dict[str, Any], *overrides: str) -> int:
         path = write_config(config)

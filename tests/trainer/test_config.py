@@ -53,6 +53,8 @@ REFUSED = [
         "deepspeed.sequence_parallel (2) must be 1 with model.router.kind expert_choice",
     ),
     (["deepspeed.sequence_parallel=2", "train.compile=true"], "train.compile needs deepspeed.sequence_parallel 1"),
+    (["train.checkpoint.resume=runs/my/checkpoints/step-00000012"], "to go back to an earlier one: python -m launch"),
+    (["train.checkpoint.resume=step-00000012"], "train.checkpoint.resume: it takes never, auto or required, which go"),
     (["train.schedule.warmup_steps=5"], "train.schedule.warmup_steps (5) must not exceed train.steps (4)"),
     (
         ["train.micro_batch_samples=3"],

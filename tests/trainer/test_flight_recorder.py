@@ -62,7 +62,7 @@ def test_a_stall_writes_it_and_says_where(tmp_path: Path, on_nccl: None, monkeyp
     run = RunFolder(tmp_path, 3)
     for folder in (run.heartbeat.path.parent, run.log.parent):
         folder.mkdir()
-    watchdog = Watchdog(run, 900, lambda: None, 4)
+    watchdog = Watchdog(run, 900, lambda: True, 4)
     monkeypatch.setattr(watchdog, "_say", said.append)
     watchdog._end()
     watchdog._file.close()

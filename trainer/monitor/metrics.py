@@ -25,6 +25,7 @@ from data.files import write_atomically
 from data.stages import describe_shares, stage_after
 from model.budget import Budget
 from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops, training_flops
+from settings.words import duration
 from trainer import code_state
 from trainer.config import StageConfig
 from trainer.distributed import World
@@ -39,6 +40,9 @@ from trainer.step import StepResult, Tally
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_LONG_S = 60.0
+"""From the second step to the first line; where it is longer, how fast it goes is said before."""
 
 
 class Metrics:
@@ -110,6 +114,7 @@ class Metrics:
         if self._bar is not None:
             self._bar.update()
         if not self.config.train.is_logged(step):
+            self._foretell(step)
             return
         now = time.perf_counter()
         elapsed_s, self._clock = now - self._clock, now
@@ -121,6 +126,14 @@ class Metrics:
         self._since_log = []
         self._add(step, line)
         self._tell(step, line)
+
+    def _foretell(self, step: int) -> None:
+        """After the second step of this start, where the first line is a minute away or more: how fast it is."""
+        every = self.config.train.log.every_steps
+        pace_s = (time.perf_counter() - self._clock) / len(self._since_log)
+        if step == self._first_step + 2 and pace_s * (every - step % every) > _LONG_S:
+            left = duration((self.config.train.last_step - step) * pace_s)
+            self.log.info(f"step {step:>6,}  {pace_s:.1f} s a step so far, {left} left; a line every {every} steps")
 
     def mark_stage(self, step: int, number: int) -> None:
         """Mark ``step`` as the first with samples of stage ``number`` of the mixture."""
@@ -303,9 +316,11 @@ class Metrics:
 
     def _tell(self, step: int, line: dict[str, Any]) -> None:
         density = f"  density {line['density/mean']:.3f}" if self.sites else ""
+        left = self.config.train.last_step - step
         self.log.info(
             f"step {step:>6,}  loss {line['train/loss']:.4f}{density}  lr {line['optimizer/lr']:.2e}  "
             f"{line['speed/tokens_per_s']:,.0f} tokens/s"
+            + (f"  {duration(left * line['speed/step_s'])} left" if left else "")
         )
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {line['train/loss']:.3f}{density}")

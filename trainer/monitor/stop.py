@@ -33,7 +33,10 @@ _LAUNCHERS_OWN = (
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 and Ctrl-C until the ranks can agree on them; a second Ctrl-C ends at once.
+    """Remembers SIGTERM, SIGUSR1, SIGHUP and Ctrl-C until the ranks can agree on them; a second Ctrl-C ends at once.
+
+    SIGHUP comes when the terminal is closed or its connection is lost; under ``nohup`` it is ignored, and stays so.
+    What is printed after it goes nowhere, where it would have gone to that terminal; the run's log has it.
 
     The handler only sets a flag: launchers deliver the signal to one rank after the other, so a collective inside a
     handler would wait for ranks that never got it. The flag travels in the step's own all-reduce.
@@ -44,15 +47,23 @@ class StopRequest:
 
     def __init__(self, tell: bool = False) -> None:
         self.requested, self._tell = False, tell
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._note)
 
-    def request(self) -> None:
-        """Ask to stop, as a signal does; from any thread."""
-        self.requested = True
+    def request(self) -> bool:
+        """Ask to stop, as a signal does; from any thread. Whether nobody had before."""
+        before, self.requested = self.requested, True
+        return not before
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.request()
+        if number == signal.SIGHUP:
+            for descriptor in self._terminals:
+                if not os.isatty(descriptor):  # any more
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if number == signal.SIGINT:
             if self._tell:
                 with contextlib.suppress(OSError):  # past sys.stderr, whose lock the interrupted code may hold

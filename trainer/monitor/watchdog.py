@@ -52,11 +52,11 @@ class Watchdog:
     Args:
         run: its run folder.
         stall_timeout_s: longest time without progress.
-        ask_to_stop: called once if the launcher is gone.
+        ask_to_stop: called once if the launcher is gone; whether that is news.
         ranks: how many write heartbeats.
     """
 
-    def __init__(self, run: RunFolder, stall_timeout_s: float, ask_to_stop: Callable[[], None], ranks: int = 1):
+    def __init__(self, run: RunFolder, stall_timeout_s: float, ask_to_stop: Callable[[], bool], ranks: int = 1):
         self.run, self.stall_timeout_s, self.ask_to_stop = run, stall_timeout_s, ask_to_stop
         self._every_s = min(BEAT_EVERY_S, stall_timeout_s / 4)
         every_s = run.heartbeat.every_s = beat_every_s(ranks)
@@ -89,8 +89,8 @@ class Watchdog:
                 self.run.heartbeat.write()
             if not asked and (reason := self._reason_to_stop(due)):
                 asked = True
-                self._say(f"{reason}: this rank asks to stop, as on SIGTERM")
-                self.ask_to_stop()
+                if self.ask_to_stop():
+                    self._say(f"{reason}: this rank asks to stop, as on SIGTERM")
             if self.run.heartbeat.still_s > self.stall_timeout_s:
                 self._end()
             if self._over.wait(self._every_s):

@@ -17,7 +17,6 @@ import yaml
 
 from launch.watch import __main__ as watch
 from launch.watch.__main__ import state_of
-from launch.watch.report import duration
 from trainer.heartbeat import Beat, Heartbeat
 
 Watch = Callable[..., tuple[int, str]]
@@ -230,8 +229,3 @@ def test_a_mistake_is_one_sentence(
     spoil(run)
     status, told = watched(run, *options)
     assert status == 1 and told.startswith("error: ") and sentence in told and told.count("\n") == 1
-
-
-def test_durations_are_for_people() -> None:
-    told = [duration(s) for s in (0.4, 99, 100, 3600, 6000, 11_100, 180_000)]
-    assert told == ["0 s", "99 s", "2 min", "60 min", "1 h 40 min", "3 h 5 min", "2 d 2 h"]

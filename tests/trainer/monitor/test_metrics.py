@@ -325,6 +325,26 @@ def test_saving_and_evaluating_are_not_step_time(
     assert [line["speed/step_s"] for line in _lines(folder.path)] == [0.25, 0.5]
 
 
+def test_where_the_first_line_is_far_its_speed_is_said_before(
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, now = configure("train.steps=1000", "train.log.every_steps=10"), [100.0]
+    monkeypatch.setattr("trainer.monitor.metrics.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for resumed_at, pace_s, told in ((0, 8.0, True), (0, 7.0, False), (500, 8.0, True)):
+        lines: list[str] = []
+        made = Metrics(config, folder, world, resumed_at, 1e12)
+        monkeypatch.setattr(made, "log", SimpleNamespace(info=lines.append, warning=lines.append))
+        for step in range(resumed_at + 1, resumed_at + 11):
+            now[0] += pace_s
+            made.log_step(step, 8 * step, _step(), 0.1, Budget(config.model, 32), 0.0)
+        made.close()
+        *before, line = lines
+        left = "2 h 13 min" if resumed_at == 0 else "66 min"
+        foretold = f"step {resumed_at + 2:>6,}  8.0 s a step so far, {left} left; a line every 10 steps"
+        assert before == [foretold] * told
+        assert line.endswith(" left") and f"step {resumed_at + 10:>6,}  loss " in line
+
+
 def test_a_stop_between_two_lines_moves_no_mean(tiny: dict[str, Any], train_here: Train, tmp_path: Path) -> None:
     """Stopped after every step; lines are of three."""
     tiny["train"]["log"]["every_steps"] = 3

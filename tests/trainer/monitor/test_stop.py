@@ -24,13 +24,23 @@ from trainer.step import StepResult, Tally
 from trainer.trainer import Trainer
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_only_sets_a_flag(train_here: Any, number: int) -> None:
     """``train_here`` puts the handlers of the test's process back."""
     stop = StopRequest()
     assert not stop.requested
     os.kill(os.getpid(), number)
-    assert stop.requested
+    assert stop.requested and not stop.request()
+
+
+def test_nohup_is_respected(train_here: Any) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop.requested and stop.request()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_sentence_names_the_checkpoint_to_go_on_from(tmp_path: Path) -> None:
@@ -110,7 +120,9 @@ def test_in_fp16_only_a_bad_loss_counts(configure: Callable[..., PretrainConfig]
 
 
 def test_ctrl_c_is_answered_at_once_and_the_second_ends(capfd: pytest.CaptureFixture[str]) -> None:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+    }
     try:
         stop = StopRequest(tell=True)
         os.kill(os.getpid(), signal.SIGINT)

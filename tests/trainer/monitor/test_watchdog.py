@@ -58,7 +58,7 @@ def folder(tmp_path: Path) -> RunFolder:
 
 def test_usr2_writes_the_stacks_and_nothing_stops(folder: RunFolder) -> None:
     before = signal.getsignal(signal.SIGUSR2)
-    watchdog = Watchdog(folder, 60, lambda: None)
+    watchdog = Watchdog(folder, 60, lambda: True)
     watchdog.start()
     try:
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -75,7 +75,7 @@ def test_what_came_before_the_watch_is_not_counted(folder: RunFolder, monkeypatc
     """Loading a large checkpoint takes longer than any step may."""
     monkeypatch.setattr(os, "_exit", lambda status: pytest.fail("ended"))
     folder.heartbeat._progress_s -= 3600
-    watchdog = Watchdog(folder, 60, lambda: None)
+    watchdog = Watchdog(folder, 60, lambda: True)
     watchdog.start()
     watchdog.stop()
     faulthandler.unregister(signal.SIGUSR2)
@@ -92,7 +92,7 @@ def test_heartbeats_of_all_ranks_ask_no_more_of_the_file_system_than_those_of_a_
     most = 0
     for rank in sorted({0, 1, ranks // 2, ranks - 1}):
         run = RunFolder(folder.path, rank)
-        watchdog = Watchdog(run, 900, lambda: None, ranks)
+        watchdog = Watchdog(run, 900, lambda: True, ranks)
         beats = 0
         for second in range(0, 64, 2):  # the loop's own pace
             now_s[0] = 1000.0 + second
@@ -119,7 +119,7 @@ def test_of_thousands_of_ranks_one_reads_all_heartbeats_when_they_stall(
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     monkeypatch.setattr(os, "_exit", lambda status: None)
     for rank in (3, 0, 511):
-        watchdog = Watchdog(RunFolder(folder.path, rank), 900, lambda: None, 512)
+        watchdog = Watchdog(RunFolder(folder.path, rank), 900, lambda: True, 512)
         monkeypatch.setattr(watchdog, "_say", said.append)
         with counted() as asked:
             watchdog._end()
