@@ -96,7 +96,7 @@ def _usage(model: Exported) -> str:
         "```python\n"
         + ("from peft import PeftModel\n" if model.adapter else "")
         + "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{flag and ", trust_remote_code=False"})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER"{flag})\n'
         f'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{flag})\n{on_top}'
         'inputs = tokenizer("Once upon a time", return_tensors="pt")\n'
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n```\n\n" + why
