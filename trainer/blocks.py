@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -140,8 +140,8 @@ class CheckpointConfig(Strict):
 
     @field_validator("resume", mode="before")
     @classmethod
-    def _no_path(cls, value: Any) -> Any:
-        if isinstance(value, str) and ("/" in value or value.startswith("step-")):
+    def _no_checkpoint(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in get_args(cls.model_fields["resume"].annotation):
             raise ValueError(
                 f"it takes never, auto or required, which go on from the newest whole checkpoint of train.run_dir, got "
                 f"'{value}'; to go back to an earlier one: python -m launch.rewind RUN STEP; to begin another run from "

@@ -88,6 +88,7 @@ def lose_the_terminal() -> None:
     for descriptor in (1, 2):
         os.dup2(theirs, descriptor)
     os.close(theirs)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, and inherited so, where the tests were started by nohup
     end_step = trainers.Trainer.end_step
 
     def and_closed(self: trainers.Trainer, *arguments: Any) -> None:

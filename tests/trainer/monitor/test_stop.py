@@ -27,6 +27,7 @@ from trainer.trainer import Trainer
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_only_sets_a_flag(train_here: Any, number: int) -> None:
     """``train_here`` puts the handlers of the test's process back."""
+    signal.signal(number, signal.SIG_DFL)  # nohup, by which the tests may have been started, ignores one
     stop = StopRequest()
     assert not stop.requested
     os.kill(os.getpid(), number)
