@@ -227,7 +227,7 @@ def test_the_command_says_what_it_trains_and_leaves_pictures(
     config["train"] |= {"run_dir": str(tmp_path / "run"), "steps": 2, "log": {"every_steps": 1, "peak_tflops": 1.0}}
     path = tmp_path / "tune.yaml"
     path.write_text(yaml.safe_dump(config))
-    done = run("tune.train", str(path), launcher="python")
+    done = run("tune.train", str(path), processes=2, launcher="deepspeed")
     assert done.returncode == 0, done.stdout[-3000:]
     figures = metrics(tmp_path / "run")[0]
     share = figures["parameters/trained"] / figures["parameters/total"]
@@ -240,7 +240,7 @@ def test_the_command_says_what_it_trains_and_leaves_pictures(
     assert (tmp_path / "run/vote-test-parity.png").stat().st_size > 10_000
 
     # The saved config says everything: it runs again as it is, to the same losses.
-    again = run("tune.train", str(tmp_path / "run/config.yaml"), f"train.run_dir={tmp_path}/again")
+    again = run("tune.train", str(tmp_path / "run/config.yaml"), f"train.run_dir={tmp_path}/again", processes=2)
     assert again.returncode == 0, again.stdout[-3000:]
     assert metrics(tmp_path / "again") == metrics(tmp_path / "run")
 
