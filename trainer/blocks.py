@@ -145,7 +145,7 @@ class CheckpointConfig(Strict):
             raise ValueError(
                 f"it takes never, auto or required, which go on from the newest whole checkpoint of train.run_dir, got "
                 f"'{value}'; to go back to an earlier one: python -m launch.rewind RUN STEP; to begin another run from "
-                "one: init.path"
+                "one: init.path in stage one, base.path in stage two"
             )
         return value
 

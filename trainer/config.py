@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from data.config import DataConfig, StreamConfig
 from model.config import EnsembleConfig, ModelConfig
@@ -42,6 +42,15 @@ class StageConfig(Strict):
         decided = self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
         decided._check()
         return decided
+
+    def could_have(self, **settings: Any) -> bool:
+        """Whether its ``deepspeed`` block could have these values."""
+        blocks = self.model_dump(mode="json")
+        try:
+            type(self).model_validate({**blocks, "deepspeed": {**blocks["deepspeed"], **settings}})
+        except ValidationError:
+            return False
+        return True
 
     @model_validator(mode="after")
     def _fits_together(self) -> StageConfig:

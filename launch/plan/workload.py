@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import ValidationError
-
 from launch.configs import load_either, without_storage
 from model.config import ModelConfig
 from model.flops import TRAINING_FACTOR, executed_flops, full_windows, training_flops
@@ -67,16 +65,7 @@ class Workload:
     @property
     def stages(self) -> list[Stage]:
         """ZeRO stages that the config could be set to: not all go with every optimiser, offloading or compilation."""
-        blocks = self.config.model_dump(mode="json")
-        possible = []
-        for stage in STAGES:
-            changed = {**blocks, "deepspeed": {**blocks["deepspeed"], "zero_stage": stage}}
-            try:
-                type(self.config).model_validate(changed)
-            except ValidationError:
-                continue
-            possible.append(stage)
-        return possible
+        return [stage for stage in STAGES if self.config.could_have(zero_stage=stage)]
 
     @property
     def shared(self) -> int:

@@ -129,9 +129,11 @@ class Metrics:
 
     def _foretell(self, step: int) -> None:
         """After the second step of this start, where the first line is a minute away or more: how fast it is."""
+        if step != self._first_step + 2:
+            return
         every = self.config.train.log.every_steps
         pace_s = (time.perf_counter() - self._clock) / len(self._since_log)
-        if step == self._first_step + 2 and pace_s * (every - step % every) > _LONG_S:
+        if pace_s * (every - step % every) > _LONG_S:
             left = duration((self.config.train.last_step - step) * pace_s)
             self.log.info(f"step {step:>6,}  {pace_s:.1f} s a step so far, {left} left; a line every {every} steps")
 

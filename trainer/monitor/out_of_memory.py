@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from trainer.config import StageConfig
@@ -130,7 +129,7 @@ def _advice(part: str, config: StageConfig, world: World) -> str:
         if not train.activation_checkpointing:
             ways.append("train.activation_checkpointing=true")
         ranks = 2 * zero.sequence_parallel
-        if world.size % ranks == 0 and _may_share_windows(config, ranks):
+        if world.size % ranks == 0 and config.could_have(sequence_parallel=ranks):
             ways.append(f"deepspeed.sequence_parallel={ranks}, ranks that share a window")
         ways.append("shorter windows (data.sequence_tokens)")
     else:
@@ -142,17 +141,6 @@ def _advice(part: str, config: StageConfig, world: World) -> str:
         if zero.offload == "none" and part != "gradients":
             ways.append(f"deepspeed.offload={'all' if part == 'parameters' else 'optimizer'}")
     return f"take {' or '.join(ways)}"
-
-
-def _may_share_windows(config: StageConfig, ranks: int) -> bool:
-    """Whether ``deepspeed.sequence_parallel`` may be ``ranks``."""
-    blocks = config.model_dump(mode="json")
-    blocks["deepspeed"]["sequence_parallel"] = ranks
-    try:
-        type(config).model_validate(blocks)
-    except ValidationError:
-        return False
-    return True
 
 
 def _snapshot(run: Path, world: World) -> str:
