@@ -2,14 +2,14 @@
 
     python -m bench.tuning runs/books                                   # eight methods, two tasks, three seeds
     python -m bench.tuning runs/books --methods lora lora_ensemble --tasks polarity --seeds 0 1 train.steps=100
-    python -m bench.tuning smollm2 --tasks subjectivity polarity piqa arc_easy --rates 3e-4 1e-3 3e-3 \\
+    python -m bench.tuning smollm2 --tasks subjectivity polarity piqa arc_easy --rates 0.25 1 4 \\
         --methods none lora lora_ensemble dora dora_ensemble early_lora_ensemble early_lora_ensemble_half \\
         early_lora_ensemble_quarter ensemble_only base.routers=frozen train.steps=300 data.too_long=leave_out
 
 Every run is ``tune.train`` on a file of ``configs/`` with one process and one thread, in its own folder below
 ``--out``; what is done is not run again, so an interrupted suite goes on where it was. ``none`` is the base as it is.
-With ``--rates`` every method on every task is run with each learning rate and the first seed, and the other seeds with
-the rate whose last validation loss was least. Step times are taken afterwards, all methods taking turns in one process
+With ``--rates`` every method on every task is run with each of them, times the learning rate of its config, and the
+first seed, and the other seeds with the rate whose last validation loss was least. Step times are taken afterwards, all methods taking turns in one process
 (see ``bench/common/timing.py``), because those of runs side by side mean nothing.
 
 A task that has no TASK-train.jsonl in ``--data`` is a file of questions (``data/questions.py``) in the folder tasks/
@@ -175,6 +175,14 @@ def outcome(folder: Path, task: str) -> Outcome | None:
     )
 
 
+def rates_of(method: str, options: argparse.Namespace) -> list[float]:
+    """Learning rates to try: ``--rates``, times the one of the method's config."""
+    if not options.rates:
+        return []
+    own = load_file(_config(method), options.overrides).train.optimizer.lr
+    return [own * rate for rate in options.rates]
+
+
 def chosen_rate(method: str, task: str, options: argparse.Namespace) -> float | None:
     """Of ``--rates`` the one whose last validation loss, with the first seed, was least; None for what has no rate.
 
@@ -183,12 +191,13 @@ def chosen_rate(method: str, task: str, options: argparse.Namespace) -> float | 
     if method == "none" or not options.rates:
         return None
     losses = {}
-    for rate in options.rates:
+    rates = rates_of(method, options)
+    for rate in rates:
         folder = TuningRun(method, task, options.seeds[0], rate).folder(options.out)
         if outcome(folder, task) is not None:
             losses[rate] = metrics_file.latest(folder / metrics_file.NAME)[f"validation/{task}/loss"]
     finite = {rate: loss for rate, loss in losses.items() if loss is not None}
-    return min(finite, key=finite.__getitem__) if finite else options.rates[0]
+    return min(finite, key=finite.__getitem__) if finite else rates[0]
 
 
 def step_calls(options: argparse.Namespace) -> dict[str, Callable[[], object]]:
@@ -303,7 +312,7 @@ def _run_all(options: argparse.Namespace) -> list[str]:
 
     pairs = [(method, task) for task in options.tasks for method in options.methods]
     first = options.seeds[0]
-    failed = train(TuningRun(m, t, first, rate) for m, t in pairs if m != "none" for rate in options.rates)
+    failed = train(TuningRun(m, t, first, rate) for m, t in pairs if m != "none" for rate in rates_of(m, options))
     rates = {(method, task): chosen_rate(method, task, options) for method, task in pairs}
     # Seeds outermost: an interrupted suite has whole tables of fewer seeds.
     options.runs = {(m, t, s): TuningRun(m, t, s, rates[m, t]) for s in options.seeds for m, t in pairs}
@@ -319,7 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:8])
     made.add_argument("--tasks", nargs="+", metavar="TASK", default=list(CHOICES))
-    made.add_argument("--rates", nargs="+", type=float, default=[], help="learning rates to choose from, by method")
+    made.add_argument(
+        "--rates", nargs="+", type=float, default=[], help="learning rates to choose from, times the config's"
+    )
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     made.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")

@@ -74,7 +74,9 @@ class EvaluationConfig(Strict):
     """Losses on the named validation sets, and downstream tasks."""
 
     every_steps: int = Field(500, gt=0)
-    """Evaluate after every this many steps, and before the first and after the last."""
+    """Evaluate after every this many steps, and after the last."""
+    before_first: bool = True
+    """Before the first step, too: what the run starts from."""
     samples: int = Field(64, gt=0)
     """Windows of each validation set to use: evenly spread over it, always the same."""
     with_noise: bool = True

@@ -23,7 +23,8 @@ def run(trainer: Trainer, data: TrainingStream) -> bool:
     last_step, save_every, evaluate_every = train.last_step, train.checkpoint.every_steps, train.evaluation.every_steps
     resumed_at = trainer.step
     # The starting point, or what a kill between save and evaluation left undone.
-    due = trainer.step % evaluate_every == 0 or trainer.step >= last_step
+    due = trainer.step % evaluate_every == 0 if trainer.step else train.evaluation.before_first
+    due = due or trainer.step >= last_step
     if due and not trainer.metrics.has_evaluation(trainer.step):
         trainer.validate()
     trainer.metrics.open_bar()

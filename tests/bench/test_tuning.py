@@ -112,23 +112,26 @@ def test_a_file_of_questions_is_split_and_rates_are_searched(
     monkeypatch.setattr(subprocess, "run", run_command)
     out = tmp_path / "runs"
     options = [base_run, "--tasks", "quiz", "--seeds", "3", "--data", str(tmp_path / "tuning"), "--out", str(out)]
-    options += ["--methods", "none", "lora", "--rates", "1e-9", "1e-2", "--repeats", "0"]
-    assert main([*options, *SMALL, "train.evaluation.every_steps=2"]) == 0
+    options += ["--methods", "none", "lora", "--rates", "1e-9", "5", "--repeats", "0"]
+    own = ["train.evaluation.every_steps=2", "train.evaluation.before_first=false"]
+    assert main([*options, *SMALL, *own]) == 0
 
     parts = {split: (out / f"data/quiz-{split}.jsonl").read_text().splitlines() for split in tuning.SPLITS}
     numbers = {split: [int(json.loads(line)["query"][10:-1]) for line in lines] for split, lines in parts.items()}
     assert numbers == {"test": list(range(0, 16, 2)), "validation": [1, 11], "train": [3, 5, 7, 9, 13, 15]}
 
     losses = {}
-    for rate in ("1e-09", "0.01"):
+    for rate in ("2e-12", "0.01"):
         latest = metrics_file.latest(out / f"quiz-lora-3-lr{rate}/metrics.jsonl")
         losses[rate] = latest["validation/quiz/loss"]
+    told = [json.loads(line) for line in (out / "quiz-lora-3-lr0.01/metrics.jsonl").read_text().splitlines()]
+    assert {line["step"] for line in told if "validation/quiz/loss" in line} == {2}  # not before the first
     best = min(losses, key=losses.__getitem__)
     rows_told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| lora ")]
-    assert f"| {float(best):g} |" in rows_told[0] and losses["1e-09"] != losses["0.01"]
+    assert f"| {float(best):g} |" in rows_told[0] and losses["2e-12"] != losses["0.01"]
     # The base as it is: what a rate of nothing ends at, after two steps or one.
     none = metrics_file.latest(out / "quiz-none-3/metrics.jsonl")
-    assert none["validation/quiz/loss"] == pytest.approx(losses["1e-09"], abs=1e-5)
+    assert none["validation/quiz/loss"] == pytest.approx(losses["2e-12"], abs=1e-5)
 
 
 def test_a_task_that_is_nowhere_is_one_sentence(
