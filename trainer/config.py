@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from data.config import DataConfig, StreamConfig
 from model.config import EnsembleConfig, ModelConfig
+from model.flops import EVERYTHING, Trained
 from settings import PathText, Strict, load, peek
 from trainer.blocks import DeepSpeedSettings, TrainConfig
 
@@ -150,6 +151,11 @@ class StageConfig(Strict):
                 f"train.micro_batch_samples ({train.micro_batch_samples}); change one of them"
             )
         return problems
+
+    @property
+    def trained(self) -> Trained:
+        """What of the decoder gets gradients, by which FLOPs are counted."""
+        return EVERYTHING
 
     def accumulation(self, world_size: int) -> int:
         """As :meth:`TrainConfig.accumulation`."""

@@ -371,7 +371,7 @@ def train_step(
 
 def _largest(counter: Counter, own: Tensor, config: StageConfig, world: World) -> Largest:
     """What the busiest ranks did, from this rank's ``own`` sums; collective: a sum cannot tell."""
-    flops = training_flops(config.model, counter.tally(own).routed)
+    flops = training_flops(config.model, counter.tally(own).routed, config.trained)
     most = world.largest(torch.cat((own, own.new_tensor([flops]))))
     return Largest(float(most[-1]), counter.tally(most[:-1]).routed)
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from data.config import File, MixedSource, StreamConfig, refuse_names_twice
 from model.config import DensityRamp, EnsembleConfig, ModelConfig
+from model.flops import Trained
 from settings import PathText, Strict
 from trainer.blocks import DeepSpeedSettings, TrainConfig
 from trainer.config import StageConfig
@@ -169,6 +170,15 @@ class TuneConfig(StageConfig):
     def frozen_layers(self) -> int:
         """How many of the first layers have no weight that is trained, skip routers left aside."""
         return layers_adapted(self.adapter, self.model.layers, self.ensemble).start
+
+    @property
+    def trained(self) -> Trained:
+        """What of the decoder gets gradients: adapters leave the matrices as they are."""
+        first = self.frozen_layers
+        if self.base.routers == "tuned":
+            first = min(first, self.model.routed_layers[0])
+        read = 0 if self.base.cache_states is None else self.frozen_layers
+        return Trained(matrices=self.adapter.kind == "full", first_layer=first, read_layers=read)
 
     @model_validator(mode="after")
     def _possible_method(self) -> TuneConfig:

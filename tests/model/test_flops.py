@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import ModelConfig
 from model.decoder import Decoder, DecoderOutput
 from model.flops import (
+    EVERYTHING,
     Routed,
+    Trained,
     dense_flops,
     executed_flops,
     full_windows,
@@ -69,6 +71,32 @@ def test_exploration_equals_torchs_count(granularity: str) -> None:
     counts = Routed(TOKENS, 0, executed, nothing, None, explored, nothing)
     assert min(explored) > 0
     assert training_flops(cfg, counts) - 2 * executed_flops(cfg, counts) == sum(by_operation.values())
+
+
+@pytest.mark.parametrize("first_layer", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_backward_pass_equals_torchs_count(variant: str, first_layer: int | None) -> None:
+    """All weights; the norms from a layer on, whose gradients pass through frozen matrices; the final norm alone."""
+    cfg = config("dense", variant, execution="reference")
+    model = decoder(cfg).double()  # in which norms have no products of their own
+    if first_layer is not None:
+        model.requires_grad_(False)
+        model.norm.requires_grad_(True)
+        for layer in model.layers[first_layer:]:
+            layer.input_layernorm.requires_grad_(True)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(random_tokens(), targets=random_tokens()).loss.loss.backward()
+    measured = sum(counter.get_flop_counts()["Global"].values())
+    trained = EVERYTHING if first_layer is None else Trained(matrices=False, first_layer=first_layer)
+    pairs = TOKENS * LENGTH  # what the reference computes
+    assert measured == training_flops(cfg, Routed(TOKENS, pairs, [], []), trained)
+
+
+def test_layers_whose_states_are_read_cost_nothing() -> None:
+    cfg = config("dense")
+    counts = Routed(TOKENS, 50, [], [])
+    computed, read = (training_flops(cfg, counts, Trained(False, 2, layers)) for layers in (0, 2))
+    assert computed - read == 2 / 3 * (executed_flops(cfg, counts) - TOKENS * 2 * cfg.width * cfg.vocab_size)
 
 
 def test_planned_exploration_follows_the_density() -> None:

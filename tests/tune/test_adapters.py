@@ -14,11 +14,12 @@ from torch import Tensor
 
 from model.config import EnsembleConfig
 from model.decoder import Decoder
+from model.flops import Trained
 from model.generate import generate
 from tests.model import tiny
 from tests.model.test_decoding import in_chunks
 from tune.adapters import counts_by_part, merge, part_of, prepare, trainable_counts
-from tune.config import AdapterConfig
+from tune.config import AdapterConfig, TuneConfig
 
 ENSEMBLE = EnsembleConfig(layers=2, final_weight=0.6)
 kinds = pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -74,6 +75,25 @@ def test_what_trains(kind: str, routers: str, ensemble: bool, granularity: str) 
     assert counts["routers"][1] == 2 * 64 * len(decoder.config.sites) and counts.keys() == expected.keys()
     if ensemble:
         assert counts["ensemble"] == (64 + 2 * 64 + 2,) * 2  # a norm, a router of two layers
+
+
+@pytest.mark.parametrize("kind", ["full", "none", "lora", "dora"])
+@pytest.mark.parametrize("routers", ["frozen", "tuned"])
+@pytest.mark.parametrize("layers", ["all", "early", "late"])
+def test_flops_are_counted_by_what_trains(kind: str, routers: str, layers: str) -> None:
+    decoder = tuned(kind, routers=routers, layers=layers, always_on_first=1)
+    written = {
+        "base": {"path": "base", "routers": routers},
+        "model": decoder.config.model_dump(),
+        "ensemble": ENSEMBLE.model_dump(),
+        "adapter": {"kind": kind, "layers": layers},
+        "data": {"sequence_tokens": 8, "sources": [{"name": "toy", "files": ["toy.jsonl"]}]},
+        "train": {"steps": 1, "global_batch_samples": 1, "micro_batch_samples": 1},
+    }
+    trained = [name for name, parameter in decoder.named_parameters() if parameter.requires_grad]
+    first = min([int(name.split(".")[1]) for name in trained if name.startswith("layers.")], default=3)
+    matrices = any(part_of(name) == "backbone" for name in trained)
+    assert TuneConfig.model_validate(written).trained == Trained(matrices, first)
 
 
 @pytest.mark.parametrize("kind", ["none", "lora"])

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.files import write_atomically
 from data.stages import describe_shares, stage_after
 from model.budget import Budget
-from model.flops import TRAINING_FACTOR, Routed, dense_flops, executed_flops, training_flops
+from model.flops import Routed, executed_flops, training_flops, without_routers
 from settings.words import duration
 from trainer import code_state
 from trainer.config import StageConfig
@@ -229,8 +229,9 @@ class Metrics:
         good = [r for r in self._since_log if r.applied]
         config, count = self.config, len(self._since_log)
         routed = _add([r.tally.routed for r in self._since_log])
-        executed = training_flops(config.model, routed)
-        dense = TRAINING_FACTOR * dense_flops(config.model, routed.tokens, routed.visible_keys, routed.head_tokens)
+        executed = training_flops(config.model, routed, config.trained)
+        everything = Routed(routed.tokens, routed.visible_keys, [], [], routed.head_tokens)
+        dense = training_flops(without_routers(config.model), everything, config.trained)
         targets = sum(r.tally.targets for r in good)
         norms = [r.grad_norm for r in good if r.grad_norm is not None]
         self._raise_peak(executed / self.world.size / elapsed_s)
@@ -280,10 +281,11 @@ class Metrics:
         largest, routed, ranks = result.largest, result.tally.routed, self.world.size
         if largest is None:
             return {}
-        mean = training_flops(self.config.model, routed) / ranks
+        model, trained = self.config.model, self.config.trained
+        mean = training_flops(model, routed, trained) / ranks
         found = {
             "speed/imbalance": largest.flops / mean,
-            "speed/imbalance_every_layer": training_flops(self.config.model, largest.routed) / mean,
+            "speed/imbalance_every_layer": training_flops(model, largest.routed, trained) / mean,
         }
         counts = zip(self.sites, largest.routed.executed_tokens, routed.executed_tokens, strict=True)
         return found | {
