@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 
 from data.skip_ranges import Ranges, sample_ids
 from settings import Strict, did_you_mean
+from settings.words import epochs
 
 
 class Stage(NamedTuple):
@@ -151,8 +152,8 @@ def describe_stages(
         parts = []
         for (name, taken, windows), weight in zip(sources, stage.weights, strict=True):
             if weight:
-                epochs = "" if windows is None else f" ({taken[number] / windows:.2f} epochs)"
-                parts.append(f"{name} {taken[number] * sequence_tokens:,} tokens{epochs}")
+                passes = "" if windows is None else f" ({epochs(taken[number] / windows)})"
+                parts.append(f"{name} {taken[number] * sequence_tokens:,} tokens{passes}")
         reached = any(taken[number] for _, taken, _ in sources)
         where = f"{stage.name} from token {stage.first * sequence_tokens:,} on: " if stage.name else ""
         lines.append(where + (", ".join(parts) if reached else "not reached by this run"))

@@ -8,6 +8,11 @@ def counted(number: int, what: str, plural: str | None = None) -> str:
     return f"{number:,} {what if number == 1 else plural or f'{what}s'}"
 
 
+def epochs(passes: float) -> str:
+    """``2.50 epochs``, ``0.0031 epochs``."""
+    return f"{passes:.2f} epochs" if passes >= 0.1 or not passes else f"{passes:.2g} epochs"
+
+
 def duration(seconds: float) -> str:
     """``42 s``, ``7 min``, ``3 h 5 min``, ``2 d 3 h``."""
     minutes = round(seconds / 60)

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from data.batches import IGNORED, NO_SAMPLE, Batch, MixedStream, SourceSummary
 from data.tokenization import TextTokenizer
+from settings.words import epochs
 from tune.config import ExamplesConfig, ExampleSource
 from tune.examples import Examples, read_examples
 from tune.packing import Packed, pack
@@ -51,7 +52,7 @@ class ExampleSummary(SourceSummary):
         return (
             f"{self.name}: {self.examples:,} examples{left_out}{cut}, {self.tokens:,} tokens, "
             f"{self.learned_tokens:,} of them learned, in {self.windows:,} windows {self.fill:.1%} full, "
-            f"{self.share:.0%} of samples, {self.epochs:.2f} epochs"
+            f"{self.share:.0%} of samples, {epochs(self.epochs)}"
         )
 
 

@@ -98,6 +98,8 @@ class ExampleSource(MixedSource):
     """text: the field with the document, in JSON lines; a file of another kind is one document."""
     choices: list[str] = Field(default_factory=list)
     """response, in evaluation: the possible responses; the most likely one is compared with the right one."""
+    choices_field: str = "choices"
+    """response: the field with a line's own ones, where ``choices`` are not given and the line has it."""
 
 
 class ExamplesConfig(StreamConfig):

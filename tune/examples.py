@@ -106,7 +106,7 @@ def read_examples(
         source: one of ``config``'s.
         config: window length, ``too_long``, chat format.
         tokenizer: the model's.
-        every_choice: an entry for each of ``source.choices`` or of a question's own, not just for the right one.
+        every_choice: an entry for each of ``source.choices`` or of an example's own, not just for the right one.
 
     Raises:
         ValueError: a file, a line or a choice that cannot be used, an example that does not fit into a window unless
@@ -179,10 +179,25 @@ def _responses(
 ) -> tuple[list[Example], int]:
     prompt = _text(record, source.prompt_field, "prompt_field")
     response = _text(record, source.response_field, "response_field")
-    if source.choices and response not in source.choices:
-        raise ValueError(f"the response {response!r} is none of the choices {source.choices}; correct one of them")
-    responses = source.choices if all_choices and source.choices else [response]
+    choices = source.choices
+    if all_choices and not choices:
+        choices = _own_choices(record, source)
+        _refuse_alike(choices, tokenizer)
+    if choices and response not in choices:
+        raise ValueError(f"the response {response!r} is none of the choices {choices}; correct one of them")
+    responses = choices if all_choices and choices else [response]
     return [_join([(prompt, False), (r, True)], tokenizer) for r in responses], responses.index(response)
+
+
+def _own_choices(record: dict[str, Any], source: ExampleSource) -> list[str]:
+    """A line's own choices; none where it has no such field, or null."""
+    choices = record.get(source.choices_field) or []
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
+        raise ValueError(
+            f"field '{source.choices_field}' must be a list of texts, the responses to choose from; set the source's "
+            "choices_field to another name where it means something else"
+        )
+    return choices
 
 
 def _questions(path: Path, tokenizer: TextTokenizer, all_choices: bool) -> Iterator[tuple[list[Example], int]]:
@@ -261,15 +276,21 @@ def _add_texts(found: _Growing, source: ExampleSource, sequence_tokens: int, tok
 def _check_choices(source: ExampleSource, tokenizer: TextTokenizer) -> None:
     if source.choices and source.format != "response":
         raise ValueError(f"source '{source.name}': choices need format: response, not {source.format}; remove them")
+    try:
+        _refuse_alike(source.choices, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"source '{source.name}': {error}") from None
+
+
+def _refuse_alike(choices: list[str], tokenizer: TextTokenizer) -> None:
+    """Choices that nothing, or nothing but their place, tells apart."""
     encoded: dict[tuple[int, ...], str] = {}
-    for choice in source.choices:
+    for choice in choices:
         ids = tuple(tokenizer.encode(choice))
         if not ids:
-            raise ValueError(f"source '{source.name}': the choice {choice!r} tokenizes to nothing; remove it")
+            raise ValueError(f"the choice {choice!r} tokenizes to nothing; remove it")
         if ids in encoded:
-            raise ValueError(
-                f"source '{source.name}': the choices {encoded[ids]!r} and {choice!r} tokenize to the same; change one"
-            )
+            raise ValueError(f"the choices {encoded[ids]!r} and {choice!r} tokenize to the same; change one")
         encoded[ids] = choice
 
 

@@ -235,6 +235,40 @@ def test_too_long_is_refused_or_left_out_and_counted(tmp_path: Path, ours: TextT
     assert read(path, ours, window=prompt + response - 1, too_long="leave_out").left_out == 1
 
 
+def test_a_line_can_bring_its_own_choices(tmp_path: Path, ours: TextTokenizer) -> None:
+    """In evaluation; what is learned is the response, with and without them."""
+    lines = [
+        {"prompt": "the fox", "response": " jumps", "choices": [" sleeps", " jumps"]},
+        {"prompt": "a dog", "response": " sleeps", "choices": None},
+        {"prompt": "a dog", "response": " runs", "choices": [" runs", " sits", " flies"]},
+    ]
+    path = write_lines(tmp_path / "a.jsonl", lines)
+    examples = read(path, ours, every_choice=True)
+    assert examples.first.tolist() == [0, 2, 3, 6] and examples.right.tolist() == [1, 0, 0]
+    learned = [learned_ids(examples, entry) for entry in range(6)]
+    assert learned == [
+        [*ours.encode(r), ours.eos_id] for r in (" sleeps", " jumps", " sleeps", " runs", " sits", " flies")
+    ]
+    assert len(read(path, ours)) == 3
+    renamed = write_lines(tmp_path / "b.jsonl", [{**line, "options": line.pop("choices")} for line in lines])
+    assert read(renamed, ours, every_choice=True, choices_field="options").first.tolist() == [0, 2, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ([" b", " c"], r"line 1: the response ' a' is none of the choices \[' b', ' c'\]"),
+        ([" a", " a"], r"line 1: the choices ' a' and ' a' tokenize to the same; change one"),
+        ({"text": [" a"]}, r"line 1: field 'choices' must be a list of texts, .* set the source's choices_field"),
+    ],
+)
+def test_a_lines_own_choices_that_cannot_be(tmp_path: Path, ours: TextTokenizer, choices: Any, expected: str) -> None:
+    path = write_lines(tmp_path / "a.jsonl", [{"prompt": "it is", "response": " a", "choices": choices}])
+    with pytest.raises(ValueError, match=expected):
+        read(path, ours, every_choice=True)
+    assert len(read(path, ours)) == 1
+
+
 def test_an_example_is_left_out_with_all_its_choices(tmp_path: Path, ours: TextTokenizer) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"prompt": "a", "response": "b"}, {"prompt": "a" * 15, "response": "b"}])
     arguments: dict[str, Any] = {"every_choice": True, "choices": ["b", "c" * 12], "too_long": "leave_out"}

@@ -8,6 +8,7 @@ from data.batches import TrainingData
 from data.stages import describe_stages
 from model.flops import dense_flops, executed_flops, parameter_counts
 from settings import counted
+from settings.words import epochs
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
@@ -32,7 +33,7 @@ def describe_start(config: StageConfig, data: TrainingData, world: World) -> str
     for source in summary:
         lines.append(
             f"data      {source.name}: {source.tokens:,} tokens, {source.share:.0%} of samples, "
-            f"{source.epochs:.2f} epochs"
+            + epochs(source.epochs)
         )
     mixture = config.data.mixture()
     if len(mixture) > 1:
