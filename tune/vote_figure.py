@@ -14,6 +14,10 @@ from matplotlib.ticker import MaxNLocator
 from tune.evaluate import ENSEMBLE, ORACLE, Candidate, ExamplesEvaluation, VoteStatistics
 
 _ROW, _COLUMN = 0.36, 0.62  # inches
+_ORACLE_IS = (
+    "oracle: on each token the late layer with the least loss, on each example any that is right; what a perfect vote "
+    "would reach, not a model"
+)
 
 
 def vote_figure(evaluation: ExamplesEvaluation) -> Figure:
@@ -34,6 +38,7 @@ def vote_figure(evaluation: ExamplesEvaluation) -> Figure:
         weights, loss, accuracy = figure.subplots(1, 3, width_ratios=(weights_width, 3.75, 3.75))
         loss.sharey(accuracy)
         _draw_weights(weights, votes)
+        figure.supxlabel(_ORACLE_IS, fontsize=8)
     figure.suptitle(title, fontsize=10)
     _draw_loss(loss, candidates)
     _draw_accuracy(accuracy, candidates, evaluation.choices)

@@ -21,6 +21,7 @@ def test_panels_show_weights_losses_and_accuracies() -> None:
     evaluation = made_up(layers=3)
     figure = vote_figure(evaluation)
     weights, loss, accuracy = figure.axes
+    assert "not a model" in figure.get_supxlabel()
     assert figure.get_suptitle() == "toy\n400 examples, 2,001 tokens in the right responses"
     np.testing.assert_allclose(np.asarray(weights.images[0].get_array()), evaluation.votes.weight.numpy())
     assert weights.images[0].get_clim() == (0, 1)
