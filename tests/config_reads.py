@@ -12,6 +12,7 @@ another block has a field of the same name.
 from __future__ import annotations
 
 import ast
+import functools
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def blocks_of(schema: type[BaseModel]) -> Blocks:
 def unread(schema: type[BaseModel], files: Iterable[Path]) -> list[str]:
     """Fields of ``schema`` and the blocks below it that the Python ``files`` do not read, as ``Block.field``."""
     blocks = blocks_of(schema)
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
+    trees = [_parsed(path) for path in files]
     functions = {
         node.name: returned
         for tree in trees
@@ -62,6 +63,12 @@ def unread(schema: type[BaseModel], files: Iterable[Path]) -> list[str]:
     return [f"{block}.{field}" for block, field in dict.fromkeys(fields) if (block, field) not in alive]
 
 
+@functools.cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def _owned(block: type[BaseModel], name: str) -> tuple[str, str]:
     """A field or method with the class that brought it in, which a subclass's readers need not know of."""
     bases = [base for base in block.__mro__ if issubclass(base, BaseModel) and base is not BaseModel]

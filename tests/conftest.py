@@ -54,7 +54,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _starts_processes(item: pytest.Item) -> bool:
     """Whether its file knows how to, or one of its fixtures does."""
-    starters = (launching.run, launching.start, ranks.Processes, ranks.Ranks, save_runs, subprocess)
+    starters = (
+        launching.run,
+        launching.run_command,
+        launching.start,
+        ranks.Processes,
+        ranks.Ranks,
+        save_runs,
+        subprocess,
+    )
     names = vars(item.module).values() if isinstance(item, pytest.Function) else ()
     return any(name is starter for name in names for starter in starters) or bool(
         {"two_rank_runs", "base_run"} & set(getattr(item, "fixturenames", ()))

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lm_eval import simple_evaluate
+import lm_eval
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
@@ -36,6 +36,7 @@ from trainer.tasks.scorer import Scorer, Window
 
 _STDERR = "_stderr"
 _FEW = 100  # task names in an error; the harness has thousands
+_FEWSHOT_SEED = 1234  # the harness's own
 _BOOTSTRAPS = 100  # of the few metrics whose standard error has no formula
 
 
@@ -207,15 +208,16 @@ def evaluate(
         world: ranks that run the model.
     """
     model.cut.clear()
-    done = simple_evaluate(
-        model,
-        tasks=list(tasks),
-        num_fewshot=shots,
-        limit=limit,
-        bootstrap_iters=_BOOTSTRAPS,
-        task_manager=TaskManager(include_defaults=False),
-    )
-    # It tells the first rank of a machine alone, whatever it knows.
+    loaded = TaskManager(include_defaults=False).load(list(tasks))
+    for task in loaded["tasks"].values():
+        own = task.get_config("num_fewshot")
+        if own is None or (shots is not None and own != 0):  # none by a task's own word means that
+            task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=_FEWSHOT_SEED)
+    # Not simple_evaluate, which seeds every generator of the process, and runs pip and a compiler to describe the
+    # machine: a second or more for each call.
+    done = lm_eval.evaluate(model, loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS)
+    # One rank's word, as what the ranks sum differs in the last digit.
     scores: TaskScores = world.broadcast_object(_scores(done, model) if world.is_main else None)
     return scores
 

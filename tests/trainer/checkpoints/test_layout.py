@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from trainer.monitor import metrics_file
 LAYOUT = ROOT / "trainer/checkpoints/layout.py"
 
 
+@functools.cache
 def _strings(path: Path) -> set[str]:
     """String constants of a Python file, docstrings left out."""
     tree = ast.parse(path.read_text())
