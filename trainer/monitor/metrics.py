@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data.files import write_atomically
 from data.stages import describe_shares, stage_after
 from model.budget import Budget
-from model.flops import Routed, executed_flops, training_flops, without_routers
+from model.flops import Routed, executed_flops
 from settings.words import duration
 from trainer import code_state
 from trainer.config import StageConfig
@@ -33,6 +33,15 @@ from trainer.evaluate import Evaluation
 from trainer.log import logger_of_run
 from trainer.monitor import metrics_file
 from trainer.monitor.append_only import Lines
+from trainer.monitor.figures import (
+    density_figures,
+    imbalance_figures,
+    loss_figures,
+    mean,
+    source_figures,
+    speed_figures,
+    vote_figures,
+)
 from trainer.monitor.trackers.all import Trackers
 from trainer.monitor.trackers.interface import Opening
 from trainer.run_folder import RunFolder
@@ -156,7 +165,7 @@ class Metrics:
                 line[f"{prefix}/loss_with_noise"] = evaluation.noisy.loss
                 line[f"{prefix}/loss_greedy_minus_noisy"] = evaluation.greedy.loss - evaluation.noisy.loss
             if self.sites:
-                line[f"{prefix}/density"] = _mean(evaluation.greedy.density)
+                line[f"{prefix}/density"] = mean(evaluation.greedy.density)
                 line |= {f"{prefix}/density/{s}": d for s, d in zip(self.sites, evaluation.greedy.density, strict=True)}
             line[f"{prefix}/flops_per_token"] = self._forward_flops(evaluation.greedy.routed)
         self._add(step, line)
@@ -226,71 +235,22 @@ class Metrics:
             self._trackers.close(phase)
 
     def _training_line(self, step: int, lr: float, budget: Budget, elapsed_s: float, waited_s: float) -> dict[str, Any]:
-        good = [r for r in self._since_log if r.applied]
-        config, count = self.config, len(self._since_log)
-        routed = _add([r.tally.routed for r in self._since_log])
-        executed = training_flops(config.model, routed, config.trained)
-        everything = Routed(routed.tokens, routed.visible_keys, [], [], routed.head_tokens)
-        dense = training_flops(without_routers(config.model), everything, config.trained)
-        targets = sum(r.tally.targets for r in good)
-        norms = [r.grad_norm for r in good if r.grad_norm is not None]
-        self._raise_peak(executed / self.world.size / elapsed_s)
-        peak = self.peak_flops * self.world.size * elapsed_s
-        line: dict[str, Any] = {
-            "train/loss": sum(r.tally.nll for r in good) / targets if targets else math.nan,
-            "train/z": sum(r.tally.z for r in good) / targets if targets else math.nan,
-            "train/skipped_steps": count - len(good),
-            "optimizer/lr": lr,
-            "optimizer/grad_norm": _mean(norms) if norms else math.nan,
-            "flops/executed_per_token": executed / routed.tokens,
-            "flops/dense_per_token": dense / routed.tokens,
-            "speed/tokens_per_s": routed.tokens / elapsed_s,
-            "speed/step_s": elapsed_s / count,
-            "speed/mfu_executed": executed / peak,
-            "speed/mfu_dense_equivalent": dense / peak,
-            "speed/data_wait_share": waited_s / elapsed_s,
-            "memory/peak_bytes": peak_bytes(self.world.device),
-        }
-        line |= self._imbalance(self._since_log[-1])
+        results, config = self._since_log, self.config
+        line = {"optimizer/lr": lr, **loss_figures(results), **speed_figures(config, results, elapsed_s, waited_s)}
+        # Of one device: both products are FLOP/s of all.
+        speed = line["speed/tokens_per_s"] / self.world.size
+        self._raise_peak(speed * line["flops/executed_per_token"])
+        line["speed/mfu_executed"] = speed * line["flops/executed_per_token"] / self.peak_flops
+        line["speed/mfu_dense_equivalent"] = speed * line["flops/dense_per_token"] / self.peak_flops
+        line["memory/peak_bytes"] = peak_bytes(self.world.device)
+        line |= imbalance_figures(config, results[-1], self.world.size)
         if self.sites:
-            progress = config.train.progress(step - 1)
-            density = [tokens / routed.tokens for tokens in routed.executed_tokens]
-            line["budget/penalty"] = _mean([r.penalty for r in good]) if good else math.nan
-            line["budget/target"] = budget.target(progress)
-            line["density/mean"] = _mean(density)
-            line["density/overflow"] = _mean([r.tally.overflow for r in self._since_log])
-            line |= {f"density/{site}": value for site, value in zip(self.sites, density, strict=True)}
-            prices = budget.prices().tolist()
-            line |= {f"budget/price/{site}": value for site, value in zip(self.sites, prices, strict=True)}
-        if len(self.sources) > 1 and targets:
-            for place, source in enumerate(self.sources):
-                own = sum(r.tally.source_targets[place] for r in good)
-                nll = sum(r.tally.source_nll[place] for r in good)
-                line |= {f"train/loss/{source}": nll / own if own else math.nan, f"train/share/{source}": own / targets}
-        if self.late_layers and targets:
-            tallies = [r.tally for r in good]
-            line["ensemble/distillation"] = sum(t.distillation for t in tallies) / targets
-            line["ensemble/entropy"] = sum(t.vote_entropy for t in tallies) / targets
-            for place, layer in enumerate(self.late_layers):
-                line[f"ensemble/weight/{layer}"] = sum(t.vote_weights[place] for t in tallies) / targets
-                line[f"ensemble/largest/{layer}"] = sum(t.vote_largest[place] for t in tallies) / targets
+            line |= density_figures(self.sites, results, budget, config.train.progress(step - 1))
+        if len(self.sources) > 1:
+            line |= source_figures(self.sources, results)
+        if self.late_layers:
+            line |= vote_figures(self.late_layers, results)
         return line
-
-    def _imbalance(self, result: StepResult) -> dict[str, float]:
-        """How much more the busiest rank did in a step than the mean of all: 1 where they did the same."""
-        largest, routed, ranks = result.largest, result.tally.routed, self.world.size
-        if largest is None:
-            return {}
-        model, trained = self.config.model, self.config.trained
-        mean = training_flops(model, routed, trained) / ranks
-        found = {
-            "speed/imbalance": largest.flops / mean,
-            "speed/imbalance_every_layer": training_flops(model, largest.routed, trained) / mean,
-        }
-        counts = zip(self.sites, largest.routed.executed_tokens, routed.executed_tokens, strict=True)
-        return found | {
-            f"speed/imbalance/{s}": most * ranks / total if total else math.nan for s, most, total in counts
-        }
 
     def _raise_peak(self, reached: float) -> None:
         """What a device has done, FLOP/s, it can do: a peak below that was measured on a busy machine, or was wrong."""
@@ -369,30 +329,14 @@ def _validation_sentence(step: int, evaluation: Evaluation) -> str:
         sentence += f" (with routing noise {evaluation.noisy.loss:.4f})"
     if evaluation.greedy.density:
         density = evaluation.greedy.density
-        sentence += f", density {_mean(density):.3f} ({min(density):.2f} to {max(density):.2f})"
+        sentence += f", density {mean(density):.3f} ({min(density):.2f} to {max(density):.2f})"
     return sentence
-
-
-def _add(parts: list[Routed]) -> Routed:
-    return Routed(
-        sum(p.tokens for p in parts),
-        sum(p.visible_keys for p in parts),
-        [sum(site) for site in zip(*(p.executed_tokens for p in parts), strict=True)],
-        [sum(site) for site in zip(*(p.attended_keys for p in parts), strict=True)],
-        sum(p.tokens if p.head_tokens is None else p.head_tokens for p in parts),
-        [sum(site) for site in zip(*(p.explored_tokens or () for p in parts), strict=True)],
-        [sum(site) for site in zip(*(p.explored_keys or () for p in parts), strict=True)],
-    )
 
 
 def _step_result(fields: dict[str, Any]) -> StepResult:
     """The inverse of ``asdict``."""
     tally = fields["tally"]
     return StepResult(**fields | {"tally": Tally(**tally | {"routed": Routed(**tally["routed"])})})
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def peak_bytes(device: torch.device) -> int:
