@@ -212,7 +212,7 @@ class TrainConfig(Strict):
     global_batch_samples: int = Field(gt=0)
     """Windows in one optimiser step, over all ranks and micro-batches."""
     micro_batch_samples: int = Field(gt=0)
-    """Windows in one forward pass of one rank."""
+    """Windows in one forward pass of one rank, or of one group of ranks that share them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of weights and activations in the step; master weights and optimiser state are fp32. ``auto``: bf16 where all
     devices multiply it fast, else fp32; a resume goes on in its checkpoint's. Decided when the run starts."""
@@ -289,7 +289,8 @@ class DeepSpeedSettings(Strict):
     """What is partitioned over the ranks: nothing, optimiser state, + gradients, + parameters."""
     sequence_parallel: int = Field(1, gt=0)
     """Neighbouring ranks that share every window, each with a part of its tokens: for windows whose activations one
-    device does not hold. Divides the ranks, and twice it the window. Any number goes on from any other's checkpoint."""
+    device does not hold. The number of ranks must be a multiple of it, and ``sequence_tokens`` one of
+    twice it. Any number goes on from any other's checkpoint."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in CPU memory: optimiser state (stages 1 to 3), and parameters too (stage 3)."""
     persistence_threshold: int = Field(100_000, ge=0)
