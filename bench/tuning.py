@@ -1,10 +1,11 @@
 """Tuning methods against each other: test accuracy over seeds, trained parameters, time of a step.
 
     python -m bench.tuning runs/books                                   # eight methods, two tasks, three seeds
-    python -m bench.tuning runs/books --methods lora lora_ensemble --tasks polarity --seeds 0 1 train.steps=100
-    python -m bench.tuning smollm2 --tasks subjectivity polarity piqa arc_easy --rates 0.25 1 4 \\
+    python -m bench.tuning runs/books train.steps=100 --methods lora lora_ensemble --tasks polarity --seeds 0 1
+    python -m bench.tuning smollm2 base.routers=frozen train.steps=300 data.too_long=leave_out \\
+        --tasks subjectivity polarity piqa arc_easy --rates 0.25 1 4 \\
         --methods none lora lora_ensemble dora dora_ensemble early_lora_ensemble early_lora_ensemble_half \\
-        early_lora_ensemble_quarter ensemble_only base.routers=frozen train.steps=300 data.too_long=leave_out
+        early_lora_ensemble_quarter ensemble_only
 
 Every run is ``tune.train`` on a file of ``configs/`` with one process and one thread, in its own folder below
 ``--out``; what is done is not run again, so an interrupted suite goes on where it was. ``none`` is the base as it is.

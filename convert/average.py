@@ -205,7 +205,7 @@ def _require_one_model(one: Loaded, newest: Loaded) -> None:
     both = (one, newest)
     bases = [m.config.base.sha256 if isinstance(m.config, TuneConfig) else None for m in both]
     facts: dict[str, list[Any]] = {
-        "ensemble layers": [None if m.decoder.ensemble is None else m.decoder.ensemble.config.layers for m in both],
+        **{f"ensemble.{field}": [_of_ensemble(m, field) for m in both] for field in ("layers", "temperature", "top")},
         "seed": [m.decoder.seed for m in both],
         "base": [None if sha is None else sha[:12] for sha in bases],
         "tokenizer": [tokenizer_sha256(str(m.tokenizer_folder))[:12] for m in both],
@@ -217,6 +217,11 @@ def _require_one_model(one: Loaded, newest: Loaded) -> None:
             f"{one.source} and {newest.source} are two models ({'; '.join(changed)}), whose weights have no mean; give "
             "checkpoints of one run, or of forks of it"
         )
+
+
+def _of_ensemble(one: Loaded, field: str) -> Any:
+    """A field of what the ensemble computes; None without one."""
+    return None if one.decoder.ensemble is None else getattr(one.decoder.ensemble.config, field)
 
 
 @contextmanager

@@ -94,11 +94,6 @@ class SourceSummary:
         """How often the run goes through this source."""
         return sum(self.taken) / self.windows
 
-    @property
-    def stage_epochs(self) -> list[float]:
-        """The same by stage of the mixture."""
-        return [samples / self.windows for samples in self.taken]
-
 
 class MixedStream:
     """What the training data of both stages share: windows of all sources, mixed and shuffled."""

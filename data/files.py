@@ -35,11 +35,17 @@ def folder_around(path: Path) -> Path:
 
 def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
     """Close ``file``, which was written under another name, with ``content`` at its end; give it its name, durably."""
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    os.replace(file.name, path)
+    try:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        os.replace(file.name, path)
+    except OSError:  # a full disk, say, which half a file under another name does not help
+        with contextlib.suppress(OSError):
+            file.close()
+        Path(file.name).unlink(missing_ok=True)
+        raise
     # The rename itself lives in the folder: without this a power cut can bring the old name back.
     folder = os.open(path.parent, os.O_RDONLY)
     try:

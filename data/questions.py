@@ -19,6 +19,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from data.containers import json_records
 from data.discovery import find_files
 
 SUFFIX = ".jsonl"
@@ -72,24 +73,25 @@ def read_questions(path: Path) -> QuestionFile:
         ValueError: if a line is not of the first line's shape, or there is none.
     """
     shape, found = None, []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError:
-                fields = None
-            if not isinstance(fields, dict):
-                raise ValueError(f"{path}:{number} is no JSON object; every line is one question")
-            found.append(fields)
-            shape = shape or next((each for each in SHAPES if all(field in fields for field in each)), None)
-            if shape is None:
-                shapes = "; ".join(", ".join(each) for each in SHAPES)
-                raise ValueError(f"{path}:{number} has the fields {', '.join(fields)}; a question has {shapes}")
-            problem = SHAPES[shape](fields) if all(field in fields for field in shape) else "is of another kind"
-            if problem:
-                raise ValueError(f"{path}:{number} {problem}; all lines of a file have {', '.join(shape)}")
+    try:
+        records = list(json_records(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for place, fields in records:
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}, {place} is no JSON object; every line is one question")
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}, {place} is not UTF-8; save the file as UTF-8") from None
+        found.append(fields)
+        shape = shape or next((each for each in SHAPES if all(field in fields for field in each)), None)
+        if shape is None:
+            shapes = "; ".join(", ".join(each) for each in SHAPES)
+            raise ValueError(f"{path}, {place} has the fields {', '.join(fields)}; a question has {shapes}")
+        problem = SHAPES[shape](fields) if all(field in fields for field in shape) else "is of another kind"
+        if problem:
+            raise ValueError(f"{path}, {place} {problem}; all lines of a file have {', '.join(shape)}")
     if shape is None:
         raise ValueError(f"{path} is empty; a file of questions has one on every line")
     return QuestionFile(path, shape, found)

@@ -123,7 +123,7 @@ class TextTokenizer(ABC):
             return [self.encode(text) for text in texts]
         whole = self.encode("".join(texts))
         # Where the next text merges with the end of this one, the merged token belongs to the next.
-        ends = [_common_start(whole, self.encode(text)) for text in accumulate(texts[:-1])]
+        ends = [common_start(whole, self.encode(text)) for text in accumulate(texts[:-1])]
         return [whole[start:end] for start, end in pairwise([0, *accumulate(ends, max), len(whole)])]
 
 
@@ -309,7 +309,7 @@ class HuggingFace(TextTokenizer):
         return self._tokenizer.token_to_id(piece)
 
 
-def _common_start(first: list[int], second: list[int]) -> int:
+def common_start(first: Sequence[int], second: Sequence[int]) -> int:
     """How many ids at the start of both are the same."""
     differ = (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differ, min(len(first), len(second)))

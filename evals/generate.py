@@ -225,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         decoder, thresholds, device = opened.decoder, None, opened.world.device
         if options.density is not None:
             path = options.dial or dial_of(options.model)
-            thresholds = Dial.load(path, decoder.config, opened.loaded.step).thresholds(options.density).to(device)
+            thresholds = Dial.load(path, decoder.config, opened.loaded.step).thresholds(options.density)
         ids = prompt_ids(opened, prompt, options.max_new_tokens)
         generator = torch.Generator(device).manual_seed(options.seed)
         tokens = stream(

@@ -52,9 +52,7 @@ class Placement:
         from tune.load import load_model
 
         loaded = load_model(path)
-        decoder = loaded.decoder.to(self.world.device, getattr(torch, DTYPES[self.dtype]))
-        if decoder.thresholds is not None:
-            decoder.thresholds = decoder.thresholds.to(self.world.device)  # fp32 like the margins, as in training
+        loaded.decoder.to(self.world.device, getattr(torch, DTYPES[self.dtype]))
         return loaded
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from model.config import ModelConfig
-from settings import peek
+from settings import load, peek
 from trainer.checkpoints.layout import CONFIG
 from trainer.config import PretrainConfig, StageConfig, is_stage_two, load_run
 from tune.config import TuneFile
@@ -44,7 +44,7 @@ def model_of(config: PretrainConfig | TuneFile) -> ModelConfig:
             f"base.path {config.base.path} holds no config.yaml with a model block, from which the sizes are read; "
             "give base.path a stage-one run, one of its checkpoints, or what convert.from_hf wrote"
         )
-    return stage_two_model(ModelConfig.model_validate(blocks["model"]), config.base)
+    return stage_two_model(load(Path(config.base.path) / CONFIG, [], ModelConfig, block="model"), config.base)
 
 
 def tokenizer_folder(file: TuneFile) -> Path:

@@ -16,7 +16,7 @@ import argparse
 import time
 from pathlib import Path
 
-from data.files import write_atomically
+from data.files import only_writer, write_atomically
 from settings import path_argument, user_errors
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import checkpoints_of, is_run, newest_first, next_abandoned, run_of, step_of
@@ -53,7 +53,13 @@ def go_back(run: Path, step: int) -> Path | None:
     if problem is not None:
         raise ValueError(f"{target} is torn: {problem}; give another of the steps that are there: {named}")
     _refuse_if_alive(run)
-    metrics = run / metrics_file.NAME
+    with only_writer(run):  # a start that reads a checkpoint has not said yet that it is alive
+        return _move(run, there, step)
+
+
+def _move(run: Path, there: list[Path], step: int) -> Path | None:
+    """Put away the checkpoints of ``there`` and the lines after ``step``; the folder, None if there is nothing."""
+    folder, metrics = checkpoints_of(run), run / metrics_file.NAME
     lines = metrics_file.read(metrics)
     later_lines = [line for line in lines if line["step"] > step]
     later = [found for found in there if step_of(found) > step]

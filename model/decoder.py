@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
         room = capacity if self.training else None
         explored = None if room is None else room.explored
-        held = self._held(thresholds)
+        held = self._held(thresholds, tokens.device)
         routing = RoutingInputs(
             sample_ids, steps, noise, soft, self.seed, held, self.centres, explored, self.recompute, sequence
         )
@@ -273,15 +273,17 @@ class Decoder(nn.Module):
         for layer in self.layers:
             layer.compile(dynamic=None)
 
-    def _held(self, thresholds: Tensor | None) -> Tensor | None:
-        """The ``thresholds`` given, or its own."""
+    def _held(self, thresholds: Tensor | None, device: torch.device) -> Tensor | None:
+        """The ``thresholds`` given, or its own, which lie wherever they were read."""
         thresholds = self.thresholds if thresholds is None else thresholds
-        if thresholds is not None and thresholds.shape != (len(self.config.sites),):
+        if thresholds is None:
+            return None
+        if thresholds.shape != (len(self.config.sites),):
             raise ValueError(
                 f"thresholds must hold one number for each of the {len(self.config.sites)} routed sites, got a tensor "
                 f"of shape {list(thresholds.shape)}"
             )
-        return thresholds
+        return thresholds.to(device)
 
     def _open_cache(self, cache: KVCache, length: int, documents: Tensor | None) -> Tensor | None:
         router = self.config.router

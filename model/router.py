@@ -209,7 +209,7 @@ class LearnedRouter(Router):
 
 
 class RandomRouter(Router):
-    """Every token executes with probability P, by the hash of its place: the same in every epoch and evaluation."""
+    """Every token executes with probability P, by the hash of its place: the same on any ranks, at every evaluation."""
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D], read for nothing but its batch size."""

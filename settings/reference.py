@@ -23,7 +23,6 @@ _TOP = """# Config fields
 Written by `make docs` from the schemas: do not edit. A field without a default must be given. How a config is read: \
 [training.md](training.md#starting).
 """
-_HEADER = "| field | type | default | meaning |\n|---|---|---|---|\n"
 
 
 def reference(schemas: Sequence[type[BaseModel]]) -> str:
@@ -92,7 +91,7 @@ def _type(annotation: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)[1:-1] if isinstance(value, str) else json.dumps(value)
 
 
 def _words(text: str | None) -> str:

@@ -59,7 +59,7 @@ class GivenWeights:
         Raises:
             ValueError: if the files hold another model than their config says.
         """
-        engine.module.thresholds = None if self.thresholds is None else self.thresholds.to(world.device)
+        engine.module.thresholds = self.thresholds
         left = put(engine, self.stored(), self.folder, world)
         routers = {f"{name}.weight": m for name, m in engine.module.named_modules() if isinstance(m, Router)}
         if missing := [name for name in left if name not in routers]:

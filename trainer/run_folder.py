@@ -34,18 +34,34 @@ class RunFolder:
     def __init__(self, path: str | Path, rank: int):
         self.path = Path(path)
         self.rank = rank
+        self._is_locked = False
         self.metrics = self.path / metrics_file.NAME
         self.tensorboard = self.path / "tensorboard"
         self.checkpoints = checkpoints_of(self.path)
         self.heartbeat = Heartbeat(self.path / "heartbeat", rank)
         self.log = self.path / "logs" / f"rank-{rank}.log"
 
+    def lock(self, hold: ExitStack) -> str | None:
+        """Keep other commands from writing to a folder that is there until ``hold`` is closed; why it cannot, if so.
+
+        Before a checkpoint is chosen, so that launch.rewind does not move it away while it is read.
+        """
+        if not self.path.is_dir():
+            return None
+        try:
+            hold.enter_context(only_writer(self.path))
+        except ValueError as error:
+            return str(error)
+        self._is_locked = True
+        return None
+
     def claim(self, config: StageConfig, original: str | Path, hold: ExitStack) -> str | None:
-        """Make the run folder and keep other runs out until ``hold`` is closed; why that is not possible, if so."""
+        """Make the run folder, locked as by :meth:`lock`; why that is not possible, if so."""
         try:
             with self.writing():
                 self.path.mkdir(parents=True, exist_ok=True)
-                hold.enter_context(only_writer(self.path))
+                if not self._is_locked and (problem := self.lock(hold)):
+                    return problem
                 self.create(config, original)
         except ValueError as error:
             return str(error)

@@ -89,18 +89,15 @@ class Trainer:
         self.tasks = tasks
         self.world, self.fingerprint, self.validation_sets = world, fingerprint, validation_sets
         self.run = RunFolder(str(config.train.run_dir), world.rank)
+        self.config = config
         self.step = 0
         self.samples = 0
-        checkpoints = config.train.checkpoint
-        found = resume.to_resume(self.run.checkpoints, checkpoints.resume, world, checkpoints.mirror, self.run.metrics)
-        given = initial() if initial is not None and found is None else None
-        source = given.checkpoint if isinstance(given, Fork) else found
-        config, precision_told = decide(config, world, source)
-        self.config = config
-        self._hold = ExitStack()  # until the end no other run may write here
+        self._hold = ExitStack()  # until the end no other command may write here
         try:
-            self.engine = build_engine(config, world, decoder, _drawn(source, given))
+            source, given, precision_told = self._choose(config, initial)
+            self.engine = build_engine(self.config, world, decoder, _drawn(source, given))
         except BaseException as error:
+            self._hold.close()
             if sentence := self._lack_of_memory(error, "while the engine was built"):
                 raise ValueError(sentence) from error
             raise
@@ -109,6 +106,19 @@ class Trainer:
         except BaseException as error:
             self._let_go(error)
             raise
+
+    def _choose(
+        self, config: StageConfig, initial: Callable[[], Initial | None] | None
+    ) -> tuple[Path | None, Initial | None, str | None]:
+        """The checkpoint to go on from, own or forked, what is given instead, and the sentence on the precision."""
+        world, checkpoints = self.world, config.train.checkpoint
+        if problem := world.broadcast_object(self.run.lock(self._hold) if world.is_main else None):
+            raise ValueError(problem)
+        found = resume.to_resume(self.run.checkpoints, checkpoints.resume, world, checkpoints.mirror, self.run.metrics)
+        given = initial() if initial is not None and found is None else None
+        source = given.checkpoint if isinstance(given, Fork) else found
+        self.config, told = decide(config, world, source)
+        return source, given, told
 
     def _open(self, config_path: Path, source: Path | None, given: Initial | None, precision_told: str | None) -> None:
         """Go on from the checkpoint ``source``, own or forked, or start; set up everything around the engine."""
@@ -340,6 +350,7 @@ class Trainer:
         """Go on where a checkpoint's state says."""
         self.step, self.samples = state["step"], state["samples"]
         self.budget.load_state_dict(state["budget"])
+        self.engine.module.thresholds = state.get("thresholds")
         if self.balance.layers:
             self.balance.load_state_dict(state["balance"])
         self.spikes.load_state_dict(state["spikes"])

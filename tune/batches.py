@@ -27,7 +27,7 @@ from data.tokenization import TextTokenizer
 from settings.words import epochs
 from tune.config import ExamplesConfig, ExampleSource
 from tune.examples import Examples, read_examples
-from tune.packing import Packed, pack
+from tune.packing import Windows, pack
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ class TuningData(MixedStream):
         self._config = config
         self._tokenizer = tokenizer
         self._pin_memory = pin_memory
-        self._sources = [_Packed(read_examples(s, config, tokenizer), config, tokenizer) for s in config.sources]
+        self._sources = [
+            _PackedExamples(read_examples(s, config, tokenizer), config, tokenizer) for s in config.sources
+        ]
         super().__init__(config, [len(packed.windows) for packed in self._sources])
 
     @property
@@ -151,8 +153,8 @@ class ExampleSet:
         """Examples that do not fit into a window, and texts that were cut into windows."""
         self._first = examples.first
         right_entries = self._first[:-1] + self.right
-        self._right = _Packed(examples, config, tokenizer, right_entries)
-        self._all = self._right if self.most_choices == 1 else _Packed(examples, config, tokenizer)
+        self._right = _PackedExamples(examples, config, tokenizer, right_entries)
+        self._all = self._right if self.most_choices == 1 else _PackedExamples(examples, config, tokenizer)
 
     @property
     def most_choices(self) -> int:
@@ -201,7 +203,7 @@ class ExampleSet:
             yield batch, Scored(example, choice, choice == self.right[example], tokens)
 
 
-class _Packed:
+class _PackedExamples:
     """Examples in windows."""
 
     def __init__(
@@ -212,7 +214,7 @@ class _Packed:
         self._length, self._eos_id = config.sequence_tokens, tokenizer.eos_id
         chosen = np.arange(len(examples)) if chosen is None else chosen
         windows = pack(examples.inputs[chosen], config.sequence_tokens, config.pack)
-        self.windows = Packed(chosen[windows.members], windows.starts)
+        self.windows = Windows(chosen[windows.members], windows.starts)
 
     @property
     def sha256(self) -> str:

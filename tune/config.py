@@ -95,7 +95,7 @@ class ExampleSource(MixedSource):
     messages_field: str = "messages"
     """chat: the field with the messages."""
     text_field: str = "text"
-    """text: the field with the document, in JSON lines; a file of another kind is one document."""
+    """text: the field or column with the document (.jsonl, .json, .parquet, .csv); any other file is one document."""
     choices: list[str] = Field(default_factory=list)
     """response, in evaluation: the possible responses; the most likely one is compared with the right one."""
     choices_field: str = "choices"

@@ -46,5 +46,9 @@ def describe_method(config: TuneConfig) -> str:
     adapter = config.adapter
     if adapter.kind in ("full", "none"):
         return "all weights" if adapter.kind == "full" else "backbone frozen"
-    where = "in every layer" if adapter.layers == "all" else "in the layers before the ensemble's"
+    where = {
+        "all": "in every layer",
+        "early": "in the layers before the ensemble's",
+        "late": "in the ensemble's layers",
+    }[adapter.layers]
     return f"{adapter.kind} of rank {adapter.rank}, alpha {adapter.alpha:g}, {where}, on {', '.join(adapter.targets)}"

@@ -104,6 +104,7 @@ class ExamplesEvaluation:
         name: of the set.
         examples: E.
         choices: O.
+        fewest_choices: that an example offers.
         tokens: of all right responses.
         candidates: the late layers, the final one last, then ensemble and oracle; without an ensemble the final layer.
         agreement: of the late layers; None without an ensemble.
@@ -113,10 +114,16 @@ class ExamplesEvaluation:
     name: str
     examples: int
     choices: int
+    fewest_choices: int
     tokens: int
     candidates: list[Candidate]
     agreement: Agreement | None
     votes: VoteStatistics | None
+
+    @property
+    def offered(self) -> str:
+        """``4``, or ``2 to 4`` where examples offer different numbers of choices."""
+        return f"{self.choices}" if self.choices == self.fewest_choices else f"{self.fewest_choices} to {self.choices}"
 
     def sentence(self) -> str:
         """Loss and accuracy of the model in a line, and with an ensemble those of the final layer and the oracle."""
@@ -165,6 +172,7 @@ def evaluate_examples(
         name=example_set.name,
         examples=example_set.examples,
         choices=example_set.most_choices,
+        fewest_choices=int(example_set.choices.min()),
         tokens=int(_of(sums.tokens, right).sum()),
         candidates=candidates,
         agreement=None if config.ensemble is None else agreement,

@@ -119,6 +119,12 @@ def read_examples(
     else:
         _add_records(found, source, config, tokenizer, every_choice)
     examples = found.finish()
+    choices = np.diff(examples.first)
+    if (choices == 1).any() and (choices > 1).any():
+        raise ValueError(
+            f"source '{source.name}': {int((choices == 1).sum())} of {len(choices)} examples offer one response, the "
+            "others several to choose from; give choices to all lines of a set, or to none"
+        )
     if not len(examples):
         left_out = f"{examples.left_out} were left out, too long for a window or empty" if examples.left_out else "none"
         raise ValueError(
@@ -256,7 +262,7 @@ def _join(parts: list[tuple[str, bool]], tokenizer: TextTokenizer) -> Example:
 
 def _add_texts(found: _Growing, source: ExampleSource, sequence_tokens: int, tokenizer: TextTokenizer) -> None:
     for path in _files(source):
-        kind = "json" if format_of(path) == "json" else "text"
+        kind = format_of(path) or "text"
         options = {"name": source.name, "files": [str(path)], "format": kind, "text_field": source.text_field}
         for document in Source(SourceConfig.model_validate(options)).documents(Cursor(0, 0)):
             text = tokenizer.encode(document.text.decode())

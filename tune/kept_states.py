@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from data.files import write_atomically
+from trainer.log import logger_of_run
 
 
 class KeptStates:
@@ -38,6 +39,7 @@ class KeptStates:
     def __init__(self, folder: Path, fingerprint: str, layers: int):
         self.layers, self._folder = layers, folder / fingerprint[:16]
         self.computed, self.read = 0, 0
+        self._writes = True
 
     @torch.no_grad()
     def __call__(
@@ -61,13 +63,25 @@ class KeptStates:
             computed = compute()
             assert len(computed) == states
             for number in missing:
-                paths[number].parent.mkdir(parents=True, exist_ok=True)
-                window = torch.stack([state[number] for state in computed])
-                write_atomically(paths[number], save({"states": window.cpu().contiguous()}), shared=True)
+                self._keep(paths[number], torch.stack([state[number] for state in computed]))
             return computed
         windows = torch.stack([_read(path, (states, inputs.shape[2])) for path in paths], dim=1)
         assert read[0] is not None
         return list(windows.to(read[0].device, non_blocking=True))
+
+    def _keep(self, path: Path, window: Tensor) -> None:
+        """Write a window's states; a disk that is full ends the keeping, not the run."""
+        if not self._writes:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save({"states": window.cpu().contiguous()}), shared=True)
+        except OSError as error:
+            self._writes = False
+            logger_of_run().warning(
+                f"base.cache_states {self._folder} cannot be written ({error.strerror}); what is there is read, and "
+                "nothing more is kept"
+            )
 
 
 def _read(path: Path, shape: tuple[int, int]) -> Tensor:

@@ -15,7 +15,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Packed:
+class Windows:
     """W lists of examples, flat: a million small arrays would take more memory than the examples."""
 
     members: np.ndarray
@@ -31,7 +31,7 @@ class Packed:
         return self.members[self.starts[window] : self.starts[window + 1]]
 
 
-def pack(lengths: np.ndarray, room: int, together: bool = True) -> Packed:
+def pack(lengths: np.ndarray, room: int, together: bool = True) -> Windows:
     """Put examples of ``lengths`` inputs (int64 [E], each from 1 to ``room``) into windows of ``room`` inputs.
 
     An example of n ids has n - 1 inputs: its last id is only predicted. Every example is in one window; with
@@ -39,7 +39,7 @@ def pack(lengths: np.ndarray, room: int, together: bool = True) -> Packed:
     """
     assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= room
     if not together:
-        return Packed(np.arange(len(lengths)), np.arange(len(lengths) + 1))
+        return Windows(np.arange(len(lengths)), np.arange(len(lengths) + 1))
     window_of = np.empty(len(lengths), np.int64)
     windows = 0
     # Windows with room left, by how much, and these rooms in rising order: never more than `room` of them.
@@ -64,4 +64,4 @@ def pack(lengths: np.ndarray, room: int, together: bool = True) -> Packed:
                 insort(rooms, left)
             open_windows[left].append(window)
     starts = np.concatenate([[0], np.cumsum(np.bincount(window_of, minlength=windows))])
-    return Packed(np.argsort(window_of, kind="stable"), starts)
+    return Windows(np.argsort(window_of, kind="stable"), starts)

@@ -22,7 +22,7 @@ def table(evaluation: ExamplesEvaluation) -> str:
         accuracies = [candidate.exact_match, candidate.choice_accuracy, candidate.per_token_accuracy]
         shown = [_accuracy(accuracy) for accuracy in accuracies if accuracy is not None]
         rows.append([candidate.name, f"{candidate.loss:.4f}", *shown, *[f"{100 * candidate.alone:.1f}"] * voted])
-    choices = f", {evaluation.choices} choices each" if with_choices else ""
+    choices = f", {evaluation.offered} choices each" if with_choices else ""
     parts = [
         f"{evaluation.name}: {evaluation.examples:,} examples{choices}, {evaluation.tokens:,} tokens in the right "
         "responses; ± is one standard error",

@@ -47,10 +47,10 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
             f"{str(file.base.sha256)[:12]}, found {base.fingerprint[:12]}); give base.path that one, its checkpoint "
             "for example, or leave base.sha256 out"
         )
-    if _same_folder(str(file.train.run_dir), file.base.path):
+    if _overlap(str(file.train.run_dir), file.base.path):
         raise ValueError(
-            f"train.run_dir {file.train.run_dir} is the base's own folder, or lies inside it; give the tuned run a "
-            "folder of its own"
+            f"train.run_dir {file.train.run_dir} and the base's folder {file.base.path} are the same, or one lies in "
+            "the other; give the tuned run a folder of its own"
         )
     blocks["base"]["sha256"] = base.fingerprint
     if blocks["base"]["seed"] is None:
@@ -62,8 +62,8 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
         raise ValueError("; ".join(str(e["ctx"]["error"]) for e in error.errors())) from None
 
 
-def _same_folder(run_dir: str, base: str) -> bool:
-    """True if the run would write into the base, or into the run whose checkpoint is the base."""
+def _overlap(run_dir: str, base: str) -> bool:
+    """True if the run would write into the base or into the run whose checkpoint is the base, or around it."""
     run, folder = Path(run_dir).resolve(), Path(base).resolve()
     return run == folder or folder in run.parents or run in folder.parents
 

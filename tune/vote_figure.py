@@ -41,7 +41,7 @@ def vote_figure(evaluation: ExamplesEvaluation) -> Figure:
         figure.supxlabel(_ORACLE_IS, fontsize=8)
     figure.suptitle(title, fontsize=10)
     _draw_loss(loss, candidates)
-    _draw_accuracy(accuracy, candidates, evaluation.choices)
+    _draw_accuracy(accuracy, candidates, evaluation)
     return figure
 
 
@@ -73,7 +73,7 @@ def _draw_loss(axes: Any, candidates: list[Candidate]) -> None:
     _finish(axes, "Loss", "nats per token")
 
 
-def _draw_accuracy(axes: Any, candidates: list[Candidate], choices: int) -> None:
+def _draw_accuracy(axes: Any, candidates: list[Candidate], evaluation: ExamplesEvaluation) -> None:
     for row, candidate in enumerate(candidates):
         share, error = 100 * candidate.accuracy.share, 100 * candidate.accuracy.error
         axes.errorbar([share], [row], xerr=[error], ecolor="0.4", capsize=3, **_marker(candidate.name))
@@ -85,7 +85,7 @@ def _draw_accuracy(axes: Any, candidates: list[Candidate], choices: int) -> None
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(left, right)
     axes.set_xticks([tick for tick in ticks if max(left, 0) <= tick <= min(right, 100)])
     axes.tick_params(labelleft=False)
-    title = f"Right among {choices} choices" if choices > 1 else "Exact match"
+    title = f"Right among {evaluation.offered} choices" if evaluation.choices > 1 else "Exact match"
     _finish(axes, title, "% of examples, ± standard error")
 
 

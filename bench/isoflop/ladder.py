@@ -5,7 +5,7 @@
             set.model.heads=$((width / 32)) set.model.ffn_width=$((width * 3)) \\
             set.train.schedule.warmup_steps=$((width * width * 750 / 40960)) --out runs/ladder/$width
     done
-    python -m bench.isoflop.ladder runs/ladder/* --at 160e6
+    python -m bench.isoflop.ladder runs/ladder/*/ --at 160e6
 
 15 tokens a parameter, a tenth of the steps to warm up. Every FOLDER is the --out of one size. A point is one seed: the
 loss of the variant less that of the suite's reference with the same seed. The line is an ordinary least-squares fit of

@@ -96,13 +96,20 @@ def without_duplicates(part: Part, made_from: dict[str, Any], documents: Iterato
         raise ValueError(_changed(part))
     path = part.source_folder / _FOLDER / _LEFT_OUT
     places = np.fromfile(path, "<u8") if path.stat().st_size < _RECORD.itemsize else np.memmap(path, "<u8", mode="r")
-    first, last = np.searchsorted(places, [_place(part.start) + 1, _place(part.end) + 1])
+    first, last = places_between(places, part.start, part.end)
     left_out = set(places[first:last].tolist())
     for document in documents:
         if _place(document.after) in left_out:
             yield document.left_out()
         else:
             yield document
+
+
+def places_between(places: np.ndarray, start: Cursor, end: Cursor) -> tuple[int, int]:
+    """Of ascending uint64 ``places`` the first that lies behind ``start``, and the first that lies behind ``end``."""
+    # As uint64, too: beside an int64 both would become floats, which do not hold places from file 8,192 on.
+    first, last = np.searchsorted(places, np.array([_place(start) + 1, _place(end) + 1], "<u8"))
+    return int(first), int(last)
 
 
 def remove_hashes(source_folder: Path) -> None:

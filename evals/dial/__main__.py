@@ -5,8 +5,8 @@
 
 For each density the routers' thresholds are calibrated on some windows of a validation set
 (``evals/dial/calibrate.py``); loss, density and executed FLOPs are then measured on others. The trained point,
-threshold 0, is one line of the table. ``RUN/dial`` gets ``dial.json`` and ``dial.png``; generation at any budget in
-between is then
+at its own thresholds, is one line of the table. ``RUN/dial`` gets ``dial.json`` and ``dial.png``; generation at any
+budget in between is then
 
     loaded = load_model(run)
     thresholds = Dial.load(run / "dial" / "dial.json", config.model, step).thresholds(0.7)
@@ -20,6 +20,7 @@ import io
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from data.files import write_atomically
@@ -67,9 +68,9 @@ def turn(
     own = trained.tally.density
     as_trained = torch.zeros(len(own)) if decoder.thresholds is None else decoder.thresholds.cpu()
     # One at the trained density is there anyway; but at density 1, thresholds of 0 need not be enough on other tokens.
-    asked = {density for density in densities if density != _mean(own) or density == 1}
+    asked = {density for density in densities if density != fmean(own) or density == 1}
     points, lowest_margins = [], trained.margins.amin(1)
-    for density, calibrated in sorted([(_mean(own), False), *((density, True) for density in asked)]):
+    for density, calibrated in sorted([(fmean(own), False), *((density, True) for density in asked)]):
         thresholds, seen, targets = as_trained, trained, own
         if calibrated:
             thresholds, seen = calibrate(decoder, windows.calibration, trained, density)
@@ -109,8 +110,8 @@ def _point(
         trained=trained,
         thresholds=numbers_of(thresholds),
         site_targets=targets,
-        calibration_density=_mean(calibration.density),
-        held_out_density=_mean(held_out.density),
+        calibration_density=fmean(calibration.density),
+        held_out_density=fmean(held_out.density),
         held_out_site_densities=held_out.density,
         flops_per_token=executed_flops(model, routed) / routed.tokens,
         dense_flops_per_token=dense_flops(model, routed.tokens, routed.visible_keys) / routed.tokens,
@@ -134,10 +135,6 @@ def check(model: ModelConfig, densities: Sequence[float]) -> None:
             f"router.kind {model.router.kind} keeps to the density it was given, whatever the threshold; only learned "
             "routers have a dial, so give a run with router.kind learned"
         )
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _writable(folder: Path) -> Path:

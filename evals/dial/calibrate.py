@@ -1,8 +1,8 @@
 """Thresholds that make a trained decoder execute a given share of its tokens.
 
 A learned router executes a token whose margin (execute logit minus skip logit) reaches its site's threshold; training
-is for threshold 0. With d_s the density of site s there and ``mean`` their plain mean over the sites (the ``density``
-of the training metrics), a mean density rho asks of each site
+is for threshold 0, or for those that a quantile controller ended with. With d_s the density of site s there and
+``mean`` their plain mean over the sites (the ``density`` of the training metrics), a mean density rho asks of each site
 
     rho <= mean    d_s * rho / mean                             all in proportion
     rho >= mean    d_s + (1 - d_s) * (rho - mean) / (1 - mean)  what is skipped, in proportion
@@ -57,7 +57,6 @@ class Measured:
 def measure(decoder: Decoder, batches: Sequence[Batch], thresholds: Tensor | None = None) -> Measured:
     """Run ``decoder``, in evaluation mode and with learned routers, at ``thresholds`` fp32 [S] (0 unless given)."""
     device = decoder.embed_tokens.weight.device
-    thresholds = None if thresholds is None else thresholds.to(device)
     counter, margins = Counter(len(decoder.config.sites), device), []
     for host_batch in batches:
         batch = to_device(host_batch, device)

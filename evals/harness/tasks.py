@@ -10,11 +10,11 @@ And the names under which the harness itself has the tasks of ``one_shot``'s kin
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data.containers import json_records
 from evals.harness.questions import ONE_SHOT, QUESTIONS, question_files, question_task
 from settings import did_you_mean
 
@@ -152,9 +152,8 @@ def _classify(name: str, test: Path, shots: int, cache: Path) -> dict[str, Any]:
 def _labels(name: str, test: Path) -> list[str]:
     """The different responses, sorted."""
     try:
-        with test.open(encoding="utf-8") as lines:
-            labels = sorted({json.loads(line)["response"] for line in lines if line.strip()})
-    except (json.JSONDecodeError, KeyError, TypeError):
+        labels = sorted({record["response"] for _, record in json_records(test)})
+    except (ValueError, KeyError, TypeError):
         raise ValueError(f"{test} must hold a JSON object with 'prompt' and 'response' on every line") from None
     if not 2 <= len(labels) <= MOST_LABELS:
         raise ValueError(

@@ -143,8 +143,7 @@ class Player:
                 "calibrate it with python -m evals.dial RUN --densities ...",
                 "density",
             )
-        device = self.opened.decoder.embed_tokens.weight.device
-        return self.dial.thresholds(density).to(device)
+        return self.dial.thresholds(density)
 
     @torch.inference_mode()
     def _details(self, token: int, done: Pass, start: float) -> dict[str, Any]:

@@ -82,9 +82,7 @@ def _what(workload: Workload, arguments: argparse.Namespace) -> str:
         + (f"; without routers {dense / 1e9:,.3g} GFLOPs" if workload.model.sites else ""),
     ]
     if weights.trained < weights.total:
-        lines.append(
-            "            (frozen weights save up to a third of it, and activations; neither is taken off here)"
-        )
+        lines.append("            (activations that frozen weights save are not taken off the memory below)")
     return "\n".join([*lines, *data_lines(config)])
 
 

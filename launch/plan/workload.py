@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from launch.configs import load_either, without_storage
 from model.config import ModelConfig
-from model.flops import TRAINING_FACTOR, executed_flops, full_windows, training_flops
+from model.flops import Routed, executed_flops, full_windows, training_flops, without_routers
 from trainer.config import StageConfig
 
 if TYPE_CHECKING:
@@ -103,25 +103,30 @@ class Workload:
 
     def flops_per_token(self) -> float:
         """Forward and backward, at the target density, as the metrics count them."""
-        tokens = self.config.data.sequence_tokens
-        counts = full_windows(self.model, tokens, tokens, self.density)
-        return training_flops(self.model, counts) / tokens
+        return self._training(self.model, self._counts(self.density))
 
     def dense_flops_per_token(self) -> float:
         """The same without routers."""
-        dense = self.model.model_copy(update={"router": None})
-        return TRAINING_FACTOR * forward_flops(dense, self.config.data.sequence_tokens, 1.0)
+        dense, tokens = without_routers(self.model), self.config.data.sequence_tokens
+        return self._training(dense, full_windows(dense, tokens, tokens, 1.0))
 
     def hardware_flops_per_token(self) -> float:
         """What a device computes for them: with fillers, and with what activation checkpointing computes twice."""
-        explored = self.flops_per_token() - TRAINING_FACTOR * self._forward(self.density)
-        flops = TRAINING_FACTOR * self._forward(self.computed_share) + explored
+        own, computed = self._counts(self.density), self._counts(self.computed_share)
+        computed = replace(computed, explored_tokens=own.explored_tokens, explored_keys=own.explored_keys)
+        flops = self._training(self.model, computed)
         if self.config.train.activation_checkpointing:
-            flops += self._forward(self.computed_share) - 2 * self.model.width * self.model.vocab_size
+            forward = forward_flops(self.model, self.config.data.sequence_tokens, self.computed_share)
+            again = 1 - self.config.trained.first_layer / self.model.layers  # no backward pass, nothing to recompute
+            flops += again * (forward - 2 * self.model.width * self.model.vocab_size)
         return flops
 
-    def _forward(self, density: float) -> float:
-        return forward_flops(self.model, self.config.data.sequence_tokens, density)
+    def _counts(self, density: float) -> Routed:
+        tokens = self.config.data.sequence_tokens
+        return full_windows(self.model, tokens, tokens, density)
+
+    def _training(self, model: ModelConfig, counts: Routed) -> float:
+        return training_flops(model, counts, self.config.trained) / counts.tokens
 
 
 def forward_flops(model: ModelConfig, sequence_tokens: int, density: float) -> float:

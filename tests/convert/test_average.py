@@ -179,7 +179,7 @@ def test_two_models(
     change(saved[2], train={"seed": 5})
     assert "step-00000006 and " in (told := refused(capsys, run, "--last", 3, out)) and "(seed 5 there, 0 here)" in told
     vote = write_run(tmp_path / "vote", make("ensemble"), corpus)
-    assert "ensemble layers 3 there, None here" in refused(capsys, vote, saved[1], out)
+    assert "ensemble.layers 3 there, None here" in refused(capsys, vote, saved[1], out)
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(corpus["dir"], tokenizer)
     (tokenizer / "tokenizer.model").write_bytes((tokenizer / "tokenizer.model").read_bytes() + b"\n")

@@ -106,3 +106,11 @@ def test_bf16_runs_and_stays_near_fp32() -> None:
         rounded = model.bfloat16()(random_tokens()).logits
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_thresholds_that_were_read_go_where_the_tokens_are() -> None:
+    """A base's lie on the CPU, and nothing else moves them to a GPU."""
+    model = decoder(config("learned"))
+    model.thresholds = torch.zeros(3)
+    held = model._held(None, torch.device("meta"))
+    assert held is not None and held.device.type == "meta"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from convert.facts import facts_of
 from convert.to_hf import export
 from model.config import EnsembleConfig, ModelConfig
+from model.decoder import Decoder
 from pretrain.initial import open_initial
 from tests.launching import run
 from tests.trainer.checkpoints.saved_runs import TIED, rehash, save_runs
@@ -94,6 +95,22 @@ def test_a_fork_with_nothing_else_changed_is_the_run_that_went_on(
     assert before.decoder.thresholds is not None
     assert torch.equal(before.decoder.thresholds, after.decoder.thresholds)  # type: ignore[arg-type]
     assert facts_of(after)["init"] == f"fork of {tmp_path / 'copy'}, step 4"
+
+
+def test_given_thresholds_outlive_a_resume(
+    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    """Under a controller that has none of its own."""
+    decoder = Decoder(ModelConfig.model_validate(tiny["model"]))
+    decoder.thresholds = torch.tensor([-0.5, 0.25, 0.125])
+    write_weights(decoder, tmp_path / "given", Path(tiny["data"]["dir"]), {"source": "a test"})
+    tiny["init"] = {"path": str(tmp_path / "given")}
+    config, folder = write_config(tiny), Path(tiny["train"]["run_dir"])
+    for more in (["train.stop_at_step=1"], ["train.checkpoint.resume=required", "train.stop_at_step=2"]):
+        done = run(TRAIN, config, *more)
+        assert done.returncode == 0, done.stdout[-3000:]
+        kept = load_model(folder).decoder.thresholds
+        assert kept is not None and torch.equal(kept, decoder.thresholds), more
 
 
 def test_a_dense_model_is_taught_to_skip(

@@ -6,15 +6,18 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from data.batches import TrainingData
+from launch.rewind import go_back
 from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
+from tests.trainer.checkpoints.test_resume import fake
 from trainer import code_state
 from trainer.config import PretrainConfig, load_run
 from trainer.distributed import World
@@ -46,6 +49,22 @@ def test_the_saved_config_is_the_run_and_can_be_started_from(
         assert load_run(run.path / name) == configure()
     folders = {p.name for p in run.path.iterdir() if p.is_dir()}
     assert folders == {"checkpoints", "heartbeat", "logs", "tensorboard"}
+
+
+def test_a_start_keeps_other_commands_out_before_it_reads_anything(
+    run: RunFolder, configure: Configure, write_config: Write, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    with ExitStack() as hold, ExitStack() as other:
+        assert run.lock(hold) is None
+        assert run.claim(configure(), write_config(tiny), hold) is None  # by the same start
+        told = RunFolder(run.path, 0).lock(other)
+        assert told is not None and told.startswith(f"another command is writing to {run.path}")
+        fake(run.checkpoints, 10)
+        with pytest.raises(ValueError, match="another command is writing to"):
+            go_back(run.path, 10)
+    with ExitStack() as other:
+        assert RunFolder(run.path, 0).lock(other) is None
+        assert RunFolder(tmp_path / "new", 0).lock(other) is None and not (tmp_path / "new").exists()
 
 
 def test_which_code_it_was(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import zstandard
 
@@ -197,7 +198,7 @@ def test_questions_bring_their_own_choices(shape: str, tmp_path: Path, ours: Tex
 
 def test_a_question_that_is_none_is_named(tmp_path: Path, ours: TextTokenizer) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"query": "the fox", "choices": ["jumps", "sleeps"], "gold": 2}])
-    with pytest.raises(ValueError, match=r"a\.jsonl:1 has gold 2, which is not one of its 2 choices"):
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 has gold 2, which is not one of its 2 choices"):
         read(path, ours, format="question")
 
 
@@ -239,19 +240,19 @@ def test_a_line_can_bring_its_own_choices(tmp_path: Path, ours: TextTokenizer) -
     """In evaluation; what is learned is the response, with and without them."""
     lines = [
         {"prompt": "the fox", "response": " jumps", "choices": [" sleeps", " jumps"]},
-        {"prompt": "a dog", "response": " sleeps", "choices": None},
         {"prompt": "a dog", "response": " runs", "choices": [" runs", " sits", " flies"]},
     ]
     path = write_lines(tmp_path / "a.jsonl", lines)
     examples = read(path, ours, every_choice=True)
-    assert examples.first.tolist() == [0, 2, 3, 6] and examples.right.tolist() == [1, 0, 0]
-    learned = [learned_ids(examples, entry) for entry in range(6)]
-    assert learned == [
-        [*ours.encode(r), ours.eos_id] for r in (" sleeps", " jumps", " sleeps", " runs", " sits", " flies")
-    ]
-    assert len(read(path, ours)) == 3
+    assert examples.first.tolist() == [0, 2, 5] and examples.right.tolist() == [1, 0]
+    learned = [learned_ids(examples, entry) for entry in range(5)]
+    assert learned == [[*ours.encode(r), ours.eos_id] for r in (" sleeps", " jumps", " runs", " sits", " flies")]
+    assert len(read(path, ours)) == 2
+    mixed = write_lines(tmp_path / "c.jsonl", [*lines, {"prompt": "a dog", "response": " sits", "choices": None}])
+    with pytest.raises(ValueError, match="1 of 3 examples offer one response, the others several"):
+        read(mixed, ours, every_choice=True)
     renamed = write_lines(tmp_path / "b.jsonl", [{**line, "options": line.pop("choices")} for line in lines])
-    assert read(renamed, ours, every_choice=True, choices_field="options").first.tolist() == [0, 2, 3, 6]
+    assert read(renamed, ours, every_choice=True, choices_field="options").first.tolist() == [0, 2, 5]
 
 
 @pytest.mark.parametrize(
@@ -267,6 +268,15 @@ def test_a_lines_own_choices_that_cannot_be(tmp_path: Path, ours: TextTokenizer,
     with pytest.raises(ValueError, match=expected):
         read(path, ours, every_choice=True)
     assert len(read(path, ours)) == 1
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv"])
+def test_texts_in_tables_are_their_rows(tmp_path: Path, ours: TextTokenizer, suffix: str) -> None:
+    table, path = pandas.DataFrame({"text": ["the fox jumps", "a dog sleeps"]}), tmp_path / f"table{suffix}"
+    table.to_parquet(path) if suffix == ".parquet" else table.to_csv(path)
+    examples = read(path, ours, format="text")
+    texts = [ours.decode(examples.entry(number)[0].tolist()) for number in range(len(examples))]
+    assert [text.strip() for text in texts] == ["the fox jumps", "a dog sleeps"]
 
 
 def test_an_example_is_left_out_with_all_its_choices(tmp_path: Path, ours: TextTokenizer) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tests.launching import run
 from tests.model import tiny
 from trainer.checkpoints.weights_folder import write_weights
 from trainer.config import PretrainConfig
+from trainer.log import logger_of_run
 from tune.adapters import prepare
 from tune.base import load_base
 from tune.config import AdapterConfig, TuneFile
@@ -96,6 +99,26 @@ def test_generation_asks_the_layers(tmp_path: Path) -> None:
     with torch.no_grad():
         tiny.assert_close(decoder(tiny.random_tokens(), cache=cache).logits, decoder(tiny.random_tokens()).logits)
     assert kept.computed == 3
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = losses(built("none"))
+    decoder = built("none")
+    decoder.frozen = kept = KeptStates(tmp_path, "base", METHODS["none"])
+    tries = []
+
+    def full(*_: object) -> None:
+        tries.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(logger_of_run(), "propagate", True)
+    assert losses(decoder) == pytest.approx(expected, rel=1e-6)
+    assert (kept.computed, kept.read, len(tries)) == (12, 0, 1)
+    assert f"base.cache_states {tmp_path / 'base'} cannot be written (No space left on device)" in caplog.text
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 
-from tune.packing import Packed, pack
+from tune.packing import Windows, pack
 
 
-def lists(windows: Packed) -> list[list[int]]:
+def lists(windows: Windows) -> list[list[int]]:
     return [windows[number].tolist() for number in range(len(windows))]
 
 

@@ -30,7 +30,7 @@ def made_up(layers: int = 2, choices: int = 4, classes: tuple[str, ...] = ("word
         entropy = -(weight * weight.log()).sum(dim=1)
         votes = VoteStatistics(late, [*classes, "all"], counts, weight, weight.square(), entropy)
     agreement = Agreement(0.5, 0.3, 0.2) if layers else None
-    of_set = {"name": "toy", "examples": 400, "choices": choices, "tokens": 2001} | fields
+    of_set = {"name": "toy", "examples": 400, "choices": choices, "fewest_choices": choices, "tokens": 2001} | fields
     return ExamplesEvaluation(**of_set, candidates=candidates, agreement=agreement, votes=votes)
 
 

@@ -333,7 +333,7 @@ def test_another_base_is_noticed(runs: Callable[[str], Path], tuning: dict[str, 
 def test_a_run_does_not_write_into_its_base(place: str, tuning: dict[str, Any], base_run: str) -> None:
     config = copy.deepcopy(tuning)
     config["train"]["run_dir"] = base_run + place
-    with pytest.raises(ValueError, match="is the base's own folder, or lies inside it; give the tuned run a folder"):
+    with pytest.raises(ValueError, match="are the same, or one lies in the other; give the tuned run a folder"):
         resolve(TuneFile.model_validate(config), load_base(base_run))
 
 

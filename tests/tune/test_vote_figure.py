@@ -43,6 +43,8 @@ def test_without_an_ensemble_there_are_no_weights() -> None:
     loss, accuracy = vote_figure(made_up(layers=0, choices=1)).axes
     assert [t.get_text() for t in loss.get_yticklabels()] == ["layer-11"]
     assert accuracy.get_title() == "Exact match"
+    *_, accuracy = vote_figure(made_up(layers=0, choices=4, fewest_choices=2)).axes
+    assert accuracy.get_title() == "Right among 2 to 4 choices"
 
 
 def _same(evaluation: Any, share: float) -> Any:

@@ -116,7 +116,9 @@ class Bucket:
                 self._system.pipe_file(self._at(name, _ASIDE), content)
                 self._system.rm_file(self._at(name, manifest.NAME))
         mine = [name for name, step in steps.items() if step <= newest]
-        for name in mine[keep:]:
+        whole = [name for name in mine if self._system.exists(self._at(name, manifest.NAME))]
+        oldest = min((steps[name] for name in whole[:keep]), default=0)
+        for name in [name for name in mine if steps[name] < oldest]:
             if not keep_every_steps or steps[name] % keep_every_steps:
                 self._remove(name)
 

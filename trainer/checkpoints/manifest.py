@@ -105,8 +105,11 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
 
 def _file_problem(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     path = folder / name
-    if not path.is_file():
-        return f"{name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-    return None if sha256_of(path) == entry["sha256"] else f"the contents of {name} do not match its SHA-256"
+    try:
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
+        return None if sha256_of(path) == entry["sha256"] else f"the contents of {name} do not match its SHA-256"
+    except OSError as error:  # of the disk
+        return f"{name} cannot be read ({error.strerror or error})"

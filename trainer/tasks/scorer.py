@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from data.tokenization import common_start
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.decoder import Decoder
@@ -137,7 +138,7 @@ class Scorer:
             free = len(inputs) - max(len(rows[place].targets) for place in places)
             if groups and self.engine is self.decoder:
                 shared, group = groups[-1]
-                common = min(free, shared, _common(inputs, rows[group[0][0]].inputs))
+                common = min(free, shared, common_start(inputs, rows[group[0][0]].inputs))
                 if common >= max(_LEAST_SHARED, shared // 2):
                     groups[-1] = (common, [*group, places])
                     continue
@@ -215,12 +216,6 @@ class Scorer:
         routed, model = self.routed, self.decoder.config
         dense = dense_flops(model, routed.tokens, routed.visible_keys, routed.head_tokens)
         return executed_flops(model, routed), dense
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens at the start of both are the same."""
-    differ = (place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differ, min(len(one), len(other)))
 
 
 def require_causal(model: ModelConfig) -> None:

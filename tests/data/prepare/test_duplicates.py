@@ -15,10 +15,12 @@ import yaml
 from data.config import DataConfig
 from data.files import holding
 from data.prepare.__main__ import main
+from data.prepare.duplicates import places_between
 from data.prepare.run import prepare
 from data.prepare.tasks import Task
 from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
+from data.sources import Cursor
 from data.tokenizer import train_tokenizer
 from tests.data.helpers import Renames, config_of, contents, documents, write_jsonl
 
@@ -169,6 +171,15 @@ def test_a_part_that_changes_after_it_was_compared_is_refused(
         shutil.rmtree(Path(fresh.dir) / "train")
     prepare(changing, 1)
     assert texts_of(fresh) == ["SOME text 0", "SOME text 1"]
+
+
+def test_places_beyond_what_a_float_holds_are_told_apart() -> None:
+    """Of a file's documents from the 8,192nd file on: each is its own part's."""
+    file = 9000
+    places = np.array([file << 40 | document for document in range(1000, 1008)], "<u8")
+    for start in range(1000, 1007):
+        first, last = places_between(places, Cursor(file, start), Cursor(file, start + 1))
+        assert places[first:last].tolist() == [file << 40 | start + 1]
 
 
 def _interrupt(*_: object, **__: object) -> None:

@@ -125,7 +125,7 @@ def test_thresholds_of_zero_are_the_trained_model(
     assert thresholds.tolist() == [0.0] * len(own) == dial.trained.thresholds
     assert seen.tally.density == own
     assert dial.trained.loss == pytest.approx(_loss(decoder, windows), rel=1e-6)
-    assert dial.trained.density == dial.trained.calibration_density == sum(own) / len(own)
+    assert dial.trained.density == dial.trained.calibration_density == pytest.approx(sum(own) / len(own))
 
 
 def test_a_model_with_thresholds_of_its_own_is_trained_at_those(

@@ -327,7 +327,7 @@ def test_one_shot_is_all_files_with_one_example_of_their_own(
     ("lines", "sentence"),
     [
         ([], "is empty; a file of questions has one on every line"),
-        (["{"], "bad.jsonl:1 is no JSON object; every line is one question"),
+        (["{"], "bad.jsonl: line 1 is not JSON"),
         (['{"text": "a"}'], "has the fields text; a question has query, choices, gold; context_options, "),
         (['{"query": "a", "choices": ["b"], "gold": 0}'], "has no list of two or more texts in choices"),
         (
@@ -336,7 +336,7 @@ def test_one_shot_is_all_files_with_one_example_of_their_own(
         ),
         (['{"context": "a", "answer": ""}'], "has no text in answer; all lines of a file have context, answer"),
         (['{"context": "a", "answer": "b"}'] * 2, "has 1 different lines, and each question takes 1 of the others for"),
-        (['{"context": "a", "answer": "b"}', '{"query": "a"}'], "bad.jsonl:2 is of another kind; all lines of a file"),
+        (['{"context": "a", "answer": "b"}', '{"query": "a"}'], "bad.jsonl, line 2 is of another kind; all lines"),
     ],
 )
 def test_questions_that_cannot_be(

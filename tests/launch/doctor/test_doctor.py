@@ -456,5 +456,5 @@ def test_files_of_questions_are_read(tmp_path: Path) -> None:
     assert (files.level, files.found) == ("ok", "1 files with 2 questions")
     assert named.found == "lm-evaluation-harness's piqa are loaded when the run starts"
     path.write_text('{"context": "a"}\n')
-    assert "own.jsonl:1 has the fields context" in only(run({"tasks": lambda: inputs.tasks([str(path)])})).found
+    assert "own.jsonl, line 1 has the fields context" in only(run({"tasks": lambda: inputs.tasks([str(path)])})).found
     assert run({"tasks": lambda: inputs.tasks([])}) == []

@@ -253,6 +253,11 @@ def test_stage_two_plans_what_is_trained(tiny: dict[str, Any], corpus: dict[str,
     assert lora.weights.trained == adapters + ensemble
     assert lora.weights.total == full.weights.total + adapters
     assert memory(lora, 0, 1).optimizer < 0.3 * memory(full, 0, 1).optimizer
+    # As the metrics count them: no gradients of frozen matrices, none at all below what is trained.
+    late = workload("base.routers=frozen", "adapter.layers=late", "ensemble.layers=2")
+    assert late.flops_per_token() < lora.flops_per_token() < full.flops_per_token()
+    assert 2 / 3 < lora.dense_flops_per_token() / full.dense_flops_per_token() < 3 / 4
+    assert late.hardware_flops_per_token() >= late.flops_per_token()
 
 
 @pytest.mark.parametrize(

@@ -195,6 +195,19 @@ def test_what_is_being_copied_stays(place: Place, monkeypatch: pytest.MonkeyPatc
     assert [found.name for found in place.checkpoints.iterdir()] == [NAMES[2]]
 
 
+def test_a_copy_that_was_cut_off_does_not_count(place: Place) -> None:
+    """Nor does it push a whole one out; it goes once it lies below those that are kept."""
+    bucket = Bucket(place.url)
+    for step in (1, 2, 3):
+        bucket.put(fake(place.checkpoints, step), set(), lambda: False)
+    (place.away / NAMES[2] / "manifest.json").unlink()
+    bucket.prune(newest=3, keep=2, keep_every_steps=0)
+    assert place.whole == [NAMES[3], NAMES[1]] and (place.away / NAMES[2]).is_dir()
+    bucket.put(fake(place.checkpoints, 4), set(), lambda: False)
+    bucket.prune(newest=4, keep=2, keep_every_steps=0)
+    assert place.whole == [NAMES[4], NAMES[3]] and {path.name for path in place.away.iterdir()} == {NAMES[4], NAMES[3]}
+
+
 def test_what_the_run_was_taken_back_from_is_set_aside(place: Place) -> None:
     for step in (1, 2, 3):
         fake(place.checkpoints, step)

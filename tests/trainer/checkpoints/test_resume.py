@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -114,6 +116,22 @@ def test_what_a_start_does_with_what_is_there(
     (whole / "deepspeed/weights.pt").unlink()
     with pytest.raises(ValueError, match="none of step-00000003 is whole"):
         start()
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_back_is_passed_over(
+    folder: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = fake(folder, 10), fake(folder, 20)
+    read = manifest.sha256_of
+
+    def broken(path: Path) -> str:
+        if second in path.parents:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(path)
+
+    monkeypatch.setattr(manifest, "sha256_of", broken)
+    found, torn = manifest.newest_whole(folder, world)
+    assert found == first and len(torn) == 1 and "cannot be read (Input/output error)" in torn[0]
 
 
 def test_prune_keeps_the_newest_and_the_milestones(folder: Path, world: World) -> None:

@@ -104,7 +104,15 @@ def test_files_and_names(files: dict[str, Path], tmp_path: Path) -> None:
         find_tasks([f"{folder}/saay.jsonl"])
     aliases = tmp_path / "aliases.jsonl"
     aliases.write_text('{"context": "a", "answer": "b", "aliases": "c"}\n')
-    with pytest.raises(ValueError, match=r"aliases.jsonl:1 has no list of texts in aliases"):
+    with pytest.raises(ValueError, match=r"aliases.jsonl, line 1 has no list of texts in aliases"):
+        read_questions(aliases)
+    question = {"context": "a", "answer": "na\u00efve", "aliases": ["b"]}
+    line = json.dumps(question, ensure_ascii=False)
+    for content in (b"\xef\xbb\xbf" + line.encode(), line.encode("utf-16"), f"[{line}]".encode()):
+        aliases.write_bytes(content)
+        assert read_questions(aliases).lines == [question]
+    aliases.write_bytes(line.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"aliases.jsonl, line 1 is not UTF-8; save the file as UTF-8"):
         read_questions(aliases)
 
 

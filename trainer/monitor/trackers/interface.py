@@ -9,6 +9,7 @@ the tracker only: the run folder has everything.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from data.files import write_atomically
 
 IDS = "trackers.json"
 """In a run folder: which run of a tracker is this one's, so that a resume goes on in the same."""
+_IDS_LOCK = threading.Lock()
 
 
 class UnreachableError(Exception):
@@ -71,8 +73,9 @@ class Opening:
     def keep_id(self, tracker: str, own: str) -> None:
         """Keep the tracker's id of this run for the next start."""
         path = self.folder / IDS
-        ids = json.loads(path.read_text()) if path.exists() else {}
-        write_atomically(path, json.dumps(ids | {tracker: own}).encode())
+        with _IDS_LOCK:  # trackers open in threads of their own
+            ids = json.loads(path.read_text()) if path.exists() else {}
+            write_atomically(path, json.dumps(ids | {tracker: own}).encode())
 
 
 class Tracker(Protocol):
