@@ -8,7 +8,8 @@
         early_lora_ensemble_quarter ensemble_only
 
 Every run is ``tune.train`` on a file of ``configs/`` with one process and one thread, in its own folder below
-``--out``; what is done is not run again, so an interrupted suite goes on where it was. ``none`` is the base as it is.
+``--out``; what is done is not run again, so an interrupted suite goes on where it was. ``none`` is the base as it is,
+with one seed.
 With ``--rates`` every method on every task is run with each of them, times the learning rate of its config, and the
 first seed, and the other seeds with the rate whose last validation loss was least. Step times are taken afterwards, all
 methods taking turns in one process (see ``bench/common/timing.py``), because those of runs side by side mean nothing.
@@ -316,8 +317,10 @@ def _run_all(options: argparse.Namespace) -> list[str]:
     failed = train(TuningRun(m, t, first, rate) for m, t in pairs if m != "none" for rate in rates_of(m, options))
     rates = {(method, task): chosen_rate(method, task, options) for method, task in pairs}
     # Seeds outermost: an interrupted suite has whole tables of fewer seeds.
-    options.runs = {(m, t, s): TuningRun(m, t, s, rates[m, t]) for s in options.seeds for m, t in pairs}
-    return failed + [problem for problem in train(options.runs.values()) if problem not in failed]
+    options.runs = {
+        (m, t, s): TuningRun(m, t, first if m == "none" else s, rates[m, t]) for s in options.seeds for m, t in pairs
+    }
+    return failed + [problem for problem in train(dict.fromkeys(options.runs.values())) if problem not in failed]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
