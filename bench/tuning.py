@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 from bench.common.options import parser, refuse
 from bench.common.paired import by_examples
 from bench.common.timing import ratios, take_turns
-from bench.isoflop.runs import Job, side_by_side
+from bench.isoflop.runs import Job, refuse_other, side_by_side
 from data.files import write_atomically
 from data.places import texts
 from data.tokenization import load_text_tokenizer
@@ -40,6 +40,7 @@ from model.config import EnsembleConfig, Progress
 from settings import path_argument, user_errors
 from settings.project import shipped
 from settings.tables import markdown
+from trainer.checkpoints.layout import CONFIG
 from trainer.monitor import metrics_file
 from tune.resolve import load_file, resolve
 
@@ -70,6 +71,8 @@ CHOICES = {"polarity": [" negative", " positive"], "subjectivity": [" objective"
 
 SPLITS = {"train": "sources", "validation": "validation", "test": "test"}
 """Parts of a task, and the config's group that reads each."""
+_FILLED_IN = ("model", "base.sha256", "base.seed", "base.cache_states", "data.tokenizer")
+"""Of a saved config: what the base says, and where states are kept."""
 PAIRED = (
     "Intervals are a bootstrap over examples and seeds at once (bench/common/paired.py), the number of seeds behind "
     "them; one that holds 0 tells no difference."
@@ -106,7 +109,7 @@ def _config(method: str) -> str:
 
 
 def files_of(task: str, data: Path, out: Path) -> dict[str, Path]:
-    """The task's files by split; of a file of questions they are written first, where they are not there.
+    """The task's files by split; of a file of questions they are written first.
 
     Raises:
         ValueError: if there is no such task.
@@ -115,17 +118,17 @@ def files_of(task: str, data: Path, out: Path) -> dict[str, Path]:
     if found["train"].is_file():
         return found
     parts = {split: out / "data" / f"{task}-{split}.jsonl" for split in SPLITS}
-    if all(path.is_file() for path in parts.values()):
-        return parts
     whole = data.parent / "tasks" / f"{task}.jsonl"
     if not whole.is_file():
         raise ValueError(f"--tasks {task}: there is neither {found['train']} nor {whole}; name another, or give --data")
-    lines = [line for line in whole.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in whole.read_text(encoding="utf-8").split("\n") if line.strip()]
     odd = lines[1::2]
     own = {"train": [x for n, x in enumerate(odd) if n % 5], "validation": odd[::5], "test": lines[::2]}
     (out / "data").mkdir(parents=True, exist_ok=True)
     for split, path in parts.items():
-        write_atomically(path, "".join(f"{line}\n" for line in own[split]).encode())
+        content = "".join(f"{line}\n" for line in own[split]).encode()
+        if not (path.is_file() and path.read_bytes() == content):
+            write_atomically(path, content)
     return parts
 
 
@@ -134,11 +137,11 @@ def overrides(run: TuningRun, options: argparse.Namespace) -> list[str]:
     files, block = files_of(run.task, options.data, options.out), {}
     for split, group in SPLITS.items():
         source: dict[str, Any] = {"name": run.task, "files": [str(files[split])]}
-        if run.task not in CHOICES:
+        if files[split].parent != options.data:
             source["format"] = "question"
-        elif group != "sources":
+        elif run.task in CHOICES and group != "sources":
             source["choices"] = CHOICES[run.task]
-        block[group] = json.dumps([source])
+        block[group] = json.dumps([source], ensure_ascii=False)
     return [
         f"base.path={options.base}",
         *(f"data.{group}={value}" for group, value in block.items()),
@@ -152,18 +155,25 @@ def overrides(run: TuningRun, options: argparse.Namespace) -> list[str]:
 
 
 def job_of(run: TuningRun, options: argparse.Namespace) -> Job | None:
-    """What trains it; None if that is done."""
-    folder = run.folder(options.out)
+    """What trains it; None if that is done.
+
+    Raises:
+        ValueError: its folder holds a run of another base or of other settings.
+    """
+    folder, config = run.folder(options.out), _config(run.method)
+    if (folder / CONFIG).is_file():
+        refuse_other(folder, load_file, load_file(config, overrides(run, options)), _FILLED_IN)
     if outcome(folder, run.task) is not None:
         return None
-    arguments = [_config(run.method), *overrides(run, options), "train.checkpoint.resume=auto"]
+    arguments = [config, *overrides(run, options), "train.checkpoint.resume=auto"]
     return Job(folder.name, ("tune.train", *arguments), options.out / "logs" / f"{folder.name}.log")
 
 
 def outcome(folder: Path, task: str) -> Outcome | None:
     """What the run in ``folder`` reached; None if it is not done."""
     found = metrics_file.latest(folder / metrics_file.NAME)
-    accuracies = {n.rpartition("/")[2]: v for n, v in found.items() if n.startswith(f"test/{task}/choice")}
+    group = f"test/{task}/choice_accuracy/"
+    accuracies = {n.removeprefix(group): v for n, v in found.items() if n.startswith(group)}
     if not accuracies:
         return None
     layers = [value for name, value in sorted(accuracies.items()) if name.startswith("layer-")]

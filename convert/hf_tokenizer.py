@@ -24,6 +24,7 @@ from data.tokenization import (
 )
 from data.tokenizer_files import copy_tokenizer
 from data.tokenizer_json import require_same_ids, sample_lines
+from data.tokenizer_training import DECODER_ONLY
 
 _COMPARED_LINES = 1000
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -108,6 +109,7 @@ def _tokenizer_config(tokenizer: SentencePiece, ids: dict[str, Any], max_positio
         "unk_token": tokenizer.piece(tokenizer.processor.unk_id()),
         "add_prefix_space": bool(tokenizer.proto.normalizer_spec.add_dummy_prefix),
         "clean_up_tokenization_spaces": False,
+        **DECODER_ONLY,
         "split_special_tokens": True,  # "</s>" in a text is text, as for SentencePiece
         "model_max_length": max_positions,
     }

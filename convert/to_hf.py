@@ -17,6 +17,7 @@ then our fp32 weights are a file without a name on OUT's disk: one shard is in m
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -337,8 +338,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         if options.copy_to is not None:
             require_empty(options.copy_to, "--copy-to")
-        if not options.shard_gb > 0:
-            raise ValueError(f"--shard-gb must be above 0, got {options.shard_gb}; leave it out for 5")
+        if not 0 < options.shard_gb < math.inf:
+            raise ValueError(f"--shard-gb must be a number above 0, got {options.shard_gb}; leave it out for 5")
         opening.open_model(options.path)
         lines = export(
             options.path,

@@ -207,7 +207,8 @@ def csv_values(path: Path, column: str) -> Iterator[bytes]:
     """
     import pandas
 
-    options: dict[str, Any] = {"encoding": "utf-8", "encoding_errors": "surrogateescape"}
+    # Rows that end with a comma have a column more than the head, and pandas would take the first one for an index.
+    options: dict[str, Any] = {"encoding": "utf-8", "encoding_errors": "surrogateescape", "index_col": False}
     _require_whole(path)
     with open_text(path) as file:
         try:

@@ -6,7 +6,7 @@ Which files it has says data/discovery.py, what they come in data/containers.py,
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -62,13 +62,20 @@ class Document(NamedTuple):
 class Source:
     """A source's files, or its dataset on the Hub. Can be pickled; the files found stay the same."""
 
-    def __init__(self, config: SourceConfig, vocabulary: Vocabulary | None = None, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        config: SourceConfig,
+        vocabulary: Vocabulary | None = None,
+        revision: str | None = None,
+        files: Sequence[Path] | None = None,
+    ) -> None:
         """Find the files.
 
         Args:
             config: where they are.
             vocabulary: what token ids are held against; a source of text needs none.
             revision: of a dataset on the Hub, the commit to read; the newest one if None.
+            files: found already, in place of the config's.
 
         Raises:
             ValueError: a pattern matches no file, or a file's format cannot be inferred.
@@ -77,7 +84,7 @@ class Source:
         self._vocabulary = vocabulary
         self._hub = HubDataset(config, revision) if config.hub else None
         try:
-            self.files = [] if config.hub else find_files(config.files)
+            self.files = [] if config.hub else list(files or find_files(config.files))
             if config.tokens is not None:
                 self.files = with_indexes(self.files)
         except ValueError as error:

@@ -12,6 +12,8 @@ _CONTEXT_TOKENS = 5
 """Tokens decoded together with new ones, so that a space at the start of a piece is not lost."""
 _HELD_TOKENS = 8
 """What is no whole character after so many tokens never will be one: a character has at most 4 bytes."""
+_MOST_CONTEXT_TOKENS = 64
+"""As far back the start of a character is looked for: some decoders break all of a run of bytes that has none."""
 
 
 class Speller:
@@ -24,7 +26,7 @@ class Speller:
 
     def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
-        self._ids = list(prompt[-_CONTEXT_TOKENS:])
+        self._ids = self._context(prompt)
         self._done = len(self._ids)
 
     def add(self, token: int) -> str:
@@ -40,6 +42,14 @@ class Speller:
 
     def _give_out(self, text: str) -> str:
         new = text[len(self.tokenizer.decode(self._ids[: self._done])) :]
-        self._ids = self._ids[-_CONTEXT_TOKENS:]
+        self._ids = self._context(self._ids)
         self._done = len(self._ids)
         return new
+
+    def _context(self, ids: Sequence[int]) -> list[int]:
+        """The last of ``ids``, from a whole character on."""
+        fewest, most = (max(len(ids) - tokens, 0) for tokens in (_CONTEXT_TOKENS, _MOST_CONTEXT_TOKENS))
+        for start in range(fewest, most - 1, -1):
+            if not self.tokenizer.decode(ids[start:]).startswith(BROKEN):
+                return list(ids[start:])
+        return list(ids[fewest:])

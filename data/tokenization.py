@@ -223,10 +223,10 @@ class SentencePiece(TextTokenizer):
         return [self._encoder.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.processor.decode(list(ids))
+        return self.processor.decode([i for i in ids if i < self.vocab_size])  # a model may have rows for more
 
     def piece(self, token: int) -> str:
-        return self.processor.id_to_piece(token)
+        return self.processor.id_to_piece(token) if token < self.vocab_size else ""
 
     def token_id(self, piece: str) -> int | None:
         token = self.processor.piece_to_id(piece)
@@ -260,6 +260,8 @@ class HuggingFace(TextTokenizer):
             )
         for name in (*_SPECIAL, *_MORE_SPECIAL):
             found = beside.get(name) or []
+            if name == "extra_special_tokens" and isinstance(found, dict):  # by a name of their own
+                found = list(found.values())
             for token in found if isinstance(found, list) else [found]:
                 self._add(token, special=True)
         self._tokenizer.encode_special_tokens = beside.get("split_special_tokens") is True

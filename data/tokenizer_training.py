@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,12 +26,15 @@ LINE_BYTES = 4000
 """Longest line trained on; SentencePiece silently leaves out lines above 4192 bytes."""
 END, PADDING = "<|endoftext|>", "<|padding|>"
 """Special tokens of a byte-level BPE, ids 0 and 1."""
-BYTE_LEVEL_CONFIG = {
+DECODER_ONLY = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
+"""Of any ``tokenizer_config.json``: a batch's prompts end where their continuations begin."""
+BYTE_LEVEL_CONFIG: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": END,
     "pad_token": PADDING,
     "clean_up_tokenization_spaces": False,
     "split_special_tokens": True,  # spelt out in a text they are text
+    **DECODER_ONLY,
 }
 """``tokenizer_config.json`` beside it."""
 LEAST_PAIRS = 2

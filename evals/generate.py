@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
+from data.containers import whole_text
 from data.speller import BROKEN, Speller
 from evals.dial import JSON, folder_of
 from evals.placement import add_placement, check_placement, placed
@@ -202,7 +203,7 @@ def _prompt(options: argparse.Namespace) -> str:
     if options.prompt_file is None:
         return str(options.prompt)
     try:
-        return str(options.prompt_file.read_text(encoding="utf-8"))
+        return whole_text(options.prompt_file).decode()
     except UnicodeDecodeError:
         raise ValueError(f"{options.prompt_file} is not UTF-8; convert it, for example with iconv") from None
 

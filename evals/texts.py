@@ -54,7 +54,8 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
         ValueError: if it is missing, its format is not known, or it cannot be read.
     """
     (file,) = find_files([str(path)])
-    source = Source(SourceConfig(name="FILES", files=[str(file)], format=_format(file, kind), text_field=text_field))
+    config = SourceConfig.model_construct(name="FILES", format=_format(file, kind), text_field=text_field)
+    source = Source(config, files=[file])
     try:
         for document in source.documents(Cursor(0, 0)):
             yield document.text.decode()

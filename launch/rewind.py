@@ -20,7 +20,7 @@ from data.files import only_writer, write_atomically
 from settings import path_argument, user_errors
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import checkpoints_of, is_run, newest_first, next_abandoned, run_of, step_of
-from trainer.heartbeat import BEAT_EVERY_S, FINAL, read_beats
+from trainer.heartbeat import FINAL, read_beats
 from trainer.monitor import metrics_file
 
 
@@ -81,7 +81,7 @@ def _refuse_if_alive(run: Path) -> None:
     first = {beat.rank: beat for beat in read_beats(run / "heartbeat") if beat.phase not in FINAL}
     if not first:
         return
-    time.sleep(2.5 * BEAT_EVERY_S)
+    time.sleep(2.5 * max(beat.every_s for beat in first.values()))
     for beat in read_beats(run / "heartbeat"):
         if beat.rank in first and beat.beat != first[beat.rank].beat:
             raise ValueError(

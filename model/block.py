@@ -45,6 +45,7 @@ class PassInputs:
         recompute: activation checkpointing: recompute a layer's inside in the backward pass.
         capacity: how many tokens of a row a routed site computes; None where shapes follow the decisions.
         one_on_host: every row has one token, and the host sees decisions for nothing: decoding on a CPU.
+        lockstep: every rank must call the same modules, whose parameters ZeRO 3 gathers on all of them together.
     """
 
     cos: Tensor
@@ -55,6 +56,7 @@ class PassInputs:
     recompute: bool
     capacity: Capacity | None = None
     one_on_host: bool = False
+    lockstep: bool = False
 
     @property
     def sequence(self) -> SequenceGroup | None:
@@ -269,8 +271,8 @@ def _select(wanted: Tensor, capacity: int | None, sequence: SequenceGroup | None
 
 
 def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
-    """True where generation may leave a site out. In training its modules run on no rows, for ZeRO's collectives."""
-    return inputs.cache is not None and decision.selection.size == 0
+    """True where generation may leave a site out. Elsewhere its modules run on no rows, for ZeRO's collectives."""
+    return inputs.cache is not None and not inputs.lockstep and decision.selection.size == 0
 
 
 def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
@@ -280,7 +282,7 @@ def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
             return update
         executed = decision.selection.gather(decision.executed)
         return torch.where(executed[:, None], update, 0.0)  # no product: what a filler gives need not be finite
-    value = torch.where(decision.executed, decision.gate.value, decision.gate.value.detach())
+    value = torch.where(decision.executed, decision.gate.value, 0.0)  # not of what a capacity has dropped, either
     return update * decision.selection.gather(value)[:, None].to(update.dtype)
 
 

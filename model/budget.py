@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import math
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,15 +163,19 @@ class Budget:
         if self.router.budget.controller == "adaptive" and progress.step >= self.router.budget.reached(progress):
             self._integral = self._integral + self.router.budget.adaptive_rate * self._error
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """What an exact resume needs."""
-        state = {"error": self._error.cpu(), "integral": self._integral.cpu()}
+        state: dict[str, Any] = {"error": self._error.cpu(), "integral": self._integral.cpu()}
+        state["controller"] = None if self.router is None else self.router.budget.controller
         if self._seen is not None:
             state |= {"gain": self._gain.cpu()} | {name: each.cpu() for name, each in self._seen._asdict().items()}
         return state
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state_dict` returned."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned.
+
+        Of another controller, as a fork may have, nothing but the error: its integral has another unit.
+        """
         for name in ("error", "integral"):
             if state[name].shape != (self.sites,):
                 raise ValueError(
@@ -179,6 +183,10 @@ class Budget:
                     "resume with the router block the run was started with"
                 )
         self._error = state["error"].to(self._error.device)
+        own = None if self.router is None else self.router.budget.controller
+        before = "quantile" if "moments" in state else own  # where an older version did not say
+        if state.get("controller", before) != own:
+            return
         self._integral = state["integral"].to(self._integral.device)
         if self.follows_margins and "moments" in state:
             if missing := [name for name in Seen._fields if name not in state]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from model.block import Block, Decision, PassInputs
 from model.cache import KVCache
 from model.chunks import IGNORED
+from model.compilation import raise_recompile_limit
 from model.config import Capacity, EnsembleConfig, ModelConfig
 from model.ensemble import LateLayers, Vote, VoteSums, vote_sums
 from model.head import LMHead, LossSums, Scores, Teaching
@@ -88,6 +89,9 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.width, config.norm_epsilon)
         self.ensemble: LateLayers | None = None
+        self._compiled = False
+        self.lockstep = False
+        """Every rank must call the same modules in generation, too: ZeRO 3."""
         self.thresholds: Tensor | None = None
         """fp32 [S], what the margins of learned routers are compared with; 0 unless set. See ``model/budget.py``."""
         self.centres: Centres | None = None
@@ -211,7 +215,7 @@ class Decoder(nn.Module):
         keys = length * shared if cache is None else cache.length + length
         visibility = Visibility(routing.positions, keys, documents)
         on_host = length == 1 and tokens.is_cpu and not torch.compiler.is_compiling()
-        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host)
+        return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host, self.lockstep)
 
     def _run_layers(
         self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, inputs: PassInputs
@@ -220,10 +224,11 @@ class Decoder(nn.Module):
         decisions: list[Decision] = []
         asked = 1 if self.ensemble is None else self.ensemble.config.layers
         late: deque[Tensor] = deque(maxlen=asked)
+        plain = self._compiled and inputs.cache is not None  # a cache's place would be a graph for every layer
 
         def run(x: Tensor, first: int, end: int) -> None:
             for layer in self.layers[first:end]:
-                x, decided = layer(x, inputs)
+                x, decided = layer.forward(x, inputs) if plain else layer(x, inputs)
                 decisions.extend(decided)
                 late.append(x)
 
@@ -270,6 +275,8 @@ class Decoder(nn.Module):
         All layers share one graph, and a count of executed tokens that changes is one symbol in it: nothing is
         compiled again as densities drift.
         """
+        self._compiled = True
+        raise_recompile_limit()
         for layer in self.layers:
             layer.compile(dynamic=None)
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from model.compilation import raise_recompile_limit
 from model.selection import Selection
 from model.visibility import Visibility
 
@@ -102,4 +103,5 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 @cache
 def _kernel() -> Any:
     """FlexAttention compiled, once for all shapes: uncompiled it would hold all pairs of queries and keys."""
-    return torch.compile(flex_attention, dynamic=True)
+    raise_recompile_limit()
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -103,7 +103,8 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     """logits [B, V] -> chosen ids [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    # Less the largest first: divided by next to nothing, all would be infinite.
+    probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:
         ranked, order = probabilities.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0  # the first token always stays

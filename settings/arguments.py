@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from settings.paths import path_argument
 
@@ -18,7 +18,7 @@ def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None
     options = parser.parse_intermixed_args(words)
     given = [word for word in (options.config, *options.overrides) if word is not None]
     if given:
-        config = given.pop(next((at for at, word in enumerate(given) if "=" not in word or Path(word).is_file()), 0))
+        config = given.pop(next((at for at, word in enumerate(given) if "=" not in word or os.path.isfile(word)), 0))
         try:
             options.config, options.overrides = path_argument(config), given
         except argparse.ArgumentTypeError as error:

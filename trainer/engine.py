@@ -50,6 +50,7 @@ def build_engine(
         # one that is partly frozen: its backward pass fails in DeepSpeed 0.19.8, on a weight that is not gathered.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
     model.recompute = config.train.activation_checkpointing
+    model.lockstep = config.deepspeed.zero_stage == 3
     if config.train.compile:
         model.compile_layers()
     groups = parameter_groups(model, config.train.optimizer)

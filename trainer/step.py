@@ -26,6 +26,7 @@ from model.decoder import DecoderOutput
 from model.ensemble import Balance
 from model.flops import Routed, training_flops
 from model.head import LossSums
+from model.router import Centres
 from model.sequence import SequenceGroup
 from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping
@@ -296,12 +297,18 @@ def set_schedules(engine: Any, budget: Budget, progress: Progress) -> None:
     """From now on, in training and evaluation, routers decide by the budget's thresholds and late layers vote as far as
     they do at this step.
 
-    Until the budget has seen margins, given thresholds stay.
+    Until the budget has seen margins, given thresholds stay, and soft gates are centred on them.
     """
     if engine.module.ensemble is not None:
         engine.module.ensemble.open(progress)
-    if budget.follows_margins and (budget.seen_margins or engine.module.thresholds is None):
-        engine.module.thresholds, engine.module.centres = budget.thresholds(progress)
+    if not budget.follows_margins:
+        return
+    given = engine.module.thresholds
+    engine.module.thresholds, engine.module.centres = budget.thresholds(progress)
+    if given is not None and not budget.seen_margins:
+        given = given.to(engine.module.thresholds.device)
+        engine.module.thresholds = given
+        engine.module.centres = Centres(torch.where(given.isfinite(), given, 0.0), None)
 
 
 def late_layers(engine: Any) -> int:

@@ -202,6 +202,11 @@ class TuneConfig(StageConfig):
                 "adapter.layers late means the ensemble's layers, and there is no ensemble; add an ensemble block, or "
                 "set adapter.layers: all"
             )
+        if adapter.kind in ("full", "none") and adapter.layers != "all":
+            problems.append(
+                f"adapter.layers {adapter.layers} is of lora and dora, and adapter.kind is {adapter.kind}; leave "
+                "adapter.layers out, or set adapter.kind to lora or dora"
+            )
         if self.base.cache_states is not None:
             problems += self._why_no_states()
         if adapter.layers == "early" and (ensemble is None or ensemble.layers >= layers):
@@ -229,10 +234,11 @@ class TuneConfig(StageConfig):
         """What forbids ``base.cache_states``, a sentence each."""
         problems = []
         if not self.frozen_layers:
+            others = "adapter.kind: none" + ("" if self.adapter.kind == "full" else " or adapter.layers: late")
             problems.append(
                 f"base.cache_states keeps what frozen first layers make, and adapter.kind {self.adapter.kind} with "
-                f"adapter.layers {self.adapter.layers} trains the first one; set adapter.kind: none or adapter.layers: "
-                "late, or leave base.cache_states out"
+                f"adapter.layers {self.adapter.layers} trains the first one; set {others}, or leave base.cache_states "
+                "out"
             )
         if self.model.sites:
             problems.append(

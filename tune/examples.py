@@ -262,9 +262,9 @@ def _join(parts: list[tuple[str, bool]], tokenizer: TextTokenizer) -> Example:
 
 def _add_texts(found: _Growing, source: ExampleSource, sequence_tokens: int, tokenizer: TextTokenizer) -> None:
     for path in _files(source):
-        kind = format_of(path) or "text"
-        options = {"name": source.name, "files": [str(path)], "format": kind, "text_field": source.text_field}
-        for document in Source(SourceConfig.model_validate(options)).documents(Cursor(0, 0)):
+        kind: Any = format_of(path) or "text"
+        own = SourceConfig.model_construct(name=source.name, format=kind, text_field=source.text_field)
+        for document in Source(own, files=[path]).documents(Cursor(0, 0)):
             text = tokenizer.encode(document.text.decode())
             if not text:
                 found.left_out += 1

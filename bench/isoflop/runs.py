@@ -6,12 +6,13 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from tqdm import tqdm
 
 from bench.common.turns import last_words
@@ -75,24 +76,41 @@ def is_done(run: Run) -> bool:
 
 
 def _refuse_other(run: Run) -> None:
-    path, advice = run.folder / CONFIG, "remove the folder, or choose another --out"
-    if not path.is_file():
-        return
+    if (run.folder / CONFIG).is_file():
+        refuse_other(run.folder, lambda path: load(path, [], PretrainConfig), run.config)
+
+
+def refuse_other(
+    folder: Path, read: Callable[[Path], BaseModel], asked: BaseModel, left_out: Collection[str] = ()
+) -> None:
+    """Refuse a run folder that holds a run of another config than the one asked for.
+
+    Args:
+        folder: with a config.
+        read: its config, of the same class as ``asked``.
+        asked: what the run should be.
+        left_out: dotted keys that do not decide what it is, or that a start fills in.
+
+    Raises:
+        ValueError: it does.
+    """
+    advice = "remove the folder, or choose another --out"
     try:
-        found = _leaves(load(path, [], PretrainConfig))
+        found = _leaves(read(folder / CONFIG))
     except ValueError as error:
-        raise ValueError(f"{run.folder} holds a run that this version cannot read ({error}); {advice}") from None
-    asked = _leaves(run.config)
-    if run.config.train.precision == "auto":  # the run's own machine decided
-        asked["train.precision"] = found["train.precision"]
-    other = [key for key in sorted(found.keys() | asked.keys()) if found.get(key) != asked.get(key)]
+        raise ValueError(f"{folder} holds a run that this version cannot read ({error}); {advice}") from None
+    wanted = _leaves(asked)
+    if wanted["train.precision"] == "auto":  # the run's own machine decided
+        wanted["train.precision"] = found["train.precision"]
+    other = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
+    other = [key for key in other if not any(key == given or key.startswith(f"{given}.") for given in left_out)]
     if other:
-        told = ", ".join(f"{key} {found.get(key)} instead of {asked.get(key)}" for key in other[:_SHOWN])
+        told = ", ".join(f"{key} {found.get(key)} instead of {wanted.get(key)}" for key in other[:_SHOWN])
         more = f" and {len(other) - _SHOWN} more" if len(other) > _SHOWN else ""
-        raise ValueError(f"{run.folder} holds a run with another config: {told}{more}; {advice}")
+        raise ValueError(f"{folder} holds a run with another config: {told}{more}; {advice}")
 
 
-def _leaves(config: PretrainConfig) -> dict[str, Any]:
+def _leaves(config: BaseModel) -> dict[str, Any]:
     """Dotted keys and values of all that decides what a run is; not where it lies nor how it was started."""
     found: dict[str, Any] = {}
 

@@ -271,7 +271,7 @@ def _resolve(suite: Suite, name: str, keys: Keys) -> PretrainConfig:
 
 
 def _overrides(keys: Keys) -> list[str]:
-    return [f"{key}={json.dumps(value, default=str)}" for key, value in keys.items()]
+    return [f"{key}={json.dumps(value, default=str, ensure_ascii=False)}" for key, value in keys.items()]
 
 
 def _flat(keys: Keys, prefix: str = "") -> Iterator[tuple[str, Any]]:

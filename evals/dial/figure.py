@@ -20,7 +20,7 @@ def draw(dial: Dial, name: str) -> Figure:
     trained = dial.trained
     axes.plot(
         [trained.flops_per_token / 1e6], [trained.loss], "D", color="black", markersize=11, markerfacecolor="white",
-        markeredgewidth=1.5, zorder=4, label="as trained (thresholds 0)",
+        markeredgewidth=1.5, zorder=4, label="as trained",
     )  # fmt: skip
     axes.axvline(dense / 1e6, color="0.5", linestyle=":", label="FLOPs without routers")
     for place, point in enumerate(dial.points):

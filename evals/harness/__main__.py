@@ -173,7 +173,8 @@ class _Runner:
             self.export = open_export(options.against, opened, *how)
         source = opened.loaded.source
         self.key = {"model": str(source.resolve()), "weights": weights_of(source), "limit": options.limit}
-        self.key |= {"window": window, "dtype": options.dtype, "against": options.against and str(options.against)}
+        self.key |= {"window": window, "dtype": options.dtype}
+        self.key["against"] = options.against and [str(options.against), weights_of(options.against)]
 
     def all(self, tasks: Sequence[dict[str, Any] | str], known: Any, finished: Finished) -> dict[str, Done]:
         """By task, what was found now or before."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from evals.harness.tasks import BLIMP
 from trainer.tasks.harness import TaskScores
+
+_OTHERS = "others"
 
 
 def together(parts: Sequence[TaskScores]) -> TaskScores:
@@ -26,7 +29,7 @@ def table(ours: TaskScores, export: TaskScores | None = None) -> str:
 
     The export's stand beside them, with the largest difference of a log-likelihood.
     """
-    wide = max((len(name) for name in ours.metrics), default=0) + 2
+    wide = max(len(name) for name in (*ours.metrics, BLIMP, _OTHERS)) + 2
     both = [ours] if export is None else [ours, export]
     apart = {} if export is None else differences(ours, export)
 
@@ -48,10 +51,11 @@ def table(ours: TaskScores, export: TaskScores | None = None) -> str:
             lines.append(line(task, metric, values, error, ours.documents[task], apart.get(task, 0.0)))
     scored = [task for task, metrics in ours.metrics.items() if "acc" in metrics]
     paradigms = [task for task in scored if task.startswith(f"{BLIMP}_")]
-    for name, tasks in ((BLIMP, paradigms), ("others", [task for task in scored if task not in paradigms])):
+    for name, tasks in ((BLIMP, paradigms), (_OTHERS, [task for task in scored if task not in paradigms])):
         if len(tasks) > 1:
             means = [sum(outcome.metrics[task]["acc"] for task in tasks) / len(tasks) for outcome in both]
-            error = sum(ours.errors[task]["acc"] ** 2 for task in tasks) ** 0.5 / len(tasks)
+            errors = [ours.errors[task].get("acc", math.nan) for task in tasks]  # of a single document there is none
+            error = None if any(map(math.isnan, errors)) else sum(e**2 for e in errors) ** 0.5 / len(tasks)
             count, most = sum(ours.documents[task] for task in tasks), max(apart.get(task, 0.0) for task in tasks)
             lines.append(line(name, "acc, mean", means, error, count, most))
     return "\n".join(lines)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.containers import json_records
+from data.discovery import format_of
 from evals.harness.questions import ONE_SHOT, QUESTIONS, question_files, question_task
 from settings import did_you_mean
 
@@ -164,7 +165,12 @@ def _labels(name: str, test: Path) -> list[str]:
 
 
 def _perplexity(path: Path, cache: Path) -> dict[str, Any]:
-    kind = "text" if any(suffix in (".txt", ".text", ".md") for suffix in path.suffixes) else "json"
+    kind = format_of(path)
+    if kind not in ("text", "json"):
+        raise ValueError(
+            f"--text {path} is no text and no JSON lines by its name; rename it, or measure it with python -m "
+            "evals.perplexity --format text"
+        )
     config = {
         "task": PERPLEXITY,
         **_dataset(kind, {"test": path}, cache),

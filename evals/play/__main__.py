@@ -151,7 +151,8 @@ def _serve(options: argparse.Namespace, placement: Placement, listening: socket.
     player = Player(opened, options.model.resolve().name, options.max_new_tokens, dial, no_dial)
     address, port = listening.getsockname()[:2]
     alone = _is_loopback(address)
-    app = application(player, options.waiting, alone, lambda: server.should_exit)
+    hosts = [address, options.host] if alone else None
+    app = application(player, options.waiting, hosts, lambda: server.should_exit)
     how = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=_STOP_S)
     server = uvicorn.Server(how)
     if not alone:

@@ -103,8 +103,10 @@ class Player:
             ids = prompt_ids(self.opened, prompt, request.max_tokens, "max_tokens")
         except ValueError as error:
             raise Refused(str(error), "prompt") from None
-        before = prompt if isinstance(prompt, str) else self.opened.tokenizer.decode(prompt)
-        return Asked(request, ids, before if request.echo else "", self._thresholds(request.density))
+        before = ""
+        if request.echo:
+            before = prompt if isinstance(prompt, str) else self.opened.tokenizer.decode(prompt)
+        return Asked(request, ids, before, self._thresholds(request.density))
 
     def answer(self, asked: Asked) -> Iterator[Told]:
         """The answer to what was asked, token by token; whoever asks for no more stops it."""
@@ -126,10 +128,11 @@ class Player:
             if stopped:
                 return
             if token == tokenizer.eos_id:
-                yield Told(stopper.rest(speller.rest()), None, "stop")
+                yield Told(stopper.rest(speller.rest())[0], None, "stop")
                 return
             before = ""
-        yield Told(stopper.rest(speller.rest()), None, "length")
+        text, stopped = stopper.rest(speller.rest())
+        yield Told(text, None, "stop" if stopped else "length")
 
     def _thresholds(self, density: float | None) -> Tensor | None:
         if density is None:
@@ -218,7 +221,7 @@ class _Stopper:
         out, self._held = self._held[:certain], self._held[certain:]
         return out, False
 
-    def rest(self, text: str) -> str:
-        """What was held back, with the end of the text."""
-        out, _ = self.add(text)
-        return out + self._held
+    def rest(self, text: str) -> tuple[str, bool]:
+        """What was held back, with the end of the text, and whether a stop string has come with it."""
+        out, stopped = self.add(text)
+        return (out, True) if stopped else (out + self._held, False)

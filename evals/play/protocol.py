@@ -105,8 +105,9 @@ def read_request(body: bytes) -> CompletionRequest:
     """
     try:
         content = json.loads(body)
-    except ValueError as error:
-        raise Refused(f"the body must be JSON ({error}); correct it") from None
+        json.dumps(content, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the body must be JSON in UTF-8 ({error}); correct it") from None
     if not isinstance(content, dict):
         raise Refused(f"the body must be a JSON object, got {type(content).__name__}; see /v1/completions of OpenAI")
     if unknown := [key for key in content if key not in CompletionRequest.model_fields]:

@@ -8,7 +8,7 @@ request must be JSON, which browsers ask permission for and do not get, and be a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from pathlib import Path
@@ -39,14 +39,14 @@ _LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
 
 
 def application(
-    player: Player, waiting: int, only_loopback: bool = True, stopping: Callable[[], bool] = lambda: False
+    player: Player, waiting: int, hosts: Sequence[str] | None = (), stopping: Callable[[], bool] = lambda: False
 ) -> Starlette:
     """All that is served.
 
     Args:
         player: the model.
         waiting: requests that may wait while one is answered.
-        only_loopback: answer to loopback's names only.
+        hosts: names besides loopback's that it answers to; None for any.
         stopping: whether the server is about to end; answers then break off.
     """
 
@@ -65,9 +65,9 @@ def application(
         Route("/v1/models/{name:path}", model),
         Route("/v1/completions", Completions(player, waiting, stopping), methods=["POST"]),
     ]
-    hosts = _LOOPBACK if only_loopback else ["*"]
+    allowed = ["*"] if hosts is None else [*_LOOPBACK, *hosts]
     handlers: dict[Any, Any] = {Refused: _refused, HTTPException: _http_error, Exception: _fault}
-    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts, www_redirect=False)]
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)]
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
 

@@ -62,7 +62,7 @@ def run(demo: Demo, ranks: int) -> int:
     record = Record(path)
     going_on = any(record.seconds(stage) for stage in stages)
     left = [stage for stage in stages if not record.is_done(stage)]
-    _introduce(left, speed, ranks, going_on)
+    _introduce(left, speed, ranks, demo.folders if going_on else [])
     for number, stage in enumerate(stages, start=1):
         print(f"\n[{number}/{len(stages)}] {stage.name}: {stage.what}", flush=True)
         if stage.product is not None and record.is_done(stage):
@@ -130,13 +130,15 @@ def _start_afresh(demo: Demo, record: Path) -> None:
             folder.rename(earlier := folder.with_name(f"{folder.name}-before-{now}"))
             moved.append(str(earlier))
     if moved:
-        print(f"an earlier demo is kept; remove it when you like: rm -r {' '.join(moved)}")
+        print(f"an earlier demo is kept; remove it when you like: {shlex.join(['rm', '-r', *moved])}")
 
 
-def _introduce(stages: list[DemoStage], speed: Speed, ranks: int, going_on: bool) -> None:
+def _introduce(stages: list[DemoStage], speed: Speed, ranks: int, made: list[Path]) -> None:
+    """What will happen, and about how long it takes; ``made``: by an earlier start, from which it goes on."""
     where = f"{ranks} GPUs" if speed.gpus else f"{ranks} processes on the CPU"
     about = speed.demo_s(stages, ranks)
-    again = "; goes on where the last one stopped (from scratch: rm -r runs/demo*)" if going_on else ""
+    scratch = shlex.join(["rm", "-r", *(str(folder) for folder in made if folder.exists())])
+    again = f"; goes on where the last one stopped (from scratch: {scratch})" if made else ""
     what = f"raw text to a tuned, exported decoder in {len(stages)} commands, on {where}"
     print(f"{what}: about {_minutes(about)} here{again}", flush=True)
 

@@ -134,10 +134,11 @@ def _jobs(options: argparse.Namespace, stages: Sequence[Stage], site: SlurmConfi
             jobs.append(BatchJob(stage.module, "job.sbatch", script, stage))
     last = stages[-1]
     if options.export is not None and isinstance(last, StageJob):
-        for out in (Path(f"{options.export}{task}") for task in last.tasks):
+        export = str(Path(options.export))  # without a slash at its end
+        for out in (Path(f"{export}{task}") for task in last.tasks):
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise ValueError(f"--export {out} exists already, and nothing is written over; give another folder")
-        script = export_script(last, options.export, site, submission, options.job_name)
+        script = export_script(last, export, site, submission, options.job_name)
         jobs.append(BatchJob("convert.to_hf", "export.sbatch", script, last))
     return jobs
 

@@ -161,7 +161,8 @@ def load_site(path: Path | None, options: Mapping[str, Any]) -> SlurmConfig:
         path = Path(os.path.expanduser(USER_FILE))  # as it is where there is no home
         if not path.is_file():
             path = SHIPPED_FILE
-    overrides = [f"{field}={json.dumps(value)}" for field, value in options.items() if value is not None]
+    given = {field: value for field, value in options.items() if value is not None}
+    overrides = [f"{field}={json.dumps(value, ensure_ascii=False)}" for field, value in given.items()]
     try:
         return load(path, overrides, SlurmConfig)
     except ValueError as error:

@@ -94,7 +94,7 @@ def load_stage(
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    run = str(load_either(file, overrides).train.run_dir)
+    run = str(Path(str(load_either(file, overrides).train.run_dir)))  # without a slash at its end
     tasks: list[tuple[str, list[str]]] = [("", [])]
     if array is not None:
         tasks = [(f"-{number}", [f"{array.key}={value}"]) for number, value in enumerate(array.values)]
@@ -114,7 +114,7 @@ def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: S
     given = next((text for text in overrides if text.startswith("base.path=")), None)
     if given is not None:
         raise ValueError(f"--then tunes {before.run}, the run before it; leave {given} out, or submit {file} by itself")
-    run = str(load_file(file, overrides).train.run_dir)
+    run = str(Path(str(load_file(file, overrides).train.run_dir)))
     configs = tuple(
         load_file(file, [*overrides, f"base.path={before.run}{task}", f"train.run_dir={run}{task}"])
         for task in before.tasks

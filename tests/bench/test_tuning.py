@@ -68,6 +68,10 @@ def test_runs_are_made_once_and_every_method_has_its_row(
     assert paired.splitlines()[2].startswith(f"| lora_ensemble | {difference}") and "bootstrap" in told
 
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was run already"))
+    with pytest.raises(SystemExit):
+        main(_arguments(base_run, data, tmp_path / "runs", "train.optimizer.weight_decay=0.5", *methods))
+    told = capsys.readouterr().err
+    assert "polarity-lora-0 holds a run with another config: train.optimizer.weight_decay 0.0 instead of 0.5" in told
     assert main(_arguments(base_run, data, tmp_path / "runs", *methods[:3], "--repeats", "0")) == 0
     assert "lora_ensemble" in capsys.readouterr().out
 
@@ -88,6 +92,7 @@ def test_spread_over_seeds(tmp_path: Path) -> None:
     assert TuningRun("full", "polarity", 3).folder(tmp_path) == tmp_path / "polarity-full-3"
     assert outcome(tmp_path, "polarity") is None
     line = {"step": 4, "test/polarity/choice_accuracy/layer-02": 0.7, "test/polarity/choice_accuracy/layer-03": 0.6}
+    line |= {f"test/polarity/choice_accuracy_per_token/layer-0{n}": 0.1 for n in (2, 3)}
     (tmp_path / "metrics.jsonl").write_text(
         json.dumps({"step": 0, "parameters/trained": 5, "parameters/total": 9}) + "\n" + json.dumps(line) + "\n"
     )
@@ -107,7 +112,9 @@ def test_a_file_of_questions_is_split_and_rates_are_searched(
     rows = [
         {"query": f"Question: {n}?", "choices": ["no", "yes", "never"][: 2 + n % 2], "gold": n % 2} for n in range(16)
     ]
-    (tmp_path / "tasks/quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows[3]["query"] = "Question: 3?\u2028"  # no line break in JSON lines
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / "tasks/quiz.jsonl").write_text("".join(lines), encoding="utf-8")
     ensure_server()
     monkeypatch.setattr(subprocess, "run", run_command)
     out = tmp_path / "runs"
@@ -116,8 +123,11 @@ def test_a_file_of_questions_is_split_and_rates_are_searched(
     own = ["train.evaluation.every_steps=2", "train.evaluation.before_first=false"]
     assert main([*options, *SMALL, *own]) == 0
 
-    parts = {split: (out / f"data/quiz-{split}.jsonl").read_text().splitlines() for split in tuning.SPLITS}
-    numbers = {split: [int(json.loads(line)["query"][10:-1]) for line in lines] for split, lines in parts.items()}
+    parts = {split: (out / f"data/quiz-{split}.jsonl").read_text().strip().split("\n") for split in tuning.SPLITS}
+    numbers = {
+        split: [int(json.loads(line)["query"][10:].rstrip("?\u2028")) for line in lines]
+        for split, lines in parts.items()
+    }
     assert numbers == {"test": list(range(0, 16, 2)), "validation": [1, 11], "train": [3, 5, 7, 9, 13, 15]}
 
     losses = {}

@@ -128,6 +128,12 @@ def test_containers_without_documents(tmp_path: Path) -> None:
         assert read(tmp_path / name) == []
 
 
+@pytest.mark.parametrize("rows", ["1,hello,\n2,world,\n", "1,hello,x\n2,world,y\n", "1,hello\n2,world\n"])
+def test_a_comma_at_the_end_of_rows_moves_no_column(tmp_path: Path, rows: str) -> None:
+    (tmp_path / "a.csv").write_text(f"id,text\n{rows}")
+    assert list(csv_values(tmp_path / "a.csv", "text")) == [b"hello", b"world"]
+
+
 def test_columns_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n,body\n1,x\n")
     pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), tmp_path / "a.parquet")

@@ -319,6 +319,7 @@ HARD = [
         {"tokenizer_config": {"eos_token": "</s>", "added_tokens_decoder": {
             "0": {"content": "<s>", "special": True}, "1": {"content": "</s>", "special": True},
             "400": {"content": "<|chat|>", "special": False, "lstrip": True}}}},
+        {"tokenizer_config": {"eos_token": "</s>", "extra_special_tokens": {"chat_token": "<|chat|>"}}},
         {"special_tokens_map": {"eos_token": "</s>", "pad_token": {"content": "<pad>"}}, "added_tokens": {}},
     ],
     ids=str,

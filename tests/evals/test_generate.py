@@ -80,6 +80,23 @@ def test_characters_come_out_whole(tokenizer: TextTokenizer) -> None:
         assert not any("\ufffd" in piece for piece in pieces)
 
 
+@pytest.mark.parametrize("text", ["hello 🙂🙂🙂 b", "ab 中文文本 c", "日本語日本語日本語"])
+def test_a_decoder_that_breaks_runs_of_bytes_gives_whole_characters(tmp_path: Path, text: str) -> None:
+    """Hugging Face's ByteFallback makes all of a run no character if the run is not whole: what Llama 2 has."""
+    pieces = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"<unk>": 256, "</s>": 257, " ": 258}
+    pieces |= {letter: 259 + place for place, letter in enumerate("abchelo")}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(pieces, [], unk_token="<unk>", byte_fallback=True))
+    made.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    fallback = load_text_tokenizer(tmp_path)
+    ids = fallback.encode(text)
+    for cut in (0, 3):
+        speller = Speller(fallback, ids[:cut])
+        spelt = "".join(map(speller.add, ids[cut:])) + speller.rest()
+        assert spelt == text[len(fallback.decode(ids[:cut]).rstrip("\ufffd")) :]
+
+
 def test_what_is_no_character_comes_out_all_the_same(tokenizer: TextTokenizer) -> None:
     broken = tokenizer.encode("日")[-3:-1]  # two of its three bytes
     assert len(broken) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -92,7 +94,7 @@ def test_state_round_trip(kind: str, controller: str) -> None:
     first, second = budget(kind, controller), budget(kind, controller)
     for step in range(3):
         first.observe(torch.linspace(0.1, 0.9, 6) + 0.01 * step, share(1.0))
-    state = {name: value.clone() for name, value in first.state_dict().items()}
+    state = copy.deepcopy(first.state_dict())
     second.load_state_dict(state)
     for _ in range(2):
         assert first.prices().any() and torch.equal(first.prices(), second.prices())
@@ -105,6 +107,20 @@ def test_wrong_number_of_sites_is_refused() -> None:
     with pytest.raises(ValueError, match=r"has 6 routed sites, this model has 3; resume with the router block"):
         other.load_state_dict(budget().state_dict())
     assert torch.equal(other.prices(), torch.zeros(3))
+
+
+@pytest.mark.parametrize("controller", ["fixed", "adaptive", "quantile"])
+def test_another_controllers_integral_is_left(controller: str) -> None:
+    """It is a price in nats, or deviations of margins; a fork may have another controller."""
+    others = {"fixed", "adaptive", "quantile"} - {controller}
+    for other in others:
+        held = Budget(config(budget={"controller": other}), 33)
+        state = held.state_dict() | {"integral": torch.tensor([1.2, -0.7, 0.1]), "error": torch.zeros(3)}
+        made = Budget(config(budget={"controller": controller}), 33)
+        made.load_state_dict(state)
+        assert not made.prices().any() and not made._integral.any()
+    made.load_state_dict(state | {"controller": controller})
+    assert made._integral.tolist() == pytest.approx([1.2, -0.7, 0.1])
 
 
 @pytest.mark.parametrize("kind", ["dense", "random", "stride", "expert_choice"])

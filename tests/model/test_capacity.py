@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from model import selection
 from model.config import Capacity, RouterConfig
 from model.decoder import Decoder, DecoderOutput
 from model.flops import Routed, executed_flops
@@ -177,3 +180,22 @@ def test_thresholds_move_the_density_of_evaluation() -> None:
 def test_thresholds_of_another_model_are_refused() -> None:
     with pytest.raises(ValueError, match=r"one number for each of the 3 routed sites, got a tensor of shape \[2\]"):
         decoder(config("learned"))(random_tokens(), thresholds=torch.zeros(2))
+
+
+def test_what_a_capacity_dropped_is_not_added_as_a_filler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where ranks share a window, shapes follow the decisions and are filled up, as on a GPU to 128, with any token."""
+    group = SimpleNamespace(
+        size=1, place=0, own=lambda x: x, whole=lambda x: x, places=lambda t, device="cpu": torch.arange(t),
+        keys_values=lambda keys, values: lambda: (keys, values),
+    )  # fmt: skip
+    model = decoder(config("learned", execution="capacity"))
+    found = []
+    for sequence, rounding in ((None, 1), (group, 1), (group, 128)):
+        monkeypatch.setitem(selection._ROUND_TO, "cpu", rounding)
+        model.zero_grad()
+        wide = {"capacity": Capacity(8, 0), "thresholds": torch.full((3,), -1e9)}  # all want to execute
+        out = model(random_tokens(), random_targets(), sequence=sequence, **wide)
+        out.loss.loss.backward()
+        found.append(model.layers[0].mlp.up_proj.weight.grad.clone())
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partialmethod
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from model.config import Capacity
 from model.selection import Selection
 from model.visibility import Visibility
+from tests.model.test_decoding import in_chunks
 from tests.model.tiny import assert_close, config, decoder, gradients, random_targets, random_tokens
 
 pytestmark = pytest.mark.processes  # of a C++ compiler
@@ -100,3 +102,21 @@ def test_a_layer_with_a_capacity_is_one_graph(monkeypatch: pytest.MonkeyPatch) -
     assert len(graphs) == 1 and gradients(model)
     with pytest.raises(torch._dynamo.exc.Unsupported):
         model(random_tokens(), random_targets(), noise_scale=1.0)
+
+
+def test_generation_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's place in the cache would be a graph for each, and tasks would use up what training may have."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    model = decoder(config("learned")).eval()
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend=backend))
+    model.compile_layers()
+    with torch.no_grad():
+        in_chunks(model, random_tokens(), [30, 1, 1, 1], None, None)
+        assert not graphs
+        model(random_tokens())
+    assert graphs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -31,6 +33,22 @@ def in_chunks(
         start += size
         assert cache.length == start
     return outputs
+
+
+@pytest.mark.parametrize("granularity", ["layer", "module"])
+def test_ranks_in_lockstep_run_every_module_and_find_the_same(granularity: str) -> None:
+    """At ZeRO 3 a site that nothing executes may not be left out, because other ranks wait to gather its weights."""
+    model = decoder(config("learned", granularity=granularity)).eval()
+    model.thresholds = torch.full((len(model.config.sites),), math.inf)
+    called: list[int] = []
+    model.layers[0].mlp.register_forward_hook(lambda *_: called.append(1))
+    found = []
+    for model.lockstep in (False, True):
+        called.clear()
+        with torch.no_grad():
+            found.append(in_chunks(model, random_tokens(), [30, 1, 1, 1], None, None)[-1].logits)
+        assert len(called) == (4 if model.lockstep else 0)
+    assert torch.equal(*found)
 
 
 def assert_chunks_agree(

@@ -23,7 +23,7 @@ def frequencies(temperature: float, top_p: float) -> torch.Tensor:
 
 
 def test_temperature() -> None:
-    assert pick(LOGITS, 0.0, 1.0, None).tolist() == [1]
+    assert pick(LOGITS, 0.0, 1.0, None).tolist() == [1] == pick(LOGITS, 1e-38, 1.0, None).tolist()
     torch.testing.assert_close(frequencies(1.0, 1.0), LOGITS.exp()[0], rtol=0, atol=0.015)
     squared = LOGITS[0].exp().square()
     torch.testing.assert_close(frequencies(0.5, 1.0), squared / squared.sum(), rtol=0, atol=0.015)

@@ -40,6 +40,12 @@ def test_a_file_named_like_an_override(tmp_path: Path, monkeypatch: pytest.Monke
     assert (options.config, options.overrides) == (Path("lr=1.yaml"), ["a=1"])
 
 
+def test_an_override_longer_than_any_name() -> None:
+    override = f"a={'x' * 5000}"
+    options = parse_arguments(parser(), [override, "c.yaml"])
+    assert (options.config, options.overrides) == (Path("c.yaml"), [override])
+
+
 def test_nothing_but_overrides_is_left_to_say_that_there_is_no_such_file() -> None:
     options = parse_arguments(parser(), ["a=1", "b=2"])
     assert (options.config, options.overrides) == (Path("a=1"), ["b=2"])

@@ -97,20 +97,24 @@ def test_a_fork_with_nothing_else_changed_is_the_run_that_went_on(
     assert facts_of(after)["init"] == f"fork of {tmp_path / 'copy'}, step 4"
 
 
+@pytest.mark.parametrize("controller", ["fixed", "quantile"])
 def test_given_thresholds_outlive_a_resume(
-    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
+    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, controller: str
 ) -> None:
-    """Under a controller that has none of its own."""
+    """Under a controller that has none of its own; one that has begins with them."""
     decoder = Decoder(ModelConfig.model_validate(tiny["model"]))
     decoder.thresholds = torch.tensor([-0.5, 0.25, 0.125])
     write_weights(decoder, tmp_path / "given", Path(tiny["data"]["dir"]), {"source": "a test"})
     tiny["init"] = {"path": str(tmp_path / "given")}
+    tiny["model"]["router"]["budget"] = {"controller": controller}
     config, folder = write_config(tiny), Path(tiny["train"]["run_dir"])
     for more in (["train.stop_at_step=1"], ["train.checkpoint.resume=required", "train.stop_at_step=2"]):
         done = run(TRAIN, config, *more)
         assert done.returncode == 0, done.stdout[-3000:]
         kept = load_model(folder).decoder.thresholds
-        assert kept is not None and torch.equal(kept, decoder.thresholds), more
+        assert kept is not None and torch.equal(kept, decoder.thresholds) == (controller == "fixed"), more
+    first = next(line for line in _lines(folder).values() if "density/mean" in line)
+    assert 0.2 < first["density/mean"] < 0.8  # not all of it, as without thresholds
 
 
 def test_a_dense_model_is_taught_to_skip(

@@ -108,6 +108,12 @@ def test_files_by_pattern_in_sorted_order(tmp_path: Path, ours: TextTokenizer) -
     assert [learned_ids(examples, n)[:-1] for n in range(3)] == [ours.encode(pair["response"]) for pair in expected]
 
 
+def test_a_name_with_signs_of_variables_and_patterns_found_by_a_pattern(tmp_path: Path, ours: TextTokenizer) -> None:
+    for name in ("price$list.txt", "a[1].txt"):
+        (tmp_path / name).write_text("the fox jumps")
+    assert len(read(tmp_path / "*.txt", ours, format="text")) == 2
+
+
 def test_named_fields(tmp_path: Path, ours: TextTokenizer) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"question": "a =", "answer": " 1", "source": 7}])
     examples = read(path, ours, prompt_field="question", response_field="answer")

@@ -252,6 +252,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["adapter.kind=none", "ensemble=null"],
         "adapter.kind none without an ensemble and with frozen routers trains nothing; add an ensemble block",
     ),
+    "all late layers": (
+        ["adapter.kind=full", "adapter.layers=late"],
+        "adapter.layers late is of lora and dora, and adapter.kind is full; leave adapter.layers out",
+    ),
     "no early layers": (["adapter.layers=early", "ensemble.layers=4"], "adapter.layers early means the layers before"),
     "unknown target": (["adapter.targets=[lm_head]"], "adapter.targets.0: input should be 'q_proj', 'k_proj'"),
     "dropout and recomputation": (

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -120,10 +121,15 @@ def check_room(needed: float, folder: Path, name: str, max_gb: float | None) -> 
 
 
 def remove(checkpoint: Path) -> None:
-    """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint."""
+    """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint.
+
+    What cannot be deleted now, such as files on NFS that somebody reads, stays under that name until a later save.
+    """
     doomed = removed_of(checkpoint)
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed)
+    if doomed.exists():
+        shutil.rmtree(doomed, ignore_errors=True)
+    checkpoint.rename(Path(tempfile.mkdtemp(dir=doomed)) / checkpoint.name if doomed.exists() else doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def most_at_once(train: TrainConfig) -> int:

@@ -195,7 +195,8 @@ class Saver:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 for stale in leftovers(self.folder):
-                    shutil.rmtree(stale)  # before the check: what a full disk left behind takes room, too
+                    # Before the check: what a full disk left behind takes room, too.
+                    shutil.rmtree(stale, ignore_errors=stale != partial)
                 size = checkpoint_bytes(engine.module, self.config)
                 check_room(size, self.folder, partial.stem, self.config.train.checkpoint.max_gb)
                 shows = receipts.begin(partial)

@@ -214,17 +214,23 @@ class Metrics:
         """What a checkpoint must hold so that a resume goes on in the middle of a line: see :meth:`load_state_dict`."""
         return {
             "line": self._line,
+            "sources": self.sources,
             "since_log": [asdict(result) for result in self._since_log],
             "elapsed_s": time.perf_counter() - self._clock,
             "waited_s": self._waited_so_far_s - self._waited_s,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the steps since the last line, and with the last step's line, if a kill kept it back."""
+        """Go on with the steps since the last line, and with the last step's line, if a kill kept it back.
+
+        Not with steps on other sources, which a fork may have: their losses are told by source.
+        """
+        self._line = state["line"] | self._line
+        if state.get("sources", self.sources) != self.sources:
+            return
         self._since_log = [_step_result(result) for result in state["since_log"]]
         self._clock -= state["elapsed_s"]
         self._waited_s -= state["waited_s"]
-        self._line = state["line"] | self._line
 
     def close(self, phase: str = "ended") -> None:
         """Flush everything to disk and to the trackers; ``phase``, of ``trainer.heartbeat.FINAL``, is how it ended."""

@@ -95,7 +95,7 @@ class SpikeDetector:
             spike = Spike(step, step, 1, consumed_before, consumed, what)
         else:
             spike = replace(before, last_step=step, steps=before.steps + 1, consumed=consumed)
-        if spike.steps == self.config.window_steps:
+        if spike.steps >= self.config.window_steps:
             self.forget()
             return replace(spike, end="has lasted for train.spike.window_steps and passes for normal from now on")
         self._spike = spike

@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 from convert.to_hf import main as export
 from evals.harness.__main__ import main
 from evals.harness.report import differences, table
-from evals.harness.tasks import local_tasks
+from evals.harness.tasks import _perplexity, local_tasks
 from evals.perplexity import perplexity
 from evals.scoring import open_model
 from tests.evals.tiny import POSITIONS, weights_folder
@@ -345,6 +345,29 @@ def test_questions_that_cannot_be(
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks/bad.jsonl").write_text("".join(f"{line}\n" for line in lines))
     assert sentence in _refused(capsys, str(weights), "--tasks", "bad", "--data", str(tmp_path), "--shots", "1")
+
+
+def test_a_single_document_has_no_standard_error() -> None:
+    scores = TaskScores(
+        {"one": {"acc": 1.0}, "two": {"acc": 0.0}},
+        {"one": 1, "two": 1},
+        {"one": [], "two": []},
+        {"one": {}, "two": {}},
+        {},
+    )
+    assert table(scores).splitlines()[-1].split() == ["others", "acc,", "mean", "0.5000", "2"]
+
+
+def test_texts_are_read_by_their_names(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, kind in (
+        ("Novel.TXT", "text"),
+        ("novel.rst", "text"),
+        ("a.text.jsonl", "json"),
+        ("notes.md.jsonl.xz", "json"),
+    ):
+        assert _perplexity(tmp_path / name, tmp_path)["dataset_path"] == kind, name
+    with pytest.raises(ValueError, match=r"plain is no text and no JSON lines by its name; rename it"):
+        _perplexity(tmp_path / "plain", tmp_path)
 
 
 def test_a_column_holds_a_perplexity_of_any_size() -> None:

@@ -6,15 +6,16 @@ import http.client
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import torch
+from starlette.testclient import TestClient
 
-from evals.play.player import Player
-from evals.play.server import BODY_BYTES
+from evals.play.player import Player, _Stopper
+from evals.play.server import BODY_BYTES, application
 from model.generate import generate
 from tests.evals.play.serving import NAME, counted, greedy, player, served
 
@@ -87,6 +88,28 @@ def test_a_text_ends_before_a_stop_string(tiny: Player, client: Any) -> None:
     assert held.choices[0].text == whole and held.choices[0].finish_reason == "length"
 
 
+def test_a_stop_string_in_what_was_held_to_the_end() -> None:
+    """The last token may bring it with half a character, which is held until the answer ends."""
+    stopper = _Stopper(["\n"])
+    assert stopper.add("hello") == ("hello", False) and stopper.rest("\n\ufffd") == ("", True)
+    assert _Stopper(["ab"]).rest("xa") == ("xa", False)
+
+
+def test_names_that_it_answers_to(tiny: Player) -> None:
+    def status(hosts: Sequence[str] | None, name: str) -> int:
+        return TestClient(application(tiny, 1, hosts), base_url=f"http://{name}:8000").get("/v1/models").status_code
+
+    assert [status((), name) for name in ("127.0.0.1", "localhost", "127.0.1.1")] == [200, 200, 400]
+    assert [status(["127.0.1.1", "box"], name) for name in ("127.0.1.1", "box", "evil")] == [200, 200, 400]
+    assert status(None, "anything") == 200
+
+
+def test_an_id_beyond_the_tokenizers_is_no_text(tiny: Player, client: Any) -> None:
+    """A model may have rows for more, as padded embeddings do."""
+    tokenizer = tiny.opened.tokenizer
+    assert tokenizer.decode([tokenizer.vocab_size + 3]) == "" == tokenizer.piece(tokenizer.vocab_size)
+
+
 def test_the_end_of_a_document_ends_the_answer(corpus: dict[str, Any]) -> None:
     made = player("dense", corpus)
     ids = made.opened.tokenizer.encode(PROMPT)
@@ -130,6 +153,8 @@ def test_the_late_layers_votes_are_told(corpus: dict[str, Any]) -> None:
 
 REFUSED = {
     "no JSON": (b"{", None, "the body must be JSON"),
+    "deep": (b"[" * 100_000, None, "the body must be JSON in UTF-8"),
+    "half a pair": (b'{"prompt": "\\ud800"}', None, "the body must be JSON in UTF-8"),
     "no object": (b"[]", None, "the body must be a JSON object, got list"),
     "unknown field": (b'{"densty": 1}', "densty", "there is no field 'densty'; did you mean 'density'?"),
     "another type": (b'{"prompt": {"a": 1}}', "prompt", "prompt: input should be a valid string"),

@@ -127,6 +127,10 @@ def test_an_array_of_chains(
     assert "-m tune.train" in second and "    train.steps=2 \\" in second
     assert '-m convert.to_hf "$run" runs/hf-$SLURM_ARRAY_TASK_ID' in third and "run-" not in third
 
+    slashes = [*arguments[:-1], "runs/hf/", f"train.run_dir={tiny['train']['run_dir']}/"]
+    assert _scripts(capsys, *slashes)[1].count("runs/hf-$SLURM_ARRAY_TASK_ID") == 1
+    assert f"run={tiny['train']['run_dir']}-$SLURM_ARRAY_TASK_ID\n" in _scripts(capsys, *slashes)[0]
+
     assert main([*arguments[:-2], "--print-config", "--then", tuning]) == 0
     configs = list(yaml.safe_load_all(capsys.readouterr().out))
     assert [config["train"]["run_dir"][-2:] for config in configs] == ["-0", "-1", "-0", "-1"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from tests.trainer.checkpoints.test_resume import fake
 from trainer.blocks import CheckpointConfig, TrainConfig
 from trainer.checkpoints import manifest, retention
 from trainer.checkpoints import save as saving
+from trainer.checkpoints.layout import step_of
 from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.exit_status import EXIT_MISTAKE
@@ -61,6 +64,25 @@ def test_themost_at_once_is_what_a_run_comes_to(
         retention.prune(tmp_path, saved, config)
     train = training(steps, every_steps=every, keep=keep, keep_every_steps=milestones)
     assert retention.most_at_once(train) == most
+
+
+def test_what_cannot_be_deleted_now_fails_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, where a file that somebody reads keeps its folder; it goes with a later one."""
+    config, delete = CheckpointConfig.model_validate({"keep": 1}), os.rmdir
+
+    def held(path: Any, **options: Any) -> None:
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), path)
+
+    monkeypatch.setattr(os, "rmdir", held)
+    for step in (1, 2, 2, 3):
+        if (again := tmp_path / f"step-{step:08d}").exists():
+            retention.remove(again)
+        retention.prune(tmp_path, fake(tmp_path, step), config)
+        assert [step_of(path) for path in retention.newest_first(tmp_path)] == [step]
+    monkeypatch.setattr(os, "rmdir", delete)
+    for stale in retention.leftovers(tmp_path):
+        shutil.rmtree(stale)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
 def test_saves_by_the_clock_may_be_more_than_those_by_steps() -> None:

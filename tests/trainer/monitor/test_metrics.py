@@ -386,6 +386,27 @@ def test_the_line_of_a_killed_evaluation_is_in_the_checkpoint(
     assert _lines(folder.path) == [line]
 
 
+def test_steps_on_other_sources_are_not_taken_over(
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder
+) -> None:
+    """A fork may have more of them, or others, and a line tells their losses apart."""
+    config = configure("train.log.every_steps=2")
+    parent = Metrics(config, folder, world, None, 1e12)
+    parent.log_step(1, 8, _step(), 0.1, Budget(config.model, 32), 0.25)
+    state = parent.state_dict()
+    made = Metrics(config, folder, world, 1, 1e12)
+    made.load_state_dict(state | {"sources": ["another"]})
+    made.log_step(2, 16, _step(), 0.1, Budget(config.model, 32), 0.5)
+    made.close()
+    assert _lines(folder.path)[-1]["step"] == 2 and state["sources"] == ["code"]
+    assert len(made._since_log) == 0 and made.state_dict()["since_log"] == []
+    again = Metrics(config, folder, world, 1, 1e12)
+    again.load_state_dict(state | {"sources": ["another"]})
+    assert again.state_dict()["since_log"] == []
+    again.load_state_dict(state)
+    assert len(again.state_dict()["since_log"]) == 1
+
+
 def test_what_is_not_a_number_is_null(
     configure: Callable[..., PretrainConfig], world: World, folder: RunFolder
 ) -> None:

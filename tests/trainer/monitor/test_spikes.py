@@ -123,6 +123,17 @@ def test_its_state_goes_on_exactly(at: int) -> None:
     assert told | watch(losses[at:], norms[at:], first=at, detector=second) == straight
 
 
+def test_a_spike_that_is_longer_than_a_window_that_was_made_shorter_passes() -> None:
+    losses = falling(600)
+    losses[300:] += 4.0
+    first = SpikeDetector(SpikeConfig(window_steps=200))
+    watch(losses[:450], detector=first)
+    second = SpikeDetector(SpikeConfig(window_steps=100))
+    second.load_state_dict(first.state_dict())
+    told = watch(losses[450:], first=450, detector=second)
+    assert list(told) == [451] and "passes for normal from now on" in str(told[451].end)
+
+
 @pytest.mark.parametrize(("window", "told"), [(50, [301, 302]), (400, [])])
 def test_a_window_of_another_size_takes_the_newest_values(window: int, told: list[int]) -> None:
     losses = falling(320)
