@@ -57,6 +57,9 @@ def test_ten_thousand_lines_of_code_and_prose(corpus: dict[str, Any], tmp_path: 
     for text in ("  two  spaces\n\n\tand 1234 ½ 中文 🙂", "</s> <pad> are text"):
         assert theirs.decode(theirs(text)["input_ids"]) == text == processor.decode(processor.encode(text))
     assert (tmp_path / "tokenizer.model").is_file()
+    # A batch's prompts end where their continuations begin, and generate takes all that comes with them.
+    batch = theirs(["a", "two words"], padding=True)
+    assert sorted(batch) == ["attention_mask", "input_ids"] and batch["attention_mask"][0][0] == 0
 
 
 def test_a_space_before_every_text(train: Train) -> None:
