@@ -125,12 +125,16 @@ def set_learning_rate(engine: Any, ratio: float) -> None:
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """Matrices, norms and routers, each with its rate and weight decay; empty groups are left out.
 
-    DoRA's magnitudes, a scale for each output of a projection, go with the norms.
+    DoRA's magnitudes, a scale for each output of a projection, go with the norms. The ensemble's router reads the whole
+    width into one logit a layer, which a step of Adam's moves by the rate times the sum of what it reads; so its rate is
+    divided by the width (as for outputs in Yang et al. 2022, arXiv:2203.03466). At the others' rate a vote closes in its
+    first steps, while the late layers do not read well yet, and a weight of nothing has no gradient to open it again.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    routers = [p for name, p in named if "router" in name]
+    voters = [p for name, p in named if name == "ensemble.router.weight"]
+    routers = [p for name, p in named if "router" in name and name != "ensemble.router.weight"]
     norms = [p for name, p in named if "norm" in name or "lora_magnitude" in name]
-    taken = {id(p) for p in (*routers, *norms)}
+    taken = {id(p) for p in (*voters, *routers, *norms)}
     matrices = [p for _, p in named if id(p) not in taken]
     groups = [
         {"params": matrices, "lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
@@ -140,6 +144,14 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
             "lr": optimizer.lr * optimizer.router_lr_ratio,
             "weight_decay": optimizer.router_weight_decay,
         },
+        *(
+            {
+                "params": [p],
+                "lr": optimizer.lr * optimizer.router_lr_ratio / whole_shape(p)[1],
+                "weight_decay": optimizer.router_weight_decay,
+            }
+            for p in voters
+        ),
     ]
     return [group for group in groups if group["params"]]
 

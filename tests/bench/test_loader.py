@@ -78,7 +78,7 @@ def test_a_fast_loader_passes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         return quick(ours)
 
     monkeypatch.setattr(Ours, "step", long_step)
-    loader.main([*TOY, "--repeats=5", "--steps=1", "--check"])
+    loader.main([*TOY, "--repeats=3", "--steps=1", "--check"])
     assert "ok     loader/waited_share" in capsys.readouterr().out
 
 

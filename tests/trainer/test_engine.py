@@ -11,6 +11,7 @@ import torch
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from torch import Tensor
 
+from model.config import EnsembleConfig
 from model.decoder import Decoder
 from model.init import initialise
 from tests.trainer.one_rank import engine_for, losses, take_steps, weights
@@ -45,6 +46,16 @@ def test_every_parameter_is_in_the_one_group_that_fits_it(configure: Configure) 
     assert {p.dim() for p in model.parameters() if names[id(p)] in matrices} == {2}
     assert {"embed_tokens.weight", "lm_head.weight"} <= matrices
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(0.5, 0.2), (0.5, 0.0), (0.05, 0.7)]
+
+
+def test_the_vote_moves_by_the_rate_whatever_it_reads(configure: Configure) -> None:
+    """A logit that reads the whole width moves by the rate times what it reads; at the others' rate it closes at once."""
+    model = Decoder(configure("model.router=null").model)
+    model.add_ensemble(EnsembleConfig(layers=2))
+    optimizer = OptimizerConfig.model_validate({"lr": 0.5, "router_lr_ratio": 3.0})
+    *_, bias, weight = parameter_groups(model, optimizer)
+    assert [p.shape for p in (*bias["params"], *weight["params"])] == [(2,), (2, 32)]
+    assert (bias["lr"], weight["lr"]) == (1.5, 1.5 / 32)
 
 
 def test_a_dense_or_random_model_has_no_router_group(configure: Configure) -> None:
