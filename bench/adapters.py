@@ -143,7 +143,8 @@ def _theirs(llama: Any, config: ModelConfig, adapter: AdapterConfig, tokens: Ten
         use_dora=adapter.kind == "dora",
         target_modules=list(adapter.targets),
     )
-    model = get_peft_model(llama.train(), lora)
+    # Adapters in the model's dtype, as ours: PEFT's default is fp32 beside a model in bf16.
+    model = get_peft_model(llama.train(), lora, autocast_adapter_dtype=False)
     return Tuned(model, config, lambda: model(input_ids=tokens, labels=labels).loss)
 
 

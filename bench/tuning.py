@@ -255,7 +255,7 @@ def tables(options: argparse.Namespace, times: dict[str, list[float]]) -> str:
     for method in options.methods:
         cells, trained = [], ["", ""]
         for task in options.tasks:
-            runs = [options.runs[method, task, seed] for seed in options.seeds]
+            runs = list(dict.fromkeys(options.runs[method, task, seed] for seed in options.seeds))
             found = [outcome(run.folder(options.out), task) for run in runs]
             done = [one for one in found if one is not None]
             cells += ["-" if runs[0].rate is None else f"{runs[0].rate:g}"] if options.rates else []

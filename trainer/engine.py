@@ -126,9 +126,9 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     """Matrices, norms and routers, each with its rate and weight decay; empty groups are left out.
 
     DoRA's magnitudes, a scale for each output of a projection, go with the norms. The ensemble's router reads the whole
-    width into one logit a layer, which a step of Adam's moves by the rate times the sum of what it reads; so its rate is
-    divided by the width (as for outputs in Yang et al. 2022, arXiv:2203.03466). At the others' rate a vote closes in its
-    first steps, while the late layers do not read well yet, and a weight of nothing has no gradient to open it again.
+    width into one logit a layer, which a step of Adam's moves by the rate times the sum of what it reads; so its rate
+    is divided by the width (as for outputs in Yang et al. 2022, arXiv:2203.03466). At the others' rate a vote closes in
+    its first steps, while the late layers do not read well yet, and a weight of nothing has no gradient to open it.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     voters = [p for name, p in named if name == "ensemble.router.weight"]

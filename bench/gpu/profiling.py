@@ -87,7 +87,9 @@ def table(profiled: profile, step_s: float, device: str) -> tuple[list[dict[str,
     found = []
     for event in profiled.key_averages():
         own_us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        if event.device_type == kind and own_us > 0:
+        # A span is of kernels that have rows of their own.
+        span = device == "cuda" and getattr(event, "is_user_annotation", False)
+        if event.device_type == kind and own_us > 0 and not span:
             found.append((own_us / 1e6, event.count, event.key))
     found.sort(reverse=True)
     rows = [

@@ -40,7 +40,9 @@ def loss_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
     ends: list[tuple[float, float, str]] = []
     for variant, own in _by_variant(suite, results):
         for axes, (_, spent) in zip(panels, _AXES, strict=True):
-            ends.append(_curve(axes, own, spent, _style(suite, own[0]), suite.title(variant)))
+            end = _curve(axes, own, spent, _style(suite, own[0]), suite.title(variant))
+            if end is not None:
+                ends.append(end)
     for axes, (label, _) in zip(panels, _AXES, strict=True):
         axes.set_xlabel(label)
         axes.grid(color="0.92", linewidth=0.6)
@@ -109,7 +111,9 @@ def dial_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
     dials = {r.variant: r for r in reversed(results) if r.dial is not None}
     if not dials:
         return None
-    dense = {r.variant: r for r in reversed(results) if r.run.config.model.router is None}
+    steps = [r.run.config.train.steps for r in results]
+    ended = [r for r, last in zip(results, steps, strict=True) if r.curve.steps and r.curve.steps[-1] == last]
+    dense = {r.variant: r for r in reversed(ended) if r.run.config.model.router is None}
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     as_trained = []
@@ -143,11 +147,15 @@ def dial_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
 
 def _curve(
     axes: Axes, own: Sequence[FinishedRun], spent: Callable[[Curve], list[float]], style: dict[str, Any], title: str
-) -> tuple[float, float, str]:
-    """Draw one variant's losses; returns where the line ends, and its name."""
-    evaluations = min(len(r.curve.losses) for r in own)
-    losses = [r.curve.losses[-evaluations:] for r in own]
-    x = [statistics.mean(at) for at in zip(*(spent(r.curve)[-evaluations:] for r in own), strict=True)]
+) -> tuple[float, float, str] | None:
+    """Draw one variant's losses; returns where the line ends, and its name; None if there is nothing to draw."""
+    common = sorted(set.intersection(*(set(r.curve.steps) for r in own)))  # without those of which a seed has no number
+    if not common:
+        return None
+    places = [[r.curve.steps.index(step) for step in common] for r in own]
+    losses = [[r.curve.losses[place] for place in chosen] for r, chosen in zip(own, places, strict=True)]
+    of_seeds = [[spent(r.curve)[place] for place in chosen] for r, chosen in zip(own, places, strict=True)]
+    x, evaluations = [statistics.mean(at) for at in zip(*of_seeds, strict=True)], len(common)
     highest = _WORST * statistics.mean(one[-1] for one in losses)
     late = [place for place in range(evaluations) if statistics.mean(one[place] for one in losses) <= highest]
     first = min(late[0], max(evaluations - 2, 0))

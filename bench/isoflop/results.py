@@ -25,6 +25,7 @@ class Curve:
         seconds: time spent in training steps.
         tokens: training tokens.
         losses: nats per token, greedy routing.
+        steps: optimiser steps done; where a loss was not finite there is no entry.
         tasks: by ``task/metric`` the shares of right answers to ``train.evaluation.tasks``, and the FLOPs by then.
     """
 
@@ -32,6 +33,7 @@ class Curve:
     seconds: list[float]
     tokens: list[float]
     losses: list[float]
+    steps: list[int]
     tasks: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
 
@@ -113,7 +115,12 @@ def _read(suite: Suite, run: Run) -> FinishedRun:
         downstream=(read_downstream(run, suite.downstream) or {}) if suite.downstream else {},
         dial=read_dial(run),
         curve=Curve(
-            flops, seconds, tokens, [lines[step][f"{prefix}/loss"] for step in evaluated], _tasks(lines, steps, spent)
+            flops,
+            seconds,
+            tokens,
+            [lines[step][f"{prefix}/loss"] for step in evaluated],
+            evaluated,
+            _tasks(lines, steps, spent),
         ),
     )
 

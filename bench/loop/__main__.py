@@ -198,7 +198,9 @@ def measure(options: argparse.Namespace) -> Result:
                 bar.update()
         bar.close()
         turns.end()
-    return result(found, options, yardstick.flops_per_s)
+    # On a CPU the yardstick has all cores, which the ranks share; a GPU is one rank's.
+    devices = 1 if options.device == "cpu" else options.ranks
+    return result(found, options, yardstick.flops_per_s * devices)
 
 
 def compare(ours: Mapping[str, float], peers: Mapping[str, float], dtype: torch.dtype) -> None:
@@ -228,7 +230,8 @@ def result(found: Mapping[str, Rounds], options: argparse.Namespace, peak: float
         saving_s = options.steps * (Spread.of(rounds.seconds).median - alone_s[name])
         findings.append(
             f"  {name:24} {per_step[name]:8,.0f}  {spread(faster.get(name)):>23}, without saving "
-            f"{alone_s[PEER] / alone_s[name]:.3f}; a checkpoint {saving_s:.2f} s, start-up {rounds.startup_s:.1f} s"
+            f"{alone_s[PEER] / alone_s[name]:.3f}; a checkpoint and the logs {saving_s:.2f} s, "
+            f"start-up {rounds.startup_s:.1f} s"
         )
     loss = {name: rounds.first["loss"] for name, rounds in found.items()}
     findings.append(f"mean loss of the first {warm_up(options)} steps: {loss[DENSE]:.6f} and, {PEER}, {loss[PEER]:.6f}")

@@ -238,7 +238,8 @@ def _scaling(workload: Workload, gpus: int, cluster: Cluster, mfu: float) -> str
         if s.problem:
             continue
         rates = _range([workload.tokens_per_step / seconds / 1e6 for seconds in (s.worst_s, s.best_s)], ",.3g")
-        note = "" if s.memory_bytes / GIB <= cluster.gpu.memory_gib else "does not fit"
+        assert s.memory is not None
+        note = "" if s.memory.fits(cluster.gpu.memory_gib) else "does not fit"
         cells = [
             f"{s.compute_s:.3g}",
             f"{s.host_s:.3g}",
@@ -246,7 +247,7 @@ def _scaling(workload: Workload, gpus: int, cluster: Cluster, mfu: float) -> str
             rates,
             _range(s.efficiency, ".0%"),
         ]
-        table.append([f"{s.gpus:,}{mark}", *cells, _gib(s.memory_bytes), note])
+        table.append([f"{s.gpus:,}{mark}", *cells, _gib(s.memory.peak), note])
     overlap = "from no overlap of compute and communication to all of it" if stage == 3 else "no overlap"
     head = f"scaling of this global batch at MFU {mfu:.0%} and ZeRO {stage}; {overlap}"
     lines = [head, tables.columns(table), *_limits(workload, steps)]

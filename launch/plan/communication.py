@@ -27,7 +27,7 @@ import math
 from dataclasses import dataclass
 
 from launch.plan.gpus import GPU
-from launch.plan.memory_model import memory, zero_sizes
+from launch.plan.memory_model import Memory, memory, zero_sizes
 from launch.plan.workload import Stage, Workload
 from trainer.config import WEIGHT_BYTES
 
@@ -87,7 +87,7 @@ class Step:
         host_s: of the host that asks for them; the device waits where it is longer.
         communication_s: all collectives, one after the other.
         best_s: the whole step, if as much overlaps as DeepSpeed lets overlap.
-        memory_bytes: peak of one GPU.
+        memory: of one GPU; None where there is no step.
         problem: why the global batch does not go on them.
     """
 
@@ -96,7 +96,7 @@ class Step:
     host_s: float = math.nan
     communication_s: float = math.nan
     best_s: float = math.nan
-    memory_bytes: float = math.nan
+    memory: Memory | None = None
     problem: str | None = None
 
     @property
@@ -196,7 +196,7 @@ def step(workload: Workload, stage: Stage, ranks: int, cluster: Cluster, mfu: fl
     busy = max(compute, host) + waited
     best = max(busy, communication) if stage == 3 else busy + communication
     communication += waited
-    return Step(ranks, compute, host, communication, best, memory(workload, stage, ranks).peak)
+    return Step(ranks, compute, host, communication, best, memory(workload, stage, ranks))
 
 
 def ladder(gpus: int, gpus_per_node: int, limit: int) -> list[int]:

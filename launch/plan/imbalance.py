@@ -4,8 +4,9 @@
     python -m launch.plan.imbalance configs/skip_1b.yaml --ranks 64 512 --micro-batches 2 8 --site-spread 0.2
 
 What a token executes its router chooses, so windows differ in what they cost, and with them ranks. Ranks that meet once
-a step (ZeRO 0 to 2) wait for the one whose windows execute most over all sites. Ranks that meet at every layer (ZeRO 3,
-if nothing is prefetched) wait at every site of every micro-batch for the one that executes most there. A capacity gives
+a step (ZeRO 0 and 1) or after every micro-batch (ZeRO 2, which reduces gradients there) wait for the one whose windows
+execute most over all sites. Ranks that meet at every layer (ZeRO 3, if nothing is prefetched) wait at every site of
+every micro-batch for the one that executes most there. A capacity gives
 every window the same work, more of it, and nobody waits.
 
 Densities are drawn as a run's vary from window to window: normal, cut at 0 and 1, with one deviation for a site and one
@@ -114,8 +115,8 @@ def sentence(workload: Workload, ranks: int) -> str:
     if model.router.execution == "capacity":
         return ""
     micro_batch = config.train.micro_batch_samples
-    found = slowdowns(workload, Spread(), ranks, micro_batch, config.accumulation(ranks))
     stage = config.deepspeed.zero_stage
+    found = slowdowns(workload, Spread(), ranks, micro_batch, config.accumulation(ranks) if stage < 2 else 1)
     low, high = (found.once, found.every_layer) if stage == 3 else (found.once, found.once)
     cost = f"{low - 1:.0%}" if low == high else f"{low - 1:.0%} to {high - 1:.0%}"
     return f"waiting     {cost} more compute at ZeRO {stage} for the rank that executes most, not in the figures here"

@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 from bench import step
 from bench.common.report import Row
 from bench.common.timing import Spread
+from model.flops import dense_flops
 from tests.bench.toy import BATCH, MODEL, RUN, refused, rows_of
 
 TOY = [*RUN, *MODEL, *BATCH]
@@ -60,6 +61,20 @@ def test_the_check_judges_what_was_measured_and_fails(capsys: pytest.CaptureFixt
     assert set(judged) == {"step/routed_0.5", "step/dense_to_peer", "step/dense_mfu", "step/memory_routed_0.5"}
     assert "these differ: layers=2, width=64" in out
     assert "of 4 limits missed" in err and "step/dense_mfu is" in err
+
+
+def test_mfu_is_three_forward_passes_over_time_and_peak() -> None:
+    options = step.parse([*TOY, "--densities", "0.5"])
+    contestants = step.build(options)
+    for contestant in contestants.values():
+        contestant.step()
+    seconds = {name: [0.25, 0.5, 0.75] for name in contestants}
+    for name in ("dense", "routed_0.5"):
+        found = step.row(name, contestants, options, seconds, peak=1e9)
+        assert found.mfu_executed == pytest.approx(3 * contestants[name].flops()[0] / 0.5 / 1e9)
+    assert step.row("dense", contestants, options, seconds, 1e9).mfu_executed == pytest.approx(
+        3 * dense_flops(contestants["dense"].config, 64, 2 * 32 * 33 / 2) / 0.5 / 1e9
+    )
 
 
 def test_checkpointing_and_execution_reach_the_models() -> None:

@@ -49,7 +49,7 @@ def test_every_parameter_is_in_the_one_group_that_fits_it(configure: Configure) 
 
 
 def test_the_vote_moves_by_the_rate_whatever_it_reads(configure: Configure) -> None:
-    """A logit that reads the whole width moves by the rate times what it reads; at the others' rate it closes at once."""
+    """A logit that reads the whole width moves by the rate times what it reads: at the others' rate it closes."""
     model = Decoder(configure("model.router=null").model)
     model.add_ensemble(EnsembleConfig(layers=2))
     optimizer = OptimizerConfig.model_validate({"lr": 0.5, "router_lr_ratio": 3.0})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 import torch
 
 from data.batches import IGNORED, NO_SAMPLE, Batch, step_sample_ids
+from data.places import texts
 from data.tokenization import TextTokenizer, load_text_tokenizer
 from tests.data.test_tokenization import write_byte_level
 from tests.tune.test_examples import write_lines
@@ -21,7 +21,7 @@ from tune.config import ExamplesConfig
 
 T = 32
 CHOICES = [" yes", " no", " it is unknown"]
-REAL = Path(os.environ.get("ELIDE_DATA", "../shared/data")) / "tuning"
+REAL = Path(texts()) / "tuning"
 
 
 @pytest.fixture(scope="module", params=["ours", "byte level"])

@@ -352,8 +352,8 @@ def test_what_does_not_fit_is_told_of_evaluation_sets(tuning: dict[str, Any], ba
     assert f"parity: {held.examples} examples of 2 choices, {held.left_out} left out" in held.sentence()
 
 
-def test_an_evaluation_that_was_cut_short_is_made_again(runs: Callable[[str], Path], tmp_path: Path) -> None:
-    """What shows that a step was evaluated stands in one line with everything else of it: whole or not there."""
+def test_an_evaluation_stands_in_its_steps_line(runs: Callable[[str], Path]) -> None:
+    """So one that was cut short is not there at all, and a resume makes it again."""
     lines = [json.loads(text) for text in (runs("1/lora") / "metrics.jsonl").read_text().splitlines()]
     (of_step,) = [line for line in lines if line["step"] == 2]
     assert {"train/loss", "validation/parity/loss/ensemble", "validation/parity/loss"} <= of_step.keys()

@@ -38,10 +38,18 @@ def test_equal_differences_in_another_order_of_adding() -> None:
     assert by_signs([0.1, 0.2, 0.3]).p == by_signs([0.3, 0.2, 0.1]).p == 2 / 8
 
 
-@pytest.mark.parametrize("count", [0, 21])
-def test_too_many_or_no_pairs(count: int) -> None:
-    with pytest.raises(ValueError, match=f"takes 1 to 20 pairs, got {count}"):
-        by_signs([1.0] * count)
+def test_signs_of_many_pairs_are_drawn() -> None:
+    """As near the exact share as a hundred thousand draws are."""
+    drawn = random.Random(1)
+    few = [drawn.gauss(0.3, 1) for _ in range(20)]
+    many = by_signs([*few, 0.0])  # a pair that is equal changes no share
+    assert many.p == pytest.approx(by_signs(few).p, abs=0.006) and many == by_signs([*few, 0.0])
+    assert by_signs([1.0] * 40).p == pytest.approx(1e-5, rel=0.01)
+
+
+def test_no_pairs() -> None:
+    with pytest.raises(ValueError, match="takes at least 1 pair, got none"):
+        by_signs([])
 
 
 def test_the_bootstraps_interval_covers_what_it_should() -> None:

@@ -138,6 +138,12 @@ def test_a_final_loss_that_is_not_finite_is_shown_as_none(suite_and_runs: tuple[
     results = collect(suite, list(runs.values()))
     assert _cells(main_table(suite, results))["skip"][6:8] == ["-", "-"]
     assert loss_figure(suite, results) is not None
+    finish(runs["dense-seed1"], [6.5, 5.5, None])  # type: ignore[list-item]
+    results = collect(suite, list(runs.values()))
+    figure = loss_figure(suite, results)
+    assert figure is not None
+    line = figure.axes[2].lines[0]
+    assert line.get_ydata()[-2:] == pytest.approx([6.25, 5.25])  # losses of the same steps, and no others
 
 
 def test_another_run_in_the_folder_is_told(suite_and_runs: tuple[Suite, dict[str, Run]]) -> None:

@@ -101,7 +101,7 @@ def test_tokens_a_second_have_the_checkpoint_in_them_and_the_limits_get_them() -
     assert peer.seconds == pytest.approx(1.2) and peer.peak_memory_bytes == 8
     assert result.rows[2].flop_bound_ratio == 0.5
     line = next(line for line in result.findings if "hf_trainer  " in line)
-    assert "without saving 1.000; a checkpoint 0.40 s, start-up 9.0 s" in line
+    assert "without saving 1.000; a checkpoint and the logs 0.40 s, start-up 9.0 s" in line
     dense = next(line for line in result.findings if line.startswith("  dense"))
     assert " 128    1.200" in dense and "without saving 1.100" in dense  # 4 x 32 tokens in a second
 

@@ -169,7 +169,7 @@ def test_efficiency_falls_with_gpus_until_the_batch_is_used_up(monkeypatch: pyte
     assert list(worst) == sorted(worst, reverse=True) and worst[0] > 0.85 > 0.6 > worst[-1]
     assert all(b >= w for w, b in zip(worst, best, strict=True))
     assert [s.gpus for s in steps if s.problem] == [4096, 8192]
-    assert all(later.memory_bytes < earlier.memory_bytes for earlier, later in pairwise(possible))
+    assert all(later.memory.peak < earlier.memory.peak for earlier, later in pairwise(possible))
 
 
 def test_a_host_that_takes_longer_than_the_gpu_is_what_a_step_takes(planned: Callable[..., tuple[int, str]]) -> None:

@@ -57,6 +57,21 @@ def test_what_is_far_slower_is_not_tried_at_larger_sizes(monkeypatch: pytest.Mon
     assert yardstick.layer_flops_per_s < yardstick.flops_per_s / 2
 
 
+def test_a_first_call_that_loads_libraries_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cuBLAS is loaded in: longer than the whole survey, after which nothing but the smallest was tried."""
+    called: list[int] = []
+
+    def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        called.append(1)
+        if len(called) == 1:
+            time.sleep(2.0)
+        return torch.mm(left, right)
+
+    monkeypatch.setitem(_PRODUCTS, "y", product)
+    monkeypatch.setattr(yardstick_module, "_SURVEY_S", 1.0)
+    assert max(size for name, size in Yardstick(CPU, torch.float32).seconds if name == "y") > 256
+
+
 def test_the_peak_is_the_mean_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(World):
         def gather_objects(self, value: float) -> list[float]:
