@@ -31,7 +31,8 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay of matrices."""
     router_lr_ratio: float = Field(1.0, gt=0)
-    """Learning rate of skip routers and of the ensemble's router, relative to ``lr``."""
+    """Learning rate of skip routers and of the ensemble's router, relative to ``lr``; of the latter's matrix divided by
+    the width."""
     router_weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of the same."""
     adafactor_beta2: float = Field(0.99, gt=0, lt=1)
