@@ -16,6 +16,7 @@ from convert.facts import facts_of
 from convert.to_hf import export
 from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
+from model.init import initialise
 from pretrain.initial import open_initial
 from tests.launching import run
 from tests.trainer.checkpoints.saved_runs import TIED, rehash, save_runs
@@ -103,6 +104,7 @@ def test_given_thresholds_outlive_a_resume(
 ) -> None:
     """Under a controller that has none of its own; one that has begins with them."""
     decoder = Decoder(ModelConfig.model_validate(tiny["model"]))
+    initialise(decoder, decoder.config, 0)
     decoder.thresholds = torch.tensor([-0.5, 0.25, 0.125])
     write_weights(decoder, tmp_path / "given", Path(tiny["data"]["dir"]), {"source": "a test"})
     tiny["init"] = {"path": str(tmp_path / "given")}

@@ -159,7 +159,7 @@ def test_a_kill_during_the_removal_leaves_nothing_that_looks_whole(
     for step in (1, 2):
         fake(folder, step)
 
-    def killed(path: Path) -> None:
+    def killed(path: Path, **_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(shutil, "rmtree", killed)
