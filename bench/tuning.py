@@ -276,7 +276,7 @@ def paired(options: argparse.Namespace) -> str:
     for method in others:
         cells = []
         for task in options.tasks:
-            pairs = [(_answers(options, m, task, seed) for m in (method, first)) for seed in options.seeds]
+            pairs = [tuple(_answers(options, m, task, seed) for m in (method, first)) for seed in options.seeds]
             done = [(a, b) for a, b in pairs if a is not None and b is not None]
             cells.append(_difference([[x - y for x, y in zip(a, b, strict=True)] for a, b in done]))
         rows.append([method, *cells])

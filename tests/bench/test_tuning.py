@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,20 @@ def test_a_run_that_fails_is_told_and_the_status_is_1(
     told = capsys.readouterr()
     assert "polarity-lora-0: error:" in told.err and "adapter.rank" in told.err
     assert "| lora |  |  |  | - | - | - | - |" in told.out
+
+
+def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    """Each with the other's run of the same seed; a seed that one of them lacks has no say."""
+    options = Namespace(methods=["lora", "lora_ensemble"], tasks=["polarity"], seeds=[0, 1, 2], out=tmp_path)
+    options.runs = {(m, "polarity", s): TuningRun(m, "polarity", s) for m in options.methods for s in options.seeds}
+    right = {"lora": [[0, 0], [1, 1], [0, 1]], "lora_ensemble": [[1, 1], [1, 0], []]}
+    for (method, _, seed), run in options.runs.items():
+        if answers := right[method][seed]:
+            run.folder(tmp_path).mkdir()
+            named = {"layer-03": [0, 0], "ensemble": answers} if "ensemble" in method else {"layer-03": answers}
+            (run.folder(tmp_path) / "answers-polarity.json").write_text(json.dumps(named))
+    assert tuning.paired(options).splitlines()[2].startswith("| lora_ensemble | +25.0 (")  # +1, +1 and 0, -1
+    assert tuning.paired(options).splitlines()[2].endswith("; 2) |")
 
 
 def test_spread_over_seeds(tmp_path: Path) -> None:
