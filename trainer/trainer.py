@@ -112,8 +112,8 @@ class Trainer:
     ) -> tuple[Path | None, Initial | None, str | None]:
         """The checkpoint to go on from, own or forked, what is given instead, and the sentence on the precision."""
         world, checkpoints = self.world, config.train.checkpoint
-        if problem := world.broadcast_object(self.run.lock(self._hold) if world.is_main else None):
-            raise ValueError(problem)
+        if world.is_main:  # or later, in claim: a rank of an earlier start, or its file server, may let go until then
+            self.run.lock(self._hold)
         found = resume.to_resume(self.run.checkpoints, checkpoints.resume, world, checkpoints.mirror, self.run.metrics)
         given = initial() if initial is not None and found is None else None
         source = given.checkpoint if isinstance(given, Fork) else found
