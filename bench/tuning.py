@@ -9,10 +9,10 @@
 
 Every run is ``tune.train`` on a file of ``configs/`` with one process and one thread, in its own folder below
 ``--out``; what is done is not run again, so an interrupted suite goes on where it was. ``none`` is the base as it is,
-with one seed.
-With ``--rates`` every method on every task is run with each of them, times the learning rate of its config, and the
-first seed, and the other seeds with the rate whose last validation loss was least. Step times are taken afterwards, all
-methods taking turns in one process (see ``bench/common/timing.py``), because those of runs side by side mean nothing.
+with one seed. With ``--rates`` every method on every task is run with each of them, times the learning rate of its
+config, and the first seed, and the other seeds with the rate whose last validation loss was least. Step times are taken
+afterwards, all methods taking turns in one process (see ``bench/common/timing.py``), because those of runs side by side
+mean nothing.
 
 A task that has no TASK-train.jsonl in ``--data`` is a file of questions (``data/questions.py``) in the folder tasks/
 beside it, split by the number of the question: even ones are the test, of the odd ones every fifth is for validation

@@ -19,6 +19,8 @@ from trainer.deepspeed_config import deepspeed_config
 from trainer.deepspeed_internals import gathered, import_deepspeed, is_partitioned, undo_first_step, whole_shape
 from trainer.distributed import World
 
+_VOTER = "ensemble.router.weight"
+
 
 def build_engine(
     config: StageConfig,
@@ -131,8 +133,8 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     its first steps, while the late layers do not read well yet, and a weight of nothing has no gradient to open it.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    voters = [p for name, p in named if name == "ensemble.router.weight"]
-    routers = [p for name, p in named if "router" in name and name != "ensemble.router.weight"]
+    voters = [p for name, p in named if name == _VOTER]
+    routers = [p for name, p in named if "router" in name and name != _VOTER]
     norms = [p for name, p in named if "norm" in name or "lora_magnitude" in name]
     taken = {id(p) for p in (*voters, *routers, *norms)}
     matrices = [p for _, p in named if id(p) not in taken]

@@ -306,8 +306,7 @@ def set_schedules(engine: Any, budget: Budget, progress: Progress) -> None:
     given = engine.module.thresholds
     engine.module.thresholds, engine.module.centres = budget.thresholds(progress)
     if given is not None and not budget.seen_margins:
-        given = given.to(engine.module.thresholds.device)
-        engine.module.thresholds = given
+        engine.module.thresholds = given = given.to(engine.module.thresholds.device)
         engine.module.centres = Centres(torch.where(given.isfinite(), given, 0.0), None)
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 _ENUMERATED = 20
-_DRAWN = 100_000
 """Up to so many differences all sign patterns are counted: a million."""
+_DRAWN = 100_000
+"""Patterns that are drawn for more."""
 
 
 class Paired(NamedTuple):

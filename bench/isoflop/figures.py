@@ -111,8 +111,7 @@ def dial_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
     dials = {r.variant: r for r in reversed(results) if r.dial is not None}
     if not dials:
         return None
-    steps = [r.run.config.train.steps for r in results]
-    ended = [r for r, last in zip(results, steps, strict=True) if r.curve.steps and r.curve.steps[-1] == last]
+    ended = [r for r in results if r.curve.steps[-1:] == [r.run.config.train.steps]]  # the last loss was a number
     dense = {r.variant: r for r in reversed(ended) if r.run.config.model.router is None}
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
@@ -152,10 +151,12 @@ def _curve(
     common = sorted(set.intersection(*(set(r.curve.steps) for r in own)))  # without those of which a seed has no number
     if not common:
         return None
-    places = [[r.curve.steps.index(step) for step in common] for r in own]
-    losses = [[r.curve.losses[place] for place in chosen] for r, chosen in zip(own, places, strict=True)]
-    of_seeds = [[spent(r.curve)[place] for place in chosen] for r, chosen in zip(own, places, strict=True)]
-    x, evaluations = [statistics.mean(at) for at in zip(*of_seeds, strict=True)], len(common)
+
+    def of_seeds(values: Callable[[Curve], list[float]]) -> list[list[float]]:
+        return [[values(r.curve)[r.curve.steps.index(step)] for step in common] for r in own]
+
+    losses, evaluations = of_seeds(lambda curve: curve.losses), len(common)
+    x = [statistics.mean(at) for at in zip(*of_seeds(spent), strict=True)]
     highest = _WORST * statistics.mean(one[-1] for one in losses)
     late = [place for place in range(evaluations) if statistics.mean(one[place] for one in losses) <= highest]
     first = min(late[0], max(evaluations - 2, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from evals.harness.tasks import BLIMP
@@ -54,8 +53,8 @@ def table(ours: TaskScores, export: TaskScores | None = None) -> str:
     for name, tasks in ((BLIMP, paradigms), (_OTHERS, [task for task in scored if task not in paradigms])):
         if len(tasks) > 1:
             means = [sum(outcome.metrics[task]["acc"] for task in tasks) / len(tasks) for outcome in both]
-            errors = [ours.errors[task].get("acc", math.nan) for task in tasks]  # of a single document there is none
-            error = None if any(map(math.isnan, errors)) else sum(e**2 for e in errors) ** 0.5 / len(tasks)
+            errors = [ours.errors[task]["acc"] for task in tasks if "acc" in ours.errors[task]]  # one document has none
+            error = sum(e**2 for e in errors) ** 0.5 / len(tasks) if len(errors) == len(tasks) else None
             count, most = sum(ours.documents[task] for task in tasks), max(apart.get(task, 0.0) for task in tasks)
             lines.append(line(name, "acc, mean", means, error, count, most))
     return "\n".join(lines)
