@@ -13,17 +13,24 @@ from model.linear import FEW_ROWS, Linear, turned
 
 
 class Products(TorchDispatchMode):
-    """Shapes of the results of all matrix products inside."""
+    """Shapes of the results of all matrix products inside, and strides of their second factors."""
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[int, ...]] = []
+        self.strides: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.mm.default:
             self.shapes.append(tuple(out.shape))
+            self.strides.append(args[1].stride())
         return out
+
+
+@pytest.fixture(autouse=True)
+def _no_weight_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.linear.FEW_WEIGHTS", 0)
 
 
 def layers(dtype: torch.dtype = torch.float32) -> tuple[Linear, nn.Linear]:
@@ -50,8 +57,30 @@ def test_the_same_numbers_in_the_same_shape(
     torch.testing.assert_close(found, usual(x), rtol=0, atol=1e-5)
     rows = x.numel() // 48
     assert products.shapes == [(20, max(rows, 2)) if turn and 0 < rows <= FEW_ROWS else (rows, 20)]
+    assert found.is_contiguous()
     strided = rows_of(*shape[:-1], 96)[..., ::2]
     torch.testing.assert_close(ours(strided), usual(strided), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_rows_that_do_not_lie_together_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.linear.turned", lambda: True)
+    ours, usual = layers()
+    x = rows_of(48, 4).t()  # what a turned product gives as it comes
+    with Products() as products:
+        found = ours(x)
+    assert products.strides == [(1, 48)]
+    torch.testing.assert_close(found, usual(x), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_small_weight_is_not_turned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.linear.turned", lambda: True)
+    monkeypatch.setattr("model.linear.FEW_WEIGHTS", 48 * 20 + 1)
+    ours, _ = layers()
+    with Products() as products:
+        ours(rows_of(4, 48))
+    assert products.shapes == [(4, 20)]
 
 
 def test_training_and_other_dtypes_take_the_usual_product() -> None:
