@@ -24,8 +24,8 @@ from model.router import thresholds_of
 from settings import load, peek
 from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import without_memory
-from trainer.checkpoints.layout import CONFIG, checkpoints_of, is_run
-from trainer.checkpoints.read_weights import thresholds_in, weights_of
+from trainer.checkpoints.layout import CONFIG
+from trainer.checkpoints.read_weights import checkpoint_of, thresholds_in, weights_of
 from trainer.checkpoints.same_model import differences
 from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder
 from trainer.checkpoints.zero_files import as_they_are
@@ -66,24 +66,14 @@ def _fork(folder: Path, world: World) -> Fork:
             f"{folder} holds weights and no optimiser's state, which init.kind fork goes on with; set init.kind: "
             "weights, or give a run or one of its checkpoints"
         )
-    checkpoint = _whole_checkpoint(folder, world)
+    checkpoint = _of_stage_one(folder, world)
     step = manifest.read(checkpoint, world)["step"]
     return Fork(checkpoint, f"fork of {checkpoint}, step {step:,}")
 
 
-def _whole_checkpoint(folder: Path, world: World) -> Path:
-    """The checkpoint that ``folder`` names, of stage one and whole."""
-    if is_run(folder):
-        found, torn = manifest.newest_whole(checkpoints_of(folder), world)
-        if world.is_main:
-            for sentence in torn:
-                print(f"passed over: {sentence}", flush=True)
-        if found is None:
-            raise ValueError(f"{folder} holds no whole checkpoint; train until one is saved, or give another run")
-    else:
-        problem, found = manifest.problem_of(folder, world), folder
-        if problem is not None:
-            raise ValueError(f"{folder} is nothing that a run can start from: {problem}; {_WHAT}")
+def _of_stage_one(folder: Path, world: World) -> Path:
+    """The whole checkpoint that ``folder`` names."""
+    found = checkpoint_of(folder, world, _WHAT)
     if is_stage_two(found / CONFIG):
         raise ValueError(
             f"{found} is of stage two, whose weights lie on top of a base; merge them first with: python -m tune.merge "
@@ -93,7 +83,7 @@ def _whole_checkpoint(folder: Path, world: World) -> Path:
 
 
 def _checkpoint(folder: Path, world: World) -> GivenWeights:
-    found = _whole_checkpoint(folder, world)
+    found = _of_stage_one(folder, world)
     step = manifest.read(found, world)["step"]
     config = load(found / CONFIG, [], PretrainConfig)
     read = partial(weights_of, without_memory(config.model), found, config.deepspeed.zero_stage)

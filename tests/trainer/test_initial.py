@@ -215,7 +215,7 @@ def test_what_is_nothing_to_start_from(
         assert "\n" not in str(error.value)
 
     refused(tmp_path / "nowhere", "there is no folder .*; give init.path a stage-one run")
-    refused(tmp_path, "is nothing that a run can start from: it has no manifest.json; give init.path")
+    refused(tmp_path, "is neither a run folder nor a whole checkpoint: it has no manifest.json; give init.path")
     refused(
         sources["weights"], "holds weights and no optimiser's state, which init.kind fork goes on with", kind="fork"
     )

@@ -17,8 +17,10 @@ from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import ENGINE, STATE, checkpoints_of, is_run
 from trainer.checkpoints.zero_files import MASTER, Stored, only_tensors, stored
 from trainer.deepspeed_internals import import_deepspeed
-from trainer.distributed import ALONE
+from trainer.distributed import ALONE, World
 from trainer.engine import optimizer_order
+
+_WHAT = "give a run folder (train.run_dir) or one of the step-N folders in its checkpoints/"
 
 
 def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
@@ -63,27 +65,29 @@ def thresholds_in(checkpoint: Path) -> Tensor | None:
     return state.get("thresholds")
 
 
-def checkpoint_of(path: Path) -> Path:
-    """The checkpoint that ``path`` names, every file of it as its manifest says.
+def checkpoint_of(path: Path, world: World = ALONE, what: str = _WHAT) -> Path:
+    """The checkpoint that ``path`` names, every file of it as its manifest says; collective.
 
     Args:
         path: a run folder, of which the newest whole checkpoint is taken, or one checkpoint's folder.
+        world: the ranks that ask; each looks at a share of the files.
+        what: what to give instead, where the folder is neither.
 
     Raises:
-        ValueError: if there is none, or it is torn.
+        ValueError: if there is none, or it is torn. On every rank.
     """
-    what = "give a run folder (train.run_dir) or one of the step-N folders in its checkpoints/"
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; {what}")
     if not is_run(path):
-        problem = manifest.problem_of(path, ALONE)
+        problem = manifest.problem_of(path, world)
         if problem is not None:
             raise ValueError(f"{path} is neither a run folder nor a whole checkpoint: {problem}; {what}")
         return path
     folder = checkpoints_of(path)
-    found, torn = manifest.newest_whole(folder, ALONE)
-    for sentence in torn:
-        print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+    found, torn = manifest.newest_whole(folder, world)
+    if world.is_main:
+        for sentence in torn:
+            print(f"passed over: {sentence}", file=sys.stderr, flush=True)
     if found is None:
         raise ValueError(f"{folder} holds no whole checkpoint; train until one is saved, or give another run folder")
     return found
