@@ -36,7 +36,8 @@ from bench.isoflop.runs import Job, refuse_other, side_by_side
 from data.files import write_atomically
 from data.places import texts
 from data.tokenization import load_text_tokenizer
-from model.config import EnsembleConfig, Progress
+from model.config import EnsembleConfig
+from model.schedules import Progress
 from settings import path_argument, user_errors
 from settings.project import shipped
 from settings.tables import markdown

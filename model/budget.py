@@ -46,9 +46,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.config import Capacity, ModelConfig, Progress
+from model.config import Capacity, ModelConfig
 from model.flops import site_shares
 from model.router import Centres
+from model.schedules import Progress
 
 _MEMORY = 0.5
 """quantile: how much of the moments of margins is kept at every step. Routers move by a good part of a deviation a step

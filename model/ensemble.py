@@ -27,8 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.chunks import IGNORED
-from model.config import EnsembleConfig, Progress
+from model.config import EnsembleConfig
 from model.norm import RMSNorm
+from model.schedules import Progress
 
 _ALL_WEIGHT = 16.0
 """Logit of the final layer where it has all the weight: e^-16 is beyond fp32's rounding of the logits."""

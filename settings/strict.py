@@ -11,14 +11,14 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 class Strict(BaseModel):
     """A frozen config block that refuses unknown keys and takes each field's description from its docstring.
 
-    ``yes`` and ``on``, which YAML reads as true, are no number 1.
+    A YAML boolean (``yes``, ``on``) is refused where a number is expected.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _refuse_bool_for_number(cls, value: Any, info: ValidationInfo) -> Any:
         items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else [value]
         if any(isinstance(item, bool) for item in items):
             kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)

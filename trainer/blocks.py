@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from data.config import File
-from model.config import Progress
+from model.schedules import Progress
 from settings import PathText, Strict
 
 

@@ -21,12 +21,13 @@ from torch import Tensor
 from data.batches import Batch
 from model.budget import Budget, Seen
 from model.chunks import IGNORED
-from model.config import Capacity, Progress
+from model.config import Capacity
 from model.decoder import DecoderOutput
 from model.ensemble import Balance
 from model.flops import Routed, training_flops
 from model.head import LossSums
 from model.router import Centres
+from model.schedules import Progress
 from model.sequence import SequenceGroup
 from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data.files import sha256_of
-from model.config import BudgetConfig, ModelConfig, Ramp
+from model.config import BudgetConfig, ModelConfig
 from model.decoder import Decoder
+from model.schedules import Ramp
 from settings import peek
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import CONFIG

@@ -11,8 +11,9 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from data.config import File, MixedSource, StreamConfig, refuse_names_twice
-from model.config import DensityRamp, EnsembleConfig, ModelConfig
+from model.config import EnsembleConfig, ModelConfig
 from model.flops import Trained
+from model.schedules import DensityRamp
 from settings import PathText, Strict
 from trainer.blocks import DeepSpeedSettings, TrainConfig
 from trainer.config import StageConfig

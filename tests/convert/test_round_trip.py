@@ -18,8 +18,9 @@ from convert.from_hf import import_checkpoint, main, new_routers, read_checkpoin
 from convert.hf_config import FAMILIES, HOPSCOTCH
 from convert.modeling_hopscotch import HopscotchConfig
 from model.budget import Budget
-from model.config import ModelConfig, Progress
+from model.config import ModelConfig
 from model.decoder import Decoder
+from model.schedules import Progress
 from tests.conftest import VOCAB
 from tests.model.tiny import assert_close
 from tune.load import load_model

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from model.budget import Budget, Seen
-from model.config import BudgetConfig, Progress
+from model.config import BudgetConfig
 from model.flops import site_shares
+from model.schedules import Progress
 from tests.model.tiny import config, share
 
 KINDS = pytest.mark.parametrize("kind", ["per_layer", "global"])

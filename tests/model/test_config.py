@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from model.config import BudgetConfig, Capacity, ModelConfig, Progress, Ramp, RopeScaling, RouterConfig
+from model.config import BudgetConfig, Capacity, ModelConfig, RopeScaling, RouterConfig
 from model.decoder import Decoder
+from model.schedules import Progress, Ramp
 from tests.model.tiny import SIZES, config, share
 
 ROUTER = {"density": 0.5}
@@ -77,6 +78,11 @@ def test_cross_field_rules_tell_the_values(name: str) -> None:
     changes, message = BROKEN[name]
     with pytest.raises(ValidationError, match=message):
         ModelConfig.model_validate(SIZES | changes)
+
+
+def test_a_truth_is_no_number() -> None:
+    with pytest.raises(ValidationError, match="must be a number, got True, as YAML reads true, yes and on"):
+        ModelConfig.model_validate(SIZES | {"layers": True})
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from model.cache import KVCache
 from model.chunks import IGNORED
-from model.config import EnsembleConfig, Progress
+from model.config import EnsembleConfig
 from model.decoder import Decoder
 from model.ensemble import Balance, vote_sums
 from model.generate import generate
 from model.head import LossSums
+from model.schedules import Progress
 from tests.model.tiny import assert_close, config, decoder, documents_of, random_targets, random_tokens
 
 BACKBONES = ("dense", "learned", "stride")

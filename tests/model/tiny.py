@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from model.chunks import IGNORED
-from model.config import ModelConfig, Progress
+from model.config import ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
 from model.router import Gate, RoutingInputs
+from model.schedules import Progress
 
 VOCABULARY, LENGTH = 97, 33
 SIZES = {

@@ -12,8 +12,9 @@ import torch
 import yaml
 
 from model.budget import Budget
-from model.config import EnsembleConfig, ModelConfig, Progress, Ramp
+from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
+from model.schedules import Progress, Ramp
 from tests.model.tiny import config, decoder
 from trainer.checkpoints import manifest
 from trainer.checkpoints.weights_folder import write_weights

@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from model.budget import Budget
-from model.config import Progress
 from model.flops import Routed, training_flops, without_routers
+from model.schedules import Progress
 from trainer.config import StageConfig
 from trainer.step import StepResult
 

@@ -11,8 +11,8 @@ import pytest
 
 from bench.isoflop.suite import Suite, load_suite, mean_target, plan, planned_flops, step_tokens
 from model.budget import Budget
-from model.config import Progress
 from model.flops import Routed, executed_flops
+from model.schedules import Progress
 from tests.bench.isoflop.suites import DENSE, planned, write_suite
 from tests.config_reads import blocks_of, unread
 from tests.launching import ROOT

@@ -1,0 +1,92 @@
+"""Values that move over a run, as a config gives them: in shares of its steps, or in steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pydantic import Field, model_validator
+
+from settings import Strict
+
+
+class Progress(NamedTuple):
+    """How far a run is."""
+
+    step: float
+    """Optimiser steps done."""
+    steps: float
+    """All of the run."""
+
+    def place(self, share: float | None, step: int | None) -> float:
+        """The step that a config names, as a share of the run or, if that is given, as a step."""
+        return (share or 0.0) * self.steps if step is None else float(step)
+
+
+class Ramp(Strict):
+    """A value that moves in a straight line from ``start`` to ``end`` over a part of the run, then stays."""
+
+    start: float
+    """Value at the first step."""
+    end: float
+    """Value once the line has ended."""
+    until: float | None = Field(None, gt=0, le=1)
+    """Where the line ends, as a share of all training steps; this or ``until_step``."""
+    until_step: int | None = Field(None, gt=0)
+    """Where the line ends, as a step, which a longer or shorter run does not move."""
+
+    @model_validator(mode="after")
+    def _one_end(self) -> Ramp:
+        if (self.until is None) == (self.until_step is None):
+            raise ValueError(
+                f"a ramp ends at until, a share of the run, or at until_step; got {self.until} and {self.until_step}, "
+                "so give exactly one of them"
+            )
+        return self
+
+    def at(self, progress: Progress) -> float:
+        """The value at ``progress``."""
+        end = progress.place(self.until, self.until_step)
+        return self.start + (self.end - self.start) * min(progress.step / end, 1.0)
+
+
+class DensityRamp(Strict):
+    """How the target comes down from 1: not at all, unless asked."""
+
+    dense_until: float = Field(0.0, ge=0, lt=1)
+    """The target stays at 1 (every token executed) for this share of the training steps."""
+    reach_by: float = Field(0.0, ge=0, le=1)
+    """The target then falls in a straight line to ``router.density``, reached at this share of the steps."""
+    dense_until_step: int | None = Field(None, ge=0)
+    """The same in steps, which a longer or shorter run does not move; instead of ``dense_until``."""
+    reach_by_step: int | None = Field(None, gt=0)
+    """The same in steps; instead of ``reach_by``."""
+
+    def target(self, density: float, progress: Progress) -> float:
+        """Density asked for at ``progress``: 1, then a line down to ``density``."""
+        reach_by = self.reached(progress)
+        if progress.step >= reach_by:
+            return density
+        dense_until = progress.place(self.dense_until, self.dense_until_step)
+        if progress.step < dense_until:
+            return 1.0
+        return 1.0 + (density - 1.0) * (progress.step - dense_until) / (reach_by - dense_until)
+
+    def reached(self, progress: Progress) -> float:
+        """The step from which on the target stands still."""
+        return progress.place(self.reach_by, self.reach_by_step)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> DensityRamp:
+        in_steps = self.dense_until_step is not None or self.reach_by_step is not None
+        if in_steps and (self.dense_until or self.reach_by):
+            raise ValueError(
+                "the density's ramp is given both in shares of the run (dense_until, reach_by) and in steps "
+                "(dense_until_step, reach_by_step); give one kind"
+            )
+        ends = (self.dense_until_step or 0, self.reach_by_step or 0) if in_steps else (self.dense_until, self.reach_by)
+        if ends[1] < ends[0]:
+            unit = "_step" if in_steps else ""
+            raise ValueError(
+                f"budget.reach_by{unit} ({ends[1]}) must not lie before budget.dense_until{unit} ({ends[0]})"
+            )
+        return self
