@@ -12,7 +12,8 @@ from data.batches import Batch
 from model.router import Router
 from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.step import Counter, Tally, forward, late_layers, to_device
+from trainer.step import forward, late_layers, to_device
+from trainer.tally import Counter, Tally
 
 
 class ValidationStream(Protocol):

@@ -38,7 +38,8 @@ from trainer.monitor.yardstick import measure_peak
 from trainer.precision import decide, slow_bf16_warning
 from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
-from trainer.step import StepResult, set_schedules, train_step
+from trainer.step import set_schedules, train_step
+from trainer.tally import StepResult
 from trainer.tasks.live import LiveTasks
 
 _PATIENCE_AFTER_ERROR_S = 10.0

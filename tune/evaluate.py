@@ -20,7 +20,7 @@ from torch import Tensor
 
 from model.decoder import DecoderOutput
 from trainer.distributed import World
-from trainer.step import run, to_device
+from trainer.step import forward_batch, to_device
 from tune.batches import ExampleSet, Scored
 from tune.config import TuneConfig
 
@@ -160,7 +160,7 @@ def evaluate_examples(
     engine.eval()
     for host_batch, scored in example_set.scored_batches(world.rank, world.size, config.train.micro_batch_samples):
         batch = to_device(host_batch, world.device)
-        output = run(engine, batch, noise_scale=0.0, score=True)
+        output = forward_batch(engine, batch, noise_scale=0.0, score=True)
         sums.add(output, scored, class_of)
     engine.train()
     for part in (sums.nll, sums.misses, sums.tokens, sums.votes):

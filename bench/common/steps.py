@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainer.config import PretrainConfig
     from trainer.distributed import World
-    from trainer.step import StepResult
+    from trainer.tally import StepResult
 
 
 def stepper(engine: Any, config: PretrainConfig, world: World, first: int = 0) -> Callable[[], StepResult]:

@@ -26,7 +26,7 @@ from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.loop import run
 from trainer.monitor.metrics import peak_bytes
-from trainer.step import StepResult
+from trainer.tally import StepResult
 from trainer.trainer import Trainer
 
 

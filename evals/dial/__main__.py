@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from evals.dial.file import Dial, Point
     from evals.windows import Windows
     from model.decoder import Decoder
-    from trainer.step import Tally
+    from trainer.tally import Tally
 
 DENSITIES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from data.batches import Batch
 from model.decoder import Decoder
-from trainer.step import Counter, Tally, run, to_device
+from trainer.step import forward_batch, to_device
+from trainer.tally import Counter, Tally
 
 TOLERANCE = 1e-3
 """Density that no site is off by once calibration ends early."""
@@ -60,7 +61,7 @@ def measure(decoder: Decoder, batches: Sequence[Batch], thresholds: Tensor | Non
     counter, margins = Counter(len(decoder.config.sites), device), []
     for host_batch in batches:
         batch = to_device(host_batch, device)
-        output = run(decoder, batch, thresholds=thresholds)
+        output = forward_batch(decoder, batch, thresholds=thresholds)
         counter.add(output, batch.targets)
         assert output.routing.margins is not None
         margins.append(output.routing.margins.flatten(1).float().cpu())

@@ -27,7 +27,8 @@ from model.flops import dense_flops, executed_flops
 from trainer.checkpoints.layout import run_of
 from trainer.config import WeightsConfig
 from trainer.monitor import metrics_file
-from trainer.step import Counter, Tally, run, to_device
+from trainer.step import forward_batch, to_device
+from trainer.tally import Counter, Tally
 from tune.classes import token_classes
 from tune.load import Loaded
 
@@ -90,7 +91,7 @@ def observe(decoder: Decoder, batches: Sequence[Batch]) -> Observed:
     for host_batch in batches:
         batch = to_device(host_batch, device)
         with torch.no_grad():
-            output = run(decoder, batch)
+            output = forward_batch(decoder, batch)
         counter.add(output, batch.targets)
         executed.append(output.routing.executed[:, 0].cpu())
         if output.vote is not None:

@@ -16,7 +16,8 @@ from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.loop import micro_batches
-from trainer.step import StepResult, train_step
+from trainer.step import train_step
+from trainer.tally import StepResult
 
 
 @contextmanager

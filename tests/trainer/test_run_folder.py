@@ -26,7 +26,7 @@ from trainer.heartbeat import read_beats
 from trainer.log import open_log
 from trainer.monitor.summary import describe_end, describe_start
 from trainer.run_folder import RunFolder
-from trainer.step import Tally
+from trainer.tally import Tally
 
 Configure = Callable[..., PretrainConfig]
 Write = Callable[..., str]

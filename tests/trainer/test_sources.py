@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.model.tiny import config, decoder, random_tokens
-from trainer.step import Counter
+from trainer.tally import Counter
 
 B = 6
 OWNERS = torch.tensor([2, 0, 2, 2, 0, 0])  # source 1 has none here

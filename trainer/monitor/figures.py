@@ -9,7 +9,7 @@ from model.budget import Budget
 from model.flops import Routed, training_flops, without_routers
 from model.schedules import Progress
 from trainer.config import StageConfig
-from trainer.step import StepResult
+from trainer.tally import StepResult
 
 
 def loss_figures(results: Sequence[StepResult]) -> dict[str, float]:

@@ -45,7 +45,7 @@ from trainer.monitor.figures import (
 from trainer.monitor.trackers.all import Trackers
 from trainer.monitor.trackers.interface import Opening
 from trainer.run_folder import RunFolder
-from trainer.step import StepResult, Tally
+from trainer.tally import StepResult, Tally
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from trainer.checkpoints.save import Saver, _on_host
 from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.exit_status import EXIT_MISTAKE
-from trainer.step import StepResult
+from trainer.tally import StepResult
 from trainer.trainer import Trainer
 
 Configure = Callable[..., PretrainConfig]

@@ -28,7 +28,7 @@ from trainer.monitor import routing_figure as heatmap
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.stop import StopRequest
 from trainer.run_folder import RunFolder
-from trainer.step import Largest, StepResult, Tally
+from trainer.tally import Largest, StepResult, Tally
 
 Train = Callable[..., int]
 

@@ -20,7 +20,7 @@ from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.exit_status import EXIT_MISTAKE
 from trainer.monitor.stop import StopRequest, bad_step, too_many_bad_steps
-from trainer.step import StepResult, Tally
+from trainer.tally import StepResult, Tally
 from trainer.trainer import Trainer
 
 

@@ -1,0 +1,233 @@
+"""What is counted in steps: losses of all tokens, of every source and late layer, and the FLOPs of what ran.
+
+Dimension letters: B windows of a micro-batch, T tokens, S routed sites, k late layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from model.budget import Seen
+from model.chunks import IGNORED
+from model.decoder import DecoderOutput
+from model.flops import Routed
+from model.head import LossSums
+
+
+@dataclass(frozen=True)
+class Tally:
+    """Sums over the tokens of all ranks and micro-batches of a step or an evaluation.
+
+    Attributes:
+        nll, z: summed over valid targets, in nats.
+        targets: number of valid targets.
+        stop: ranks that were asked to stop.
+        routed: what ran.
+        bad_micro_batches: forward passes whose loss was not finite.
+        overflow_tokens: per routed site, tokens whose gate said execute and for which the capacity had no room.
+        distillation: KL divergences of the late layers from the final one, summed over layers and valid targets, nats.
+        vote_entropy: of the ensemble's weights, summed over valid targets, nats.
+        vote_weights, vote_largest: per late layer, its weight and whether that is the largest, over valid targets.
+        source_nll, source_targets: nll and targets of each source, in training on several; they add up to the whole.
+        save_due: 1 if rank 0's clock says that a checkpoint is due.
+    """
+
+    nll: float
+    z: float
+    targets: int
+    stop: int
+    routed: Routed
+    bad_micro_batches: int
+    overflow_tokens: list[float]
+    distillation: float = 0.0
+    vote_entropy: float = 0.0
+    vote_weights: list[float] = field(default_factory=list)
+    vote_largest: list[float] = field(default_factory=list)
+    source_nll: list[float] = field(default_factory=list)
+    source_targets: list[float] = field(default_factory=list)
+    save_due: int = 0
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood, nats per valid target."""
+        return self.nll / max(self.targets, 1)
+
+    @property
+    def density(self) -> list[float]:
+        """Share of tokens that each routed site executed."""
+        return [executed / self.routed.tokens for executed in self.routed.executed_tokens]
+
+    @property
+    def overflow(self) -> float:
+        """Share of all decisions that were to execute and for which the capacity had no room."""
+        return sum(self.overflow_tokens) / max(self.routed.tokens * len(self.overflow_tokens), 1)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The most that one rank did in a step, over its micro-batches.
+
+    Attributes:
+        flops: forward and backward, of the rank that had most.
+        routed: every count's largest; they may be of different ranks.
+    """
+
+    flops: float
+    routed: Routed
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        tally: counts over the whole batch.
+        penalty: the budget regulariser's value, nats.
+        grad_norm: norm of the gradient before clipping; None where DeepSpeed does not report it.
+        applied: False where the update was left out because something was not finite.
+        bad_ranks: then, the ranks whose loss was not finite, with their sample ids.
+        largest: what the ranks that the others wait for did; None for a step that is not logged.
+    """
+
+    tally: Tally
+    penalty: float
+    grad_norm: float | None
+    applied: bool
+    bad_ranks: list[tuple[int, list[int]]]
+    largest: Largest | None = None
+
+
+class _StepSums(NamedTuple):
+    """Views of one fp64 vector, in its order, so that one all-reduce and one copy take all of them.
+
+    The first ``_SCALARS`` have one entry, the next seven one for each site, then two for each late layer, two for each
+    source.
+    """
+
+    nll: Tensor
+    z: Tensor
+    targets: Tensor
+    tokens: Tensor
+    visible_keys: Tensor
+    stop: Tensor
+    save_due: Tensor
+    bad_micro_batches: Tensor
+    distillation: Tensor
+    vote_entropy: Tensor
+    head_tokens: Tensor
+    executed_tokens: Tensor
+    attended_keys: Tensor
+    overflow_tokens: Tensor
+    explored_tokens: Tensor
+    explored_keys: Tensor
+    margins: Tensor
+    squared_margins: Tensor
+    vote_weights: Tensor
+    vote_largest: Tensor
+    source_nll: Tensor
+    source_targets: Tensor
+    inputs: Tensor
+
+
+_SCALARS = 11
+
+
+class Counter:
+    """Adds up forward passes on the device; one all-reduce makes a :class:`Tally`.
+
+    Attributes:
+        vector: all sums, to be summed over the ranks.
+        sums: the same by name.
+
+    Args:
+        sites: routed ones.
+        device: where the sums are.
+        late_layers: that vote.
+        sources: counted apart; 0 for not at all.
+        width: of what routers read, where thresholds follow their margins; else 0.
+    """
+
+    def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0, width: int = 0):
+        self._sources = sources
+        self._sizes = [1] * _SCALARS + [sites] * 7 + [late_layers] * 2 + [sources] * 2 + [sites * width]
+        self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
+        self.sums = _StepSums(*self.vector.split(self._sizes))
+
+    def add(
+        self, output: DecoderOutput, targets: Tensor, scored_targets: int | None = None, sources: Tensor | None = None
+    ) -> None:
+        """Count one forward pass over ``targets`` [B, T], of which ``scored_targets`` (all unless given) had logits.
+
+        ``sources`` [B] are the windows' sources, needed where they are counted apart.
+        """
+        assert output.loss is not None
+        sums, loss, routing, vote = self.sums, output.loss, output.routing, output.vote_sums
+        valid, nll = targets != IGNORED, _window_nll(output.loss, targets, scored_targets)
+        sums.tokens.add_(targets.numel())  # a number of the host: no copy, no wait
+        sums.head_tokens.add_(targets.numel() if scored_targets is None else scored_targets)
+        sums.nll.add_(nll.sum())
+        sums.z.add_(loss.z)
+        sums.targets.add_(valid.sum())
+        sums.visible_keys.add_(routing.visible_keys)
+        sums.bad_micro_batches.add_(~torch.isfinite(loss.loss))
+        parts = [routing.executed_tokens, routing.attended_keys, routing.overflow_tokens]
+        parts += [routing.explored_tokens, routing.explored_keys, *routing.margin_sums]
+        if vote is not None:
+            sums.distillation.add_(loss.distillation.detach())
+            sums.vote_entropy.add_(vote.entropy)
+            parts += [vote.weights.detach(), vote.largest]
+        if self._sources:
+            assert sources is not None
+            # Sums of rows, not scattered: scattering adds in another order every time on a GPU.
+            own = sources == torch.arange(self._sources, device=sources.device)[:, None]
+            parts += [torch.where(own, each, 0).sum(dim=1) for each in (nll, valid.sum(dim=1))]
+        if self._sizes[-1]:
+            parts.append(routing.input_sums.flatten())
+        self.vector[_SCALARS:] += torch.cat(parts)  # all that follows the scalars, at once
+
+    def ask_to_stop(self) -> None:
+        """Count this rank among those that were asked to stop."""
+        self.sums.stop.add_(1)
+
+    def ask_to_save(self) -> None:
+        """Say, on rank 0 alone, that a checkpoint is due after this step."""
+        self.sums.save_due.add_(1)
+
+    def wanted_density(self) -> Tensor:
+        """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
+        return ((self.sums.executed_tokens + self.sums.overflow_tokens) / self.sums.tokens).float()
+
+    def seen(self) -> Seen:
+        """What thresholds follow, on the device."""
+        moments = torch.stack((self.sums.margins, self.sums.squared_margins)) / self.sums.tokens
+        return Seen(moments, self.sums.inputs.view(len(self.sums.margins), -1) / self.sums.tokens)
+
+    @property
+    def counts(self) -> Tensor:
+        """The vector without what routers read, which stays on the device."""
+        return self.vector[: sum(self._sizes[:-1])]
+
+    def tally(self, counts: Tensor | None = None) -> Tally:
+        """The sums on the host; or those of ``counts``, which has the order of :attr:`counts`."""
+        names, sizes = _StepSums._fields[:-1], self._sizes[:-1]
+        numbers = iter((self.counts if counts is None else counts).tolist())  # one copy, one wait
+        found: dict[str, Any] = {
+            name: [next(numbers) for _ in range(size)] for name, size in zip(names, sizes, strict=True)
+        }
+        found |= {name: found[name][0] for name in _StepSums._fields[:_SCALARS]}
+        found |= {name: int(found[name]) for name in ("targets", "stop", "save_due", "bad_micro_batches")}
+        del found["margins"], found["squared_margins"]
+        routed = Routed(**{part.name: found.pop(part.name) for part in fields(Routed)})
+        return Tally(routed=routed, **found)
+
+
+def _window_nll(loss: LossSums, targets: Tensor, scored_targets: int | None) -> Tensor:
+    """Each window's sum of negative log-likelihoods, fp64 [B]."""
+    nll = loss.token_nll
+    if scored_targets is not None:  # the head saw those tokens alone, in this order
+        nll = nll.new_zeros(targets.shape).masked_scatter(targets != IGNORED, nll)
+    return nll.view(targets.shape).sum(dim=1, dtype=torch.float64)
