@@ -130,7 +130,7 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
         weights = {weight.untyped_storage().data_ptr() for weight in engine.module.parameters()}
         held = tensor_bytes(tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in weights)
         del output, kept
-        most = world.largest(torch.tensor([held, peak], dtype=torch.float64, device=world.device)).tolist()
+        most = world.all_reduce_max(torch.tensor([held, peak], dtype=torch.float64, device=world.device)).tolist()
         rows.append(
             Row(
                 config.data.sequence_tokens,

@@ -266,7 +266,7 @@ def _select(wanted: Tensor, capacity: int | None, sequence: SequenceGroup | None
         return Selection.of(wanted), None
     if sequence is None:
         return Selection.capped(wanted, capacity)
-    kept = wanted & sequence.own(sequence.whole(wanted).cumsum(dim=1) <= capacity)
+    kept = wanted & sequence.local_part(sequence.all_gather(wanted).cumsum(dim=1) <= capacity)
     return Selection.of(kept), kept  # a rank's share of them differs from step to step
 
 

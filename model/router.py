@@ -192,12 +192,12 @@ class LearnedRouter(Router):
             return ~executed & (drawn < self.config.explore), self.config.explore
         drawn = drawn.masked_fill(executed, 1.0)
         if inputs.sequence is not None:  # of the whole window, as everywhere below
-            drawn = inputs.sequence.whole(drawn)
+            drawn = inputs.sequence.all_gather(drawn)
         first = drawn.topk(number, largest=False).indices
         skipped = drawn < 1
         explored = torch.zeros_like(skipped).scatter(1, first, True) & skipped
         chance = (number / skipped.sum(1, keepdim=True)).clamp(max=1.0)
-        return explored if inputs.sequence is None else inputs.sequence.own(explored), chance
+        return explored if inputs.sequence is None else inputs.sequence.local_part(explored), chance
 
     def _own(self, of_sites: Tensor) -> Tensor:
         """This site's entry, [1], of a tensor [S]."""

@@ -11,8 +11,8 @@ Norms, routers, feed-forwards and the head work on a rank's own tokens. Keys and
 small, are gathered over the group; then each rank's executed queries, however many, attend with the bounds that they
 have anyway. No numbers of queries have to be equal, so a routed model needs nothing else.
 
-To the data-parallel ranks beneath, ZeRO's, every rank is one of its own: gradients are sums over the tokens of all of
-them, and a group's are some of these tokens.
+For ZeRO every rank is an ordinary data-parallel rank: gradients are summed over the tokens of all ranks, and the ranks
+of a group hold different tokens of one window.
 
 Dimension letters: B batch, S tokens of a window, T = S / P tokens of a rank, G key/value heads, K head width.
 """
@@ -30,9 +30,9 @@ class SequenceGroup:
     """The ranks that share a window with this one.
 
     Args:
-        place: this rank's number among them, p.
-        size: how many they are, P.
-        group: they.
+        place: this rank's number in the group, p.
+        size: number of ranks in the group, P.
+        group: the process group.
     """
 
     def __init__(self, place: int, size: int, group: dist.ProcessGroup):
@@ -42,17 +42,17 @@ class SequenceGroup:
         """Where this rank's ``tokens`` are in the window: int64 [T], rising."""
         return places_of(self.place, self.size, tokens * self.size, device)
 
-    def own(self, x: Tensor) -> Tensor:
+    def local_part(self, x: Tensor) -> Tensor:
         """This rank's part, [B, T, ...], of what all have of the whole window, [B, S, ...]; S is a multiple of 2 P."""
         return _part(x.chunk(2 * self.size, dim=1), self.place)
 
-    def whole(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """[B, T, ...] of every rank -> [B, S, ...], the whole window's, without a gradient."""
-        parts, work = self.ask(x)
+        parts, work = self.all_gather_async(x)
         work.wait()
         return _in_order(parts)
 
-    def ask(self, x: Tensor) -> tuple[Tensor, dist.Work]:
+    def all_gather_async(self, x: Tensor) -> tuple[Tensor, dist.Work]:
         """[B, T, ...] of every rank -> [P, B, T, ...], which is there once the work has been waited for."""
         x = x.contiguous()
         parts = x.new_empty((self.size, *x.shape))
@@ -114,7 +114,7 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
         ctx.transfer = transfer
-        parts, work = transfer.sequence.ask(x)
+        parts, work = transfer.sequence.all_gather_async(x)
         transfer.begin(work)
         return parts
 

@@ -116,7 +116,7 @@ def _hugging_face(folder: Path, world: World) -> GivenWeights:
             tie_head(tensors, folder)
     except ValueError as error:
         problem = str(error)
-    if problem := next((told for told in world.gather_objects(problem) if told), None):
+    if problem := next((told for told in world.all_gather_objects(problem) if told), None):
         raise ValueError(problem)
     given = routing_thresholds(raw, path, len(model.sites))
     description = f"weights of the Hugging Face {raw['model_type']} checkpoint {folder}"

@@ -94,19 +94,19 @@ class World:
             return batch
         return batch.at(self.sequence.places(batch.tokens.shape[1] // self.shared))
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def largest(self, values: Tensor) -> Tensor:
+    def all_reduce_max(self, values: Tensor) -> Tensor:
         """Elementwise largest over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
-    def give(self, values: Tensor, source: int) -> Tensor:
+    def broadcast(self, values: Tensor, source: int) -> Tensor:
         """The values that rank ``source`` has, on every rank, in place."""
         if self.size > 1:
             there = values.to(self.device)
@@ -114,7 +114,7 @@ class World:
             values.copy_(there)
         return values
 
-    def gather(self, values: Tensor) -> Tensor:
+    def all_gather(self, values: Tensor) -> Tensor:
         """The flat ``values`` of every rank, one after the other, on every rank."""
         if self.size == 1:
             return values
@@ -122,7 +122,7 @@ class World:
         dist.all_gather(parts, values)
         return torch.cat(parts)
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         """``value`` of every rank, in rank order, on every rank."""
         values: list[Any] = [value]
         if self.size > 1:

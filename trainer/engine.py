@@ -115,7 +115,7 @@ def _draw(model: Decoder, config: StageConfig, world: World, names: Sequence[str
                     assert values is not None
                     parameter.copy_(values)
             if not is_partitioned(parameter):
-                world.give(parameter.data, owner)
+                world.broadcast(parameter.data, owner)
 
 
 def set_learning_rate(engine: Any, ratio: float) -> None:

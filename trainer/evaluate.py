@@ -84,8 +84,8 @@ def _pass(
         counter.add(output, batch.targets, batch.scored_targets)
         if executed is None and output.routing.executed.numel():
             executed = output.routing.executed[:, 0]
-            executed = (executed if world.sequence is None else world.sequence.whole(executed)).cpu()
-    world.sum(counter.vector)
+            executed = (executed if world.sequence is None else world.sequence.all_gather(executed)).cpu()
+    world.all_reduce_sum(counter.vector)
     return counter.tally(), executed
 
 

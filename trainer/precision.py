@@ -52,7 +52,7 @@ def auto_precision(world: World, width: int) -> tuple[str, str]:
         world: this process among all.
         width: of the model.
     """
-    everyone = world.gather_objects(fast_bf16(world.device, width))
+    everyone = world.all_gather_objects(fast_bf16(world.device, width))
     for rank, (fast, why) in enumerate(everyone):
         if not fast:
             return "fp32", why if all(found == (fast, why) for found in everyone) else f"{why}, on rank {rank}"
@@ -89,7 +89,7 @@ def slow_bf16_warning(config: StageConfig, world: World) -> str | None:
         return None
     ratio = Yardstick(world.device, DTYPES["bf16"]).layer_flops_per_s
     ratio /= Yardstick(world.device, DTYPES["fp32"]).layer_flops_per_s
-    lowest = min(world.gather_objects(ratio))
+    lowest = min(world.all_gather_objects(ratio))
     if lowest >= 1:
         return None
     return (

@@ -119,7 +119,7 @@ def train_step(
     set_schedules(engine, budget, progress)
     targets = torch.tensor(_count_targets(micro_batches), dtype=torch.float64, device=world.device)
     # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
-    per_target = world.size / world.sum(targets).clamp(min=1)
+    per_target = world.size / world.all_reduce_sum(targets).clamp(min=1)
     sources = len(config.data.sources)
     width = config.model.width if budget.follows_margins else 0
     counter = Counter(budget.sites, world.device, late_layers(engine), sources if sources > 1 else 0, width)
@@ -144,7 +144,7 @@ def train_step(
     own = counter.counts.clone()  # before the sum makes it everybody's; read only if the step is logged or went bad
     if save_due:
         counter.ask_to_save()
-    world.sum(counter.vector)
+    world.all_reduce_sum(counter.vector)
     norm, applied = _update(engine, config)
     largest = _largest(counter, own, config, world) if config.train.is_logged(step + 1) else None
     if applied:
@@ -156,14 +156,14 @@ def train_step(
         return StepResult(counter.tally(), penalty, norm, True, [], largest)
     ids = [int(i) for batch in micro_batches for i in batch.sample_ids]
     bad = counter.tally(own).bad_micro_batches > 0
-    bad_ranks = [entry for entry in world.gather_objects((world.rank, ids) if bad else None) if entry]
+    bad_ranks = [entry for entry in world.all_gather_objects((world.rank, ids) if bad else None) if entry]
     return StepResult(counter.tally(), float("nan"), norm, False, bad_ranks, largest)
 
 
 def _largest(counter: Counter, own: Tensor, config: StageConfig, world: World) -> Largest:
     """What the busiest ranks did, from this rank's ``own`` sums; collective: a sum cannot tell."""
     flops = training_flops(config.model, counter.tally(own).routed, config.trained)
-    most = world.largest(torch.cat((own, own.new_tensor([flops]))))
+    most = world.all_reduce_max(torch.cat((own, own.new_tensor([flops]))))
     return Largest(float(most[-1]), counter.tally(most[:-1]).routed)
 
 

@@ -323,7 +323,7 @@ class Trainer:
 
     def was_asked_to_stop(self) -> bool:
         """True if some rank was; False if only a save had failed, which has now worked; collective."""
-        return any(self.world.gather_objects(self.stop.requested))
+        return any(self.world.all_gather_objects(self.stop.requested))
 
     def validate(self) -> None:
         """Evaluate every validation set and log it."""

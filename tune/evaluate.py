@@ -164,7 +164,7 @@ def evaluate_examples(
         sums.add(output, scored, class_of)
     engine.train()
     for part in (sums.nll, sums.misses, sums.tokens, sums.votes):
-        world.sum(part)
+        world.all_reduce_sum(part)
     right = torch.as_tensor(example_set.right, device=world.device)
     offered = torch.as_tensor(example_set.choices, device=world.device)
     candidates, agreement = _judge(sums, right, offered, names, late)

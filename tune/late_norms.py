@@ -53,7 +53,7 @@ def fit_norms(decoder: Decoder, data: TrainingStream, window_tokens: int, world:
                 sums[0, i] += (unit * final).sum(0)
                 sums[1, i] += unit.square().sum(0)
     decoder.train(training)
-    for norm, product, square in zip(ensemble.norms, *world.sum(sums), strict=True):
+    for norm, product, square in zip(ensemble.norms, *world.all_reduce_sum(sums), strict=True):
         with torch.no_grad():
             norm.weight.copy_(torch.where(square > 0, product / square, norm.weight.to(square)))
 

@@ -65,7 +65,7 @@ def diagnose(config: PretrainConfig | TuneFile | None, hostfile: Path | None, wo
 
     workload, sized = _sized(config, world)
     own = run(machine_checks(config, workload, world))
-    found = merge(world.gather_objects((socket.gethostname(), own)))
+    found = merge(world.all_gather_objects((socket.gethostname(), own)))
     if config is not None:
         data = (
             partial(inputs.shards, config) if isinstance(config, PretrainConfig) else partial(inputs.examples, config)
@@ -125,7 +125,7 @@ def between_ranks(workload: Workload | None, world: World) -> list[Finding]:
     """What only several ranks can find out together."""
     from launch.doctor import ranks
 
-    everyone = world.gather_objects(ranks.facts(world))
+    everyone = world.all_gather_objects(ranks.facts(world))
     checks: dict[str, Check] = {
         "ranks": partial(ranks.devices, everyone),
         "code": partial(ranks.same_everywhere, everyone),

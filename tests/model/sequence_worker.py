@@ -64,8 +64,8 @@ def main() -> None:
     sequence = SequenceGroup(dist.get_rank(), size, dist.new_group(range(size)))
     places = sequence.places(LENGTH // size)
     numbers = torch.arange(LENGTH)[None, :, None]
-    assert torch.equal(sequence.whole(sequence.own(numbers)), numbers)
-    assert torch.equal(sequence.own(numbers)[0, :, 0], places) and (places.diff() > 0).all()
+    assert torch.equal(sequence.all_gather(sequence.local_part(numbers)), numbers)
+    assert torch.equal(sequence.local_part(numbers)[0, :, 0], places) and (places.diff() > 0).all()
     for name, case in CASES.items():
         selection._ROUND_TO["cpu"] = case.round_to
         try:

@@ -99,7 +99,7 @@ def uneven(config: PretrainConfig, world: World) -> dict[str, Any]:
     seen: dict[str, Any] = {"largest": [], "ranks": []}
 
     def after(step: int, engine: Any, result: StepResult) -> None:
-        seen["ranks"].append(world.gather_objects(own.copy()))
+        seen["ranks"].append(world.all_gather_objects(own.copy()))
         own.clear()
         most = result.largest
         seen["largest"].append(most and [most.flops, most.routed.executed_tokens, most.routed.attended_keys])

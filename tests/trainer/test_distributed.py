@@ -113,9 +113,9 @@ def test_first_host_of_a_node_list(nodelist: str, host: str) -> None:
 def test_a_world_of_one_answers_itself(world: World) -> None:
     value: Any = {"a": 1}
     assert (world.rank, world.size, world.local_rank, world.local_size, world.is_main) == (0, 1, 0, 1, True)
-    assert world.gather_objects(value) == [value] and world.broadcast_object(value) is value
+    assert world.all_gather_objects(value) == [value] and world.broadcast_object(value) is value
     numbers = torch.tensor([1.0, 2.0])
-    assert world.sum(numbers) is numbers and numbers.tolist() == [1.0, 2.0]
+    assert world.all_reduce_sum(numbers) is numbers and numbers.tolist() == [1.0, 2.0]
     world.barrier()
 
 

@@ -28,7 +28,7 @@ def ranks(*found: tuple[bool, str]) -> World:
     """A world in which the ranks say this of their devices."""
 
     class Said(World):
-        def gather_objects(self, value: Any) -> list[Any]:
+        def all_gather_objects(self, value: Any) -> list[Any]:
             return list(found) if isinstance(value, tuple) else [value]
 
     return Said(0, len(found), 0, len(found), CPU)

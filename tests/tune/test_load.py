@@ -221,7 +221,7 @@ def _tune_and_save(config: TuneConfig, folder: Path, world: World) -> None:
         loss = engine(tokens, tokens.roll(-1, 1)).loss.loss / tokens.numel()
         engine.backward(loss)
         engine.step()
-        losses.append(float(world.sum(loss.detach().clone())) / world.size)
+        losses.append(float(world.all_reduce_sum(loss.detach().clone())) / world.size)
     if world.is_main:
         (folder / "checkpoints").mkdir(parents=True)
     world.barrier()

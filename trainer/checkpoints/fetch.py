@@ -131,7 +131,7 @@ def _agreed(own: _Outcome, world: World) -> str | None:
     Raises:
         ValueError: if that is not known.
     """
-    all_of_them = world.gather_objects(own)
+    all_of_them = world.all_gather_objects(own)
     if problem := next((outcome.problem for outcome in all_of_them if outcome.problem), None):
         raise ValueError(problem)
     return next((outcome.torn for outcome in all_of_them if outcome.torn), None)

@@ -61,7 +61,7 @@ def problem_of(folder: Path, world: World) -> str | None:
         own = _file_problem(folder, name, files[name])
         if own:
             break
-    return next((problem for problem in world.gather_objects(own) if problem), None)
+    return next((problem for problem in world.all_gather_objects(own) if problem), None)
 
 
 def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:

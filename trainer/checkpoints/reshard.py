@@ -71,13 +71,15 @@ def put(engine: Any, entries: Iterable[Stored], folder: Path, world: World) -> l
         left = _put_own(engine, entries, folder, world.rank, world.size)
     except Exception as raised:
         error = raised
-    told = [problem for problem in world.gather_objects(None if error is None else str(error)) if problem is not None]
+    told = [
+        problem for problem in world.all_gather_objects(None if error is None else str(error)) if problem is not None
+    ]
     if error is not None:
         raise error
     if told:
         raise ValueError(told[0])
     with torch.no_grad():
-        share_weights(engine, world.gather)
+        share_weights(engine, world.all_gather)
     return left
 
 

@@ -149,7 +149,7 @@ class Saver:
             return
         self._watch(_QUIET_S)
         self._written.wait()
-        problem = next((p for p in self.world.gather_objects(self._problem) if p), None)
+        problem = next((p for p in self.world.all_gather_objects(self._problem) if p), None)
         if problem:
             self._given_up.set()
         self._thread.join()
@@ -209,7 +209,7 @@ class Saver:
                 )
         problem, shows = self.world.broadcast_object((problem, shows))
         if problem is None:
-            unseen = [r for r, seen in enumerate(self.world.gather_objects(receipts.appears(shows))) if not seen]
+            unseen = [r for r, seen in enumerate(self.world.all_gather_objects(receipts.appears(shows))) if not seen]
             if unseen:
                 problem = (
                     f"rank {unseen[0]} does not see {partial}, which rank 0 has made; put train.run_dir on a disk that "

@@ -124,7 +124,7 @@ class Yardstick:
 def measure_peak(world: World, precision: str) -> float:
     """FLOP/s of one device by the yardstick, the mean over ranks measuring at once; collective."""
     own = Yardstick(world.device, DTYPES[precision]).flops_per_s
-    return sum(world.gather_objects(own)) / world.size
+    return sum(world.all_gather_objects(own)) / world.size
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:

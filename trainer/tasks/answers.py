@@ -64,7 +64,7 @@ def answer(
             own |= zip(batch, texts, strict=True)
         progress(sum(map(len, dealt)))
     found: dict[int, str] = {}
-    for part in world.gather_objects(own):
+    for part in world.all_gather_objects(own):
         found |= part
     return [found[place] for place in range(len(prompts))]
 
@@ -136,6 +136,6 @@ def _answers(
         for written, token in zip(answers, one.chosen.tolist(), strict=True):
             written.add(token)
         going = any(not written.ended for written in answers)
-        if not (int(world.sum(torch.tensor(int(going), device=world.device))) if lockstep else going):
+        if not (int(world.all_reduce_sum(torch.tensor(int(going), device=world.device))) if lockstep else going):
             break
     return [written.text for written in answers]

@@ -102,7 +102,7 @@ class Scorer:
                 self._score_batch(rows, _Batch([dealt[-1].groups[-1][-1:]], 0))
             progress(sum(len(same) for batch in dealt for group in batch.groups for same in group))
         scores: dict[int, WindowScore] = {}
-        for found, counted in self.world.gather_objects((own, counts)):
+        for found, counted in self.world.all_gather_objects((own, counts)):
             scores |= dict(found)
             self._counts += counted
         return [scores[place] for place in range(len(rows))]

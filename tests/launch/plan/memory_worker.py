@@ -71,7 +71,7 @@ def measure(path: str, overrides: list[str], world: World) -> dict[str, float]:
     accumulation = config.accumulation(world.size)
     batch = torch.randint(config.model.vocab_size, (samples, tokens), generator=torch.Generator().manual_seed(0))
     if world.sequence is not None:
-        batch = world.sequence.own(batch)
+        batch = world.sequence.local_part(batch)
     others: list[float] = []
     kept: list[dict[str, float]] = []
 

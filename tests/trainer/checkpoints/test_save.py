@@ -214,7 +214,7 @@ class TwoRanks(World):
 
     said: Any = None
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         return [value, self.said]
 
     def broadcast_object(self, value: Any) -> Any:

@@ -26,7 +26,7 @@ SIZES = [(64, 48), (512, 384)]
 class Alone(World):
     """One rank of many, whose others have nothing to say."""
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
 
@@ -202,7 +202,7 @@ def test_a_slice_that_does_not_round_to_its_weight_is_refused_on_every_rank(
     written, told = {"zero_stage": 2, "world_size": 4}, []
 
     class Two(World):
-        def gather_objects(self, value: Any) -> list[Any]:
+        def all_gather_objects(self, value: Any) -> list[Any]:
             told.append(value)
             return told if self.rank == 0 else [None, value]
 

@@ -74,7 +74,7 @@ def test_a_first_call_that_loads_libraries_is_not_counted(monkeypatch: pytest.Mo
 
 def test_the_peak_is_the_mean_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     class Two(World):
-        def gather_objects(self, value: float) -> list[float]:
+        def all_gather_objects(self, value: float) -> list[float]:
             return [value, 3 * value]
 
     assert 1e8 < measure_peak(ALONE, "fp32") < 1e16

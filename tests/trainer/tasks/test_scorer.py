@@ -109,7 +109,7 @@ def test_what_rows_begin_with_runs_once(name: str) -> None:
 class _Rank(World):
     """One of several, alone: what the others would give is added by the test."""
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def all_gather_objects(self, value: Any) -> list[Any]:
         return [value]
 
 
