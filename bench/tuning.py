@@ -63,7 +63,7 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "early_lora_ensemble_half": ("early_lora_ensemble", ["adapter.rank=4", "adapter.alpha=8"]),
     "early_lora_ensemble_quarter": ("early_lora_ensemble", ["adapter.rank=2", "adapter.alpha=4"]),
     "late_lora_ensemble": ("early_lora_ensemble", ["adapter.layers=late"]),
-    # A step at no rate to speak of: adapters begin as nothing, and so they end.
+    # One step at a learning rate near zero: the adapters stay at zero.
     "none": ("lora", ["train.steps=1", "train.schedule.warmup_steps=0", "train.optimizer.lr=1e-12"]),
 }
 """The config of each, and what else it takes; the first eight are the default."""

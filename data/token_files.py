@@ -99,7 +99,7 @@ def documents_of_file(
         )
     else:
         stream = _flat(path, settings)
-        _require_plausible(stream, settings, vocabulary)
+        _require_plausible(stream, vocabulary)
         documents = islice(_split(stream, _end_id(settings, vocabulary)), first, end)
     for number, ids in enumerate(documents, start=first):
         yield closed(ids, settings, vocabulary, f"document {number}")
@@ -221,7 +221,7 @@ def _require_dtype(settings: TokensConfig, dtype: str) -> None:
         raise ValueError(f"its header says {dtype}, and tokens.dtype is {settings.dtype}; leave tokens.dtype out")
 
 
-def _require_plausible(stream: np.ndarray, settings: TokensConfig, vocabulary: Vocabulary) -> None:
+def _require_plausible(stream: np.ndarray, vocabulary: Vocabulary) -> None:
     """Look at a flat file's start for what a wrong dtype, byte order or tokenizer makes of it."""
     start = stream[:_LOOKED_AT]
     if not len(start):

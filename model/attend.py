@@ -40,7 +40,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, 
     Args:
         queries: of the selected tokens, [N, H, K].
         keys, values: of all tokens, [B, S, G, K].
-        selection: which tokens of the [B, T] grid ask.
+        selection: the tokens of the [B, T] grid that have queries.
         visibility: which keys each of them sees.
 
     Returns:
@@ -113,7 +113,7 @@ class _Runs(torch.autograd.Function):
 
 
 def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, visibility: Visibility) -> Tensor:
-    """:func:`attend` where every row has one new token, the last of its keys; the heads of a group ask together."""
+    """:func:`attend` where every row has one new token, the last of its keys; query heads of a group share a row."""
     groups = keys.shape[2]
     q = queries.unflatten(1, (groups, -1))  # [N, G, R, K]
     k, v = keys.transpose(1, 2), values.transpose(1, 2)  # [B, G, S, K]

@@ -1,4 +1,4 @@
-"""Grouped-query attention in which only some tokens ask and every token answers.
+"""Grouped-query attention: queries of the selected tokens only, keys and values of all tokens.
 
 Keys and values are computed for all tokens of the sequence; queries, the attention itself and the output projection
 only for the executed ones. A query sees every key at or before its own position, of its own document where attention

@@ -22,6 +22,7 @@ class KVCache:
         config: the model's sizes.
         batch: B.
         capacity_tokens: S; appending beyond it raises ``ValueError``.
+        device, dtype: of the buffers.
     """
 
     def __init__(self, config: ModelConfig, batch: int, capacity_tokens: int, device: torch.device, dtype: torch.dtype):

@@ -5,9 +5,9 @@
     w   = softmax(router(n_k) / temperature)              a weight for every layer and token; optionally the top m only
     logits = sum_i w_i (W n_i) = W (sum_i w_i n_i)        the head is linear: one product, whatever k is
 
-The router begins with weights of zero, so that without more the final layer has the weight ``final_weight`` on every
-token. In the first steps (``open_by``) a number is added to its logit, falling to 0, with which the ensemble begins as
-the base model; see :meth:`LateLayers.open`.
+The router's weights start at zero, so that the final layer has the weight ``final_weight`` on every token. During the
+first ``open_by`` of the steps a bias that falls in a straight line to 0 is added to the final layer's logit, so that
+the ensemble starts as the base model; see :meth:`LateLayers.open`.
 
 Load balancing is Switch's (Fedus et al. 2021): ``balance x k x sum_i f_i P_i``, with P_i the mean weight of layer i and
 f_i the share of tokens on which it is largest. f is that of the optimiser step before (see :class:`Balance`), so the

@@ -7,9 +7,9 @@ A skipped token that is computed to make up a shape, and dropped (a filler of mo
 
 Left out, as is usual: norms, rotary, softmax, activations, the embedding lookup, the optimiser, and what activation
 checkpointing computes a second time; of a late-layer ensemble its router and the logits inside the distillation term.
-In training a product has two gradients, each as dear as it is itself: three times the forward pass, less what
-:class:`Trained` says is not computed, and once what explored tokens take, whose gates learn from an output that has no
-backward pass of its own. Adapters are left out: rank 8 in every matrix of a 135 M model is 2 % of it.
+Training counts three times the forward pass, because each product has two gradients of the same cost; gradients that
+:class:`Trained` excludes are not counted. Explored tokens are counted once: they have a forward pass only. Adapters are
+left out: rank 8 in every matrix of a 135 M model is 2 % of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Trained:
-    """What of a decoder a run trains, as far as its backward pass goes by it.
+    """Which parts of a decoder a run trains, for counting its backward pass.
 
     Attributes:
         matrices: the backbone's own matrices have gradients, and so has the head.

@@ -1,10 +1,9 @@
 """Bias-free linear maps that are quick for the few rows of a decoding step.
 
-``x @ weight.T`` of a few rows waits for the weight to be read from memory. On an AMD CPU in fp32 the BLAS behind
-``F.linear``, which is Intel's, reads it two to three times slower than the memory allows, for one row to about ten; the
-same product the other way round, ``weight @ x.T``, does not, but for one row, which is therefore given a twin. On an
-Intel CPU it is the other way about. Measured on two cores each (AMD Zen 4 and an Intel Xeon with AMX, MKL of torch
-2.13), milliseconds for all the products of twelve layers of width 384 (75 MB of weights):
+For a few rows, ``x @ weight.T`` is limited by reading the weight from memory. On AMD CPUs in fp32, Intel's MKL behind
+``F.linear`` reads it two to three times slower than the memory allows; ``weight @ x.T`` does not, but for a single row,
+which is therefore doubled. On Intel CPUs the opposite holds. Milliseconds for all the products of twelve layers of
+width 384 (75 MB of weights), two cores each (AMD Zen 4 and an Intel Xeon with AMX, MKL of torch 2.13):
 
     rows                   1     2     4     8    16    32    64
     x @ W.T, AMD         8.1  11.7  11.1  13.2  14.2  19.5  28.2
@@ -12,18 +11,18 @@ Intel CPU it is the other way about. Measured on two cores each (AMD Zen 4 and a
     x @ W.T, Intel       1.6   1.7   2.4   3.0   5.8
     W @ x.T, Intel       3.6   3.3   3.5   3.2   3.6
 
-So only AMD's are turned, and only large weights: a small one, as a router's, is read at once either way. Rows must lie
-one after the other, in what is read and in what is given back. On an AMD EPYC with AVX2, in the same milliseconds; in
-the last line rows lie as they come out of a product that was turned (``x.T`` in memory):
+So the weight comes first on AMD only, and only where it is large: a small one, as a router's, is read at once either
+way. Rows must be contiguous, in what is read and in what is given back: ``W @ x.T`` on an AMD EPYC with AVX2, and again
+with rows as another such product leaves them (``x.T`` in memory):
 
     rows                   1     2     4     8
     x @ W.T              7.5  11.0  11.1  10.7
     W @ x.T              7.6   4.4   4.6   7.6
-    the same, x.T        7.6  14.6  15.7  15.1
+    W @ x.T, x.T         7.6  14.6  15.7  15.1
 
-Nor has attention a kernel of its own for queries whose numbers lie apart. Above eight rows the two ways come near each
-other, and the order changes from size to size and from one instruction set to another. In training and prefill, with
-hundreds of rows, nothing is changed.
+Attention has no fast kernel for queries that are not contiguous, either. Above eight rows the two orders come near each
+other, and which is quicker changes with the size and the instruction set. In training and prefill, with hundreds of
+rows, nothing is changed.
 
 Dimension letters: N rows, I inputs, O outputs.
 """
@@ -38,14 +37,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FEW_ROWS = 8
-"""Products of up to so many rows are turned."""
+"""Most rows for which the order is swapped."""
 
 FEW_WEIGHTS = 1 << 16
-"""A weight of fewer entries is not: it is read at once, and turning is six more operations."""
+"""Smaller weights keep ``F.linear``: swapping costs six more operations."""
 
 
 @cache
-def turned() -> bool:
+def weight_first() -> bool:
     """Whether this CPU is one of those on which products of few rows are quicker the other way round."""
     facts = Path("/proc/cpuinfo")
     return facts.is_file() and "AuthenticAMD" in facts.read_text()[:1000]
@@ -70,10 +69,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.numel() // weight.shape[1]
     if not 0 < rows <= FEW_ROWS or weight.numel() < FEW_WEIGHTS or not x.is_cpu:
         return F.linear(x, weight)
-    if not x.dtype == weight.dtype == torch.float32 or not turned():
+    if not x.dtype == weight.dtype == torch.float32 or not weight_first():
         return F.linear(x, weight)
     flat = x.reshape(rows, weight.shape[1])
-    twins = torch.cat((flat, flat)) if rows == 1 else flat.contiguous()
-    # Rows that lie one after the other: the product of columns takes three times as long, and attention has no kernel
-    # for queries whose numbers lie apart.
-    return torch.mm(weight, twins.t())[:, :rows].t().contiguous().view(*x.shape[:-1], len(weight))
+    doubled = torch.cat((flat, flat)) if rows == 1 else flat.contiguous()
+    return torch.mm(weight, doubled.t())[:, :rows].t().contiguous().view(*x.shape[:-1], len(weight))

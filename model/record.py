@@ -1,4 +1,4 @@
-"""What the routed sites of one forward pass did; counted, not assumed, and only when somebody asks.
+"""Counts of what the routed sites did in one forward pass; computed only when read.
 
 Dimension letters: B batch, T tokens, S routed sites.
 """

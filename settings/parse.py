@@ -17,8 +17,7 @@ except ImportError:
 class Loader(SafeLoader):
     """Refuses a key written twice, which plain YAML would resolve silently.
 
-    Numbers are YAML 1.2's, as JSON has them: 1:00:00 is no 3600, 010 no 8, and 1e-3 is one; so is ``12_000_000``. A
-    date is a text, as no config has dates.
+    Numbers follow YAML 1.2: ``1:00:00`` and ``010`` are text, ``1e-3`` and ``12_000_000`` are numbers. Dates are text.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

@@ -31,8 +31,8 @@ class OptimizerConfig(Strict):
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay of matrices."""
     router_lr_ratio: float = Field(1.0, gt=0)
-    """Learning rate of skip routers and of the ensemble's router, relative to ``lr``; of the latter's matrix divided by
-    the width."""
+    """Learning rate of the skip routers and of the ensemble's router, relative to ``lr``; for the ensemble router's
+    matrix it is also divided by the width."""
     router_weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of the same."""
     adafactor_beta2: float = Field(0.99, gt=0, lt=1)
@@ -88,7 +88,7 @@ class EvaluationConfig(Strict):
     task_limit: int | None = Field(200, gt=0)
     """The first questions of each task only; null for all."""
     task_shots: int = Field(0, ge=0)
-    """Others, with their answers, before each question; for a harness's task 0 means what it says itself."""
+    """Few-shot examples before each question; for a task of the harness 0 keeps the task's own number."""
     task_every_steps: int | None = Field(None, gt=0)
     """Run the tasks with the evaluations after every this many steps, and after the last; with all of them unless
     given."""
@@ -135,8 +135,8 @@ class CheckpointConfig(Strict):
     mirror_keep_every_steps: int = Field(0, ge=0)
     """Checkpoints at multiples of this stay in the mirror forever; 0 keeps none forever."""
     mirror_wait_s: float = Field(120.0, ge=0)
-    """How long the end of the run waits for what is not yet mirrored; what is not by then is told, and copied by the
-    next start."""
+    """How long the run waits at its end for copies that are not finished; what is missing then is reported, and copied
+    by the next start."""
     accept_data: str | None = Field(None, pattern=r"^[0-9a-f]{12}$")
     """The first 12 digits of the data fingerprint of a checkpoint to go on from with other data all the same: another
     seed, other shards or weights; the error that refuses it gives them."""
@@ -208,8 +208,8 @@ class TrainConfig(Strict):
     steps: int = Field(gt=0)
     """Optimiser steps of the whole run."""
     stop_at_step: int | None = Field(None, gt=0)
-    """End after this step, saved and evaluated, with all ramps where the whole run has them; a start with another value
-    goes on."""
+    """Stop after this step, saved and evaluated. Schedules still span ``steps``; a later start with a larger value
+    continues the run."""
     global_batch_samples: int = Field(gt=0)
     """Windows in one optimiser step, over all ranks and micro-batches."""
     micro_batch_samples: int = Field(gt=0)

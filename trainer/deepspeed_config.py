@@ -38,7 +38,7 @@ def deepspeed_config(config: StageConfig, world_size: int) -> dict[str, Any]:
     assert train.precision != "auto", "decided before: see trainer/precision.py"
     accumulation = config.accumulation(world_size)
     generated: dict[str, Any] = {
-        # To DeepSpeed every rank has windows of its own; what it makes of the three numbers is their quotient.
+        # For DeepSpeed every rank has windows of its own; it only checks that these three numbers are consistent.
         "train_batch_size": train.global_batch_samples * zero.sequence_parallel,
         "train_micro_batch_size_per_gpu": train.micro_batch_samples,
         "gradient_accumulation_steps": accumulation,

@@ -56,7 +56,7 @@ def build_engine(
     if config.train.compile:
         model.compile_layers()
     groups = parameter_groups(model, config.train.optimizer)
-    optimizer = _optimizer(config, groups, world.device)
+    optimizer = _optimizer(config, groups)
     before = [p.detach().clone() for p in model.parameters()] if _steps_when_built(config) else []
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -127,10 +127,10 @@ def set_learning_rate(engine: Any, ratio: float) -> None:
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """Matrices, norms and routers, each with its rate and weight decay; empty groups are left out.
 
-    DoRA's magnitudes, a scale for each output of a projection, go with the norms. The ensemble's router reads the whole
-    width into one logit a layer, which a step of Adam's moves by the rate times the sum of what it reads; so its rate
-    is divided by the width (as for outputs in Yang et al. 2022, arXiv:2203.03466). At the others' rate a vote closes in
-    its first steps, while the late layers do not read well yet, and a weight of nothing has no gradient to open it.
+    DoRA's magnitudes are in the norms' group. The ensemble's router maps the whole width to one logit a layer, and one
+    step of Adam moves a logit by the rate times the sum of its inputs; so its rate is divided by the width (as for
+    outputs in Yang et al. 2022, arXiv:2203.03466). At the full rate the vote collapses in its first steps, while the
+    late layers do not read well yet, and a layer with weight zero gets no gradient to recover.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     voters = [p for name, p in named if name == _VOTER]
@@ -164,7 +164,7 @@ def optimizer_order(model: nn.Module) -> list[str]:
     return [names[parameter] for group in parameter_groups(model, OptimizerConfig()) for parameter in group["params"]]
 
 
-def _optimizer(config: StageConfig, groups: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer | None:
+def _optimizer(config: StageConfig, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | None:
     """The optimiser to hand to DeepSpeed; None where DeepSpeed builds its own (Muon)."""
     optimizer = config.train.optimizer
     if optimizer.kind == "muon":

@@ -2,7 +2,7 @@
 
     rank 0     listens at MASTER_ADDR:MASTER_PORT (under torchrun its agent does) and counts who comes
     others     connect, and compare what they were told with what the first one was told
-    everybody  waits for one word: that all are here, or why they cannot meet
+    all        wait for one message: that everyone is present, or why they cannot meet
 
 Whatever fails on the way is a mistake in the set-up (an address, an interface, a port, a count, a name, a version), so
 it ends in one sentence and status 1 on every rank, never in "start again". After ten seconds rank 0 reports who is

@@ -145,7 +145,7 @@ def _lora_config(decoder: Decoder, adapter: AdapterConfig) -> LoraConfig:
 
 
 def _refuse_zero_rows(decoder: nn.Module) -> None:
-    """DoRA divides every row of W + BA [O, I] by its length; W's rows are checked, as BA begins as nought."""
+    """DoRA divides every row of W + BA [O, I] by its length; W's rows are checked, because BA is zero at the start."""
     for name, layer in decoder.named_modules():
         if not isinstance(layer, LoraLayer):
             continue

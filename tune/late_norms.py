@@ -5,8 +5,8 @@ least-squares fit, dimension by dimension, over some hundred tokens whose succes
 
     w_i = sum over tokens of (x_i / rms(x_i)) n_k  /  sum over tokens of (x_i / rms(x_i))^2
 
-States of a pretrained model's late layers do not read through its final norm: a copy of that, with which the norms
-would begin otherwise, makes their votes worse than none (docs/method.md has the figures).
+The final norm of a pretrained model does not fit the states of its earlier layers: with copies of it the vote starts
+worse than the base model (docs/method.md has the figures).
 
 Dimension letters: B batch, T tokens, D width, k late layers.
 """

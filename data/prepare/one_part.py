@@ -62,7 +62,7 @@ def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Ma
         if (folder / PROGRESS_NAME).exists():
             require_unchanged(folder, read_json(folder / PROGRESS_NAME), made_from)
         else:
-            remove_leftovers(folder)  # records of nobody knows what: without their origin they prove nothing
+            remove_leftovers(folder)  # shards without a record of their origin: they may be of other text
             write_json(folder / PROGRESS_NAME, made_from)
         writer = ShardWriter(folder, token_dtype(output.vocab_size), output.shard_tokens, finished_shards(folder))
         if writer.shards:

@@ -56,7 +56,7 @@ class Measured:
 
 @torch.no_grad()
 def measure(decoder: Decoder, batches: Sequence[Batch], thresholds: Tensor | None = None) -> Measured:
-    """Run ``decoder``, in evaluation mode and with learned routers, at ``thresholds`` fp32 [S] (0 unless given)."""
+    """Run ``decoder``, in evaluation mode and with learned routers, at ``thresholds`` fp32 [S] (else its own)."""
     device = decoder.embed_tokens.weight.device
     counter, margins = Counter(len(decoder.config.sites), device), []
     for host_batch in batches:
@@ -69,7 +69,7 @@ def measure(decoder: Decoder, batches: Sequence[Batch], thresholds: Tensor | Non
 
 
 def site_targets(trained: Sequence[float], density: float) -> list[float]:
-    """What a mean ``density`` asks of each site, given their densities at threshold 0; the formula at the top."""
+    """What a mean ``density`` asks of each site, given their densities as trained; the formula at the top."""
     mean = sum(trained) / len(trained)
     if density <= mean:
         return [own * density / mean for own in trained]
@@ -83,8 +83,8 @@ def calibrate(
 
     Args:
         decoder: in evaluation mode.
-        batches: the calibration windows; passed over at most S times.
-        trained: the pass over them at threshold 0.
+        batches: the calibration windows; run at most S times.
+        trained: the pass over them at the decoder's own thresholds.
         density: above 0 and at most 1; at 1 the thresholds are minus infinity.
         tolerance: of each site's density, for an early end; 0 for none.
     """

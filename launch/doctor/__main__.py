@@ -53,7 +53,7 @@ def main() -> int:
         world = join(_MEET_S) if _launched() else ALONE
         findings = diagnose(config, arguments.hostfile, world)
         if world.is_main:
-            print(_as_json(findings) if arguments.json else _as_text(findings, world), flush=True)
+            print(_as_json(findings) if arguments.json else _as_text(findings), flush=True)
         if world is not ALONE:
             leave()
     return 1 if worst(findings) == "error" else 0
@@ -177,7 +177,7 @@ def _launched() -> bool:
     return ranks_by_environment() > 1
 
 
-def _as_text(findings: list[Finding], world: World) -> str:
+def _as_text(findings: list[Finding]) -> str:
     width = max(len(finding.check) for finding in findings)
     lines = []
     for finding in findings:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.linear import FEW_ROWS, Linear, turned
+from model.linear import FEW_ROWS, Linear, weight_first
 
 
 class Products(TorchDispatchMode):
@@ -44,29 +44,29 @@ def rows_of(*shape: int) -> Tensor:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("turn", [True, False])
+@pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("shape", [(0, 48), (1, 48), (1, 1, 48), (2, 48), (2, 3, 48), (8, 1, 48), (9, 48), (4, 70, 48)])
 def test_the_same_numbers_in_the_same_shape(
-    shape: tuple[int, ...], turn: bool, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], first: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("model.linear.turned", lambda: turn)
+    monkeypatch.setattr("model.linear.weight_first", lambda: first)
     ours, usual = layers()
     x = rows_of(*shape)
     with Products() as products:
         found = ours(x)
     torch.testing.assert_close(found, usual(x), rtol=0, atol=1e-5)
     rows = x.numel() // 48
-    assert products.shapes == [(20, max(rows, 2)) if turn and 0 < rows <= FEW_ROWS else (rows, 20)]
+    assert products.shapes == [(20, max(rows, 2)) if first and 0 < rows <= FEW_ROWS else (rows, 20)]
     assert found.is_contiguous()
     strided = rows_of(*shape[:-1], 96)[..., ::2]
     torch.testing.assert_close(ours(strided), usual(strided), rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
-def test_rows_that_do_not_lie_together_are_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.linear.turned", lambda: True)
+def test_rows_are_made_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.linear.weight_first", lambda: True)
     ours, usual = layers()
-    x = rows_of(48, 4).t()  # what a turned product gives as it comes
+    x = rows_of(48, 4).t()  # as another such product leaves them
     with Products() as products:
         found = ours(x)
     assert products.strides == [(1, 48)]
@@ -74,8 +74,8 @@ def test_rows_that_do_not_lie_together_are_put_together(monkeypatch: pytest.Monk
 
 
 @torch.no_grad()
-def test_a_small_weight_is_not_turned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.linear.turned", lambda: True)
+def test_a_small_weight_keeps_the_usual_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.linear.weight_first", lambda: True)
     monkeypatch.setattr("model.linear.FEW_WEIGHTS", 48 * 20 + 1)
     ours, _ = layers()
     with Products() as products:
@@ -97,10 +97,10 @@ def test_training_and_other_dtypes_take_the_usual_product() -> None:
     ("facts", "expected"),
     [("vendor_id\t: AuthenticAMD\n", True), ("vendor_id\t: GenuineIntel\n", False), (None, False)],
 )
-def test_whose_products_are_turned(
+def test_on_which_cpus_the_weight_comes_first(
     facts: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     if facts is not None:
         (tmp_path / "cpuinfo").write_text(facts)
     monkeypatch.setattr("model.linear.Path", lambda _: tmp_path / "cpuinfo")
-    assert turned.__wrapped__() is expected
+    assert weight_first.__wrapped__() is expected

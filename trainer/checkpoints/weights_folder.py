@@ -1,7 +1,7 @@
 """A decoder without a run: what an import or a merge writes, and what stage two starts from.
 
 OUT/
-  config.yaml         blocks ``model`` and ``ensemble`` (null without one), and the routing's seed
+  config.yaml         blocks ``model`` and ``ensemble`` (null without one), routing seed, thresholds
   model.safetensors   weights by the decoder's names, in the dtype they came in; a tied head is stored once
   tokenizer.model ... the tokenizer's files as they were
   manifest.json       written last: size and SHA-256 of every file, and where the weights came from

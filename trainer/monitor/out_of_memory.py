@@ -7,7 +7,6 @@ activations and what a step works with, buckets and other buffers among it. ``la
 from __future__ import annotations
 
 import contextlib
-import resource
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor
 from trainer.config import StageConfig
 from trainer.deepspeed_internals import local_part, optimizer_tensors
 from trainer.distributed import World
+from trainer.monitor.metrics import peak_bytes
 from trainer.monitor.profiler import write_snapshot
 
 _GB = 1e9
@@ -99,12 +99,7 @@ def measured(engine: Any, device: torch.device) -> Parts:
     held = _bytes(parameters, device, counted)
     summed = _bytes(gradients, device, counted)
     states = _bytes(kept, device, counted)
-    most = (
-        torch.cuda.max_memory_allocated(device)
-        if device.type == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
-    return Parts(held, summed, states, activations=max(most - held - summed - states, 0.0))
+    return Parts(held, summed, states, activations=max(peak_bytes(device) - held - summed - states, 0.0))
 
 
 def _bytes(tensors: Iterable[Tensor], device: torch.device, counted: set[int]) -> float:

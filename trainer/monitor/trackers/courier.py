@@ -103,9 +103,7 @@ class Courier:
                 getattr(self.tracker, report.method)(*report.arguments)
             except UnreachableError as error:
                 self._say_failing(f"does not answer ({error}); reports wait for it, and the run goes on")
-                if (
-                    last or self._done.is_set()
-                ):  # the run's end waits for a server that is there, not for one that is gone
+                if last or self._done.is_set():  # at the end only a server that answers is waited for
                     self._off = True
                     return False
                 self._closing.wait(pause_s)
