@@ -111,7 +111,7 @@ def _ours(decoder: Decoder, method: Method, tokens: Tensor, labels: Tensor, fold
     from model.config import EnsembleConfig
     from tune.adapters import prepare
     from tune.config import AdapterConfig, layers_adapted
-    from tune.kept_states import KeptStates
+    from tune.state_cache import StateCache
 
     adapter = AdapterConfig.model_validate(method.adapter)
     ensemble = EnsembleConfig(layers=3, distillation=0.1) if method.ensemble else None
@@ -119,7 +119,7 @@ def _ours(decoder: Decoder, method: Method, tokens: Tensor, labels: Tensor, fold
         decoder.add_ensemble(ensemble)
     prepare(decoder.train(), adapter, "frozen", 0)
     if method.kept:
-        decoder.frozen = KeptStates(folder, "bench", layers_adapted(adapter, len(decoder.layers), ensemble).start)
+        decoder.frozen = StateCache(folder, "bench", layers_adapted(adapter, len(decoder.layers), ensemble).start)
     targets = torch.full_like(labels, IGNORED)
     targets[:, :-1] = labels[:, 1:]
     learned = int((targets != IGNORED).sum())

@@ -199,7 +199,7 @@ def _require_no_adapters(loaded: Loaded) -> None:
 def _require_one_model(one: Loaded, newest: Loaded) -> None:
     """Raise ValueError unless their parameters mean the same: sizes, routers, ensemble, beginnings and tokenizer."""
     from data.tokenization import tokenizer_sha256
-    from trainer.checkpoints.same_model import differences
+    from trainer.checkpoints.compatibility import differences
     from tune.config import TuneConfig
 
     both = (one, newest)

@@ -30,7 +30,7 @@ from data.files import folder_around, temporary_name, write_atomically, write_js
 from data.urls import copy_folder, require_empty
 from model.config import ModelConfig
 from settings import path_argument, user_errors
-from trainer import code_state, opening
+from trainer import git_state, preflight
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +97,7 @@ def export(
     config = hf_config(decoder, ids, dtype)
     files = _write_model(decoder, config, ids, partial, shard_bytes)
     model = _exported(decoder, separate)
-    facts = {**facts_of(loaded), "export_commit": code_state.commit()}
+    facts = {**facts_of(loaded), "export_commit": git_state.commit()}
     if facts.get("adapter") in ("lora", "dora"):
         facts["adapter"] += f", {adapters}"
     del loaded, decoder  # transformers' model takes its place
@@ -340,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require_empty(options.copy_to, "--copy-to")
         if not 0 < options.shard_gb < math.inf:
             raise ValueError(f"--shard-gb must be a number above 0, got {options.shard_gb}; leave it out for 5")
-        opening.open_model(options.path)
+        preflight.open_model(options.path)
         lines = export(
             options.path,
             options.out,

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from data.containers import whole_text
-from data.speller import BROKEN, Speller
+from data.detokenizer import REPLACEMENT_CHARACTER, Detokenizer
 from evals.dial import JSON, folder_of
 from evals.placement import add_placement, check_placement, placed
 from settings import path_argument, user_errors
-from trainer import opening
+from trainer import preflight
 
 if TYPE_CHECKING:
     import torch
@@ -132,13 +132,18 @@ def bar(token: Token, layers: int, text: str) -> str:
 
 
 def show(
-    tokens: Iterator[Token], speller: Speller, layers: int, out: TextIO, bars: bool = False, colour: bool = False
+    tokens: Iterator[Token],
+    detokenizer: Detokenizer,
+    layers: int,
+    out: TextIO,
+    bars: bool = False,
+    colour: bool = False,
 ) -> list[Token]:
     """Write tokens to ``out`` as they come; returns them.
 
     Args:
         tokens: of :func:`stream`.
-        speller: turns them into text.
+        detokenizer: turns them into text.
         layers: of the decoder.
         out: text goes here.
         bars: a line a token instead of running text.
@@ -147,13 +152,13 @@ def show(
     shown = []
     for token in tokens:
         shown.append(token)
-        text = speller.add(token.id)
+        text = detokenizer.add(token.id)
         if bars:
             out.write(bar(token, layers, text) + "\n")
         elif text:
             out.write(shaded(text, token.share) if colour else text)
         out.flush()
-    rest = speller.rest()
+    rest = detokenizer.rest()
     out.write(f"{rest!r}\n" if bars and rest else rest if bars else rest + "\n")
     out.flush()
     return shown
@@ -163,7 +168,7 @@ def shaded(text: str, share: float) -> str:
     """``text`` in a grey, the brighter the larger ``share``; line ends stay outside, for terminals that fill them."""
     grey = _GREYS[min(int(share * len(_GREYS)), len(_GREYS) - 1)]
     # A model may well spell an escape sequence; on a terminal it must not act.
-    safe = "".join(c if c in "\n\t" or c.isprintable() else BROKEN for c in text)
+    safe = "".join(c if c in "\n\t" or c.isprintable() else REPLACEMENT_CHARACTER for c in text)
     return "\n".join(f"\x1b[38;5;{grey}m{line}\x1b[0m" if line else "" for line in safe.split("\n"))
 
 
@@ -215,7 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(options)
         check_placement(options)
         prompt = _prompt(options)
-        opening.open_model(options.model)
+        preflight.open_model(options.model)
         import torch
 
         from evals.dial.file import Dial
@@ -233,11 +238,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             decoder, ids, options.max_new_tokens, options.temperature, options.top_p, opened.tokenizer.eos_id,
             generator, thresholds,
         )  # fmt: skip
-        layers, speller = decoder.config.layers, Speller(opened.tokenizer, ids)
+        layers, detokenizer = decoder.config.layers, Detokenizer(opened.tokenizer, ids)
         if not options.bars:
             sys.stdout.write(prompt)
         before = time.perf_counter()
-        shown = show(tokens, speller, layers, sys.stdout, options.bars, sys.stdout.isatty())
+        shown = show(tokens, detokenizer, layers, sys.stdout, options.bars, sys.stdout.isatty())
         print(summary(shown, layers, time.perf_counter() - before), file=sys.stderr, flush=True)
     return 0
 

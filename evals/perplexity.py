@@ -27,7 +27,7 @@ from data.files import write_atomically
 from evals.placement import add_batch, add_placement, check_placement, placed
 from evals.texts import add_text_options, text_field_of, text_files, texts_of
 from settings import path_argument, user_errors
-from trainer import opening
+from trainer import preflight
 from trainer.config import WeightsConfig
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
         check_placement(options, ranks=True)
         files = text_files(options.files, options.format)
-        opening.open_model(options.model)
+        preflight.open_model(options.model)
         from evals.scoring import open_model
 
         with placed(options) as placement:

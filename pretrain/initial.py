@@ -23,10 +23,10 @@ from model.config import ModelConfig, RouterConfig
 from model.router import thresholds_of
 from settings import load, peek
 from trainer.checkpoints import manifest
+from trainer.checkpoints.compatibility import differences
 from trainer.checkpoints.empty_decoder import without_memory
 from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.read_weights import checkpoint_of, thresholds_in, weights_of
-from trainer.checkpoints.same_model import differences
 from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder
 from trainer.checkpoints.zero_files import as_they_are
 from trainer.config import InitConfig, PretrainConfig, WeightsConfig, is_stage_two

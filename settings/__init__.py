@@ -2,9 +2,9 @@
 
 from settings.arguments import parse_arguments
 from settings.load import load, peek, to_yaml
-from settings.near import did_you_mean
 from settings.paths import PathText, path_argument, shown
 from settings.strict import Strict
+from settings.suggestions import did_you_mean
 from settings.user_errors import rank_by_environment, ranks_by_environment, user_errors
 from settings.words import counted
 

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from settings.near import did_you_mean
 from settings.parse import Dumper, Loader
+from settings.suggestions import did_you_mean
 
 Schema = TypeVar("Schema", bound=BaseModel)
 

@@ -26,7 +26,7 @@ MAY_IMPORT = {
 MAY_IMPORT_WITHIN = {
     "trainer.checkpoints": {
         "trainer.blocks",
-        "trainer.code_state",
+        "trainer.git_state",
         "trainer.config",
         "trainer.distributed",
         "trainer.engine",
@@ -35,7 +35,7 @@ MAY_IMPORT_WITHIN = {
     "trainer.monitor": {
         "trainer.blocks",
         "trainer.checkpoints",
-        "trainer.code_state",
+        "trainer.git_state",
         "trainer.config",
         "trainer.deepspeed_internals",
     }

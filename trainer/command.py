@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from settings import parse_arguments, user_errors
 from trainer.exit_status import EXIT_MISTAKE
 from trainer.monitor.stop import lost_rank
-from trainer.opening import open_run
+from trainer.preflight import open_run
 
 if TYPE_CHECKING:
     from trainer.distributed import World

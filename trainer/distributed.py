@@ -25,7 +25,7 @@ from model.sequence import SequenceGroup
 from trainer import flight_recorder
 from trainer.blocks import DeepSpeedSettings
 from trainer.deepspeed_internals import import_deepspeed, uses_cuda
-from trainer.meeting import meet, rank_numbers
+from trainer.rendezvous import meet, rank_numbers
 
 _OPEN_FILES = 65_536
 _SETTLE_S = 0.1

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from data.files import only_writer, write_atomically
 from settings import to_yaml
-from trainer import code_state
+from trainer import git_state
 from trainer.checkpoints.layout import CONFIG, checkpoints_of
 from trainer.config import StageConfig
 from trainer.heartbeat import Heartbeat
@@ -93,7 +93,7 @@ class RunFolder:
         copy = self.path / "config.original.yaml"
         if not (copy.exists() and copy.samefile(original)):
             shutil.copyfile(original, copy)
-        for name, content in (("code.commit", code_state.commit()), ("code.diff", code_state.diff())):
+        for name, content in (("code.commit", git_state.commit()), ("code.diff", git_state.diff())):
             (self.path / name).unlink(missing_ok=True)  # of an earlier start
             if content:
                 write_atomically(self.path / name, content.encode())

@@ -14,11 +14,11 @@ import unicodedata
 import torch
 from torch import Tensor
 
+from data.detokenizer import REPLACEMENT_CHARACTER
 from data.tokenization import WORD_START, TextTokenizer
 
 CLASSES = ["word", "continuation", "number", "punctuation", "space", "byte", "end", "other"]
-_BROKEN = "\ufffd"  # what is left of a piece that holds part of a character's bytes
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def token_classes(tokenizer: TextTokenizer) -> tuple[list[str], Tensor]:
@@ -37,7 +37,7 @@ def _class_of(piece: str) -> str:
     text = piece.replace(WORD_START, " ").strip()
     if not text:
         return "space" if piece else "other"  # an id that is not used has no text at all
-    if _BYTE.fullmatch(text) or _BROKEN in text:
+    if BYTE_PIECE.fullmatch(text) or REPLACEMENT_CHARACTER in text:
         return "byte"
     # General categories: L letters, M marks on them, N numbers, P punctuation, S symbols. The apostrophe of an
     # English ending ("'s") belongs to its letters.

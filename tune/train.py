@@ -38,7 +38,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     from tune.base import load_base
     from tune.batches import ExampleSet, TuningData
     from tune.describe import describe_start
-    from tune.kept_states import KeptStates
+    from tune.state_cache import StateCache
     from tune.tuner import Tuner
 
     base = load_base(file.base.path)
@@ -55,7 +55,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         decoder.add_ensemble(config.ensemble)
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
     if config.base.cache_states is not None:
-        decoder.frozen = KeptStates(Path(config.base.cache_states), base.fingerprint, config.frozen_layers)
+        decoder.frozen = StateCache(Path(config.base.cache_states), base.fingerprint, config.frozen_layers)
     tasks = open_tasks(config, Path(str(config.data.tokenizer)), world)
     with Tuner(config, config_path, data, sets, world, decoder, tokenizer, tasks) as trainer:
         trainer.log.info(describe_start(trainer.config, base, data, [*sets, *tests], decoder, world))

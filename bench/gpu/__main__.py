@@ -53,7 +53,7 @@ def run(options: argparse.Namespace, folder: Path, installed: Sequence[str], dea
     from bench.gpu.schedule import Schedule
     from bench.gpu.summary import MARKDOWN, headline, write
     from settings.project import ROOT
-    from trainer.code_state import commit
+    from trainer.git_state import commit
 
     if options.minutes <= 0:
         raise ValueError(f"--minutes must be larger than 0, got {options.minutes:g}")

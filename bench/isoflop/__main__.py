@@ -32,7 +32,7 @@ from data.files import only_writer, write_atomically
 from data.places import TEXTS_VARIABLE
 from settings import did_you_mean, path_argument, to_yaml, user_errors
 from settings.project import installing
-from trainer import code_state
+from trainer import git_state
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,7 +161,7 @@ def _report(suite: Suite, runs: Sequence[Run], out: Path, command: str, must: bo
     made_by = [
         f"`{command}`; the suite as resolved is `suite.yaml` beside this file",
         f"the code: commit {', '.join(sorted(commits)) or 'unknown'} at the runs' last starts, "
-        f"{code_state.commit() or 'unknown'} for these tables; torch {torch.__version__} here",
+        f"{git_state.commit() or 'unknown'} for these tables; torch {torch.__version__} here",
         f"trained in {' and '.join(precisions)}",
     ]
     write_atomically(out / MARKDOWN, whole_report(suite, results, len(runs), made_by).encode())

@@ -29,7 +29,7 @@ from evals.placement import add_placement, check_placement, placed
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
 from settings import path_argument, user_errors
-from trainer import opening
+from trainer import preflight
 from trainer.config import PretrainConfig
 
 if TYPE_CHECKING:
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     with user_errors():
         check_placement(options)
-        opening.open_model(options.path)
+        preflight.open_model(options.path)
         from evals.dial.figure import draw
         from evals.windows import open_set, split
 

@@ -40,7 +40,7 @@ from evals.harness.tasks import BLIMP, CLASSIFY, HUB_ONE_SHOT, PERPLEXITY, TEXT,
 from evals.placement import add_batch, add_placement, check_placement, placed
 from settings import path_argument, rank_by_environment, ranks_by_environment, user_errors
 from settings.project import installing
-from trainer import opening
+from trainer import preflight
 
 if TYPE_CHECKING:
     from evals.harness.finished import Done, Finished
@@ -115,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors(), tempfile.TemporaryDirectory() as cache:
         _check(options)
         tasks = local_tasks(options.tasks, options.data, options.text, options.shots, Path(cache), options.hub)
-        opening.open_model(options.model)
+        preflight.open_model(options.model)
         with placed(options) as placement:
             _run(options, tasks, placement)
     return 0

@@ -31,7 +31,7 @@ from evals.placement import add_placement, check_placement, placed
 from evals.play import HOST, NEW_TOKENS, PORT, WAITING
 from settings import path_argument, user_errors
 from settings.project import installing
-from trainer import opening
+from trainer import preflight
 
 if TYPE_CHECKING:
     from evals.dial.file import Dial
@@ -130,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     with user_errors():
         _check(options)
-        opening.open_model(options.model)
+        preflight.open_model(options.model)
         listening = _listen(options.host, options.port)
         with placed(options) as placement:
             _serve(options, placement, listening)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.speller import Speller
+from data.detokenizer import Detokenizer
 from evals.dial.file import Dial
 from evals.generate import prompt_ids
 from evals.play.protocol import CompletionRequest, Refused
@@ -118,20 +118,20 @@ class Player:
             self.opened.decoder, torch.tensor([asked.ids], device=device), request.max_tokens, request.temperature,
             request.top_p, tokenizer.eos_id, random, asked.thresholds,
         )  # fmt: skip
-        speller, stopper, before = Speller(tokenizer, asked.ids), _Stopper(request.stops), asked.before
+        detokenizer, stopper, before = Detokenizer(tokenizer, asked.ids), _Stopper(request.stops), asked.before
         start = time.perf_counter()
         for done in made:
             token = int(done.chosen)
             details = self._details(token, done, start) if request.details else {}
-            text, stopped = stopper.add(speller.add(token))
+            text, stopped = stopper.add(detokenizer.add(token))
             yield Told(before + text, details, "stop" if stopped else None)
             if stopped:
                 return
             if token == tokenizer.eos_id:
-                yield Told(stopper.rest(speller.rest())[0], None, "stop")
+                yield Told(stopper.rest(detokenizer.rest())[0], None, "stop")
                 return
             before = ""
-        text, stopped = stopper.rest(speller.rest())
+        text, stopped = stopper.rest(detokenizer.rest())
         yield Told(text, None, "stop" if stopped else "length")
 
     def _thresholds(self, density: float | None) -> Tensor | None:

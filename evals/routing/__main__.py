@@ -21,7 +21,7 @@ from evals.routing import FEWEST
 from evals.routing.page import page
 from evals.texts import add_text_options, text_files
 from settings import path_argument, user_errors
-from trainer import opening
+from trainer import preflight
 from trainer.checkpoints.layout import run_of
 
 NAME = "routing.html"
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_placement(options)
         if options.tokens < FEWEST:
             raise ValueError(f"--tokens must be at least {FEWEST} to say anything, got {options.tokens}; raise it")
-        opening.open_model(options.path)
+        preflight.open_model(options.path)
         out = _out(options.path, options.out)
         files = text_files(options.files, options.format) if options.files else []
         from evals.routing.report import report_on

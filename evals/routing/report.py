@@ -7,7 +7,6 @@ Dimension letters: S routed sites, N tokens that were run, k late layers, V voca
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data.batches import IGNORED, Batch
+from data.detokenizer import REPLACEMENT_CHARACTER
 from data.tokenization import WORD_START, TextTokenizer, load_text_tokenizer
 from evals.routing import FEWEST
 from evals.routing.page import LEARNED, Bar, History, Routing, RoutingReport, ShownToken, Votes, visible
@@ -29,13 +29,12 @@ from trainer.config import WeightsConfig
 from trainer.monitor import metrics_file
 from trainer.step import forward_batch, to_device
 from trainer.tally import Counter, Tally
-from tune.classes import token_classes
+from tune.classes import BYTE_PIECE, token_classes
 from tune.load import Loaded
 
 _SHOWN, _PASSAGES = 1_000, 12  # tokens and windows of the coloured text: some 100 KB of HTML
 _WINDOW = 512  # tokens, where no run says how long its windows are
 _POSITIONS, _TENTHS, _FREQUENT, _LISTED = 16, 10, 8, 12
-_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _HOW = {
     "learned": LEARNED,
     "random": "chance decides whether it runs",
@@ -221,12 +220,12 @@ def _passages(observed: Observed, model: ModelConfig, tokenizer: TextTokenizer) 
 def _texts(pieces: Sequence[str]) -> list[str]:
     """Pieces to be read: of a character that is spelt in bytes, the first shows the character and the others a dot."""
     texts = list(pieces)
-    values = [int(piece[3:5], 16) if _BYTE.fullmatch(piece) else None for piece in pieces]
+    values = [int(piece[3:5], 16) if BYTE_PIECE.fullmatch(piece) else None for piece in pieces]
     for start in range(len(pieces)):
         for end in range(start + 2, min(start + 4, len(pieces)) + 1):
             spelling = [value for value in values[start:end] if value is not None]
             text = bytes(spelling).decode(errors="replace")
-            if len(spelling) == end - start and len(text) == 1 and text != "\ufffd":
+            if len(spelling) == end - start and len(text) == 1 and text != REPLACEMENT_CHARACTER:
                 texts[start:end] = [text, *"·" * (end - start - 1)]
     return texts
 

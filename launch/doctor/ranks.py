@@ -17,9 +17,9 @@ import torch.distributed as dist
 from launch.doctor.findings import Finding
 from settings import counted
 from settings.project import ROOT
-from trainer.code_state import packages
 from trainer.config import StageConfig
 from trainer.distributed import World
+from trainer.git_state import packages
 
 _SKEW_S = 1.0
 _SLOW_GBS = 10.0  # of NCCL; even PCIe 4.0 has more, sockets over Ethernet have less

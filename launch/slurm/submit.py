@@ -20,7 +20,7 @@ from data.files import write_atomically
 from launch.slurm.jobs import StageJob
 from launch.slurm.preparation import PrepareJob
 from settings import to_yaml
-from trainer import code_state
+from trainer import git_state
 from trainer.checkpoints.layout import CONFIG
 
 
@@ -109,13 +109,13 @@ def _write(job: BatchJob, number: int, folder: Path) -> None:
 
 def copy_code(folder: Path) -> None:
     """The Python of every package, and which commit and changes it is."""
-    for package in code_state.packages():
+    for package in git_state.packages():
         for path in package.rglob("*.py"):
-            copy = folder / path.relative_to(code_state.ROOT)
+            copy = folder / path.relative_to(git_state.ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, copy)
-    (folder / code_state.COMMIT).write_text(f"{code_state.commit() or ''}\n")
-    (folder / code_state.CHANGES).write_text(code_state.diff())
+    (folder / git_state.COMMIT).write_text(f"{git_state.commit() or ''}\n")
+    (folder / git_state.CHANGES).write_text(git_state.diff())
 
 
 def _refuse_queued(stages: Sequence[StageJob | PrepareJob]) -> None:

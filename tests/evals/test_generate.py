@@ -12,7 +12,7 @@ import pytest
 import tokenizers
 import torch
 
-from data.speller import Speller
+from data.detokenizer import Detokenizer
 from data.tokenization import TextTokenizer, load_text_tokenizer
 from evals.dial.file import Dial, Point, fingerprint
 from evals.generate import Token, bar, main, shaded, show, stream, summary
@@ -74,9 +74,9 @@ def test_characters_come_out_whole(tokenizer: TextTokenizer) -> None:
     for cut in (0, 1, 4):
         prompt = tokenizer.encode(TEXT[:cut])
         rest = tokenizer.encode(TEXT[cut:])
-        speller = Speller(tokenizer, prompt)
-        pieces = [speller.add(token) for token in rest]
-        assert "".join(pieces) + speller.rest() == TEXT[cut:]
+        detokenizer = Detokenizer(tokenizer, prompt)
+        pieces = [detokenizer.add(token) for token in rest]
+        assert "".join(pieces) + detokenizer.rest() == TEXT[cut:]
         assert not any("\ufffd" in piece for piece in pieces)
 
 
@@ -92,18 +92,18 @@ def test_a_decoder_that_breaks_runs_of_bytes_gives_whole_characters(tmp_path: Pa
     fallback = load_text_tokenizer(tmp_path)
     ids = fallback.encode(text)
     for cut in (0, 3):
-        speller = Speller(fallback, ids[:cut])
-        spelt = "".join(map(speller.add, ids[cut:])) + speller.rest()
+        detokenizer = Detokenizer(fallback, ids[:cut])
+        spelt = "".join(map(detokenizer.add, ids[cut:])) + detokenizer.rest()
         assert spelt == text[len(fallback.decode(ids[:cut]).rstrip("\ufffd")) :]
 
 
 def test_what_is_no_character_comes_out_all_the_same(tokenizer: TextTokenizer) -> None:
     broken = tokenizer.encode("日")[-3:-1]  # two of its three bytes
     assert len(broken) == 2
-    speller = Speller(tokenizer)
-    assert "".join(map(speller.add, broken)) == "" and set(speller.rest()) == {"\ufffd"}
-    speller = Speller(tokenizer)
-    text = "".join(map(speller.add, [*broken * 10, *tokenizer.encode(" end")]))
+    detokenizer = Detokenizer(tokenizer)
+    assert "".join(map(detokenizer.add, broken)) == "" and set(detokenizer.rest()) == {"\ufffd"}
+    detokenizer = Detokenizer(tokenizer)
+    text = "".join(map(detokenizer.add, [*broken * 10, *tokenizer.encode(" end")]))
     assert text.startswith("\ufffd") and text.endswith(" end")  # nothing is held back forever
 
 
@@ -111,15 +111,15 @@ def test_how_tokens_are_shown(tokenizer: TextTokenizer) -> None:
     ids = tokenizer.encode("a\né")
     tokens = [Token(token, place / (len(ids) - 1)) for place, token in enumerate(ids)]
     plain, coloured, bars = io.StringIO(), io.StringIO(), io.StringIO()
-    assert show(iter(tokens), Speller(tokenizer), 4, plain) == tokens
+    assert show(iter(tokens), Detokenizer(tokenizer), 4, plain) == tokens
     assert plain.getvalue() == "a\né\n"
-    show(iter(tokens), Speller(tokenizer), 4, coloured, colour=True)
+    show(iter(tokens), Detokenizer(tokenizer), 4, coloured, colour=True)
     assert re.sub("\x1b\\[[0-9;]*m", "", coloured.getvalue()) == "a\né\n" and "\x1b[38;5;231m" in coloured.getvalue()
-    show(iter(tokens), Speller(tokenizer), 4, bars, bars=True)
+    show(iter(tokens), Detokenizer(tokenizer), 4, bars, bars=True)
     lines = bars.getvalue().splitlines()
     assert len(lines) == len(ids) and lines[0].endswith("'a'") and lines[-1].startswith("    4 of 4 " + "█" * 20)
     assert bar(Token(1, 0.5), 8, "x") == "    4 of 8 " + "█" * 10 + "·" * 10 + " 'x'"
-    show(iter(tokens[:-1]), Speller(tokenizer), 4, bars, bars=True)
+    show(iter(tokens[:-1]), Detokenizer(tokenizer), 4, bars, bars=True)
     assert "\ufffd" in bars.getvalue().splitlines()[-1]
 
 

@@ -18,7 +18,7 @@ from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from settings import user_errors
 from tests.trainer.checkpoints.test_resume import fake
-from trainer import code_state
+from trainer import git_state
 from trainer.config import PretrainConfig, load_run
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
@@ -71,8 +71,8 @@ def test_which_code_it_was(
     run: RunFolder, configure: Configure, write_config: Write, tiny: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for commit, diff in (("abc-dirty", "--- a\n+++ b\n"), ("abc", ""), (None, "")):
-        monkeypatch.setattr(code_state, "commit", lambda found=commit: found)
-        monkeypatch.setattr(code_state, "diff", lambda found=diff: found)
+        monkeypatch.setattr(git_state, "commit", lambda found=commit: found)
+        monkeypatch.setattr(git_state, "diff", lambda found=diff: found)
         run.create(configure(), write_config(tiny))
         found = {path.name: path.read_text() for path in run.path.glob("code.*")}
         assert found == {name: text for name, text in (("code.commit", commit), ("code.diff", diff)) if text}

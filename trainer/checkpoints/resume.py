@@ -13,12 +13,12 @@ import torch
 from model.init import generator_of
 from settings import peek
 from trainer.checkpoints import manifest
+from trainer.checkpoints.compatibility import differences
 from trainer.checkpoints.fetch import fetch, names_there
 from trainer.checkpoints.layout import CONFIG, ENGINE, STATE, newest_first, rng_name
 from trainer.checkpoints.reshard import reshard
 from trainer.checkpoints.retention import refuse_taken
 from trainer.checkpoints.rng import set_rng_state
-from trainer.checkpoints.same_model import differences
 from trainer.checkpoints.save import conditions
 from trainer.checkpoints.zero_files import only_tensors
 from trainer.config import StageConfig

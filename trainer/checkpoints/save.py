@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from settings import to_yaml
-from trainer import code_state
+from trainer import git_state
 from trainer.checkpoints import manifest, receipts
 from trainer.checkpoints.layout import (
     CONFIG,
@@ -131,7 +131,7 @@ class Saver:
             **conditions(self.config, self.world),
             "data_fingerprint": self.fingerprint,
             "init": self.origin,
-            "commit": code_state.commit() if self.world.is_main else None,
+            "commit": git_state.commit() if self.world.is_main else None,
         }
         self._final, self._partial = final, partial
         self._thread = threading.Thread(target=self._run, args=(files, partial, facts, start), name=f"save {step}")

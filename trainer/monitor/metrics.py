@@ -26,7 +26,7 @@ from data.stages import describe_shares, stage_after
 from model.budget import Budget
 from model.flops import Routed, executed_flops
 from settings.words import duration
-from trainer import code_state
+from trainer import git_state
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.evaluate import Evaluation
@@ -98,7 +98,7 @@ class Metrics:
             self._keep_lines_up_to(-1 if resumed_at is None else step)
             self._lines = Lines(run.metrics, self.log.warning)
             log = config.train.log
-            opening = Opening(run.path, log.project, config.model_dump(mode="json"), code_state.commit(), resumed_at)
+            opening = Opening(run.path, log.project, config.model_dump(mode="json"), git_state.commit(), resumed_at)
             self._trackers = Trackers(log.trackers, opening, run.description, run.record, self.log.warning)
 
     def open_bar(self) -> None:

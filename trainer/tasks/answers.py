@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data.speller import Speller
+from data.detokenizer import Detokenizer
 from data.tokenization import TextTokenizer
 from model.generate import passes
 from trainer.distributed import World
@@ -97,7 +97,7 @@ class _Answer:
 
     def __init__(self, prompt: Prompt, tokenizer: TextTokenizer) -> None:
         self._prompt, self._eos_id = prompt, tokenizer.eos_id
-        self._speller = Speller(tokenizer, prompt.ids)
+        self._speller = Detokenizer(tokenizer, prompt.ids)
         self._text, self._tokens, self.ended = "", 0, False
 
     def add(self, token: int) -> None:

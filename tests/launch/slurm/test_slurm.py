@@ -280,7 +280,7 @@ def test_the_copied_code_is_complete_and_knows_its_commit(tmp_path: Path) -> Non
     submit.copy_code(tmp_path / "code")
     check = (
         "from importlib.util import find_spec\n"
-        "import trainer.code_state as state\n"
+        "import trainer.git_state as state\n"
         "print(*(find_spec(n).origin for n in ('pretrain.train', 'tune.train', 'convert.to_hf')), state.commit())"
     )
     command = [sys.executable, "-P", "-c", check]

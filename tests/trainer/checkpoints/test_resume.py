@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.trainer.one_rank import engine_for, save_now, take_steps, weights
-from trainer import code_state
+from trainer import git_state
 from trainer.blocks import CheckpointConfig
 from trainer.checkpoints import manifest, resume
 from trainer.checkpoints.retention import prune
@@ -187,7 +187,7 @@ def test_save_and_load_put_everything_back(
     written = json.loads((saved / "manifest.json").read_text())
     assert {k: v for k, v in written.items() if k != "files"} == {
         "format": 1, "step": 2, "world_size": 1, "zero_stage": stage, "precision": precision, "optimizer": "adamw",
-        "seed": 0, "data_fingerprint": FINGERPRINT, "init": None, "commit": code_state.commit(),
+        "seed": 0, "data_fingerprint": FINGERPRINT, "init": None, "commit": git_state.commit(),
     }  # fmt: skip
     on_disk = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
     assert set(written["files"]) == on_disk - {"manifest.json"}

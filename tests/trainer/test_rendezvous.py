@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 
 from tests.launching import ROOT, environment
-from trainer.meeting import rank_numbers
+from trainer.rendezvous import rank_numbers
 
 PROGRAM = """
 import sys
 from settings import user_errors
 with user_errors():
-    from trainer import meeting
-    meeting.QUIET_S = 1.0
+    from trainer import rendezvous
+    rendezvous.QUIET_S = 1.0
     import torch
-    rank, size, _ = meeting.rank_numbers()
-    meeting.meet(rank, size, "gloo", float(sys.argv[1]), torch.device("cpu"))
+    rank, size, _ = rendezvous.rank_numbers()
+    rendezvous.meet(rank, size, "gloo", float(sys.argv[1]), torch.device("cpu"))
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
     torch.distributed.destroy_process_group()

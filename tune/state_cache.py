@@ -23,7 +23,7 @@ from data.files import write_atomically
 from trainer.log import logger_of_run
 
 
-class KeptStates:
+class StateCache:
     """Residual streams after the last of the frozen layers, window by window.
 
     Args:

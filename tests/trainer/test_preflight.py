@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.opening import open_model
+from trainer.preflight import open_model
 
 
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.programs import needs
-from trainer import code_state
+from trainer import git_state
 
 pytestmark = needs("git")
 Git = Callable[..., str]
@@ -18,7 +18,7 @@ Git = Callable[..., str]
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder in place of this project's, whose state nothing remembers."""
-    monkeypatch.setattr(code_state, "ROOT", tmp_path)
+    monkeypatch.setattr(git_state, "ROOT", tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
     _forget()
     yield tmp_path
@@ -42,13 +42,13 @@ def git(root: Path) -> Git:
 
 
 def _forget() -> None:
-    code_state.commit.cache_clear()
-    code_state.diff.cache_clear()
+    git_state.commit.cache_clear()
+    git_state.diff.cache_clear()
 
 
 def test_as_committed(root: Path, git: Git) -> None:
     (root / "notes.txt").write_text("not tracked")
-    assert code_state.commit() == git("rev-parse", "HEAD") and code_state.diff() == ""
+    assert git_state.commit() == git("rev-parse", "HEAD") and git_state.diff() == ""
 
 
 def test_changed_since(root: Path, git: Git) -> None:
@@ -56,30 +56,30 @@ def test_changed_since(root: Path, git: Git) -> None:
     (root / "code.py").write_text("a = 2\n")
     (root / "picture.bin").write_bytes(bytes(range(256)))
     git("add", "picture.bin")
-    assert code_state.commit() == git("rev-parse", "HEAD") + "-dirty"
-    patch = code_state.diff()
+    assert git_state.commit() == git("rev-parse", "HEAD") + "-dirty"
+    patch = git_state.diff()
     assert "-a = 1\n+a = 2\n" in patch
     git("reset", "--quiet", "--hard")
     (root / "code.diff").write_text(patch)
     git("apply", "code.diff")
     assert (root / "code.py").read_text() == "a = 2\n" and (root / "picture.bin").read_bytes() == bytes(range(256))
-    assert code_state.diff() == patch  # read once a process
+    assert git_state.diff() == patch  # read once a process
 
 
 def test_outside_a_repository() -> None:
-    assert code_state.commit() is None and code_state.diff() == ""
+    assert git_state.commit() is None and git_state.diff() == ""
 
 
 @pytest.mark.usefixtures("git")
 def test_without_git(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setenv("PATH", str(root))
-    assert code_state.commit() is None and code_state.diff() == ""
+    assert git_state.commit() is None and git_state.diff() == ""
 
 
 def test_a_copy_brings_its_own_though_it_lies_in_a_repository(root: Path, git: Git) -> None:
-    (root / code_state.COMMIT).write_text("abc-dirty\n")
-    (root / code_state.CHANGES).write_text("--- a\n")
-    assert (code_state.commit(), code_state.diff()) == ("abc-dirty", "--- a\n")
+    (root / git_state.COMMIT).write_text("abc-dirty\n")
+    (root / git_state.CHANGES).write_text("--- a\n")
+    assert (git_state.commit(), git_state.diff()) == ("abc-dirty", "--- a\n")
     _forget()
-    (root / code_state.COMMIT).write_text("\n")  # it was copied from no repository
-    assert code_state.commit() is None
+    (root / git_state.COMMIT).write_text("\n")  # it was copied from no repository
+    assert git_state.commit() is None

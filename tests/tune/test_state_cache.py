@@ -24,8 +24,8 @@ from trainer.log import logger_of_run
 from tune.adapters import prepare
 from tune.base import load_base
 from tune.config import AdapterConfig, TuneFile
-from tune.kept_states import KeptStates
 from tune.resolve import resolve
+from tune.state_cache import StateCache
 
 METHODS = {"none": 3, "late": 1}
 """What is trained, and how many of three layers are frozen."""
@@ -61,7 +61,7 @@ def test_training_is_the_same_and_states_are_computed_once(method: str, tmp_path
     expected = losses(built(method))
     for again in range(2):
         decoder = built(method)
-        decoder.frozen = kept = KeptStates(tmp_path, "base", METHODS[method])
+        decoder.frozen = kept = StateCache(tmp_path, "base", METHODS[method])
         assert losses(decoder) == pytest.approx(expected, rel=1e-6)
         assert (kept.computed, kept.read) == ((0, 12) if again else (6, 6))
     assert expected[2] < expected[0]
@@ -70,7 +70,7 @@ def test_training_is_the_same_and_states_are_computed_once(method: str, tmp_path
 def test_another_base_method_or_dtype_shares_nothing(tmp_path: Path) -> None:
     def computed(fingerprint: str, method: str, dtype: torch.dtype = torch.float32) -> int:
         decoder = built(method).to(dtype)
-        decoder.frozen = kept = KeptStates(tmp_path, fingerprint, METHODS[method])
+        decoder.frozen = kept = StateCache(tmp_path, fingerprint, METHODS[method])
         decoder(tiny.random_tokens())
         return kept.computed
 
@@ -81,7 +81,7 @@ def test_another_base_method_or_dtype_shares_nothing(tmp_path: Path) -> None:
 def test_documents_and_positions_are_part_of_a_window(tmp_path: Path) -> None:
     decoder = built("none")
     plain = copy.deepcopy(decoder)
-    decoder.frozen = kept = KeptStates(tmp_path, "base", METHODS["none"])
+    decoder.frozen = kept = StateCache(tmp_path, "base", METHODS["none"])
     for lengths in ((20, 13), (13, 20)):
         documents, positions = tiny.documents_of(*lengths)
         for places in (None, positions):
@@ -94,7 +94,7 @@ def test_generation_asks_the_layers(tmp_path: Path) -> None:
     from model.cache import KVCache
 
     decoder = built("none").eval()
-    decoder.frozen = kept = KeptStates(tmp_path, "base", METHODS["none"])
+    decoder.frozen = kept = StateCache(tmp_path, "base", METHODS["none"])
     cache = KVCache(decoder.config, 3, tiny.LENGTH, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         tiny.assert_close(decoder(tiny.random_tokens(), cache=cache).logits, decoder(tiny.random_tokens()).logits)
@@ -106,7 +106,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(
 ) -> None:
     expected = losses(built("none"))
     decoder = built("none")
-    decoder.frozen = kept = KeptStates(tmp_path, "base", METHODS["none"])
+    decoder.frozen = kept = StateCache(tmp_path, "base", METHODS["none"])
     tries = []
 
     def full(*_: object) -> None:
@@ -124,7 +124,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(
 @pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
 def test_a_broken_file_is_named(content: bytes, tmp_path: Path) -> None:
     decoder = built("none")
-    decoder.frozen = KeptStates(tmp_path, "base", METHODS["none"])
+    decoder.frozen = StateCache(tmp_path, "base", METHODS["none"])
     decoder(tiny.random_tokens())
     broken = next(tmp_path.rglob("*.safetensors"))
     broken.write_bytes(content)

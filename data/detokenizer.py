@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from data.tokenization import TextTokenizer
 
-BROKEN = "\ufffd"
+REPLACEMENT_CHARACTER = "\ufffd"
 """What a decoder writes for bytes that are no whole character."""
 _CONTEXT_TOKENS = 5
 """Tokens decoded together with new ones, so that a space at the start of a piece is not lost."""
@@ -16,7 +16,7 @@ _MOST_CONTEXT_TOKENS = 64
 """As far back the start of a character is looked for: some decoders break all of a run of bytes that has none."""
 
 
-class Speller:
+class Detokenizer:
     """Ids to text, piece by piece; characters that are spelt in several tokens come out whole.
 
     Args:
@@ -34,7 +34,7 @@ class Speller:
         self._ids.append(token)
         text = self.tokenizer.decode(self._ids)
         held = len(self._ids) - self._done
-        return "" if text.endswith(BROKEN) and held < _HELD_TOKENS else self._give_out(text)
+        return "" if text.endswith(REPLACEMENT_CHARACTER) and held < _HELD_TOKENS else self._give_out(text)
 
     def rest(self) -> str:
         """What was held back, broken as it may be."""
@@ -50,6 +50,6 @@ class Speller:
         """The last of ``ids``, from a whole character on."""
         fewest, most = (max(len(ids) - tokens, 0) for tokens in (_CONTEXT_TOKENS, _MOST_CONTEXT_TOKENS))
         for start in range(fewest, most - 1, -1):
-            if not self.tokenizer.decode(ids[start:]).startswith(BROKEN):
+            if not self.tokenizer.decode(ids[start:]).startswith(REPLACEMENT_CHARACTER):
                 return list(ids[start:])
         return list(ids[fewest:])
