@@ -32,7 +32,7 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
         ValueError: for anything that the user can fix; what was saved stays.
     """
     from pretrain.initial import open_initial
-    from trainer.loop import run
+    from trainer.loop import train_loop
     from trainer.monitor.summary import describe_end, describe_start
     from trainer.tasks.live import open_tasks
     from trainer.trainer import Trainer
@@ -46,7 +46,7 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
         config, config_path, data.fingerprint, validation_sets, world, initial=initial, tasks=tasks
     ) as trainer:
         trainer.log.info(describe_start(trainer.config, data, world))
-        if not run(trainer, data):
+        if not train_loop(trainer, data):
             return EXIT_PREEMPTED
         trainer.log.info(describe_end(config, trainer.evaluations))
     return 0

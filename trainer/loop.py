@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 from data.batches import Batch, step_sample_ids
 from data.prefetch import prefetch
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.monitor.orphan import command_again
-from trainer.trainer import Trainer, TrainingStream
+from trainer.trainer import Trainer
 
 
-def run(trainer: Trainer, data: TrainingStream) -> bool:
+class TrainingStream(Protocol):
+    """Training data: a pure function of how many samples were consumed."""
+
+    def batch(self, consumed: Sequence[int] | range) -> Batch:
+        """The samples at these places of the run."""
+
+
+def train_loop(trainer: Trainer, data: TrainingStream) -> bool:
     """Go on to the last step; False if the run was asked to stop before it, and saved.
 
     Raises:

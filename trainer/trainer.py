@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from data.batches import Batch
 from data.skip_ranges import refuse_other_past, sample_ids
@@ -44,13 +44,6 @@ from trainer.tasks.live import LiveTasks
 
 _PATIENCE_AFTER_ERROR_S = 10.0
 """How long a run that an error has ended waits for its mirror; a launcher ends it soon."""
-
-
-class TrainingStream(Protocol):
-    """Training data: a pure function of how many samples were consumed."""
-
-    def batch(self, consumed: Sequence[int] | range) -> Batch:
-        """The samples at these places of the run."""
 
 
 class Trainer:
@@ -123,47 +116,20 @@ class Trainer:
 
     def _open(self, config_path: Path, source: Path | None, given: Initial | None, precision_told: str | None) -> None:
         """Go on from the checkpoint ``source``, own or forked, or start; set up everything around the engine."""
-        config, world, validation_sets = self.config, self.world, self.validation_sets
+        config, world = self.config, self.world
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
         self.spikes = SpikeDetector(config.train.spike)
-        if source is not None:
-            fingerprint = self.fingerprint if given is None else None
-            state, change = resume.load(self.engine, source, fingerprint, config, world)
-            dealt_out = f" ({change}: equal to rounding, not bit by bit)" if change else ""
-            self._take_back(state)
-        elif isinstance(given, GivenWeights):
-            given.put_into(self.engine, world)
-        problem = None
-        if world.is_main:
-            problem = self.run.claim(config, config_path, self._hold)
-        problem = world.broadcast_object(problem)
-        if problem:
+        metrics_state, origin_told = self._restore(source, given)
+        problem = self.run.claim(config, config_path, self._hold) if world.is_main else None
+        if problem := world.broadcast_object(problem):
             raise ValueError(problem)
         self.log = open_log(self.run.log, world.is_main)
-        if precision_told:
-            self.log.info(precision_told)
-        if self.tasks is not None:
-            self.log.info(self.tasks.sentence())
-        if warning := slow_bf16_warning(config, world):
-            self.log.warning(warning)
-        size = retention.checkpoint_bytes(self.engine.module, config)
-        if warning := retention.check_plan(size, self.run.checkpoints, config.train, world):
-            self.log.warning(warning)
-        peak_tflops = config.train.log.peak_tflops
-        peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak(world, config.train.precision)
-        history_of = validation_sets[0].name if validation_sets else None
-        with self.run.writing():
-            self.metrics = Metrics(
-                config, self.run, world, self.step if source else None, peak_flops, history_of, self.balance.layers
-            )
-        if source is not None:
-            self.metrics.load_state_dict(state["metrics"])
-            told = f"resumed from {source} at step {self.step:,}" if given is None else given.description
-            self.log.info(f"{told}{dealt_out}")
-        elif given is not None:
-            self.log.info(given.description)
+        self._tell_set_up(precision_told)
+        self._open_metrics(metrics_state)
+        if origin_told:
+            self.log.info(origin_told)
         tick = self.run.heartbeat.tick
         origin = given.description if given else resume.origin_of(source, world)
         own = source if given is None else None
@@ -181,6 +147,44 @@ class Trainer:
         self.evaluations: dict[int, list[Evaluation]] = {}
         self._bad_in_a_row = 0
         self.watchdog.start()
+
+    def _restore(self, source: Path | None, given: Initial | None) -> tuple[dict[str, Any] | None, str | None]:
+        """Load what the run starts from; the state of the checkpoint's metrics, and a sentence for the log."""
+        if source is None:
+            if isinstance(given, GivenWeights):
+                given.put_into(self.engine, self.world)
+            return None, None if given is None else given.description
+        fingerprint = self.fingerprint if given is None else None
+        state, change = resume.load(self.engine, source, fingerprint, self.config, self.world)
+        self._take_back(state)
+        told = f"resumed from {source} at step {self.step:,}" if given is None else given.description
+        return state["metrics"], f"{told} ({change}: equal to rounding, not bit by bit)" if change else told
+
+    def _tell_set_up(self, precision_told: str | None) -> None:
+        """Log how this machine trains the run, and what may go wrong."""
+        if precision_told:
+            self.log.info(precision_told)
+        if self.tasks is not None:
+            self.log.info(self.tasks.sentence())
+        if warning := slow_bf16_warning(self.config, self.world):
+            self.log.warning(warning)
+        size = retention.checkpoint_bytes(self.engine.module, self.config)
+        if warning := retention.check_plan(size, self.run.checkpoints, self.config.train, self.world):
+            self.log.warning(warning)
+
+    def _open_metrics(self, state: dict[str, Any] | None) -> None:
+        """Open the metrics, of a checkpoint's ``state`` if there is one."""
+        config, sets = self.config, self.validation_sets
+        peak_tflops = config.train.log.peak_tflops
+        peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak(self.world, config.train.precision)
+        resumed_at = None if state is None else self.step
+        history_of = sets[0].name if sets else None
+        with self.run.writing():
+            self.metrics = Metrics(
+                config, self.run, self.world, resumed_at, peak_flops, history_of, self.balance.layers
+            )
+        if state is not None:
+            self.metrics.load_state_dict(state)
 
     def __enter__(self) -> Self:
         return self

@@ -24,7 +24,7 @@ from data.batches import Batch
 from model.chunks import IGNORED
 from model.decoder import Decoder
 from trainer.distributed import World
-from trainer.trainer import TrainingStream
+from trainer.loop import TrainingStream
 
 TOKENS = 4096
 """At least so many are read by all ranks together, prompts and padding included; windows are whole."""

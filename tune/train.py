@@ -31,7 +31,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     Raises:
         ValueError: for anything that the user can fix; what was saved stays.
     """
-    from trainer.loop import run
+    from trainer.loop import train_loop
     from trainer.monitor.summary import describe_end
     from trainer.tasks.live import open_tasks
     from tune.adapters import prepare, trainable_counts
@@ -62,7 +62,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         trained, total = trainable_counts(decoder)
         if trainer.step == 0:
             trainer.metrics.log_figures(0, {"parameters/trained": trained, "parameters/total": total})
-        if not run(trainer, data):
+        if not train_loop(trainer, data):
             return EXIT_PREEMPTED
         trainer.save_adapter(peft)
         trainer.test(tests)

@@ -24,7 +24,7 @@ from model.flops import TRAINING_FACTOR, dense_flops, training_flops
 from model.init import initialise
 from trainer.config import PretrainConfig
 from trainer.distributed import World
-from trainer.loop import run
+from trainer.loop import train_loop
 from trainer.monitor.metrics import peak_bytes
 from trainer.tally import StepResult
 from trainer.trainer import Trainer
@@ -70,7 +70,7 @@ def ours(config: PretrainConfig, path: Path, world: World, turn: Turn) -> None:
     """What ``pretrain.train`` does, in turns."""
     data = TrainingData(config.data, pin_memory=world.device.type == "cuda")
     with OnTurn(turn, config, path, data.fingerprint, [], world) as trainer:
-        run(trainer, data)
+        train_loop(trainer, data)
 
 
 class WindowFile(Dataset[dict[str, Tensor]]):
