@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -144,8 +143,7 @@ def _newest(run: Path, last: int) -> list[Path]:
     if not is_run(run):
         raise ValueError(f"--last {last} is of a run, and {run} is none; give the folder that train.run_dir names")
     whole, torn = manifest.newest_whole_ones(checkpoints_of(run), ALONE, last)
-    for sentence in torn:
-        print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+    manifest.report_torn(torn, ALONE)
     if len(whole) < last:
         there = ", ".join(path.name for path in whole) or "none"
         raise ValueError(

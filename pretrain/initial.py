@@ -21,15 +21,15 @@ from data.files import read_json
 from data.tokenization import load_text_tokenizer, tokenizer_sha256
 from model.config import ModelConfig, RouterConfig
 from model.router import thresholds_of
-from settings import load, peek
+from settings import load
 from trainer.checkpoints import manifest
 from trainer.checkpoints.compatibility import differences
 from trainer.checkpoints.empty_decoder import without_memory
 from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.read_weights import checkpoint_of, thresholds_in, weights_of
-from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder
+from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder, read_config
 from trainer.checkpoints.zero_files import as_they_are
-from trainer.config import InitConfig, PretrainConfig, WeightsConfig, is_stage_two
+from trainer.config import InitConfig, PretrainConfig, is_stage_two
 from trainer.distributed import World
 from trainer.initial import Fork, GivenWeights, Initial
 
@@ -92,11 +92,8 @@ def _checkpoint(folder: Path, world: World) -> GivenWeights:
 
 
 def _weights_folder(folder: Path, world: World) -> GivenWeights:
-    problem = manifest.problem_of(folder, world)
-    if problem is not None:
-        raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
-    _refuse_ensemble(folder, peek(folder / CONFIG).get("ensemble") is not None)
-    config = load(folder / CONFIG, [], WeightsConfig)
+    config = read_config(folder, world)
+    _refuse_ensemble(folder, config.ensemble is not None)
     source = manifest.read(folder, world).get("source", "unknown origin")
     given = None if config.thresholds is None else thresholds_of(config.thresholds)
     with safe_open(folder / WEIGHTS, framework="pt") as file:

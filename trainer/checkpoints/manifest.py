@@ -6,6 +6,8 @@ manifest itself, because on a shared file system others may see it late.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +90,12 @@ def newest_whole_ones(folder: Path, world: World, most: int) -> tuple[list[Path]
         if len(found) == most:
             break
     return found, torn
+
+
+def report_torn(sentences: Sequence[str], world: World) -> None:
+    """Say on stderr, once for all ranks, what was passed over."""
+    for sentence in sentences if world.is_main else ():
+        print(f"passed over: {sentence}", file=sys.stderr, flush=True)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:

@@ -6,7 +6,6 @@ model, and of the files, which are mapped, what the system likes to keep. Decode
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -85,9 +84,7 @@ def checkpoint_of(path: Path, world: World = ALONE, what: str = _WHAT) -> Path:
         return path
     folder = checkpoints_of(path)
     found, torn = manifest.newest_whole(folder, world)
-    if world.is_main:
-        for sentence in torn:
-            print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+    manifest.report_torn(torn, world)
     if found is None:
         raise ValueError(f"{folder} holds no whole checkpoint; train until one is saved, or give another run folder")
     return found

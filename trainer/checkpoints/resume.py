@@ -50,9 +50,7 @@ def to_resume(
     if resume == "never":
         return None
     found, torn = manifest.newest_whole(folder, world)
-    if world.is_main:
-        for sentence in torn:
-            print(f"passed over: {sentence}", flush=True)
+    manifest.report_torn(torn, world)
     if found is None and mirror is not None:
         assert metrics is not None
         found = _fetched(mirror, away or names_there(mirror, world), folder, metrics, world)
@@ -74,8 +72,7 @@ def _fetched(mirror: str, names: list[str], folder: Path, metrics: Path, world: 
         torn = fetch(mirror, name, folder, metrics, world)
         if torn is None:
             return folder / name
-        if world.is_main:
-            print(f"passed over: {name} of {mirror} is torn: {torn}", flush=True)
+        manifest.report_torn([f"{name} of {mirror} is torn: {torn}"], world)
     return None
 
 

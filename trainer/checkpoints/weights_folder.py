@@ -32,7 +32,7 @@ from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import allocate, without_memory
 from trainer.checkpoints.layout import CONFIG
 from trainer.config import WeightsConfig
-from trainer.distributed import ALONE
+from trainer.distributed import ALONE, World
 
 WEIGHTS = "model.safetensors"
 _TOLD = 3
@@ -99,13 +99,22 @@ def read_empty(folder: Path) -> tuple[Decoder, WeightsConfig]:
     Raises:
         ValueError: if a file is missing or was changed.
     """
-    problem = manifest.problem_of(folder, ALONE)
-    if problem is not None:
-        raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
-    config = load(folder / CONFIG, [], WeightsConfig)
+    config = read_config(folder, ALONE)
     decoder = without_memory(config.model, config.seed, config.ensemble)
     decoder.thresholds = None if config.thresholds is None else thresholds_of(config.thresholds)
     return decoder, config
+
+
+def read_config(folder: Path, world: World) -> WeightsConfig:
+    """The config of a whole folder; collective.
+
+    Raises:
+        ValueError: if a file is missing or was changed; on every rank.
+    """
+    problem = manifest.problem_of(folder, world)
+    if problem is not None:
+        raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
+    return load(folder / CONFIG, [], WeightsConfig)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def test_what_a_start_does_with_what_is_there(
             start()
         return
     assert start() == whole
-    assert "passed over: step-00000004.partial was never finished" in capsys.readouterr().out
+    assert "passed over: step-00000004.partial was never finished" in capsys.readouterr().err
     (whole / "deepspeed/weights.pt").unlink()
     with pytest.raises(ValueError, match="none of step-00000003 is whole"):
         start()
