@@ -106,6 +106,9 @@ def is_users(error: BaseException) -> bool:
 
 
 def _end_as_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
+    # torch.distributed wraps the hook in one that collects what is printed, and never shows it if the hook exits.
+    sys.stderr = sys.__stderr__ or sys.stderr
+    logging.getLogger("hopscotch").debug("ended by a fault", exc_info=(kind, error, trace))  # to a run's log file
     sys.__excepthook__(kind, error, trace)
     print(_REPORT, file=sys.stderr, flush=True)
     raise SystemExit(EXIT_FAULT)

@@ -85,6 +85,27 @@ def test_a_fault_keeps_its_traceback_and_says_where_to_report_it() -> None:
     assert done.stderr.splitlines()[-1].startswith("this is a fault of Hopscotch or of a library that it uses")
 
 
+def test_a_fault_among_ranks_is_shown_and_logged(tmp_path: Path) -> None:
+    """torch.distributed puts a hook of its own around ours, which shows nothing where ours ends the process."""
+    program = f"""
+from datetime import timedelta
+from pathlib import Path
+import torch.distributed as dist
+from settings import user_errors
+from trainer.log import open_log
+with user_errors():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    open_log(Path({str(tmp_path / "rank-0.log")!r}), to_terminal=True)
+    int("x")
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_FAULT
+    assert done.stderr.count("invalid literal for int()") == 1 and done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("this is a fault of Hopscotch or of a library that it uses")
+    assert "invalid literal for int()" in (tmp_path / "rank-0.log").read_text()
+
+
 @pytest.mark.parametrize("kind", [AssertionError, KeyError, RuntimeError])
 def test_our_own_mistakes_pass_through(kind: type[BaseException]) -> None:
     with pytest.raises(kind), user_errors():
