@@ -35,7 +35,7 @@ def train_loop(trainer: Trainer, data: TrainingStream) -> bool:
     due = due or trainer.step >= last_step
     if due and not trainer.metrics.has_evaluation(trainer.step):
         trainer.validate()
-    trainer.metrics.open_bar()
+    trainer.metrics.begin()
     trainer.begin_loading()
     with prefetch(micro_batches(data, config, trainer.world, trainer.step, trainer.samples), 2) as loader:
         for batches in loader:

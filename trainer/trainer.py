@@ -203,6 +203,7 @@ class Trainer:
             self.saver.end()
             phase = "lost" if is_lost_rank(error) else "failed"
         self.watchdog.stop()
+        self.metrics.write_line()  # a wait for the mirror may be cut short
         if self.mirror is not None:
             patience_s = self.config.train.checkpoint.mirror_wait_s
             self.mirror.close(patience_s if error is None else min(patience_s, _PATIENCE_AFTER_ERROR_S))

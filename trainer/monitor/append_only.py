@@ -39,6 +39,10 @@ class Lines:
                 self.tell(f"{self.path} is written again, and no line is missing")
             self._failed = False
 
+    def cut(self, size_bytes: int) -> None:
+        """Take away what stands beyond the first ``size_bytes``, for a line that is written anew."""
+        self._file.truncate(size_bytes)
+
     def close(self) -> None:
         """Close the file."""
         if self._waiting:

@@ -86,8 +86,9 @@ class Metrics:
         self._mixture = config.data.mixture()
         self._since_log: list[StepResult] = []
         self._clock = time.perf_counter()
-        self._waited_s = self._waited_so_far_s = 0.0
+        self._elapsed_before_s = self._waited_s = self._waited_so_far_s = 0.0
         self._line: dict[str, Any] = {}
+        self._reopened_at: int | None = None  # where the line of the step resumed from begins in the file
         self._history: list[tuple[int, list[float]]] = []
         self._evaluated_at: set[int] = set()
         self._trackers: Trackers | None = None
@@ -101,8 +102,9 @@ class Metrics:
             opening = Opening(run.path, log.project, config.model_dump(mode="json"), git_state.commit(), resumed_at)
             self._trackers = Trackers(log.trackers, opening, run.description, run.record, self.log.warning)
 
-    def open_bar(self) -> None:
-        """Show a progress bar from here on, if rank 0 writes to a terminal."""
+    def begin(self) -> None:
+        """Count step time from here on, and show a progress bar if rank 0 writes to a terminal."""
+        self._clock = time.perf_counter() - self._elapsed_before_s
         if self.world.is_main and sys.stdout.isatty():
             total, done = self.config.train.last_step, self._first_step
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False, file=sys.stdout)
@@ -207,6 +209,9 @@ class Metrics:
     def write_line(self) -> None:
         """Write what was found after the last step as its line, if anything was."""
         if self._trackers is not None and self._line:
+            if self._reopened_at is not None:
+                self._lines.cut(self._reopened_at)
+                self._reopened_at = None
             self._lines.add(metrics_file.text_of(self._line))
         self._line = {}
 
@@ -229,7 +234,8 @@ class Metrics:
         if state.get("sources", self.sources) != self.sources:
             return
         self._since_log = [_step_result(result) for result in state["since_log"]]
-        self._clock -= state["elapsed_s"]
+        self._elapsed_before_s = state["elapsed_s"]
+        self._clock -= self._elapsed_before_s
         self._waited_s -= state["waited_s"]
 
     def close(self, phase: str = "ended") -> None:
@@ -309,7 +315,8 @@ class Metrics:
     def _keep_lines_up_to(self, step: int) -> None:
         """Drop what a run that was killed logged after the checkpoint it resumes from; read the densities back.
 
-        The line of the step itself is open again.
+        The line of the step itself is open again, and stays in the file until it is written anew: a start that is
+        refused later must not lose it.
         """
         if not self.run.metrics.exists():
             return
@@ -318,9 +325,10 @@ class Metrics:
             self._remember(line)
             if metrics_file.losses_of(line):
                 self._evaluated_at.add(line["step"])
+        write_atomically(self.run.metrics, metrics_file.content_of(kept))
         if kept and kept[-1]["step"] == step:
             self._line = kept.pop()
-        write_atomically(self.run.metrics, metrics_file.content_of(kept))
+            self._reopened_at = len(metrics_file.content_of(kept))
 
     def _remember(self, line: dict[str, Any]) -> None:
         prefix = f"validation/{self._history_of}/density/"

@@ -268,6 +268,37 @@ def test_a_resume_keeps_the_lines_up_to_its_step(
     assert [line["step"] for line in _lines(folder.path)] == [*kept, 9]
 
 
+def test_a_refused_start_leaves_the_line_of_its_step(
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder
+) -> None:
+    """What an evaluation found after the last save is nowhere else."""
+    folder.metrics.write_text('{"step": 1}\n{"step": 2, "validation/code/loss": 3.5}\n{"step": 3}\n')
+    for _ in range(2):  # the first is refused before it trains
+        made = Metrics(configure(), folder, world, 2, 1e12)
+        assert [line["step"] for line in _lines(folder.path)] == [1, 2]
+    made.log_figures(2, {"more": 1.0})
+    made.log_figures(3, {"more": 2.0})
+    made.close()
+    assert _lines(folder.path) == [
+        {"step": 1}, {"step": 2, "validation/code/loss": 3.5, "more": 1.0}, {"step": 3, "more": 2.0},
+    ]  # fmt: skip
+
+
+def test_what_comes_before_the_first_step_is_not_its_time(
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("trainer.monitor.metrics.time.perf_counter", lambda: now[0])
+    config = configure("train.log.every_steps=1")
+    made = Metrics(config, folder, world, None, 1e12)
+    now[0] = 20.0  # a mirror that does not answer
+    made.begin()
+    now[0] = 21.0
+    made.log_step(1, 8, _step(), 0.1, Budget(config.model, 32), 0.0)
+    made.close()
+    assert _lines(folder.path)[0]["speed/step_s"] == 1.0
+
+
 def test_an_evaluation_of_before_the_resume_is_drawn_again(
     configure: Callable[..., PretrainConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
