@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.files import write_atomically
 from evals.placement import add_batch, add_placement, check_placement, placed
 from evals.texts import add_text_options, text_field_of, text_files, texts_of
-from settings import path_argument, user_errors
+from settings import path_argument, require_writable, user_errors
 from trainer import preflight
 from trainer.config import WeightsConfig
 
@@ -232,8 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         if options.limit is not None and options.limit < 1:
             raise ValueError(f"--limit must be at least 1 document, got {options.limit}")
-        if options.json is not None and not options.json.parent.is_dir():
-            raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+        if options.json is not None:
+            require_writable(options.json, "--json")
         check_placement(options, ranks=True)
         files = text_files(options.files, options.format)
         preflight.open_model(options.model)

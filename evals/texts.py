@@ -51,13 +51,19 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
         text_field: field of JSON lines, column of Parquet and CSV.
 
     Raises:
-        ValueError: if it is missing, its format is not known, or it cannot be read.
+        ValueError: if it is missing, its format is not known, or it cannot be read, as text that is not Unicode cannot:
+            a score of what is put in its place would be of another text.
     """
     (file,) = find_files([str(path)])
     config = SourceConfig.model_construct(name="FILES", format=_format(file, kind), text_field=text_field)
     source = Source(config, files=[file])
     try:
-        for document in source.documents(Cursor(0, 0)):
+        for number, document in enumerate(source.documents(Cursor(0, 0)), start=1):
+            if document.repaired:
+                raise ValueError(
+                    f"document {number} is not valid Unicode, so its score would be of another text; convert "
+                    "the file to UTF-8, for example with: iconv -f latin1 -t utf-8"
+                )
             yield document.text.decode()
     except ValueError as error:
         # What the source says around its reason is about a config.

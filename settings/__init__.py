@@ -2,7 +2,7 @@
 
 from settings.arguments import parse_arguments
 from settings.load import load, peek, to_yaml
-from settings.paths import PathText, path_argument, shown
+from settings.paths import PathText, path_argument, require_writable, shown
 from settings.strict import Strict
 from settings.suggestions import did_you_mean
 from settings.user_errors import rank_by_environment, ranks_by_environment, user_errors
@@ -19,6 +19,7 @@ __all__ = [
     "peek",
     "rank_by_environment",
     "ranks_by_environment",
+    "require_writable",
     "shown",
     "to_yaml",
     "user_errors",

@@ -38,6 +38,20 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def require_writable(path: Path, option: str) -> None:
+    """Before hours of work: whether ``path``, given as ``option``, can become a file.
+
+    Raises:
+        ValueError: its folder does not exist or is read-only, or it is a folder itself.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} to write {path.name} in; make it, or give another {option}")
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; give the name of a file in it")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder {path.parent} is read-only for you; give another {option}")
+
+
 def shown(path: str | Path) -> str:
     """``path`` as valid Unicode: bytes of its name that are not UTF-8 are written ``\\xff``."""
     return str(path).encode(errors="surrogateescape").decode(errors="backslashreplace")

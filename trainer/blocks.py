@@ -70,6 +70,17 @@ class ScheduleConfig(Strict):
     inverse_sqrt_from: int = Field(10_000, gt=0)
     """inverse_sqrt: the step at which the rate starts to fall."""
 
+    def problems(self, steps: int) -> list[str]:
+        """Why the rate would never reach its peak in a run of ``steps``."""
+        decays = self.kind in ("cosine", "warmup_stable_decay")
+        end, name = (self.end_step, "train.schedule.end_step") if decays and self.end_step else (steps, "train.steps")
+        found = []
+        if self.warmup_steps > end:
+            found.append(f"train.schedule.warmup_steps ({self.warmup_steps}) must not exceed {name} ({end}); set both")
+        if self.kind == "warmup_stable_decay" and self.decay_steps is not None and self.decay_steps > end:
+            found.append(f"train.schedule.decay_steps ({self.decay_steps}) must not exceed {name} ({end}); set both")
+        return found
+
 
 class EvaluationConfig(Strict):
     """Losses on the named validation sets, and downstream tasks."""
@@ -233,9 +244,9 @@ class TrainConfig(Strict):
     """Stop the run after this many steps in a row with a loss or gradient that is not finite."""
     spike: SpikeConfig = SpikeConfig()
     """Steps with a loss or gradient that is finite and far too large."""
-    timeout_s: float = Field(1800.0, gt=0)
+    timeout_s: float = Field(1800.0, gt=0, le=1e9)
     """How long a collective may wait for the other ranks."""
-    stall_timeout_s: float = Field(900.0, gt=0)
+    stall_timeout_s: float = Field(900.0, gt=0, le=1e9)
     """Longest time without progress (a micro-batch, a save, a compilation); then stacks are written and it ends."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation."""

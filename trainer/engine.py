@@ -58,13 +58,21 @@ def build_engine(
     groups = parameter_groups(model, config.train.optimizer)
     optimizer = _optimizer(config, groups)
     before = [p.detach().clone() for p in model.parameters()] if _steps_when_built(config) else []
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        model_parameters=groups if optimizer is None else None,
-        config=json,
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            model_parameters=groups if optimizer is None else None,
+            config=json,
+            dist_init_required=False,
+        )
+    except ValueError as error:
+        if not config.deepspeed.extra:
+            raise
+        raise ValueError(
+            f"DeepSpeed does not take what deepspeed.extra holds ({' '.join(str(error).split())}); correct it, or "
+            "leave it out"
+        ) from error
     if before:
         undo_first_step(engine, before)
     for group in engine.optimizer.param_groups:

@@ -63,7 +63,7 @@ class Trainer:
     Attributes:
         config: the run's, with its precision decided.
         step, samples: optimiser steps done and windows consumed.
-        evaluations: what :meth:`validate` found in this start of the run, by step.
+        evaluations: what :meth:`validate` found in this start of the run at step 0 and at last, by step.
 
     Raises:
         ValueError: if the run folder or a checkpoint do not fit the config.
@@ -144,7 +144,7 @@ class Trainer:
         self.watchdog = Watchdog(self.run, config.train.stall_timeout_s, self.stop.request, world.size)
         profile = config.train.profile
         self._profiler = None if profile is None else StepProfiler(profile, self.run.path, world.rank, world.device)
-        self.evaluations: dict[int, list[Evaluation]] = {}
+        self.evaluations: dict[int, list[Evaluation]] = {}  # with pictures of windows, so not all of a long run
         self._bad_in_a_row = 0
         self.watchdog.start()
 
@@ -340,6 +340,7 @@ class Trainer:
             self._run_tasks()
             results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
             self.metrics.log_evaluation(self.step, results)
+        self.evaluations = {step: found for step, found in self.evaluations.items() if step == 0}
         self.evaluations[self.step] = results
         set_rng_state(before)
 

@@ -14,7 +14,7 @@ from typing import get_args
 from pydantic import ValidationError
 
 from model.config import ModelConfig, RouterConfig
-from settings import path_argument
+from settings import path_argument, require_writable
 from trainer.device import find_device
 
 CPU_SIZES = {"layers": 12, "width": 384, "heads": 6, "kv_heads": 2, "ffn_width": 1024, "vocab": 4096}
@@ -111,10 +111,8 @@ def refuse(options: argparse.Namespace, least: Mapping[str, int]) -> None:
             raise ValueError(f"--densities must lie above 0 and not above 1, got {density:g}")
     for name in ("json", "markdown"):
         path: Path | None = getattr(options, name, None)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"--{name} {path}: the folder {path.parent} does not exist; create it first")
-        if path is not None and path.is_dir():
-            raise ValueError(f"--{name} {path} is a folder; give the name of a file")
+        if path is not None:
+            require_writable(path, f"--{name}")
 
 
 def routed_name(density: float) -> str:

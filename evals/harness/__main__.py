@@ -38,7 +38,7 @@ from data.hub_cache import ensure_hub_cache
 from evals.harness.questions import ONE_SHOT, QUESTIONS
 from evals.harness.tasks import BLIMP, CLASSIFY, HUB_ONE_SHOT, PERPLEXITY, TEXT, local_tasks
 from evals.placement import add_batch, add_placement, check_placement, placed
-from settings import path_argument, rank_by_environment, ranks_by_environment, user_errors
+from settings import path_argument, rank_by_environment, ranks_by_environment, require_writable, user_errors
 from settings.project import installing
 from trainer import preflight
 
@@ -91,8 +91,8 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must be at least {least}, got {value}")
     if options.include is not None and not options.include.is_dir():
         raise ValueError(f"there is no folder {options.include}; --include names one with task files")
-    if options.json is not None and not options.json.parent.is_dir():
-        raise ValueError(f"there is no folder {options.json.parent} to write to; make it, or give --json another")
+    if options.json is not None:
+        require_writable(options.json, "--json")
     check_placement(options, ranks=True)
     if options.against and ranks_by_environment() > 1:
         raise ValueError("--against runs the harness's own loader, in one process; start it with python")

@@ -11,7 +11,6 @@ frequent tokens, densities over training where the run's metrics are at hand, an
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from evals.placement import add_placement, check_placement, placed
 from evals.routing import FEWEST
 from evals.routing.page import page
 from evals.texts import add_text_options, text_files
-from settings import path_argument, user_errors
+from settings import path_argument, require_writable, user_errors
 from trainer import preflight
 from trainer.checkpoints.layout import run_of
 
@@ -46,10 +45,7 @@ def _out(path: Path, given: Path | None) -> Path:
         out = run / NAME
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out must end in .html, got {out}; a report is a page for a browser")
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent} to write {out.name} in; make it, or give another --out")
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise ValueError(f"{out} cannot be written; give another file with --out")
+    require_writable(out, "--out")
     return out
 
 

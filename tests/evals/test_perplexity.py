@@ -147,6 +147,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--limit", "0"], "--limit must be at least 1"),
         (["--text-field", "body"], "has no field 'body'"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),
+        (["--json", "/"], "--json / is a folder; give the name of a file in it"),
     ],
 )
 def test_options_that_cannot_be(
@@ -157,6 +158,8 @@ def test_options_that_cannot_be(
 
 def test_files_that_cannot_be(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no file matches" in _refused(capsys, str(weights), str(tmp_path / "none.txt"))
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    assert "document 1 is not valid Unicode" in _refused(capsys, str(weights), str(tmp_path / "latin.txt"))
     (tmp_path / "empty.txt").touch()
     assert "holds no text" in _refused(capsys, str(weights), str(tmp_path / "empty.txt"))
     (tmp_path / "x.bin").write_bytes(b"x")

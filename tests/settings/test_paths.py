@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from data.config import DataConfig
 from launch.slurm.config import SlurmConfig
-from settings import path_argument, shown
+from settings import path_argument, require_writable, shown
 from settings.load import nested_schemas
 from settings.paths import expand
 from trainer.config import PretrainConfig
@@ -31,6 +31,19 @@ def test_what_cannot_be_expanded_is_refused(path: str) -> None:
         expand(path)
     with pytest.raises(argparse.ArgumentTypeError):
         path_argument(path)
+
+
+def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_writable(tmp_path / "x.json", "--json")
+    with pytest.raises(
+        ValueError, match=r"there is no folder .*/none to write x.json in; make it, or give another --o"
+    ):
+        require_writable(tmp_path / "none" / "x.json", "--out")
+    with pytest.raises(ValueError, match=r"--json .* is a folder; give the name of a file in it"):
+        require_writable(tmp_path, "--json")
+    monkeypatch.setattr("settings.paths.os.access", lambda path, mode: False)  # a superuser may write everywhere
+    with pytest.raises(ValueError, match=r"is read-only for you; give another --json"):
+        require_writable(tmp_path / "x.json", "--json")
 
 
 def test_bytes_that_are_not_utf8_are_shown() -> None:

@@ -57,6 +57,20 @@ REFUSED = [
     (["train.checkpoint.resume=step-00000012"], "train.checkpoint.resume: it takes never, auto or required, which go"),
     (["train.schedule.warmup_steps=5"], "train.schedule.warmup_steps (5) must not exceed train.steps (4)"),
     (
+        ["train.schedule.warmup_steps=3", "train.schedule.end_step=2"],
+        "train.schedule.warmup_steps (3) must not exceed train.schedule.end_step (2); set both",
+    ),
+    (
+        ["train.schedule.kind=warmup_stable_decay", "train.schedule.decay_steps=5"],
+        "train.schedule.decay_steps (5) must not exceed train.steps (4)",
+    ),
+    (
+        ["train.spike={action: stop, window_steps: 5}"],
+        "train.max_bad_steps (5) must be below train.spike.window_steps (5), after which a spike passes for normal",
+    ),
+    (["train.profile.steps=[4,5]"], "train.profile.steps [4, 5] must end by the last step of this run (4)"),
+    (["train.stall_timeout_s=1e10"], "train.stall_timeout_s: input should be less than or equal to 1000000000"),
+    (
         ["train.micro_batch_samples=3"],
         "train.global_batch_samples (8) must be divisible by train.micro_batch_samples (3)",
     ),

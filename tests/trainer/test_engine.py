@@ -137,6 +137,16 @@ def test_fp16_needs_a_gpu(configure: Configure, world: World) -> None:
         build_engine(configure("train.precision=fp16"), world)
 
 
+@pytest.mark.parametrize(
+    "extra", ["{zero_optimization: {reduce_bucket_size: many}}", "{communication_data_type: fp12}"]
+)
+def test_a_value_that_deepspeed_refuses_is_a_mistake(
+    configure: Callable[..., PretrainConfig], world: World, extra: str
+) -> None:
+    with pytest.raises(ValueError, match=r"^DeepSpeed does not take what deepspeed.extra holds \(.*\); correct it, or"):
+        build_engine(configure(f"deepspeed.extra={extra}"), world)
+
+
 @pytest.mark.quick
 def test_clipping_at_stage_0_is_what_zero_does(configure: Configure, world: World) -> None:
     """The trainer's own clipping, and none at all, against DeepSpeed's."""

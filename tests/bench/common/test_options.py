@@ -83,7 +83,10 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"densities": [1.5]}, "--densities must lie above 0 and not above 1, got 1.5"),
         ({"densities": [0.0]}, "--densities must lie above 0 and not above 1, got 0"),
         ({"densities": [float("nan")]}, "--densities must lie above 0 and not above 1, got nan"),
-        ({"json": Path("no/such/folder/rows.json")}, "the folder no/such/folder does not exist; create it first"),
+        (
+            {"json": Path("no/such/folder/rows.json")},
+            "there is no folder no/such/folder to write rows.json in; make it, or give another --json",
+        ),
         ({"markdown": Path("no/such/folder/table.md")}, "--markdown no/such/folder/table.md: the folder"),
         ({"json": Path(".")}, r"--json \. is a folder; give the name of a file"),
     ],

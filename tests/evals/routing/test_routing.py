@@ -361,7 +361,10 @@ def test_what_the_command_refuses(
         ([model, text, "--tokens", "3", *out], "--tokens must be at least 64 to say anything, got 3; raise it"),
         ([model, text, "--out", str(tmp_path / "no/report.html")], "to write report.html in; make it, or give another"),
         ([model, text, "--out", str(tmp_path / "model.safetensors")], "--out must end in .html, got "),
-        ([model, text, "--out", str(tmp_path / "folder.html")], "cannot be written; give another file with --out"),
+        (
+            [model, text, "--out", str(tmp_path / "folder.html")],
+            "folder.html is a folder; give the name of a file in it",
+        ),
     ]
     for arguments, sentence in cases:
         with pytest.raises(SystemExit) as end:
