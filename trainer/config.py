@@ -147,9 +147,9 @@ class StageConfig(Strict):
                 f"({train.spike.window_steps}), after which a spike passes for normal and no longer stops the run; "
                 "change one of them"
             )
-        if train.profile is not None and train.profile.steps[1] > train.last_step:
+        if train.profile is not None and train.profile.steps[0] > train.last_step:
             problems.append(
-                f"train.profile.steps {list(train.profile.steps)} must end by the last step of this run "
+                f"train.profile.steps {list(train.profile.steps)} must begin by the last step of this run "
                 f"({train.last_step}); name earlier ones"
             )
         if train.global_batch_samples % train.micro_batch_samples:

@@ -68,7 +68,7 @@ REFUSED = [
         ["train.spike={action: stop, window_steps: 5}"],
         "train.max_bad_steps (5) must be below train.spike.window_steps (5), after which a spike passes for normal",
     ),
-    (["train.profile.steps=[4,5]"], "train.profile.steps [4, 5] must end by the last step of this run (4)"),
+    (["train.profile.steps=[5,6]"], "train.profile.steps [5, 6] must begin by the last step of this run (4)"),
     (["train.stall_timeout_s=1e10"], "train.stall_timeout_s: input should be less than or equal to 1000000000"),
     (
         ["train.micro_batch_samples=3"],

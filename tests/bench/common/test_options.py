@@ -87,7 +87,7 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
             {"json": Path("no/such/folder/rows.json")},
             "there is no folder no/such/folder to write rows.json in; make it, or give another --json",
         ),
-        ({"markdown": Path("no/such/folder/table.md")}, "--markdown no/such/folder/table.md: the folder"),
+        ({"markdown": Path("no/such/folder/table.md")}, "there is no folder no/such/folder to write table.md in"),
         ({"json": Path(".")}, r"--json \. is a folder; give the name of a file"),
     ],
 )
