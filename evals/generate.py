@@ -9,8 +9,6 @@ to stdout and the summary to stderr. With ``--bars`` there is a line a token ins
 
 ``--density`` turns the compute dial: thresholds for that mean density, from the ``dial.json`` that ``evals.dial`` wrote
 for the run.
-
-Dimension letters: T prompt tokens, S routed sites.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 
 from settings.paths import path_argument
@@ -15,6 +16,10 @@ def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None
     ``config`` is then a path, or None where it may be left out and is: the first word that is no override, or that
     names a file all the same, as ``lr=3e-4.yaml`` may.
     """
+    if not (sys.argv[1:] if words is None else words) and any(
+        action.dest == "config" and action.nargs is None for action in parser._actions
+    ):
+        parser.error("give a config, for example: configs/mine.yaml")
     options = parser.parse_intermixed_args(words)
     given = [word for word in (options.config, *options.overrides) if word is not None]
     if given:

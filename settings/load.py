@@ -62,6 +62,15 @@ def peek(path: str | Path) -> dict[str, Any]:
     return blocks if isinstance(blocks, dict) else {}
 
 
+def flat(blocks: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config by ``block.field``; lists are kept."""
+    found: dict[str, Any] = {}
+    for name, value in blocks.items():
+        inner = flat(value).items() if isinstance(value, dict) else [("", value)]
+        found |= {f"{name}.{key}".rstrip("."): held for key, held in inner}
+    return found
+
+
 def to_yaml(config: BaseModel) -> str:
     """The resolved config as YAML that :func:`load` accepts unchanged."""
     raw = config.model_dump(mode="json")
@@ -76,7 +85,8 @@ def _read_yaml(path: Path, blocks: Iterable[str]) -> dict[str, Any]:
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        said = " ".join(str(error).replace(' in "<unicode string>",', " at").split())
+        raise ValueError(f"{path} is not valid YAML: {said}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if raw is None:
@@ -183,11 +193,16 @@ def nested_schemas(annotation: Any) -> list[type[BaseModel]]:
 
 def _sentence(error: Any, prefix: str) -> str:
     """One pydantic error as 'key: rule, got value'; our own cross-field sentences pass through as written."""
-    key = prefix + ".".join(str(part) for part in error["loc"])
+    key = prefix + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "value_error":
         sentence = str(error["ctx"]["error"])
         return f"{key.rstrip('.')}: {sentence}" if error["loc"] else sentence
     if error["type"] == "missing":
         return f"key '{key}' is required but missing"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: {message}, got {error['input']!r}"
+    if error["type"] in ("int_parsing", "int_type", "int_from_float"):
+        message = "must be a whole number"
+    elif error["type"] in ("float_parsing", "float_type"):
+        message = "must be a number"
+    quote = "; YAML reads yes, no, on and off as true and false: quote a word"
+    return f"{key}: {message}, got {error['input']!r}{quote if isinstance(error['input'], bool) else ''}"

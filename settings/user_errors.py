@@ -75,7 +75,8 @@ def user_errors(mistake: int = 1) -> Iterator[None]:
         yield
         sys.stdout.flush()  # here, where a closed pipe is caught, and not at the interpreter's end
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        if rank_by_environment() == 0:
+            print("interrupted", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter flushes at its end

@@ -286,10 +286,13 @@ class TrainConfig(Strict):
         what = "ranks" if groups == ranks else "groups that share windows"
         one_pass = self.micro_batch_samples * groups
         if self.global_batch_samples % one_pass:
+            more = -(-self.global_batch_samples // one_pass) * one_pass
+            fewer = [m for m in range(1, self.micro_batch_samples) if self.global_batch_samples % (m * groups) == 0]
+            other = f", or train.micro_batch_samples={fewer[-1]}" if fewer else ""
             raise ValueError(
                 f"train.global_batch_samples ({self.global_batch_samples}) must be divisible by "
                 f"micro_batch_samples x {what} ({self.micro_batch_samples} x {groups} = {one_pass}); "
-                "change one of them"
+                f"set train.global_batch_samples={more}{other}"
             )
         return self.global_batch_samples // one_pass
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import parse_arguments, user_errors
+from settings import parse_arguments, peek, ranks_by_environment, user_errors
 from trainer.exit_status import EXIT_MISTAKE
 from trainer.monitor.stop import lost_rank
 from trainer.preflight import open_run
@@ -41,7 +41,9 @@ def run_stage(
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parse_arguments(parser)
     with user_errors(EXIT_MISTAKE), lost_rank():
+        _require_stage(module, arguments.config)
         config = load(arguments.config, arguments.overrides)
+        config.accumulation(ranks_by_environment())
         open_run(config.train)
         grow_segments(os.environ)
         from trainer.distributed import join, leave
@@ -53,6 +55,17 @@ def run_stage(
         del world  # refers to a process group
         leave()
     return status
+
+
+def _require_stage(module: str, path: Path) -> None:
+    """Refuse a config of the other stage, of which every block would be an unknown key."""
+    blocks = peek(path)
+    if blocks.keys() & {"base", "model"} and ("base" in blocks) != (module == "tune.train"):
+        stage, block, command = ("two", "base", "tune") if "base" in blocks else ("one", "model", "pretrain")
+        raise ValueError(
+            f"{path} is a config of stage {stage}, as it has a block '{block}'; start it with: python -m "
+            f"{command}.train {path}"
+        )
 
 
 def grow_segments(environment: MutableMapping[str, str]) -> None:

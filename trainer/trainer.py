@@ -158,7 +158,10 @@ class Trainer:
         state, change = resume.load(self.engine, source, fingerprint, self.config, self.world)
         self._take_back(state)
         told = f"resumed from {source} at step {self.step:,}" if given is None else given.description
-        return state["metrics"], f"{told} ({change}: equal to rounding, not bit by bit)" if change else told
+        told += f" ({change}: equal to rounding, not bit by bit)" if change else ""
+        if given is None and (changed := resume.changed_settings(source, self.config)):
+            told += f"; settings changed since: {', '.join(changed)}"
+        return state["metrics"], told
 
     def _tell_set_up(self, precision_told: str | None) -> None:
         """Log how this machine trains the run, and what may go wrong."""

@@ -33,6 +33,13 @@ def test_overrides_stand_anywhere(words: str) -> None:
     assert (options.config, options.overrides, options.workers) == (Path("c.yaml"), ["a=1", "b=x//y/"], 2)
 
 
+def test_without_any_word_the_config_alone_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_arguments(parser(), [])
+    assert capsys.readouterr().err.endswith("error: give a config, for example: configs/mine.yaml\n")
+    assert parse_arguments(parser("?"), []).config is None
+
+
 def test_a_file_named_like_an_override(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1.yaml").write_text("")

@@ -21,8 +21,8 @@ REFUSED = [
         "train.optimizer.kind adafactor needs deepspeed.zero_stage 0, because ZeRO flattens the matrices",
     ),
     (["train.precision=fp16", "deepspeed.zero_stage=0"], "train.precision fp16 needs deepspeed.zero_stage 1, 2 or 3"),
-    (["train.optimizer.betas=[0.9,1.0]"], "train.optimizer.betas.1: input should be less than 1, got 1.0"),
-    (["train.optimizer.betas=[-0.1,0.9]"], "train.optimizer.betas.0: input should be greater than or equal to 0"),
+    (["train.optimizer.betas=[0.9,1.0]"], "train.optimizer.betas[1]: input should be less than 1, got 1.0"),
+    (["train.optimizer.betas=[-0.1,0.9]"], "train.optimizer.betas[0]: input should be greater than or equal to 0"),
     (["train.optimizer.kind=muon"], "train.clip_norm (1.0) must be 0 with train.optimizer.kind muon"),
     (
         ["train.optimizer.kind=muon", "train.clip_norm=0", "deepspeed.offload=optimizer"],
@@ -121,9 +121,11 @@ def test_all_problems_are_told_at_once(write_config: Callable[..., str], tiny: d
 def test_accumulation_is_what_is_left_of_the_global_batch(configure: Configure) -> None:
     config = configure()
     assert [config.accumulation(ranks) for ranks in (1, 2, 4)] == [4, 2, 1]
-    with pytest.raises(ValueError, match=r"\(8\) must be divisible by micro_batch_samples x ranks \(2 x 3 = 6\)"):
+    with pytest.raises(
+        ValueError, match=r"must be divisible by .* ranks \(2 x 3 = 6\); set train.global_batch_samples=12$"
+    ):
         config.accumulation(3)
-    with pytest.raises(ValueError, match=r"\(2 x 8 = 16\)"):
+    with pytest.raises(ValueError, match=r"\(2 x 8 = 16\); .*=16, or train.micro_batch_samples=1$"):
         config.accumulation(8)
     shared = configure("deepspeed.sequence_parallel=2")
     assert [shared.accumulation(ranks) for ranks in (2, 4, 8)] == [4, 2, 1]

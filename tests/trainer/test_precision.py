@@ -94,8 +94,9 @@ def test_the_run_folder_holds_what_was_decided_and_a_resume_keeps_it(
     assert resolved() == "fp32"
     assert yaml.safe_load((run_dir / "config.original.yaml").read_text())["train"]["precision"] == "auto"
     has(monkeypatch, FAST)  # another machine
-    assert train_here(tiny, "train.checkpoint.resume=auto") == 0
+    assert train_here(tiny, "train.checkpoint.resume=auto", "train.optimizer.lr=0.5") == 0
     out = capsys.readouterr().out
+    assert "at step 2; settings changed since: train.steps 2 -> 4, train.optimizer.lr 0.003 -> 0.5" in out
     assert "precision fp32: that of the checkpoint" in out and "bit by bit" not in out and resolved() == "fp32"
     assert train_here(tiny, "train.checkpoint.resume=auto", "train.steps=6", "train.precision=bf16") == 0
     out = capsys.readouterr().out

@@ -257,7 +257,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         "adapter.layers late is of lora and dora, and adapter.kind is full; leave adapter.layers out",
     ),
     "no early layers": (["adapter.layers=early", "ensemble.layers=4"], "adapter.layers early means the layers before"),
-    "unknown target": (["adapter.targets=[lm_head]"], "adapter.targets.0: input should be 'q_proj', 'k_proj'"),
+    "unknown target": (["adapter.targets=[lm_head]"], "adapter.targets[0]: input should be 'q_proj', 'k_proj'"),
     "dropout and recomputation": (
         ["adapter.dropout=0.1", "train.activation_checkpointing=true"],
         "adapter.dropout (0.1) must be 0 with train.activation_checkpointing",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from model.init import generator_of
-from settings import peek
+from settings import flat, peek
 from trainer.checkpoints import manifest
 from trainer.checkpoints.compatibility import differences
 from trainer.checkpoints.fetch import fetch, names_there
@@ -112,6 +112,13 @@ def load(
     else:
         set_rng_state(rng)
     return state, ", ".join(filter(None, (change, _sharing_change(blocks, config))))
+
+
+def changed_settings(checkpoint: Path, config: StageConfig) -> list[str]:
+    """In words, the settings that have other values here than in the start that wrote ``checkpoint``."""
+    before, now = (flat(blocks) for blocks in (peek(checkpoint / CONFIG), config.model_dump(mode="json")))
+    names = [name for name in now if name in before and before[name] != now[name] and name != "train.checkpoint.resume"]
+    return [f"{name} {before[name]} -> {now[name]}" for name in names]
 
 
 def _sharing_change(blocks: dict[str, Any], config: StageConfig) -> str:

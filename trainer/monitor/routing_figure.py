@@ -45,7 +45,12 @@ def routing_figure(
             left.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
 
     right.imshow(shown, aspect="auto", origin="lower", cmap="binary", interpolation="nearest", vmin=0, vmax=1)
-    right.set_title(f"Executed (black) and skipped, first {shown.shape[1]} tokens of a validation text", fontsize=10)
+    right.set_title(
+        f"Executed (black) and skipped, first {shown.shape[1]} tokens of a validation text, and their share",
+        fontsize=10,
+    )
+    for row, share in enumerate(shown.mean(axis=1)):
+        right.text(1.005, row, f"{share:.2f}", transform=right.get_yaxis_transform(), va="center", fontsize=7)
     right.set_xlabel("token")
     right.set_yticks(range(len(sites)), sites, fontsize=8)
     right.set_yticks(np.arange(len(sites) + 1) - 0.5, minor=True)

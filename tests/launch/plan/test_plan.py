@@ -45,6 +45,13 @@ def planned(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
+def test_the_sample_in_the_documentation_is_what_it_prints(planned: Callable[..., tuple[int, str]]) -> None:
+    text = (ROOT / "docs/clusters.md").read_text()
+    command = "launch.plan configs/skip_1b.yaml --gpus 64 --gpu h100-80g"
+    sample = text.partition(f"python -m {command}\n")[2].split("```\n")[2]
+    assert sample.split() == planned(*command.split()[1:])[1].split()  # long lines are folded there
+
+
 def test_the_command_prints_every_part_and_no_noise() -> None:
     done = run("launch.plan", LARGE, "--gpus", "64", "--gpu", "h100-80g", "train.steps=5000", launcher="python")
     assert done.returncode == 0

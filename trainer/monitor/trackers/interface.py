@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.files import write_atomically
+from settings import flat
 
 IDS = "trackers.json"
 """In a run folder: which run of a tracker is this one's, so that a resume goes on in the same."""
@@ -50,17 +51,7 @@ class Opening:
     @property
     def flat_config(self) -> dict[str, Any]:
         """The config by ``block.field``; lists are kept."""
-        found: dict[str, Any] = {}
-
-        def walk(prefix: str, value: Any) -> None:
-            if isinstance(value, dict):
-                for name, inner in value.items():
-                    walk(f"{prefix}.{name}" if prefix else str(name), inner)
-            else:
-                found[prefix] = value
-
-        walk("", self.config)
-        return found
+        return flat(self.config)
 
     def kept_id(self, tracker: str) -> str | None:
         """The tracker's own id of this run from an earlier start, if the run goes on from one."""
