@@ -52,7 +52,10 @@ def model_card(model: Exported, facts: dict[str, Any], checks: list[str]) -> str
     densities = {name: value for name, value in (facts.get("densities") or {}).items() if name != "overflow"}
     if densities and model.config.router is not None:
         rows = [[name, f"{value:.3f}"] for name, value in densities.items()]
-        parts += ["## Density: share of the tokens that execute a site", markdown([["site", "density"], *rows])]
+        parts += [
+            "## Density in training: share of tokens that executed a site",
+            markdown([["site", "density"], *rows]),
+        ]
     parts += ["## Checked at export", "\n".join(f"* {check}" for check in checks)]
     return "\n\n".join(parts) + "\n"
 

@@ -340,6 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require_empty(options.copy_to, "--copy-to")
         if not 0 < options.shard_gb < math.inf:
             raise ValueError(f"--shard-gb must be a number above 0, got {options.shard_gb}; leave it out for 5")
+        _require_free(options.out)
         preflight.open_model(options.path)
         lines = export(
             options.path,

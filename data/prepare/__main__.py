@@ -28,12 +28,13 @@ def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
             f"{text if manifest.text_bytes else 'which came as tokens'}, {counted(len(manifest.shards), 'shard')}, "
             f"{(manifest.tokens - 1) // sequence_tokens:,} windows of {sequence_tokens:,} tokens"
         )
-        if manifest.empty_documents:
-            lines.append(f"{name}: left out {manifest.empty_documents:,} documents without text")
-        if manifest.duplicate_documents:
-            lines.append(f"{name}: left out {manifest.duplicate_documents:,} documents with the text of an earlier one")
-        if manifest.repaired_documents:
-            lines.append(f"{name}: replaced invalid Unicode by U+FFFD in {manifest.repaired_documents:,} documents")
+        for number, what in (
+            (manifest.empty_documents, "left out {} without text"),
+            (manifest.duplicate_documents, "left out {} with the text of an earlier one"),
+            (manifest.repaired_documents, "replaced invalid Unicode by U+FFFD in {}"),
+        ):
+            if number:
+                lines.append(f"{name}: {what.format(counted(number, 'document'))}")
     return "\n".join(lines)
 
 

@@ -23,6 +23,7 @@ from launch.plan.imbalance import sentence
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
 from settings import counted, parse_arguments, tables, user_errors
+from settings.words import duration
 from trainer.checkpoints.retention import most_at_once
 
 LARGEST = 8192
@@ -78,8 +79,8 @@ def _what(workload: Workload, arguments: argparse.Namespace) -> str:
         f"batch       {workload.tokens_per_step:,} tokens a step: {train.global_batch_samples:,} windows of "
         f"{config.data.sequence_tokens:,}; {counted(accumulation, 'micro-batch', 'micro-batches')} of "
         f"{train.micro_batch_samples} {whose}; {train.precision}, ZeRO {config.deepspeed.zero_stage}",
-        f"FLOPs       {workload.flops_per_token() / 1e9:,.3g} GFLOPs a token, forward and backward"
-        + (f"; without routers {dense / 1e9:,.3g} GFLOPs" if workload.model.sites else ""),
+        f"FLOPs       {_flops(workload.flops_per_token())} a token, forward and backward"
+        + (f"; without routers {_flops(dense)}" if workload.model.sites else ""),
     ]
     if weights.trained < weights.total:
         lines.append("            (activations that frozen weights save are not taken off the memory below)")
@@ -167,7 +168,8 @@ def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, m
     config, stage = workload.config, workload.config.deepspeed.zero_stage
     slow, fast = (communication.step(workload, stage, arguments.gpus, cluster, share) for share in mfu)
     rates = [workload.tokens_per_step / seconds for seconds in (slow.worst_s, fast.best_s)]
-    days = [workload.total_tokens / rate / 86_400 for rate in rates]
+    least_s, most_s = (workload.total_tokens / rate for rate in rates[::-1])
+    gpu_hours = [arguments.gpus * seconds / 3600 for seconds in (least_s, most_s)]
     origin = "as given" if arguments.mfu else "from published dense bf16 runs, none of this code; measure yours: --mfu"
     size, keep = checkpoint_bytes(workload, stage), most_at_once(config.train) - 1
     host_bound = fast.host_s >= fast.compute_s
@@ -179,8 +181,9 @@ def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, m
             f"host        asks for a step's work for {slow.host_s:.3g} s"
             + (", which is longer than the GPU works on it at the best: larger micro-batches" if host_bound else ""),
             f"run         {config.train.steps:,} steps, {workload.total_tokens:,} tokens: "
-            f"{_range(days[::-1], '.3g')} days, {_range([24 * d * arguments.gpus for d in days[::-1]], ',.0f')} "
-            "GPU-hours, saving and evaluation not included",
+            f"{' to '.join(dict.fromkeys((duration(least_s), duration(most_s))))}, "
+            f"{_range(gpu_hours, ',.0f' if gpu_hours[0] >= 10 else '.2g')} GPU-hours, "
+            "saving and evaluation not included",
             f"checkpoint  {size / 1e9:,.3g} GB, written in {size / 1e9 / arguments.disk_gbs:,.2g} s at "
             f"{arguments.disk_gbs:g} GB/s every {config.train.checkpoint.every_steps:,} steps; {keep} kept and one "
             f"being written take {(keep + 1) * size / 1e9:,.3g} GB",
@@ -198,9 +201,9 @@ def _failures(workload: Workload, arguments: argparse.Namespace, step_s: float) 
     failures = Failures(arguments.node_mtbf_days * 86_400 / nodes, arguments.restart_s, stall_s, write_s)
     own_s, best_s = interval_s(workload, step_s), max(failures.best_interval_s, write_s, step_s)
     return [
-        f"failures    one in {failures.between_s / 3600:,.3g} hours with a node's in {arguments.node_mtbf_days:g} days,"
+        f"failures    one in {duration(failures.between_s)} with a node's in {arguments.node_mtbf_days:g} days,"
         f" and {arguments.restart_s:g} s to the next step: --node-mtbf-days, --restart-s",
-        f"            saving every {own_s / 60:,.3g} minutes, for which training waits {stall_s:.2g} s, "
+        f"            saving every {duration(own_s)}, for which training waits {stall_s:.2g} s, "
         f"{failures.lost(own_s):.2%} of the time is lost;",
         f"            least is {failures.lost(best_s):.2%}, every {best_s / step_s:,.0f} steps: "
         f"train.checkpoint.every_minutes={max(best_s / 60, 0.1):.2g}",
@@ -325,6 +328,10 @@ def _refuse_nonsense(arguments: argparse.Namespace) -> None:
 def _gib(count: float) -> str:
     gib = count / GIB
     return "<0.01" if 0 < gib < 0.005 else f"{gib:,.2f}"
+
+
+def _flops(number: float) -> str:
+    return f"{number / 1e9:,.3g} GFLOPs" if number >= 1e8 else f"{number / 1e6:,.3g} MFLOPs"
 
 
 def _range(ends: Sequence[float], form: str) -> str:

@@ -189,7 +189,11 @@ def _check_fit(
     for name, value in config.structure().items():
         block, _, field = name.partition(".")
         there = (blocks.get(block) or {}).get(field)
-        if there != value:
+        if there != value and name == "base.sha256":
+            changed.append(
+                f"another base: that of the run was base.path {blocks['base']['path']}, now it has other weights"
+            )
+        elif there != value:
             changed.append(f"{name} {there} there, {value} here")
     if changed:
         raise ValueError(

@@ -235,8 +235,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr("sys.argv", ["data.prepare", str(run), "--workers", "1"])
     main()
     said = capsys.readouterr().out
-    assert "train/main: " in said and "100 documents" in said and "left out 1 documents" in said
-    assert "validation/held: replaced invalid Unicode by U+FFFD in 1 documents" in said
+    assert "train/main: " in said and "100 documents" in said and "left out 1 document" in said
+    assert "validation/held: replaced invalid Unicode by U+FFFD in 1 document" in said
 
     monkeypatch.setattr("sys.argv", ["data.prepare", str(run), "--verify"])
     main()
