@@ -8,10 +8,12 @@ mark at its start and becomes UTF-8; without a mark text is UTF-8, and what can 
 from __future__ import annotations
 
 import codecs
+import csv
 import gzip
 import io
 import json
 import lzma
+import sys
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -202,24 +204,42 @@ def _parsed(text: bytes, place: str) -> Any:
 def csv_values(path: Path, column: str) -> Iterator[bytes]:
     """A column as text: "NA" and "1.0" are documents, not a missing value and a number.
 
+    A row that is shorter than the header ends with empty fields; what is behind the header's fields must be empty.
+
     Raises:
         ValueError: there is no such column, or a row is broken.
     """
-    import pandas
+    rows = _csv_rows(path)
+    if (header := next(rows, None)) is None:
+        return
+    _require_column(column, header)
+    place = header.index(column)
+    for number, row in enumerate(rows, start=1):
+        if any(field.strip() for field in row[len(header) :]):
+            raise ValueError(
+                f"row {number} has {len(row)} fields, the header {len(header)}; put quotes around texts with commas"
+            )
+        yield row[place].encode(errors="surrogateescape") if place < len(row) else b""
 
-    # Rows that end with a comma have a column more than the head, and pandas would take the first one for an index.
-    options: dict[str, Any] = {"encoding": "utf-8", "encoding_errors": "surrogateescape", "index_col": False}
+
+def _csv_rows(path: Path) -> Iterator[list[str]]:
+    """Every row but those of nothing or of white space."""
+    ended = False
+
+    def lines(text: io.TextIOWrapper) -> Iterator[str]:
+        nonlocal ended
+        yield from text
+        ended = True
+
+    csv.field_size_limit(sys.maxsize)
     _require_whole(path)
     with open_text(path) as file:
-        try:
-            _require_column(column, list(pandas.read_csv(file, nrows=0, **options).columns))
-        except pandas.errors.EmptyDataError:
-            return
-    with open_text(path) as file:
-        rows = pandas.read_csv(file, usecols=[column], dtype=object, keep_default_na=False, chunksize=10_000, **options)
-        for chunk in rows:
-            for value in chunk[column]:
-                yield str(value).encode(errors="surrogateescape")
+        text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
+        for number, row in enumerate(csv.reader(lines(text))):
+            if ended:  # in the middle of a row
+                raise ValueError(f"row {number} opens a quote that nothing closes; close it, or restore the file")
+            if row and not (len(row) == 1 and row[0].isspace()):
+                yield row
 
 
 def parquet_row_groups(path: Path) -> list[tuple[int, int]]:

@@ -128,10 +128,30 @@ def test_containers_without_documents(tmp_path: Path) -> None:
         assert read(tmp_path / name) == []
 
 
-@pytest.mark.parametrize("rows", ["1,hello,\n2,world,\n", "1,hello,x\n2,world,y\n", "1,hello\n2,world\n"])
+@pytest.mark.parametrize("rows", ["1,hello,\n2,world,\n", "1,hello,, \n2,world\n", "1,hello\n2,world\n"])
 def test_a_comma_at_the_end_of_rows_moves_no_column(tmp_path: Path, rows: str) -> None:
     (tmp_path / "a.csv").write_text(f"id,text\n{rows}")
     assert list(csv_values(tmp_path / "a.csv", "text")) == [b"hello", b"world"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ("1,Hello, world, this is lost\n2,fine\n", "row 1 has 4 fields, the header 2; put quotes around texts"),
+        ('1,"one, two"\n\n2,hello,x\n', "row 2 has 3 fields"),
+        ('1,"the start\n2,of it\n', "row 1 opens a quote that nothing closes"),
+    ],
+)
+def test_rows_of_a_table_that_would_lose_text(tmp_path: Path, rows: str, said: str) -> None:
+    (tmp_path / "a.csv").write_text(f"id,text\n{rows}")
+    with pytest.raises(ValueError, match=rf"^source 's': cannot read .*a\.csv: {said}"):
+        read(tmp_path / "a.csv")
+
+
+def test_what_a_row_of_a_table_may_hold(tmp_path: Path) -> None:
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_text(f'\nid,text\n1,"a, ""b""\r\nc"\n2\n  \n3,5" disk\n\n4,{long}\n5,NA', newline="")
+    assert read(tmp_path / "a.csv") == ['a, "b"\r\nc', "", '5" disk', long, "NA"]
 
 
 def test_columns_that_are_not_there(tmp_path: Path) -> None:
