@@ -91,6 +91,11 @@ class Source:
             raise ValueError(f"source '{config.name}': {error}") from None
         self._formats = [config.format or _format_of(path, config) for path in self.files]
 
+    @property
+    def formats(self) -> list[str]:
+        """What its files are read as, each once, sorted; none for a dataset on the Hub."""
+        return sorted(set(self._formats))
+
     def identity(self, first: int = 0, end: int | None = None) -> dict[str, Any]:
         """What identifies files ``first`` up to ``end`` and their state: names, sizes and fingerprints.
 

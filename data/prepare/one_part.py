@@ -25,6 +25,8 @@ from data.sources import Document
 
 BATCH_BYTES = 1 << 19
 """Text handed to a tokenizing process at once, or token ids to the writer."""
+_LATER = ("formats",)
+"""What the first manifests do not hold: it counts as unchanged."""
 
 
 class Output(NamedTuple):
@@ -107,8 +109,7 @@ def require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any])
     Raises:
         ValueError: naming what differs between what ``folder`` was made from and what it would be made from now.
     """
-    if before == now:
-        return
+    before = {key: now[key] for key in _LATER if key in now} | before
     changes = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -123,6 +124,8 @@ def require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any])
             changes.append("the tokenizer")
         else:
             changes.append(f"{key} ({old} -> {new})")
+    if not changes:
+        return
     raise ValueError(
         f"{folder} was prepared from something else; changed since: {', '.join(changes)}. Undo the change, "
         f"choose another data.dir, or remove {folder} to prepare it again"

@@ -108,9 +108,9 @@ def parts_of(config: DataConfig, tokenizer: TextTokenizer) -> list[list[Part]]:
         settings: dict[str, Any] = {**read_as, "shard_tokens": config.shard_tokens}
         if config.deduplicate != "none":
             settings["deduplicate"] = config.deduplicate
-        made_with = {"tokenizer_sha256": tokenizer.sha256, "settings": settings}
-        common = {"format_version": FORMAT_VERSION, **made_with}
         opened = Source(source, Vocabulary.of(tokenizer), _begun_with(folder))
+        made_with = {"tokenizer_sha256": tokenizer.sha256, "settings": settings, "formats": opened.formats}
+        common = {"format_version": FORMAT_VERSION, **made_with}
         made.append(cut(opened, folder, config.part_bytes, common))
     return made
 

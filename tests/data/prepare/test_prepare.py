@@ -190,6 +190,26 @@ def test_changes_since_an_interrupted_run_are_refused(tmp_path: Path) -> None:
         prepare(other, workers=1)
 
 
+def test_another_format_of_the_same_files_is_another_source(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "raw.txt", documents(200))
+    source = {"name": "main", "files": [str(tmp_path / "raw.txt")]}
+    config, lines = config_of(tmp_path, sources=[source]), config_of(tmp_path, sources=[{**source, "format": "json"}])
+    train_tokenizer(config)
+    prepare(config, workers=1)
+    with pytest.raises(ValueError, match=r"train/main was .*; changed since: formats \(\['text'\] -> \['json'\]\)\. "):
+        prepare(lines, workers=1)
+    prepare(config_of(tmp_path, sources=[{**source, "format": "text"}]), workers=1)  # as inferred
+    forget(folder_of(config), "formats")
+    prepare(config, workers=1)
+
+
+def forget(folder: Path, key: str) -> None:
+    """Make the manifest one of before ``key`` was in it."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["made_from"][key]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
 def test_a_finished_shard_whose_file_was_lost_is_made_again(tmp_path: Path) -> None:
     config = prepared(tmp_path)
     expected = contents(Path(config.dir))
