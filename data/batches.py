@@ -140,7 +140,7 @@ class TrainingData(MixedStream):
 
         Raises:
             ValueError: a source is missing, damaged, shorter than one window, or made with another tokenizer than
-                the data folder's (so two tokenizers never mix).
+                the data folder's or another end of documents than the first's (so two tokenizers never mix).
         """
         self._config = config
         self._pin_memory = pin_memory
@@ -148,6 +148,7 @@ class TrainingData(MixedStream):
         self._tokenizer_sha256 = tokenizer_sha256(config.dir)
         folders = [train_folder(config, name) for name in names]
         self._stores = [_open(folder, self._tokenizer_sha256, config, check_files) for folder in folders]
+        _require_one_vocabulary(self._stores)
         super().__init__(config, [store.windows(config.sequence_tokens) for store in self._stores])
 
     @property
@@ -266,6 +267,18 @@ def _open(folder: Path, expected_tokenizer: str, config: DataConfig, check_files
             f"{config.sequence_tokens + 1}; add text or lower sequence_tokens"
         )
     return store
+
+
+def _require_one_vocabulary(stores: Sequence[TokenStore]) -> None:
+    """Refuse sources between whose preparations the files beside the tokenizer changed, which its hash leaves out."""
+    first, *others = ((store.folder, store.manifest.origin["vocabulary"]) for store in stores)
+    for folder, vocabulary in others:
+        if differ := [key for key in sorted(vocabulary.keys() & first[1].keys()) if vocabulary[key] != first[1][key]]:
+            one, other = (", ".join(f"{key} {of[key]}" for key in differ) for of in (first[1], vocabulary))
+            raise ValueError(
+                f"the tokenizer's {one} went into {first[0]}, {other} into {folder}: the files beside the tokenizer "
+                "changed in between; restore them, remove the folder that was made with others, and prepare again"
+            )
 
 
 def _round_up(number: int, step: int) -> int:

@@ -76,9 +76,14 @@ class Manifest(Strict):
     duplicate_documents: int = Field(0, ge=0)
     """Documents left out because an earlier one of the source has the same text."""
     made_from: dict[str, Any]
-    """Tokenizer hash, settings and source list: whatever must be the same for another run to give the same shards."""
+    """Tokenizer, settings and source list: whatever must be the same for another run to give the same shards."""
     shards: list[Shard]
     """In the order of the source; of a source of several parts they lie in the parts' folders."""
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """``made_from``, of the first manifests with as much of the vocabulary as they say."""
+        return {"vocabulary": {"size": self.vocab_size, "eos_id": self.eos_id}} | self.made_from
 
     @property
     def tokenizer_sha256(self) -> str:

@@ -50,7 +50,7 @@ def join(parts: Sequence[Part]) -> Manifest:
     counts = dict.fromkeys(COUNTS, 0)
     for part in parts:
         manifest = read_model(part.folder / MANIFEST_NAME, Manifest)
-        require_unchanged(part.folder, manifest.made_from, part.made_from())
+        require_unchanged(part.folder, manifest.origin, part.made_from())
         counts = {key: count + getattr(manifest, key) for key, count in counts.items()}
         shards += [_placed(shard, part.folder.name) for shard in manifest.shards]
     if not shards:

@@ -25,8 +25,8 @@ from data.sources import Document
 
 BATCH_BYTES = 1 << 19
 """Text handed to a tokenizing process at once, or token ids to the writer."""
-_LATER = ("formats",)
-"""What the first manifests do not hold: it counts as unchanged."""
+_LATER = ("formats", "vocabulary")
+"""What the first manifests and progress do not hold: it counts as unchanged."""
 
 
 class Output(NamedTuple):
@@ -84,7 +84,7 @@ def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Ma
 
 def _complete(folder: Path, made_from: dict[str, Any]) -> Manifest:
     manifest = read_model(folder / MANIFEST_NAME, Manifest)
-    require_unchanged(folder, manifest.made_from, made_from)
+    require_unchanged(folder, manifest.origin, made_from)
     remove_leftovers(folder)
     return manifest
 
@@ -110,6 +110,8 @@ def require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any])
         ValueError: naming what differs between what ``folder`` was made from and what it would be made from now.
     """
     before = {key: now[key] for key in _LATER if key in now} | before
+    if "vocabulary" in before and "vocabulary" in now:
+        before["vocabulary"] = now["vocabulary"] | before["vocabulary"]
     changes = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)

@@ -108,9 +108,15 @@ def parts_of(config: DataConfig, tokenizer: TextTokenizer) -> list[list[Part]]:
         settings: dict[str, Any] = {**read_as, "shard_tokens": config.shard_tokens}
         if config.deduplicate != "none":
             settings["deduplicate"] = config.deduplicate
-        opened = Source(source, Vocabulary.of(tokenizer), _begun_with(folder))
-        made_with = {"tokenizer_sha256": tokenizer.sha256, "settings": settings, "formats": opened.formats}
-        common = {"format_version": FORMAT_VERSION, **made_with}
+        vocabulary = Vocabulary.of(tokenizer)
+        opened = Source(source, vocabulary, _begun_with(folder))
+        common = {
+            "format_version": FORMAT_VERSION,
+            "tokenizer_sha256": tokenizer.sha256,
+            "vocabulary": vocabulary._asdict(),
+            "settings": settings,
+            "formats": opened.formats,
+        }
         made.append(cut(opened, folder, config.part_bytes, common))
     return made
 
@@ -138,7 +144,7 @@ def _require_same_origin(parts: list[Part]) -> None:
     folder, now = parts[0].source_folder, outline(parts[0])
     if (folder / MANIFEST_NAME).exists():
         manifest = read_model(folder / MANIFEST_NAME, Manifest)
-        require_unchanged(folder, outline_of(manifest.made_from), now)
+        require_unchanged(folder, outline_of(manifest.origin), now)
         print(f"{folder}: complete already, {manifest.tokens:,} tokens", flush=True)
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import AutoTokenizer
 
 from convert.hf_tokenizer import write_tokenizer
+from data.batches import TrainingData
+from data.config import DataConfig, SourceConfig
 from data.exact_cuts import BEFORE_SPACE, KNOWN_PATTERNS, border_of, parts
 from data.prepare.encode import Encoder
 from data.prepare.run import prepare
+from data.prepare.tasks import Task
 from data.sources import Cursor, Document
 from data.tokenization import load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import train_tokenizer
@@ -51,6 +54,44 @@ def test_text_comes_back_unchanged_here_and_in_transformers(trained: Path, tmp_p
     assert (tmp_path / "tokenizer.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
     theirs = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert theirs(text)["input_ids"] == ids and theirs.decode(ids) == text
+
+
+def end_with(config: DataConfig, token: str) -> None:
+    """Name another end of documents beside the tokenizer."""
+    path = Path(config.dir) / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": token}))
+
+
+def test_parts_with_two_ends_of_documents_are_not_joined(tmp_path: Path) -> None:
+    for number in range(2):
+        write_jsonl(tmp_path / f"{number}.jsonl", documents(100, seed=number))
+    source = {"name": "main", "files": [str(tmp_path / "?.jsonl")]}
+    config = config_of(tmp_path, tokenizer=TRAINED, sources=[source], part_bytes=1)
+    train_tokenizer(config)
+    prepare(config, 1, Task(0, 2, "a test"))
+    end_with(config, "<|padding|>")
+    changed = r"changed since: vocabulary \(\{.*'eos_id': 0\} -> \{.*'eos_id': 1\}\)"
+    with pytest.raises(ValueError, match=rf"train/main was prepared from .*; {changed}"):
+        prepare(config, 1, Task(1, 2, "a test"))
+    for path in (Path(config.dir) / "train").rglob("*.json"):  # as the first manifests: what they say beside it decides
+        content = json.loads(path.read_text())
+        made_from = content["made_from"] if path.name == "manifest.json" else content
+        made_from.pop("vocabulary", None)
+        path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"train/main/part-0000. was prepared from .*; {changed}"):
+        prepare(config, 1, Task(1, 2, "a test"))
+    assert not (Path(config.dir) / "train/main/manifest.json").exists()
+
+
+def test_sources_with_two_ends_of_documents_are_not_mixed(tmp_path: Path) -> None:
+    config = prepared(tmp_path, tokenizer=TRAINED)
+    write_jsonl(tmp_path / "more.jsonl", documents(100, seed=1))
+    more = SourceConfig(name="more", files=[str(tmp_path / "more.jsonl")])
+    end_with(config, "<|padding|>")
+    prepare(config.model_copy(update={"sources": [more]}), 1)
+    with pytest.raises(ValueError, match=r"eos_id 0 went into .*train/main, eos_id 1 into .*train/more: the files"):
+        TrainingData(config.model_copy(update={"sources": [*config.sources, more]}))
+    TrainingData(config)
 
 
 def test_what_is_trained(trained: Path) -> None:

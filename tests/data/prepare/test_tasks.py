@@ -181,7 +181,7 @@ def test_two_that_finish_together_both_join(
     assert made[0] == made[1] and contents(Path(fresh.dir)) == expected
 
 
-COMMON = ("format_version", "tokenizer_sha256", "settings", "formats")
+COMMON = ("format_version", "tokenizer_sha256", "vocabulary", "settings", "formats")
 
 
 def test_two_tasks_with_one_part_are_refused(fresh: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
