@@ -50,11 +50,12 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[bytes]) -> byte
 
     Raises:
         ValueError: the texts do not suit ``vocab_size``.
+        BaseException: what reading the texts raises.
     """
-    model = io.BytesIO()
+    model, raised = io.BytesIO(), list[BaseException]()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_keeping(_lines(texts), raised),
             model_writer=model,
             model_type=config.model_type,
             vocab_size=config.vocab_size,
@@ -73,6 +74,8 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[bytes]) -> byte
             minloglevel=2,
         )
     except RuntimeError as error:
+        if raised:
+            raise raised[0] from None
         raise ValueError(_size_problem(config.vocab_size, " ".join(str(error).split()))) from None
     return model.getvalue()
 
@@ -114,6 +117,17 @@ def _lines(texts: Iterable[bytes]) -> Iterator[bytes]:
                 piece = line[start : start + LINE_BYTES].decode(errors="ignore")
                 if piece and "\0" not in piece:  # SentencePiece refuses NUL in training text
                     yield piece.encode()
+
+
+def _keeping(lines: Iterator[bytes], raised: list[BaseException]) -> Iterator[bytes]:
+    """``lines``, and in ``raised`` what ends them, of which SentencePiece makes an error of its own."""
+    try:
+        yield from lines
+    except GeneratorExit:  # of one that is left before its end
+        raise
+    except BaseException as error:
+        raised.append(error)
+        raise
 
 
 def _too_large(vocab_size: int, most: int | str) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import yaml
 
 from data.exact_cuts import PART_CHARACTERS
 from data.sentencepiece_file import load_tokenizer
 from data.tokenization import load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import main, train_tokenizer
+from settings.user_errors import is_users
 from tests.data.helpers import config_of, documents, write_jsonl
 
 NASTY = [
@@ -139,10 +142,42 @@ def test_many_characters_in_a_small_vocabulary(tmp_path: Path) -> None:
     assert "coverage" not in str(told.value)
 
 
-def test_no_text_names_the_source(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "raw.jsonl", ["", ""])
-    with pytest.raises(ValueError, match="source 'main' holds no text"):
-        train_tokenizer(config_of(tmp_path))
+@pytest.mark.parametrize("kind", ["sentencepiece", "huggingface"])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"text": ""}\n', "source 'other' holds no text to train the tokenizer on; check its files"),
+        ('{"text": "cut of', r"source 'other': cannot read .*other\.jsonl: line 1 is not JSON"),
+        ('{"body": "x"}\n', r"source 'other': cannot read .*other\.jsonl: line 1 has no field 'text'"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, kind: str, content: str, said: str) -> None:
+    write_jsonl(tmp_path / "raw.jsonl", documents(200))
+    (tmp_path / "other.jsonl").write_text(content)
+    sources = [{"name": name, "files": [str(tmp_path / f"{file}.jsonl")]} for name, file in SOURCES.items()]
+    tokenizer = {"kind": kind, "vocab_size": 320, "train_bytes": 20_000}
+    with pytest.raises(ValueError, match=f"^{said}") as caught:
+        train_tokenizer(config_of(tmp_path, sources=sources, tokenizer=tokenizer))
+    assert is_users(caught.value)
+
+
+SOURCES = {"main": "raw", "other": "other"}
+
+
+def test_ctrl_c_while_texts_are_read_ends_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> Iterator[bytes]:
+        yield b"some text"
+        raise KeyboardInterrupt
+
+    write_jsonl(tmp_path / "raw.jsonl", documents(200))
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": config_of(tmp_path).model_dump(mode="json")}))
+    monkeypatch.setattr("data.tokenizer._spread_documents", interrupted)
+    monkeypatch.setattr("sys.argv", ["data.tokenizer", str(tmp_path / "run.yaml")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_missing_or_damaged_tokenizer_names_the_file(tmp_path: Path) -> None:
