@@ -22,6 +22,8 @@ from settings import Strict
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
+RECORDS = "shard-*.json"
+"""Of finished shards, while their part is unfinished."""
 ENDS_DTYPE = np.dtype("<u8")
 COUNTS = ("tokens", "documents", "text_bytes", "repaired_documents", "empty_documents", "duplicate_documents")
 """What a manifest sums up of its shards, and the manifest of a source of its parts."""
@@ -134,7 +136,7 @@ def shard_name(number: int) -> str:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete what only an unfinished preparation needs."""
-    for path in [*folder.glob(f"*{TEMPORARY}"), *folder.glob("shard-*.json"), folder / PROGRESS_NAME]:
+    for path in [*folder.glob(f"*{TEMPORARY}"), *folder.glob(RECORDS), folder / PROGRESS_NAME]:
         path.unlink(missing_ok=True)
 
 

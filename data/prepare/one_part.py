@@ -14,6 +14,7 @@ from data.prepare.parts import Part, Report
 from data.shards import (
     MANIFEST_NAME,
     PROGRESS_NAME,
+    RECORDS,
     Manifest,
     ShardWriter,
     finished_shards,
@@ -61,8 +62,8 @@ def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Ma
     with only_holder(folder / "lock", f"{folder} is being prepared by another command"):
         if (folder / MANIFEST_NAME).exists():  # its last holder has just finished it
             return _complete(folder, made_from)
-        if (folder / PROGRESS_NAME).exists():
-            require_unchanged(folder, read_json(folder / PROGRESS_NAME), made_from)
+        if (before := begun_with(folder)) is not None:
+            require_unchanged(folder, before, made_from)
         else:
             remove_leftovers(folder)  # shards without a record of their origin: they may be of other text
             write_json(folder / PROGRESS_NAME, made_from)
@@ -80,6 +81,15 @@ def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Ma
             return writer.finish(output.vocab_size, output.eos_id, made_from, may_be_empty=part.of > 1)
         finally:
             writer.abandon()
+
+
+def begun_with(folder: Path) -> dict[str, Any] | None:
+    """What a part's finished shards were made from; None if it has none, or nothing says what they are of."""
+    if (folder / MANIFEST_NAME).exists():
+        return read_model(folder / MANIFEST_NAME, Manifest).origin
+    if any(folder.glob(RECORDS)) and (folder / PROGRESS_NAME).exists():
+        return read_json(folder / PROGRESS_NAME)
+    return None
 
 
 def _complete(folder: Path, made_from: dict[str, Any]) -> Manifest:

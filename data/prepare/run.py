@@ -11,13 +11,13 @@ from typing import Any
 from data.config import DataConfig, SourceConfig
 from data.discovery import find_files
 from data.files import only_writer, read_json, write_json
-from data.prepare.duplicates import find_duplicates, hash_part
+from data.prepare.duplicates import find_duplicates, hash_part, remove_hashes
 from data.prepare.join import join, missing, outline, outline_of
-from data.prepare.one_part import Output, prepare_part, require_unchanged
+from data.prepare.one_part import Output, begun_with, prepare_part, require_unchanged
 from data.prepare.parts import Part, cut, share
 from data.prepare.processes import work_through
 from data.prepare.tasks import ALONE, Task
-from data.shards import FORMAT_VERSION, MANIFEST_NAME, PROGRESS_NAME, Manifest, read_model
+from data.shards import FORMAT_VERSION, MANIFEST_NAME, PROGRESS_NAME, RECORDS, Manifest, read_model
 from data.sources import Source
 from data.store import TokenStore, train_folder, validation_folder
 from data.token_files import Vocabulary
@@ -150,9 +150,31 @@ def _require_same_origin(parts: list[Part]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         require_unchanged(folder, outline_of(read_json(folder / PROGRESS_NAME)), now)
+        return
     except FileNotFoundError:
-        if len(parts) > 1:  # a single part writes its own
-            write_json(folder / PROGRESS_NAME, now, shared=True)
+        pass
+    except ValueError:  # a change may be what the error of an earlier command has asked for
+        if not _finished_fits(parts):
+            raise
+    if len(parts) > 1:  # a single part writes its own
+        write_json(folder / PROGRESS_NAME, now, shared=True)
+
+
+def _finished_fits(parts: list[Part]) -> bool:
+    """Whether all shards that are finished, be it none, are those that ``parts`` would give now."""
+    folder = parts[0].source_folder
+    finished = {path.parent for name in (RECORDS, MANIFEST_NAME) for path in folder.rglob(name)}
+    if not finished:
+        remove_hashes(folder)
+    if not finished <= {part.folder for part in parts}:
+        return False
+    for part in parts:
+        if part.folder in finished and (before := begun_with(part.folder)) is not None:
+            try:
+                require_unchanged(part.folder, before, part.made_from())
+            except ValueError:
+                return False
+    return True
 
 
 def files_twice(config: DataConfig) -> list[str]:

@@ -228,6 +228,43 @@ def changing(tmp_path: Path) -> Iterator[tuple[DataConfig, Path]]:
     yield config, tmp_path / f"{int(done.name[-1])}.jsonl"
 
 
+@pytest.mark.parametrize("deduplicate", ["none", "exact"])
+@pytest.mark.parametrize("part_bytes", [1, 10**9], ids=["parts", "one part"])
+def test_what_an_error_tells_to_change_may_be_changed(tmp_path: Path, deduplicate: str, part_bytes: int) -> None:
+    for number in range(3):
+        write_jsonl(tmp_path / f"{number}.jsonl", documents(20, seed=number))
+    source = {"name": "main", "files": [str(tmp_path / "?.jsonl")]}
+    changes = {"sources": [source], "part_bytes": part_bytes, "deduplicate": deduplicate}
+    config = config_of(tmp_path, **changes)
+    train_tokenizer(config)
+    wrong = config_of(tmp_path, **changes | {"sources": [{**source, "text_field": "body"}]})
+    with pytest.raises(ValueError, match=r"line 1 has no field 'body' \(there: text\); name the one with the text"):
+        prepare(wrong, 1)
+    assert len(prepare(config, 1)) == 1
+    with pytest.raises(ValueError, match="train/main was prepared from something else"):
+        prepare(wrong, 1)
+
+
+@pytest.mark.parametrize("deduplicate", ["none", "exact"])
+def test_a_broken_file_may_be_corrected(tmp_path: Path, deduplicate: str) -> None:
+    """Its size changes; the parts that are finished are of others, and stay."""
+    for number in range(3):
+        write_jsonl(tmp_path / f"{number}.jsonl", documents(20 + number, seed=number))
+    source = {"name": "main", "files": [str(tmp_path / "?.jsonl")]}
+    config = config_of(tmp_path, sources=[source], part_bytes=1, deduplicate=deduplicate)
+    train_tokenizer(config)
+    whole = (tmp_path / "0.jsonl").read_bytes()  # the smallest, so the last one in turn
+    (tmp_path / "0.jsonl").write_bytes(whole + b'{"text": "cut of')
+    with pytest.raises(ValueError, match=r"0\.jsonl: line 21 is not JSON"):
+        prepare(config, 1)
+    folder = Path(config.dir) / "train/main"
+    done = {path: path.stat().st_mtime_ns for path in folder.glob("part-*/manifest.json")}
+    assert len(done) == (2 if deduplicate == "none" else 0)
+    (tmp_path / "0.jsonl").write_bytes(whole)
+    assert len(prepare(config, 1)) == 1
+    assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in done.items())
+
+
 def test_a_part_whose_files_changed_is_refused_by_every_task(changing: tuple[DataConfig, Path]) -> None:
     config, file = changing
     content = file.read_bytes()
