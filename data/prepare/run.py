@@ -122,10 +122,12 @@ def parts_of(config: DataConfig, tokenizer: TextTokenizer) -> list[list[Part]]:
 
 
 def _begun_with(folder: Path) -> str | None:
-    """The Hub's commit that an unfinished preparation reads, for all tasks, even if the dataset has moved on since."""
-    with suppress(FileNotFoundError):
-        revision = read_json(folder / PROGRESS_NAME).get("hub", {}).get("revision")
-        return None if revision is None else str(revision)
+    """The Hub's commit that ``folder`` is made from, by all tasks, even if the dataset has moved on since."""
+    for name in (PROGRESS_NAME, MANIFEST_NAME):
+        with suppress(FileNotFoundError):
+            content = read_json(folder / name)
+            revision = content.get("made_from", content).get("hub", {}).get("revision")
+            return None if revision is None else str(revision)
     return None
 
 

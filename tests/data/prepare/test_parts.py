@@ -14,10 +14,11 @@ import zstandard
 
 from data.config import SourceConfig
 from data.files import write_json
+from data.hub import _builder
 from data.prepare.join import outline
 from data.prepare.parts import Part, cut, share
 from data.prepare.processes import processes_for
-from data.prepare.run import parts_of, tokenizer_of
+from data.prepare.run import parts_of, prepare, tokenizer_of
 from data.prepare.tasks import ALONE, Task, task_of
 from data.sources import Cursor, Source
 from data.tokenizer import train_tokenizer
@@ -103,6 +104,25 @@ def test_a_hub_dataset_that_moves_on_is_read_at_the_commit_it_was_begun_with(
     write_json(parts[0].source_folder / "progress.json", outline(parts[0]))
     (parts,) = parts_of(config, tokenizer_of(config))
     assert len(parts) == 2 and parts[1].made_from()["hub"]["revision"] == "second"
+
+
+def test_a_complete_hub_dataset_stays_as_it_is_after_another_commit_and_without_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = _builder
+    monkeypatch.setattr("data.hub._builder", lambda *_: read(str(tmp_path / "set"), None, None))
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_: SimpleNamespace(sha="first"))
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", documents(50))
+    write_jsonl(tmp_path / "raw.jsonl", documents(100))
+    config = config_of(tmp_path)
+    train_tokenizer(config)
+    hub = config.model_copy(update={"sources": [SourceConfig(name="hub", hub="nobody/nothing")]})
+    prepare(hub, 1)
+    both = config.model_copy(update={"sources": [*hub.sources, *config.sources]})
+    for now in (SimpleNamespace(sha="second"), None):  # None: asked for its commit it fails
+        monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, now=now: now)
+        assert [name for name, _ in prepare(both, 1)] == ["train/hub", "train/main"]
 
 
 @pytest.mark.parametrize(
