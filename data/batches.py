@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import DataConfig, StreamConfig
+from data.config import DataConfig, SourceConfig, StreamConfig
 from data.order import ORDER_VERSION, Order
 from data.skip_ranges import pass_over
-from data.store import TokenStore, train_folder, validation_folder
+from data.store import TokenStore, require_configured, train_folder, validation_folder
 from data.tokenization import tokenizer_sha256
 
 IGNORED = -100
@@ -139,15 +139,17 @@ class TrainingData(MixedStream):
         """Open every source; batches are in pinned memory if asked, ``check_files`` as of :class:`TokenStore`.
 
         Raises:
-            ValueError: a source is missing, damaged, shorter than one window, or made with another tokenizer than
-                the data folder's or another end of documents than the first's (so two tokenizers never mix).
+            ValueError: a source is missing, damaged, shorter than one window, made with other settings than the
+                config's, or with another tokenizer than the data folder's or another end of documents than the first's
+                (so two tokenizers never mix).
         """
         self._config = config
         self._pin_memory = pin_memory
-        names = [source.name for source in config.sources]
         self._tokenizer_sha256 = tokenizer_sha256(config.dir)
-        folders = [train_folder(config, name) for name in names]
-        self._stores = [_open(folder, self._tokenizer_sha256, config, check_files) for folder in folders]
+        self._stores = [
+            _open(source, train_folder(config, source.name), self._tokenizer_sha256, config, check_files)
+            for source in config.sources
+        ]
         _require_one_vocabulary(self._stores)
         super().__init__(config, [store.windows(config.sequence_tokens) for store in self._stores])
 
@@ -210,7 +212,8 @@ class ValidationSet:
         """
         self.name = name
         self._config = config
-        self._store = _open(validation_folder(config, name), tokenizer_sha256(config.dir), config, check_files)
+        (source,) = (source for source in config.validation if source.name == name)
+        self._store = _open(source, validation_folder(config, name), tokenizer_sha256(config.dir), config, check_files)
 
     @property
     def samples(self) -> int:
@@ -259,8 +262,11 @@ def step_sample_ids(
     return [range(start, start + micro_batch) for start in first]
 
 
-def _open(folder: Path, expected_tokenizer: str, config: DataConfig, check_files: bool) -> TokenStore:
+def _open(
+    source: SourceConfig, folder: Path, expected_tokenizer: str, config: DataConfig, check_files: bool
+) -> TokenStore:
     store = TokenStore(folder, expected_tokenizer, check_files)
+    require_configured(store.manifest, folder, config, source)
     if not store.windows(config.sequence_tokens):
         raise ValueError(
             f"{folder} holds {store.tokens} tokens, but one window takes data.sequence_tokens + 1 = "

@@ -89,12 +89,7 @@ class Source:
                 self.files = with_indexes(self.files)
         except ValueError as error:
             raise ValueError(f"source '{config.name}': {error}") from None
-        self._formats = [config.format or _format_of(path, config) for path in self.files]
-
-    @property
-    def formats(self) -> list[str]:
-        """What its files are read as, each once, sorted; none for a dataset on the Hub."""
-        return sorted(set(self._formats))
+        self._formats = formats_of(self.files, config)
 
     def identity(self, first: int = 0, end: int | None = None) -> dict[str, Any]:
         """What identifies files ``first`` up to ``end`` and their state: names, sizes and fingerprints.
@@ -207,6 +202,15 @@ class Source:
         else:
             values = csv_values(path, field)
         return islice(values, first, end)
+
+
+def formats_of(files: Sequence[Path], config: SourceConfig) -> list[str]:
+    """What each of ``files`` is read as, by its name; none of them is opened.
+
+    Raises:
+        ValueError: a name does not say it.
+    """
+    return [config.format or _format_of(path, config) for path in files]
 
 
 def _format_of(path: Path, config: SourceConfig) -> str:

@@ -11,14 +11,15 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.config import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.files import sha256_of
 from data.open_files import SHARED, Column
 from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model
+from data.sources import formats_of
 
 
 class _Look(NamedTuple):
@@ -37,6 +38,47 @@ def train_folder(config: DataConfig, name: str) -> Path:
 def validation_folder(config: DataConfig, name: str) -> Path:
     """Where the shards of validation set ``name`` lie."""
     return Path(config.dir) / "validation" / name
+
+
+def settings_of(config: DataConfig, source: SourceConfig) -> dict[str, Any]:
+    """What of the config, besides its files, decides the tokens of ``source``."""
+    settings: dict[str, Any] = {"text_field": source.text_field}
+    if source.tokens is not None:
+        settings = {"tokens": source.tokens.model_dump()}
+    return settings if config.deduplicate == "none" else {**settings, "deduplicate": config.deduplicate}
+
+
+def require_configured(manifest: Manifest, folder: Path, config: DataConfig, source: SourceConfig) -> None:
+    """Refuse shards that ``source`` would not give now, as far as its files, which may be gone, need not be asked.
+
+    Args:
+        manifest: of the shards; what it does not say counts as unchanged.
+        folder: of the shards.
+        config: the data block.
+        source: theirs, one of the block's.
+
+    Raises:
+        ValueError: naming what is another now.
+    """
+    made_from = manifest.made_from
+    if "settings" not in made_from:
+        return
+    before, now = dict(made_from["settings"]), settings_of(config, source)
+    before.pop("shard_tokens", None)  # leaves the tokens as they are
+    if hub := made_from.get("hub"):
+        before |= {"hub": hub["name"], "hub_config": hub["config"], "split": hub["split"]}
+    if source.hub:
+        now |= {"hub": source.hub, "hub_config": source.hub_config, "split": source.split}
+    elif not hub and "formats" in made_from:
+        before["formats"] = made_from["formats"]
+        now["formats"] = sorted(set(formats_of([Path(file["name"]) for file in made_from["files"]], source)))
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    if keys:
+        changes = ", ".join(f"{key} {before.get(key, 'none')} -> {now.get(key, 'none')}" for key in keys)
+        raise ValueError(
+            f"{folder} was prepared with other settings than the config's now ({changes}); undo the change, or choose "
+            "another data.dir and prepare again"
+        )
 
 
 class TokenStore:

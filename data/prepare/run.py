@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from data.config import DataConfig, SourceConfig
 from data.discovery import find_files
@@ -18,8 +17,8 @@ from data.prepare.parts import Part, cut, share
 from data.prepare.processes import work_through
 from data.prepare.tasks import ALONE, Task
 from data.shards import FORMAT_VERSION, MANIFEST_NAME, PROGRESS_NAME, RECORDS, Manifest, read_model
-from data.sources import Source
-from data.store import TokenStore, train_folder, validation_folder
+from data.sources import Source, formats_of
+from data.store import TokenStore, settings_of, train_folder, validation_folder
 from data.token_files import Vocabulary
 from data.tokenization import SentencePiece, TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import is_ours, require_configured
@@ -104,18 +103,14 @@ def parts_of(config: DataConfig, tokenizer: TextTokenizer) -> list[list[Part]]:
     """
     made = []
     for source, folder in _all_folders(config):
-        read_as = {"text_field": source.text_field} if source.tokens is None else {"tokens": source.tokens.model_dump()}
-        settings: dict[str, Any] = {**read_as, "shard_tokens": config.shard_tokens}
-        if config.deduplicate != "none":
-            settings["deduplicate"] = config.deduplicate
         vocabulary = Vocabulary.of(tokenizer)
         opened = Source(source, vocabulary, _begun_with(folder))
         common = {
             "format_version": FORMAT_VERSION,
             "tokenizer_sha256": tokenizer.sha256,
             "vocabulary": vocabulary._asdict(),
-            "settings": settings,
-            "formats": opened.formats,
+            "settings": {**settings_of(config, source), "shard_tokens": config.shard_tokens},
+            "formats": sorted(set(formats_of(opened.files, source))),
         }
         made.append(cut(opened, folder, config.part_bytes, common))
     return made

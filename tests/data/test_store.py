@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from data.batches import TrainingData
+from data.batches import TrainingData, ValidationSet
+from data.config import DataConfig, SourceConfig
 from data.files import sha256_of
 from data.open_files import Column, OpenFiles
 from data.store import TokenStore
@@ -172,6 +174,73 @@ def test_other_tokenizer_and_mixed_tokenizers_are_refused(tmp_path: Path) -> Non
     assert tokenizer_sha256(one.dir)
     with pytest.raises(ValueError, match=r"train/main/manifest\.json: the shards were made with tokenizer"):
         TrainingData(one)
+
+
+@pytest.fixture
+def without_sources(tmp_path: Path) -> DataConfig:
+    """A prepared source and validation set whose files are gone."""
+    held = [{"name": "held", "files": [str(tmp_path / "raw.jsonl")]}]
+    config = prepared(tmp_path, validation=held)
+    (tmp_path / "raw.jsonl").unlink()
+    return config
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"text_field": "body"}, "text_field text -> body"),
+        ({"format": "text"}, r"formats \['json'\] -> \['text'\]"),
+        ({"tokens": {}}, r"text_field text -> none, tokens none -> \{'dtype': None"),
+        ({"files": [], "hub": "some/other"}, "hub none -> some/other, split none -> train"),
+    ],
+    ids=["text_field", "format", "tokens", "hub"],
+)
+def test_shards_of_other_settings_than_the_configs_are_refused(
+    without_sources: DataConfig, changes: dict[str, Any], said: str
+) -> None:
+    said = rf"main was prepared with other settings than the config's now \({said}.*\); undo the change, or choose"
+    changed = SourceConfig.model_validate(without_sources.sources[0].model_dump() | changes)
+    with pytest.raises(ValueError, match=f"train/{said}"):
+        TrainingData(without_sources.model_copy(update={"sources": [changed]}))
+    held = changed.model_copy(update={"name": "held"})
+    with pytest.raises(ValueError, match=f"validation/{said.replace('main', 'held', 1)}"):
+        ValidationSet(without_sources.model_copy(update={"validation": [held]}), "held")
+
+
+def test_what_leaves_the_tokens_of_shards_as_they_are_may_change(without_sources: DataConfig) -> None:
+    fingerprint = TrainingData(without_sources).fingerprint
+    same = without_sources.sources[0].model_copy(update={"format": "json", "weight": 2.0, "files": ["moved/raw.jsonl"]})
+    moved = without_sources.model_copy(update={"sources": [same], "shard_tokens": 5000, "part_bytes": 1})
+    assert len(TrainingData(moved).fingerprint) == len(fingerprint)
+    deduplicated = without_sources.model_copy(update={"deduplicate": "exact"})
+    with pytest.raises(ValueError, match=r"deduplicate none -> exact"):
+        TrainingData(deduplicated)
+    path = Path(without_sources.dir) / "train/main/manifest.json"
+    manifest = json.loads(path.read_text())
+    for forgotten in ("formats", "vocabulary"):  # as in the first manifests
+        del manifest["made_from"][forgotten]
+        path.write_text(json.dumps(manifest))
+        assert TrainingData(without_sources).fingerprint == fingerprint
+
+
+def test_shards_of_another_dataset_of_the_hub_are_refused(without_sources: DataConfig) -> None:
+    path = Path(without_sources.dir) / "train/main/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["made_from"]["files"]
+    manifest["made_from"]["formats"] = []
+    manifest["made_from"]["hub"] = {"name": "some/set", "config": None, "split": "train", "revision": "first"}
+    path.write_text(json.dumps(manifest))
+    for changes, said in (
+        ({}, "hub some/set -> none"),
+        ({"hub": "some/other"}, r"\(hub some/set -> some/other\)"),
+        ({"hub": "some/set", "split": "test"}, r"\(split train -> test\)"),
+        ({"hub": "some/set", "hub_config": "en"}, r"\(hub_config None -> en\)"),
+    ):
+        source = without_sources.sources[0] if not changes else SourceConfig.model_validate({"name": "main", **changes})
+        with pytest.raises(ValueError, match=said):
+            TrainingData(without_sources.model_copy(update={"sources": [source]}))
+    same = SourceConfig(name="main", hub="some/set")
+    assert TrainingData(without_sources.model_copy(update={"sources": [same]})).vocab_size == 320
 
 
 UNDER_A_LIMIT = """
