@@ -106,6 +106,10 @@ class Source:
             return self._hub.identity()
         return {"files": [{"name": shown(path.name), "bytes": path.stat().st_size} for path in self.files]}
 
+    def sizes(self) -> list[int]:
+        """Bytes of each file, as they lie there."""
+        return self._hub_sizes if self._hub is not None else [path.stat().st_size for path in self.files]
+
     def pieces(self, limit_bytes: int) -> Iterator[tuple[Cursor, int]]:
         """Where the source may be cut: the start of each piece, and its bytes as they lie there.
 
@@ -115,8 +119,7 @@ class Source:
         Raises:
             ValueError: a file cannot be read.
         """
-        sizes = self._hub_sizes if self._hub is not None else [path.stat().st_size for path in self.files]
-        for number, size in enumerate(sizes):
+        for number, size in enumerate(self.sizes()):
             if size <= limit_bytes or self._hub is not None or self._formats[number] != "parquet":
                 yield Cursor(number, 0), size
                 continue

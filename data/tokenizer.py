@@ -24,6 +24,7 @@ from data.tokenizer_training import BYTE_LEVEL_CONFIG, train_byte_level, train_s
 from settings import load, parse_arguments, user_errors
 
 MANIFEST_NAME = "tokenizer.manifest.json"
+_HUB_FILES = 100
 
 
 def train_tokenizer(config: DataConfig) -> str:
@@ -173,7 +174,7 @@ def _sample(config: DataConfig, taken_bytes: dict[str, int]) -> Iterator[bytes]:
         )
     total_weight = sum(source.weight for source in sources)
     for source in sources:
-        budget_bytes = int(config.tokenizer.train_bytes * source.weight / total_weight)
+        budget_bytes = max(1, int(config.tokenizer.train_bytes * source.weight / total_weight))
         for text in _spread_documents(Source(source), budget_bytes):
             taken_bytes[source.name] += len(text)
             yield text
@@ -182,9 +183,14 @@ def _sample(config: DataConfig, taken_bytes: dict[str, int]) -> Iterator[bytes]:
 
 
 def _spread_documents(source: Source, budget_bytes: int) -> Iterator[bytes]:
-    """About ``budget_bytes`` of text, from the start of every file in equal parts, so that no file speaks for all."""
+    """About ``budget_bytes`` of text, from the start of every file in equal parts, so that no file speaks for all.
+
+    Of a dataset on the Hub, which may have tens of thousands to open one by one, from ``_HUB_FILES`` evenly spread.
+    """
+    sizes = source.sizes()
+    step = 1 if source.files else -(-len(sizes) // _HUB_FILES)
     # Small files first: what they cannot give is shared among the larger ones.
-    order = sorted(range(len(source.files)), key=lambda n: (source.files[n].stat().st_size, n)) or [0]
+    order = sorted(range(0, len(sizes), step), key=lambda n: (sizes[n], n))
     for done, number in enumerate(order):
         allowance = budget_bytes // (len(order) - done)
         for document in source.file_documents(number):

@@ -12,8 +12,9 @@ import yaml
 
 from data.exact_cuts import PART_CHARACTERS
 from data.sentencepiece_file import load_tokenizer
+from data.sources import Source
 from data.tokenization import load_text_tokenizer, tokenizer_sha256
-from data.tokenizer import main, train_tokenizer
+from data.tokenizer import _spread_documents, main, train_tokenizer
 from settings.user_errors import is_users
 from tests.data.helpers import config_of, documents, write_jsonl
 
@@ -159,6 +160,26 @@ def test_a_source_that_cannot_be_read_is_named(tmp_path: Path, kind: str, conten
     with pytest.raises(ValueError, match=f"^{said}") as caught:
         train_tokenizer(config_of(tmp_path, sources=sources, tokenizer=tokenizer))
     assert is_users(caught.value)
+
+
+def test_all_files_of_a_hub_dataset_are_read_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    for number, letter in enumerate("ДЖЮ"):
+        write_jsonl(tmp_path / "set" / f"train-{number}.jsonl", [f"{letter * 50} word"] * 300)
+    sources, size = [{"name": "hub", "hub": str(tmp_path / "set")}], {"vocab_size": 300, "train_bytes": 20_000}
+    said = train_tokenizer(config_of(tmp_path, sources=sources, tokenizer=size))
+    assert "trained on 20,000 bytes (hub 20,000)" in said
+    tokenizer = load_tokenizer(tmp_path / "data")
+    assert all(tokenizer.piece_to_id(letter) != tokenizer.unk_id() for letter in "ДЖЮ")
+    monkeypatch.setattr("data.tokenizer._HUB_FILES", 2)
+    texts = _spread_documents(Source(config_of(tmp_path, sources=sources).sources[0]), 1000)
+    assert {text.decode()[0] for text in texts} == {"Д", "Ю"}
+
+
+def test_a_source_of_next_to_no_weight_gives_a_byte(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "raw.jsonl", documents(200))
+    sources = [{"name": n, "files": [str(tmp_path / "raw.jsonl")], "weight": w} for n, w in (("a", 1), ("b", 1e-9))]
+    assert "(a 19,999, b 1)" in train_tokenizer(config_of(tmp_path, sources=sources))
 
 
 SOURCES = {"main": "raw", "other": "other"}
