@@ -133,8 +133,8 @@ def closed(ids: Any, settings: TokensConfig, vocabulary: Vocabulary, place: str)
         return np.empty(0, np.uint32)
     _require_ids(given, vocabulary, place)
     content = given.astype(np.uint32)
-    if content[-1] == _end_id(settings, vocabulary):
-        content = content[:-1]
+    inside = np.flatnonzero(content != _end_id(settings, vocabulary))
+    content = content[inside[0] : inside[-1] + 1] if inside.size else content[:0]
     before = len(vocabulary.prefix)
     if before and content[:before].tolist() == vocabulary.prefix:
         content = content[before:]
