@@ -89,5 +89,5 @@ def _opens_words_with_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _stays_on_one_side(added: dict[str, Any]) -> bool:
-    """A token beside the model's: it holds no border, and does not ask what stands behind one."""
-    return not (added["single_word"] or added["rstrip"] or BEFORE_SPACE.search(added["content"]))
+    """A token beside the model's: no border is in it, whatever follows, and it does not ask what stands behind one."""
+    return not (added["single_word"] or added["rstrip"] or BEFORE_SPACE.search(added["content"] + "a"))

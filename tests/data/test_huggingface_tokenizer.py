@@ -301,6 +301,7 @@ def test_parts_have_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch, patter
         ({"added_tokens": [{"single_word": False, "rstrip": True, "content": "a"}]}, "takes the space behind it"),
         ({"added_tokens": [{"single_word": True, "rstrip": False, "content": "a"}]}, "asks what is before it"),
         ({"added_tokens": [{"single_word": False, "rstrip": False, "content": "to be"}]}, "a token over the border"),
+        ({"added_tokens": [{"single_word": False, "rstrip": False, "content": "to "}]}, "the border is in the token"),
     ],
     ids=str,
 )  # fmt: skip
