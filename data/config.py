@@ -23,8 +23,8 @@ class TokenizerConfig(Strict):
     path: PathText | None = None
     """Train none, and copy the tokenizer of this folder, such as a Hugging Face checkpoint's, to ``data.dir`` as it
     is; then the other fields but ``kind`` and ``vocab_size`` have no effect."""
-    vocab_size: int = Field(32_000, ge=300, le=2**31 - 1)
-    """Number of pieces, the 256 bytes and the special ones included."""
+    vocab_size: int = Field(32_000, ge=1, le=2**31 - 1)
+    """Number of pieces, the 256 bytes and the special ones included; at least 300 if it is trained here."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """sentencepiece: only ``bpe`` keeps ids exactly the same after conversion to Hugging Face."""
     train_bytes: int = Field(100_000_000, ge=10_000)

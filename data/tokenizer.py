@@ -25,6 +25,7 @@ from settings import load, parse_arguments, user_errors
 
 MANIFEST_NAME = "tokenizer.manifest.json"
 _HUB_FILES = 100
+_LEAST_PIECES = 300
 
 
 def train_tokenizer(config: DataConfig) -> str:
@@ -126,6 +127,11 @@ def _require_same_settings(wanted: TokenizerConfig, path: Path) -> None:
 
 
 def _train(config: DataConfig, folder: Path) -> str:
+    if config.tokenizer.vocab_size < _LEAST_PIECES:
+        raise ValueError(
+            f"data.tokenizer.vocab_size={config.tokenizer.vocab_size} leaves no room beside the bytes for pieces to "
+            f"train; set it to {_LEAST_PIECES} or more, or take a tokenizer of that size: data.tokenizer.path"
+        )
     _require_no_leftovers(folder, config.tokenizer.kind)
     folder.mkdir(parents=True, exist_ok=True)
     taken_bytes = {source.name: 0 for source in config.sources if source.tokens is None}
