@@ -283,8 +283,13 @@ class HuggingFace(TextTokenizer):
 
     def _put_before(self, eos_id: int, file: Path) -> list[int]:
         """What the post-processor puts before a text. An option ``add_bos_token`` beside the file has no effect."""
-        encoded = self._tokenizer.encode("a")
+        try:
+            encoded = self._tokenizer.encode("a")
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(_cannot_encode(file, "a", error)) from None
         text = [place for place, special in enumerate(encoded.special_tokens_mask) if not special]
+        if not text:
+            raise ValueError(_cannot_encode(file, "a", "it leaves it out"))
         before, after = encoded.ids[: text[0]], encoded.ids[text[-1] + 1 :]
         if after not in ([], [eos_id]):
             raise ValueError(
@@ -294,9 +299,12 @@ class HuggingFace(TextTokenizer):
         return before
 
     def _encode_parts(self, texts: list[str]) -> list[list[int]]:
-        if len(texts) == 1:  # without threads: a process that forks later may do this
-            return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
-        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            if len(texts) == 1:  # without threads: a process that forks later may do this
+                return [self._tokenizer.encode(texts[0], add_special_tokens=False).ids]
+            return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(_cannot_encode(self.file, texts[0][:60], error)) from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids))
@@ -309,6 +317,13 @@ class HuggingFace(TextTokenizer):
 
     def token_id(self, piece: str) -> int | None:
         return self._tokenizer.token_to_id(piece)
+
+
+def _cannot_encode(file: Path, text: str, reason: object) -> str:
+    return (
+        f"{file} cannot encode a text, such as {text!r} ({reason}); give it tokens for whatever is in no other, the "
+        "bytes or an unk_token, or take another tokenizer"
+    )
 
 
 def common_start(first: Sequence[int], second: Sequence[int]) -> int:

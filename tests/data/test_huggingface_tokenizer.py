@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from convert.hf_tokenizer import write_tokenizer
@@ -314,6 +314,50 @@ def test_other_tokenizers_are_not_cut(change: dict[str, Any], what: str) -> None
     }
     assert border_of(plain) is BEFORE_SPACE
     assert border_of({**plain, **change}) is None, what
+
+
+def test_a_given_tokenizer_may_have_fewer_tokens_than_a_trained_one(tmp_path: Path) -> None:
+    given = Tokenizer(models.BPE())
+    given.pre_tokenizer, given.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    given.train_from_iterator([], trainers.BpeTrainer(special_tokens=["<eos>"], initial_alphabet=alphabet))
+    (tmp_path / "bytes").mkdir()
+    given.save(str(tmp_path / "bytes/tokenizer.json"))
+    (tmp_path / "bytes/tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    write_jsonl(tmp_path / "raw.jsonl", documents(20))
+    small = {**TRAINED, "vocab_size": 257}
+    with pytest.raises(
+        ValueError, match=r"vocab_size=257 leaves no room .*; set it to 300 or more, or take a tokenizer"
+    ):
+        train_tokenizer(config_of(tmp_path, tokenizer=small))
+    config = config_of(tmp_path, tokenizer={**small, "path": str(tmp_path / "bytes")})
+    assert "257 tokens, taken from" in train_tokenizer(config)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (models.WordLevel({"A": 0, "<eos>": 1}, unk_token="[UNK]"), "WordLevel error: Missing"),
+        (models.BPE({"A": 0, "<eos>": 1}, []), "it leaves it out"),
+    ],
+    ids=["fails", "drops"],
+)
+def test_a_tokenizer_without_tokens_for_all_text_is_refused(tmp_path: Path, model: Any, reason: str) -> None:
+    made = Tokenizer(model)
+    made.add_special_tokens(["<eos>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    with pytest.raises(ValueError, match=rf"tokenizer\.json cannot encode a text, such as 'a' \({reason}.*; give it"):
+        load_text_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("texts", [["b"], ["a", "b"]], ids=["one", "several"])
+def test_a_text_that_a_tokenizer_cannot_encode_is_told(tmp_path: Path, texts: list[str]) -> None:
+    made = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="[UNK]"))
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode a text, such as '[ab]' \(WordLevel error"):
+        load_text_tokenizer(tmp_path).encode_documents(texts)
 
 
 def test_a_long_document_goes_through_in_parts(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
