@@ -33,7 +33,15 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
     Raises:
         ValueError: with one sentence a problem: missing file, bad YAML, unknown key, bad value.
     """
-    path = Path(path)
+    try:
+        return _load(Path(path), overrides, schema, block)
+    except RecursionError:  # of the parser, or of what shows the value
+        raise ValueError(
+            f"{path}, or an override, holds lists or mappings too deep within each other; correct or quote it"
+        ) from None
+
+
+def _load(path: Path, overrides: Sequence[str], schema: type[Schema], block: str | None) -> Schema:
     raw = _read_yaml(path, [block] if block else schema.model_fields)
     if block is not None:
         _require_blocks(path, overrides, [block, *(str(name) for name in raw if name != block)])
@@ -57,7 +65,7 @@ def peek(path: str | Path) -> dict[str, Any]:
     """The blocks of a YAML file as they stand; none if it is missing or no mapping, of which :func:`load` says more."""
     try:
         blocks = yaml.load(Path(path).read_bytes(), Loader=Loader)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
     return blocks if isinstance(blocks, dict) else {}
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from settings import Strict, load, to_yaml
+from settings.load import peek
 from settings.parse import Dumper, Loader
 
 
@@ -221,6 +222,14 @@ def test_missing_file_lists_what_is_there(write, tmp_path: Path) -> None:
 def test_bad_yaml(write, text: str) -> None:
     path = write(text)
     assert sentence(path).startswith(f"{path} is not valid YAML: ")
+
+
+@pytest.mark.parametrize("depth", [1000, 2000, 20_000])
+def test_what_is_nested_too_deeply(write, depth: int) -> None:
+    value, told = "[" * depth + "]" * depth, "or an override, holds lists or mappings too deep within each other"
+    assert told in sentence(write(GOOD), f"train.steps={value}")
+    path = write(f"train: {value}\n")
+    assert told in sentence(path) and peek(path).keys() <= {"train"}
 
 
 def test_not_text(tmp_path: Path) -> None:
