@@ -54,8 +54,10 @@ _ROWS_AT_ONCE = 64
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """A file's decompressed bytes; the compression is inferred from the name."""
+    """A file's decompressed bytes; the compression is inferred from the name. One of no bytes holds none."""
     file: Any = path.open("rb")
+    if not path.stat().st_size:
+        return file
     if path.suffix == ".gz":
         file = gzip.GzipFile(fileobj=file)
     elif path.suffix == ".xz":
@@ -108,7 +110,7 @@ class _Xz(io.RawIOBase):
 def open_text(path: Path) -> io.BufferedReader:
     """A file's text as UTF-8 without a mark at its start.
 
-    What is no UTF-8 stays as it is; what is wrong in another encoding is replaced by U+FFFD.
+    What is no UTF-8 stays as it is; what is wrong in another encoding becomes a byte that is no UTF-8.
 
     Raises:
         ValueError: it begins as no text does.
@@ -136,12 +138,16 @@ def _require_text(start: bytes) -> None:
         )
 
 
+_KEPT_WRONG = "hopscotch.kept_wrong"
+codecs.register_error(_KEPT_WRONG, lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+
+
 class _AsUtf8(io.RawIOBase):
     """Bytes in another encoding, read as UTF-8."""
 
     def __init__(self, file: io.BufferedReader, encoding: str) -> None:
         self._file = file
-        self._decoder = codecs.getincrementaldecoder(encoding)(errors="replace")
+        self._decoder = codecs.getincrementaldecoder(encoding)(errors=_KEPT_WRONG)
         self._ready = b""
         self._ended = False
 
@@ -152,7 +158,7 @@ class _AsUtf8(io.RawIOBase):
         while not self._ready and not self._ended:
             chunk = self._file.read(_READ_BYTES)
             self._ended = not chunk
-            self._ready = self._decoder.decode(chunk, final=self._ended).encode()
+            self._ready = self._decoder.decode(chunk, final=self._ended).encode(errors="surrogateescape")
         taken, self._ready = self._ready[: len(buffer)], self._ready[len(buffer) :]
         buffer[: len(taken)] = taken
         return len(taken)
@@ -267,6 +273,8 @@ def parquet_values(path: Path, column: str, first: int = 0, end: int | None = No
     import pyarrow
     import pyarrow.parquet
 
+    if not path.stat().st_size:
+        return
     _require_whole(path)
     source = _for_arrow(path)
     if path.suffix in COMPRESSIONS:

@@ -16,7 +16,7 @@ import pytest
 import zstandard
 
 from data.config import SourceConfig
-from data.containers import csv_values, json_records, parquet_values, whole_text
+from data.containers import csv_values, json_records, parquet_values
 from data.sources import Cursor, Source
 from tune.config import ExampleSource
 
@@ -48,9 +48,28 @@ def test_text_in_the_encoding_that_its_first_bytes_say(tmp_path: Path, mark: str
         assert read(path) == [TEXT], name
 
 
-def test_half_a_character_in_another_encoding_is_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize(
+    ("mark", "encoding", "wrong"),
+    [
+        (codecs.BOM_UTF16_LE, "utf-16-le", b"\x00\xd8"),
+        (codecs.BOM_UTF16_BE, "utf-16-be", b"\xdc\x00"),
+        (codecs.BOM_UTF32_LE, "utf-32-le", b"\x00\x00\x00\xff"),
+    ],
+)
+def test_what_is_wrong_in_another_encoding_is_replaced_and_counted(
+    tmp_path: Path, name: str, mark: bytes, encoding: str, wrong: bytes
+) -> None:
+    before, after = {"a.txt": ("ab", "cd"), "a.jsonl": ('{"text": "ab', 'cd"}\n'), "a.csv": ("text\nab", "cd\n")}[name]
+    (tmp_path / name).write_bytes(mark + before.encode(encoding) + wrong + after.encode(encoding))
+    config = SourceConfig(name="s", files=[str(tmp_path / name)])
+    (document,) = Source(config).documents(Cursor(0, 0))
+    assert (document.text.decode(), document.repaired) == ("ab\ufffdcd", True)
+
+
+def test_half_a_character_at_the_end_of_another_encoding_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF16_LE + "ab".encode("utf-16-le") + b"\x00")
-    assert whole_text(tmp_path / "a.txt").decode() == "ab\ufffd"
+    assert read(tmp_path / "a.txt") == ["ab\ufffd"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
@@ -118,7 +137,7 @@ def test_the_longest_windows_of_zstd(tmp_path: Path, window_log: int) -> None:
 
 
 def test_containers_without_documents(tmp_path: Path) -> None:
-    for name in ("a.csv", "a.jsonl", "a.json"):
+    for name in ("a.csv", "a.jsonl", "a.json", "a.parquet", "a.jsonl.xz", "a.jsonl.gz", "a.jsonl.zst"):
         (tmp_path / name).touch()
         assert read(tmp_path / name) == []
     (tmp_path / "a.csv").write_text("n,text\n")
