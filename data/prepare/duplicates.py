@@ -54,8 +54,8 @@ def find_duplicates(
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / _LEFT_OUT).exists():
         return
-    work_through([part for part in mine if not _hashes(part)])
-    while missing := [part for part in parts if not _hashes(part)]:
+    work_through(_not_hashed(mine))
+    while missing := _not_hashed(parts):
         if idle := [part for part in missing if not _is_held(_lock(part))]:
             work_through(idle)
         else:
@@ -63,7 +63,7 @@ def find_duplicates(
     while not (folder / _LEFT_OUT).exists():
         with holding(folder / "lock") as holder:
             if holder is None and not (folder / _LEFT_OUT).exists():
-                places = _compare([_only_hashes(part) for part in parts])
+                places = _compare(_all_hashes(parts))
                 write_atomically(folder / _LEFT_OUT, places.tobytes(), shared=True)
         if holder is not None:
             time.sleep(_LOOK_EVERY_S)
@@ -72,9 +72,8 @@ def find_duplicates(
 def hash_part(part: Part, _: int, report: Report) -> None:
     """Write the hashes of a part's documents, unless they are there or another process is at it."""
     with holding(_lock(part)) as holder:
-        if holder is not None or _hashes(part):
+        if holder is not None or (path := _hashes(part, part.made_from())).exists():
             return
-        path = _lock(part).with_name(f"{part.number:05d}-{_digest(part.made_from())}.hashes")
         records = bytearray()
         for documents, document in enumerate(part.source.documents(part.start, part.end), start=1):
             if content := document.content:
@@ -92,7 +91,7 @@ def without_duplicates(part: Part, made_from: dict[str, Any], documents: Iterato
     Raises:
         ValueError: the part is no longer ``made_from`` what was hashed.
     """
-    if _only_hashes(part).stem != f"{part.number:05d}-{_digest(made_from)}":
+    if not _hashes(part, made_from).exists():
         raise ValueError(_changed(part))
     path = part.source_folder / _FOLDER / _LEFT_OUT
     places = np.fromfile(path, "<u8") if path.stat().st_size < _RECORD.itemsize else np.memmap(path, "<u8", mode="r")
@@ -140,19 +139,31 @@ def _compare(paths: Sequence[Path]) -> np.ndarray:
     return np.sort(np.concatenate(repeated))
 
 
-def _digest(made_from: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+def _hashes(part: Part, made_from: dict[str, Any]) -> Path:
+    """Where the hashes of a part go that is ``made_from`` this."""
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return part.source_folder / _FOLDER / f"{part.number:05d}-{digest}.hashes"
 
 
-def _hashes(part: Part) -> list[Path]:
-    return sorted((part.source_folder / _FOLDER).glob(f"{part.number:05d}-*.hashes"))
+def _there(parts: Sequence[Part]) -> dict[int, list[Path]]:
+    """The files of hashes of a source's parts by their number: the folder is listed once for all."""
+    found: dict[int, list[Path]] = {}
+    for path in sorted((parts[0].source_folder / _FOLDER).glob("*.hashes")) if parts else []:
+        found.setdefault(int(path.name.partition("-")[0]), []).append(path)
+    return found
 
 
-def _only_hashes(part: Part) -> Path:
-    found = _hashes(part)
-    if len(found) != 1:
-        raise ValueError(_changed(part))
-    return found[0]
+def _not_hashed(parts: Sequence[Part]) -> list[Part]:
+    there = _there(parts)
+    return [part for part in parts if part.number not in there]
+
+
+def _all_hashes(parts: Sequence[Part]) -> list[Path]:
+    there = _there(parts)
+    for part in parts:
+        if len(there.get(part.number, [])) != 1:
+            raise ValueError(_changed(part))
+    return [there[part.number][0] for part in parts]
 
 
 def _changed(part: Part) -> str:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,28 @@ def test_a_part_that_changes_after_it_was_compared_is_refused(
         shutil.rmtree(Path(fresh.dir) / "train")
     prepare(changing, 1)
     assert texts_of(fresh) == ["SOME text 0", "SOME text 1"]
+
+
+def test_hashes_of_two_states_of_a_part_are_refused(fresh: DataConfig) -> None:
+    folder = Path(fresh.dir) / "train/main/duplicates"
+    folder.mkdir(parents=True)
+    for state in ("one", "two"):
+        (folder / f"00003-{state}.hashes").touch()
+    with pytest.raises(ValueError, match=r"the files of part 3 of .*train/main changed after their documents"):
+        prepare(fresh, 1)
+
+
+def test_the_folder_of_hashes_is_listed_once_a_pass(fresh: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, listing = list[Path](), Path.glob
+
+    def glob(folder: Path, pattern: str) -> Iterator[Path]:
+        if folder.name == "duplicates":
+            listed.append(folder)
+        return listing(folder, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    prepare(fresh, 1)
+    assert len(listed) == 3, "before and after the hashing, and to compare; not once for each of seven parts"
 
 
 def test_places_beyond_what_a_float_holds_are_told_apart() -> None:
