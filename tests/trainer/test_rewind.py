@@ -151,7 +151,7 @@ def test_another_seed_is_refused_until_it_is_accepted_and_then_once_is_enough(
     assert train_here(tiny, *other) == EXIT_MISTAKE
     error = capsys.readouterr().err
     accept = re.search(r"or set (train\.checkpoint\.accept_data=[0-9a-f]{12}) to go on with the other data", error)
-    assert accept is not None
+    assert accept is not None and "added to data.stages from the checkpoint's token on" in error
     wrong = accept[1][:-1] + ("0" if accept[1][-1] != "0" else "1")
     assert train_here(tiny, *other, wrong) == EXIT_MISTAKE
     assert train_here(tiny, *other, accept[1]) == 0

@@ -183,7 +183,8 @@ def _check_fit(
             f"config's is {str(fingerprint)[:12]}); resume with the same shards, data.seed, sequence_tokens, weights "
             "and data.stages (where they begin at shares of the run, another train.steps moves them: take the run "
             f"folder's config.yaml), start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on "
-            "with the other data"
+            "with the other data; where weights change, no text is repeated if the new ones are a stage of their own, "
+            "added to data.stages from the checkpoint's token on"
         )
     changed = differences(blocks["model"], config.model)
     for name, value in config.structure().items():
