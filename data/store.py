@@ -66,7 +66,9 @@ def require_configured(manifest: Manifest, folder: Path, config: DataConfig, sou
     before, now = dict(made_from["settings"]), settings_of(config, source)
     before.pop("shard_tokens", None)  # leaves the tokens as they are
     if hub := made_from.get("hub"):
-        before |= {"hub": hub["name"], "hub_config": hub["config"], "split": hub["split"]}
+        moved = source.hub and hub["revision"] is None  # a local folder, which its files tell, not its name
+        name = source.hub if moved else hub["name"]
+        before |= {"hub": name, "hub_config": hub["config"], "split": hub["split"]}
     if source.hub:
         now |= {"hub": source.hub, "hub_config": source.hub_config, "split": source.split}
     elif not hub and "formats" in made_from:

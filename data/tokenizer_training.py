@@ -74,9 +74,10 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[bytes]) -> byte
             minloglevel=2,
         )
     except RuntimeError as error:
-        if raised:
-            raise raised[0] from None
-        raise ValueError(_size_problem(config.vocab_size, " ".join(str(error).split()))) from None
+        if not raised:
+            raise ValueError(_size_problem(config.vocab_size, " ".join(str(error).split()))) from None
+    if raised:
+        raise raised[0]
     return model.getvalue()
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.batches import TrainingData
+from data.batches import TrainingData, ValidationSet
 from data.discovery import find_files
 from data.questions import find_tasks, read_questions
-from data.store import TokenStore, validation_folder
-from data.tokenization import load_text_tokenizer, require_vocabulary, tokenizer_sha256
+from data.tokenization import load_text_tokenizer, require_vocabulary
 from launch.configs import model_of, tokenizer_folder
 from launch.doctor.findings import Finding
 from trainer.config import PretrainConfig
@@ -24,9 +23,8 @@ def shards(config: PretrainConfig) -> Iterator[Finding]:
     """
     data = TrainingData(config.data)
     data.require_vocabulary(config.data.tokenizer.vocab_size)
-    sha256 = tokenizer_sha256(config.data.dir)
     for source in config.data.validation:
-        TokenStore(validation_folder(config.data, source.name), sha256)
+        ValidationSet(config.data, source.name)
     told = ", ".join(f"{s.name} {s.tokens:,} tokens, {s.epochs:.2f} epochs" for s in data.summary(config.train.samples))
     yield Finding(
         "data", "ok", f"{told}; tokenizer and model agree on {data.vocab_size:,} ids, sizes as in the manifests"

@@ -241,6 +241,10 @@ def test_shards_of_another_dataset_of_the_hub_are_refused(without_sources: DataC
             TrainingData(without_sources.model_copy(update={"sources": [source]}))
     same = SourceConfig(name="main", hub="some/set")
     assert TrainingData(without_sources.model_copy(update={"sources": [same]})).vocab_size == 320
+    manifest["made_from"]["hub"]["revision"] = None
+    path.write_text(json.dumps(manifest))
+    moved = SourceConfig(name="main", hub="elsewhere/set")
+    assert TrainingData(without_sources.model_copy(update={"sources": [moved]})).vocab_size == 320
 
 
 UNDER_A_LIMIT = """
