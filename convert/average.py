@@ -57,7 +57,7 @@ def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: fl
         ValueError: with one sentence for what stands in the way.
     """
     from convert.facts import facts_of
-    from data.files import folder_around
+    from data.files import nearest_folder
     from trainer.checkpoints.empty_decoder import allocate
     from trainer.checkpoints.weights_folder import require_absent, write_weights
 
@@ -69,7 +69,7 @@ def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: fl
         _require_open(member.loaded)
         _require_one_model(member.loaded, newest)
     decoder = newest.decoder
-    allocate(decoder, folder_around(out))
+    allocate(decoder, nearest_folder(out))
     with ExitStack() as files:
         _fill(decoder, [(files.enter_context(_weights_of(m.loaded)), m) for m in members])
     decoder.thresholds = _mean_thresholds(members)

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.hf_weights import usual_name
 from convert.model_card import Exported, model_card
-from data.files import folder_around, temporary_name, write_atomically, write_json
+from data.files import nearest_folder, temporary_name, write_atomically, write_json
 from data.urls import copy_folder, require_empty
 from model.config import ModelConfig
 from settings import path_argument, user_errors
@@ -78,7 +78,7 @@ def export(
 
     _require_free(out)
     separate = adapters == "separate"
-    loaded = load_model(path, merged=not separate, disk=folder_around(out))
+    loaded = load_model(path, merged=not separate, disk=nearest_folder(out))
     decoder = loaded.decoder
     _require_exportable(decoder, path, separate)
     with torch.no_grad():

@@ -28,9 +28,10 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(path.name + TEMPORARY)
 
 
-def folder_around(path: Path) -> Path:
-    """The innermost folder around ``path`` that there is: on whose disk it would come to be."""
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
+def nearest_folder(path: Path) -> Path:
+    """``path`` or the nearest folder above it that exists: on whose disk it would come to be."""
+    path = path.absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:

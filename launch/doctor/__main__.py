@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data.files import nearest_folder
 from launch.configs import load_either, without_storage
 from launch.doctor import hosts
 from launch.doctor.findings import Check, Finding, merge, run, worst
@@ -98,7 +99,7 @@ def machine_checks(
     checks: dict[str, Check] = {"gpus": partial(machine.gpus, needed, world.device.index)}
     if world.local_rank:
         return checks
-    folder = storage.existing_parent(Path.cwd() if train is None else Path(str(train.run_dir)))
+    folder = nearest_folder(Path.cwd() if train is None else Path(str(train.run_dir)))
     keep = 0 if train is None else most_at_once(train) - 1
     checks = {
         "python": machine.python,

@@ -121,11 +121,3 @@ def judge_speed(rate: float, size_bytes: float | None) -> Finding:
     if size_bytes / rate > _SAVE_LONG_S:
         return Finding("write speed", "warning", what, "save to a faster disk, or less often (checkpoint.every_steps)")
     return Finding("write speed", "ok", what)
-
-
-def existing_parent(path: Path) -> Path:
-    """``path`` or the nearest folder above it that exists."""
-    path = path.absolute()
-    while not path.is_dir():
-        path = path.parent
-    return path

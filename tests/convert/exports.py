@@ -16,11 +16,9 @@ from tests.conftest import VOCAB
 from tests.model.tiny import SIZES, VARIANTS, decoder
 from trainer.checkpoints import manifest
 from trainer.config import PretrainConfig
-from trainer.distributed import World
 from tune.adapters import part_of, prepare
 from tune.config import AdapterConfig, TuneConfig
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_positions": 32}
 MODULE = {"kind": "learned", "density": 0.5, "granularity": "module", "input": "raw", "always_on_first": 1}
 LEARNED = {"kind": "learned", "density": 0.5}

@@ -18,12 +18,11 @@ from model.config import EnsembleConfig
 from model.decoder import Decoder
 from tests.model import tiny
 from tests.tune.put_back import put_back
-from trainer.distributed import World
+from trainer.distributed import ALONE
 from tune.adapter_files import save_adapter
 from tune.adapters import prepare
 from tune.config import AdapterConfig
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 kinds = pytest.mark.parametrize("kind", ["lora", "dora", "none"])
 
 

@@ -18,11 +18,8 @@ from model.schedules import Progress, Ramp
 from tests.model.tiny import config, decoder
 from trainer.checkpoints import manifest
 from trainer.checkpoints.weights_folder import write_weights
-from trainer.distributed import World
 from tune.base import load_base, stage_two_model
 from tune.config import BaseConfig
-
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture

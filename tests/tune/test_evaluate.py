@@ -26,12 +26,11 @@ from model.head import Scores
 from tests.model import tiny
 from tests.ranks import Processes
 from trainer.deepspeed_internals import import_deepspeed
-from trainer.distributed import World, join, leave
+from trainer.distributed import ALONE, join, leave
 from tune.batches import Scored
 from tune.config import TuneConfig
 from tune.evaluate import Agreement, ExamplesEvaluation, evaluate_examples
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 CLASSES = (["even", "odd", "never"], torch.arange(tiny.VOCABULARY) % 2)
 WINDOW = 48
 

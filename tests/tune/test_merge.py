@@ -15,12 +15,11 @@ from settings import load, to_yaml
 from tests.model import tiny
 from tests.tune.test_adapters import tuned
 from trainer.checkpoints import manifest
-from trainer.distributed import World
+from trainer.distributed import ALONE
 from tune.config import TuneConfig
 from tune.load import load_model
 from tune.merge import ROWS, main, merge_checked
 
-ALONE = World(0, 1, 0, 1, torch.device("cpu"))
 STEP = 7
 
 

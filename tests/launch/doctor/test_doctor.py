@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from data.files import nearest_folder
 from launch.configs import load_either
 from launch.doctor import __main__ as doctor
 from launch.doctor import hosts, inputs, machine, ranks, storage
@@ -267,7 +268,7 @@ def test_a_mirror_is_looked_at(tiny: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_folder_asked_is_one_that_exists(tmp_path: Path) -> None:
-    assert storage.existing_parent(tmp_path / "a" / "b") == tmp_path
+    assert nearest_folder(tmp_path / "a" / "b") == tmp_path
 
 
 # What the run reads.
