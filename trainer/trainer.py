@@ -135,7 +135,7 @@ class Trainer:
         own = source if given is None else None
         self.mirror = open_mirror(self.run.checkpoints, self.run.metrics, config, world, self.log, own)
         self.saver = Saver(
-            self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick, origin, self.mirror
+            self.run.checkpoints, self.fingerprint, config, world, self.log.info, tick, origin, self.mirror, own
         )
         self.save_timer = SaveTimer(config.train.checkpoint.every_minutes)
         self.stop = StopRequest(tell=world.is_main)

@@ -59,6 +59,16 @@ def finished_names(names: Iterable[str]) -> list[str]:
     return sorted(found, key=lambda name: step_of(Path(name)), reverse=True)
 
 
+def names_after(checkpoint: Path | None) -> set[str]:
+    """Names of the finished checkpoints beside ``checkpoint`` with a higher step; empty without one.
+
+    A start that goes on from ``checkpoint`` has found those torn.
+    """
+    if checkpoint is None:
+        return set()
+    return {found.name for found in newest_first(checkpoint.parent) if step_of(found) > step_of(checkpoint)}
+
+
 def newest_name(folder: Path) -> str:
     """Which checkpoint a run could go on from, as half a sentence."""
     names = [p.name for p in newest_first(folder)]

@@ -1,8 +1,8 @@
 """Which checkpoints stay, and whether the disk holds them.
 
-The ``keep`` newest stay, and those at multiples of ``keep_every_steps``; one more is there while it is written. A run
-says at its start if the disk has no room for as many, long before the save that would fail; and no save begins for
-which there is no room. ``max_gb`` is for disks whose quota the system does not report as free space.
+The ``keep`` newest whole ones stay, and those at multiples of ``keep_every_steps``; one more is there while it is
+written. A run says at its start if the disk has no room for as many, long before the save that would fail; and no save
+begins for which there is no room. ``max_gb`` is for disks whose quota the system does not report as free space.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,16 +48,29 @@ def refuse_taken(folder: Path | str, there: Sequence[str], resume: str, setting:
         )
 
 
-def prune(folder: Path, newest: Path, config: CheckpointConfig, held: str | None = None) -> None:
-    """Remove checkpoints older than ``newest`` (just written, so whole) beyond the ``keep`` newest.
+def prune(
+    folder: Path, newest: Path, config: CheckpointConfig, held: str | None = None, torn: Collection[str] = ()
+) -> None:
+    """Remove checkpoints older than ``newest`` (just written, so whole) beyond the ``keep`` newest whole ones.
 
-    Those at multiples of ``keep_every_steps`` stay. Torn ones with a higher step do not count: a run that went back
-    behind them must not lose what it went back to. Nor does the one with the name ``held``, which is being read.
+    Those at multiples of ``keep_every_steps`` stay. Those named in ``torn`` do not count, nor do others with a higher
+    step: a run that went back behind them must not lose what it went back to. The one with the name ``held``, which is
+    being read, stays.
     """
-    mine = [found for found in newest_first(folder) if step_of(found) <= step_of(newest)]
-    for old in mine[config.keep :]:
-        if old.name != held and (not config.keep_every_steps or step_of(old) % config.keep_every_steps):
-            remove(old)
+    mine = [found.name for found in newest_first(folder) if step_of(found) <= step_of(newest)]
+    for name in no_longer_kept(mine, config.keep, config.keep_every_steps, torn):
+        if name != held:
+            remove(folder / name)
+
+
+def no_longer_kept(names: Sequence[str], keep: int, keep_every_steps: int, uncounted: Collection[str]) -> list[str]:
+    """Of the checkpoints ``names``, newest first, those older than the ``keep`` newest that count.
+
+    Those at multiples of ``keep_every_steps`` are none of them; nor is any while fewer than ``keep`` count.
+    """
+    counted = [name for name in names if name not in uncounted]
+    older = names[names.index(counted[keep - 1]) + 1 :] if len(counted) >= keep else []
+    return [name for name in older if not keep_every_steps or step_of(Path(name)) % keep_every_steps]
 
 
 def check_plan(size: float, folder: Path, train: TrainConfig, world: World) -> str | None:

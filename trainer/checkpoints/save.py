@@ -37,6 +37,7 @@ from trainer.checkpoints.layout import (
     STATE,
     checkpoint_at,
     leftovers,
+    names_after,
     newest_name,
     partial_of,
     rng_name,
@@ -79,6 +80,7 @@ class Saver:
         tick: called while one waits for a checkpoint that grows, so that a long save is not taken for a hang.
         origin: what the run started from, in words; None for freshly drawn weights.
         mirror: on rank 0, what copies whole checkpoints elsewhere, if anything.
+        resumed: the checkpoint in ``folder`` that the run goes on from, if any.
     """
 
     def __init__(
@@ -91,10 +93,12 @@ class Saver:
         tick: Callable[[], None] = lambda: None,
         origin: str | None = None,
         mirror: Mirror | None = None,
+        resumed: Path | None = None,
     ):
         self.folder, self.fingerprint, self.config, self.world = folder, fingerprint, config, world
         self.origin, self.mirror = origin, mirror
         self.tell, self.tick = tell, tick
+        self._torn = names_after(resumed)
         self._thread: threading.Thread | None = None
         self._reset()
 
@@ -261,8 +265,9 @@ class Saver:
             remove(self._final)
         partial.rename(self._final)
         _sync(self.folder)
+        self._torn.discard(self._final.name)
         held = None if self.mirror is None else self.mirror.held
-        prune(self.folder, self._final, self.config.train.checkpoint, held)
+        prune(self.folder, self._final, self.config.train.checkpoint, held, self._torn)
         if self.mirror is not None:
             self.mirror.wake()
         return True

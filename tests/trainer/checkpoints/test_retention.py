@@ -85,6 +85,32 @@ def test_what_cannot_be_deleted_now_fails_no_save(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
 
 
+@pytest.mark.parametrize(("every", "left"), [(3, [1, 2, 3]), (1, [2, 3])])
+def test_no_whole_one_goes_in_the_place_of_a_torn_one(
+    tiny: dict[str, Any], train_here: Callable[..., int], every: int, left: list[int]
+) -> None:
+    """Step 2 was torn: it counts once the run has written it again, and goes with those that are as old."""
+    folder, keep = Path(tiny["train"]["run_dir"]) / "checkpoints", "train.checkpoint.keep=2"
+    assert train_here(tiny, keep, "train.checkpoint.every_steps=1", "train.stop_at_step=2") == 0
+    (folder / "step-00000002" / "trainer.pt").write_bytes(b"")
+    again = (keep, "train.checkpoint.resume=required", f"train.checkpoint.every_steps={every}")
+    assert train_here(tiny, *again, "train.stop_at_step=3") == 0
+    assert sorted(step_of(path) for path in retention.newest_first(folder)) == left
+    assert train_here(tiny, *again) == 0
+    assert sorted(step_of(path) for path in retention.newest_first(folder)) == [3, 4]
+
+
+def test_while_fewer_than_are_kept_are_whole_a_torn_one_stays(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        fake(tmp_path, step)
+    keep_two = CheckpointConfig.model_validate({"keep": 2})
+    torn = {"step-00000001", "step-00000002"}
+    retention.prune(tmp_path, tmp_path / "step-00000003", keep_two, torn=torn)
+    assert len(list(tmp_path.iterdir())) == 3
+    retention.prune(tmp_path, fake(tmp_path, 4), keep_two, torn=torn)
+    assert [step_of(path) for path in retention.newest_first(tmp_path)] == [4, 3]
+
+
 def test_saves_by_the_clock_may_be_more_than_those_by_steps() -> None:
     by_steps = training(100, every_steps=100, keep=3, keep_every_steps=50)
     assert (retention.most_at_once(by_steps), retention.most_at_once(training(100, every_steps=100, keep=3))) == (1, 1)
