@@ -33,13 +33,13 @@ class Place:
         self.told: list[str] = []
         self.warned: list[str] = []
 
-    def start(self, **config: Any) -> Mirror:
-        made = CheckpointConfig.model_validate({"mirror": self.url, **config})
-        return Mirror(self.checkpoints, self.run / "metrics.jsonl", made, self.told.append, self.warned.append)
+    def start(self, resumed: Path | None = None, **config: Any) -> Mirror:
+        made, metrics = CheckpointConfig.model_validate({"mirror": self.url, **config}), self.run / "metrics.jsonl"
+        return Mirror(self.checkpoints, metrics, made, self.told.append, self.warned.append, resumed)
 
-    def mirror(self, **config: Any) -> list[str]:
+    def mirror(self, resumed: Path | None = None, **config: Any) -> list[str]:
         """Copy all that is there, and end."""
-        return self.start(**config).close(20.0)
+        return self.start(resumed, **config).close(20.0)
 
     def resume(self, setting: str = "auto") -> Path | None:
         return resume.to_resume(self.checkpoints, setting, ALONE, self.url, self.run / "metrics.jsonl")
@@ -104,9 +104,8 @@ def test_the_newest_are_there_and_the_milestones(place: Place) -> None:
 def test_each_that_becomes_whole_is_copied_while_the_run_goes_on(place: Place) -> None:
     mirror = place.start()
     for step in (1, 2, 3):
-        fake(place.checkpoints, step)
-        mirror.wake()
-        _until(lambda step=step: NAMES[step] in place.whole)
+        mirror.wake(fake(place.checkpoints, step).name)
+        until(lambda step=step: NAMES[step] in place.whole)
     assert mirror.close(20.0) == [] and len(place.told) == 3
 
 
@@ -166,10 +165,9 @@ def test_while_a_bucket_fails_the_newest_takes_the_place_of_the_one_before(place
     failing(ConnectionError("gone"), times=1e9, file=f"{NAMES[1]}/")
     fake(place.checkpoints, 1)
     mirror = place.start(mirror_keep=1)
-    _until(lambda: place.warned)
-    fake(place.checkpoints, 2)
-    mirror.wake()
-    _until(lambda: place.whole == [NAMES[2]])
+    until(lambda: place.warned)
+    mirror.wake(fake(place.checkpoints, 2).name)
+    until(lambda: place.whole == [NAMES[2]])
     assert mirror.close(20.0) == [] and not (place.away / NAMES[1]).exists()
 
 
@@ -188,7 +186,7 @@ def test_what_is_being_copied_stays(place: Place, monkeypatch: pytest.MonkeyPatc
     assert copying.wait(20) and mirror.held == NAMES[1]
     newest = fake(place.checkpoints, 2)
     retention.prune(place.checkpoints, newest, config, mirror.held)
-    mirror.wake()
+    mirror.wake(newest.name)
     go_on.set()
     assert mirror.close(20.0) == [] and mirror.held is None and place.whole == [NAMES[2], NAMES[1]]
     retention.prune(place.checkpoints, newest, config, mirror.held)
@@ -236,9 +234,8 @@ def test_a_bucket_from_which_nothing_may_be_removed_fills_up(place: Place, monke
         monkeypatch.setattr(LocalFileSystem, method, refuse)
     mirror = place.start(mirror_keep=1)
     for step in (1, 2, 3):
-        fake(place.checkpoints, step)
-        mirror.wake()
-        _until(lambda step=step: NAMES[step] in place.whole)
+        mirror.wake(fake(place.checkpoints, step).name)
+        until(lambda step=step: NAMES[step] in place.whole)
     assert mirror.close(20.0) == [] and place.whole == [NAMES[3], NAMES[2], NAMES[1]]
     assert place.warned == [f"{place.url}: what is no longer kept there cannot be removed (PermissionError: Forbidden)"]
 
@@ -250,18 +247,9 @@ def test_the_end_of_a_run_does_not_wait_out_a_long_pause(
     failing(ConnectionError("gone"), times=1)
     fake(place.checkpoints, 1)
     mirror = place.start()
-    _until(lambda: place.warned)
+    until(lambda: place.warned)
     start = time.monotonic()
     assert mirror.close(20.0) == [] and time.monotonic() - start < 10
-
-
-def test_a_torn_one_is_not_copied(place: Place) -> None:
-    fake(place.checkpoints, 1)
-    (fake(place.checkpoints, 2) / "deepspeed/weights.pt").write_bytes(b"")
-    (fake(place.checkpoints, 3) / "manifest.json").unlink()
-    assert place.mirror() == [] and place.whole == [NAMES[1]]
-    (sentence,) = place.warned
-    assert sentence.startswith(f"{NAMES[2]} is torn and not mirrored: deepspeed/weights.pt has another size")
 
 
 def test_an_empty_run_folder_goes_on_from_the_mirror(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -283,9 +271,9 @@ def test_an_empty_run_folder_goes_on_from_the_mirror(place: Place, capsys: pytes
     assert place.resume("required") == place.checkpoints / NAMES[2]
     assert manifest.newest_whole(place.checkpoints, ALONE)[0] == place.checkpoints / NAMES[2]
     assert (place.run / "metrics.jsonl").read_text() == "mine\n"
-    said = capsys.readouterr().out
-    assert f"has no whole checkpoint; copying {NAMES[3]} from {place.url}" in said
-    assert f"passed over: {NAMES[3]} of {place.url} is torn: deepspeed/weights.pt does not have the size" in said
+    out, err = capsys.readouterr()
+    assert f"has no whole checkpoint; copying {NAMES[3]} from {place.url}" in out
+    assert f"passed over: {NAMES[3]} of {place.url} is torn: deepspeed/weights.pt does not have the size" in err
 
 
 def test_what_is_whole_here_is_taken_without_asking(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +342,8 @@ def test_the_plan_counts_the_one_that_is_being_copied() -> None:
     assert retention.most_at_once(training(every_steps=10)) == 3
 
 
-def _until(happened: Callable[[], Any]) -> None:
+def until(happened: Callable[[], Any]) -> None:
+    """Wait for it."""
     deadline = time.monotonic() + 20
     while not happened():
         assert time.monotonic() < deadline
