@@ -12,7 +12,7 @@ There are no renames in a bucket, so the manifest alone makes a checkpoint whole
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 from data import urls
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import CONFIG, finished_names, step_of
+from trainer.checkpoints.retention import no_longer_kept
 
 _AT_ONCE = 8
 """Files that are copied together, where the service's library can."""
@@ -104,9 +105,10 @@ class Bucket:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._system.get_file(self._at(name, file), str(target))
 
-    def prune(self, newest: int, keep: int, keep_every_steps: int) -> None:
+    def prune(self, newest: int, keep: int, keep_every_steps: int, torn: Collection[str] = ()) -> None:
         """Remove what is beyond the ``keep`` newest up to step ``newest`` and no multiple of ``keep_every_steps``.
 
+        Those named in ``torn``, which are so in the run folder, do not count: nobody knows what was copied of them.
         What has a higher step is of a history that the run was taken back from: it is set aside, never resumed from,
         and left for its owner to remove.
         """
@@ -116,11 +118,9 @@ class Bucket:
                 self._system.pipe_file(self._at(name, _ASIDE), content)
                 self._system.rm_file(self._at(name, manifest.NAME))
         mine = [name for name, step in steps.items() if step <= newest]
-        whole = [name for name in mine if self._system.exists(self._at(name, manifest.NAME))]
-        oldest = min((steps[name] for name in whole[:keep]), default=0)
-        for name in [name for name in mine if steps[name] < oldest]:
-            if not keep_every_steps or steps[name] % keep_every_steps:
-                self._remove(name)
+        cut_off = {name for name in mine if not self._system.exists(self._at(name, manifest.NAME))}
+        for name in no_longer_kept(mine, keep, keep_every_steps, cut_off.union(torn)):
+            self._remove(name)
 
     def _remove(self, name: str) -> None:
         if self.manifest_bytes(name) is not None:

@@ -4,7 +4,9 @@ A thread of rank 0 looks which of the run's whole checkpoints should be in the b
 copies them (``bucket.py``). It is woken by every checkpoint that becomes whole. So what could not be copied before the
 last end of the run is copied at the next start, and while a bucket fails only the newest is tried: later ones take the
 place of earlier ones. Nothing here can fail, stop or slow the run; what does not work is told, tried again with pauses
-that double, and told again at the end. The local checkpoint that is being copied is not removed meanwhile.
+that double, and told again at the end. The local checkpoint that is being copied is not removed meanwhile. Torn ones
+are not copied and not counted until the run has written them again: those that the start passed over, and of the others
+from before it what does not match its manifest, compared before it is copied.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from settings import to_yaml
 from trainer.blocks import CheckpointConfig
 from trainer.checkpoints import manifest
 from trainer.checkpoints.bucket import Bucket, TornHere, unreachable
-from trainer.checkpoints.layout import newest_first, step_of
+from trainer.checkpoints.layout import names_after, newest_first, step_of
 from trainer.config import StageConfig
-from trainer.distributed import World
+from trainer.distributed import ALONE, World
 
 _LONGEST_PAUSE_S = 60.0
 _TOLD_EVERY_S = 600.0
@@ -38,6 +40,7 @@ class Mirror:
         config: of checkpoints; ``mirror`` is given.
         tell: takes a sentence, from the thread.
         warn: the same, for what went wrong.
+        resumed: the checkpoint in ``folder`` that the run goes on from, if any; known to be whole.
     """
 
     def __init__(
@@ -47,11 +50,14 @@ class Mirror:
         config: CheckpointConfig,
         tell: Callable[[str], None],
         warn: Callable[[str], None],
+        resumed: Path | None = None,
     ) -> None:
         assert config.mirror is not None
         self._folder, self._config, self._tell, self._warn = folder, config, tell, warn
         self.url, self._metrics = config.mirror, metrics
         self._there: set[str] = set()
+        self._whole = set() if resumed is None else {resumed.name}
+        self._torn = names_after(resumed)
         self._held: str | None = None
         self._problem: str | None = None
         self._told_at = -_TOLD_EVERY_S
@@ -66,9 +72,11 @@ class Mirror:
         """Name of the checkpoint that is being copied, which must stay."""
         return self._held
 
-    def wake(self) -> None:
-        """Say that another checkpoint is whole."""
+    def wake(self, name: str) -> None:
+        """Say that the run has written checkpoint ``name``."""
         with self._changed:
+            self._whole.add(name)
+            self._torn.discard(name)
             self._news, self._idle = True, False
             self._changed.notify_all()
 
@@ -126,11 +134,13 @@ class Mirror:
         for checkpoint in self._missing(bucket):
             self._held, start = checkpoint.name, time.monotonic()
             try:
+                self._refuse_torn(checkpoint)
                 if not bucket.put(checkpoint, done.setdefault(checkpoint.name, set()), self._given_up.is_set):
                     return False
             except TornHere as torn:
                 if checkpoint.exists():  # else it is no longer kept
-                    self._there.add(checkpoint.name)
+                    self._torn.add(checkpoint.name)
+                    self._news = True  # an older one takes its place
                     self._warn(f"{checkpoint.name} is torn and not mirrored: {torn}")
                 continue
             finally:
@@ -145,12 +155,20 @@ class Mirror:
                 return True
         return True
 
+    def _refuse_torn(self, checkpoint: Path) -> None:
+        """Compare one from before the start with its manifest, once; raises TornHere."""
+        if checkpoint.name not in self._whole:
+            if problem := manifest.problem_of(checkpoint, ALONE):
+                raise TornHere(problem)
+            self._whole.add(checkpoint.name)
+
     def _prune(self, bucket: Bucket) -> None:
         """Remove what is no longer kept there; told once where one may not, as some buckets are only added to."""
         here = newest_first(self._folder)
         try:
             if here:
-                bucket.prune(step_of(here[0]), self._config.mirror_keep, self._config.mirror_keep_every_steps)
+                keep, every = self._config.mirror_keep, self._config.mirror_keep_every_steps
+                bucket.prune(step_of(here[0]), keep, every, self._torn)
         except Exception as error:  # whatever the service's library raises
             if not self._told_of_prune:
                 self._warn(f"{self.url}: what is no longer kept there cannot be removed ({urls.reason(error)})")
@@ -170,7 +188,8 @@ class Mirror:
 
     def _wanted(self) -> list[Path]:
         """Of the checkpoints here, those that belong in the bucket, newest first."""
-        here = [found for found in newest_first(self._folder) if (found / manifest.NAME).is_file()]
+        there = (found for found in newest_first(self._folder) if found.name not in self._torn)
+        here = [found for found in there if (found / manifest.NAME).is_file()]
         every = self._config.mirror_keep_every_steps
         older = here[self._config.mirror_keep :]
         return here[: self._config.mirror_keep] + [c for c in older if every and step_of(c) % every == 0]
@@ -216,4 +235,6 @@ def open_mirror(
     problem = world.broadcast_object(problem)
     if problem:
         raise ValueError(problem)
-    return Mirror(folder, metrics, config.train.checkpoint, log.info, log.warning) if world.is_main else None
+    if not world.is_main:
+        return None
+    return Mirror(folder, metrics, config.train.checkpoint, log.info, log.warning, resumed)

@@ -269,7 +269,7 @@ class Saver:
         held = None if self.mirror is None else self.mirror.held
         prune(self.folder, self._final, self.config.train.checkpoint, held, self._torn)
         if self.mirror is not None:
-            self.mirror.wake()
+            self.mirror.wake(self._final.name)
         return True
 
 
