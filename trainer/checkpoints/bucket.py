@@ -86,8 +86,9 @@ class Bucket:
         """
         name = checkpoint.name
         content, files = _own_files(checkpoint)
-        if not done and self.manifest_bytes(name) is not None:  # of another history of the run
-            self._system.rm_file(self._at(name, manifest.NAME))
+        for old in () if done else (manifest.NAME, _ASIDE):  # of another history of the run
+            if self._system.exists(self._at(name, old)):
+                self._system.rm_file(self._at(name, old))
         for some in _groups([file for file in files if file not in done]):
             if given_up():
                 return False
@@ -105,22 +106,26 @@ class Bucket:
         target.parent.mkdir(parents=True, exist_ok=True)
         self._system.get_file(self._at(name, file), str(target))
 
-    def prune(self, newest: int, keep: int, keep_every_steps: int, torn: Collection[str] = ()) -> None:
-        """Remove what is beyond the ``keep`` newest up to step ``newest`` and no multiple of ``keep_every_steps``.
+    def set_aside(self, newest: int, own: Collection[str]) -> None:
+        """Have nobody resume from what has a higher step than ``newest``, to which the run was taken back.
 
-        Those named in ``torn``, which are so in the run folder, do not count: nobody knows what was copied of them.
-        What has a higher step is of a history that the run was taken back from: it is set aside, never resumed from,
-        and left for its owner to remove.
+        Except those named in ``own``, which it has written since. What is set aside is left for its owner to remove.
         """
-        steps = {name: step_of(Path(name)) for name in self._names()}
-        for name, step in steps.items():
-            if step > newest and (content := self.manifest_bytes(name)) is not None:
+        for name in self._names():
+            if name not in own and step_of(Path(name)) > newest and (content := self.manifest_bytes(name)) is not None:
                 self._system.pipe_file(self._at(name, _ASIDE), content)
                 self._system.rm_file(self._at(name, manifest.NAME))
-        mine = [name for name, step in steps.items() if step <= newest]
-        cut_off = {name for name in mine if not self._system.exists(self._at(name, manifest.NAME))}
-        for name in no_longer_kept(mine, keep, keep_every_steps, cut_off.union(torn)):
-            self._remove(name)
+
+    def prune(self, keep: int, keep_every_steps: int, torn: Collection[str] = ()) -> None:
+        """Remove what is beyond the ``keep`` newest and no multiple of ``keep_every_steps``, nor was set aside.
+
+        Those named in ``torn``, which are so in the run folder, do not count: nobody knows what was copied of them.
+        """
+        names = self._names()
+        cut_off = {name for name in names if not self._system.exists(self._at(name, manifest.NAME))}
+        for name in no_longer_kept(names, keep, keep_every_steps, cut_off.union(torn)):
+            if not self._system.exists(self._at(name, _ASIDE)):
+                self._remove(name)
 
     def _remove(self, name: str) -> None:
         if self.manifest_bytes(name) is not None:

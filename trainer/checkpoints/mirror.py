@@ -58,6 +58,7 @@ class Mirror:
         self._there: set[str] = set()
         self._whole = set() if resumed is None else {resumed.name}
         self._torn = names_after(resumed)
+        self._newest_at_start = next(map(step_of, newest_first(folder)), None)
         self._held: str | None = None
         self._problem: str | None = None
         self._told_at = -_TOLD_EVERY_S
@@ -131,6 +132,8 @@ class Mirror:
     def _copy_all(self, done: dict[str, set[str]]) -> bool:
         """Copy what is wanted, the newest first; False if given up, True also where there is news to look at first."""
         bucket = Bucket(self.url)
+        with suppress(Exception):  # told by _prune, once something could be copied
+            self._set_aside(bucket)
         for checkpoint in self._missing(bucket):
             self._held, start = checkpoint.name, time.monotonic()
             try:
@@ -145,8 +148,8 @@ class Mirror:
                 continue
             finally:
                 self._held = None
-            bucket.put_beside(self._metrics)
             self._there.add(checkpoint.name)
+            bucket.put_beside(self._metrics)
             again = "; it works again" if self._problem else ""
             self._problem, self._told_at = None, -_TOLD_EVERY_S
             self._tell(f"mirrored {checkpoint.name} to {self.url} in {time.monotonic() - start:.1f} s{again}")
@@ -162,13 +165,17 @@ class Mirror:
                 raise TornHere(problem)
             self._whole.add(checkpoint.name)
 
+    def _set_aside(self, bucket: Bucket) -> None:
+        """Set aside, once, what the run has been taken back from: before newer ones lie beyond it."""
+        if self._newest_at_start is not None:
+            bucket.set_aside(self._newest_at_start, self._there)
+            self._newest_at_start = None
+
     def _prune(self, bucket: Bucket) -> None:
         """Remove what is no longer kept there; told once where one may not, as some buckets are only added to."""
-        here = newest_first(self._folder)
         try:
-            if here:
-                keep, every = self._config.mirror_keep, self._config.mirror_keep_every_steps
-                bucket.prune(step_of(here[0]), keep, every, self._torn)
+            self._set_aside(bucket)  # else it would count
+            bucket.prune(self._config.mirror_keep, self._config.mirror_keep_every_steps, self._torn)
         except Exception as error:  # whatever the service's library raises
             if not self._told_of_prune:
                 self._warn(f"{self.url}: what is no longer kept there cannot be removed ({urls.reason(error)})")

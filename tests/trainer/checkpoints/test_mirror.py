@@ -199,29 +199,11 @@ def test_a_copy_that_was_cut_off_does_not_count(place: Place) -> None:
     for step in (1, 2, 3):
         bucket.put(fake(place.checkpoints, step), set(), lambda: False)
     (place.away / NAMES[2] / "manifest.json").unlink()
-    bucket.prune(newest=3, keep=2, keep_every_steps=0)
+    bucket.prune(keep=2, keep_every_steps=0)
     assert place.whole == [NAMES[3], NAMES[1]] and (place.away / NAMES[2]).is_dir()
     bucket.put(fake(place.checkpoints, 4), set(), lambda: False)
-    bucket.prune(newest=4, keep=2, keep_every_steps=0)
+    bucket.prune(keep=2, keep_every_steps=0)
     assert place.whole == [NAMES[4], NAMES[3]] and {path.name for path in place.away.iterdir()} == {NAMES[4], NAMES[3]}
-
-
-def test_what_the_run_was_taken_back_from_is_set_aside(place: Place) -> None:
-    for step in (1, 2, 3):
-        fake(place.checkpoints, step)
-    assert place.mirror(mirror_keep=3) == []
-    for step in (2, 3):
-        shutil.rmtree(place.checkpoints / NAMES[step])
-    again = fake(place.checkpoints, 2)
-    (again / "deepspeed/weights.pt").write_bytes(b"otherwise")
-    (again / "manifest.json").unlink()
-    manifest.write(again, {})
-    assert place.mirror(mirror_keep=3) == []
-    assert place.whole == [NAMES[2], NAMES[1]]
-    assert (place.away / NAMES[2] / "deepspeed/weights.pt").read_bytes() == b"otherwise"
-    assert (place.away / NAMES[3] / "deepspeed/weights.pt").is_file()  # its owner's to remove
-    shutil.rmtree(place.checkpoints)
-    assert place.resume() == place.checkpoints / NAMES[2]
 
 
 def test_a_bucket_from_which_nothing_may_be_removed_fills_up(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

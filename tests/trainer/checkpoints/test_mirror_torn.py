@@ -108,7 +108,7 @@ def test_without_as_many_whole_ones_as_are_kept_nothing_goes(place: Place) -> No
     bucket = Bucket(place.url)
     for step in (1, 2, 3):
         bucket.put(fake(place.checkpoints, step), set(), lambda: False)
-    bucket.prune(newest=3, keep=2, keep_every_steps=0, torn={NAMES[1], NAMES[2]})
+    bucket.prune(keep=2, keep_every_steps=0, torn={NAMES[1], NAMES[2]})
     assert place.whole == [NAMES[3], NAMES[2], NAMES[1]]
 
 
