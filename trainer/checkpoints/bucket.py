@@ -92,7 +92,11 @@ class Bucket:
         for some in _groups([file for file in files if file not in done]):
             if given_up():
                 return False
-            self._system.put([str(checkpoint / file) for file in some], [self._at(name, file) for file in some])
+            try:
+                self._system.put([str(checkpoint / file) for file in some], [self._at(name, file) for file in some])
+            except FileNotFoundError:
+                _own_files(checkpoint)  # it may have been removed before anyone knew that it is read
+                raise
             for file in some:
                 size = self._system.size(self._at(name, file))
                 if size != files[file]["bytes"]:

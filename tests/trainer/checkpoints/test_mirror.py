@@ -193,6 +193,23 @@ def test_what_is_being_copied_stays(place: Place, monkeypatch: pytest.MonkeyPatc
     assert [found.name for found in place.checkpoints.iterdir()] == [NAMES[2]]
 
 
+def test_one_that_is_removed_before_it_is_held_is_no_failure(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Retention looks at ``held`` just before the thread sets it."""
+    from fsspec.implementations.local import LocalFileSystem
+
+    put_file = LocalFileSystem.put_file
+
+    def removed_first(self: Any, path1: str, path2: str, **rest: Any) -> None:
+        if NAMES[1] in path1 and Path(path1).exists():
+            retention.remove(place.checkpoints / NAMES[1])
+        put_file(self, path1, path2, **rest)
+
+    monkeypatch.setattr(LocalFileSystem, "put_file", removed_first)
+    for step in (1, 2):
+        fake(place.checkpoints, step)
+    assert place.mirror() == [] and place.whole == [NAMES[2]] and place.warned == []
+
+
 def test_a_copy_that_was_cut_off_does_not_count(place: Place) -> None:
     """Nor does it push a whole one out; it goes once it lies below those that are kept."""
     bucket = Bucket(place.url)
