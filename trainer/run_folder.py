@@ -28,6 +28,14 @@ from trainer.heartbeat import Heartbeat
 from trainer.monitor import metrics_file
 
 
+def unwritable(run: Path, error: OSError) -> str:
+    """The sentence for a run folder in which ``error`` came up."""
+    return (
+        f"train.run_dir {run} cannot be written ({error.strerror}); make room there and make it writable, or give "
+        "another folder"
+    )
+
+
 class RunFolder:
     """Paths of one run, created by rank 0."""
 
@@ -77,10 +85,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise ValueError(
-                f"train.run_dir {self.path} cannot be written ({error.strerror}); make room there and make it "
-                "writable, or give another folder"
-            ) from error
+            raise ValueError(unwritable(self.path, error)) from error
 
     def create(self, config: StageConfig, original: str | Path) -> None:
         """Make the folders; write the configs and which code this is (rank 0 only)."""

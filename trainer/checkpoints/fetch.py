@@ -2,11 +2,13 @@
 
 The ranks share the files out, biggest first, and look at one another after each: so no rank waits longer for the others
 than a file takes, and all know at once of what went wrong. Every file's size and SHA-256 is compared with the manifest
-as it comes; the folder gets its name last, as when a checkpoint is saved.
+as it comes; the folder gets its name last, as when a checkpoint is saved. What the run's own disk refuses is told of
+the run folder, not of the mirror.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +21,10 @@ from trainer.checkpoints.layout import partial_of
 from trainer.checkpoints.receipts import appears
 from trainer.checkpoints.retention import check_room, remove
 from trainer.distributed import World
+from trainer.run_folder import unwritable
+
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Errors that only the disk can have on which a file arrives; Python does not say of which file they are."""
 
 
 def names_there(url: str, world: World) -> list[str]:
@@ -45,7 +51,7 @@ def fetch(url: str, name: str, folder: Path, metrics: Path, world: World) -> str
     With it comes the run's file of ``metrics``, if there is none here.
 
     Raises:
-        ValueError: if it cannot be reached, or there is no room.
+        ValueError: if it cannot be reached, or the run folder not be written.
     """
     final = folder / name
     files, content, torn = _begin(url, final, world)
@@ -54,14 +60,8 @@ def fetch(url: str, name: str, folder: Path, metrics: Path, world: World) -> str
         if torn:
             break
         mine = some[world.rank :][:1]
-        torn = _agreed(_copied(url, name, mine[0], files[mine[0]], partial_of(final)) if mine else _WELL, world)
-    outcome = _WELL
-    if world.is_main and torn is None:
-        try:
-            urls.patiently(lambda: Bucket(url).get_beside(metrics))
-            _name(final, content)
-        except Exception as error:  # each service has classes of its own
-            outcome = _Outcome(None, unreachable(url, error))
+        torn = _agreed(_copied(url, final, mine[0], files[mine[0]]) if mine else _WELL, world)
+    outcome = _finished(url, final, content, metrics) if world.is_main and torn is None else _WELL
     return _agreed(outcome, world) or torn
 
 
@@ -94,35 +94,59 @@ def _begin(url: str, final: Path, world: World) -> tuple[dict[str, Any], bytes, 
 
 
 def _make_room(files: dict[str, Any], final: Path) -> None:
-    final.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial_of(final), ignore_errors=True)
-    check_room(sum(entry["bytes"] for entry in files.values()), final.parent, final.name, None)
-    for file in files:
-        (partial_of(final) / file).parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial_of(final), ignore_errors=True)
+        check_room(sum(entry["bytes"] for entry in files.values()), final.parent, final.name, None)
+        for file in files:
+            (partial_of(final) / file).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(unwritable(final.parent.parent, error)) from error
 
 
-def _copied(url: str, name: str, file: str, entry: dict[str, Any], partial: Path) -> _Outcome:
+def _copied(url: str, final: Path, file: str, entry: dict[str, Any]) -> _Outcome:
     """Copy one file; a second time if it came otherwise than its manifest says."""
-    target = partial / file
+    target = partial_of(final) / file
     for _ in range(2):
         try:
-            urls.patiently(lambda: Bucket(url).get(name, file, target))
+            urls.patiently(lambda: Bucket(url).get(final.name, file, target))
         except FileNotFoundError:
             return _Outcome(f"{file} is missing")
         except Exception as error:  # each service has classes of its own
-            return _Outcome(None, unreachable(url, error))
-        with target.open("rb") as written:
-            os.fsync(written.fileno())
-        if manifest.entry_of(target) == entry:
-            return _WELL
+            return _Outcome(None, _blamed(url, final.parent.parent, error))
+        try:
+            with target.open("rb") as written:
+                os.fsync(written.fileno())
+            if manifest.entry_of(target) == entry:
+                return _WELL
+        except OSError as error:
+            return _Outcome(None, unwritable(final.parent.parent, error))
     return _Outcome(f"{file} does not have the size and SHA-256 of its manifest")
 
 
-def _name(final: Path, content: bytes) -> None:
-    (partial_of(final) / manifest.NAME).write_bytes(content)
-    if final.exists():  # a torn one
-        remove(final)
-    partial_of(final).rename(final)
+def _finished(url: str, final: Path, content: bytes, metrics: Path) -> _Outcome:
+    """Copy the metrics, write the manifest, and give the folder its name."""
+    try:
+        urls.patiently(lambda: Bucket(url).get_beside(metrics))
+    except Exception as error:  # each service has classes of its own
+        return _Outcome(None, _blamed(url, final.parent.parent, error))
+    try:
+        (partial_of(final) / manifest.NAME).write_bytes(content)
+        if final.exists():  # a torn one
+            remove(final)
+        partial_of(final).rename(final)
+    except OSError as error:
+        return _Outcome(None, unwritable(final.parent.parent, error))
+    return _WELL
+
+
+def _blamed(url: str, run: Path, error: Exception) -> str:
+    """The sentence for a file that could not be copied: the disk's of ``run``, or the mirror's."""
+    if isinstance(error, OSError):
+        names = [os.path.abspath(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
+        if error.errno in _OF_WRITING or any(Path(name).is_relative_to(run.absolute()) for name in names):
+            return unwritable(run, error)
+    return unreachable(url, error)
 
 
 def _agreed(own: _Outcome, world: World) -> str | None:
