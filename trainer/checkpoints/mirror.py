@@ -84,7 +84,7 @@ class Mirror:
     def close(self, wait_s: float) -> list[str]:
         """Wait until all is copied, ``wait_s`` at most; names of what is not, told too."""
         with self._changed:
-            self._ending = True
+            self._ending, self._idle = True, False  # the metrics are to be copied once more
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._idle, wait_s)
             self._given_up.set()
@@ -156,6 +156,9 @@ class Mirror:
             self._prune(bucket)
             if self._news:
                 return True
+        if self._ending:
+            with suppress(Exception):  # a line or two, for which no run's end shall wait
+                bucket.put_beside(self._metrics)
         return True
 
     def _refuse_torn(self, checkpoint: Path) -> None:

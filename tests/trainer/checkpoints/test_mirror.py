@@ -106,7 +106,9 @@ def test_each_that_becomes_whole_is_copied_while_the_run_goes_on(place: Place) -
     for step in (1, 2, 3):
         mirror.wake(fake(place.checkpoints, step).name)
         until(lambda step=step: NAMES[step] in place.whole)
+    (place.run / "metrics.jsonl").write_text("the last evaluation\n")
     assert mirror.close(20.0) == [] and len(place.told) == 3
+    assert (place.away / "metrics.jsonl").read_text() == "the last evaluation\n"
 
 
 def test_a_bucket_that_fails_is_tried_again_and_told_once(place: Place, failing: Any) -> None:
