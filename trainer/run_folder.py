@@ -23,17 +23,10 @@ from data.files import only_writer, write_atomically
 from settings import to_yaml
 from trainer import git_state
 from trainer.checkpoints.layout import CONFIG, checkpoints_of
+from trainer.checkpoints.retention import unwritable
 from trainer.config import StageConfig
 from trainer.heartbeat import Heartbeat
 from trainer.monitor import metrics_file
-
-
-def unwritable(run: Path, error: OSError) -> str:
-    """The sentence for a run folder in which ``error`` came up."""
-    return (
-        f"train.run_dir {run} cannot be written ({error.strerror}); make room there and make it writable, or give "
-        "another folder"
-    )
 
 
 class RunFolder:

@@ -19,9 +19,8 @@ from trainer.checkpoints import manifest
 from trainer.checkpoints.bucket import Bucket, facts_of, unreachable
 from trainer.checkpoints.layout import partial_of
 from trainer.checkpoints.receipts import appears
-from trainer.checkpoints.retention import check_room, remove
+from trainer.checkpoints.retention import check_room, remove, unwritable
 from trainer.distributed import World
-from trainer.run_folder import unwritable
 
 _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that only the disk can have on which a file arrives; Python does not say of which file they are."""

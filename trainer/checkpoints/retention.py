@@ -133,6 +133,14 @@ def check_room(needed: float, folder: Path, name: str, max_gb: float | None) -> 
         )
 
 
+def unwritable(run: Path, error: OSError) -> str:
+    """The sentence for a run folder in which ``error`` came up."""
+    return (
+        f"train.run_dir {run} cannot be written ({error.strerror}); make room there and make it writable, or give "
+        "another folder"
+    )
+
+
 def remove(checkpoint: Path) -> None:
     """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint.
 
