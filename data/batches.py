@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -229,17 +230,26 @@ class ValidationSet:
         its first ones would be one document's. Rows beyond those hold zeros, have sample id -1 and only -100 as
         targets.
         """
-        assert 0 <= rank < world_size and batch_samples >= 1
         samples = self.samples if limit_samples is None else min(limit_samples, self.samples)
         length = self._config.sequence_tokens
         nothing = (np.zeros(length + 1, np.int64), np.zeros(0, np.int64))
-        for first in range(
-            rank * batch_samples, _round_up(samples, world_size * batch_samples), world_size * batch_samples
-        ):
-            places = np.arange(first, first + batch_samples)
+        for places in batch_places(rank, world_size, batch_samples, samples):
             ids = np.where(places < samples, places * self.samples // samples, NO_SAMPLE)
             rows = [self._store.window(number, length) if number >= 0 else nothing for number in ids.tolist()]
             yield _batch(rows, ids, self._config)
+
+
+def batch_places(rank: int, world_size: int, batch_samples: int, samples: int) -> Iterator[np.ndarray]:
+    """The places of each of a rank's batches, int64 [B], as many batches on every rank; from ``samples`` on padding."""
+    assert 0 <= rank < world_size and batch_samples >= 1
+    for first in range(0, samples, world_size * batch_samples):
+        yield first + rank * batch_samples + np.arange(batch_samples)
+
+
+def int64_tensor(array: np.ndarray, pin_memory: bool = False) -> Tensor:
+    """``array`` as a tensor of its own memory layout, pinned if asked."""
+    made = torch.from_numpy(np.ascontiguousarray(array, np.int64))
+    return made.pin_memory() if pin_memory else made
 
 
 def step_sample_ids(
@@ -287,10 +297,6 @@ def _require_one_vocabulary(stores: Sequence[TokenStore]) -> None:
             )
 
 
-def _round_up(number: int, step: int) -> int:
-    return -(-number // step) * step
-
-
 def _batch(
     rows: list[tuple[np.ndarray, np.ndarray]],
     sample_ids: np.ndarray,
@@ -309,11 +315,7 @@ def _batch(
             targets[row, ends - 1] = IGNORED
     # A row's document d > 0 starts at its end number d - 1; what began before the window starts with it.
     starts = [np.concatenate([[0], ends])[number] for (_, ends), number in zip(rows, numbers, strict=True)]
-
-    def tensor(array: np.ndarray) -> Tensor:
-        made = torch.from_numpy(np.ascontiguousarray(array, np.int64))
-        return made.pin_memory() if pin_memory else made
-
+    tensor = partial(int64_tensor, pin_memory=pin_memory)
     return Batch(
         tokens=tensor(inputs),
         targets=tensor(targets),

@@ -17,12 +17,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from data.batches import IGNORED, NO_SAMPLE, Batch, MixedStream, SourceSummary
+from data.batches import IGNORED, NO_SAMPLE, Batch, MixedStream, SourceSummary, batch_places, int64_tensor
 from data.tokenization import TextTokenizer
 from settings.words import epochs
 from tune.config import ExamplesConfig, ExampleSource
@@ -184,7 +183,7 @@ class ExampleSet:
         Rows beyond those are padding, have sample id -1 and only -100 as targets.
         """
         samples = self.samples if limit_samples is None else min(limit_samples, self.samples)
-        for places in _places(rank, world_size, batch_samples, samples):
+        for places in batch_places(rank, world_size, batch_samples, samples):
             ids = np.where(places < samples, places * self.samples // samples, NO_SAMPLE)
             yield self._right.batch(ids)
 
@@ -194,7 +193,7 @@ class ExampleSet:
         Every rank gets the same number of batches, each of ``batch_samples`` rows, filled up as in :meth:`batches`.
         """
         samples = len(self._all.windows)
-        for places in _places(rank, world_size, batch_samples, samples):
+        for places in batch_places(rank, world_size, batch_samples, samples):
             ids = np.where(places < samples, places, NO_SAMPLE)
             batch = self._all.batch(ids)
             entries, tokens = self._all.entries(ids, batch)
@@ -256,23 +255,11 @@ class _PackedExamples:
         return self.windows.members[self.windows.starts[windows[rows]] + documents[places]], targets[places]
 
 
-def _places(rank: int, world_size: int, batch_samples: int, samples: int) -> Iterator[np.ndarray]:
-    """The places of each of a rank's batches, int64 [B]; those from ``samples`` on are padding."""
-    assert 0 <= rank < world_size and batch_samples >= 1
-    stride = world_size * batch_samples
-    for first in range(0, samples, stride):
-        yield first + rank * batch_samples + np.arange(batch_samples)
-
-
 def _batch(
     rows: list[np.ndarray], sample_ids: np.ndarray, pin_memory: bool = False, sources: np.ndarray | None = None
 ) -> Batch:
     parts = np.stack(rows, axis=1)
-
-    def tensor(array: np.ndarray) -> Tensor:
-        made = torch.from_numpy(np.ascontiguousarray(array, np.int64))
-        return made.pin_memory() if pin_memory else made
-
+    tensor = partial(int64_tensor, pin_memory=pin_memory)
     return Batch(
         tokens=tensor(parts[0]),
         targets=tensor(parts[1]),
