@@ -12,10 +12,12 @@ Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1, SIGHUP or Ctrl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from settings import rank_by_environment
 from trainer.command import run_stage
 from trainer.config import PretrainConfig, load_run
 from trainer.exit_status import EXIT_PREEMPTED
@@ -76,9 +78,34 @@ def open_data(config: PretrainConfig, world: World) -> tuple[TrainingData, list[
     return found or opened(check_files=False)
 
 
+def load_prepared(path: Path, overrides: Sequence[str]) -> PretrainConfig:
+    """The config; on rank 0 also a look for its prepared data, before torch is loaded.
+
+    Raises:
+        ValueError: for each mistake in it; if it has no tokenizer or a source that is not prepared.
+    """
+    from data.shards import MANIFEST_NAME, Manifest, read_model
+    from data.store import train_folder, validation_folder
+    from data.tokenization import tokenizer_file
+
+    config = load_run(path, overrides)
+    if rank_by_environment() != 0:
+        return config
+    data = config.data
+    folders = [train_folder(data, source.name) for source in data.sources]
+    folders += [validation_folder(data, source.name) for source in data.validation]
+    try:
+        tokenizer_file(data.dir)
+        for folder in folders:
+            read_model(folder / MANIFEST_NAME, Manifest)
+    except ValueError as error:
+        raise ValueError(str(error).replace("CONFIG", str(path))) from None
+    return config
+
+
 def main() -> int:
     """Parse the command line, meet the other ranks, train."""
-    return run_stage("pretrain.train", str(__doc__), "configs/demo.yaml", load_run, train)
+    return run_stage("pretrain.train", str(__doc__), "configs/demo.yaml", load_prepared, train)
 
 
 if __name__ == "__main__":

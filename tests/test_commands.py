@@ -95,6 +95,18 @@ def test_help_and_usage_errors_import_nothing_heavy(module: str) -> None:
     assert refused[0] == 2 and "error: " in refused[1] and "Traceback" not in refused[1]
 
 
+def test_data_that_is_not_prepared_is_told_before_anything_heavy(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").touch()
+    bare, unprepared = run_light(
+        "pretrain.train",
+        ["configs/demo.yaml", "data.dir=/nowhere", f"train.run_dir={tmp_path}"],
+        ["configs/demo.yaml", f"data.dir={tmp_path}", f"train.run_dir={tmp_path}"],
+    )
+    assert bare[0] == unprepared[0] == 78
+    assert "/nowhere has no tokenizer: " in bare[1] and "python -m data.tokenizer configs/demo.yaml" in bare[1]
+    assert "manifest.json does not exist; prepare the source with: python -m data.prepare configs/demo" in unprepared[1]
+
+
 @pytest.mark.parametrize("module", CONFIG_FIRST)
 def test_mistakes_in_a_config_are_told_before_anything_heavy(module: str) -> None:
     extra, config = CONFIG_FIRST[module], "configs/tune_demo.yaml" if module == "tune.train" else "configs/demo.yaml"
