@@ -224,7 +224,7 @@ def test_bad_yaml(write, text: str) -> None:
     assert sentence(path).startswith(f"{path} is not valid YAML: ")
 
 
-@pytest.mark.parametrize("depth", [1000, 2000, 20_000])
+@pytest.mark.parametrize("depth", [1000, 2000, 5000])
 def test_what_is_nested_too_deeply(write, depth: int) -> None:
     value, told = "[" * depth + "]" * depth, "or an override, holds lists or mappings too deep within each other"
     assert told in sentence(write(GOOD), f"train.steps={value}")
