@@ -16,6 +16,8 @@ from data.config import File
 from model.schedules import Progress
 from settings import PathText, Strict
 
+_LONGEST_WAIT_S = 1e9
+
 
 class OptimizerConfig(Strict):
     """The optimiser and its parameter groups: matrices (decayed), norms (not decayed), routers (own rate)."""
@@ -69,17 +71,6 @@ class ScheduleConfig(Strict):
     unless given. A longer or shorter run does not move it."""
     inverse_sqrt_from: int = Field(10_000, gt=0)
     """inverse_sqrt: the step at which the rate starts to fall."""
-
-    def problems(self, steps: int) -> list[str]:
-        """Why the rate would never reach its peak in a run of ``steps``."""
-        decays = self.kind in ("cosine", "warmup_stable_decay")
-        end, name = (self.end_step, "train.schedule.end_step") if decays and self.end_step else (steps, "train.steps")
-        found = []
-        if self.warmup_steps > end:
-            found.append(f"train.schedule.warmup_steps ({self.warmup_steps}) must not exceed {name} ({end}); set both")
-        if self.kind == "warmup_stable_decay" and self.decay_steps is not None and self.decay_steps > end:
-            found.append(f"train.schedule.decay_steps ({self.decay_steps}) must not exceed {name} ({end}); set both")
-        return found
 
 
 class EvaluationConfig(Strict):
@@ -244,9 +235,9 @@ class TrainConfig(Strict):
     """Stop the run after this many steps in a row with a loss or gradient that is not finite."""
     spike: SpikeConfig = SpikeConfig()
     """Steps with a loss or gradient that is finite and far too large."""
-    timeout_s: float = Field(1800.0, gt=0, le=1e9)
+    timeout_s: float = Field(1800.0, gt=0)
     """How long a collective may wait for the other ranks."""
-    stall_timeout_s: float = Field(900.0, gt=0, le=1e9)
+    stall_timeout_s: float = Field(900.0, gt=0)
     """Longest time without progress (a micro-batch, a save, a compilation); then stacks are written and it ends."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation."""
@@ -274,6 +265,44 @@ class TrainConfig(Strict):
     def samples(self) -> int:
         """Windows of the whole run."""
         return self.steps * self.global_batch_samples
+
+    def refuse_to_start(self) -> None:
+        """Refuse what no run should start with, though the config of one that is finished may hold it.
+
+        Raises:
+            ValueError: a schedule never reaches its peak, a spike would never stop the run, a profile is of steps that
+                the run does not have, or a timeout is longer than the system can wait.
+        """
+        schedule, problems = self.schedule, []
+        decays = schedule.kind in ("cosine", "warmup_stable_decay")
+        end = (schedule.end_step if decays else None) or self.steps
+        name = "train.schedule.end_step" if decays and schedule.end_step else "train.steps"
+        if schedule.warmup_steps > end:
+            problems.append(
+                f"train.schedule.warmup_steps ({schedule.warmup_steps}) must not exceed {name} ({end}); set both"
+            )
+        if schedule.kind == "warmup_stable_decay" and (schedule.decay_steps or 0) > end:
+            problems.append(
+                f"train.schedule.decay_steps ({schedule.decay_steps}) must not exceed {name} ({end}); set both"
+            )
+        if self.spike.action == "stop" and self.max_bad_steps >= self.spike.window_steps:
+            problems.append(
+                f"train.max_bad_steps ({self.max_bad_steps}) must be below train.spike.window_steps "
+                f"({self.spike.window_steps}), after which a spike passes for normal and no longer stops the run; "
+                "change one of them"
+            )
+        if self.profile is not None and self.profile.steps[0] > self.steps:
+            problems.append(
+                f"train.profile.steps {list(self.profile.steps)} must begin by the run's last step ({self.steps}); "
+                "name earlier ones"
+            )
+        if max(self.timeout_s, self.stall_timeout_s) > _LONGEST_WAIT_S:
+            problems.append(
+                f"train.timeout_s ({self.timeout_s:g}) and train.stall_timeout_s ({self.stall_timeout_s:g}) must not "
+                f"exceed {_LONGEST_WAIT_S:g} seconds, the longest that the system waits; lower them"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
 
     def accumulation(self, ranks: int, settings: DeepSpeedSettings) -> int:
         """Micro-batches of one rank in one optimiser step.

@@ -43,6 +43,7 @@ def run_stage(
     with user_errors(EXIT_MISTAKE), lost_rank():
         _require_stage(module, arguments.config)
         config = load(arguments.config, arguments.overrides)
+        config.train.refuse_to_start()
         config.train.accumulation(ranks_by_environment(), config.deepspeed)
         open_run(config.train)
         grow_segments(os.environ)

@@ -140,17 +140,10 @@ class StageConfig(Strict):
                 f"train.checkpoint.mirror_wait_s ({train.checkpoint.mirror_wait_s:g}) must be below train.timeout_s "
                 f"({train.timeout_s:g}), because the other ranks wait for rank 0 at the end; lower it"
             )
-        problems += train.schedule.problems(train.steps)
-        if train.spike.action == "stop" and train.max_bad_steps >= train.spike.window_steps:
+        if train.schedule.warmup_steps > train.steps:
             problems.append(
-                f"train.max_bad_steps ({train.max_bad_steps}) must be below train.spike.window_steps "
-                f"({train.spike.window_steps}), after which a spike passes for normal and no longer stops the run; "
-                "change one of them"
-            )
-        if train.profile is not None and train.profile.steps[0] > train.last_step:
-            problems.append(
-                f"train.profile.steps {list(train.profile.steps)} must begin by the last step of this run "
-                f"({train.last_step}); name earlier ones"
+                f"train.schedule.warmup_steps ({train.schedule.warmup_steps}) must not exceed train.steps "
+                f"({train.steps}); set both"
             )
         if train.global_batch_samples % train.micro_batch_samples:
             problems.append(
