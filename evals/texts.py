@@ -61,8 +61,8 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
         for number, document in enumerate(source.documents(Cursor(0, 0)), start=1):
             if document.repaired:
                 raise ValueError(
-                    f"document {number} is not valid Unicode, so its score would be of another text; convert "
-                    "the file to UTF-8, for example with: iconv -f latin1 -t utf-8"
+                    f"document {number} is not valid Unicode (bytes of another encoding, or half a surrogate pair), "
+                    "and what is put in its place would be another text; correct it, or convert the file with iconv"
                 )
             yield document.text.decode()
     except ValueError as error:

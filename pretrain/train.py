@@ -12,6 +12,8 @@ Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1, SIGHUP or Ctrl
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -99,7 +101,9 @@ def load_prepared(path: Path, overrides: Sequence[str]) -> PretrainConfig:
         for folder in folders:
             read_model(folder / MANIFEST_NAME, Manifest)
     except ValueError as error:
-        raise ValueError(str(error).replace("CONFIG", str(path))) from None
+        config_words = shlex.join([str(path), *overrides])
+        told = re.sub(r"(?<=python -m data\.)(\w+) CONFIG\b", lambda found: f"{found[1]} {config_words}", str(error))
+        raise ValueError(told) from None
     return config
 
 

@@ -103,7 +103,10 @@ def test_data_that_is_not_prepared_is_told_before_anything_heavy(tmp_path: Path)
         ["configs/demo.yaml", f"data.dir={tmp_path}", f"train.run_dir={tmp_path}"],
     )
     assert bare[0] == unprepared[0] == 78
-    assert "/nowhere has no tokenizer: " in bare[1] and "python -m data.tokenizer configs/demo.yaml" in bare[1]
+    assert (
+        "/nowhere has no tokenizer: " in bare[1]
+        and "python -m data.tokenizer configs/demo.yaml data.dir=/nowhere " in bare[1]
+    )
     assert "manifest.json does not exist; prepare the source with: python -m data.prepare configs/demo" in unprepared[1]
 
 

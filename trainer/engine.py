@@ -70,8 +70,8 @@ def build_engine(
         if not config.deepspeed.extra:
             raise
         raise ValueError(
-            f"DeepSpeed does not take what deepspeed.extra holds ({' '.join(str(error).split())}); correct it, or "
-            "leave it out"
+            f"DeepSpeed refuses its settings ({' '.join(str(error).split())}); correct deepspeed.extra, or leave out "
+            "what it adds"
         ) from error
     if before:
         undo_first_step(engine, before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from settings import did_you_mean
 
 
-def test_near_name_or_all_of_them() -> None:
+def test_the_nearest_name_or_all_of_them() -> None:
     assert did_you_mean("stepz", ["lr", "steps"]) == "did you mean 'steps'?"
     assert did_you_mean("stepz", {"steps": 1}, prefix="train.") == "did you mean 'train.steps'?"
     assert did_you_mean("zzz", ("lr", "steps")) == "there are: lr, steps"

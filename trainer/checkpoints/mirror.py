@@ -29,6 +29,8 @@ from trainer.distributed import ALONE, World
 
 _LONGEST_PAUSE_S = 60.0
 _TOLD_EVERY_S = 600.0
+_METRICS_WAIT_S = 10.0
+"""How long a run's end waits for the last lines of its metrics, where all checkpoints are there."""
 
 
 class Mirror:
@@ -84,9 +86,10 @@ class Mirror:
     def close(self, wait_s: float) -> list[str]:
         """Wait until all is copied, ``wait_s`` at most; names of what is not, told too."""
         with self._changed:
+            patience_s = min(wait_s, _METRICS_WAIT_S) if self._idle else wait_s
             self._ending, self._idle = True, False  # the metrics are to be copied once more
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._idle, wait_s)
+            self._changed.wait_for(lambda: self._idle, patience_s)
             self._given_up.set()
             self._changed.notify_all()
         missing = [checkpoint.name for checkpoint in self._wanted() if checkpoint.name not in self._there]
@@ -149,15 +152,15 @@ class Mirror:
             finally:
                 self._held = None
             self._there.add(checkpoint.name)
-            bucket.put_beside(self._metrics)
             again = "; it works again" if self._problem else ""
             self._problem, self._told_at = None, -_TOLD_EVERY_S
             self._tell(f"mirrored {checkpoint.name} to {self.url} in {time.monotonic() - start:.1f} s{again}")
             self._prune(bucket)
+            bucket.put_beside(self._metrics)
             if self._news:
                 return True
         if self._ending:
-            with suppress(Exception):  # a line or two, for which no run's end shall wait
+            with suppress(Exception):  # a line or two
                 bucket.put_beside(self._metrics)
         return True
 

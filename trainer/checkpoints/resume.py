@@ -117,8 +117,14 @@ def load(
 def changed_settings(checkpoint: Path, config: StageConfig) -> list[str]:
     """In words, the settings that have other values here than in the start that wrote ``checkpoint``."""
     before, now = (flat(blocks) for blocks in (peek(checkpoint / CONFIG), config.model_dump(mode="json")))
-    names = [name for name in now if name in before and before[name] != now[name] and name != "train.checkpoint.resume"]
-    return [f"{name} {before[name]} -> {now[name]}" for name in names]
+    blocks = {name.rpartition(".")[0] for name in before}  # of one that only one of them has: it was null, or is new
+    names = [name for name in now if name in before or name.rpartition(".")[0] not in blocks]
+    names += [name for name in before if name not in now]
+    return [
+        f"{name} {before.get(name, 'none')} -> {now.get(name, 'none')}"
+        for name in names
+        if before.get(name) != now.get(name) and name != "train.checkpoint.resume"
+    ]
 
 
 def _sharing_change(blocks: dict[str, Any], config: StageConfig) -> str:

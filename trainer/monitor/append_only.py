@@ -19,12 +19,23 @@ class Lines:
         # No buffer: of what a full disk refuses nothing must be written later, or twice, by anybody else.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed in close()
         self._waiting = b""
+        self._cut_to: int | None = None
         self._failed = False
 
-    def add(self, line: str) -> None:
-        """Append ``line``, after those that still wait."""
+    def add(self, line: str, in_place_of_bytes_from: int | None = None) -> None:
+        """Append ``line``, after those that still wait.
+
+        Args:
+            line: without its end.
+            in_place_of_bytes_from: cut the file there before, for a line that is written anew.
+        """
+        if in_place_of_bytes_from is not None:
+            self._cut_to = in_place_of_bytes_from
         self._waiting += f"{line}\n".encode()
         try:
+            if self._cut_to is not None:
+                self._file.truncate(self._cut_to)
+                self._cut_to = None
             while self._waiting:  # a disk may take a part of a line and be full then; the rest follows where it stopped
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
@@ -38,10 +49,6 @@ class Lines:
             if self._failed:
                 self.tell(f"{self.path} is written again, and no line is missing")
             self._failed = False
-
-    def cut(self, size_bytes: int) -> None:
-        """Take away what stands beyond the first ``size_bytes``, for a line that is written anew."""
-        self._file.truncate(size_bytes)
 
     def close(self) -> None:
         """Close the file."""

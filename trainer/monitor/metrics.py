@@ -209,10 +209,8 @@ class Metrics:
     def write_line(self) -> None:
         """Write what was found after the last step as its line, if anything was."""
         if self._trackers is not None and self._line:
-            if self._reopened_at is not None:
-                self._lines.cut(self._reopened_at)
-                self._reopened_at = None
-            self._lines.add(metrics_file.text_of(self._line))
+            self._lines.add(metrics_file.text_of(self._line), self._reopened_at)
+            self._reopened_at = None
         self._line = {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -97,7 +97,7 @@ class _Answer:
 
     def __init__(self, prompt: Prompt, tokenizer: TextTokenizer) -> None:
         self._prompt, self._eos_id = prompt, tokenizer.eos_id
-        self._speller = Detokenizer(tokenizer, prompt.ids)
+        self._detokenizer = Detokenizer(tokenizer, prompt.ids)
         self._text, self._tokens, self.ended = "", 0, False
 
     def add(self, token: int) -> None:
@@ -105,10 +105,10 @@ class _Answer:
         if self.ended:
             return
         self._tokens += 1
-        self._text += self._speller.add(token)
+        self._text += self._detokenizer.add(token)
         self.ended = token == self._eos_id or self._tokens == self._prompt.new_tokens
         if self.ended:
-            self._text += self._speller.rest()
+            self._text += self._detokenizer.rest()
         self.ended = self.ended or any(stop in self._text for stop in self._prompt.stops if stop)
 
     @property

@@ -44,6 +44,24 @@ def test_a_line_cut_by_a_full_disk_is_finished_later(tmp_path: Path) -> None:
     assert len(said) == 4 and said[3] == f"1 lines of {tmp_path / 'lines'} could not be written and are lost"
 
 
+def test_a_line_in_place_of_another_waits_for_the_disk_as_well(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text("one\nold\n")
+    said = list[str]()
+    lines = Lines(tmp_path / "lines", said.append)
+    whole = lines._file
+
+    class Full:
+        def truncate(self, size: int) -> int:
+            raise OSError(28, "No space left on device")
+
+    lines._file = Full()  # type: ignore[assignment]
+    lines.add("new", 4)
+    assert (tmp_path / "lines").read_text() == "one\nold\n" and "cannot be written" in said[0]
+    lines._file = whole
+    lines.add("three")
+    assert (tmp_path / "lines").read_text() == "one\nnew\nthree\n" and len(said) == 2
+
+
 def test_lines_are_appended(tmp_path: Path) -> None:
     for text in ("a", "b"):
         lines = Lines(tmp_path / "lines", print)
