@@ -22,6 +22,8 @@ from settings import Strict
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
+UNSAID_AT_FIRST = ("formats", "vocabulary")
+"""What the first manifests, progress and files of hashes are not told by: it counts as unchanged."""
 RECORDS = "shard-*.json"
 """Of finished shards, while their part is unfinished."""
 ENDS_DTYPE = np.dtype("<u8")

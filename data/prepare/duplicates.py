@@ -26,6 +26,7 @@ import numpy as np
 
 from data.files import holding, write_atomically
 from data.prepare.parts import Part, Report
+from data.shards import UNSAID_AT_FIRST
 from data.sources import Cursor, Document
 
 _FOLDER = "duplicates"
@@ -141,7 +142,8 @@ def _compare(paths: Sequence[Path]) -> np.ndarray:
 
 def _hashes(part: Part, made_from: dict[str, Any]) -> Path:
     """Where the hashes of a part go that is ``made_from`` this."""
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    told = {key: value for key, value in made_from.items() if key not in UNSAID_AT_FIRST}
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     return part.source_folder / _FOLDER / f"{part.number:05d}-{digest}.hashes"
 
 

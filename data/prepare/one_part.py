@@ -15,6 +15,7 @@ from data.shards import (
     MANIFEST_NAME,
     PROGRESS_NAME,
     RECORDS,
+    UNSAID_AT_FIRST,
     Manifest,
     ShardWriter,
     finished_shards,
@@ -26,8 +27,6 @@ from data.sources import Document
 
 BATCH_BYTES = 1 << 19
 """Text handed to a tokenizing process at once, or token ids to the writer."""
-_LATER = ("formats", "vocabulary")
-"""What the first manifests and progress do not hold: it counts as unchanged."""
 
 
 class Output(NamedTuple):
@@ -119,7 +118,7 @@ def require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any])
     Raises:
         ValueError: naming what differs between what ``folder`` was made from and what it would be made from now.
     """
-    before = {key: now[key] for key in _LATER if key in now} | before
+    before = {key: now[key] for key in UNSAID_AT_FIRST if key in now} | before
     if "vocabulary" in before and "vocabulary" in now:
         before["vocabulary"] = now["vocabulary"] | before["vocabulary"]
     changes = []

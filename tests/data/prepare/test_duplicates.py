@@ -17,10 +17,11 @@ from data.config import DataConfig
 from data.files import holding
 from data.prepare.__main__ import main
 from data.prepare.duplicates import places_between
+from data.prepare.parts import Part
 from data.prepare.run import prepare
 from data.prepare.tasks import Task
 from data.sentencepiece_file import load_tokenizer
-from data.shards import Manifest, read_model
+from data.shards import UNSAID_AT_FIRST, Manifest, read_model
 from data.sources import Cursor
 from data.tokenizer import train_tokenizer
 from tests.data.helpers import Renames, config_of, contents, documents, write_jsonl
@@ -172,6 +173,26 @@ def test_a_part_that_changes_after_it_was_compared_is_refused(
         shutil.rmtree(Path(fresh.dir) / "train")
     prepare(changing, 1)
     assert texts_of(fresh) == ["SOME text 0", "SOME text 1"]
+
+
+@pytest.mark.parametrize("stop_after", [4, 10])
+def test_what_an_older_version_left_half_done_is_gone_on_from(
+    stop_after: int,
+    fresh: DataConfig,
+    corpus: tuple[DataConfig, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It did not say what the files are read as, nor which vocabulary, and named its hashes without."""
+    whole = Part.made_from
+    with monkeypatch.context() as older:
+        older.setattr(
+            Part, "made_from", lambda part: {k: v for k, v in whole(part).items() if k not in UNSAID_AT_FIRST}
+        )
+        older.setattr("os.replace", Renames(stop_after))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(fresh, 1)
+    prepare(fresh, 1)
+    assert texts_of(fresh) == list(dict.fromkeys(text for text in corpus[1] if text))
 
 
 def test_hashes_of_two_states_of_a_part_are_refused(fresh: DataConfig) -> None:
