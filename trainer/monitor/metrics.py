@@ -323,10 +323,11 @@ class Metrics:
             self._remember(line)
             if metrics_file.losses_of(line):
                 self._evaluated_at.add(line["step"])
-        write_atomically(self.run.metrics, metrics_file.content_of(kept))
+        content = metrics_file.content_of(kept)
+        write_atomically(self.run.metrics, content)
         if kept and kept[-1]["step"] == step:
-            self._line = kept.pop()
-            self._reopened_at = len(metrics_file.content_of(kept))
+            self._line = kept[-1]
+            self._reopened_at = len(content) - len(metrics_file.content_of(kept[-1:]))
 
     def _remember(self, line: dict[str, Any]) -> None:
         prefix = f"validation/{self._history_of}/density/"
