@@ -23,7 +23,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from data.files import nearest_folder, require_new_folder
 from settings import counted, path_argument, user_errors
+from trainer.preflight import open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +50,7 @@ def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: fl
 
     Args:
         paths: two or more of what :func:`tune.load.load_model` reads; or one run, with ``last``.
-        out: does not exist.
+        out: new or empty.
         last: how many of a run's newest whole checkpoints.
         decay: a checkpoint counts as much as the next one times this, where steps are evenly spaced; all alike unless
             given.
@@ -56,12 +58,11 @@ def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: fl
     Raises:
         ValueError: with one sentence for what stands in the way.
     """
+    require_new_folder(out)
     from convert.facts import facts_of
-    from data.files import nearest_folder
     from trainer.checkpoints.empty_decoder import allocate
-    from trainer.checkpoints.weights_folder import require_absent, write_weights
+    from trainer.checkpoints.weights_folder import write_weights
 
-    require_absent(out)
     members = _shared_out(_opened(paths, last), decay)
     newest = members[-1].loaded
     for member in members:
@@ -279,7 +280,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="RUN_OR_CHECKPOINT",
         help="a run, with --last; or two or more checkpoints, runs (their newest) or folders of weights",
     )
-    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write; must not exist")
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write; new or empty")
     parser.add_argument("--last", type=int, metavar="N", help="average the newest N whole checkpoints of RUN")
     parser.add_argument(
         "--decay",
@@ -290,6 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)
     with user_errors():
+        for path in options.paths:
+            open_model(path)
         print("\n".join(average(options.paths, options.out, options.last, options.decay)), flush=True)
     return 0
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_seed, routing_thresholds
 from convert.hf_weights import is_usual, names_in, read_tensors, tie_head, usual_name, weight_files
-from data.files import read_json
+from data.files import read_json, require_new_folder
 from model.config import BudgetConfig, ModelConfig, RouterConfig
 from settings import path_argument, user_errors
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Largest difference between logits, as a share of their range. Two fp32 implementations stay below 1e-5."""
+CONFIG = "config.json"
 _COMPARED_TOKENS = 256
 _RESIZE = (
     "take it out of the tokenizer's files, or give the embedding a row for it: transformers' resize_token_embeddings "
@@ -86,13 +87,8 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
     from model.router import Router
     from trainer.checkpoints.weights_folder import mismatch
 
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; give a local folder with config.json and safetensors files")
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no config.json; give the folder of a Hugging Face checkpoint")
-    raw = read_json(path)
-    decoder = _empty_decoder(raw, path, routers)
+    raw = _raw_config(folder)
+    decoder = _empty_decoder(raw, folder / CONFIG, routers)
     config = decoder.config
     tensors = read_tensors(weight_files(folder))
     if config.tied_head:
@@ -148,7 +144,7 @@ def import_checkpoint(
 
     Args:
         folder: the checkpoint.
-        out: does not exist.
+        out: new or empty.
         with_comparison: compare logits with those of transformers.
         trusted: do so by the folder's own Python file too, where it brings one.
         routers: to add, their weights all 0; none unless given.
@@ -156,11 +152,12 @@ def import_checkpoint(
     Raises:
         ValueError: with one sentence for what stands in the way.
     """
+    require_new_folder(out)
+    model_config(_raw_config(folder), folder / CONFIG)
     from convert import hf_compare
     from data.tokenizer_files import left_behind, tokenizer_files
-    from trainer.checkpoints.weights_folder import require_absent, write_weights
+    from trainer.checkpoints.weights_folder import write_weights
 
-    require_absent(out)
     if (folder / hf_compare.ADAPTER / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder} keeps its adapters apart, in {hf_compare.ADAPTER}/, and they are not imported; export the run "
@@ -194,6 +191,15 @@ def import_checkpoint(
         f"wrote     {out}, with {', '.join(str(file.relative_to(folder)) for file in tokenizer_files(folder))}",
         *([f"left      {others}"] if (others := left_behind(folder)) else []),
     ]
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; give a local folder with {CONFIG} and safetensors files")
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face checkpoint")
+    return read_json(folder / CONFIG)
 
 
 def _checked_tokenizer(folder: Path, vocab_size: int, family: str, with_comparison: bool) -> str:
@@ -294,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="convert.from_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=path_argument, metavar="HF_DIR", help="a local Hugging Face checkpoint")
-    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write; must not exist")
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write; new or empty")
     comparison = parser.add_mutually_exclusive_group()
     comparison.add_argument(
         "--no-compare",

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.hf_weights import usual_name
 from convert.model_card import Exported, model_card
-from data.files import nearest_folder, temporary_name, write_atomically, write_json
+from data.files import nearest_folder, require_new_folder, temporary_name, write_atomically, write_json
 from data.urls import copy_folder, require_empty
 from model.config import ModelConfig
 from settings import path_argument, user_errors
@@ -76,7 +76,7 @@ def export(
     from tune.adapters import take_out
     from tune.load import load_model
 
-    _require_free(out)
+    require_new_folder(out)
     separate = adapters == "separate"
     loaded = load_model(path, merged=not separate, disk=nearest_folder(out))
     decoder = loaded.decoder
@@ -272,13 +272,6 @@ def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byt
     return len(shards)
 
 
-def _require_free(out: Path) -> None:
-    if ".." in out.parts or not out.name:
-        raise ValueError(f"OUT must name a folder without '..', got {out}; give its path in full")
-    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already and is no empty folder, and nothing is written over; give another one")
-
-
 def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:
     from tune.adapters import has_adapters
 
@@ -340,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             require_empty(options.copy_to, "--copy-to")
         if not 0 < options.shard_gb < math.inf:
             raise ValueError(f"--shard-gb must be a number above 0, got {options.shard_gb}; leave it out for 5")
-        _require_free(options.out)
+        require_new_folder(options.out)
         preflight.open_model(options.path)
         lines = export(
             options.path,

@@ -34,6 +34,18 @@ def nearest_folder(path: Path) -> Path:
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
+def require_new_folder(out: Path) -> None:
+    """Refuse to write over anything.
+
+    Raises:
+        ValueError: if ``out`` exists and is no empty folder, or its name says too little.
+    """
+    if ".." in out.parts or not out.name:
+        raise ValueError(f"OUT must name a folder without '..', got {out}; give its path in full")
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists already and is no empty folder, and nothing is written over; give another one")
+
+
 def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
     """Close ``file``, which was written under another name, with ``content`` at its end; give it its name, durably."""
     try:

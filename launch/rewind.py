@@ -35,8 +35,6 @@ def go_back(run: Path, step: int) -> Path | None:
     Raises:
         ValueError: if there is no whole checkpoint of ``step``, or the run is still going on.
     """
-    from trainer.distributed import ALONE  # torch
-
     folder = checkpoints_of(run)
     if not is_run(run):
         owner = run_of(run)
@@ -49,6 +47,8 @@ def go_back(run: Path, step: int) -> Path | None:
     target = next((found for found in there if step_of(found) == step), None)
     if target is None:
         raise ValueError(f"{run} has no checkpoint of step {step}; give one of the steps that are there: {named}")
+    from trainer.distributed import ALONE  # torch
+
     problem = manifest.problem_of(target, ALONE)
     if problem is not None:
         raise ValueError(f"{target} is torn: {problem}; give another of the steps that are there: {named}")

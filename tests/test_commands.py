@@ -110,6 +110,25 @@ def test_data_that_is_not_prepared_is_told_before_anything_heavy(tmp_path: Path)
     assert "manifest.json does not exist; prepare the source with: python -m data.prepare configs/demo" in unprepared[1]
 
 
+def test_a_base_or_examples_that_are_not_there_are_told_before_anything_heavy(tmp_path: Path) -> None:
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    base.mkdir()
+    tuned.mkdir()
+    (tuned / "config.yaml").write_text("base: {path: x}\n")
+    own = ["configs/tune_demo.yaml", f"base.path={base}", "data.test=[{name: x, files: [no.jsonl]}]"]
+    mistakes = [
+        (["configs/tune_demo.yaml", "base.path=nowhere"], "there is no folder nowhere; give base.path a stage-one run"),
+        (["configs/tune_demo.yaml", f"base.path={tuned}"], "is a stage-two run, whose weights lie on top of its own"),
+        ([*own, f"train.run_dir={base}/run"], "are the same, or one lies in the other; give the tuned run a folder"),
+        (
+            [*own, "data.sources=[{name: x, files: [README.md]}]", "data.validation=[]"],
+            "source 'x': no file matches 'no.jsonl' in",
+        ),
+    ]
+    for (status, told), (_, sentence) in zip(run_light("tune.train", *(m[0] for m in mistakes)), mistakes, strict=True):
+        assert status == EXIT_MISTAKE and sentence in told, told
+
+
 @pytest.mark.parametrize("module", CONFIG_FIRST)
 def test_mistakes_in_a_config_are_told_before_anything_heavy(module: str) -> None:
     extra, config = CONFIG_FIRST[module], "configs/tune_demo.yaml" if module == "tune.train" else "configs/demo.yaml"

@@ -9,14 +9,11 @@ from data.files import sha256_of
 from model.config import BudgetConfig, ModelConfig
 from model.decoder import Decoder
 from model.schedules import Ramp
-from settings import peek
 from trainer.checkpoints import manifest
-from trainer.checkpoints.layout import CONFIG
 from trainer.distributed import ALONE
 from tune.config import BaseConfig
 from tune.load import load_model
-
-_WHAT = "give base.path a stage-one run, one of its checkpoints, or what convert.from_hf wrote"
+from tune.preflight import require_base
 
 
 class Base(NamedTuple):
@@ -41,14 +38,7 @@ def load_base(path: str | Path) -> Base:
         ValueError: if there is none, it is not whole, or it was tuned already.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; {_WHAT}")
-    blocks = peek(folder / CONFIG)
-    if "base" in blocks:
-        fix = f"merge them first with: python -m tune.merge {folder} OUT, and give base.path that folder"
-        if blocks.get("ensemble") is not None:
-            fix = "no second ensemble goes on top of its own, so give base.path what it was tuned from"
-        raise ValueError(f"{folder} is a stage-two run, whose weights lie on top of its own base; {fix}")
+    require_base(folder)
     loaded = load_model(folder)
     decoder, model = loaded.decoder, loaded.decoder.config
     if decoder.ensemble is not None:

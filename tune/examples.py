@@ -158,7 +158,7 @@ def _written_out(
     source: ExampleSource, chat: ChatConfig, tokenizer: TextTokenizer, all_choices: bool
 ) -> Iterator[tuple[str, list[Example], int]]:
     """Where each example stands, its entries, and which of them is the right one."""
-    for path in _files(source):
+    for path in files_of(source):
         place = str(path)
         try:
             if source.format == "question":
@@ -261,7 +261,7 @@ def _join(parts: list[tuple[str, bool]], tokenizer: TextTokenizer) -> Example:
 
 
 def _add_texts(found: _Growing, source: ExampleSource, sequence_tokens: int, tokenizer: TextTokenizer) -> None:
-    for path in _files(source):
+    for path in files_of(source):
         kind: Any = format_of(path) or "text"
         own = SourceConfig.model_construct(name=source.name, format=kind, text_field=source.text_field)
         for document in Source(own, files=[path]).documents(Cursor(0, 0)):
@@ -300,7 +300,12 @@ def _refuse_alike(choices: list[str], tokenizer: TextTokenizer) -> None:
         encoded[ids] = choice
 
 
-def _files(source: ExampleSource) -> list[Path]:
+def files_of(source: ExampleSource) -> list[Path]:
+    """The files of a source, in order.
+
+    Raises:
+        ValueError: if a pattern matches none.
+    """
     try:
         return find_files(source.files)
     except ValueError as error:

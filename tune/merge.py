@@ -16,7 +16,9 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from data.files import require_new_folder
 from settings import path_argument, user_errors
+from trainer.preflight import open_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,14 +77,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "path", type=path_argument, metavar="RUN_OR_CHECKPOINT", help="a tuning run or one of its checkpoints"
     )
-    parser.add_argument("out", type=path_argument, metavar="OUT", help="folder to write; must not exist")
+    parser.add_argument("out", type=path_argument, metavar="OUT", help="folder to write; new or empty")
     options = parser.parse_args(arguments)
     with user_errors():
-        from trainer.checkpoints.weights_folder import require_absent, write_weights
+        require_new_folder(options.out)
+        open_model(options.path)
+        from trainer.checkpoints.weights_folder import write_weights
         from tune.config import TuneConfig
         from tune.load import load_model
 
-        require_absent(options.out)
         loaded = load_model(options.path, merged=False)
         decoder, config = loaded.decoder, loaded.config
         if not isinstance(config, TuneConfig):

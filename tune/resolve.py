@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from settings import load
 from trainer.config import name_run
 from tune.config import TuneConfig, TuneFile
+from tune.preflight import require_apart
 
 if TYPE_CHECKING:
     from tune.base import Base
@@ -47,11 +48,7 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
             f"{str(file.base.sha256)[:12]}, found {base.fingerprint[:12]}); give base.path that one, its checkpoint "
             "for example, or leave base.sha256 out"
         )
-    if _overlap(str(file.train.run_dir), file.base.path):
-        raise ValueError(
-            f"train.run_dir {file.train.run_dir} and the base's folder {file.base.path} are the same, or one lies in "
-            "the other; give the tuned run a folder of its own"
-        )
+    require_apart(Path(str(file.train.run_dir)), Path(file.base.path))
     blocks["base"]["sha256"] = base.fingerprint
     if blocks["base"]["seed"] is None:
         blocks["base"]["seed"] = base.decoder.seed
@@ -60,12 +57,6 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
     except ValidationError as error:
         # Every field was valid in the file; what is left are our own sentences on how blocks fit together.
         raise ValueError("; ".join(str(e["ctx"]["error"]) for e in error.errors())) from None
-
-
-def _overlap(run_dir: str, base: str) -> bool:
-    """True if the run would write into the base or into the run whose checkpoint is the base, or around it."""
-    run, folder = Path(run_dir).resolve(), Path(base).resolve()
-    return run == folder or folder in run.parents or run in folder.parents
 
 
 def _refuse_another_model(written: ModelConfig, model: ModelConfig, path: str) -> None:

@@ -12,13 +12,17 @@ Exit status: 0 when all steps are done; 75 when SIGTERM, SIGUSR1, SIGHUP or Ctrl
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.tokenization import load_text_tokenizer, require_vocabulary
+from settings import rank_by_environment
 from trainer.command import run_stage
 from trainer.exit_status import EXIT_PREEMPTED
 from tune.config import TuneFile
+from tune.examples import files_of
+from tune.preflight import require_apart, require_base
 from tune.resolve import load_file, resolve
 
 if TYPE_CHECKING:
@@ -70,9 +74,24 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     return 0
 
 
+def load_checked(path: Path, overrides: Sequence[str]) -> TuneFile:
+    """The config; on rank 0 also a look for its base and its files of examples, before torch is loaded.
+
+    Raises:
+        ValueError: for each mistake in it; if there is no such base, the run would write into it, or files are missing.
+    """
+    file = load_file(path, overrides)
+    if rank_by_environment() == 0:
+        require_base(Path(file.base.path))
+        require_apart(Path(str(file.train.run_dir)), Path(file.base.path))
+        for source in (*file.data.sources, *file.data.validation, *file.data.test):
+            files_of(source)
+    return file
+
+
 def main() -> int:
     """Parse the command line, meet the other ranks, train."""
-    return run_stage("tune.train", str(__doc__), "configs/tune_lora_ensemble.yaml", load_file, train)
+    return run_stage("tune.train", str(__doc__), "configs/tune_lora_ensemble.yaml", load_checked, train)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,10 @@ def _jobs(options: argparse.Namespace, stages: Sequence[Stage], site: SlurmConfi
         export = str(Path(options.export))  # without a slash at its end
         for out in (Path(f"{export}{task}") for task in last.tasks):
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
-                raise ValueError(f"--export {out} exists already, and nothing is written over; give another folder")
+                raise ValueError(
+                    f"--export {out} exists already and is no empty folder, and nothing is written over; give "
+                    "another one"
+                )
         script = export_script(last, export, site, submission, options.job_name)
         jobs.append(BatchJob("convert.to_hf", "export.sbatch", script, last))
     return jobs

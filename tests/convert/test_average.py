@@ -259,7 +259,7 @@ def test_weights_of_another_shape(
         (["A", "A", "OUT"], "would be averaged with itself; give each checkpoint once"),
         (["RUN", "D", "OUT"], "would be averaged with itself; give each checkpoint once"),
         (["RUN", "--last", "2", "--decay", "1", "OUT"], "--decay must be above 0 and below 1, got 1"),
-        (["RUN", "--last", "2", "RUN"], "exists already, and nothing is written over"),
+        (["RUN", "--last", "2", "RUN"], "exists already and is no empty folder, and nothing is written over"),
         (["nowhere", "A", "OUT"], "there is no folder nowhere"),
         (["A", "HF", "OUT"], "is a Hugging Face folder, not a run"),
         (["A", "FOLDER", "--decay", "0.5", "OUT"], "--decay goes by optimiser steps, which "),

@@ -459,7 +459,9 @@ def test_out_must_be_new_and_a_tokenizer_is_needed(
     folder = edited()
     with pytest.raises(SystemExit, match="1"):
         main([str(folder), str(folder)])
-    assert f"error: {folder} exists already, and nothing is written over" in capsys.readouterr().err
+    assert (
+        f"error: {folder} exists already and is no empty folder, and nothing is written over" in capsys.readouterr().err
+    )
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"hf has no tokenizer: it holds neither tokenizer.json nor tokenizer.model"):
         import_checkpoint(folder, tmp_path / "out")

@@ -70,7 +70,10 @@ def test_the_folder_holds_the_tuned_model(checkpoint: Path, tmp_path: Path, caps
 def test_nothing_is_written_over(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(checkpoint), str(tmp_path)])
-    assert "error: " in (told := capsys.readouterr().err) and "exists already, and nothing is written over" in told
+    assert (
+        "error: " in (told := capsys.readouterr().err)
+        and "exists already and is no empty folder, and nothing is written over" in told
+    )
 
 
 def test_what_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

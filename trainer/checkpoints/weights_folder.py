@@ -11,7 +11,6 @@ Everything is written to ``OUT.tmp``, which is renamed: OUT is either whole or a
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data.files import open_to_others, temporary_name, write_atomically
+from data.files import open_to_others, require_new_folder, temporary_name, write_atomically
 from data.tokenizer_files import copy_tokenizer, tokenizer_files
 from model.decoder import Decoder
 from model.router import numbers_of, thresholds_of
@@ -48,15 +47,15 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
 
     Args:
         decoder: on the CPU, in any dtypes; they are kept.
-        out: the new folder.
+        out: the new folder; an empty one may be there.
         tokenizer_folder: holds a ``tokenizer.json`` or a ``tokenizer.model``.
         facts: further entries of the manifest; ``source`` says in words where the weights came from.
 
     Raises:
-        ValueError: if ``out`` exists, or there is no tokenizer.
+        ValueError: if ``out`` holds something, or there is no tokenizer.
         OSError: if it cannot be written; nothing is left then.
     """
-    require_absent(out)
+    require_new_folder(out)
     tokenizer_files(tokenizer_folder)
     ensemble = None if decoder.ensemble is None else decoder.ensemble.config
     thresholds = None if decoder.thresholds is None else numbers_of(decoder.thresholds)
@@ -132,16 +131,6 @@ def weights_in(folder: Path, decoder: Decoder) -> Iterator[Any]:
                 f"{folder} is a checkpoint of another shape than its {CONFIG}: {difference}; write it again"
             )
         yield file
-
-
-def require_absent(out: Path) -> None:
-    """Refuse to write over anything.
-
-    Raises:
-        ValueError: if ``out`` exists.
-    """
-    if os.path.lexists(out):
-        raise ValueError(f"{out} exists already, and nothing is written over; give another folder, or remove it")
 
 
 def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -> str | None:

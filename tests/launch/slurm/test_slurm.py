@@ -168,7 +168,7 @@ def test_an_array_of_chains(
         (["--then", "{config}", *DRY], "is no config of stage two, it has no base block"),
         (["--then", "{tuning}", "base.path=x", *DRY], "leave base.path=x out"),
         (["--then", "{tuning}", "train.run_dir={run}", *DRY], "two runs of the chain have the folder"),
-        (["--export", "{full}", *DRY], "exists already, and nothing is written over"),
+        (["--export", "{full}", *DRY], "exists already and is no empty folder, and nothing is written over"),
         (["--tasks", "2", *DRY], "--tasks 2 shares out a preparation; give --prepare, or leave it out"),
         (["--prepare", "--dry-run"], "--prepare needs --tasks N, the number of jobs that share the preparation"),
         (["--prepare", "--tasks", "2", *DRY], "--nodes, --tasks-per-node is of a run, and --prepare submits none"),

@@ -89,7 +89,9 @@ def test_the_files(tmp_path: Path, tokenizer: Path) -> None:
 
 
 def test_nothing_is_written_over_and_a_tokenizer_is_needed(tmp_path: Path, tokenizer: Path, written: Path) -> None:
-    with pytest.raises(ValueError, match=r"written exists already, and nothing is written over; give another folder"):
+    with pytest.raises(
+        ValueError, match=r"written exists already and is no empty folder, and nothing is written over; give another"
+    ):
         write_weights(decoder(config()), written, tokenizer, {})
     with pytest.raises(
         ValueError, match=r"has no tokenizer: it holds neither tokenizer.json nor tokenizer.model; copy"

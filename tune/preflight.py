@@ -1,0 +1,41 @@
+"""What stage two refuses by the folders that its config names, before torch is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from settings import peek
+from trainer.checkpoints.layout import CONFIG
+
+
+def require_base(folder: Path) -> None:
+    """Refuse a folder that stage two cannot start from, by its config alone.
+
+    Raises:
+        ValueError: if it is none, or a stage-two run.
+    """
+    if not folder.is_dir():
+        raise ValueError(
+            f"there is no folder {folder}; give base.path a stage-one run, one of its checkpoints, or what "
+            "convert.from_hf wrote"
+        )
+    blocks = peek(folder / CONFIG)
+    if "base" in blocks:
+        fix = f"merge them first with: python -m tune.merge {folder} OUT, and give base.path that folder"
+        if blocks.get("ensemble") is not None:
+            fix = "no second ensemble goes on top of its own, so give base.path what it was tuned from"
+        raise ValueError(f"{folder} is a stage-two run, whose weights lie on top of its own base; {fix}")
+
+
+def require_apart(run_dir: Path, base: Path) -> None:
+    """Refuse a run that would write into its base, into the run whose checkpoint that is, or around it.
+
+    Raises:
+        ValueError: if one folder is or holds the other.
+    """
+    run, folder = run_dir.resolve(), base.resolve()
+    if run == folder or folder in run.parents or run in folder.parents:
+        raise ValueError(
+            f"train.run_dir {run_dir} and the base's folder {base} are the same, or one lies in the other; give the "
+            "tuned run a folder of its own"
+        )
