@@ -49,6 +49,7 @@ class Candidate:
         per_token_accuracy: the same where responses are compared by their nats a token, so that longer ones have no
             disadvantage.
         right: bool [E], by choice where there is one, otherwise by exact match.
+        right_per_token: bool [E], by :attr:`per_token_accuracy`; None without choices.
         alone: of the examples that the final layer gets wrong, those that this one gets right; 0 for the final layer.
     """
 
@@ -58,6 +59,7 @@ class Candidate:
     choice_accuracy: Accuracy | None
     per_token_accuracy: Accuracy | None
     right: Tensor
+    right_per_token: Tensor | None
     alone: float
 
     @property
@@ -245,6 +247,7 @@ def _judge(
             None if chosen is None else _accuracy(chosen[row]),
             None if per_token is None else _accuracy(per_token[row]),
             answers[row],
+            None if per_token is None else per_token[row].cpu(),
             float(beside[row].sum() / wrong),
         )
         for row, name in enumerate(names)

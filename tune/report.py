@@ -8,6 +8,9 @@ from __future__ import annotations
 from settings.tables import aligned_markdown
 from tune.evaluate import Accuracy, ExamplesEvaluation, VoteStatistics
 
+PER_TOKEN = "/per_token"
+""":func:`answers` by the mean of a response's log-probabilities instead of their sum."""
+
 
 def table(evaluation: ExamplesEvaluation) -> str:
     """What every candidate reached, how far the layers agree, and how the router weighs them."""
@@ -69,8 +72,16 @@ def figures(evaluation: ExamplesEvaluation, prefix: str) -> dict[str, float]:
 
 
 def answers(evaluation: ExamplesEvaluation) -> dict[str, list[int]]:
-    """Which examples every candidate gets right, 0 or 1 in the set's order, to compare runs example by example."""
-    return {candidate.name: candidate.right.int().tolist() for candidate in evaluation.candidates}
+    """Which examples every candidate gets right, 0 or 1 in the set's order, to compare runs example by example.
+
+    Where there are choices also by their nats a token, under the candidate's name with :data:`PER_TOKEN`.
+    """
+    found = {}
+    for candidate in evaluation.candidates:
+        found[candidate.name] = candidate.right.int().tolist()
+        if candidate.right_per_token is not None:
+            found[candidate.name + PER_TOKEN] = candidate.right_per_token.int().tolist()
+    return found
 
 
 def _vote_figures(votes: VoteStatistics, name: str) -> dict[str, float]:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import tuning
-from bench.tuning import CHOICES, Outcome, TuningRun, main, outcome
+from bench.tuning import tables
+from bench.tuning.__main__ import main
+from bench.tuning.runs import CHOICES, SPLITS, Outcome, Runs, TuningRun, outcome
 from tests.launching import run_command
 from tests.ranks import ensure_server
 from tests.tune.conftest import base_run
@@ -63,10 +64,13 @@ def test_runs_are_made_once_and_every_method_has_its_row(
         json.loads((tmp_path / f"runs/polarity-{m}-0/answers-polarity.json").read_text())
         for m in ("lora_ensemble", "lora")
     )
-    assert list(other) == ["layer-03"] and list(own) == ["layer-01", "layer-02", "layer-03", "ensemble", "oracle"]
+    assert list(other) == ["layer-03", "layer-03/per_token"]
+    assert list(own)[::2] == ["layer-01", "layer-02", "layer-03", "ensemble", "oracle"]
     assert sum(own["ensemble"]) / 6 == pytest.approx(found[1].voted)
     difference = f"{100 * (sum(own['ensemble']) - sum(other['layer-03'])) / 6:+.1f} ("
-    assert paired.splitlines()[2].startswith(f"| lora_ensemble | {difference}") and "bootstrap" in told
+    assert paired.splitlines()[2].startswith(f"| lora_ensemble | lora | {difference}") and "bootstrap" in told
+    of_final = f"{100 * (sum(own['ensemble']) - sum(own['layer-03'])) / 6:+.1f} ("
+    assert paired.splitlines()[3].startswith(f"| lora_ensemble | its final layer | {of_final}")
 
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was run already"))
     with pytest.raises(SystemExit):
@@ -89,21 +93,43 @@ def test_a_run_that_fails_is_told_and_the_status_is_1(
 
 def test_methods_are_compared_seed_by_seed(tmp_path: Path) -> None:
     """Each with the other's run of the same seed; a seed that one of them lacks has no say."""
-    options = Namespace(methods=["lora", "lora_ensemble"], tasks=["polarity"], seeds=[0, 1, 2], out=tmp_path)
-    options.runs = {(m, "polarity", s): TuningRun(m, "polarity", s) for m in options.methods for s in options.seeds}
-    right = {"lora": [[0, 0], [1, 1], [0, 1]], "lora_ensemble": [[1, 1], [1, 0], []]}
-    for (method, _, seed), run in options.runs.items():
+    methods = ["none", "lora", "lora_ensemble"]
+    options = Namespace(methods=methods, tasks=["polarity"], seeds=[0, 1, 2], out=tmp_path, per_token=False)
+    runs = {(m, "polarity", s): TuningRun(m, "polarity", s) for m in options.methods for s in options.seeds}
+    right = {
+        "none": [[0, 0], [0, 0], [0, 0]],
+        "lora": [[0, 0], [1, 1], [0, 1]],
+        "lora_ensemble": [[1, 1], [1, 0], []],
+    }
+    for (method, _, seed), run in runs.items():
         if answers := right[method][seed]:
             run.folder(tmp_path).mkdir()
-            named = {"layer-03": [0, 0], "ensemble": answers} if "ensemble" in method else {"layer-03": answers}
+            named = {"layer-03": answers, "layer-03/per_token": [0, 1]}
+            if "ensemble" in method:
+                named |= {"layer-03": [0, 1], "ensemble": answers, "ensemble/per_token": [1, 1]}
             (run.folder(tmp_path) / "answers-polarity.json").write_text(json.dumps(named))
-    assert tuning.paired(options).splitlines()[2].startswith("| lora_ensemble | +25.0 (")  # +1, +1 and 0, -1
-    assert tuning.paired(options).splitlines()[2].endswith("; 2) |")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in paired_lines(options, runs)]
+    assert [row[:2] for row in cells] == [
+        ["lora", "none"],
+        ["lora_ensemble", "none"],
+        ["lora_ensemble", "lora"],
+        ["lora_ensemble", "its final layer"],
+    ]
+    assert [row[2].split(" ")[0] for row in cells] == ["+50.0", "+75.0", "+25.0", "+25.0"]  # of +1, +1 and 0, -1
+    assert [row[2].split("; ")[1] for row in cells] == ["3)", "2)", "2)", "2)"]
+    options.per_token = True
+    own = paired_lines(options, runs)[-1].split("|")[3]
+    assert own.strip().startswith("+50.0")
+
+
+def paired_lines(options: Namespace, runs: Runs) -> list[str]:
+    """The rows of the table of differences."""
+    return tables.paired(options, runs).splitlines()[2:]
 
 
 def test_spread_over_seeds(tmp_path: Path) -> None:
-    assert tuning._spread([0.5, 0.6]) == "55.0 ± 7.1"
-    assert tuning._spread([0.5]) == "50.0" and tuning._spread([]) == "-"
+    assert tables._spread([0.5, 0.6]) == "55.0 ± 7.1"
+    assert tables._spread([0.5]) == "50.0" and tables._spread([]) == "-"
     assert TuningRun("full", "polarity", 3).folder(tmp_path) == tmp_path / "polarity-full-3"
     assert outcome(tmp_path, "polarity") is None
     line = {"step": 4, "test/polarity/choice_accuracy/layer-02": 0.7, "test/polarity/choice_accuracy/layer-03": 0.6}
@@ -112,6 +138,7 @@ def test_spread_over_seeds(tmp_path: Path) -> None:
         json.dumps({"step": 0, "parameters/trained": 5, "parameters/total": 9}) + "\n" + json.dumps(line) + "\n"
     )
     assert outcome(tmp_path, "polarity") == Outcome(0.6, 0.6, 0.7, 0.6, 5, 9)
+    assert outcome(tmp_path, "polarity", per_token=True) == Outcome(0.1, 0.1, 0.1, 0.1, 5, 9)
 
 
 def test_jobs_must_be_at_least_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +165,7 @@ def test_a_file_of_questions_is_split_and_rates_are_searched(
     own = ["train.evaluation.every_steps=2", "train.evaluation.before_first=false"]
     assert main([*options, *SMALL, *own]) == 0
 
-    parts = {split: (out / f"data/quiz-{split}.jsonl").read_text().strip().split("\n") for split in tuning.SPLITS}
+    parts = {split: (out / f"data/quiz-{split}.jsonl").read_text().strip().split("\n") for split in SPLITS}
     numbers = {
         split: [int(json.loads(line)["query"][10:].rstrip("?\u2028")) for line in lines]
         for split, lines in parts.items()
@@ -165,6 +192,9 @@ def test_a_task_that_is_nowhere_is_one_sentence(
     with pytest.raises(SystemExit):
         main([base_run, "--tasks", "quiz", "--data", str(tmp_path / "tuning"), "--out", str(tmp_path / "runs")])
     assert "--tasks quiz: there is neither" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "none"), "--out", str(tmp_path / "runs")])
+    assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "runs").exists()
     with pytest.raises(SystemExit):
         main([base_run, "--rates", "0", "--out", str(tmp_path / "runs")])
     assert "--rates must lie above 0, got 0" in capsys.readouterr().err

@@ -21,7 +21,18 @@ def made_up(layers: int = 2, choices: int = 4, classes: tuple[str, ...] = ("word
         chosen = Accuracy(share, 0.025) if choices > 1 else None
         longer = Accuracy(share / 4, 0.02) if choices > 1 else None
         right = torch.tensor([True, place > 1])
-        candidates.append(Candidate(name, 3 - share, Accuracy(share / 2, 0.0125), chosen, longer, right, share / 8))
+        candidates.append(
+            Candidate(
+                name,
+                3 - share,
+                Accuracy(share / 2, 0.0125),
+                chosen,
+                longer,
+                right,
+                None if longer is None else ~right,
+                share / 8,
+            )
+        )
     votes = None
     if layers:
         weight = torch.linspace(1, 2, (len(classes) + 1) * layers, dtype=torch.float64).view(-1, layers)
@@ -79,7 +90,9 @@ def test_figures_have_the_names_that_metrics_are_logged_under() -> None:
     assert found["validation/toy/exact_match/ensemble"] == pytest.approx(0.25)
     assert found["validation/toy/choice_accuracy/oracle"] == pytest.approx(0.7)
     assert found["validation/toy/choice_accuracy_per_token/oracle"] == pytest.approx(0.175)
-    assert answers(made_up()) == {"layer-10": [1, 0], "layer-11": [1, 0], "ensemble": [1, 1], "oracle": [1, 1]}
+    plain = {"layer-10": [1, 0], "layer-11": [1, 0], "ensemble": [1, 1], "oracle": [1, 1]}
+    assert answers(made_up(choices=1)) == plain
+    assert answers(made_up()) == plain | {f"{name}/per_token": [1 - x for x in right] for name, right in plain.items()}
     assert [found[f"validation/toy/layers_right/{n}"] for n in ("every", "some", "none")] == [0.5, 0.3, 0.2]
     votes = made_up().votes
     assert found["ensemble/weight/toy/layer-10"] == votes.weight[-1, 0]
