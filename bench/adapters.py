@@ -75,10 +75,10 @@ def build(options: argparse.Namespace, folder: Path) -> dict[str, Tuned]:
     import torch
 
     from bench.common.contestants import assert_same, held_llama, random_tokens
-    from model.chunks import IGNORED
+    from model.chunks import IGNORE_INDEX
     from model.decoder import Decoder
     from model.init import initialise
-    from trainer.monitor.yardstick import DTYPES
+    from trainer.monitor.peak_flops import DTYPES
     from tune.config import AdapterConfig
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
@@ -88,7 +88,7 @@ def build(options: argparse.Namespace, folder: Path) -> dict[str, Tuned]:
     weights = base.state_dict()
     tokens = random_tokens(options.samples, options.tokens, options.vocab, device)
     labels = tokens.clone()
-    labels[:, : options.tokens - max(round(options.tokens * options.response), 1)] = IGNORED
+    labels[:, : options.tokens - max(round(options.tokens * options.response), 1)] = IGNORE_INDEX
     contestants = {}
     for name, method in METHODS.items():
         decoder = Decoder(config)
@@ -107,7 +107,7 @@ def _ours(decoder: Decoder, method: Method, tokens: Tensor, labels: Tensor, fold
     import torch
 
     from bench.common.contestants import Tuned
-    from model.chunks import IGNORED
+    from model.chunks import IGNORE_INDEX
     from model.config import EnsembleConfig
     from tune.adapters import prepare
     from tune.config import AdapterConfig, layers_adapted
@@ -120,9 +120,9 @@ def _ours(decoder: Decoder, method: Method, tokens: Tensor, labels: Tensor, fold
     prepare(decoder.train(), adapter, "frozen", 0)
     if method.kept:
         decoder.frozen = StateCache(folder, "bench", layers_adapted(adapter, len(decoder.layers), ensemble).start)
-    targets = torch.full_like(labels, IGNORED)
+    targets = torch.full_like(labels, IGNORE_INDEX)
     targets[:, :-1] = labels[:, 1:]
-    learned = int((targets != IGNORED).sum())
+    learned = int((targets != IGNORE_INDEX).sum())
 
     def loss() -> Tensor:
         sums = decoder(tokens, targets, scored_targets=learned).loss

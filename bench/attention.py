@@ -69,7 +69,7 @@ class Inputs:
         """Normal ones, the same on every device."""
         import torch
 
-        from trainer.monitor.yardstick import DTYPES
+        from trainer.monitor.peak_flops import DTYPES
 
         generator = torch.Generator().manual_seed(0)
 
@@ -237,18 +237,18 @@ def measure(options: argparse.Namespace) -> Result:
     """Build, take turns at every length, count."""
     import torch
 
-    from trainer.monitor.yardstick import DTYPES, Yardstick
+    from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
     device = torch.device(options.device)
-    yardstick = Yardstick(device, DTYPES[options.dtype])
+    fastest = PeakFlops(device, DTYPES[options.dtype])
     taken: dict[int, tuple[dict[str, AttentionCase], dict[str, list[float]]]] = {}
     for length in options.lengths:
         contestants = build(options, length)
         calls: dict[str, Callable[[], object]] = {name: c.step for name, c in contestants.items()}
-        seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
+        seconds = take_turns({**calls, PEAK: fastest}, options.repeats, device)
         taken[length] = contestants, seconds
     rows, measured, findings = [], {}, []
-    peak = yardstick.flops_per_s
+    peak = fastest.flops_per_s
     for length, (contestants, seconds) in taken.items():
         for name, contestant in contestants.items():
             rows.append(_row(f"{length}/{name}", contestant, contestants[DENSE], seconds, options, peak))

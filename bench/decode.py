@@ -210,7 +210,7 @@ def models(options: argparse.Namespace) -> tuple[dict[str, Decoder], Any]:
     import torch
 
     from bench.common.contestants import draw, held_decoder, held_llama, llama_name
-    from trainer.monitor.yardstick import DTYPES
+    from trainer.monitor.peak_flops import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     context = options.prompt + options.steps
@@ -264,22 +264,22 @@ def measure(options: argparse.Namespace) -> Result:
 def _measure(options: argparse.Namespace) -> Result:
     import torch
 
-    from trainer.monitor.yardstick import DTYPES, Yardstick
+    from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
     device = torch.device(options.device)
     decoders, llama = models(options)
-    yardstick = Yardstick(device, DTYPES[options.dtype])
+    fastest = PeakFlops(device, DTYPES[options.dtype])
     taken: dict[int, tuple[dict[str, Decoding], dict[str, list[float]]]] = {}
     notes: list[str] = []
     for batch in options.batches:
         decodings, said = behind_prompt(options, decoders, llama, batch)
         notes += said
         calls: dict[str, Callable[[], object]] = {name: decoding.run for name, decoding in decodings.items()}
-        seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
+        seconds = take_turns({**calls, PEAK: fastest}, options.repeats, device)
         taken[batch] = decodings, seconds
     rows: list[Row] = []
     measured, findings = {}, []
-    peak = yardstick.flops_per_s
+    peak = fastest.flops_per_s
     for batch, (decodings, seconds) in taken.items():
         found = {name: _row(name, batch, decodings, seconds, options, peak) for name in decodings}
         rows += found.values()

@@ -43,9 +43,9 @@ class Case:
 
     def chunked(self) -> None:
         """Loss and distillation, a chunk of tokens at a time."""
-        from model.head import Teaching
+        from model.head import Distillation
 
-        sums = self.head(self.states[-1], self.targets, 0.0, Teaching(self.states[:-1], self.states[-1], 1.0))
+        sums = self.head(self.states[-1], self.targets, 0.0, Distillation(self.states[:-1], self.states[-1], 1.0))
         self._backward(sums.loss + sums.distillation)
 
     def full(self) -> None:

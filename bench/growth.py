@@ -44,7 +44,7 @@ from settings.tables import markdown
 
 if TYPE_CHECKING:
     from bench.common.contestants import Contestant
-    from trainer.monitor.yardstick import Yardstick
+    from trainer.monitor.peak_flops import PeakFlops
 
 CPU_PAIRS = ["512x4", "512x1", "1024x2", "2048x1", "4096x1", "8192x1"]
 CUDA_PAIRS = ["2048x8", "4096x4", "8192x2", "2048x1", "2048x16"]
@@ -80,7 +80,7 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
     import torch
 
     from bench.common.contestants import Ours, held_decoder
-    from trainer.monitor.yardstick import DTYPES
+    from trainer.monitor.peak_flops import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = max(pair.tokens for pair in options.pairs)
@@ -93,7 +93,7 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
 
 
 def measure_pair(
-    pair: Pair, contestants: Mapping[str, Contestant], yardstick: Yardstick, options: argparse.Namespace
+    pair: Pair, contestants: Mapping[str, Contestant], fastest: PeakFlops, options: argparse.Namespace
 ) -> tuple[list[Row], float] | str:
     """Rows and matmul peak (FLOP/s) of one pair; what torch said where it does not fit into memory."""
     import torch
@@ -113,13 +113,13 @@ def measure_pair(
                 contestant.measure_peak()
                 contestant.forget()
             calls: dict[str, Callable[[], object]] = {name: _alone(c) for name, c in contestants.items()}
-            seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
+            seconds = take_turns({**calls, PEAK: fastest}, options.repeats, device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         said = textwrap.shorten(str(error).rpartition("Allocator: ")[2], 160)
     else:
-        peak = yardstick.flops_per_s
+        peak = fastest.flops_per_s
         return [row(name, contestants, options, seconds, peak, f"{pair}/") for name in contestants], peak
     # Behind the except block: until its end the error keeps the failed step's tensors alive.
     for contestant in contestants.values():
@@ -166,14 +166,14 @@ def measure(options: argparse.Namespace) -> tuple[dict[Pair, list[Row] | None], 
     """
     import torch
 
-    from trainer.monitor.yardstick import DTYPES, Yardstick
+    from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
     contestants = build(options)
-    yardstick = Yardstick(torch.device(options.device), DTYPES[options.dtype])
+    fastest = PeakFlops(torch.device(options.device), DTYPES[options.dtype])
     found: dict[Pair, list[Row] | None] = {}
     peak = 0.0
     for pair in options.pairs:
-        result = measure_pair(pair, contestants, yardstick, options)
+        result = measure_pair(pair, contestants, fastest, options)
         if isinstance(result, str):
             print(f"{pair}: left out, it does not fit into the memory of {options.device} ({result})", flush=True)
             found[pair] = None

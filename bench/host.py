@@ -72,12 +72,12 @@ def measure(
 ) -> dict[tuple[int, bool], list[float]]:
     """CPU milliseconds a layer and micro-batch of each, one figure a round."""
     from trainer.engine import build_engine
-    from trainer.precision import decide
+    from trainer.precision import resolve_precision
 
     steps: dict[tuple[int, bool], Callable[[], Any]] = {}
     engines = []
     for name, config in configs.items():
-        decided, _ = decide(config, world)
+        decided, _ = resolve_precision(config, world)
         engines.append(build_engine(decided, world))
         steps[name] = stepper(engines[-1], decided, world.sharing_windows(decided.deepspeed, 60.0))
         steps[name]()  # what is built in the first one

@@ -143,7 +143,7 @@ def take_round(rounds: LoaderRounds, number: int, ours: Ours, data: TrainingData
     """One round of all contestants, on samples of its own."""
     import torch
 
-    from trainer.monitor.yardstick import seconds_of
+    from trainer.monitor.peak_flops import seconds_of
 
     device, steps = torch.device(options.device), options.steps
     first_step = number * (2 * DEPTH + 2 * steps)
@@ -172,23 +172,23 @@ def measure(options: argparse.Namespace) -> Result:
 
     from bench.common.contestants import Ours, held_decoder
     from data.batches import TrainingData
-    from trainer.monitor.yardstick import DTYPES, Yardstick
+    from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     ours = Ours(held_decoder(model_config(options, None, options.tokens), device, dtype))
-    yardstick = Yardstick(device, dtype)
+    fastest = PeakFlops(device, dtype)
     rounds = LoaderRounds()
     with tempfile.TemporaryDirectory() as folder:
         config = write_shards(Path(folder), options.vocab, options.data_tokens, options.tokens)
         data = TrainingData(config, pin_memory=device.type == "cuda")
         for _ in range(WARM_UP_ROUNDS):
             train_on(ours, next(step_batches(data, 0, options.samples)), device)
-            yardstick()
+            fastest()
         for number in tqdm(range(options.repeats), unit="round", disable=not sys.stderr.isatty()):
             take_round(rounds, number, ours, data, options)
-            yardstick()
+            fastest()
     ours.measure_peak()
-    return result(rounds, ours, options, yardstick.flops_per_s)
+    return result(rounds, ours, options, fastest.flops_per_s)
 
 
 def result(rounds: LoaderRounds, ours: Ours, options: argparse.Namespace, peak: float) -> Result:

@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         steps = (options.steps + 1) * (3 * options.rounds + 1)
         config = load_run(options.config, [*options.overrides, f"train.steps={steps}"])
         from trainer.distributed import join, leave
-        from trainer.precision import decide
+        from trainer.precision import resolve_precision
 
         world = join(60.0)
-        config, _ = decide(config, world)
+        config, _ = resolve_precision(config, world)
         world = world.sharing_windows(config.deepspeed, 60.0)
         with tempfile.TemporaryDirectory(dir=options.disk) as folder:
             figures = measure(config, world, Path(folder), options.steps, options.rounds)

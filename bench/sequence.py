@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _config(options: argparse.Namespace, tokens: int, shared: int, world: World) -> PretrainConfig:
-    from trainer.precision import decide
+    from trainer.precision import resolve_precision
 
     config = load_run(
         options.config,
@@ -97,7 +97,7 @@ def _config(options: argparse.Namespace, tokens: int, shared: int, world: World)
             f"deepspeed.sequence_parallel={shared}",
         ],
     )
-    return decide(config, world)[0]
+    return resolve_precision(config, world)[0]
 
 
 def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) -> list[Row]:
@@ -109,7 +109,7 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
     from data.batches import TrainingData
     from model.visibility import Visibility
     from trainer.engine import build_engine
-    from trainer.step import forward, to_device
+    from trainer.step import forward_at, to_device
 
     engines = {shared: build_engine(config, world) for shared, config in configs.items()}
     worlds = {shared: world.sharing_windows(config.deepspeed, _TIMEOUT_S) for shared, config in configs.items()}
@@ -118,15 +118,15 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
     alone = configs[1]
     batch, progress = TrainingData(alone.data).batch([0]), alone.train.progress(0)
     with torch.no_grad():
-        output = forward(engines[1].module, to_device(batch, world.device), alone, progress)
+        output = forward_at(engines[1].module, to_device(batch, world.device), alone, progress)
     executed = output.routing.executed[:, 0].cpu()
     keys = Visibility(torch.arange(executed.shape[1]), executed.shape[1], batch.documents).counts()[0]
     rows = []
     for shared, config in configs.items():
         engine, here = engines[shared], worlds[shared]
         peak = peak_bytes(steps[str(shared)], world.device)
-        own = to_device(here.part(batch), world.device)
-        output, kept = kept_tensors(partial(forward, engine, own, config, progress, sequence=here.sequence))
+        own = to_device(here.local_part(batch), world.device)
+        output, kept = kept_tensors(partial(forward_at, engine, own, config, progress, sequence=here.sequence))
         weights = {weight.untyped_storage().data_ptr() for weight in engine.module.parameters()}
         held = tensor_bytes(tensor for tensor in kept if tensor.untyped_storage().data_ptr() not in weights)
         del output, kept
@@ -160,12 +160,12 @@ def balance(config: PretrainConfig, executed: Tensor, keys: Tensor, shared: int,
     import torch
 
     from model.flops import Routed, executed_flops
-    from model.sequence import places_of
+    from model.sequence import positions_of
 
     stretches = torch.arange(len(keys)).chunk(shared)
     flops = []
     for rank in range(shared):
-        own = stretches[rank] if in_order else places_of(rank, shared, len(keys))
+        own = stretches[rank] if in_order else positions_of(rank, shared, len(keys))
         mask, seen = executed[:, own], keys[own]
         counts = Routed(len(own), int(seen.sum()), mask.sum(1).tolist(), (mask * seen).sum(1).tolist())
         flops.append(executed_flops(config.model, counts))

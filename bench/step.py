@@ -13,7 +13,7 @@ our layers and the peer are compiled; on the CPU both run as they come, unless a
 Columns: ``FLOP bound`` is executed FLOPs over dense FLOPs, counted from what the routers really did: the ratio that a
 step would have if it cost nothing but matrix products at dense speed. ``MFU`` is executed FLOPs (3 x forward; what
 activation checkpointing computes again is not counted) a second over the fastest matrix product seen in the same rounds
-(``trainer/monitor/yardstick.py``, as in training). ``GiB`` is the peak memory of a step outside the timed rounds: what
+(``trainer/monitor/peak_flops.py``, as in training). ``GiB`` is the peak memory of a step outside the timed rounds: what
 the process would need with this model alone in it, see ``bench/common/memory.py``.
 
 ``--deeper`` is a routed model of twice the layers that explores a tenth of its skipped tokens, at the density at which
@@ -84,7 +84,7 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
     import torch
 
     from bench.common.contestants import Ours, Peer, assert_same, held_decoder, held_llama, random_tokens
-    from trainer.monitor.yardstick import DTYPES
+    from trainer.monitor.peak_flops import DTYPES
 
     device, dtype = torch.device(options.device), DTYPES[options.dtype]
     tokens = random_tokens(options.samples, options.tokens, options.vocab, device)
@@ -120,14 +120,14 @@ def measure(options: argparse.Namespace) -> Result:
     import torch
 
     from bench.common.contestants import Peer
-    from trainer.monitor.yardstick import DTYPES, Yardstick
+    from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
     device = torch.device(options.device)
     contestants = build(options)
-    yardstick = Yardstick(device, DTYPES[options.dtype])
+    fastest = PeakFlops(device, DTYPES[options.dtype])
     calls: dict[str, Callable[[], object]] = {name: c.step for name, c in contestants.items()}
-    seconds = take_turns({**calls, PEAK: yardstick}, options.repeats, device)
-    peak = yardstick.flops_per_s
+    seconds = take_turns({**calls, PEAK: fastest}, options.repeats, device)
+    peak = fastest.flops_per_s
     rows = {name: row(name, contestants, options, seconds, peak) for name in contestants}
     to_peer = ratios(seconds[DENSE], seconds[PEER])
     notes = [contestant.note for contestant in contestants.values() if isinstance(contestant, Peer)]

@@ -74,12 +74,12 @@ def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: fl
     with ExitStack() as files:
         _fill(decoder, [(files.enter_context(_weights_of(m.loaded)), m) for m in members])
     decoder.thresholds = _mean_thresholds(members)
-    told = f"mean of {counted(len(members), 'checkpoint')}, " + _told(decay)
+    source = f"mean of {counted(len(members), 'checkpoint')}, " + _told(decay)
     known = facts_of(newest)
     kept = {name: known[name] for name in ("tokens", "target_density", "precision", "commit") if known.get(name)}
-    write_weights(decoder, out, newest.tokenizer_folder, kept | {"source": told, "averaged": _provenance(members)})
+    write_weights(decoder, out, newest.tokenizer_folder, kept | {"source": source, "averaged": _provenance(members)})
     shares = [f"          {m.loaded.source}: {m.share:.2%}" for m in members]
-    return [f"averaged  {told}", *shares, f"wrote     {out}"]
+    return [f"averaged  {source}", *shares, f"wrote     {out}"]
 
 
 def _mean_thresholds(members: Sequence[Member]) -> Tensor | None:
@@ -116,7 +116,7 @@ def _provenance(members: Sequence[Member]) -> list[dict[str, Any]]:
 
 def _opened(paths: Sequence[Path], last: int | None) -> list[Loaded]:
     """The checkpoints without their weights, by steps where all have any, else in the order given."""
-    from tune.load import load_empty, load_whole
+    from tune.load import load_empty, load_empty_checkpoint
 
     if last is None and len(paths) < 2:
         raise ValueError(
@@ -126,7 +126,11 @@ def _opened(paths: Sequence[Path], last: int | None) -> list[Loaded]:
         raise ValueError(
             f"--last {last} is of one run, and {counted(len(paths), 'path')} were given; leave it out to average those"
         )
-    found = [load_empty(path) for path in paths] if last is None else [load_whole(p) for p in _newest(paths[0], last)]
+    found = (
+        [load_empty(path) for path in paths]
+        if last is None
+        else [load_empty_checkpoint(p) for p in _newest(paths[0], last)]
+    )
     sources = [loaded.source.resolve() for loaded in found]
     if twice := [source for source in sources if sources.count(source) > 1]:
         raise ValueError(f"{twice[0]} would be averaged with itself; give each checkpoint once")

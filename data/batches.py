@@ -28,7 +28,7 @@ from data.skip_ranges import pass_over
 from data.store import TokenStore, require_configured, train_folder, validation_folder
 from data.tokenization import tokenizer_sha256
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """A target on which no loss is taken."""
 NO_SAMPLE = -1
 """The number of a row that only fills up a batch."""
@@ -73,7 +73,7 @@ class Batch:
             tokens=part(self.tokens),
             targets=targets,
             positions=None if self.positions is None else part(self.positions),
-            scored_targets=None if self.scored_targets is None else int((targets != IGNORED).sum()),
+            scored_targets=None if self.scored_targets is None else int((targets != IGNORE_INDEX).sum()),
         )
 
 
@@ -307,12 +307,12 @@ def _batch(
     """Put windows (tokens [T+1], document ends [E]) together; a row with sample id -1 gets no targets."""
     tokens = np.stack([row for row, _ in rows])
     inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
-    targets[sample_ids == NO_SAMPLE] = IGNORED
+    targets[sample_ids == NO_SAMPLE] = IGNORE_INDEX
     places = np.arange(config.sequence_tokens)
     numbers = [np.searchsorted(ends, places, side="right") for _, ends in rows]
     if config.confine_attention:
         for row, (_, ends) in enumerate(rows):
-            targets[row, ends - 1] = IGNORED
+            targets[row, ends - 1] = IGNORE_INDEX
     # A row's document d > 0 starts at its end number d - 1; what began before the window starts with it.
     starts = [np.concatenate([[0], ends])[number] for (_, ends), number in zip(rows, numbers, strict=True)]
     tensor = partial(int64_tensor, pin_memory=pin_memory)

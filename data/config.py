@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from data.places import fill_in_texts
+from data.placeholders import fill_in_texts
 from data.stages import MixtureStage, Stage, require_known_sources, require_one_after_the_other
 from settings import PathText, Strict
 

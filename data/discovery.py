@@ -3,7 +3,7 @@
 a name           is taken as it is, even with * or [ in it; it must be a file that can be read
 a pattern        glob's: * within a folder, ** over folders; hidden files only where the dot is written
 ~ $NAME          the home folder, the environment's variables
-{stdlib} {texts} see data/places.py
+{stdlib} {texts} see data/placeholders.py
 order            sorted by absolute name, whatever the order and spelling of the patterns
 URLs             s3://bucket/*.jsonl and others that fsspec reaches: patterns and names alike, read where they lie
 links            followed; one real file counts once, whatever the names that lead to it
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.places import expand, hint
+from data.placeholders import expand, hint
 from data.remote_file import RemoteFile, find_remote
 from data.urls import is_url
 from settings import shown

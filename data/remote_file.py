@@ -29,7 +29,7 @@ class RemoteFile(PosixPath):
     def open(self, mode: str = "r", *_: Any, **__: Any) -> Any:
         """Its bytes, buffered; ``mode`` is ``rb``."""
         assert mode == "rb", "a file at a URL is only read"
-        system, place = urls.opened(str(self), remember=True)
+        system, place = urls.open_filesystem(str(self), remember=True)
         return io.BufferedReader(cast(io.RawIOBase, system.open(place, "rb")), _BUFFER_BYTES)
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
@@ -38,7 +38,7 @@ class RemoteFile(PosixPath):
         Raises:
             OSError: the service does not say how large it is.
         """
-        system, place = urls.opened(str(self), remember=True)
+        system, place = urls.open_filesystem(str(self), remember=True)
         size = system.size(place)
         if size is None:
             raise OSError(f"{self}: the service does not say how large it is; copy it to a disk")
@@ -53,7 +53,7 @@ def find_remote(pattern: str) -> list[str]:
         ValueError: nobody here speaks its protocol, or the service does not let one look.
     """
     urls.require_reachable(pattern, "files:")
-    system, place = urls.opened(pattern, remember=True)
+    system, place = urls.open_filesystem(pattern, remember=True)
 
     def look() -> list[str]:
         if system.isfile(place):
@@ -65,8 +65,8 @@ def find_remote(pattern: str) -> list[str]:
         return files
 
     try:
-        return [system.unstrip_protocol(name) for name in urls.patiently(look)]
+        return [system.unstrip_protocol(name) for name in urls.with_retries(look)]
     except FileNotFoundError:
         return []
     except Exception as error:  # each service has classes of its own
-        raise ValueError(f"files: {pattern} cannot be listed ({urls.reason(error)}); {urls.fix(error)}") from error
+        raise ValueError(f"files: {pattern} cannot be listed ({urls.reason(error)}); {urls.remedy(error)}") from error

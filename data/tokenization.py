@@ -32,9 +32,9 @@ import numpy as np
 import tokenizers
 from sentencepiece import SentencePieceProcessor
 
-from data.exact_cuts import AFTER_LINE_BREAK, border_of, parts
 from data.files import read_json, sha256_of
 from data.sentencepiece_file import MODEL_NAME, cuts_exactly, load_tokenizer, model_proto, refuse_changed_text
+from data.split_points import AFTER_LINE_BREAK, border_of, parts
 
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME, GENERATION_NAME = "tokenizer_config.json", "generation_config.json"

@@ -140,15 +140,15 @@ def _too_large(vocab_size: int, most: int | str) -> str:
 
 def _size_problem(vocab_size: int, reason: str) -> str:
     """What SentencePiece says of a vocabulary that does not suit the text, with the fix that there is here."""
-    told = f"data.tokenizer.vocab_size={vocab_size}"
+    given = f"data.tokenizer.vocab_size={vocab_size}"
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
         return (
-            f"{told} is too small for the text, whose characters and the special pieces are {needed[1]}, each a piece "
+            f"{given} is too small for the text, whose characters and the special pieces are {needed[1]}, each a piece "
             "of its own; set it to more than that"
         )
     if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", reason):
         return _too_large(vocab_size, most[1])
     return (
-        f"{told} does not suit the text ({reason.rpartition('] ')[2]}); change it, or give more text (data.sources, "
+        f"{given} does not suit the text ({reason.rpartition('] ')[2]}); change it, or give more text (data.sources, "
         "data.tokenizer.train_bytes)"
     )

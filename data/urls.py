@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from settings import did_you_mean
-from settings.project import ROOT, program
+from settings.project import ROOT, program_path
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -59,11 +59,11 @@ def require_reachable(url: str, what: str) -> None:
         lock = shlex.quote(os.path.relpath(ROOT / "requirements.lock"))
         raise ValueError(
             f"{what} {url}: {package}, which reads and writes there, is not installed; install it with: "
-            f"{program('python')} -m pip install {package} --constraint {lock}"
+            f"{program_path('python')} -m pip install {package} --constraint {lock}"
         ) from None
 
 
-def opened(url: str, remember: bool = False) -> tuple[AbstractFileSystem, str]:
+def open_filesystem(url: str, remember: bool = False) -> tuple[AbstractFileSystem, str]:
     """The file system of ``url``, and the place there; listings are remembered in this process only if asked."""
     from fsspec.core import url_to_fs
 
@@ -72,7 +72,7 @@ def opened(url: str, remember: bool = False) -> tuple[AbstractFileSystem, str]:
     return system, str(place).rstrip("/")
 
 
-def patiently(attempt: Callable[[], _T], attempts: int = ATTEMPTS, pause_s: float = FIRST_PAUSE_S) -> _T:
+def with_retries(attempt: Callable[[], _T], attempts: int = ATTEMPTS, pause_s: float = FIRST_PAUSE_S) -> _T:
     """What ``attempt`` returns, tried ``attempts`` times with pauses that double; what cannot change, only once."""
     for _ in range(attempts - 1):
         try:
@@ -87,8 +87,8 @@ def patiently(attempt: Callable[[], _T], attempts: int = ATTEMPTS, pause_s: floa
 
 def reason(error: BaseException) -> str:
     """Why a place could not be reached, in a line."""
-    told = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {told}" if told else type(error).__name__
+    message = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -115,11 +115,11 @@ def require_empty(url: str, what: str) -> None:
         ValueError: with what to do.
     """
     require_reachable(url, what)
-    system, place = opened(url)
+    system, place = open_filesystem(url)
     try:
-        there = patiently(lambda: entries(system, place))
+        there = with_retries(lambda: entries(system, place))
     except Exception as error:  # each service has classes of its own
-        raise ValueError(f"{what} {url} cannot be used ({reason(error)}); {fix(error)}") from error
+        raise ValueError(f"{what} {url} cannot be used ({reason(error)}); {remedy(error)}") from error
     if there:
         raise ValueError(f"{what} {url} holds {there[0]} already; give an empty place, or remove what is there")
 
@@ -130,18 +130,18 @@ def copy_folder(folder: Path, url: str, last: str) -> None:
     Raises:
         ValueError: if that does not work; the folder is as it was.
     """
-    system, place = opened(url)
+    system, place = open_filesystem(url)
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
     try:
         for path in files:
             target = f"{place}/{path.relative_to(folder)}"
-            patiently(partial(system.put_file, str(path), target))
+            with_retries(partial(system.put_file, str(path), target))
     except Exception as error:  # each service has classes of its own
         raise ValueError(
-            f"{folder} is written, and not whole at {url} ({reason(error)}); {fix(error)}, and copy it there"
+            f"{folder} is written, and not whole at {url} ({reason(error)}); {remedy(error)}, and copy it there"
         ) from error
 
 
-def fix(error: BaseException) -> str:
+def remedy(error: BaseException) -> str:
     """What a user can do about it."""
     return "give it the rights or correct the name" if is_refusal(error) else "look at the network and the service"

@@ -59,7 +59,7 @@ _GAIN, _LEAST_GAIN = 0.5, 0.05
 its sign, so that a threshold settles inside a narrow bundle of margins, and raised again while it keeps it."""
 
 
-class Seen(NamedTuple):
+class MarginStatistics(NamedTuple):
     """What ``controller: quantile`` follows, over all tokens of a step, on all ranks.
 
     Attributes:
@@ -90,7 +90,7 @@ class Budget:
         self._integral = torch.zeros(self.sites, dtype=torch.float32, device=device)
         self.follows_margins = self.active and self.router is not None and self.router.budget.controller == "quantile"
         self._gain = torch.full_like(self._error, _GAIN)
-        self._seen: Seen | None = None
+        self._seen: MarginStatistics | None = None
 
     def target(self, progress: Progress) -> float:
         """Density asked for at ``progress``: 1, then a line down to P."""
@@ -137,7 +137,7 @@ class Budget:
         error = self._errors(density, progress)
         return self.router.budget.coefficient * (self._scale() * error.square()).sum()
 
-    def observe(self, density: Tensor, progress: Progress, seen: Seen | None = None) -> None:
+    def observe(self, density: Tensor, progress: Progress, seen: MarginStatistics | None = None) -> None:
         """Take in what the step just done found, over all ranks and micro-batches.
 
         Args:
@@ -158,7 +158,9 @@ class Budget:
                 turned = self._error * before < 0
                 self._gain = torch.where(turned, self._gain / 2, self._gain * 1.2).clamp(_LEAST_GAIN, _GAIN)
                 self._integral = (self._integral + self._gain * self._error).clamp(-3, 3)
-            self._seen = Seen(*(_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(self._seen, seen, strict=True)))
+            self._seen = MarginStatistics(
+                *(_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(self._seen, seen, strict=True))
+            )
             return
         # Not before the target stands still: while it is 1, noise keeps the density below it and I would wind up.
         if self.router.budget.controller == "adaptive" and progress.step >= self.router.budget.reached(progress):
@@ -190,14 +192,14 @@ class Budget:
             return
         self._integral = state["integral"].to(self._integral.device)
         if self.follows_margins and "moments" in state:
-            if missing := [name for name in Seen._fields if name not in state]:
+            if missing := [name for name in MarginStatistics._fields if name not in state]:
                 raise ValueError(
                     f"the checkpoint's budget has no {', '.join(missing)}, which thresholds follow here: an older "
                     "version saved it; go on with the commit that its manifest names, or start anew from its weights "
                     "with init"
                 )
             self._gain = state["gain"].to(self._error.device)
-            self._seen = Seen(*(state[name].to(self._error.device) for name in Seen._fields))
+            self._seen = MarginStatistics(*(state[name].to(self._error.device) for name in MarginStatistics._fields))
 
     def _errors(self, density: Tensor, progress: Progress) -> Tensor:
         assert self.router is not None

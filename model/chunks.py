@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """A target on which no loss is taken."""
 # Logits held at once, in fp32 entries. On the CPU a chunk should stay in the cache between the passes over it (8 MiB);
 # on a GPU (256 MiB) few chunks matter more, because each one reads and writes the weight's fp32 gradient.

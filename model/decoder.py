@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from model.block import Block, Decision, PassInputs
 from model.cache import KVCache
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.compilation import raise_recompile_limit
 from model.config import Capacity, EnsembleConfig, ModelConfig
 from model.ensemble import LateLayers, Vote, VoteSums, vote_sums
-from model.head import LMHead, LossSums, Scores, Teaching
+from model.head import Distillation, LMHead, LossSums, Scores
 from model.norm import RMSNorm
 from model.record import RoutingRecord
 from model.rotary import rotation
@@ -45,7 +45,7 @@ class DecoderOutput:
     """The same, summed over tokens with a target."""
 
 
-class StatesOfFrozen(Protocol):
+class FrozenStates(Protocol):
     """Remembers what the first layers make of a batch, where none of their weights are trained.
 
     Attributes:
@@ -96,7 +96,7 @@ class Decoder(nn.Module):
         """fp32 [S], what the margins of learned routers are compared with; 0 unless set. See ``model/budget.py``."""
         self.centres: Centres | None = None
         """In training: what soft gates are centred on; the thresholds unless set."""
-        self.frozen: StatesOfFrozen | None = None
+        self.frozen: FrozenStates | None = None
         """Asked instead of the first layers, which must be dense; not in generation."""
         self.lm_head = LMHead(config.width, config.vocab_size)
         if config.tied_head:
@@ -165,7 +165,7 @@ class Decoder(nn.Module):
         if sequence is None:
             steps = torch.arange(past, past + length, device=tokens.device)
         else:
-            steps = sequence.places(length, tokens.device)
+            steps = sequence.positions(length, tokens.device)
         if sample_ids is None:
             sample_ids = torch.zeros(len(tokens), dtype=torch.int64, device=tokens.device)
         noise, soft = _scalar(noise_scale, tokens), _scalar(temperature, tokens)
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
             hidden, vote = self._read_out(late)
             return DecoderOutput(self.lm_head(hidden), None, record, vote=vote)
         if scored_targets is not None:
-            places = torch.nonzero_static(targets.flatten() != IGNORED, size=scored_targets).squeeze(1)
+            places = torch.nonzero_static(targets.flatten() != IGNORE_INDEX, size=scored_targets).squeeze(1)
             targets = targets.flatten().index_select(0, places)
         if places is not None:
             late = [state.flatten(0, 1).index_select(0, places) for state in late]
@@ -264,7 +264,7 @@ class Decoder(nn.Module):
         config: EnsembleConfig = self.ensemble.config
         teaching = None
         if config.distillation:
-            teaching = Teaching(vote.normed[:-1], vote.normed[-1], config.distillation_temperature)
+            teaching = Distillation(vote.normed[:-1], vote.normed[-1], config.distillation_temperature)
         sums = self.lm_head(vote.mixed, targets, z_coefficient, teaching)
         sums = sums._replace(loss=sums.loss + config.distillation * sums.distillation)
         return DecoderOutput(None, sums, record, vote=vote, vote_sums=vote_sums(vote.weights, targets))

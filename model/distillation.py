@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.chunks import IGNORED, accumulate, chunk_rows
+from model.chunks import IGNORE_INDEX, accumulate, chunk_rows
 
 
 def distillation(
@@ -30,7 +30,7 @@ def distillation(
         students: normed states [..., D] of the late layers but the final one.
         teacher: the final layer's, [..., D]; gets no gradient.
         weight: of the head, [V, D].
-        targets: int64 [...]; tokens with ``IGNORED`` are left out.
+        targets: int64 [...]; tokens with ``IGNORE_INDEX`` are left out.
         temperature: T.
     """
     if not students:
@@ -54,7 +54,7 @@ class _ChunkedKL(torch.autograd.Function):
         for start in range(0, len(teacher), rows):
             part = slice(start, start + rows)
             of_part = [None if grad is None else grad[part] for grad in grads]
-            valid = (targets[part] != IGNORED).float()
+            valid = (targets[part] != IGNORE_INDEX).float()
             total += _teach(
                 [s[part] for s in students], teacher[part], weight, valid, temperature, of_part, grad_weight
             )

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.config import EnsembleConfig
 from model.norm import RMSNorm
 from model.schedules import Progress
@@ -62,7 +62,7 @@ class VoteSums(NamedTuple):
 
 def vote_sums(weights: Tensor, targets: Tensor) -> VoteSums:
     """Weights fp32 [..., k] and targets int64 [...] -> their sums where there is a target."""
-    valid = (targets != IGNORED).float()[..., None]
+    valid = (targets != IGNORE_INDEX).float()[..., None]
     kept = (weights * valid).flatten(0, -2)
     with torch.no_grad():
         largest = F.one_hot(weights.argmax(dim=-1), weights.shape[-1]).float() * valid

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.chunks import IGNORED, accumulate, chunk_rows
+from model.chunks import IGNORE_INDEX, accumulate, chunk_rows
 from model.distillation import distillation
 from model.linear import linear
 
@@ -49,7 +49,7 @@ class Scores(NamedTuple):
     """Whether the target is the likeliest token, bool [C, N]."""
 
 
-class Teaching(NamedTuple):
+class Distillation(NamedTuple):
     """Who learns from whom: see :mod:`model.distillation`."""
 
     students: list[Tensor]
@@ -73,14 +73,14 @@ class LMHead(nn.Linear):
         hidden: Tensor,
         targets: Tensor | None = None,
         z_coefficient: float = 0.0,
-        teaching: Teaching | None = None,
+        teaching: Distillation | None = None,
         candidates: Sequence[Tensor] = (),
     ) -> Tensor | LossSums | Scores:
         """Logits [..., V]; with ``targets`` the loss sums; with ``candidates`` as well the scores of each of them.
 
         Args:
             hidden: [..., D].
-            targets: int64 [...], ``IGNORED`` (-100) where no loss is taken.
+            targets: int64 [...], ``IGNORE_INDEX`` (-100) where no loss is taken.
             z_coefficient: weight of the z-loss.
             teaching: distillation between hidden states of the same tokens.
             candidates: C hidden states [N, D] to score against targets [N], all of them valid.
@@ -123,7 +123,7 @@ class _ChunkedLoss(torch.autograd.Function):
         z_sum = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, hidden.shape[0], rows):
             h, t = hidden[start : start + rows], targets[start : start + rows]
-            valid = t != IGNORED
+            valid = t != IGNORE_INDEX
             t = torch.where(valid, t, 0)[:, None]
             logits = (h @ weight.T).float()
             target_logits = logits.gather(1, t).squeeze(1)

@@ -37,10 +37,10 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw all weights of ``model``, a ``Decoder`` of ``config``, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(drawn(name, parameter.shape, config, seed))
+            parameter.copy_(initial_values(name, parameter.shape, config, seed))
 
 
-def drawn(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
+def initial_values(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
     """The fresh values of a decoder's parameter, fp32 on the CPU."""
     std = init_std(name, config)
     values = torch.empty(shape, dtype=torch.float32)

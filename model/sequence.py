@@ -30,21 +30,21 @@ class SequenceGroup:
     """The ranks that share a window with this one.
 
     Args:
-        place: this rank's number in the group, p.
+        rank: this rank's number in the group, p.
         size: number of ranks in the group, P.
         group: the process group.
     """
 
-    def __init__(self, place: int, size: int, group: dist.ProcessGroup):
-        self.place, self.size, self.group = place, size, group
+    def __init__(self, rank: int, size: int, group: dist.ProcessGroup):
+        self.rank, self.size, self.group = rank, size, group
 
-    def places(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+    def positions(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
         """Where this rank's ``tokens`` are in the window: int64 [T], rising."""
-        return places_of(self.place, self.size, tokens * self.size, device)
+        return positions_of(self.rank, self.size, tokens * self.size, device)
 
     def local_part(self, x: Tensor) -> Tensor:
         """This rank's part, [B, T, ...], of what all have of the whole window, [B, S, ...]; S is a multiple of 2 P."""
-        return _part(x.chunk(2 * self.size, dim=1), self.place)
+        return _part(x.chunk(2 * self.size, dim=1), self.rank)
 
     def all_gather(self, x: Tensor) -> Tensor:
         """[B, T, ...] of every rank -> [B, S, ...], the whole window's, without a gradient."""
@@ -138,21 +138,21 @@ class _Arrive(torch.autograd.Function):
         transfer: _Transfer = ctx.transfer
         size = transfer.sequence.size
         stretches = grad.chunk(2 * size, dim=1)
-        parts = torch.stack([_part(stretches, place) for place in range(size)])
+        parts = torch.stack([_part(stretches, rank) for rank in range(size)])
         found = torch.empty_like(parts)
         # Not a reduce-scatter: the same bytes, and the sum is in fp32 and in the order of the ranks.
         transfer.begin(dist.all_to_all_single(found, parts, group=transfer.sequence.group, async_op=True))
         return found, None
 
 
-def places_of(place: int, size: int, window: int, device: torch.device | str = "cpu") -> Tensor:
-    """Where the tokens of the rank at ``place`` of ``size`` are in a window of ``window``: int64 [T], rising."""
-    return _part(torch.arange(window, device=device)[None].chunk(2 * size, dim=1), place)[0]
+def positions_of(rank: int, size: int, window: int, device: torch.device | str = "cpu") -> Tensor:
+    """Where the tokens of rank ``rank`` of ``size`` are in a window of ``window``: int64 [T], rising."""
+    return _part(torch.arange(window, device=device)[None].chunk(2 * size, dim=1), rank)[0]
 
 
-def _part(stretches: tuple[Tensor, ...] | list[Tensor], place: int) -> Tensor:
-    """[B, T, ...], what the rank at ``place`` has of all 2 P stretches of a window."""
-    return torch.cat((stretches[place], stretches[-1 - place]), dim=1)
+def _part(stretches: tuple[Tensor, ...] | list[Tensor], rank: int) -> Tensor:
+    """[B, T, ...], what rank ``rank`` has of all 2 P stretches of a window."""
+    return torch.cat((stretches[rank], stretches[-1 - rank]), dim=1)
 
 
 def _in_order(parts: Tensor) -> Tensor:

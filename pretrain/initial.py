@@ -28,7 +28,7 @@ from trainer.checkpoints.empty_decoder import without_memory
 from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.read_weights import checkpoint_of, thresholds_in, weights_of
 from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder, read_config
-from trainer.checkpoints.zero_files import as_they_are
+from trainer.checkpoints.zero_files import whole_weights
 from trainer.config import InitConfig, PretrainConfig, is_stage_two
 from trainer.distributed import World
 from trainer.initial import Fork, GivenWeights, Initial
@@ -87,8 +87,8 @@ def _checkpoint(folder: Path, world: World) -> GivenWeights:
     step = manifest.read(found, world)["step"]
     config = load(found / CONFIG, [], PretrainConfig)
     read = partial(weights_of, without_memory(config.model), found, config.deepspeed.zero_stage)
-    told = f"weights of {found}, step {step:,}"
-    return GivenWeights(config.model, found, Path(config.data.dir), read, told, thresholds_in(found))
+    description = f"weights of {found}, step {step:,}"
+    return GivenWeights(config.model, found, Path(config.data.dir), read, description, thresholds_in(found))
 
 
 def _weights_folder(folder: Path, world: World) -> GivenWeights:
@@ -98,8 +98,8 @@ def _weights_folder(folder: Path, world: World) -> GivenWeights:
     given = None if config.thresholds is None else thresholds_of(config.thresholds)
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    told = f"weights of {folder} ({source})"
-    return GivenWeights(config.model, folder, folder, partial(as_they_are, tensors), told, given)
+    description = f"weights of {folder} ({source})"
+    return GivenWeights(config.model, folder, folder, partial(whole_weights, tensors), description, given)
 
 
 def _hugging_face(folder: Path, world: World) -> GivenWeights:
@@ -113,12 +113,12 @@ def _hugging_face(folder: Path, world: World) -> GivenWeights:
             tie_head(tensors, folder)
     except ValueError as error:
         problem = str(error)
-    if problem := next((told for told in world.all_gather_objects(problem) if told), None):
+    if problem := next((found for found in world.all_gather_objects(problem) if found), None):
         raise ValueError(problem)
     given = routing_thresholds(raw, path, len(model.sites))
     description = f"weights of the Hugging Face {raw['model_type']} checkpoint {folder}"
     thresholds = None if given is None else thresholds_of(given)
-    return GivenWeights(model, folder, folder, partial(as_they_are, tensors), description, thresholds)
+    return GivenWeights(model, folder, folder, partial(whole_weights, tensors), description, thresholds)
 
 
 def _refuse_ensemble(folder: Path, has_one: bool) -> None:

@@ -102,8 +102,8 @@ def load_prepared(path: Path, overrides: Sequence[str]) -> PretrainConfig:
             read_model(folder / MANIFEST_NAME, Manifest)
     except ValueError as error:
         config_words = shlex.join([str(path), *overrides])
-        told = re.sub(r"(?<=python -m data\.)(\w+) CONFIG\b", lambda found: f"{found[1]} {config_words}", str(error))
-        raise ValueError(told) from None
+        message = re.sub(r"(?<=python -m data\.)(\w+) CONFIG\b", lambda found: f"{found[1]} {config_words}", str(error))
+        raise ValueError(message) from None
     return config
 
 

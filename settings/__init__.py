@@ -1,7 +1,7 @@
 """YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
 
 from settings.arguments import parse_arguments
-from settings.load import flat, load, peek, to_yaml
+from settings.load import flatten, load, peek, to_yaml
 from settings.paths import PathText, path_argument, require_writable, shown
 from settings.strict import Strict
 from settings.suggestions import did_you_mean
@@ -13,7 +13,7 @@ __all__ = [
     "Strict",
     "counted",
     "did_you_mean",
-    "flat",
+    "flatten",
     "load",
     "parse_arguments",
     "path_argument",

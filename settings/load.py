@@ -70,11 +70,11 @@ def peek(path: str | Path) -> dict[str, Any]:
     return blocks if isinstance(blocks, dict) else {}
 
 
-def flat(blocks: dict[str, Any]) -> dict[str, Any]:
+def flatten(blocks: dict[str, Any]) -> dict[str, Any]:
     """The values of a config by ``block.field``; lists are kept."""
     found: dict[str, Any] = {}
     for name, value in blocks.items():
-        inner = flat(value).items() if isinstance(value, dict) else [("", value)]
+        inner = flatten(value).items() if isinstance(value, dict) else [("", value)]
         found |= {f"{name}.{key}".rstrip("."): held for key, held in inner}
     return found
 

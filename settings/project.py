@@ -11,16 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 """Folder of the checkout, or of a copy of its Python files that ``launch.slurm`` has made."""
 
 
-def shipped(path: str) -> str:
+def resolve_shipped(path: str) -> str:
     """``path`` as seen from where one stands, or else, if only the project has it, the project's."""
     return str(ROOT / path) if not Path(path).exists() and (ROOT / path).is_file() else path
 
 
-def program(name: str) -> str:
+def program_path(name: str) -> str:
     """What to type, where one stands, for a program of this environment: ``.venv/bin/tensorboard``."""
     return shlex.quote(os.path.relpath(Path(sys.executable).with_name(name)))
 
 
-def installing(requirements: str) -> str:
+def install_command(requirements: str) -> str:
     """The command that installs one of the project's lists of requirements into this environment."""
-    return f"{program('python')} -m pip install -r {shlex.quote(os.path.relpath(ROOT / requirements))}"
+    return f"{program_path('python')} -m pip install -r {shlex.quote(os.path.relpath(ROOT / requirements))}"

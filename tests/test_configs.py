@@ -13,8 +13,8 @@ import yaml
 from settings import load, to_yaml
 from tests.config_reads import blocks_of, unread
 from tests.launching import ROOT
-from trainer.blocks import TrainConfig
 from trainer.config import PretrainConfig, load_run
+from trainer.config_blocks import TrainConfig
 from tune.config import TuneConfig, TuneFile
 from tune.resolve import load_file
 

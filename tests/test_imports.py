@@ -25,7 +25,7 @@ MAY_IMPORT = {
 # What a package within one of those may import of its siblings; modules beside it are named, other folders may not be.
 MAY_IMPORT_WITHIN = {
     "trainer.checkpoints": {
-        "trainer.blocks",
+        "trainer.config_blocks",
         "trainer.git_state",
         "trainer.config",
         "trainer.distributed",
@@ -33,7 +33,7 @@ MAY_IMPORT_WITHIN = {
     }
     | {"trainer.deepspeed_internals", "trainer.log"},
     "trainer.monitor": {
-        "trainer.blocks",
+        "trainer.config_blocks",
         "trainer.checkpoints",
         "trainer.git_state",
         "trainer.config",

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from bench.isoflop.suite import load_suite, plan
-from settings.project import ROOT, installing, program, shipped
+from settings.project import ROOT, install_command, program_path, resolve_shipped
 from tests.launching import command, environment
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -111,8 +111,8 @@ def test_a_shipped_suite_finds_its_backbone_from_any_folder(
 def test_what_is_to_be_typed_can_be_typed_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(ROOT / ".venv/bin/python"))
     monkeypatch.chdir(ROOT)
-    assert installing("requirements-dev.txt") == ".venv/bin/python -m pip install -r requirements-dev.txt"
+    assert install_command("requirements-dev.txt") == ".venv/bin/python -m pip install -r requirements-dev.txt"
     monkeypatch.chdir(tmp_path)
-    assert (tmp_path / program("tensorboard")).resolve().parent == (ROOT / ".venv/bin").resolve()
-    assert (tmp_path / installing("requirements.txt").split()[-1]).samefile(ROOT / "requirements.txt")
-    assert shipped("configs/tune_lora.yaml") == str(ROOT / "configs/tune_lora.yaml")
+    assert (tmp_path / program_path("tensorboard")).resolve().parent == (ROOT / ".venv/bin").resolve()
+    assert (tmp_path / install_command("requirements.txt").split()[-1]).samefile(ROOT / "requirements.txt")
+    assert resolve_shipped("configs/tune_lora.yaml") == str(ROOT / "configs/tune_lora.yaml")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from settings import parse_arguments, peek, ranks_by_environment, user_errors
 from trainer.exit_status import EXIT_MISTAKE
-from trainer.monitor.stop import lost_rank
+from trainer.monitor.stop import exit_on_lost_rank
 from trainer.preflight import open_run
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def run_stage(
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     arguments = parse_arguments(parser)
-    with user_errors(EXIT_MISTAKE), lost_rank():
+    with user_errors(EXIT_MISTAKE), exit_on_lost_rank():
         _require_stage(module, arguments.config)
         config = load(arguments.config, arguments.overrides)
         config.train.refuse_to_start()

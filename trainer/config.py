@@ -12,7 +12,7 @@ from data.config import DataConfig, StreamConfig
 from model.config import EnsembleConfig, ModelConfig
 from model.flops import EVERYTHING, Trained
 from settings import PathText, Strict, load, peek
-from trainer.blocks import DeepSpeedSettings, TrainConfig
+from trainer.config_blocks import DeepSpeedSettings, TrainConfig
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a weight in the step, by ``train.precision``."""

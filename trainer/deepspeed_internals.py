@@ -213,7 +213,7 @@ def undo_first_step(engine: Any, before: Sequence[Tensor]) -> None:
     engine.optimizer.optimizer.state.clear()
 
 
-def leave_step_out(engine: Any) -> None:
+def skip_step(engine: Any) -> None:
     """In place of ``engine.step()``, where the update must not be made; what that would have counted is counted."""
     engine.zero_grad()
     engine.micro_steps += 1

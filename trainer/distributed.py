@@ -23,7 +23,7 @@ from torch import Tensor
 from data.batches import Batch
 from model.sequence import SequenceGroup
 from trainer import flight_recorder
-from trainer.blocks import DeepSpeedSettings
+from trainer.config_blocks import DeepSpeedSettings
 from trainer.deepspeed_internals import import_deepspeed, uses_cuda
 from trainer.rendezvous import meet, rank_numbers
 
@@ -57,19 +57,19 @@ class World:
         return self.rank == 0
 
     @property
-    def shared(self) -> int:
+    def ranks_a_window(self) -> int:
         """How many ranks share a window."""
         return 1 if self.sequence is None else self.sequence.size
 
     @property
     def data_rank(self) -> int:
         """Number among all those of which each has windows of its own: single ranks, or groups that share them."""
-        return self.rank // self.shared
+        return self.rank // self.ranks_a_window
 
     @property
     def data_size(self) -> int:
         """How many have windows of their own."""
-        return self.size // self.shared
+        return self.size // self.ranks_a_window
 
     def sharing_windows(self, settings: DeepSpeedSettings, timeout_s: float) -> World:
         """The same, where neighbouring ranks share their windows as ``settings`` say; collective.
@@ -88,11 +88,11 @@ class World:
         own, _ = dist.new_subgroups(ranks, timeout=timedelta(seconds=timeout_s))
         return replace(self, sequence=SequenceGroup(self.rank % ranks, ranks, own))
 
-    def part(self, batch: Batch) -> Batch:
+    def local_part(self, batch: Batch) -> Batch:
         """This rank's part of its group's ``batch``."""
         if self.sequence is None:
             return batch
-        return batch.at(self.sequence.places(batch.tokens.shape[1] // self.shared))
+        return batch.at(self.sequence.positions(batch.tokens.shape[1] // self.ranks_a_window))
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over all ranks, in place."""

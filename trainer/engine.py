@@ -11,10 +11,10 @@ from torch import nn
 
 from model.block import Block
 from model.decoder import Decoder
-from model.init import drawn as draw
+from model.init import initial_values as draw
 from trainer.adafactor import Adafactor
-from trainer.blocks import OptimizerConfig
 from trainer.config import StageConfig
+from trainer.config_blocks import OptimizerConfig
 from trainer.deepspeed_config import deepspeed_config
 from trainer.deepspeed_internals import gathered, import_deepspeed, is_partitioned, undo_first_step, whole_shape
 from trainer.distributed import World

@@ -12,7 +12,7 @@ from data.batches import Batch
 from model.router import Router
 from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.step import forward, late_layers, to_device
+from trainer.step import forward_at, late_layers, to_device
 from trainer.tally import Counter, Tally
 
 
@@ -77,8 +77,8 @@ def _pass(
         # Rows that only fill up are left out; where all are, one still runs, because under ZeRO every rank must.
         # (What they lack are targets, so the number of scored ones stays.)
         real = int((batch.sample_ids >= 0).sum())
-        batch = to_device(world.part(_first_rows(batch, max(real, 1))), world.device)
-        output = forward(engine, batch, config, train.progress(step), sequence=world.sequence)
+        batch = to_device(world.local_part(_first_rows(batch, max(real, 1))), world.device)
+        output = forward_at(engine, batch, config, train.progress(step), sequence=world.sequence)
         if not real:
             continue
         counter.add(output, batch.targets, batch.scored_targets)

@@ -113,8 +113,8 @@ def read_beats(folder: Path) -> list[Beat]:
     names = [field.name for field in fields(Beat)]
     for path in folder.glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(path.read_text())
-            beats.append(Beat(**{name: told[name] for name in names}))
+            written = json.loads(path.read_text())
+            beats.append(Beat(**{name: written[name] for name in names}))
     return sorted(beats, key=lambda beat: beat.rank)
 
 

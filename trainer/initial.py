@@ -13,7 +13,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.router import LearnedRouter, Router
 from trainer.checkpoints.reshard import put
-from trainer.checkpoints.zero_files import Stored, as_they_are
+from trainer.checkpoints.zero_files import StoredParameter, whole_weights
 from trainer.distributed import World
 
 
@@ -46,7 +46,7 @@ class GivenWeights:
     model: ModelConfig
     folder: Path
     tokenizer: Path
-    stored: Callable[[], Iterable[Stored]]
+    stored: Callable[[], Iterable[StoredParameter]]
     description: str
     thresholds: Tensor | None = None
 
@@ -66,7 +66,7 @@ class GivenWeights:
             raise ValueError(f"{self.folder} has no {missing[0]}; its files do not belong together, so copy it again")
         shape = (2, self.model.width)
         closed = [name for name in left if isinstance(routers[name], LearnedRouter)]
-        put(engine, as_they_are({name: torch.zeros(shape) for name in closed}), self.folder, world)
+        put(engine, whole_weights({name: torch.zeros(shape) for name in closed}), self.folder, world)
 
 
 Initial = Fork | GivenWeights

@@ -74,4 +74,4 @@ def micro_batches(
             config.train.micro_batch_samples,
             accumulation,
         )
-        yield [world.part(data.batch(part)) for part in ids]
+        yield [world.local_part(data.batch(part)) for part in ids]

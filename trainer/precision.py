@@ -15,7 +15,7 @@ import torch
 from trainer.checkpoints import manifest
 from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.monitor.yardstick import DTYPES, Yardstick
+from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
 Config = TypeVar("Config", bound=StageConfig)
 CPU_WIDTH = 256
@@ -25,7 +25,7 @@ _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's
 """By the names that torch gives a CPU's capabilities."""
 
 
-def decide(config: Config, world: World, checkpoint: Path | None = None) -> tuple[Config, str | None]:
+def resolve_precision(config: Config, world: World, checkpoint: Path | None = None) -> tuple[Config, str | None]:
     """``config`` with its precision decided, and the sentence that says why where it was ``auto``; collective.
 
     Args:
@@ -87,8 +87,8 @@ def slow_bf16_warning(config: StageConfig, world: World) -> str | None:
     precision, why = auto_precision(world, config.model.width)
     if precision == "bf16":
         return None
-    ratio = Yardstick(world.device, DTYPES["bf16"]).layer_flops_per_s
-    ratio /= Yardstick(world.device, DTYPES["fp32"]).layer_flops_per_s
+    ratio = PeakFlops(world.device, DTYPES["bf16"]).layer_flops_per_s
+    ratio /= PeakFlops(world.device, DTYPES["fp32"]).layer_flops_per_s
     lowest = min(world.all_gather_objects(ratio))
     if lowest >= 1:
         return None

@@ -8,9 +8,9 @@ from pathlib import Path
 from data.questions import find_tasks, read_questions
 from data.urls import require_reachable
 from settings import rank_by_environment
-from trainer.blocks import TrainConfig
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.checkpoints.retention import refuse_taken
+from trainer.config_blocks import TrainConfig
 from trainer.monitor.trackers.check import refuse_unusable
 
 
@@ -31,7 +31,7 @@ def open_run(train: TrainConfig) -> None:
 
     A launcher ends the other ranks where it is refused.
 
-    :func:`trainer.checkpoints.resume.to_resume` looks again, at whole checkpoints and for all ranks.
+    :func:`trainer.checkpoints.resume.find_checkpoint` looks again, at whole checkpoints and for all ranks.
 
     Raises:
         ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``; if a tracker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainer.blocks import ScheduleConfig
+from trainer.config_blocks import ScheduleConfig
 
 
 def lr_ratio(schedule: ScheduleConfig, step: int, steps: int) -> float:

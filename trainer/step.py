@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.batches import Batch
 from model.budget import Budget
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.config import Capacity
 from model.decoder import DecoderOutput
 from model.ensemble import Balance
@@ -29,9 +29,9 @@ from model.schedules import Progress
 from model.sequence import SequenceGroup
 from trainer.config import StageConfig
 from trainer.deepspeed_config import owns_clipping
-from trainer.deepspeed_internals import leave_step_out
+from trainer.deepspeed_internals import skip_step
 from trainer.distributed import World
-from trainer.tally import Counter, Largest, StepResult
+from trainer.tally import BusiestRank, Counter, StepResult
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -52,7 +52,7 @@ def forward_batch(engine: Any, batch: Batch, **options: Any) -> DecoderOutput:
     )
 
 
-def forward(
+def forward_at(
     engine: Any,
     batch: Batch,
     config: StageConfig,
@@ -127,7 +127,7 @@ def train_step(
     capacity = budget.capacity(progress)
     for number, host_batch in enumerate(micro_batches):
         batch = to_device(host_batch, world.device)
-        output = forward(engine, batch, config, progress, capacity, world.sequence)
+        output = forward_at(engine, batch, config, progress, capacity, world.sequence)
         assert output.loss is not None
         loss = output.loss.loss
         if vote_prices is not None and output.vote_sums is not None:
@@ -160,11 +160,11 @@ def train_step(
     return StepResult(counter.tally(), float("nan"), norm, False, bad_ranks, largest)
 
 
-def _largest(counter: Counter, own: Tensor, config: StageConfig, world: World) -> Largest:
+def _largest(counter: Counter, own: Tensor, config: StageConfig, world: World) -> BusiestRank:
     """What the busiest ranks did, from this rank's ``own`` sums; collective: a sum cannot tell."""
     flops = training_flops(config.model, counter.tally(own).routed, config.trained)
     most = world.all_reduce_max(torch.cat((own, own.new_tensor([flops]))))
-    return Largest(float(most[-1]), counter.tally(most[:-1]).routed)
+    return BusiestRank(float(most[-1]), counter.tally(most[:-1]).routed)
 
 
 def _update(engine: Any, config: StageConfig) -> tuple[float | None, bool]:
@@ -173,14 +173,14 @@ def _update(engine: Any, config: StageConfig) -> tuple[float | None, bool]:
         limit = config.train.clip_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit))
         if norm != norm or norm == float("inf"):
-            leave_step_out(engine)
+            skip_step(engine)
             return norm, False
         engine.step()
         return norm, True
     engine.step()
-    told = engine.get_global_grad_norm()
-    return None if told is None else float(told), bool(engine.was_step_applied())
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm), bool(engine.was_step_applied())
 
 
 def _count_targets(batches: Iterable[Batch]) -> int:
-    return sum(int((batch.targets != IGNORED).sum()) for batch in batches)
+    return sum(int((batch.targets != IGNORE_INDEX).sum()) for batch in batches)

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.budget import Seen
-from model.chunks import IGNORED
+from model.budget import MarginStatistics
+from model.chunks import IGNORE_INDEX
 from model.decoder import DecoderOutput
 from model.flops import Routed
 from model.head import LossSums
@@ -68,7 +68,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Largest:
+class BusiestRank:
     """The most that one rank did in a step, over its micro-batches.
 
     Attributes:
@@ -98,7 +98,7 @@ class StepResult:
     grad_norm: float | None
     applied: bool
     bad_ranks: list[tuple[int, list[int]]]
-    largest: Largest | None = None
+    largest: BusiestRank | None = None
 
 
 class _StepSums(NamedTuple):
@@ -166,7 +166,7 @@ class Counter:
         """
         assert output.loss is not None
         sums, loss, routing, vote = self.sums, output.loss, output.routing, output.vote_sums
-        valid, nll = targets != IGNORED, _window_nll(output.loss, targets, scored_targets)
+        valid, nll = targets != IGNORE_INDEX, _window_nll(output.loss, targets, scored_targets)
         sums.tokens.add_(targets.numel())  # a number of the host: no copy, no wait
         sums.head_tokens.add_(targets.numel() if scored_targets is None else scored_targets)
         sums.nll.add_(nll.sum())
@@ -201,10 +201,10 @@ class Counter:
         """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
         return ((self.sums.executed_tokens + self.sums.overflow_tokens) / self.sums.tokens).float()
 
-    def seen(self) -> Seen:
+    def seen(self) -> MarginStatistics:
         """What thresholds follow, on the device."""
         moments = torch.stack((self.sums.margins, self.sums.squared_margins)) / self.sums.tokens
-        return Seen(moments, self.sums.inputs.view(len(self.sums.margins), -1) / self.sums.tokens)
+        return MarginStatistics(moments, self.sums.inputs.view(len(self.sums.margins), -1) / self.sums.tokens)
 
     @property
     def counts(self) -> Tensor:
@@ -229,5 +229,5 @@ def _window_nll(loss: LossSums, targets: Tensor, scored_targets: int | None) -> 
     """Each window's sum of negative log-likelihoods, fp64 [B]."""
     nll = loss.token_nll
     if scored_targets is not None:  # the head saw those tokens alone, in this order
-        nll = nll.new_zeros(targets.shape).masked_scatter(targets != IGNORED, nll)
+        nll = nll.new_zeros(targets.shape).masked_scatter(targets != IGNORE_INDEX, nll)
     return nll.view(targets.shape).sum(dim=1, dtype=torch.float64)

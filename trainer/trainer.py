@@ -30,12 +30,12 @@ from trainer.initial import Fork, GivenWeights, Initial
 from trainer.log import open_log
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.out_of_memory import is_out_of_memory, out_of_memory
+from trainer.monitor.peak_flops import measure_peak
 from trainer.monitor.profiler import StepProfiler
 from trainer.monitor.spikes import SpikeDetector, how_to_go_back
 from trainer.monitor.stop import StopRequest, bad_step, is_lost_rank, too_many_bad_steps
 from trainer.monitor.watchdog import Watchdog
-from trainer.monitor.yardstick import measure_peak
-from trainer.precision import decide, slow_bf16_warning
+from trainer.precision import resolve_precision, slow_bf16_warning
 from trainer.run_folder import RunFolder
 from trainer.schedules import lr_ratio
 from trainer.step import set_schedules, train_step
@@ -108,11 +108,13 @@ class Trainer:
         world, checkpoints = self.world, config.train.checkpoint
         if world.is_main:  # or later, in claim: a rank of an earlier start, or its file server, may let go until then
             self.run.lock(self._hold)
-        found = resume.to_resume(self.run.checkpoints, checkpoints.resume, world, checkpoints.mirror, self.run.metrics)
+        found = resume.find_checkpoint(
+            self.run.checkpoints, checkpoints.resume, world, checkpoints.mirror, self.run.metrics
+        )
         given = initial() if initial is not None and found is None else None
         source = given.checkpoint if isinstance(given, Fork) else found
-        self.config, told = decide(config, world, source)
-        return source, given, told
+        self.config, message = resolve_precision(config, world, source)
+        return source, given, message
 
     def _open(self, config_path: Path, source: Path | None, given: Initial | None, precision_told: str | None) -> None:
         """Go on from the checkpoint ``source``, own or forked, or start; set up everything around the engine."""
@@ -157,11 +159,11 @@ class Trainer:
         fingerprint = self.fingerprint if given is None else None
         state, change = resume.load(self.engine, source, fingerprint, self.config, self.world)
         self._take_back(state)
-        told = f"resumed from {source} at step {self.step:,}" if given is None else given.description
-        told += f" ({change}: equal to rounding, not bit by bit)" if change else ""
+        message = f"resumed from {source} at step {self.step:,}" if given is None else given.description
+        message += f" ({change}: equal to rounding, not bit by bit)" if change else ""
         if given is None and (changed := resume.changed_settings(source, self.config)):
-            told += f"; settings changed since: {', '.join(changed)}"
-        return state["metrics"], told
+            message += f"; settings changed since: {', '.join(changed)}"
+        return state["metrics"], message
 
     def _tell_set_up(self, precision_told: str | None) -> None:
         """Log how this machine trains the run, and what may go wrong."""
@@ -353,7 +355,7 @@ class Trainer:
         if self.tasks is None or not evaluation.has_tasks(self.step, self.config.train.last_step):
             return
         outcome = self.tasks.run(self.engine)
-        self.metrics.log_figures(self.step, outcome.figures)
+        self.metrics.log_scalars(self.step, outcome.scalars)
         self.log.info(f"step {self.step:>6,}  tasks: {outcome.sentence()}")
 
     def _take_back(self, state: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from data.batches import IGNORED, NO_SAMPLE, Batch, MixedStream, SourceSummary, batch_places, int64_tensor
+from data.batches import IGNORE_INDEX, NO_SAMPLE, Batch, MixedStream, SourceSummary, batch_places, int64_tensor
 from data.tokenization import TextTokenizer
 from settings.words import epochs
 from tune.config import ExamplesConfig, ExampleSource
@@ -234,11 +234,11 @@ class _PackedExamples:
             ids, learned = self.examples.entry(entry)
             end = start + len(ids) - 1
             tokens[start:end] = ids[:-1]
-            targets[start:end] = np.where(learned[1:], ids[1:], IGNORED)
+            targets[start:end] = np.where(learned[1:], ids[1:], IGNORE_INDEX)
             documents[start:end] = number
             positions[start:end] = np.arange(end - start)
             start = end
-        tokens[start:], targets[start:], documents[start:] = self._eos_id, IGNORED, len(members)
+        tokens[start:], targets[start:], documents[start:] = self._eos_id, IGNORE_INDEX, len(members)
         positions[start:] = np.arange(self._length - start)
         return row
 
@@ -250,7 +250,7 @@ class _PackedExamples:
         """The entry of each of the batch's targets, and the target: two int64 [N]."""
         assert batch.documents is not None
         targets, documents = batch.targets.numpy(), batch.documents.numpy()
-        rows, _ = places = np.nonzero(targets != IGNORED)
+        rows, _ = places = np.nonzero(targets != IGNORE_INDEX)
         # A document's number in its window is that of its entry among the window's members.
         return self.windows.members[self.windows.starts[windows[rows]] + documents[places]], targets[places]
 
@@ -266,6 +266,6 @@ def _batch(
         sample_ids=tensor(sample_ids),
         documents=tensor(parts[2]),
         positions=tensor(parts[3]),
-        scored_targets=int((parts[1] != IGNORED).sum()),
+        scored_targets=int((parts[1] != IGNORE_INDEX).sum()),
         sources=None if sources is None else tensor(sources),
     )

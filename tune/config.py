@@ -15,8 +15,8 @@ from model.config import EnsembleConfig, ModelConfig
 from model.flops import Trained
 from model.schedules import DensityRamp
 from settings import PathText, Strict
-from trainer.blocks import DeepSpeedSettings, TrainConfig
 from trainer.config import StageConfig
+from trainer.config_blocks import DeepSpeedSettings, TrainConfig
 
 Projection = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.batches import Batch
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.decoder import Decoder
 from trainer.distributed import World
 from trainer.loop import TrainingStream
@@ -79,7 +79,7 @@ def _late_states(decoder: Decoder, batch: Batch, device: torch.device) -> list[T
         pass
     finally:
         watched.remove()
-    voted = (batch.targets != IGNORED).to(device)
+    voted = (batch.targets != IGNORE_INDEX).to(device)
     return [state[voted] for state in states]
 
 

@@ -93,10 +93,10 @@ def load_empty(path: Path) -> Loaded:
             f"{path} is a Hugging Face folder, not a run; import it with: python -m convert.from_hf {path} OUT, and "
             "give that folder"
         )
-    return load_whole(checkpoint_of(path))
+    return load_empty_checkpoint(checkpoint_of(path))
 
 
-def load_whole(source: Path) -> Loaded:
+def load_empty_checkpoint(source: Path) -> Loaded:
     """:func:`load_empty` of a checkpoint's folder that is known to be whole."""
     step = manifest.read(source, ALONE)["step"]
     if not is_stage_two(source / CONFIG):

@@ -46,7 +46,7 @@ def table(evaluation: ExamplesEvaluation) -> str:
     return "\n\n".join(parts)
 
 
-def figures(evaluation: ExamplesEvaluation, prefix: str) -> dict[str, float]:
+def scalars(evaluation: ExamplesEvaluation, prefix: str) -> dict[str, float]:
     """The same numbers by metric name.
 
     Args:

@@ -45,7 +45,7 @@ class StateCache:
     def __call__(
         self, read: list[Tensor | None], states: int, dtype: torch.dtype, compute: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
-        """See :class:`model.decoder.StatesOfFrozen`; ``compute`` is called where a window of the batch has no file yet.
+        """See :class:`model.decoder.FrozenStates`; ``compute`` is called where a window of the batch has no file yet.
 
         Raises:
             ValueError: for a file that does not hold what it should.

@@ -65,7 +65,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         trainer.log.info(describe_start(trainer.config, base, data, [*sets, *tests], decoder, world))
         trained, total = trainable_counts(decoder)
         if trainer.step == 0:
-            trainer.metrics.log_figures(0, {"parameters/trained": trained, "parameters/total": total})
+            trainer.metrics.log_scalars(0, {"parameters/trained": trained, "parameters/total": total})
         if not train_loop(trainer, data):
             return EXIT_PREEMPTED
         trainer.save_adapter(peft)

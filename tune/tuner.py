@@ -21,7 +21,7 @@ from tune.classes import token_classes
 from tune.config import TuneConfig
 from tune.evaluate import ExamplesEvaluation, evaluate_examples
 from tune.late_norms import fit_norms
-from tune.report import answers, figures, table
+from tune.report import answers, scalars, table
 from tune.vote_figure import vote_figure
 
 ANSWERS = "answers-{}.json"
@@ -66,8 +66,8 @@ class Tuner(Trainer):
         for example_set in sets:
             evaluation = self._evaluate(example_set, "test")
             if self.world.is_main:
-                told = json.dumps(answers(evaluation)).encode()
-                write_atomically(self.run.path / ANSWERS.format(example_set.name), told)
+                content = json.dumps(answers(evaluation)).encode()
+                write_atomically(self.run.path / ANSWERS.format(example_set.name), content)
             self.log.info(f"test {example_set.name} after {self.step:,} steps\n{table(evaluation)}")
 
     def save_adapter(self, peft: PeftModel | None) -> None:
@@ -82,7 +82,7 @@ class Tuner(Trainer):
         set_schedules(self.engine, self.budget, self.config.train.progress(self.step))
         with self.metrics.paused():
             evaluation = evaluate_examples(self.engine, example_set, self._classes, self.config, self.world)
-            self.metrics.log_figures(self.step, figures(evaluation, group))
+            self.metrics.log_scalars(self.step, scalars(evaluation, group))
             if self.config.ensemble is not None:
                 self.metrics.draw(f"vote/{group}/{example_set.name}", self.step, lambda: vote_figure(evaluation))
         self.log.info(f"step {self.step:>6,}  {group} {example_set.name}: {evaluation.sentence()}")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from bench.common.memory import peak_bytes, tensor_bytes
 from bench.common.options import PEER
 from model import noise
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.config import Capacity, ModelConfig, RouterConfig
 from model.decoder import Decoder, RoutingRecord
 from model.flops import TRAINING_FACTOR, Routed, dense_flops, training_flops
@@ -236,10 +236,10 @@ class Ours(Contestant):
         super().feed(tokens)
         draw(self.decoder, *tokens.shape)
         if targets is None:
-            targets = torch.full_like(tokens, IGNORED)
+            targets = torch.full_like(tokens, IGNORE_INDEX)
             targets[:, :-1] = tokens[:, 1:]
         self._targets = targets
-        self._valid = (targets != IGNORED).sum()
+        self._valid = (targets != IGNORE_INDEX).sum()
         self._sample_ids = torch.arange(len(tokens), device=tokens.device)
         router = self.config.router
         if router is not None:

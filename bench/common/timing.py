@@ -41,7 +41,7 @@ def take_turns(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of every call: ``rounds`` times each contestant once, in order, after ``WARM_UP_ROUNDS`` unmeasured."""
-    from trainer.monitor.yardstick import seconds_of
+    from trainer.monitor.peak_flops import seconds_of
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     bar = tqdm(total=(WARM_UP_ROUNDS + rounds) * len(contestants), unit="call", disable=not sys.stderr.isatty())

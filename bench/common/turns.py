@@ -28,7 +28,7 @@ _POLL_S = 0.002
 _TO_END_S = 30.0
 
 
-class TurnsAreOver(Exception):
+class TurnsOverError(Exception):
     """No further step will be given: a rank leaves its loop."""
 
 
@@ -59,19 +59,19 @@ class Turn:
             report: called when a turn is over, within its time: finishes what the turn has begun, and tells of it.
 
         Raises:
-            TurnsAreOver: instead of going on, at the end.
+            TurnsOverError: instead of going on, at the end.
         """
         now = time.perf_counter()
         self._began_s.append(now)
         if step < self._until:
             return
-        told = {**report(), "steps_s": [b - a for a, b in zip(self._began_s, self._began_s[1:], strict=False)]}
-        self._store.set(f"{self._key}/{self._number}", json.dumps(told))
+        reports = {**report(), "steps_s": [b - a for a, b in zip(self._began_s, self._began_s[1:], strict=False)]}
+        self._store.set(f"{self._key}/{self._number}", json.dumps(reports))
         go = f"{self._go}/{self._number}"
         self._store.wait([go], PATIENCE)
         steps = int(self._store.get(go))
         if not steps:
-            raise TurnsAreOver
+            raise TurnsOverError
         self._number, self._until = self._number + 1, step + steps
         self._began_s = [time.perf_counter()]
 
@@ -140,8 +140,8 @@ class Turns:
                 start_new_session=True,
             )
         contestant = self.contestants[name] = TurnTaker(name, ranks, process, log)
-        told = self._reports(contestant)
-        return time.perf_counter() - start_s, told
+        reports = self._reports(contestant)
+        return time.perf_counter() - start_s, reports
 
     def give(self, name: str, steps: int) -> tuple[float, list[dict[str, Any]]]:
         """Let a contestant take ``steps`` steps.
@@ -156,8 +156,8 @@ class Turns:
         start_s = time.perf_counter()
         self._store.set(f"{name}/go/{contestant.turns}", str(steps))
         contestant.turns += 1
-        told = self._reports(contestant)
-        return time.perf_counter() - start_s, told
+        reports = self._reports(contestant)
+        return time.perf_counter() - start_s, reports
 
     def end(self) -> None:
         """Have all contestants leave their loops.

@@ -121,8 +121,8 @@ def _show(schedule: Schedule) -> None:
         print(f"{last.part.name:26} at most {last.limit_s:.0f} s: {last.part.what}", flush=True)
         return
     key = "" if last.figures is None else last.figures.key
-    told = "; ".join(text for text in (last.reason, key) if text)
-    print(f"{last.part.name:26} {last.status}, {last.seconds:.0f} s{': ' * bool(told)}{told}", flush=True)
+    details = "; ".join(text for text in (last.reason, key) if text)
+    print(f"{last.part.name:26} {last.status}, {last.seconds:.0f} s{': ' * bool(details)}{details}", flush=True)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

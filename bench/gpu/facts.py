@@ -66,14 +66,14 @@ def packages() -> dict[str, str]:
 
 
 def peaks(device_name: str) -> dict[str, str]:
-    """The fastest matrix product seen in each dtype, by the yardstick of MFU."""
+    """The fastest matrix product seen in each dtype, as for MFU."""
     import torch
 
-    from trainer.monitor.yardstick import DTYPES, Yardstick
+    from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
     device = torch.device(device_name)
     return {
-        f"{name} product": f"{Yardstick(device, dtype).flops_per_s / 1e12:,.3g} TFLOP/s"
+        f"{name} product": f"{PeakFlops(device, dtype).flops_per_s / 1e12:,.3g} TFLOP/s"
         for name, dtype in DTYPES.items()
     }
 

@@ -133,11 +133,11 @@ def _ratios(names: str) -> Callable[[Any, str], Figures]:
             case, _, name = row["name"].rpartition("/")
             if re.fullmatch(names, name):
                 cases.setdefault(case, []).append(f"{name} {row['ratio_to_dense']:.2f}")
-        told = [
+        times = [
             f"{case.replace('_', ' ')}: {', '.join(found)}" if case else ", ".join(found)
             for case, found in cases.items()
         ]
-        return Figures(f"time to dense {'; '.join(told)}", rows)
+        return Figures(f"time to dense {'; '.join(times)}", rows)
 
     return read
 

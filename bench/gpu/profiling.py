@@ -47,7 +47,7 @@ def build(options: argparse.Namespace) -> Ours:
     import torch
 
     from bench.common.contestants import Ours, held_decoder, random_tokens
-    from trainer.monitor.yardstick import DTYPES
+    from trainer.monitor.peak_flops import DTYPES
 
     device = torch.device(options.device)
     config = model_config(options, options.density, options.tokens, options.execution)
@@ -63,7 +63,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from trainer.monitor.yardstick import seconds_of
+    from trainer.monitor.peak_flops import seconds_of
 
     device = torch.device(options.device)
     ours = build(options)

@@ -33,10 +33,10 @@ def as_json(outcomes: Sequence[Outcome], about: Mapping[str, str]) -> str:
 
     def one(outcome: Outcome) -> dict[str, Any]:
         part = outcome.part
-        told: dict[str, Any] = {"name": part.name, "what": part.what, "command": part.command, "status": outcome.status}
-        told |= {"seconds": round(outcome.seconds, 1), "limit_s": round(outcome.limit_s, 1), "reason": outcome.reason}
+        row: dict[str, Any] = {"name": part.name, "what": part.what, "command": part.command, "status": outcome.status}
+        row |= {"seconds": round(outcome.seconds, 1), "limit_s": round(outcome.limit_s, 1), "reason": outcome.reason}
         found = None if outcome.figures is None else asdict(outcome.figures)
-        return told | {"figures": found, "last_lines": outcome.last_lines}
+        return row | {"figures": found, "last_lines": outcome.last_lines}
 
     return json.dumps({"about": dict(about), "parts": [one(outcome) for outcome in outcomes]}, indent=1) + "\n"
 
@@ -64,9 +64,9 @@ def headline(outcomes: Sequence[Outcome]) -> str:
     passed = sum(outcome.status == PASSED for outcome in outcomes)
     missing = sum(outcome.status in (NOT_REACHED, WAITING, RUNNING) for outcome in outcomes)
     wrong = len(outcomes) - passed - missing
-    told = [f"{passed} of {len(outcomes)} parts passed"]
-    told += [f"{wrong} did not"] * bool(wrong) + [f"{missing} not finished"] * bool(missing)
-    return "GPU check: " + ", ".join(told)
+    counts = [f"{passed} of {len(outcomes)} parts passed"]
+    counts += [f"{wrong} did not"] * bool(wrong) + [f"{missing} not finished"] * bool(missing)
+    return "GPU check: " + ", ".join(counts)
 
 
 def _line(outcome: Outcome) -> dict[str, str]:

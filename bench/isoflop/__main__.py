@@ -29,9 +29,9 @@ from bench.isoflop.results import collect
 from bench.isoflop.runs import dial, downstream, is_done, prepare, side_by_side, submit, trained_in, training
 from bench.isoflop.suite import Run, Suite, load_suite, plan
 from data.files import only_writer, write_atomically
-from data.places import TEXTS_VARIABLE
+from data.placeholders import TEXTS_VARIABLE
 from settings import did_you_mean, path_argument, to_yaml, user_errors
-from settings.project import installing
+from settings.project import install_command
 from trainer import git_state
 
 
@@ -117,7 +117,7 @@ def _refuse_impossible(suite: Suite, runs: Sequence[Run], ranks: int) -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
             "the suite has downstream tasks, and lm_eval is not installed; install it with: "
-            f"{installing('requirements-dev.txt')}, or leave them out with downstream=null"
+            f"{install_command('requirements-dev.txt')}, or leave them out with downstream=null"
         )
 
 

@@ -176,8 +176,8 @@ def compare(table: Sequence[dict[str, str]], other: Path) -> str:
             f"{place} differs from {path} by {largest:.1e} relative, and at most {TOLERANCE:g} is the same; look for "
             "another config, version, number of threads or ranks, or machine"
         )
-    told = f"the largest relative difference is {largest:.1e} ({place})" if place else "they are the same"
-    return f"{compared} figures of {len(ours)} runs agree with {path}: {told}"
+    outcome = f"the largest relative difference is {largest:.1e} ({place})" if place else "they are the same"
+    return f"{compared} figures of {len(ours)} runs agree with {path}: {outcome}"
 
 
 def _difference(one: str | None, other: str | None) -> float:

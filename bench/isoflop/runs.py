@@ -105,9 +105,9 @@ def refuse_other(
     other = [key for key in sorted(found.keys() | wanted.keys()) if found.get(key) != wanted.get(key)]
     other = [key for key in other if not any(key == given or key.startswith(f"{given}.") for given in left_out)]
     if other:
-        told = ", ".join(f"{key} {found.get(key)} instead of {wanted.get(key)}" for key in other[:_SHOWN])
+        differences = ", ".join(f"{key} {found.get(key)} instead of {wanted.get(key)}" for key in other[:_SHOWN])
         more = f" and {len(other) - _SHOWN} more" if len(other) > _SHOWN else ""
-        raise ValueError(f"{folder} holds a run with another config: {told}{more}; {advice}")
+        raise ValueError(f"{folder} holds a run with another config: {differences}{more}; {advice}")
 
 
 def _leaves(config: BaseModel) -> dict[str, Any]:

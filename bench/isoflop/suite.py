@@ -24,7 +24,7 @@ from pydantic import Field, field_validator, model_validator
 from data.config import File
 from model.flops import density_of, full_windows, training_flops
 from settings import PathText, Strict, load
-from settings.project import shipped
+from settings.project import resolve_shipped
 from trainer.config import PretrainConfig, load_run
 
 Keys = dict[str, Any]
@@ -163,7 +163,7 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
         ValueError: with one sentence for each mistake.
     """
     suite = load(path, overrides, Suite)
-    return suite.model_copy(update={"backbone": shipped(suite.backbone)})
+    return suite.model_copy(update={"backbone": resolve_shipped(suite.backbone)})
 
 
 def plan(suite: Suite, out: Path) -> list[Run]:

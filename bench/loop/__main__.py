@@ -172,9 +172,9 @@ def measure(options: argparse.Namespace) -> Result:
 
     from bench.loop.contestants import write_windows
     from data.batches import TrainingData
-    from trainer.monitor.yardstick import DTYPES, Yardstick
+    from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
-    yardstick = Yardstick(torch.device(options.device), DTYPES[options.dtype])
+    fastest = PeakFlops(torch.device(options.device), DTYPES[options.dtype])
     with tempfile.TemporaryDirectory(dir=options.disk) as place, Turns() as turns:
         folder = Path(place)
         (folder / "data").mkdir()
@@ -191,16 +191,16 @@ def measure(options: argparse.Namespace) -> Result:
             rounds.first = turns.give(name, warm_up(options))[1][0]
         compare(found[DENSE].first, found[PEER].first, DTYPES[options.dtype])
         for _ in range(options.repeats):
-            yardstick()
+            fastest()
             for name, rounds in found.items():
                 bar.set_postfix_str(name)
                 take(rounds, *turns.give(name, options.steps), options.steps)
                 bar.update()
         bar.close()
         turns.end()
-    # On a CPU the yardstick has all cores, which the ranks share; a GPU is one rank's.
+    # On a CPU the fastest product has all cores, which the ranks share; a GPU is one rank's.
     devices = 1 if options.device == "cpu" else options.ranks
-    return result(found, options, yardstick.flops_per_s * devices)
+    return result(found, options, fastest.flops_per_s * devices)
 
 
 def compare(ours: Mapping[str, float], peers: Mapping[str, float], dtype: torch.dtype) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-from bench.common.turns import Turn, TurnsAreOver
+from bench.common.turns import Turn, TurnsOverError
 from bench.loop import OURS, PEER
 from settings import path_argument, user_errors
 from trainer.config import load_run
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         try:
             loops[options.kind]()
-        except TurnsAreOver:
+        except TurnsOverError:
             leave()
             return
     raise AssertionError("the loop ended before its turns did")

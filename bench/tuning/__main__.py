@@ -31,7 +31,7 @@ from bench.common.options import parser, refuse
 from bench.common.timing import take_turns
 from bench.tuning.runs import CHOICES, METHODS, Runs, config_of, files_of, overrides, train_all
 from bench.tuning.tables import PAIRED, paired, reached
-from data.places import texts
+from data.placeholders import texts
 from data.tokenization import load_text_tokenizer
 from model.config import EnsembleConfig
 from model.schedules import Progress
@@ -45,7 +45,7 @@ def step_calls(options: argparse.Namespace, runs: Runs) -> dict[str, Callable[[]
     import torch
 
     from trainer.distributed import ALONE
-    from trainer.step import forward, to_device
+    from trainer.step import forward_at, to_device
     from tune.adapters import prepare
     from tune.base import load_base
     from tune.batches import TuningData
@@ -65,7 +65,7 @@ def step_calls(options: argparse.Namespace, runs: Runs) -> dict[str, Callable[[]
         optimizer = torch.optim.AdamW([p for p in decoder.parameters() if p.requires_grad], fused=True)
 
         def step(decoder: Any = decoder, batch: Any = batch, config: Any = config, optimizer: Any = optimizer) -> None:
-            forward(decoder, batch, config, Progress(1, 1)).loss.loss.backward()  # type: ignore[union-attr]
+            forward_at(decoder, batch, config, Progress(1, 1)).loss.loss.backward()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
 

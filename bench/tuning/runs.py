@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from bench.isoflop.runs import Job, refuse_other, side_by_side
 from data.files import write_atomically
-from settings.project import shipped
+from settings.project import resolve_shipped
 from trainer.checkpoints.layout import CONFIG
 from trainer.monitor import metrics_file
 from tune.resolve import load_file
@@ -81,7 +81,7 @@ class Outcome(NamedTuple):
 
 def config_of(method: str) -> str:
     """Its config file."""
-    return shipped(f"configs/tune_{METHODS[method][0]}.yaml")
+    return resolve_shipped(f"configs/tune_{METHODS[method][0]}.yaml")
 
 
 def files_of(task: str, data: Path, out: Path) -> dict[str, Path]:

@@ -142,8 +142,8 @@ def _compare(paths: Sequence[Path]) -> np.ndarray:
 
 def _hashes(part: Part, made_from: dict[str, Any]) -> Path:
     """Where the hashes of a part go that is ``made_from`` this."""
-    told = {key: value for key, value in made_from.items() if key not in UNSAID_AT_FIRST}
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    hashed = {key: value for key, value in made_from.items() if key not in UNSAID_AT_FIRST}
+    digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
     return part.source_folder / _FOLDER / f"{part.number:05d}-{digest}.hashes"
 
 

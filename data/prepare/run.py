@@ -15,7 +15,7 @@ from data.prepare.join import join, missing, outline, outline_of
 from data.prepare.one_part import Output, begun_with, prepare_part, require_unchanged
 from data.prepare.parts import Part, cut, share
 from data.prepare.processes import work_through
-from data.prepare.tasks import ALONE, Task
+from data.prepare.tasks import ONLY_TASK, Task
 from data.shards import FORMAT_VERSION, MANIFEST_NAME, PROGRESS_NAME, RECORDS, Manifest, read_model
 from data.sources import Source, formats_of
 from data.store import TokenStore, settings_of, train_folder, validation_folder
@@ -26,7 +26,7 @@ from data.tokenizer_json import require_same_ids
 from settings import counted, shown
 
 
-def prepare(config: DataConfig, workers: int, task: Task = ALONE) -> list[tuple[str, Manifest]]:
+def prepare(config: DataConfig, workers: int, task: Task = ONLY_TASK) -> list[tuple[str, Manifest]]:
     """Prepare the parts of ``config`` that are ``task``'s; returns the manifest of each set that is complete then.
 
     Raises:

@@ -19,7 +19,7 @@ class Task(NamedTuple):
     """Where this comes from, for a line in the log."""
 
 
-ALONE = Task(0, 1, "")
+ONLY_TASK = Task(0, 1, "")
 
 
 def task_of(part: str | None, environment: Mapping[str, str] = os.environ) -> Task:
@@ -43,7 +43,7 @@ def task_of(part: str | None, environment: Mapping[str, str] = os.environ) -> Ta
     if "SLURM_STEP_NUM_TASKS" in environment:
         step, steps = int(environment["SLURM_PROCID"]), int(environment["SLURM_STEP_NUM_TASKS"])
     if arrays * steps == 1:
-        return ALONE
+        return ONLY_TASK
     names = [name for name, count in (("job array", arrays), ("step", steps)) if count > 1]
     return Task(array * steps + step, arrays * steps, f"SLURM's {' and '.join(names)}")
 

@@ -39,7 +39,7 @@ from evals.harness.questions import ONE_SHOT, QUESTIONS
 from evals.harness.tasks import BLIMP, CLASSIFY, HUB_ONE_SHOT, PERPLEXITY, TEXT, local_tasks
 from evals.placement import add_batch, add_placement, check_placement, placed
 from settings import path_argument, rank_by_environment, ranks_by_environment, require_writable, user_errors
-from settings.project import installing
+from settings.project import install_command
 from trainer import preflight
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from evals.placement import Placement
     from evals.scoring import Opened
 
-_INSTALL = f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}"
+_INSTALL = f"lm_eval is not installed; install it with: {install_command('requirements-dev.txt')}"
 _EXPORT_BATCH = 16  # windows, of the harness's own loader
 
 
@@ -226,10 +226,10 @@ def _report(options: argparse.Namespace, opened: Opened, runner: _Runner, done: 
         print(f"executed {flops / dense:.1%} of the FLOPs of the same windows without routers, generation left out")
         content["flops_share"] = flops / dense
     ranks = f"{opened.world.size} ranks, " if opened.world.size > 1 else ""
-    told = f"{own_s:,.1f} s, {ranks}{options.dtype} on {opened.world.device}"
+    summary = f"{own_s:,.1f} s, {ranks}{options.dtype} on {opened.world.device}"
     if runner.scorer.routed.tokens:
-        told += f", batches of up to {runner.scorer.batch_tokens:,} tokens with {runner.scorer.padding:.1%} padding"
-    print(f"{told}; the export {export_s:,.1f} s" if export else told)
+        summary += f", batches of up to {runner.scorer.batch_tokens:,} tokens with {runner.scorer.padding:.1%} padding"
+    print(f"{summary}; the export {export_s:,.1f} s" if export else summary)
     if export is not None:
         apart = differences(ours, export)
         content |= {"against": str(options.against), "export": export._asdict(), "differences": apart}

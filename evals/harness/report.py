@@ -35,8 +35,8 @@ def table(ours: TaskScores, export: TaskScores | None = None) -> str:
     def line(
         task: str, metric: str, values: list[float], error: float | None, documents: int, apart_nats: float
     ) -> str:
-        told = [*map(_number, values), "" if error is None else _number(error)]
-        numbers = "".join(f"{number:>12}" for number in told)
+        cells = [*map(_number, values), "" if error is None else _number(error)]
+        numbers = "".join(f"{number:>12}" for number in cells)
         difference = "" if export is None else f"{apart_nats:>18.1e}"
         return f"{task:<{wide}}{metric:<18}{numbers}{documents:>12,}{difference}"
 

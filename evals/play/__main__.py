@@ -30,7 +30,7 @@ from evals.dial import JSON, folder_of
 from evals.placement import add_placement, check_placement, placed
 from evals.play import HOST, NEW_TOKENS, PORT, WAITING
 from settings import path_argument, user_errors
-from settings.project import installing
+from settings.project import install_command
 from trainer import preflight
 
 if TYPE_CHECKING:
@@ -66,17 +66,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     for name, least, most in (("port", 0, 65_535), ("max_new_tokens", 1, None), ("waiting", 0, None)):
-        value, told = getattr(options, name), name.replace("_", "-")
+        value, option = getattr(options, name), name.replace("_", "-")
         if value < least or (most is not None and value > most):
             upper = "" if most is None else f" and at most {most}"
-            raise ValueError(f"--{told} must be at least {least}{upper}, got {value}")
+            raise ValueError(f"--{option} must be at least {least}{upper}, got {value}")
     check_placement(options)
     try:
         import starlette  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"{error.name} is not installed; install it with: {installing('requirements-dev.txt')}"
+            f"{error.name} is not installed; install it with: {install_command('requirements-dev.txt')}"
         ) from None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.detokenizer import Detokenizer
 from evals.dial.file import Dial
 from evals.generate import prompt_ids
-from evals.play.protocol import CompletionRequest, Refused
+from evals.play.protocol import CompletionRequest, RequestError
 from evals.scoring import Opened, layer_shares
 from model.decoder import DecoderOutput
 from model.flops import Routed, dense_flops, executed_flops
@@ -81,13 +81,13 @@ class Player:
         """``request``, if the model can answer it.
 
         Raises:
-            Refused: it cannot.
+            RequestError: it cannot.
         """
         if request.model not in (None, self.name):
             hint = did_you_mean(str(request.model), [self.name])
-            raise Refused(f"there is no model '{request.model}'; {hint}", "model", 404)
+            raise RequestError(f"there is no model '{request.model}'; {hint}", "model", 404)
         if request.max_tokens > self.most_new_tokens:
-            raise Refused(
+            raise RequestError(
                 f"max_tokens must be at most {self.most_new_tokens}, got {request.max_tokens}; ask for fewer, or start "
                 "the server with a larger --max-new-tokens",
                 "max_tokens",
@@ -96,13 +96,13 @@ class Player:
         if isinstance(prompt, list):
             beyond = next((token for token in prompt if token >= self.config.vocab_size), None)
             if beyond is not None:
-                raise Refused(
+                raise RequestError(
                     f"prompt: the id {beyond} is none of the model's {self.config.vocab_size}; correct it", "prompt"
                 )
         try:
             ids = prompt_ids(self.opened, prompt, request.max_tokens, "max_tokens")
         except ValueError as error:
-            raise Refused(str(error), "prompt") from None
+            raise RequestError(str(error), "prompt") from None
         before = ""
         if request.echo:
             before = prompt if isinstance(prompt, str) else self.opened.tokenizer.decode(prompt)
@@ -138,10 +138,10 @@ class Player:
         if density is None:
             return None
         if self.dial is None:
-            raise Refused(f"density cannot be set: {self.no_dial}", "density")
+            raise RequestError(f"density cannot be set: {self.no_dial}", "density")
         least, most = (self.dial.points[place].density for place in (0, -1))
         if not least <= density <= most:
-            raise Refused(
+            raise RequestError(
                 f"density must be from {least:.3f} to {most:.3f}, what the dial was calibrated for, got {density:g}; "
                 "calibrate it with python -m evals.dial RUN --densities ...",
                 "density",

@@ -20,7 +20,7 @@ MOST_STOPS = 4
 _STOP = Annotated[str, Field(min_length=1)]
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is not answered.
 
     Args:
@@ -107,19 +107,21 @@ def read_request(body: bytes) -> CompletionRequest:
         content = json.loads(body)
         json.dumps(content, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
     except (ValueError, RecursionError) as error:
-        raise Refused(f"the body must be JSON in UTF-8 ({error}); correct it") from None
+        raise RequestError(f"the body must be JSON in UTF-8 ({error}); correct it") from None
     if not isinstance(content, dict):
-        raise Refused(f"the body must be a JSON object, got {type(content).__name__}; see /v1/completions of OpenAI")
+        raise RequestError(
+            f"the body must be a JSON object, got {type(content).__name__}; see /v1/completions of OpenAI"
+        )
     if unknown := [key for key in content if key not in CompletionRequest.model_fields]:
         hint = did_you_mean(unknown[0], CompletionRequest.model_fields)
-        raise Refused(f"there is no field '{unknown[0]}'; {hint}", unknown[0])
+        raise RequestError(f"there is no field '{unknown[0]}'; {hint}", unknown[0])
     try:
         return CompletionRequest.model_validate({key: value for key, value in content.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0])
         got = repr(content[field])
-        raise Refused(
+        raise RequestError(
             f"{field}: {first['msg'][:1].lower()}{first['msg'][1:]}, got {got if len(got) <= 80 else got[:80] + '...'}"
             f"; {_fix(field)}",
             field,
@@ -127,8 +129,8 @@ def read_request(body: bytes) -> CompletionRequest:
 
 
 def _fix(field: str) -> str:
-    told = CompletionRequest.model_fields[field].description
-    return f"{field} is: {told}" if told else "it has no meaning here; leave it out"
+    description = CompletionRequest.model_fields[field].description
+    return f"{field} is: {description}" if description else "it has no meaning here; leave it out"
 
 
 class Answer:
@@ -161,8 +163,8 @@ class Answer:
 
     def events_after(self, counted: int) -> list[bytes]:
         """What closes a stream."""
-        told = [{**self._common, "choices": [], "usage": self._usage(counted)}]
-        return [*(map(event, told) if self._request.stream_options.include_usage else ()), b"data: [DONE]\n\n"]
+        usage = [{**self._common, "choices": [], "usage": self._usage(counted)}]
+        return [*(map(event, usage) if self._request.stream_options.include_usage else ()), b"data: [DONE]\n\n"]
 
     def _usage(self, counted: int) -> dict[str, int]:
         return {

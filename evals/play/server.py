@@ -24,7 +24,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from evals.play.player import Asked, Player, Told
-from evals.play.protocol import Answer, Refused, event, read_request
+from evals.play.protocol import Answer, RequestError, event, read_request
 
 BODY_BYTES = 1 << 20
 """Largest request."""
@@ -55,7 +55,9 @@ def application(
 
     async def model(request: Request) -> Response:
         if request.path_params["name"] != player.name:
-            raise Refused(f"there is no model '{request.path_params['name']}'; there is: {player.name}", "model", 404)
+            raise RequestError(
+                f"there is no model '{request.path_params['name']}'; there is: {player.name}", "model", 404
+            )
         return JSONResponse(_model(player))
 
     routes = [
@@ -66,7 +68,7 @@ def application(
         Route("/v1/completions", Completions(player, waiting, stopping), methods=["POST"]),
     ]
     allowed = ["*"] if hosts is None else [*_LOOPBACK, *hosts]
-    handlers: dict[Any, Any] = {Refused: _refused, HTTPException: _http_error, Exception: _fault}
+    handlers: dict[Any, Any] = {RequestError: _refused, HTTPException: _http_error, Exception: _fault}
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=allowed, www_redirect=False)]
     return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
 
@@ -93,7 +95,7 @@ class Completions:
     @contextmanager
     def _seat(self) -> Iterator[None]:
         if self._here > self._waiting:
-            raise Refused(
+            raise RequestError(
                 f"one request is being answered and {self._waiting} wait, which is the most (--waiting); try again "
                 "later",
                 status=429,
@@ -141,7 +143,7 @@ class Completions:
         await response(request.scope, request.receive, send)
 
 
-_STOPPED = Refused("the server was stopped", status=503)
+_STOPPED = RequestError("the server was stopped", status=503)
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
@@ -165,12 +167,12 @@ async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> Non
 async def _body(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise Refused(f"the content type must be application/json, got '{kind}'; set that header", status=415)
+        raise RequestError(f"the content type must be application/json, got '{kind}'; set that header", status=415)
     body = b""
     async for chunk in request.stream():
         body += chunk
         if len(body) > BODY_BYTES:
-            raise Refused(f"a request has at most {BODY_BYTES:,} bytes; shorten the prompt", "prompt", 413)
+            raise RequestError(f"a request has at most {BODY_BYTES:,} bytes; shorten the prompt", "prompt", 413)
     return body
 
 
@@ -185,19 +187,19 @@ def _file(name: str) -> Callable[[Request], Awaitable[Response]]:
     return give
 
 
-def _refusal(refused: Refused) -> Response:
+def _refusal(refused: RequestError) -> Response:
     return JSONResponse(refused.body, refused.status, {"Retry-After": "1"} if refused.status in (429, 503) else None)
 
 
-async def _refused(_: Request, refused: Refused) -> Response:
+async def _refused(_: Request, refused: RequestError) -> Response:
     return _refusal(refused)
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    told = f"{request.method} {request.url.path}: {error.detail}; there are GET /, GET /v1/models, POST /v1/completions"
-    return _refusal(Refused(told, status=error.status_code))
+    text = f"{request.method} {request.url.path}: {error.detail}; there are GET /, GET /v1/models, POST /v1/completions"
+    return _refusal(RequestError(text, status=error.status_code))
 
 
 async def _fault(_: Request, error: Exception) -> Response:
-    told = {"message": f"a fault of the server ({type(error).__name__}); its output has the traceback"}
-    return JSONResponse({"error": {**told, "type": "server_error", "param": None, "code": None}}, 500)
+    body = {"message": f"a fault of the server ({type(error).__name__}); its output has the traceback"}
+    return JSONResponse({"error": {**body, "type": "server_error", "param": None, "code": None}}, 500)

@@ -197,10 +197,10 @@ def _legend(total: int) -> list[tuple[int, list[int]]]:
 
 def _takeaway(bars: Sequence[Bar]) -> tuple[Bar, Bar, bool] | None:
     """The rows with the lowest and the highest share, of those with enough tokens to tell, and whether that is all."""
-    told = [bar for bar in bars if bar.tokens >= _ENOUGH]
-    if len(told) < 2:
+    known = [bar for bar in bars if bar.tokens >= _ENOUGH]
+    if len(known) < 2:
         return None
-    return min(told, key=lambda bar: bar.share), max(told, key=lambda bar: bar.share), len(told) == len(bars)
+    return min(known, key=lambda bar: bar.share), max(known, key=lambda bar: bar.share), len(known) == len(bars)
 
 
 def _points(values: Sequence[float]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.batches import IGNORED, Batch
+from data.batches import IGNORE_INDEX, Batch
 from data.detokenizer import REPLACEMENT_CHARACTER
 from data.tokenization import WORD_START, TextTokenizer, load_text_tokenizer
 from evals.routing import FEWEST
@@ -253,7 +253,7 @@ def votes_of(observed: Observed, model: ModelConfig, tokenizer: TextTokenizer) -
     """Mean weights of the late layers by the class of the predicted token; None without an ensemble."""
     if observed.weights is None:
         return None
-    known = observed.predicted != IGNORED
+    known = observed.predicted != IGNORE_INDEX
     names, class_of = token_classes(tokenizer)
     classes, weights = class_of[observed.predicted[known]], observed.weights[known].double()
     present = classes.unique().tolist()

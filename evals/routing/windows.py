@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.batches import IGNORED, Batch
+from data.batches import IGNORE_INDEX, Batch
 from data.tokenization import TextTokenizer
 from evals.routing.page import History
 from evals.texts import texts_of
@@ -52,7 +52,7 @@ def file_windows(
             # No piece is near 64 characters, so this is enough of a long text, and the rest is not encoded.
             ids = [*tokenizer.prefix, *tokenizer.encode(text[: 64 * room]), tokenizer.eos_id][: room + 1]
             inputs = ids[:room]
-            windows += _cut(inputs, [*ids[1:], IGNORED][: len(inputs)], length, len(windows))
+            windows += _cut(inputs, [*ids[1:], IGNORE_INDEX][: len(inputs)], length, len(windows))
             room -= len(inputs)
     return windows
 
@@ -85,7 +85,7 @@ def own_windows(config: PretrainConfig | TuneConfig, tokenizer: TextTokenizer, t
     windows: list[Batch] = []
     for place in range(wanted):
         ids, learned = examples.entry(place * len(examples) // wanted)
-        targets = np.where(learned, ids, IGNORED)[1:]
+        targets = np.where(learned, ids, IGNORE_INDEX)[1:]
         windows += _cut(ids[:-1].tolist(), targets.tolist(), len(ids), len(windows))
     return f"validation set {source.name}, an example a window", windows
 

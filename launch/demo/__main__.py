@@ -22,7 +22,7 @@ from launch.demo.processes import Commands
 from launch.demo.screen import Screen
 from launch.demo.stages import Demo, DemoStage, Record
 from settings import load, path_argument, user_errors
-from settings.project import program
+from settings.project import program_path
 from trainer.config import load_run, name_run
 from trainer.exit_status import EXIT_PREEMPTED
 from trainer.local_ranks import free_port
@@ -164,8 +164,8 @@ def _conclude(demo: Demo, stages: list[DemoStage], record: Record) -> None:
     logs = ",".join(f"{path.name}:{path}" for path in demo.run_dirs)
     print(
         f"\nruns       {', '.join(map(str, demo.run_dirs))}; losses, densities, votes: "
-        f"{program('tensorboard')} --logdir_spec {logs}"
-        f"\nrouting    who uses which layers: {program('python')} -m evals.routing {demo.run_dirs[0]}"
+        f"{program_path('tensorboard')} --logdir_spec {logs}"
+        f"\nrouting    who uses which layers: {program_path('python')} -m evals.routing {demo.run_dirs[0]}"
         f"\nexport     {demo.export}: transformers loads it"
     )
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.files import read_json, write_json
-from trainer.blocks import TrainConfig
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import checkpoint_at, checkpoints_of
 from trainer.config import PretrainConfig
+from trainer.config_blocks import TrainConfig
 from trainer.heartbeat import read_beats
 from trainer.local_ranks import deepspeed_launcher
 from tune.config import TuneFile

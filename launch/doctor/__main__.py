@@ -166,8 +166,8 @@ def _sized(config: PretrainConfig | TuneFile | None, world: World) -> tuple[Work
         weights, stage = workload.weights, resolved.deepspeed.zero_stage
         held = memory(workload, stage, world.size)
         size, place = (held.peak, "GPU") if world.device.type == "cuda" else (held.on_cpu, "process on this CPU")
-        told = f"{weights.total:,} parameters, {weights.trained:,} trained; about {size / GIB:,.1f} GiB a {place}"
-        yield Finding("model", "ok", f"{told} at ZeRO {stage} on {counted(world.size, 'rank')}")
+        summary = f"{weights.total:,} parameters, {weights.trained:,} trained; about {size / GIB:,.1f} GiB a {place}"
+        yield Finding("model", "ok", f"{summary} at ZeRO {stage} on {counted(world.size, 'rank')}")
 
     findings = run({"model": count})
     return (sized[0] if sized else None), findings
@@ -186,8 +186,8 @@ def _as_text(findings: list[Finding]) -> str:
         if finding.remedy:
             lines.append(f"{'':7}  {'':{width}}  -> {finding.remedy}")
     counts = {level: sum(f.level == level for f in findings) for level in ("error", "warning")}
-    told = ", ".join(f"{counted(n, level)}" for level, n in counts.items() if n) or "nothing to fix"
-    return "\n".join([*lines, "", told])
+    summary = ", ".join(f"{counted(n, level)}" for level, n in counts.items() if n) or "nothing to fix"
+    return "\n".join([*lines, "", summary])
 
 
 def _as_json(findings: list[Finding]) -> str:

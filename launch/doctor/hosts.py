@@ -28,8 +28,8 @@ def hostfile(path: Path) -> Iterator[Finding]:
     slots = read_hostfile(path)
     yield Finding("hostfile", "ok", f"{path}: {len(slots)} hosts, {sum(slots.values())} slots")
     if len(set(slots.values())) > 1:
-        told = ", ".join(f"{host} {count}" for host, count in slots.items())
-        yield Finding("hostfile", "warning", f"hosts differ in slots ({told})", "nodes of one run should be alike")
+        listed = ", ".join(f"{host} {count}" for host, count in slots.items())
+        yield Finding("hostfile", "warning", f"hosts differ in slots ({listed})", "nodes of one run should be alike")
     with ThreadPoolExecutor(max_workers=32) as pool:
         problems = list(pool.map(unreachable, slots))
     for host, problem in zip(slots, problems, strict=True):
@@ -78,5 +78,5 @@ def unreachable(host: str) -> str | None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"ssh did not end within {3 * TIMEOUT_S:g} s"
-    told = done.stderr.strip().splitlines()
-    return None if done.returncode == 0 else f"ssh: {told[-1] if told else f'exit status {done.returncode}'}"
+    output = done.stderr.strip().splitlines()
+    return None if done.returncode == 0 else f"ssh: {output[-1] if output else f'exit status {done.returncode}'}"

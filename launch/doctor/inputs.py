@@ -25,9 +25,10 @@ def shards(config: PretrainConfig) -> Iterator[Finding]:
     data.require_vocabulary(config.data.tokenizer.vocab_size)
     for source in config.data.validation:
         ValidationSet(config.data, source.name)
-    told = ", ".join(f"{s.name} {s.tokens:,} tokens, {s.epochs:.2f} epochs" for s in data.summary(config.train.samples))
+    taken = data.summary(config.train.samples)
+    mixture = ", ".join(f"{s.name} {s.tokens:,} tokens, {s.epochs:.2f} epochs" for s in taken)
     yield Finding(
-        "data", "ok", f"{told}; tokenizer and model agree on {data.vocab_size:,} ids, sizes as in the manifests"
+        "data", "ok", f"{mixture}; tokenizer and model agree on {data.vocab_size:,} ids, sizes as in the manifests"
     )
 
 

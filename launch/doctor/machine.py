@@ -18,8 +18,8 @@ import torch
 
 from launch.doctor.findings import Finding
 from launch.plan.memory_model import GIB
-from settings.project import ROOT, installing
-from trainer.blocks import TrainConfig
+from settings.project import ROOT, install_command
+from trainer.config_blocks import TrainConfig
 from trainer.deepspeed_internals import uses_cuda
 
 PYTHON = (3, 11)
@@ -54,11 +54,11 @@ def packages(requirements: Path = ROOT / "requirements.txt") -> Iterator[Finding
         remedy = f"{sys.executable} -m pip install {' '.join(missing)}"
         yield Finding("packages", "error", f"not installed: {', '.join(missing)}", remedy)
     if other:
-        remedy = f"{installing(requirements.name)}, unless you mean it"
+        remedy = f"{install_command(requirements.name)}, unless you mean it"
         yield Finding("packages", "warning", f"other versions than tested: {', '.join(other)}", remedy)
     if not missing and not other:
-        told = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
-        yield Finding("packages", "ok", f"all {len(pins)} as in {requirements.name} ({told})")
+        versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
+        yield Finding("packages", "ok", f"all {len(pins)} as in {requirements.name} ({versions})")
 
 
 def cuda() -> Iterator[Finding]:
@@ -184,6 +184,6 @@ def _driver_cuda() -> str | None:
     """The newest CUDA version that the driver supports; None without a driver."""
     if shutil.which("nvidia-smi") is None:
         return None
-    told = subprocess.run(["nvidia-smi"], check=False, capture_output=True, text=True, timeout=20).stdout
-    match = re.search(r"CUDA Version:\s*([\d.]+)", told)
+    output = subprocess.run(["nvidia-smi"], check=False, capture_output=True, text=True, timeout=20).stdout
+    match = re.search(r"CUDA Version:\s*([\d.]+)", output)
     return match[1] if match else None

@@ -65,13 +65,13 @@ def same_everywhere(ranks: Sequence[Facts]) -> Iterator[Finding]:
         if len(groups) == 1:
             yield Finding(name, "ok", f"the same on all {len(ranks)} ranks ({next(iter(groups))})")
             continue
-        told = "; ".join(
+        values = "; ".join(
             f"{value} on {', '.join(sorted({f.host for f in there}))} (rank {there[0].rank}"
             f"{f' and {len(there) - 1} more' if len(there) > 1 else ''})"
             for value, there in groups.items()
         )
         remedy = "start from one checkout and one environment on a shared disk, or copy both to every node again"
-        yield Finding(name, "error", f"ranks differ: {told}", remedy)
+        yield Finding(name, "error", f"ranks differ: {values}", remedy)
 
 
 def devices(ranks: Sequence[Facts]) -> Iterator[Finding]:

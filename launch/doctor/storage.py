@@ -12,11 +12,11 @@ from pathlib import Path
 from data.urls import require_reachable
 from launch.doctor.findings import Finding
 from settings import counted
-from trainer.blocks import TrainConfig
 from trainer.checkpoints import resume, retention
 from trainer.checkpoints.bucket import Bucket, unreachable
-from trainer.checkpoints.fetch import names_there
+from trainer.checkpoints.fetch import mirrored_names
 from trainer.checkpoints.layout import checkpoints_of, newest_first
+from trainer.config_blocks import TrainConfig
 from trainer.distributed import ALONE
 from trainer.monitor.trackers.check import refuse_unusable
 
@@ -32,7 +32,7 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
     """
     folder = checkpoints_of(str(train.run_dir))
     if train.checkpoint.resume == "never":
-        resume.to_resume(folder, "never", ALONE)
+        resume.find_checkpoint(folder, "never", ALONE)
         yield Finding("run folder", "ok", f"{train.run_dir} holds no checkpoints; the run starts afresh")
         return
     there = retention.newest_name(folder)
@@ -64,7 +64,7 @@ def mirror(train: TrainConfig) -> Iterator[Finding]:
     """
     url, folder = str(train.checkpoint.mirror), checkpoints_of(str(train.run_dir))
     require_reachable(url, "train.checkpoint.mirror")
-    names = names_there(url, ALONE)
+    names = mirrored_names(url, ALONE)
     if not newest_first(folder):
         retention.refuse_taken(url, names, train.checkpoint.resume, "train.checkpoint.mirror")
     started = time.perf_counter()

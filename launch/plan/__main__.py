@@ -268,9 +268,9 @@ def _limits(workload: Workload, steps: Sequence[Step]) -> list[str]:
         )
     impossible = [s for s in steps if s.problem]
     if impossible:
-        told = ", ".join(f"{s.gpus:,}" for s in impossible)
+        counts = ", ".join(f"{s.gpus:,}" for s in impossible)
         lines.append(
-            f"{told} GPUs: {train.global_batch_samples:,} windows do not divide into micro-batches of "
+            f"{counts} GPUs: {train.global_batch_samples:,} windows do not divide into micro-batches of "
             f"{train.micro_batch_samples} over them; {workload.most_ranks:,} GPUs is the most, with one micro-batch "
             "each" + (f" for {workload.shared} that share it" if workload.shared > 1 else "")
         )

@@ -122,5 +122,5 @@ def _troubles(report: Report) -> list[str]:
 
 def _names(beats: list[Beat]) -> str:
     """The first few of ``beats``, each with where it was seen last."""
-    told = [f"rank {b.rank} on {b.host} (step {b.step:,}, {b.doing} for {duration(b.still_s)})" for b in beats]
-    return ", ".join(told[:_NAMED]) + (f" and {len(told) - _NAMED} more" if len(told) > _NAMED else "")
+    names = [f"rank {b.rank} on {b.host} (step {b.step:,}, {b.doing} for {duration(b.still_s)})" for b in beats]
+    return ", ".join(names[:_NAMED]) + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")

@@ -57,11 +57,11 @@ def read_figures(path: Path, last: int) -> Figures:
         return Figures()
     training: list[dict[str, Any]] = []
     validation: dict[str, float] = {}
-    for told in lines:
-        if "train/loss" in told:
-            training.append(told)
-        validation |= {name: loss for name, loss in metrics_file.losses_of(told).items() if loss is not None}
-    step_s = [told["speed/step_s"] for told in training[-last:] if told.get("speed/step_s")]
+    for line in lines:
+        if "train/loss" in line:
+            training.append(line)
+        validation |= {name: loss for name, loss in metrics_file.losses_of(line).items() if loss is not None}
+    step_s = [line["speed/step_s"] for line in training[-last:] if line.get("speed/step_s")]
     return Figures(training[-1] if training else {}, validation, step_s)
 
 

@@ -16,7 +16,7 @@ from bench.common.report import Row
 from bench.common.timing import Spread
 from bench.growth import Pair
 from tests.bench.toy import MODEL, RUN, refused, rows_of
-from trainer.monitor.yardstick import Yardstick
+from trainer.monitor.peak_flops import PeakFlops
 
 TOY = [*RUN, *MODEL, "--densities", "1", "0.25", "--pairs"]
 NAMES = ["dense", "routed_1", "routed_0.25"]
@@ -72,8 +72,8 @@ def test_what_failed_leaves_no_memory_behind(monkeypatch: pytest.MonkeyPatch) ->
     _fails_above(monkeypatch, 40)
     options = growth.parse([*TOY, "64x1"])
     contestants = growth.build(options)
-    yardstick = Yardstick(torch.device("cpu"), torch.float32)
-    assert isinstance(growth.measure_pair(options.pairs[0], contestants, yardstick, options), str)
+    fastest = PeakFlops(torch.device("cpu"), torch.float32)
+    assert isinstance(growth.measure_pair(options.pairs[0], contestants, fastest, options), str)
     gc.collect()
     assert all(p.grad is None for c in contestants.values() for p in c.model.parameters())
 

@@ -182,4 +182,4 @@ def _equal(one: Batch, two: Batch) -> bool:
 
 
 def test_a_target_that_the_data_ignores_is_one_that_the_model_ignores() -> None:
-    assert batches.IGNORED == chunks.IGNORED
+    assert batches.IGNORE_INDEX == chunks.IGNORE_INDEX

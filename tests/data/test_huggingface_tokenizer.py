@@ -18,11 +18,11 @@ from transformers import AutoTokenizer
 from convert.hf_tokenizer import write_tokenizer
 from data.batches import TrainingData
 from data.config import DataConfig, SourceConfig
-from data.exact_cuts import BEFORE_SPACE, KNOWN_PATTERNS, border_of, parts
 from data.prepare.encode import Encoder
 from data.prepare.run import prepare
 from data.prepare.tasks import Task
 from data.sources import Cursor, Document
+from data.split_points import BEFORE_SPACE, KNOWN_PATTERNS, border_of, parts
 from data.tokenization import load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import train_tokenizer
 from data.tokenizer_training import BYTE_LEVEL_CONFIG
@@ -260,7 +260,7 @@ def hard_text(seed: int, length: int) -> str:
 @pytest.mark.parametrize("digits", [True, False])
 def test_parts_have_the_ids_of_the_whole(monkeypatch: pytest.MonkeyPatch, pattern: str | None, digits: bool) -> None:
     """Cut at every border that there is, not only after thousands of characters."""
-    monkeypatch.setattr("data.exact_cuts.PART_CHARACTERS", 1)
+    monkeypatch.setattr("data.split_points.PART_CHARACTERS", 1)
     tokenizer = Tokenizer(models.BPE())
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     if pattern is not None:

@@ -108,7 +108,7 @@ def test_what_cannot_be_had_is_told(s3: S3, both: tuple[Path, str], monkeypatch:
         raise PermissionError("Access Denied")
 
     with monkeypatch.context() as closed:  # moto lists all the same
-        closed.setattr(urls.opened("s3://closed", remember=True)[0], "ls", denied)
+        closed.setattr(urls.open_filesystem("s3://closed", remember=True)[0], "ls", denied)
         with pytest.raises(
             ValueError, match=r"files: s3://closed/b\* cannot be listed \(PermissionError: .*give it the"
         ):

@@ -15,10 +15,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from data import tokenizer_json
-from data.exact_cuts import PART_CHARACTERS
 from data.files import sha256_of
 from data.prepare.run import prepare
 from data.sentencepiece_file import load_tokenizer
+from data.split_points import PART_CHARACTERS
 from data.tokenization import TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import train_tokenizer
 from data.tokenizer_json import sample_lines

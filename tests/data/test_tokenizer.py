@@ -10,9 +10,9 @@ import pytest
 import sentencepiece
 import yaml
 
-from data.exact_cuts import PART_CHARACTERS
 from data.sentencepiece_file import load_tokenizer
 from data.sources import Source
+from data.split_points import PART_CHARACTERS
 from data.tokenization import load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import _spread_documents, main, train_tokenizer
 from settings.user_errors import is_users

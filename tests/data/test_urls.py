@@ -36,7 +36,7 @@ def test_a_missing_package_is_told_with_what_installs_it(monkeypatch: pytest.Mon
 
 def test_folders_are_urls_too_and_remember_nothing(tmp_path: Path) -> None:
     urls.require_reachable(f"file://{tmp_path}", "FIELD")
-    system, place = urls.opened(f"file://{tmp_path}/new/")
+    system, place = urls.open_filesystem(f"file://{tmp_path}/new/")
     assert place == f"{tmp_path}/new" and urls.entries(system, place) == []
     system.pipe_file(f"{place}/a", b"1")
     assert urls.entries(system, place) == ["a"]
@@ -53,13 +53,13 @@ def test_what_cannot_change_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) 
         return "well"
 
     tried: list[Exception] = []
-    assert urls.patiently(lambda: fails(ConnectionError("gone"), 3)) == "well" and pauses == [1.0, 2.0, 4.0]
+    assert urls.with_retries(lambda: fails(ConnectionError("gone"), 3)) == "well" and pauses == [1.0, 2.0, 4.0]
     tried.clear()
     with pytest.raises(ConnectionError):
-        urls.patiently(lambda: fails(ConnectionError("gone"), 4))
+        urls.with_retries(lambda: fails(ConnectionError("gone"), 4))
     tried.clear()
     with pytest.raises(PermissionError):
-        urls.patiently(lambda: fails(PermissionError("403"), 1))
+        urls.with_retries(lambda: fails(PermissionError("403"), 1))
     assert len(tried) == 1
 
 

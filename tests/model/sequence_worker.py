@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from model import selection
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.config import Capacity, EnsembleConfig
 from model.decoder import Decoder, DecoderOutput
 from model.router import Centres
@@ -62,7 +62,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     size = int(os.environ["WORLD_SIZE"])
     sequence = SequenceGroup(dist.get_rank(), size, dist.new_group(range(size)))
-    places = sequence.places(LENGTH // size)
+    places = sequence.positions(LENGTH // size)
     numbers = torch.arange(LENGTH)[None, :, None]
     assert torch.equal(sequence.all_gather(sequence.local_part(numbers)), numbers)
     assert torch.equal(sequence.local_part(numbers)[0, :, 0], places) and (places.diff() > 0).all()
@@ -71,7 +71,7 @@ def main() -> None:
         try:
             _compare(case, sequence, places)
         except AssertionError as error:
-            raise AssertionError(f"{name}, {size} ranks, rank {sequence.place}: {error}") from error
+            raise AssertionError(f"{name}, {size} ranks, rank {sequence.rank}: {error}") from error
     _transfers_leave_time(sequence, places)
     dist.barrier()
     dist.destroy_process_group()
@@ -98,7 +98,7 @@ def _compare(case: Case, sequence: SequenceGroup, places: Tensor) -> None:
         assert_close(_summed(found.routing.margin_sums), expected.routing.margin_sums)
         assert_close(_summed(found.routing.input_sums), expected.routing.input_sums)
 
-    price = torch.linspace(0.1, 2.0, len(expected.routing.density)) * (targets != IGNORED).sum()
+    price = torch.linspace(0.1, 2.0, len(expected.routing.density)) * (targets != IGNORE_INDEX).sum()
     (expected.loss.loss + (price * expected.routing.density).sum()).backward()
     (found.loss.loss + (price * found.routing.density).sum() / sequence.size).backward()
     reference = dict(whole.named_parameters())

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from model.budget import Budget, Seen
+from model.budget import Budget, MarginStatistics
 from model.config import BudgetConfig
 from model.flops import site_shares
 from model.schedules import Progress
@@ -135,9 +135,9 @@ def test_inactive_without_learned_routers(kind: str) -> None:
     assert held.target(share(0.0)) == (1.0 if kind == "dense" else 0.5)
 
 
-def seen(mean: Tensor, square: Tensor) -> Seen:
+def seen(mean: Tensor, square: Tensor) -> MarginStatistics:
     """Moments of margins, with inputs of which nothing is asked."""
-    return Seen(torch.stack((mean, square)).double(), torch.zeros((len(mean), 4), dtype=torch.float64))
+    return MarginStatistics(torch.stack((mean, square)).double(), torch.zeros((len(mean), 4), dtype=torch.float64))
 
 
 def follow(margins: Tensor, steps: int, target: float = TARGET, drift: float = 0.0) -> tuple[Budget, Tensor]:

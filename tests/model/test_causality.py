@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model.cache import KVCache
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.config import Capacity
 from model.decoder import Decoder, DecoderOutput
 from model.generate import generate
@@ -46,7 +46,7 @@ def run(model: Decoder, tokens: Tensor, **arguments: Tensor | int | None) -> Dec
 def assert_past_untouched(model: Decoder, cut: int, **arguments: Tensor | int | None) -> None:
     """Change tokens from ``cut`` on: logits, decisions and loss before it stay, and something after it moves."""
     tokens, targets = random_tokens(), random_targets()
-    targets[:, cut:] = IGNORED
+    targets[:, cut:] = IGNORE_INDEX
     other = changed(tokens, slice(cut, None))
     before, after = run(model, tokens, **arguments), run(model, other, **arguments)
     assert_close(after.logits[:, :cut], before.logits[:, :cut])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import model.chunks as chunks_module
 from bench.common.memory import peak_bytes
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.distillation import distillation
 
 WIDTH, VOCABULARY = 16, 101
@@ -21,7 +21,7 @@ def inputs(layers: int, tokens: int, vocabulary: int = VOCABULARY) -> tuple[list
     states = [torch.randn(tokens, WIDTH, generator=generator).requires_grad_() for _ in range(layers)]
     weight = (0.5 * torch.randn(vocabulary, WIDTH, generator=generator)).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), generator=generator)
-    targets[::3] = IGNORED
+    targets[::3] = IGNORE_INDEX
     return states[:-1], states[-1], weight, targets
 
 
@@ -32,7 +32,7 @@ def full(students: list[Tensor], teacher: Tensor, weight: Tensor, targets: Tenso
         F.kl_div(F.linear(s, weight).div(temperature).log_softmax(-1), p, reduction="none", log_target=True).sum(-1)
         for s in students
     ]
-    return temperature**2 * (sum(kl) * (targets != IGNORED)).sum()
+    return temperature**2 * (sum(kl) * (targets != IGNORE_INDEX)).sum()
 
 
 @pytest.mark.parametrize("rows", [1, 7, 48, 1000])

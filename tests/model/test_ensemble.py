@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.cache import KVCache
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.config import EnsembleConfig
 from model.decoder import Decoder
 from model.ensemble import Balance, vote_sums
@@ -39,8 +39,8 @@ def tuned(kind: str = "learned", **ensemble: Any) -> Decoder:
 def few_targets() -> tuple[Tensor, int]:
     """Targets on the last third of each row, and how many those are."""
     targets = random_targets()
-    targets[:, : 2 * targets.shape[1] // 3] = IGNORED
-    return targets, int((targets != IGNORED).sum())
+    targets[:, : 2 * targets.shape[1] // 3] = IGNORE_INDEX
+    return targets, int((targets != IGNORE_INDEX).sum())
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
@@ -137,7 +137,7 @@ def test_the_loss_is_cross_entropy_and_distillation(scored: bool, temperature: f
     tokens = random_tokens()
     output = model(tokens, targets, z_coefficient=0.01, scored_targets=count if scored else None)
     full = model(tokens)
-    chosen = targets.flatten() != IGNORED
+    chosen = targets.flatten() != IGNORE_INDEX
     logits = full.logits.flatten(0, 1)[chosen]
     nll = F.cross_entropy(logits, targets.flatten()[chosen], reduction="sum")
     z = logits.logsumexp(-1).square().sum()
@@ -171,14 +171,14 @@ def test_distillation_does_not_reach_the_teacher() -> None:
     *students, teacher_logits = (model.lm_head(n.detach()) for n in output.vote.normed)
     p = teacher_logits.detach().log_softmax(-1)
     kl = sum(F.kl_div(s.log_softmax(-1), p, reduction="none", log_target=True).sum(-1) for s in students)
-    (wanted,) = torch.autograd.grad((kl * (random_targets() != IGNORED)).sum(), model.lm_head.weight)
+    (wanted,) = torch.autograd.grad((kl * (random_targets() != IGNORE_INDEX)).sum(), model.lm_head.weight)
     torch.testing.assert_close(model.lm_head.weight.grad, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_are_of_every_layer_and_of_the_ensemble() -> None:
     model = tuned().eval()
     targets, count = few_targets()
-    tokens, chosen = random_tokens(), targets.flatten() != IGNORED
+    tokens, chosen = random_tokens(), targets.flatten() != IGNORE_INDEX
     with torch.no_grad():
         scores = model(tokens, targets, scored_targets=count, score=True).scores
         full = model(tokens)
@@ -208,7 +208,7 @@ def test_the_head_on_scored_tokens_only_gives_the_same_loss_and_gradients(ensemb
         output.loss.loss.backward()
         found.append((output.loss, {n: p.grad for n, p in model.named_parameters()}))
     (loss, grads), (other_loss, other_grads) = found
-    loss = loss._replace(token_nll=loss.token_nll[targets.flatten() != IGNORED])
+    loss = loss._replace(token_nll=loss.token_nll[targets.flatten() != IGNORE_INDEX])
     for one, other in zip(loss, other_loss, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     for name, grad in grads.items():
@@ -217,7 +217,7 @@ def test_the_head_on_scored_tokens_only_gives_the_same_loss_and_gradients(ensemb
 
 def test_a_batch_without_a_target_gives_zero_gradients() -> None:
     """ZeRO needs a gradient for every parameter on every rank, whatever its batch holds."""
-    model, targets = tuned(), torch.full_like(random_targets(), IGNORED)
+    model, targets = tuned(), torch.full_like(random_targets(), IGNORE_INDEX)
     output = model(random_tokens(), targets, scored_targets=0)
     assert isinstance(output.loss, LossSums) and not output.loss.loss.detach().any()
     output.loss.loss.backward()
@@ -257,7 +257,7 @@ def test_the_vote_is_causal_and_stays_in_its_document() -> None:
 
 def test_sums_of_the_vote() -> None:
     weights = torch.tensor([[[0.7, 0.3], [0.2, 0.8], [0.5, 0.5]]], requires_grad=True)
-    sums = vote_sums(weights, torch.tensor([[4, 0, IGNORED]]))
+    sums = vote_sums(weights, torch.tensor([[4, 0, IGNORE_INDEX]]))
     torch.testing.assert_close(sums.weights, torch.tensor([0.9, 1.1]))
     assert sums.largest.tolist() == [1, 1]
     wanted = -sum(w * torch.tensor(w).log() for w in (0.7, 0.3, 0.2, 0.8))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import model.chunks as chunks_module
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.head import LMHead
 
 ROWS, WIDTH, VOCABULARY = 48, 16, 101
@@ -22,8 +22,8 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[LMHead, Tensor, Tensor]:
         head.weight.normal_(0, 0.5, generator=generator)
     hidden = torch.randn(4, ROWS // 4, WIDTH, generator=generator).to(dtype).requires_grad_()
     targets = torch.randint(VOCABULARY, (4, ROWS // 4), generator=generator)
-    targets[0, :5] = IGNORED
-    targets[3] = IGNORED
+    targets[0, :5] = IGNORE_INDEX
+    targets[3] = IGNORE_INDEX
     return head.to(dtype), hidden, targets
 
 
@@ -36,8 +36,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
 def full_logits(head: LMHead, hidden: Tensor, targets: Tensor, z: float) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, nll and z as torch computes them, in fp32."""
     logits = F.linear(hidden.float(), head.weight.float()).flatten(0, 1)
-    nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
-    squared = logits.logsumexp(-1).square()[targets.flatten() != IGNORED].sum()
+    nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    squared = logits.logsumexp(-1).square()[targets.flatten() != IGNORE_INDEX].sum()
     return nll + z * squared, nll, squared
 
 
@@ -93,7 +93,7 @@ def test_bf16_gradients_are_scaled_in_fp32() -> None:
 
 def test_all_ignored_is_zero_with_zero_gradients() -> None:
     head, hidden, targets = inputs()
-    loss = head(hidden, torch.full_like(targets, IGNORED), 0.1).loss
+    loss = head(hidden, torch.full_like(targets, IGNORE_INDEX), 0.1).loss
     loss.backward()
     assert loss == 0 and not hidden.grad.any() and not head.weight.grad.any()
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.init import initialise
@@ -66,7 +66,7 @@ def random_tokens(batch: int = 3, length: int = LENGTH, seed: int = 0) -> Tensor
 def random_targets(batch: int = 3, length: int = LENGTH, seed: int = 5) -> Tensor:
     """int64 [batch, length], some of them ignored."""
     targets = random_tokens(batch, length, seed)
-    targets[:, 3::7] = IGNORED
+    targets[:, 3::7] = IGNORE_INDEX
     return targets
 
 

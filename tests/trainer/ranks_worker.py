@@ -31,7 +31,7 @@ from trainer.tally import StepResult
 
 STEPS = 4
 _decide = LearnedRouter.forward
-_forward = trainer.step.forward
+_forward = trainer.step.forward_at
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         config = load(arguments.config, case["overrides"], PretrainConfig)
         results[case["name"]] = RULES[case["rule"]](config, world.sharing_windows(config.deepspeed, 60.0))
         LearnedRouter.forward = _decide  # type: ignore[method-assign]
-        trainer.step.forward = _forward
+        trainer.step.forward_at = _forward
     if world.is_main:
         arguments.out.write_text(json.dumps(results))
     world.barrier()
@@ -105,7 +105,7 @@ def uneven(config: PretrainConfig, world: World) -> dict[str, Any]:
         seen["largest"].append(most and [most.flops, most.routed.executed_tokens, most.routed.attended_keys])
 
     LearnedRouter.forward = decide  # type: ignore[method-assign]
-    trainer.step.forward = forward
+    trainer.step.forward_at = forward
     return _train(config, world, after) | seen
 
 
@@ -186,7 +186,7 @@ def _train_with_bad_step(config: PretrainConfig, world: World, spoil: Callable[[
         if step == 1:
             seen["bad_ranks"] = result.bad_ranks
 
-    trainer.step.forward = forward
+    trainer.step.forward_at = forward
     outcome = _train(config, world, after)
     seen["unchanged"] = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     seen["moved_after"] = any(not torch.equal(weights[1][name], weights[2][name]) for name in weights[0])

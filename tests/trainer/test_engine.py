@@ -15,8 +15,8 @@ from model.config import EnsembleConfig
 from model.decoder import Decoder
 from model.init import initialise
 from tests.trainer.one_rank import engine_for, losses, take_steps, weights
-from trainer.blocks import OptimizerConfig
 from trainer.config import PretrainConfig
+from trainer.config_blocks import OptimizerConfig
 from trainer.distributed import World
 from trainer.engine import _draw, build_engine, parameter_groups, set_learning_rate
 

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from data.batches import Batch
 from model import flex
-from model.budget import Budget, Seen
+from model.budget import Budget, MarginStatistics
 from model.decoder import Decoder
 from trainer import step
 from trainer.config import PretrainConfig
@@ -82,7 +82,7 @@ def train(config: PretrainConfig) -> None:
     budget = Budget(config.model, tokens)
     if budget.follows_margins:
         sites, wide = budget.sites, torch.float64
-        seen = Seen(torch.zeros(2, sites, dtype=wide), torch.zeros(sites, config.model.width, dtype=wide))
+        seen = MarginStatistics(torch.zeros(2, sites, dtype=wide), torch.zeros(sites, config.model.width, dtype=wide))
         budget.observe(torch.ones(sites), config.train.progress(2), seen)
     decoder = Decoder(config.model, recompute=config.train.activation_checkpointing)
     step.train_step(PlainEngine(decoder), [batch, batch], budget, config, ALONE, 3)

@@ -16,7 +16,7 @@ from trainer import precision
 from trainer.config import PretrainConfig
 from trainer.deepspeed_config import deepspeed_config
 from trainer.distributed import World
-from trainer.precision import CPU_WIDTH, auto_precision, decide, fast_bf16, slow_bf16_warning
+from trainer.precision import CPU_WIDTH, auto_precision, fast_bf16, resolve_precision, slow_bf16_warning
 
 CPU = torch.device("cpu")
 IMITATION = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -44,9 +44,12 @@ def test_one_slow_rank_decides_for_all(configure: Callable[..., PretrainConfig])
     assert auto_precision(ranks(SLOW), 512) == ("fp32", SLOW[1])
     assert auto_precision(ranks(FAST, FAST), 512) == ("bf16", FAST[1])
     assert auto_precision(ranks(FAST, SLOW, FAST), 512) == ("fp32", f"{SLOW[1]}, on rank 1")
-    config, told = decide(configure("train.precision=auto"), ranks(FAST, SLOW))
+    config, told = resolve_precision(configure("train.precision=auto"), ranks(FAST, SLOW))
     assert config.train.precision == "fp32" and told == f"precision fp32: {SLOW[1]}, on rank 1"
-    assert decide(configure("train.precision=bf16"), ranks(SLOW)) == (configure("train.precision=bf16"), None)
+    assert resolve_precision(configure("train.precision=bf16"), ranks(SLOW)) == (
+        configure("train.precision=bf16"),
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_a_checkpoint_in_a_precision_that_does_not_go_with_the_config_is_refused
     monkeypatch.setattr(precision.manifest, "read", lambda folder, world: {"precision": "fp16"})
     config = configure("train.precision=auto", "deepspeed.zero_stage=0")
     with pytest.raises(ValueError, match=r"train\.precision fp16 needs deepspeed\.zero_stage 1, 2 or 3"):
-        decide(config, world, Path("checkpoint"))
+        resolve_precision(config, world, Path("checkpoint"))
 
 
 def test_nobody_reads_auto(configure: Callable[..., PretrainConfig]) -> None:
@@ -144,7 +147,7 @@ def test_bf16_on_a_slow_cpu_is_warned_of_with_its_ratio(
 def test_on_an_imitated_avx2_cpu(
     asked: str, tiny: dict[str, Any], write_config: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """``auto`` trains in fp32; bf16 trains, too, warned of, its MFU below 1 (2.9 with a plain product as yardstick)."""
+    """``auto`` trains in fp32; bf16 trains, too, warned of, its MFU below 1 (2.9 with a plain product as the peak)."""
     if not torch.cpu.get_capabilities().get("avx2"):
         pytest.skip("needs a CPU with AVX2; on another one there is nothing to imitate")
     for name, value in IMITATION.items():

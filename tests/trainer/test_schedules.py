@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trainer.blocks import ScheduleConfig
+from trainer.config_blocks import ScheduleConfig
 from trainer.schedules import lr_ratio
 
 STEPS = 100

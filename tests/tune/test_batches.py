@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.batches import IGNORED, NO_SAMPLE, Batch, step_sample_ids
-from data.places import texts
+from data.batches import IGNORE_INDEX, NO_SAMPLE, Batch, step_sample_ids
+from data.placeholders import texts
 from data.tokenization import TextTokenizer, load_text_tokenizer
 from tests.data.test_tokenization import write_byte_level
 from tests.tune.test_examples import write_lines
@@ -78,7 +78,7 @@ def taken_apart(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         for document in range(int(documents[-1]) + 1):
             here = documents == document
             assert positions[here].tolist() == list(range(int(here.sum())))
-            learned = tuple(targets[here][targets[here] != IGNORED].tolist())
+            learned = tuple(targets[here][targets[here] != IGNORE_INDEX].tolist())
             if learned:
                 found.append(((*tokens[here].tolist(), learned[-1]), learned))
             else:  # filling: the last document, all the same token
@@ -94,7 +94,7 @@ def test_an_epoch_holds_every_example_whole_and_once(folder: Path, tokenizer: Te
         (entry,) = data.summary(8)
         batch = data.batch(range(entry.windows))
         assert batch.tokens.shape == (entry.windows, T) and batch.tokens.dtype == torch.int64
-        assert batch.scored_targets == int((batch.targets != IGNORED).sum()) == entry.learned_tokens
+        assert batch.scored_targets == int((batch.targets != IGNORE_INDEX).sum()) == entry.learned_tokens
         found += Counter(taken_apart(batch))
         assert pack or entry.windows == entry.examples
     assert found == written(folder, tokenizer)
@@ -106,7 +106,7 @@ def test_filling_is_a_document_without_targets(folder: Path, tokenizer: TextToke
     assert batch.documents is not None
     filling = batch.documents == 1
     assert filling.any(dim=1).all()  # one example a window, none of which is full
-    assert (batch.tokens[filling] == tokenizer.eos_id).all() and (batch.targets[filling] == IGNORED).all()
+    assert (batch.tokens[filling] == tokenizer.eos_id).all() and (batch.targets[filling] == IGNORE_INDEX).all()
 
 
 def test_same_samples_at_any_world_size_and_after_a_resume(folder: Path, tokenizer: TextTokenizer) -> None:
@@ -207,8 +207,8 @@ def test_every_rank_gets_as_many_batches(
         for batch in batches:
             assert batch.tokens.shape == (2, T)
             filling = batch.sample_ids == NO_SAMPLE
-            assert (batch.targets[filling] == IGNORED).all()
-            assert batch.scored_targets == int((batch.targets != IGNORED).sum())
+            assert (batch.targets[filling] == IGNORE_INDEX).all()
+            assert batch.scored_targets == int((batch.targets != IGNORE_INDEX).sum())
 
 
 def test_batches_hold_the_right_responses_only(folder: Path, tokenizer: TextTokenizer) -> None:
@@ -231,7 +231,7 @@ def test_every_example_is_scored_with_every_choice(folder: Path, tokenizer: Text
     tokens: dict[tuple[int, int], list[int]] = {}
     for batch, scored in (pair for batches in ranks for pair in batches):
         assert len(scored.token) == len(scored.example) == len(scored.choice) == batch.scored_targets
-        assert np.array_equal(scored.token, batch.targets[batch.targets != IGNORED].numpy())
+        assert np.array_equal(scored.token, batch.targets[batch.targets != IGNORE_INDEX].numpy())
         assert np.array_equal(scored.right, scored.choice == example_set.right[scored.example])
         for example, choice, token in zip(*map(np.ndarray.tolist, parts(scored)), strict=True):
             tokens.setdefault((example, choice), []).append(token)

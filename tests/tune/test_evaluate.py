@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data.batches import IGNORED, Batch
+from data.batches import IGNORE_INDEX, Batch
 from model.config import EnsembleConfig
 from model.decoder import Decoder
 from model.head import Scores
@@ -59,7 +59,7 @@ class Examples:
 
     def _batch(self, windows: list[list[Any]]) -> tuple[Batch, Scored]:
         tokens, positions = (np.zeros((len(windows), WINDOW), np.int64) for _ in range(2))
-        documents, targets = np.full_like(tokens, 2), np.full_like(tokens, IGNORED)
+        documents, targets = np.full_like(tokens, 2), np.full_like(tokens, IGNORE_INDEX)
         scored = []
         for row, window in enumerate(windows):
             place = 0
@@ -251,7 +251,7 @@ def test_the_oracle_chooses_among_the_layers_without_the_ensemble() -> None:
         nll: ClassVar = torch.tensor([[1.0, 3.0, 2.0], [3.0, 1.0, 2.0], [2.0, 2.0, 1.0]])
 
         def forward(self, tokens: Tensor, targets: Tensor, **_: Any) -> SimpleNamespace:
-            told = targets[targets != IGNORED]
+            told = targets[targets != IGNORE_INDEX]
             weights = torch.full((len(told), 2), 0.5)
             return SimpleNamespace(
                 scores=Scores(self.nll[:, told], self.nll[:, told] < 1.5), vote=SimpleNamespace(weights=weights)

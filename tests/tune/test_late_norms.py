@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batches import Batch
-from model.chunks import IGNORED
+from model.chunks import IGNORE_INDEX
 from model.config import EnsembleConfig
 from model.decoder import Decoder
 from tests.model import tiny
@@ -31,8 +31,8 @@ class Stream:
         self.asked += consumed
         tokens = torch.stack([tiny.random_tokens(1, T, seed=number)[0] for number in consumed])
         targets = tokens.roll(-1, 1)
-        targets[:, :PROMPT] = IGNORED
-        targets[:, T - PADDING :] = IGNORED
+        targets[:, :PROMPT] = IGNORE_INDEX
+        targets[:, T - PADDING :] = IGNORE_INDEX
         documents = torch.tensor([0] * 6 + [1] * (T - PADDING - 6) + [2] * PADDING).expand_as(tokens)
         return Batch(tokens, targets, torch.tensor(consumed), documents=documents, positions=None)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tune.evaluate import Accuracy, Agreement, Candidate, ExamplesEvaluation, VoteStatistics
-from tune.report import answers, figures, table
+from tune.report import answers, scalars, table
 
 
 def made_up(layers: int = 2, choices: int = 4, classes: tuple[str, ...] = ("word", "end"), **fields: Any) -> Any:
@@ -85,7 +85,7 @@ def test_columns_line_up(layers: int) -> None:
 
 
 def test_figures_have_the_names_that_metrics_are_logged_under() -> None:
-    found = figures(made_up(), "validation")
+    found = scalars(made_up(), "validation")
     assert found["validation/toy/loss/layer-11"] == pytest.approx(2.7)
     assert found["validation/toy/exact_match/ensemble"] == pytest.approx(0.25)
     assert found["validation/toy/choice_accuracy/oracle"] == pytest.approx(0.7)
@@ -104,11 +104,11 @@ def test_figures_have_the_names_that_metrics_are_logged_under() -> None:
 
 
 def test_a_test_set_of_the_same_name_does_not_take_a_validation_sets_figures() -> None:
-    assert not figures(made_up(), "validation").keys() & figures(made_up(), "test").keys()
+    assert not scalars(made_up(), "validation").keys() & scalars(made_up(), "test").keys()
 
 
 def test_without_an_ensemble_there_are_only_the_final_layers_figures() -> None:
-    assert list(figures(made_up(layers=0, choices=1), "test")) == [
+    assert list(scalars(made_up(layers=0, choices=1), "test")) == [
         "test/toy/loss/layer-11",
         "test/toy/exact_match/layer-11",
     ]

@@ -28,7 +28,7 @@ _TRIED = "tried-by-doctor"
 _ASIDE = "manifest.set-aside.json"
 
 
-class TornHere(Exception):
+class TornCheckpointError(Exception):
     """A checkpoint of the run folder is not whole, or no longer there."""
 
 
@@ -37,7 +37,7 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._system, self._place = urls.opened(url)
+        self._system, self._place = urls.open_filesystem(url)
 
     def whole(self) -> list[str]:
         """Names of the checkpoints that have a manifest, newest first."""
@@ -82,7 +82,7 @@ class Bucket:
             given_up: asked between files.
 
         Raises:
-            TornHere: if the checkpoint's files are not, or no longer, what its manifest says.
+            TornCheckpointError: if the checkpoint's files are not, or no longer, what its manifest says.
         """
         name = checkpoint.name
         content, files = _own_files(checkpoint)
@@ -150,9 +150,9 @@ def _own_files(checkpoint: Path) -> tuple[bytes, dict[str, Any]]:
         files = facts_of(content)["files"]
         wrong = [file for file, entry in files.items() if (checkpoint / file).stat().st_size != entry["bytes"]]
     except (OSError, ValueError) as error:
-        raise TornHere(str(error)) from None
+        raise TornCheckpointError(str(error)) from None
     if wrong:
-        raise TornHere(f"{wrong[0]} has another size than its manifest says")
+        raise TornCheckpointError(f"{wrong[0]} has another size than its manifest says")
     return content, files
 
 
@@ -179,4 +179,4 @@ def facts_of(content: bytes) -> dict[str, Any]:
 
 def unreachable(url: str, error: Exception) -> str:
     """The sentence for a mirror that does not answer, or not as it should."""
-    return f"train.checkpoint.mirror {url} cannot be used ({urls.reason(error)}); {urls.fix(error)}, or leave it out"
+    return f"train.checkpoint.mirror {url} cannot be used ({urls.reason(error)}); {urls.remedy(error)}, or leave it out"

@@ -26,7 +26,7 @@ _OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Errors that only the disk can have on which a file arrives; Python does not say of which file they are."""
 
 
-def names_there(url: str, world: World) -> list[str]:
+def mirrored_names(url: str, world: World) -> list[str]:
     """Names of the checkpoints at ``url`` that have a manifest, newest first; collective.
 
     Raises:
@@ -35,7 +35,7 @@ def names_there(url: str, world: World) -> list[str]:
     names, problem = [], None
     if world.is_main:
         try:
-            names = urls.patiently(lambda: Bucket(url).whole())
+            names = urls.with_retries(lambda: Bucket(url).whole())
         except Exception as error:  # each service has classes of its own
             problem = unreachable(url, error)
     names, problem = world.broadcast_object((names, problem))
@@ -79,7 +79,7 @@ def _begin(url: str, final: Path, world: World) -> tuple[dict[str, Any], bytes, 
     files, content, outcome = {}, b"", _WELL
     if world.is_main:
         try:
-            content = urls.patiently(lambda: Bucket(url).manifest_bytes(final.name)) or b""
+            content = urls.with_retries(lambda: Bucket(url).manifest_bytes(final.name)) or b""
             files = facts_of(content)["files"]
             _make_room(files, final)
         except ValueError as error:
@@ -108,7 +108,7 @@ def _copied(url: str, final: Path, file: str, entry: dict[str, Any]) -> _Outcome
     target = partial_of(final) / file
     for _ in range(2):
         try:
-            urls.patiently(lambda: Bucket(url).get(final.name, file, target))
+            urls.with_retries(lambda: Bucket(url).get(final.name, file, target))
         except FileNotFoundError:
             return _Outcome(f"{file} is missing")
         except Exception as error:  # each service has classes of its own
@@ -126,7 +126,7 @@ def _copied(url: str, final: Path, file: str, entry: dict[str, Any]) -> _Outcome
 def _finished(url: str, final: Path, content: bytes, metrics: Path) -> _Outcome:
     """Copy the metrics, write the manifest, and give the folder its name."""
     try:
-        urls.patiently(lambda: Bucket(url).get_beside(metrics))
+        urls.with_retries(lambda: Bucket(url).get_beside(metrics))
     except Exception as error:  # each service has classes of its own
         return _Outcome(None, _blamed(url, final.parent.parent, error))
     try:

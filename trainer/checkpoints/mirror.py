@@ -20,11 +20,11 @@ from pathlib import Path
 
 from data import urls
 from settings import to_yaml
-from trainer.blocks import CheckpointConfig
 from trainer.checkpoints import manifest
-from trainer.checkpoints.bucket import Bucket, TornHere, unreachable
+from trainer.checkpoints.bucket import Bucket, TornCheckpointError, unreachable
 from trainer.checkpoints.layout import names_after, newest_first, step_of
 from trainer.config import StageConfig
+from trainer.config_blocks import CheckpointConfig
 from trainer.distributed import ALONE, World
 
 _LONGEST_PAUSE_S = 60.0
@@ -143,7 +143,7 @@ class Mirror:
                 self._refuse_torn(checkpoint)
                 if not bucket.put(checkpoint, done.setdefault(checkpoint.name, set()), self._given_up.is_set):
                     return False
-            except TornHere as torn:
+            except TornCheckpointError as torn:
                 if checkpoint.exists():  # else it is no longer kept
                     self._torn.add(checkpoint.name)
                     self._news = True  # an older one takes its place
@@ -165,10 +165,10 @@ class Mirror:
         return True
 
     def _refuse_torn(self, checkpoint: Path) -> None:
-        """Compare one from before the start with its manifest, once; raises TornHere."""
+        """Compare one from before the start with its manifest, once; raises TornCheckpointError."""
         if checkpoint.name not in self._whole:
             if problem := manifest.problem_of(checkpoint, ALONE):
-                raise TornHere(problem)
+                raise TornCheckpointError(problem)
             self._whole.add(checkpoint.name)
 
     def _set_aside(self, bucket: Bucket) -> None:
@@ -192,7 +192,7 @@ class Mirror:
         missing = []
         for checkpoint in self._wanted():
             if checkpoint.name not in self._there:
-                with suppress(TornHere):
+                with suppress(TornCheckpointError):
                     if bucket.has(checkpoint):
                         self._there.add(checkpoint.name)
                         continue
@@ -239,7 +239,7 @@ def open_mirror(
         return None
     if world.is_main:
         try:
-            urls.patiently(lambda: Bucket(url).write_config(to_yaml(config)))
+            urls.with_retries(lambda: Bucket(url).write_config(to_yaml(config)))
         except Exception as error:  # each service has classes of its own
             problem = unreachable(url, error)
             if resumed is not None and not urls.is_refusal(error):

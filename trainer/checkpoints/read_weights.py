@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import ENGINE, STATE, checkpoints_of, is_run
-from trainer.checkpoints.zero_files import MASTER, Stored, only_tensors, stored
+from trainer.checkpoints.zero_files import MASTER, StoredParameter, only_tensors, stored
 from trainer.deepspeed_internals import import_deepspeed
 from trainer.distributed import ALONE, World
 from trainer.engine import optimizer_order
@@ -42,7 +42,7 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     return manifest.read(folder, ALONE)["step"]
 
 
-def weights_of(module: nn.Module, folder: Path, zero_stage: int) -> Iterator[Stored]:
+def weights_of(module: nn.Module, folder: Path, zero_stage: int) -> Iterator[StoredParameter]:
     """What a checkpoint holds of a module's parameters, mapped and not read.
 
     Args:
@@ -90,7 +90,7 @@ def checkpoint_of(path: Path, world: World = ALONE, what: str = _WHAT) -> Path:
     return found
 
 
-def _fill(module: nn.Module, stored: Iterable[Stored], folder: Path) -> None:
+def _fill(module: nn.Module, stored: Iterable[StoredParameter], folder: Path) -> None:
     """Copy what the files hold into the module; every parameter once, in its shape."""
     wanted = dict(module.named_parameters())
     # Second names of the same weight, as a tied head's: some files have them, too.
@@ -114,7 +114,7 @@ def _fill(module: nn.Module, stored: Iterable[Stored], folder: Path) -> None:
         )
 
 
-def _copy(parameter: Tensor, entry: Stored, folder: Path) -> None:
+def _copy(parameter: Tensor, entry: StoredParameter, folder: Path) -> None:
     flat, done = parameter.view(-1), 0
     for piece in entry.values[MASTER](0, flat.numel()):
         flat[done : done + piece.numel()] = piece

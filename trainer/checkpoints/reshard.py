@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.checkpoints.zero_files import MASTER, Stored, stored
+from trainer.checkpoints.zero_files import MASTER, StoredParameter, stored
 from trainer.deepspeed_internals import (
     Place,
     master_places,
@@ -49,7 +49,7 @@ def reshard(engine: Any, folder: Path, written: dict[str, Any], world: World) ->
         raise ValueError(f"{folder} has no {missing[0]}; resume with the run's own config")
 
 
-def put(engine: Any, entries: Iterable[Stored], folder: Path, world: World) -> list[str]:
+def put(engine: Any, entries: Iterable[StoredParameter], folder: Path, world: World) -> list[str]:
     """Put weights, and what else ``entries`` hold, into an engine that has not trained yet; collective.
 
     Args:
@@ -71,19 +71,19 @@ def put(engine: Any, entries: Iterable[Stored], folder: Path, world: World) -> l
         left = _put_own(engine, entries, folder, world.rank, world.size)
     except Exception as raised:
         error = raised
-    told = [
+    problems = [
         problem for problem in world.all_gather_objects(None if error is None else str(error)) if problem is not None
     ]
     if error is not None:
         raise error
-    if told:
-        raise ValueError(told[0])
+    if problems:
+        raise ValueError(problems[0])
     with torch.no_grad():
         share_weights(engine, world.all_gather)
     return left
 
 
-def _put_own(engine: Any, entries: Iterable[Stored], folder: Path, rank: int, size: int) -> list[str]:
+def _put_own(engine: Any, entries: Iterable[StoredParameter], folder: Path, rank: int, size: int) -> list[str]:
     """What a rank keeps, one parameter at a time; not collective."""
     parameters = dict(engine.module.named_parameters())
     again = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)} - parameters.keys()
@@ -104,7 +104,7 @@ def _put_own(engine: Any, entries: Iterable[Stored], folder: Path, rank: int, si
 
 
 def _set_state(
-    optimizer: torch.optim.Optimizer, place: Place, entry: Stored, read: Callable[[int, int], Tensor]
+    optimizer: torch.optim.Optimizer, place: Place, entry: StoredParameter, read: Callable[[int, int], Tensor]
 ) -> None:
     """The master and, where it is there, the optimiser's state, as far as this rank has them."""
     flat = place.flat

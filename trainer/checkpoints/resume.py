@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from model.init import generator_of
-from settings import flat, peek
+from settings import flatten, peek
 from trainer.checkpoints import manifest
 from trainer.checkpoints.compatibility import differences
-from trainer.checkpoints.fetch import fetch, names_there
+from trainer.checkpoints.fetch import fetch, mirrored_names
 from trainer.checkpoints.layout import CONFIG, ENGINE, STATE, newest_first, rng_name
 from trainer.checkpoints.reshard import reshard
 from trainer.checkpoints.retention import refuse_taken
@@ -25,7 +25,7 @@ from trainer.config import StageConfig
 from trainer.distributed import World
 
 
-def to_resume(
+def find_checkpoint(
     folder: Path, resume: str, world: World, mirror: str | None = None, metrics: Path | None = None
 ) -> Path | None:
     """The checkpoint to start from, or None for a fresh start; torn ones are reported and passed over; collective.
@@ -43,7 +43,7 @@ def to_resume(
         ValueError: where a silent start from step 0 would throw away or overwrite work.
     """
     there = world.broadcast_object([p.name for p in newest_first(folder)] if world.is_main else None)
-    away = names_there(mirror, world) if mirror is not None and not there else []
+    away = mirrored_names(mirror, world) if mirror is not None and not there else []
     if away and resume == "never":
         refuse_taken(str(mirror), away, resume, "train.checkpoint.mirror")
     refuse_taken(folder, there or away, resume)
@@ -53,7 +53,7 @@ def to_resume(
     manifest.report_torn(torn, world)
     if found is None and mirror is not None:
         assert metrics is not None
-        found = _fetched(mirror, away or names_there(mirror, world), folder, metrics, world)
+        found = _fetched(mirror, away or mirrored_names(mirror, world), folder, metrics, world)
     if found is None and (there or away):
         where = f"{folder}, or {mirror}" if mirror else str(folder)
         names = ", ".join(dict.fromkeys([*there, *away]))
@@ -116,7 +116,7 @@ def load(
 
 def changed_settings(checkpoint: Path, config: StageConfig) -> list[str]:
     """In words, the settings that have other values here than in the start that wrote ``checkpoint``."""
-    before, now = (flat(blocks) for blocks in (peek(checkpoint / CONFIG), config.model_dump(mode="json")))
+    before, now = (flatten(blocks) for blocks in (peek(checkpoint / CONFIG), config.model_dump(mode="json")))
     blocks = {name.rpartition(".")[0] for name in before}  # of one that only one of them has: it was null, or is new
     names = [name for name in now if name in before or name.rpartition(".")[0] not in blocks]
     names += [name for name in before if name not in now]

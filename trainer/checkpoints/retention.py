@@ -15,9 +15,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.blocks import CheckpointConfig, TrainConfig
 from trainer.checkpoints.layout import leftovers, newest_first, newest_name, removed_of, step_of
 from trainer.config import StageConfig
+from trainer.config_blocks import CheckpointConfig, TrainConfig
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def refuse_taken(folder: Path | str, there: Sequence[str], resume: str, setting: str = "train.run_dir") -> None:
     """Raise ValueError if a start with ``resume`` must not be made where ``folder`` holds the checkpoints ``there``.
 
-    Where it may resume, whether one of them is whole is for :func:`trainer.checkpoints.resume.to_resume` to find out.
+    Where it may resume, whether one of them is whole is what :func:`trainer.checkpoints.resume.find_checkpoint` finds.
 
     Args:
         folder: of the checkpoints, or the URL of their mirror.

@@ -45,7 +45,7 @@ Pieces = Callable[[int, int], list[Tensor]]
 fewer where the files have fewer."""
 
 
-class Stored(NamedTuple):
+class StoredParameter(NamedTuple):
     """A parameter in the files.
 
     Attributes:
@@ -96,7 +96,7 @@ class Stored(NamedTuple):
             )
 
 
-def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: bool) -> Iterator[Stored]:
+def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: bool) -> Iterator[StoredParameter]:
     """All parameters of a checkpoint, in an order that is the same on every rank.
 
     Args:
@@ -113,21 +113,21 @@ def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: 
     weights: dict[str, Tensor] = states["module"]
     whole = all(weight.dtype == torch.float32 for weight in weights.values())
     if whole and not state:
-        yield from as_they_are(weights)
+        yield from whole_weights(weights)
     elif stage > 0:
         yield from _in_order(weights, states["param_shapes"], folder, state)
-        yield from as_they_are(weights, {name for group in states["param_shapes"] for name in group})
+        yield from whole_weights(weights, {name for group in states["param_shapes"] for name in group})
     elif whole:
         kept = states["optimizer"]["state"]
         for place, name in enumerate(trained):
             yield _one_tensor(name, weights[name], weights[name], kept.get(place, {}))
-        yield from as_they_are(weights, set(trained))
+        yield from whole_weights(weights, set(trained))
     else:
         masters = [master for group in states["optimizer"]["fp32_groups"] for master in group]
         low = {name: weights[name] for name in weights if name in set(trained)}
         kept = states["optimizer"]["optimizer_state_dict"]["state"] if state else {}
         yield from by_value(low, masters, kept)
-        yield from as_they_are(weights, set(trained))
+        yield from whole_weights(weights, set(trained))
 
 
 class Joined:
@@ -147,7 +147,7 @@ class Joined:
         return found
 
 
-def by_value(weights: dict[str, Tensor], masters: list[Tensor], state: dict[int, Any]) -> Iterator[Stored]:
+def by_value(weights: dict[str, Tensor], masters: list[Tensor], state: dict[int, Any]) -> Iterator[StoredParameter]:
     """Masters without names: a weight's is the first of its shape that rounds to it (equal shapes keep their order)."""
     left = dict(enumerate(masters))
     for name, weight in weights.items():
@@ -162,9 +162,9 @@ def _like(state: dict[str, Any], like: torch.Size) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == like}
 
 
-def _one_tensor(name: str, master: Tensor, weight: Tensor, state: dict[str, Any]) -> Stored:
+def _one_tensor(name: str, master: Tensor, weight: Tensor, state: dict[str, Any]) -> StoredParameter:
     values = {MASTER: master} | _like(state, master.shape)
-    return Stored(name, weight.shape, {n: pieces_of(v) for n, v in values.items()}, weight, _updates([state]))
+    return StoredParameter(name, weight.shape, {n: pieces_of(v) for n, v in values.items()}, weight, _updates([state]))
 
 
 def pieces_of(whole: Tensor) -> Pieces:
@@ -172,16 +172,16 @@ def pieces_of(whole: Tensor) -> Pieces:
     return Joined([whole.reshape(-1)]).pieces
 
 
-def as_they_are(weights: dict[str, Tensor], but: Collection[str] = ()) -> Iterator[Stored]:
+def whole_weights(weights: dict[str, Tensor], but: Collection[str] = ()) -> Iterator[StoredParameter]:
     """Whole weights, all ``but`` those."""
     for name, weight in weights.items():
         if name not in but:
-            yield Stored(name, weight.shape, {MASTER: pieces_of(weight)})
+            yield StoredParameter(name, weight.shape, {MASTER: pieces_of(weight)})
 
 
 def _in_order(
     weights: dict[str, Tensor], shapes: list[dict[str, torch.Size]], folder: Path, state: bool
-) -> Iterator[Stored]:
+) -> Iterator[StoredParameter]:
     """Stages 1 and 2: a group is its parameters end to end (with gaps, if DeepSpeed aligned them) over all ranks.
 
     All partitions of a group are as long as the first. The last one is saved without the padding behind the last
@@ -206,7 +206,7 @@ def _in_order(
             values: dict[str, Pieces] = {
                 key: partial(_across, partial(within, number, key), n, start) for key, n in lengths.items()
             }
-            yield Stored(name, shape, values, weights[name], _updates([first]))
+            yield StoredParameter(name, shape, values, weights[name], _updates([first]))
 
 
 def _across(
@@ -226,7 +226,7 @@ def _across(
     return found
 
 
-def _partitioned(folder: Path, ranks: int, state: bool) -> Iterator[Stored]:
+def _partitioned(folder: Path, ranks: int, state: bool) -> Iterator[StoredParameter]:
     """Stage 3: what trains is in the optimisers' files, what does not in the models'."""
 
     model_of, optimizer_of = cache(partial(_model_states, folder)), cache(partial(_optimizer_state, folder))
@@ -251,7 +251,7 @@ def _whole_from_equal_parts(
     ranks: int,
     parts: Callable[[int], dict[str, Joined]],
     updates: float | None = None,
-) -> Iterator[Stored]:
+) -> Iterator[StoredParameter]:
     """Stage 3: every rank holds an equal part of every parameter, in the same order; the last parts are padded."""
 
     def within(key: str, start: int, rank: int, begin: int, count: int) -> list[Tensor]:
@@ -261,7 +261,7 @@ def _whole_from_equal_parts(
     for name, shape in (entry for group in shapes for entry in group.items()):
         part = math.ceil(shape.numel() / ranks)
         values: dict[str, Pieces] = {key: partial(_across, partial(within, key, start), part, 0) for key in parts(0)}
-        yield Stored(name, shape, values, updates=updates)
+        yield StoredParameter(name, shape, values, updates=updates)
         start += part
 
 

@@ -33,14 +33,14 @@ from trainer.evaluate import Evaluation
 from trainer.log import logger_of_run
 from trainer.monitor import metrics_file
 from trainer.monitor.append_only import Lines
-from trainer.monitor.figures import (
-    density_figures,
-    imbalance_figures,
-    loss_figures,
+from trainer.monitor.scalars import (
+    density_scalars,
+    imbalance_scalars,
+    loss_scalars,
     mean,
-    source_figures,
-    speed_figures,
-    vote_figures,
+    source_scalars,
+    speed_scalars,
+    vote_scalars,
 )
 from trainer.monitor.trackers.all import Trackers
 from trainer.monitor.trackers.interface import Opening
@@ -151,11 +151,11 @@ class Metrics:
     def mark_stage(self, step: int, number: int) -> None:
         """Mark ``step`` as the first with samples of stage ``number`` of the mixture."""
         stage = self._mixture[number]
-        told = f"{stage.name} begins with sample {stage.first:,}: {describe_shares(stage, self.sources)}"
-        self.log.info(f"step {step:>6,}  data.stages: {told}")
+        message = f"{stage.name} begins with sample {stage.first:,}: {describe_shares(stage, self.sources)}"
+        self.log.info(f"step {step:>6,}  data.stages: {message}")
         self._add(step, {"data/stage": number})
         if self._trackers is not None:
-            self._trackers.text(step, "data/stages", told)
+            self._trackers.text(step, "data/stages", message)
 
     def log_evaluation(self, step: int, evaluations: list[Evaluation]) -> None:
         """Log validation losses and densities, and draw the routing."""
@@ -176,9 +176,9 @@ class Metrics:
         if evaluations and evaluations[0].executed is not None:
             self._draw(step, evaluations[0])
 
-    def log_figures(self, step: int, figures: dict[str, float]) -> None:
-        """Log a stage's own figures."""
-        self._add(step, dict(figures))
+    def log_scalars(self, step: int, scalars: dict[str, float]) -> None:
+        """Log a stage's own scalars."""
+        self._add(step, dict(scalars))
 
     def draw(self, name: str, step: int, figure: Callable[[], Figure]) -> None:
         """Send a stage's own picture to the trackers and put it, its name's slashes replaced, beside
@@ -187,7 +187,7 @@ class Metrics:
             return
         content = io.BytesIO()
         figure().savefig(content, dpi=110, format="png")
-        self._trackers.picture(step, name, content.getvalue())
+        self._trackers.image(step, name, content.getvalue())
         try:
             (self.run.path / f"{name.replace('/', '-')}.png").write_bytes(content.getvalue())
         except OSError as error:
@@ -246,20 +246,20 @@ class Metrics:
 
     def _training_line(self, step: int, lr: float, budget: Budget, elapsed_s: float, waited_s: float) -> dict[str, Any]:
         results, config = self._since_log, self.config
-        line = {"optimizer/lr": lr, **loss_figures(results), **speed_figures(config, results, elapsed_s, waited_s)}
+        line = {"optimizer/lr": lr, **loss_scalars(results), **speed_scalars(config, results, elapsed_s, waited_s)}
         # Of one device: both products are FLOP/s of all.
         speed = line["speed/tokens_per_s"] / self.world.size
         self._raise_peak(speed * line["flops/executed_per_token"])
         line["speed/mfu_executed"] = speed * line["flops/executed_per_token"] / self.peak_flops
         line["speed/mfu_dense_equivalent"] = speed * line["flops/dense_per_token"] / self.peak_flops
         line["memory/peak_bytes"] = peak_bytes(self.world.device)
-        line |= imbalance_figures(config, results[-1], self.world.size)
+        line |= imbalance_scalars(config, results[-1], self.world.size)
         if self.sites:
-            line |= density_figures(self.sites, results, budget, config.train.progress(step - 1))
+            line |= density_scalars(self.sites, results, budget, config.train.progress(step - 1))
         if len(self.sources) > 1:
-            line |= source_figures(self.sources, results)
+            line |= source_scalars(self.sources, results)
         if self.late_layers:
-            line |= vote_figures(self.late_layers, results)
+            line |= vote_scalars(self.late_layers, results)
         return line
 
     def _raise_peak(self, reached: float) -> None:
@@ -277,16 +277,16 @@ class Metrics:
     def _forward_flops(self, routed: Routed) -> float:
         return executed_flops(self.config.model, routed) / routed.tokens
 
-    def _add(self, step: int, figures: dict[str, Any]) -> None:
-        """Put ``figures`` into the line of ``step``, and send them to the trackers."""
-        if self._trackers is None or not figures:
+    def _add(self, step: int, scalars: dict[str, Any]) -> None:
+        """Put ``scalars`` into the line of ``step``, and send them to the trackers."""
+        if self._trackers is None or not scalars:
             return
         # JSON has no NaN: a figure that is not one is null.
-        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
+        clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
         if self._line.get("step", step) != step:
             self.write_line()
         self._line = {"step": step, **self._line, **clean}
-        self._trackers.figures(step, {name: value for name, value in clean.items() if value is not None})
+        self._trackers.scalars(step, {name: value for name, value in clean.items() if value is not None})
 
     def _tell(self, step: int, line: dict[str, Any]) -> None:
         density = f"  density {line['density/mean']:.3f}" if self.sites else ""

@@ -72,11 +72,11 @@ def out_of_memory(error: BaseException, engine: Any, config: StageConfig, world:
         run: its folder.
     """
     wanted = str(error).split("Tried to allocate ")[-1].split(". ")[0] if "Tried to allocate" in str(error) else ""
-    told = f"rank {world.rank} ran out of memory {where}" + (f", asking for {wanted}" if wanted else "")
+    text = f"rank {world.rank} ran out of memory {where}" + (f", asking for {wanted}" if wanted else "")
     plan = f"what fits: python -m launch.plan {run / 'config.yaml'} --gpus {world.size} --gpu KIND"
     if engine is None:
         return (
-            f"{told}: parameters and optimiser states alone do not fit; {_advice('optimiser', config, world)}; {plan}"
+            f"{text}: parameters and optimiser states alone do not fit; {_advice('optimiser', config, world)}; {plan}"
         )
     parts = measured(engine, world.device)
     listed = asdict(parts)
@@ -84,7 +84,7 @@ def out_of_memory(error: BaseException, engine: Any, config: StageConfig, world:
     rest = ", ".join(f"{_gb(listed[name])} {_CALLED[name]}" for name in listed if name != first)
     snapshot = _snapshot(run, world)
     return (
-        f"{told}: of {_gb(parts.total)} at most, the largest part is {_CALLED[first]} ({_gb(listed[first])}; {rest}); "
+        f"{text}: of {_gb(parts.total)} at most, the largest part is {_CALLED[first]} ({_gb(listed[first])}; {rest}); "
         f"{_advice(first, config, world)}; {plan}{snapshot}"
     )
 

@@ -22,7 +22,7 @@ from torch import nn
 from model.block import Block
 from model.decoder import Decoder
 from model.router import Router
-from trainer.blocks import ProfileConfig
+from trainer.config_blocks import ProfileConfig
 from trainer.heartbeat import Heartbeat
 from trainer.log import logger_of_run
 from trainer.monitor.phase_names import FOLDER, PHASES, TRACE

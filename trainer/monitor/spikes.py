@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from data.skip_ranges import Ranges, sample_ids
-from trainer.blocks import SpikeConfig
 from trainer.checkpoints.layout import checkpoints_of, newest_first, step_of
+from trainer.config_blocks import SpikeConfig
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def is_lost_rank(error: BaseException) -> bool:
 
 
 @contextmanager
-def lost_rank() -> Iterator[None]:
+def exit_on_lost_rank() -> Iterator[None]:
     """Turn a collective's error after another rank died into one sentence and status 76.
 
     gloo sees a closed connection at once; NCCL may not, and then the watchdog ends the run with the same status.

@@ -38,7 +38,7 @@ def describe_start(config: StageConfig, data: TrainingData, world: World) -> str
     mixture = config.data.mixture()
     if len(mixture) > 1:
         taken = [(source.name, source.taken, source.windows) for source in summary]
-        lines += [f"stage     {told}" for told in describe_stages(mixture, taken, config.data.sequence_tokens)]
+        lines += [f"stage     {line}" for line in describe_stages(mixture, taken, config.data.sequence_tokens)]
     return "\n".join([*lines, machine(config, world)])
 
 

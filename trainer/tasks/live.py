@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from data.hub_cache import ensure_hub_cache
 from data.questions import find_tasks
 from data.tokenization import load_text_tokenizer
-from settings.project import installing
+from settings.project import install_command
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.tasks.answers import answer
@@ -36,19 +36,19 @@ class Outcome:
         self.scores, self.seconds, self.share = scores, seconds, share
 
     @property
-    def figures(self) -> dict[str, float]:
+    def scalars(self) -> dict[str, float]:
         """By metric name, ``tasks/piqa/acc``."""
         found = {f"tasks/{task}/{name}": v for task, score in self.scores.items() for name, v in score.metrics.items()}
         return found | {"tasks/seconds": self.seconds, "tasks/share_of_time": self.share}
 
     def sentence(self) -> str:
         """One metric of each task with its standard error, and what it all took."""
-        told = []
+        parts = []
         for task, score in self.scores.items():
             name, value = next(iter(score.metrics.items()))
             error = f" ± {score.errors[name]:.3f}" if name in score.errors else ""
-            told.append(f"{task} {name} {value:.3f}{error}")
-        return f"{', '.join(told)}; {self.seconds:.1f} s, tasks so far {self.share:.1%} of this start's time"
+            parts.append(f"{task} {name} {value:.3f}{error}")
+        return f"{', '.join(parts)}; {self.seconds:.1f} s, tasks so far {self.share:.1%} of this start's time"
 
 
 def open_tasks(config: StageConfig, tokenizer_folder: Path, world: World) -> LiveTasks | None:
@@ -87,8 +87,8 @@ class LiveTasks:
 
     def sentence(self) -> str:
         """What will be run, and what does not fit."""
-        told = [f"{task.name} ({len(task.lines):,} questions{_cut(task)})" for task in self.files]
-        return f"tasks beside evaluations: {', '.join([*told, *self._names])}"
+        parts = [f"{task.name} ({len(task.lines):,} questions{_cut(task)})" for task in self.files]
+        return f"tasks beside evaluations: {', '.join([*parts, *self._names])}"
 
     def run(self, engine: Any) -> Outcome:
         """Run all tasks; collective, and the same outcome on every rank. The engine is left in training mode."""
@@ -126,7 +126,9 @@ def require_harness() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError:
-        raise ValueError(f"lm_eval is not installed; install it with: {installing('requirements-dev.txt')}") from None
+        raise ValueError(
+            f"lm_eval is not installed; install it with: {install_command('requirements-dev.txt')}"
+        ) from None
 
 
 def _cut(task: FileTask) -> str:

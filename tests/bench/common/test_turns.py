@@ -17,7 +17,7 @@ from bench.common.turns import Turns
 
 WORKER = """
 import sys, time
-from bench.common.turns import Turn, TurnsAreOver
+from bench.common.turns import Turn, TurnsOverError
 
 port, name, rank, pause_s = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 turn, step, stepped = Turn(port, name, rank), 0, []
@@ -35,7 +35,7 @@ try:
         step += 1
         if step == 5:
             raise SystemExit("error: no more than four")
-except TurnsAreOver:
+except TurnsOverError:
     pass
 """
 

@@ -19,7 +19,7 @@ from data.prepare.join import outline
 from data.prepare.parts import Part, cut, share
 from data.prepare.processes import processes_for
 from data.prepare.run import parts_of, prepare, tokenizer_of
-from data.prepare.tasks import ALONE, Task, task_of
+from data.prepare.tasks import ONLY_TASK, Task, task_of
 from data.sources import Cursor, Source
 from data.tokenizer import train_tokenizer
 from tests.data.helpers import config_of, documents, write_jsonl
@@ -165,9 +165,9 @@ def test_the_share_is_said_by_an_option_or_by_slurm() -> None:
         f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in (("COUNT", 3), ("MIN", 1), ("MAX", 5), ("STEP", 2))
     }
     step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}
-    assert task_of(None, {}) == ALONE
+    assert task_of(None, {}) == ONLY_TASK
     assert task_of("2/7", {}) == Task(2, 7, "--part") == task_of("2/7", step)
-    assert task_of(None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == ALONE, "a batch script without srun"
+    assert task_of(None, {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == ONLY_TASK, "a batch script without srun"
     assert task_of(None, step) == Task(1, 4, "SLURM's step")
     assert task_of(None, array | {"SLURM_ARRAY_TASK_ID": "3"}) == Task(1, 3, "SLURM's job array")
     assert task_of(None, array | step | {"SLURM_ARRAY_TASK_ID": "5"}) == Task(9, 12, "SLURM's job array and step")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.batches import IGNORED, Batch
+from data.batches import IGNORE_INDEX, Batch
 from data.tokenization import TextTokenizer, load_text_tokenizer
 from evals.routing import FEWEST
 from evals.routing.__main__ import _name_of, _out, main
@@ -181,7 +181,7 @@ def test_votes_by_the_class_of_the_predicted_token(batches: list[Batch], tokeniz
     with torch.no_grad():
         decoder.ensemble.router.weight.normal_(0, 2, generator=torch.Generator().manual_seed(2))
     targets = batches[0].targets.clone()
-    targets[0, :4] = IGNORED
+    targets[0, :4] = IGNORE_INDEX
     seen = observe(decoder, [Batch(batches[0].tokens, targets, torch.tensor([0]), None, None), *batches[1:]])
     votes = votes_of(seen, decoder.config, tokenizer)
     assert votes is not None and seen.weights is not None
@@ -301,7 +301,7 @@ def test_windows_of_files(tokenizer: TextTokenizer, tmp_path: Path) -> None:
     assert [token for tokens, _ in rows[:3] for token in tokens] == tokenizer.encode(plain.read_text())[:40]
     assert all(targets[:-1] == tokens[1:] for tokens, targets in rows)
     assert rows[2][1][-1] == tokenizer.encode(plain.read_text())[40]
-    assert rows[3][0] == [*tokenizer.encode("one two"), tokenizer.eos_id] and rows[3][1][-1] == IGNORED
+    assert rows[3][0] == [*tokenizer.encode("one two"), tokenizer.eos_id] and rows[3][1][-1] == IGNORE_INDEX
     assert rows[-1][0] == [*tokenizer.encode("three"), tokenizer.eos_id]
     assert [int(batch.sample_ids) for batch in windows] == list(range(len(windows)))
 
@@ -318,7 +318,7 @@ def test_windows_of_a_tuning_run(tokenizer: TextTokenizer, corpus: dict[str, Any
     assert what.startswith("validation set numbers") and 5 < len(windows) < 30
     prompt, response = tokenizer.segments(["say 0:", " 0"])
     assert windows[0].tokens[0].tolist() == [*prompt, *response]
-    assert windows[0].targets[0].tolist() == [*[IGNORED] * (len(prompt) - 1), *response, tokenizer.eos_id]
+    assert windows[0].targets[0].tolist() == [*[IGNORE_INDEX] * (len(prompt) - 1), *response, tokenizer.eos_id]
     loaded = Loaded(_decoder(ensemble=True), config, 1, tmp_path)
     report = report_on(loaded, [], 100, "tuned")
     assert report.votes is not None and report.votes.tokens[-1] == int(sum((b.targets >= 0).sum() for b in windows))

@@ -29,9 +29,9 @@ from tests.launching import ROOT
 from tests.launching import run as launch
 from tests.trainer.checkpoints.test_resume import fake
 from trainer import precision
-from trainer.blocks import TrainConfig
 from trainer.checkpoints.weights_folder import write_weights
 from trainer.config import PretrainConfig
+from trainer.config_blocks import TrainConfig
 from trainer.distributed import ALONE
 from tune.config import TuneFile
 

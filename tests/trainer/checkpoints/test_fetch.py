@@ -41,7 +41,7 @@ def test_a_run_folder_that_cannot_be_made(place: Place) -> None:
     place.run.parent.joinpath("file").write_text("")
     run = place.run.parent / "file" / "run"
     with pytest.raises(ValueError) as refused:
-        resume.to_resume(run / "checkpoints", "auto", ALONE, place.url, run / "metrics.jsonl")
+        resume.find_checkpoint(run / "checkpoints", "auto", ALONE, place.url, run / "metrics.jsonl")
     assert str(refused.value) == sentence(run, errno.ENOTDIR)
 
 
@@ -63,7 +63,7 @@ def test_what_its_disk_refuses(
         raise OSError(code, os.strerror(code), *(file and str(place.run / file) for file in files))
 
     with monkeypatch.context() as broken:
-        broken.setattr(urls.patiently, "__defaults__", (1, 0.0))
+        broken.setattr(urls.with_retries, "__defaults__", (1, 0.0))
         broken.setattr(owner, name, fail)
         with pytest.raises(ValueError) as refused:
             place.resume()
@@ -75,7 +75,7 @@ def test_what_the_mirror_refuses_is_not_the_disks(place: Place, monkeypatch: pyt
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(place.away / NAMES[1]))
 
-    monkeypatch.setattr(urls.patiently, "__defaults__", (1, 0.0))
+    monkeypatch.setattr(urls.with_retries, "__defaults__", (1, 0.0))
     monkeypatch.setattr(Bucket, "get", fail)
     with pytest.raises(ValueError, match=rf"train\.checkpoint\.mirror {place.url} cannot be used \(OSError: "):
         place.resume()
@@ -92,7 +92,7 @@ def full_on_rank_1() -> None:
 def resume_as_a_rank(run: Path, url: str) -> None:
     world = join(60.0)
     try:
-        resume.to_resume(run / "checkpoints", "auto", world, url, run / "metrics.jsonl")
+        resume.find_checkpoint(run / "checkpoints", "auto", world, url, run / "metrics.jsonl")
     except ValueError as error:
         print(f"rank {world.rank}: {error}\n", end="", flush=True)
     leave()

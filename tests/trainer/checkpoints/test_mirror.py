@@ -13,10 +13,10 @@ import pytest
 
 from data import urls
 from tests.trainer.checkpoints.test_resume import fake
-from trainer.blocks import CheckpointConfig
 from trainer.checkpoints import manifest, resume, retention
 from trainer.checkpoints.bucket import Bucket
 from trainer.checkpoints.mirror import Mirror
+from trainer.config_blocks import CheckpointConfig
 from trainer.distributed import ALONE
 
 NAMES = [f"step-{step:08d}" for step in range(10)]
@@ -42,7 +42,7 @@ class Place:
         return self.start(resumed, **config).close(20.0)
 
     def resume(self, setting: str = "auto") -> Path | None:
-        return resume.to_resume(self.checkpoints, setting, ALONE, self.url, self.run / "metrics.jsonl")
+        return resume.find_checkpoint(self.checkpoints, setting, ALONE, self.url, self.run / "metrics.jsonl")
 
     @property
     def whole(self) -> list[str]:
@@ -57,7 +57,7 @@ def place(tmp_path: Path) -> Place:
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(urls, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(urls.patiently, "__defaults__", (urls.ATTEMPTS, 0.001))
+    monkeypatch.setattr(urls.with_retries, "__defaults__", (urls.ATTEMPTS, 0.001))
 
 
 @pytest.fixture

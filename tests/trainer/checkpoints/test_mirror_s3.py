@@ -35,7 +35,7 @@ def impatient() -> None:
     """In the run's processes: a server that does not answer is asked two times, at once."""
     from data import urls
 
-    urls.patiently.__defaults__ = 2, 0.1  # type: ignore[attr-defined]
+    urls.with_retries.__defaults__ = 2, 0.1  # type: ignore[attr-defined]
 
 
 def start(config: str, s3: S3, *overrides: str, ranks: int = 1) -> Processes:

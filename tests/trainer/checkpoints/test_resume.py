@@ -17,10 +17,10 @@ import torch
 
 from tests.trainer.one_rank import engine_for, save_now, take_steps, weights
 from trainer import git_state
-from trainer.blocks import CheckpointConfig
 from trainer.checkpoints import manifest, resume
 from trainer.checkpoints.retention import prune
 from trainer.config import PretrainConfig
+from trainer.config_blocks import CheckpointConfig
 from trainer.distributed import World
 
 Configure = Callable[..., PretrainConfig]
@@ -95,7 +95,7 @@ def test_what_a_start_does_with_what_is_there(
     folder: Path, world: World, setting: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def start() -> Path | None:
-        return resume.to_resume(folder, setting, world)
+        return resume.find_checkpoint(folder, setting, world)
 
     if setting == "required":
         with pytest.raises(ValueError, match=r"there is no checkpoint; check train\.run_dir"):

@@ -14,11 +14,11 @@ import pytest
 from torch import nn
 
 from tests.trainer.checkpoints.test_resume import fake
-from trainer.blocks import CheckpointConfig, TrainConfig
 from trainer.checkpoints import manifest, retention
 from trainer.checkpoints import save as saving
 from trainer.checkpoints.layout import step_of
 from trainer.config import PretrainConfig
+from trainer.config_blocks import CheckpointConfig, TrainConfig
 from trainer.distributed import World
 from trainer.exit_status import EXIT_MISTAKE
 

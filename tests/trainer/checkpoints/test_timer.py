@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from trainer.blocks import CheckpointConfig
 from trainer.checkpoints.timer import SaveTimer
+from trainer.config_blocks import CheckpointConfig
 
 
 def test_a_save_is_due_when_its_minutes_have_passed_since_the_last_one_began() -> None:

@@ -28,7 +28,7 @@ from trainer.monitor import routing_figure as heatmap
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.stop import StopRequest
 from trainer.run_folder import RunFolder
-from trainer.tally import Largest, StepResult, Tally
+from trainer.tally import BusiestRank, StepResult, Tally
 
 Train = Callable[..., int]
 
@@ -100,7 +100,7 @@ def test_the_imbalance_of_ranks_is_that_of_the_last_step_of_a_line(
     together = Routed(20, 110, [20.0] * 3, [40.0] * 3)
     most = Routed(10, 55, [15.0, 15.0, 20.0], [30.0, 30.0, 40.0])
     flops = training_flops(config.model, Routed(10, 55, [15.0] * 3, [30.0] * 3))
-    step = replace(_step(), tally=replace(_step().tally, routed=together), largest=Largest(flops, most))
+    step = replace(_step(), tally=replace(_step().tally, routed=together), largest=BusiestRank(flops, most))
     made = Metrics(config, folder, replace(world, size=2), 0, 1e12)
     made.log_step(1, 8, _step(), 0.1, Budget(config.model, 32), 0.0)
     made.log_step(2, 16, step, 0.1, Budget(config.model, 32), 0.0)
@@ -276,8 +276,8 @@ def test_a_refused_start_leaves_the_line_of_its_step(
     for _ in range(2):  # the first is refused before it trains
         made = Metrics(configure(), folder, world, 2, 1e12)
         assert [line["step"] for line in _lines(folder.path)] == [1, 2]
-    made.log_figures(2, {"more": 1.0})
-    made.log_figures(3, {"more": 2.0})
+    made.log_scalars(2, {"more": 1.0})
+    made.log_scalars(3, {"more": 2.0})
     made.close()
     assert _lines(folder.path) == [
         {"step": 1}, {"step": 2, "validation/code/loss": 3.5, "more": 1.0}, {"step": 3, "more": 2.0},
@@ -443,7 +443,7 @@ def test_what_is_not_a_number_is_null(
 ) -> None:
     """Python would write NaN and Infinity, which no other JSON reader takes."""
     made = Metrics(configure(), folder, world, 0, 1e12)
-    made.log_figures(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5, "e": 3})
+    made.log_scalars(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 0.5, "e": 3})
     made.close()
     text = folder.metrics.read_text()
     assert text == '{"step": 1, "a": null, "b": null, "c": null, "d": 0.5, "e": 3}\n'

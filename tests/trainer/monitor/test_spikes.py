@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.blocks import SpikeConfig
+from trainer.config_blocks import SpikeConfig
 from trainer.monitor.spikes import Spike, SpikeDetector
 
 BATCH = 4

@@ -20,7 +20,7 @@ from tests.launching import has_ended, run, start
 from tests.system_calls import counted
 from trainer.exit_status import EXIT_STALLED
 from trainer.heartbeat import Beat, read_beats
-from trainer.monitor.stop import lost_rank
+from trainer.monitor.stop import exit_on_lost_rank
 from trainer.monitor.watchdog import Watchdog, stall_sentence
 from trainer.run_folder import RunFolder
 
@@ -203,11 +203,11 @@ def test_a_lost_rank_is_one_sentence_and_status_76(
     gloo = "[/pytorch/gloo/gloo/transport/tcp/pair.cc:537] Read error [10.0.0.1]:2247: Connection reset by peer"
     nccl = "NCCL error in: x.cpp:1, remote process exited or there was a network error, NCCL version 2.27.3"
     for text in (f"{gloo}. This is typically caused by ...", nccl):
-        with pytest.raises(SystemExit) as end, lost_rank():
+        with pytest.raises(SystemExit) as end, exit_on_lost_rank():
             raise RuntimeError(text)
         assert end.value.code == EXIT_STALLED
         told = capsys.readouterr().err
         assert told.startswith("rank 2: error: another rank or its host is gone (") and told.count("\n") == 1
         assert told.endswith("start again with train.checkpoint.resume=auto\n")
-    with pytest.raises(RuntimeError, match="shape mismatch"), lost_rank():
+    with pytest.raises(RuntimeError, match="shape mismatch"), exit_on_lost_rank():
         raise RuntimeError("shape mismatch")

@@ -13,8 +13,8 @@ import pytest
 from tests.launching import run
 from tests.test_commands import run_light
 from tests.trainer.tasks.questions import write_questions
-from trainer.blocks import EvaluationConfig
 from trainer.config import load_run
+from trainer.config_blocks import EvaluationConfig
 from trainer.distributed import ALONE
 from trainer.exit_status import EXIT_MISTAKE
 from trainer.monitor import metrics_file

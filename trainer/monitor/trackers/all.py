@@ -1,4 +1,4 @@
-"""All trackers of a run: each report goes to every one of them, by a courier of its own."""
+"""All trackers of a run: each report goes to every one of them, by a sender of its own."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trainer.monitor.trackers.courier import Courier
 from trainer.monitor.trackers.interface import Opening, Tracker
+from trainer.monitor.trackers.sender import TrackerSender
 
 _PATIENCE_S = 60.0
 """How long a run that has done all its steps waits for its trackers."""
@@ -51,32 +51,32 @@ class Trackers:
         tell: Callable[[str], None],
     ):
         self._folder, self._at_end = opening.folder, at_end
-        self._couriers = [Courier(make(name), tell) for name in names]
+        self._senders = [TrackerSender(make(name), tell) for name in names]
         self._send("open", opening)
         self._send("files", self._folder, [path for path in at_start if path.exists()])
 
-    def figures(self, step: int, figures: dict[str, float]) -> None:
+    def scalars(self, step: int, scalars: dict[str, float]) -> None:
         """Figures after ``step`` steps; all of them finite."""
-        if figures:
-            self._send("figures", step, time.time(), figures)
+        if scalars:
+            self._send("scalars", step, time.time(), scalars)
 
     def text(self, step: int, name: str, text: str) -> None:
         """A sentence."""
         self._send("text", step, name, text)
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
+    def image(self, step: int, name: str, png: bytes) -> None:
         """A picture, as the content of a PNG file."""
-        self._send("picture", step, name, png)
+        self._send("image", step, name, png)
 
     def close(self, phase: str) -> None:
         """Send the last files and wait for all trackers together; ``phase`` is how the run ended."""
         self._send("files", self._folder, [path for path in self._at_end if path.exists()])
         deadline_s = time.monotonic() + (_PATIENCE_S if phase == "ended" else _SHORT_PATIENCE_S)
-        for courier in self._couriers:
-            courier.begin_close(phase)
-        for courier in self._couriers:
-            courier.end_close(deadline_s)
+        for sender in self._senders:
+            sender.begin_close(phase)
+        for sender in self._senders:
+            sender.end_close(deadline_s)
 
     def _send(self, method: str, *arguments: Any) -> None:
-        for courier in self._couriers:
-            courier.send(method, *arguments)
+        for sender in self._senders:
+            sender.send(method, *arguments)

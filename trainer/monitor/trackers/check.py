@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from settings.project import program
+from settings.project import program_path
 
 _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 
@@ -24,7 +24,7 @@ def refuse_unusable(trackers: Sequence[str]) -> None:
         if name in _PACKAGES and importlib.util.find_spec(name) is None:
             raise ValueError(
                 f"train.log.trackers has {name}, which is not installed; install it with: "
-                f"{program('python')} -m pip install {_PACKAGES[name]}"
+                f"{program_path('python')} -m pip install {_PACKAGES[name]}"
             )
     if "mlflow" in trackers and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ValueError(
@@ -33,7 +33,7 @@ def refuse_unusable(trackers: Sequence[str]) -> None:
         )
     if "wandb" in trackers and _needs_a_key() and not _has_a_key():
         raise ValueError(
-            f"train.log.trackers has wandb, and no key for it is here; log in once with `{program('wandb')} login`, "
+            f"train.log.trackers has wandb, without a key here; log in once with `{program_path('wandb')} login`, "
             "export WANDB_API_KEY=..., or export WANDB_MODE=offline and send the run later with `wandb sync`"
         )
 

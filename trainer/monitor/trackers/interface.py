@@ -1,6 +1,6 @@
-"""What a tracker is: a few methods, each called from the tracker's own thread (``courier.py``), one at a time.
+"""What a tracker is: a few methods, each called from the tracker's own thread (``sender.py``), one at a time.
 
-    metrics.py --reports--> all.py --a queue each--> courier.py --> to_tensorboard.py, to_wandb.py, to_mlflow.py
+    metrics.py --reports--> all.py --a queue each--> sender.py --> to_tensorboard.py, to_wandb.py, to_mlflow.py
 
 Names of figures and pictures are those of ``metrics.jsonl``, the same for all. A report that did not arrive is lost for
 the tracker only: the run folder has everything.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from data.files import write_atomically
-from settings import flat
+from settings import flatten
 
 IDS = "trackers.json"
 """In a run folder: which run of a tracker is this one's, so that a resume goes on in the same."""
@@ -51,7 +51,7 @@ class Opening:
     @property
     def flat_config(self) -> dict[str, Any]:
         """The config by ``block.field``; lists are kept."""
-        return flat(self.config)
+        return flatten(self.config)
 
     def kept_id(self, tracker: str) -> str | None:
         """The tracker's own id of this run from an earlier start, if the run goes on from one."""
@@ -78,13 +78,13 @@ class Tracker(Protocol):
     def open(self, opening: Opening) -> None:
         """Begin, or go on with the run of an earlier start."""
 
-    def figures(self, step: int, at_s: float, figures: dict[str, float]) -> None:
+    def scalars(self, step: int, at_s: float, scalars: dict[str, float]) -> None:
         """Finite figures after ``step`` steps, of the time ``at_s`` in seconds since 1970."""
 
     def text(self, step: int, name: str, text: str) -> None:
         """A sentence."""
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
+    def image(self, step: int, name: str, png: bytes) -> None:
         """A picture, as the content of a PNG file."""
 
     def files(self, folder: Path, paths: Sequence[Path]) -> None:

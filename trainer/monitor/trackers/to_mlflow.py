@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-# Of the library: a request that is not answered is tried again by the courier, which counts; no reports to its makers,
+# Of the library: a request that is not answered is tried again by the sender, which counts; no reports to its makers,
 # and no lines of its own, because the log has the address.
 for _name, _value in (
     ("MLFLOW_HTTP_REQUEST_TIMEOUT", "20"),
@@ -58,8 +58,8 @@ class ToMLflow:
             address = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
             logger_of_run().info(f"tracker mlflow: {address}/#/experiments/{experiment}/runs/{self._id}")
 
-    def figures(self, step: int, at_s: float, figures: dict[str, float]) -> None:
-        metrics = [Metric(name, value, int(1000 * at_s), step) for name, value in figures.items()]
+    def scalars(self, step: int, at_s: float, scalars: dict[str, float]) -> None:
+        metrics = [Metric(name, value, int(1000 * at_s), step) for name, value in scalars.items()]
         with _reached():
             for part in _parts(metrics):
                 self._client.log_batch(self._id, metrics=part)
@@ -68,7 +68,7 @@ class ToMLflow:
         with _reached():
             self._client.log_text(self._id, text, f"{name}/step-{step:08d}.txt")
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
+    def image(self, step: int, name: str, png: bytes) -> None:
         from PIL import Image
 
         with _reached():

@@ -22,14 +22,14 @@ class ToTensorBoard:
         """Events of steps after ``resumed_at``, of a run that was killed, are hidden."""
         self._writer = SummaryWriter(str(opening.folder / FOLDER), purge_step=(opening.resumed_at or 0) + 1)
 
-    def figures(self, step: int, at_s: float, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
+    def scalars(self, step: int, at_s: float, scalars: dict[str, float]) -> None:
+        for name, value in scalars.items():
             self._writer.add_scalar(name, value, step, at_s)
 
     def text(self, step: int, name: str, text: str) -> None:
         self._writer.add_text(name, text, step)
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
+    def image(self, step: int, name: str, png: bytes) -> None:
         import numpy as np
         from PIL import Image
 

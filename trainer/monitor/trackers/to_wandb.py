@@ -45,13 +45,13 @@ class ToWandb:
             logger_of_run().info(f"tracker wandb: {self._run.url}")
         self._run.define_metric("*", step_metric="step")
 
-    def figures(self, step: int, at_s: float, figures: dict[str, float]) -> None:
-        self._run.log({"step": step, "_timestamp": at_s, **figures})
+    def scalars(self, step: int, at_s: float, scalars: dict[str, float]) -> None:
+        self._run.log({"step": step, "_timestamp": at_s, **scalars})
 
     def text(self, step: int, name: str, text: str) -> None:
         self._run.log({"step": step, name: text})
 
-    def picture(self, step: int, name: str, png: bytes) -> None:
+    def image(self, step: int, name: str, png: bytes) -> None:
         from PIL import Image
 
         self._run.log({"step": step, name: wandb.Image(Image.open(io.BytesIO(png)))})

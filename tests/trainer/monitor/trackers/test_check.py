@@ -35,7 +35,7 @@ def test_a_library_that_is_missing_is_told_with_its_command(
 def test_wandb_needs_a_key_unless_it_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     wandb.teardown()  # the library keeps what it has read of the environment
-    with pytest.raises(ValueError, match=r"no key for it is here; log in once with `.*wandb login`, export WANDB"):
+    with pytest.raises(ValueError, match=r"without a key here; log in once with `.*wandb login`, export WANDB"):
         refuse_unusable(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     refuse_unusable(["wandb"])

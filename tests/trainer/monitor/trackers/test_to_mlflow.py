@@ -20,7 +20,7 @@ from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.trackers import all as trackers
-from trainer.monitor.trackers import courier
+from trainer.monitor.trackers import sender
 from trainer.run_folder import RunFolder
 
 
@@ -110,23 +110,23 @@ def test_a_server_that_is_killed_and_comes_back_has_every_figure(
     """As long as they find room in the queue."""
     from mlflow import MlflowClient
 
-    monkeypatch.setattr(courier, "_FIRST_PAUSE_S", 0.05)
-    monkeypatch.setattr(courier, "_LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr(sender, "_FIRST_PAUSE_S", 0.05)
+    monkeypatch.setattr(sender, "_LONGEST_PAUSE_S", 0.2)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
     folder, said = RunFolder(to_mlflow["train"]["run_dir"], 0), list[str]()
     folder.create(configure(), write_config(to_mlflow))
     made = Metrics(configure(), folder, world, None, 1e12)
     assert made._trackers is not None
-    made._trackers._couriers[1].tell = said.append
-    made.log_figures(1, {"train/loss": 5.0})
+    made._trackers._senders[1].tell = said.append
+    made.log_scalars(1, {"train/loss": 5.0})
     client = MlflowClient()
     own = _soon(lambda: json.loads((folder.path / "trackers.json").read_text())["mlflow"])
     _soon(lambda: client.get_run(own).data.metrics["train/loss"])
     server.kill()
     began_s = time.monotonic()
     for step in range(2, 30):
-        made.log_figures(step, {"train/loss": 5.0 / step})
+        made.log_scalars(step, {"train/loss": 5.0 / step})
     assert time.monotonic() - began_s < 10  # one that waited would never come back: the server stays away until then
     _soon(lambda: said[0])
     server.start()

@@ -114,7 +114,7 @@ def test_a_server_that_cannot_be_reached_leaves_the_run_offline(
         wandb.teardown()
         tracker = to_wandb.ToWandb()
         tracker.open(Opening(tmp_path, "hops", {"seed": 1}, None, None))
-        tracker.figures(3, 1e9, {"train/loss": 2.0})
+        tracker.scalars(3, 1e9, {"train/loss": 2.0})
         tracker.close("stopped")
     said = [record.message for record in caplog.records if record.name == logger_of_run().name]
     (told,) = {message for message in said if message.startswith("tracker wandb: ")}

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from trainer.monitor.trackers import courier as module
-from trainer.monitor.trackers.courier import Courier
+from trainer.monitor.trackers import sender as module
 from trainer.monitor.trackers.interface import UnreachableError
+from trainer.monitor.trackers.sender import TrackerSender
 
 
 class Fake:
@@ -31,40 +31,40 @@ class Fake:
         return take
 
 
-def _close(courier: Courier, within_s: float = 5.0) -> float:
+def _close(sender: TrackerSender, within_s: float = 5.0) -> float:
     """Seconds that closing has waited."""
     began_s = time.monotonic()
-    courier.begin_close("ended")
-    courier.end_close(began_s + within_s)
+    sender.begin_close("ended")
+    sender.end_close(began_s + within_s)
     return time.monotonic() - began_s
 
 
 def test_reports_arrive_in_their_order_and_the_end_waits_for_them() -> None:
     said: list[str] = []
     tracker = Fake(lambda method: time.sleep(0.02))
-    courier = Courier(tracker, said.append)
-    courier.send("open", "a run")
+    sender = TrackerSender(tracker, said.append)
+    sender.send("open", "a run")
     for step in range(5):
-        courier.send("figures", step, {"train/loss": 1.0})
-    _close(courier)
-    assert [taken[0] for taken in tracker.taken] == ["open", *["figures"] * 5, "close"]
+        sender.send("scalars", step, {"train/loss": 1.0})
+    _close(sender)
+    assert [taken[0] for taken in tracker.taken] == ["open", *["scalars"] * 5, "close"]
     assert [taken[1] for taken in tracker.taken[1:6]] == [0, 1, 2, 3, 4] and tracker.taken[-1] == ("close", "ended")
-    assert said == [] and courier.lost == 0
+    assert said == [] and sender.lost == 0
 
 
 def test_one_that_accepts_and_never_answers_neither_slows_nor_holds_up_the_run() -> None:
     said: list[str] = []
     never = threading.Event()
-    courier = Courier(Fake(lambda method: never.wait()), said.append, room=10)  # type: ignore[arg-type, return-value]
+    sender = TrackerSender(Fake(lambda method: never.wait()), said.append, room=10)  # type: ignore[arg-type, return-value]
     began_s = time.monotonic()
     for step in range(1000):
-        courier.send("figures", step, {"train/loss": 1.0})
+        sender.send("scalars", step, {"train/loss": 1.0})
     assert time.monotonic() - began_s < 10  # one that waited would never come back
-    assert 0.2 < _close(courier, within_s=0.3) < 10
+    assert 0.2 < _close(sender, within_s=0.3) < 10
     full, end = said
     assert full.startswith("tracker fake takes no reports: 10 wait, and further ones are dropped; the run goes on")
     assert end.startswith("1,001 reports did not reach tracker fake; metrics.jsonl")  # the last is that it has ended
-    assert courier._thread.daemon
+    assert sender._thread.daemon
     never.set()
 
 
@@ -79,15 +79,15 @@ def test_one_that_comes_back_gets_what_has_waited(monkeypatch: pytest.MonkeyPatc
             raise UnreachableError("http://somewhere:5000")
 
     tracker = Fake(before)
-    courier = Courier(tracker, said.append)
+    sender = TrackerSender(tracker, said.append)
     for step in range(3):
-        courier.send("figures", step)
+        sender.send("scalars", step)
     time.sleep(0.1)
     away.clear()
-    while len(tracker.taken) < 3 or courier._failing:
+    while len(tracker.taken) < 3 or sender._failing:
         time.sleep(0.01)
-    _close(courier)
-    assert [taken[1] for taken in tracker.taken[:3]] == [0, 1, 2] and courier.lost == 0
+    _close(sender)
+    assert [taken[1] for taken in tracker.taken[:3]] == [0, 1, 2] and sender.lost == 0
     assert said == [
         "tracker fake does not answer (http://somewhere:5000); reports wait for it, and the run goes on",
         "tracker fake answers again",
@@ -100,10 +100,10 @@ def test_the_end_does_not_wait_for_one_that_is_gone() -> None:
     def before(method: str) -> None:
         raise UnreachableError("http://somewhere:5000")
 
-    courier = Courier(Fake(before), said.append)
+    sender = TrackerSender(Fake(before), said.append)
     for step in range(50):
-        courier.send("figures", step)
-    assert _close(courier, within_s=60) < 5
+        sender.send("scalars", step)
+    assert _close(sender, within_s=60) < 5
     assert said[1].startswith("51 reports did not reach tracker fake;") and len(said) == 2
 
 
@@ -111,15 +111,15 @@ def test_a_report_that_is_refused_is_lost_alone() -> None:
     said: list[str] = []
 
     def before(method: str) -> None:
-        if method == "picture":
+        if method == "image":
             raise ValueError("no such colour\nand more")
 
     tracker = Fake(before)
-    courier = Courier(tracker, said.append)
-    for method in ("open", "picture", "picture", "figures"):
-        courier.send(method)
-    _close(courier)
-    assert [taken[0] for taken in tracker.taken] == ["open", "figures", "close"]
+    sender = TrackerSender(tracker, said.append)
+    for method in ("open", "image", "image", "scalars"):
+        sender.send(method)
+    _close(sender)
+    assert [taken[0] for taken in tracker.taken] == ["open", "scalars", "close"]
     assert said[0] == "tracker fake did not take picture (ValueError: no such colour); the run goes on"
     assert [line for line in said if "did not" in line][1:] == [
         "2 reports did not reach tracker fake; metrics.jsonl and the run folder have them all"
@@ -134,10 +134,10 @@ def test_one_that_cannot_be_opened_is_left_alone() -> None:
         asked.append(method)
         raise PermissionError("401: wrong key")
 
-    courier = Courier(Fake(before), said.append)
-    for method in ("open", "files", "figures"):
-        courier.send(method)
-    assert _close(courier, within_s=60) < 5
+    sender = TrackerSender(Fake(before), said.append)
+    for method in ("open", "files", "scalars"):
+        sender.send(method)
+    assert _close(sender, within_s=60) < 5
     assert asked == ["open"]
     assert said[0] == "tracker fake cannot be used (PermissionError: 401: wrong key); the run goes on"
     assert said[1].startswith("4 reports did not reach tracker fake;")

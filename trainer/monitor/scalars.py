@@ -12,7 +12,7 @@ from trainer.config import StageConfig
 from trainer.tally import StepResult
 
 
-def loss_figures(results: Sequence[StepResult]) -> dict[str, float]:
+def loss_scalars(results: Sequence[StepResult]) -> dict[str, float]:
     """Losses and the gradient's norm, of the steps whose update was applied."""
     good = [r for r in results if r.applied]
     targets = sum(r.tally.targets for r in good)
@@ -25,7 +25,7 @@ def loss_figures(results: Sequence[StepResult]) -> dict[str, float]:
     }
 
 
-def speed_figures(
+def speed_scalars(
     config: StageConfig, results: Sequence[StepResult], elapsed_s: float, waited_s: float
 ) -> dict[str, float]:
     """FLOPs a token, executed and of the same tokens without routers; speed of all ranks."""
@@ -41,7 +41,7 @@ def speed_figures(
     }
 
 
-def imbalance_figures(config: StageConfig, result: StepResult, ranks: int) -> dict[str, float]:
+def imbalance_scalars(config: StageConfig, result: StepResult, ranks: int) -> dict[str, float]:
     """How much more the busiest rank did in a step than the mean of all: 1 where they did the same."""
     largest, routed, model = result.largest, result.tally.routed, config.model
     if largest is None:
@@ -55,7 +55,7 @@ def imbalance_figures(config: StageConfig, result: StepResult, ranks: int) -> di
     return found | {f"speed/imbalance/{s}": most * ranks / total if total else math.nan for s, most, total in counts}
 
 
-def density_figures(
+def density_scalars(
     sites: Sequence[str], results: Sequence[StepResult], budget: Budget, progress: Progress
 ) -> dict[str, float]:
     """Densities by site, the budget's target, prices and penalty."""
@@ -72,7 +72,7 @@ def density_figures(
     }
 
 
-def source_figures(sources: Sequence[str], results: Sequence[StepResult]) -> dict[str, float]:
+def source_scalars(sources: Sequence[str], results: Sequence[StepResult]) -> dict[str, float]:
     """Loss on each source, and its share of the targets."""
     tallies = [r.tally for r in results if r.applied]
     targets = sum(t.targets for t in tallies)
@@ -84,7 +84,7 @@ def source_figures(sources: Sequence[str], results: Sequence[StepResult]) -> dic
     return found
 
 
-def vote_figures(layers: Sequence[str], results: Sequence[StepResult]) -> dict[str, float]:
+def vote_scalars(layers: Sequence[str], results: Sequence[StepResult]) -> dict[str, float]:
     """What the ensemble's router gives each late layer, and its distillation."""
     tallies = [r.tally for r in results if r.applied]
     targets = sum(t.targets for t in tallies)

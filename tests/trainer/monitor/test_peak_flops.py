@@ -1,4 +1,4 @@
-"""The yardstick of MFU: products as layers make them, the best of them, and quick about it."""
+"""The peak that MFU is a share of: products as layers make them, the best of them, and quick about it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch.nn import functional
 
 from trainer.distributed import ALONE, World
-from trainer.monitor import yardstick as yardstick_module
-from trainer.monitor.yardstick import _PRODUCTS, DTYPES, Product, Yardstick, measure_peak
+from trainer.monitor import peak_flops
+from trainer.monitor.peak_flops import _PRODUCTS, DTYPES, PeakFlops, Product, measure_peak
 
 CPU = torch.device("cpu")
 
@@ -31,15 +31,15 @@ def test_it_takes_the_best_and_is_quick(precision: str) -> None:
     torch.manual_seed(3)
     untouched = torch.get_rng_state()
     begun_s = time.process_time()
-    yardstick = Yardstick(CPU, DTYPES[precision])
+    fastest = PeakFlops(CPU, DTYPES[precision])
     assert time.process_time() - begun_s < 0.6 * torch.get_num_threads()
     assert torch.equal(torch.get_rng_state(), untouched)
-    rates = {product: product.flops / seconds for product, seconds in yardstick.seconds.items()}
+    rates = {product: product.flops / seconds for product, seconds in fastest.seconds.items()}
     assert {name for name, _ in rates} == {"y", "dx", "dw"}
-    assert yardstick.flops_per_s == max(rates.values()) > yardstick.layer_flops_per_s > 0
-    before = yardstick.flops_per_s
-    yardstick()
-    assert yardstick.flops_per_s >= before
+    assert fastest.flops_per_s == max(rates.values()) > fastest.layer_flops_per_s > 0
+    before = fastest.flops_per_s
+    fastest()
+    assert fastest.flops_per_s >= before
 
 
 def test_what_is_far_slower_is_not_tried_at_larger_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,11 +50,11 @@ def test_what_is_far_slower_is_not_tried_at_larger_sizes(monkeypatch: pytest.Mon
         return torch.mm(left, right)
 
     monkeypatch.setitem(_PRODUCTS, "dx", slow)
-    monkeypatch.setattr(yardstick_module, "_SURVEY_S", 1.0)  # on a busy machine a quarter may not be enough
-    yardstick = Yardstick(CPU, torch.float32)
-    assert [size for name, size in yardstick.seconds if name == "dx"] == [256]
-    assert max(size for name, size in yardstick.seconds if name == "y") > 256
-    assert yardstick.layer_flops_per_s < yardstick.flops_per_s / 2
+    monkeypatch.setattr(peak_flops, "_SURVEY_S", 1.0)  # on a busy machine a quarter may not be enough
+    fastest = PeakFlops(CPU, torch.float32)
+    assert [size for name, size in fastest.seconds if name == "dx"] == [256]
+    assert max(size for name, size in fastest.seconds if name == "y") > 256
+    assert fastest.layer_flops_per_s < fastest.flops_per_s / 2
 
 
 def test_a_first_call_that_loads_libraries_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,8 +68,8 @@ def test_a_first_call_that_loads_libraries_is_not_counted(monkeypatch: pytest.Mo
         return torch.mm(left, right)
 
     monkeypatch.setitem(_PRODUCTS, "y", product)
-    monkeypatch.setattr(yardstick_module, "_SURVEY_S", 1.0)
-    assert max(size for name, size in Yardstick(CPU, torch.float32).seconds if name == "y") > 256
+    monkeypatch.setattr(peak_flops, "_SURVEY_S", 1.0)
+    assert max(size for name, size in PeakFlops(CPU, torch.float32).seconds if name == "y") > 256
 
 
 def test_the_peak_is_the_mean_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,5 +78,5 @@ def test_the_peak_is_the_mean_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> N
             return [value, 3 * value]
 
     assert 1e8 < measure_peak(ALONE, "fp32") < 1e16
-    monkeypatch.setattr(yardstick_module, "Yardstick", lambda device, dtype: SimpleNamespace(flops_per_s=2.0))
+    monkeypatch.setattr(peak_flops, "PeakFlops", lambda device, dtype: SimpleNamespace(flops_per_s=2.0))
     assert measure_peak(Two(0, 2, 0, 2, CPU), "fp32") == 4.0

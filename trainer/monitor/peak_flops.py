@@ -1,4 +1,4 @@
-"""The yardstick of MFU: the fastest matrix product that a device is seen to make in a dtype.
+"""The peak that MFU is a share of: the fastest matrix product that a device is seen to make in a dtype.
 
 A linear layer makes three products, and each has its own memory layout, which a library may be good or bad at:
 
@@ -6,7 +6,7 @@ A linear layer makes three products, and each has its own memory layout, which a
 
 On a CPU without bf16 instructions they are up to twenty times apart. All three are tried at several sizes, small ones
 first; what is far slower than the fastest, or would take too long, is not tried at the larger ones. Training and
-benchmarks use the same yardstick; a layer consists of these products and more, so that it cannot be faster.
+benchmarks use the same peak; a layer consists of these products and more, so that it cannot be faster.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Product(NamedTuple):
         return 2.0 * self.size**3
 
 
-class Yardstick:
+class PeakFlops:
     """Measures on construction, for about a quarter of a second, and the fastest products again at every call.
 
     Args:
@@ -122,8 +122,8 @@ class Yardstick:
 
 
 def measure_peak(world: World, precision: str) -> float:
-    """FLOP/s of one device by the yardstick, the mean over ranks measuring at once; collective."""
-    own = Yardstick(world.device, DTYPES[precision]).flops_per_s
+    """FLOP/s of one device so measured, the mean over ranks measuring at once; collective."""
+    own = PeakFlops(world.device, DTYPES[precision]).flops_per_s
     return sum(world.all_gather_objects(own)) / world.size
 
 

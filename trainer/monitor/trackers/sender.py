@@ -29,11 +29,11 @@ class _Report(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class Courier:
+class TrackerSender:
     """Hands reports to ``tracker``, in their order.
 
     Args:
-        tracker: whose methods are called, from the courier's thread alone.
+        tracker: whose methods are called, from the sender's thread alone.
         tell: takes a sentence for the user.
         room: reports that may wait.
 
