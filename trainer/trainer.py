@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from data.batches import Batch
-from data.skip_ranges import refuse_other_past, sample_ids
-from data.stages import stage_after
+from data.skip_ranges import refuse_other_past
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
@@ -32,8 +31,8 @@ from trainer.monitor.metrics import Metrics
 from trainer.monitor.out_of_memory import is_out_of_memory, out_of_memory
 from trainer.monitor.peak_flops import measure_peak
 from trainer.monitor.profiler import StepProfiler
-from trainer.monitor.spikes import SpikeDetector, how_to_go_back
-from trainer.monitor.stop import StopRequest, bad_step, is_lost_rank, too_many_bad_steps
+from trainer.monitor.step_checks import StepChecks
+from trainer.monitor.stop import StopRequest, is_lost_rank
 from trainer.monitor.watchdog import Watchdog
 from trainer.precision import resolve_precision, slow_bf16_warning
 from trainer.run_folder import RunFolder
@@ -122,7 +121,7 @@ class Trainer:
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
-        self.spikes = SpikeDetector(config.train.spike)
+        self.checks = StepChecks(config, self.run.path)
         metrics_state, origin_told = self._restore(source, given)
         problem = self.run.claim(config, config_path, self._hold) if world.is_main else None
         if problem := world.broadcast_object(problem):
@@ -147,7 +146,6 @@ class Trainer:
         profile = config.train.profile
         self._profiler = None if profile is None else StepProfiler(profile, self.run.path, world.rank, world.device)
         self.evaluations: dict[int, list[Evaluation]] = {}  # with pictures of windows, so not all of a long run
-        self._bad_in_a_row = 0
         self.watchdog.start()
 
     def _restore(self, source: Path | None, given: Initial | None) -> tuple[dict[str, Any] | None, str | None]:
@@ -270,28 +268,23 @@ class Trainer:
         return self.config.train.optimizer.lr * ratio
 
     def end_step(self, result: StepResult, lr: float, waited_s: float) -> None:
-        """Count the step, log it, and stop the run if too many in a row went bad.
+        """Count the step, log it, and end the run where its checks say so.
 
         Raises:
             ValueError: after ``train.max_bad_steps`` bad steps in a row, or of a spike if it is to stop the run.
         """
         self.step += 1
         self.samples += self.config.train.global_batch_samples
-        self._look_for_border()
+        stage = self.checks.stage_begun(self.samples)
+        if stage is not None:
+            self.metrics.mark_stage(self.step, stage)
         self.metrics.log_step(self.step, self.samples, result, lr, self.budget, waited_s)
-        # In fp16 a gradient that overflows where every loss was finite only lowers the loss scale.
-        if result.applied or (self.config.train.precision == "fp16" and not result.bad_ranks):
-            self._bad_in_a_row = 0
-            if result.applied:
-                self._look_for_spike(result)
-            return
-        self._bad_in_a_row += 1
-        consumed = self.samples - self.config.train.global_batch_samples
-        samples = sample_ids(consumed, self.samples, self.config.data.skip_ranges)
-        self.log.warning(bad_step(self.step, samples, result.bad_ranks))
-        if self._bad_in_a_row >= self.config.train.max_bad_steps:
+        verdict = self.checks.judge(self.step, self.samples, result)
+        if verdict.warning:
+            self.log.warning(verdict.warning)
+        if verdict.error:
             self._finish_saving()
-            raise ValueError(too_many_bad_steps(self._bad_in_a_row, self.step, self.run.checkpoints))
+            raise ValueError(verdict.error)
 
     def save(self, wait: bool) -> None:
         """Write a checkpoint, then remove those that are no longer kept.
@@ -309,7 +302,7 @@ class Trainer:
         set_schedules(self.engine, self.budget, self.config.train.progress(self.step))
         if self.engine.module.thresholds is not None:
             state["thresholds"] = self.engine.module.thresholds
-        state["spikes"], state["metrics"] = self.spikes.state_dict(), self.metrics.state_dict()
+        state["spikes"], state["metrics"] = self.checks.state_dict(), self.metrics.state_dict()
         ranges = [list(r) for r in self.config.data.skip_ranges]
         state["data"] = {"fingerprint": self.fingerprint, "skip_ranges": ranges}
         if self.balance.layers:
@@ -365,41 +358,10 @@ class Trainer:
         self.engine.module.thresholds = state.get("thresholds")
         if self.balance.layers:
             self.balance.load_state_dict(state["balance"])
-        self.spikes.load_state_dict(state["spikes"])
+        self.checks.load_state_dict(state["spikes"])
         data = state["data"]
         if data["fingerprint"] == self.fingerprint:
             refuse_other_past(data["skip_ranges"], self.config.data.skip_ranges, self.samples)
-
-    def _look_for_border(self) -> None:
-        """Mark the step that first took samples of another stage of the mixture, where other losses are no spike."""
-        mixture, ranges = self.config.data.mixture(), self.config.data.skip_ranges
-        consumed_before = self.samples - self.config.train.global_batch_samples
-        before, now = (stage_after(mixture, consumed, ranges) for consumed in (consumed_before, self.samples))
-        if now > before:
-            self.spikes.forget()
-            self.metrics.mark_stage(self.step, now)
-
-    def _look_for_spike(self, result: StepResult) -> None:
-        """Report when a spike begins and ends, with the way back; end the run if it is to.
-
-        Raises:
-            ValueError: to end the run; on every rank, because every rank sees the same figures.
-        """
-        train, ranges = self.config.train, self.config.data.skip_ranges
-        before = self.samples - train.global_batch_samples
-        spike = self.spikes.observe(self.step, before, self.samples, result.tally.loss, result.grad_norm)
-        if spike is None:
-            return
-        stop = train.spike.action == "stop" and spike.end is None and spike.steps >= train.max_bad_steps
-        if not (stop or spike.is_news):
-            return
-        if stop:
-            self._finish_saving()
-        first, last = sample_ids(spike.consumed_before, spike.consumed, ranges)
-        sentence = f"{spike}; its samples are {first} to {last}; {how_to_go_back(self.run.path, spike, ranges)}"
-        if stop:
-            raise ValueError(f"{sentence}; the run was ended by train.spike.action stop")
-        self.log.warning(sentence)
 
 
 def _drawn(checkpoint: Path | None, given: Initial | None) -> Callable[[str], bool]:

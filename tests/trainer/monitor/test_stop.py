@@ -9,7 +9,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 
@@ -19,6 +18,7 @@ from trainer.checkpoints import manifest
 from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.exit_status import EXIT_MISTAKE
+from trainer.monitor.step_checks import StepChecks
 from trainer.monitor.stop import StopRequest, bad_step, too_many_bad_steps
 from trainer.tally import StepResult, Tally
 from trainer.trainer import Trainer
@@ -106,18 +106,13 @@ def test_good_steps_in_between_start_the_count_again(
 @pytest.mark.parametrize(("bad_ranks", "ends"), [([], False), ([(0, [1])], True)])
 def test_in_fp16_only_a_bad_loss_counts(configure: Callable[..., PretrainConfig], bad_ranks: Any, ends: bool) -> None:
     """A gradient that overflows there is how the loss scale is found."""
-    trainer = object.__new__(Trainer)
-    trainer.config = configure("train.precision=fp16", "train.max_bad_steps=2")
-    trainer.step, trainer.samples, trainer._bad_in_a_row = 0, 0, 0
-    trainer.metrics = trainer.log = trainer.run = trainer.budget = trainer.saver = MagicMock()
+    checks = StepChecks(configure("train.precision=fp16", "train.max_bad_steps=2"), Path("run"))
     tally = Tally(1.0, 0.0, 1, 0, Routed(1, 1, [], []), 0, [])
     result = StepResult(tally, 0.0, None, False, bad_ranks)
-    trainer.end_step(result, 0.1, 0.0)
-    if not ends:
-        trainer.end_step(result, 0.1, 0.0)
-        return
-    with pytest.raises(ValueError, match="2 steps in a row up to step 2"):
-        trainer.end_step(result, 0.1, 0.0)
+    size = checks._config.train.global_batch_samples
+    first, second = checks.judge(1, size, result), checks.judge(2, 2 * size, result)
+    assert first.error is None and bool(first.warning) == ends
+    assert ("2 steps in a row up to step 2" in str(second.error)) == ends
 
 
 def test_ctrl_c_is_answered_at_once_and_the_second_ends(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,99 @@
+"""What is looked at after every step: whether it went bad, whether it is part of a spike, whether a stage begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data.skip_ranges import sample_ids
+from data.stages import stage_after
+from trainer.checkpoints.layout import checkpoints_of
+from trainer.config import StageConfig
+from trainer.monitor.spikes import SpikeDetector, how_to_go_back
+from trainer.monitor.stop import bad_step, too_many_bad_steps
+from trainer.tally import StepResult
+
+
+class Verdict(NamedTuple):
+    """What is to be said after a step, if anything.
+
+    Attributes:
+        warning: for the log.
+        error: ends the run.
+    """
+
+    warning: str | None = None
+    error: str | None = None
+
+
+class StepChecks:
+    """Judges one step after the other, by figures that are the same on every rank; its state is part of a checkpoint.
+
+    Args:
+        config: the run's.
+        run: its folder, which the advice names.
+    """
+
+    def __init__(self, config: StageConfig, run: Path):
+        self._config, self._run = config, run
+        self._spikes = SpikeDetector(config.train.spike)
+        self._bad_in_a_row = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """What an exact resume needs; bad steps are counted anew after one."""
+        return self._spikes.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state_dict` returned."""
+        self._spikes.load_state_dict(state)
+
+    def stage_begun(self, samples: int) -> int | None:
+        """Number of the stage that the step first took samples of, if any; other losses are no spike from there on.
+
+        Args:
+            samples: consumed, this step's included.
+        """
+        mixture, ranges = self._config.data.mixture(), self._config.data.skip_ranges
+        before, now = (stage_after(mixture, consumed, ranges) for consumed in (self._before(samples), samples))
+        if now <= before:
+            return None
+        self._spikes.forget()
+        return now
+
+    def judge(self, step: int, samples: int, result: StepResult) -> Verdict:
+        """Take in a step.
+
+        Args:
+            step: its number; the first is 1.
+            samples: consumed, this step's included.
+            result: of all ranks.
+        """
+        # In fp16 a gradient that overflows where every loss was finite only lowers the loss scale.
+        if result.applied or (self._config.train.precision == "fp16" and not result.bad_ranks):
+            self._bad_in_a_row = 0
+            return self._judge_spike(step, samples, result) if result.applied else Verdict()
+        self._bad_in_a_row += 1
+        taken = sample_ids(self._before(samples), samples, self._config.data.skip_ranges)
+        warning = bad_step(step, taken, result.bad_ranks)
+        if self._bad_in_a_row < self._config.train.max_bad_steps:
+            return Verdict(warning)
+        return Verdict(warning, too_many_bad_steps(self._bad_in_a_row, step, checkpoints_of(self._run)))
+
+    def _judge_spike(self, step: int, samples: int, result: StepResult) -> Verdict:
+        """When a spike begins or ends, with the way back; an error where it is to end the run."""
+        train, ranges = self._config.train, self._config.data.skip_ranges
+        spike = self._spikes.observe(step, self._before(samples), samples, result.tally.loss, result.grad_norm)
+        if spike is None:
+            return Verdict()
+        ends = train.spike.action == "stop" and spike.end is None and spike.steps >= train.max_bad_steps
+        if not (ends or spike.is_news):
+            return Verdict()
+        first, last = sample_ids(spike.consumed_before, spike.consumed, ranges)
+        sentence = f"{spike}; its samples are {first} to {last}; {how_to_go_back(self._run, spike, ranges)}"
+        if ends:
+            return Verdict(error=f"{sentence}; the run was ended by train.spike.action stop")
+        return Verdict(sentence)
+
+    def _before(self, samples: int) -> int:
+        """Samples consumed before the step."""
+        return samples - self._config.train.global_batch_samples
