@@ -90,14 +90,14 @@ class LateLayers(nn.Module):
     def open(self, progress: Progress) -> None:
         """Let the other layers vote as far as they do at a step: at step 0 not at all, from ``open_by`` on freely."""
         until = self.config.open_by * progress.steps
-        closed = _ALL_WEIGHT - _first_logit(self.config.layers, self.config.final_weight)
-        self.router.closed = closed * (1 - progress.step / until) if progress.step < until else 0.0
+        full = _ALL_WEIGHT - _first_logit(self.config.layers, self.config.final_weight)
+        self.router.closing_bias = full * (1 - progress.step / until) if progress.step < until else 0.0
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def fold_closing_bias(self) -> None:
         """Keep the weights of the layers as they are now, whatever the step: for a model that trains no more."""
-        self.router.bias[-1] += self.router.closed * self.config.temperature
-        self.router.closed = 0.0
+        self.router.bias[-1] += self.router.closing_bias * self.config.temperature
+        self.router.closing_bias = 0.0
 
     def forward(self, states: Sequence[Tensor], final_norm: nn.Module) -> Vote:
         """k residual streams [..., D], the final layer's last -> the vote."""
@@ -120,14 +120,14 @@ class LayerRouter(nn.Module):
         bias = torch.zeros(config.layers)
         bias[-1] = _first_logit(config.layers, config.final_weight) * config.temperature
         self.bias = nn.Parameter(bias)
-        self.closed = 0.0
+        self.closing_bias = 0.0
         """What is added to the final layer's logit."""
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., k], adding up to 1; zero outside the ``top`` largest."""
         logits = F.linear(h, self.weight.to(h.dtype), self.bias.to(h.dtype)).float() / self.temperature
-        if self.closed:
-            logits = torch.cat((logits[..., :-1], logits[..., -1:] + self.closed), dim=-1)
+        if self.closing_bias:
+            logits = torch.cat((logits[..., :-1], logits[..., -1:] + self.closing_bias), dim=-1)
         if self.top is not None and self.top < logits.shape[-1]:
             chosen = logits.topk(self.top, dim=-1).indices  # by place: on a tie, values would let more in
             logits = torch.full_like(logits, -math.inf).scatter(-1, chosen, logits.gather(-1, chosen))

@@ -71,7 +71,7 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
     step = fill(loaded.decoder, loaded.source, loaded.config.deepspeed.zero_stage)
     if loaded.decoder.ensemble is not None and isinstance(loaded.config, TuneConfig):
         loaded.decoder.ensemble.open(loaded.config.train.progress(step))
-        loaded.decoder.ensemble.settle()
+        loaded.decoder.ensemble.fold_closing_bias()
     if merged and isinstance(loaded.config, TuneConfig):
         from tune.adapters import merge  # PEFT
 

@@ -85,8 +85,8 @@ def test_the_vote_opens(temperature: float, top: int | None) -> None:
         model.ensemble = late
         late.open(Progress(3, 20))
         half = model(tokens).logits
-        late.settle()
-        assert late.router.closed == 0.0
+        late.fold_closing_bias()
+        assert late.router.closing_bias == 0.0
         assert_close(model(tokens).logits, half, 1e-5)
 
 
