@@ -275,12 +275,7 @@ def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_byt
 def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:
     from tune.adapters import has_adapters
 
-    router = decoder.config.router
-    if router is not None and not router.causal:
-        raise ValueError(
-            f"{path} has router.kind expert_choice, which picks tokens by looking at later ones, so it cannot generate "
-            "and is not exported; export a causal kind: learned, random or stride, or a dense model"
-        )
+    decoder.config.require_causal(f"{path} cannot generate and is not exported")
     if separate and not has_adapters(decoder):
         raise ValueError(
             f"--adapters separate is for runs tuned with adapter.kind lora or dora, and {path} has no adapters; leave "

@@ -10,6 +10,7 @@ from typing import Any
 from data.config import SourceConfig
 from data.discovery import fingerprint
 from data.hub_cache import ensure_hub_cache
+from settings import one_line
 
 ROWS_AT_ONCE = 64
 
@@ -80,5 +81,6 @@ def _newest_revision(config: SourceConfig) -> str | None:
     try:
         return huggingface_hub.HfApi().dataset_info(config.hub).sha
     except Exception as error:  # network, name, permission: all mean that the dataset cannot be had
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"source '{config.name}': the Hub does not give dataset '{config.hub}': {reason}") from error
+        raise ValueError(
+            f"source '{config.name}': the Hub does not give dataset '{config.hub}': {one_line(error)}"
+        ) from error

@@ -19,7 +19,7 @@ from data.containers import csv_values, json_records, parquet_row_groups, parque
 from data.discovery import FORMATS, find_files, fingerprint, format_of
 from data.hub import HubDataset
 from data.token_files import Vocabulary, closed, documents_of_file, with_indexes
-from settings import shown
+from settings import one_line, shown
 
 
 class Cursor(NamedTuple):
@@ -186,8 +186,7 @@ class Source:
             yield
         except Exception as error:
             place = shown(self.files[number]) if self.files else f"Hub dataset {self.config.hub}"
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ValueError(f"source '{self.config.name}': cannot read {place}: {reason}") from error
+            raise ValueError(f"source '{self.config.name}': cannot read {place}: {one_line(error)}") from error
 
     def _values(self, number: int, field: str, first: int, end: int | None) -> Iterator[Any]:
         """The values of one file as they stand there, of whatever type."""

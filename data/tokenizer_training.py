@@ -19,6 +19,7 @@ import sentencepiece
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data.config import TokenizerConfig
+from settings import one_line
 
 UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 """Of every SentencePiece model that is trained here."""
@@ -75,7 +76,7 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[bytes]) -> byte
         )
     except RuntimeError as error:
         if not raised:
-            raise ValueError(_size_problem(config.vocab_size, " ".join(str(error).split()))) from None
+            raise ValueError(_size_problem(config.vocab_size, one_line(error))) from None
     if raised:
         raise raised[0]
     return model.getvalue()

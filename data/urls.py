@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from settings import did_you_mean
+from settings import did_you_mean, one_line
 from settings.project import ROOT, program_path
 
 if TYPE_CHECKING:
@@ -87,8 +87,8 @@ def with_retries(attempt: Callable[[], _T], attempts: int = ATTEMPTS, pause_s: f
 
 def reason(error: BaseException) -> str:
     """Why a place could not be reached, in a line."""
-    message = " ".join(str(error).split())[:300]
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+    kind, message = type(error).__name__, one_line(error)
+    return kind if message == kind else f"{kind}: {message}"
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -27,7 +27,7 @@ from evals.placement import Placement
 from model.config import ModelConfig
 from model.decoder import Decoder
 from trainer.distributed import ALONE, World
-from trainer.tasks.scorer import Window, require_causal
+from trainer.tasks.scorer import NO_LIKELIHOOD, Window
 
 if TYPE_CHECKING:
     from tune.load import Loaded
@@ -70,7 +70,7 @@ def open_model(path: Path, placement: Placement | None = None) -> Opened:
     model = loaded.decoder.config
     fix = "put the tokenizer there that the model was trained with"
     require_vocabulary(tokenizer, model.vocab_size, fix)
-    require_causal(model)
+    model.require_causal(NO_LIKELIHOOD)
     return Opened(loaded, tokenizer, placement.world)
 
 

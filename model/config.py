@@ -295,6 +295,21 @@ class ModelConfig(Strict):
         """Names of :attr:`routed_sites`: ``layer-03``, or ``attention-03`` and ``ffn-03`` for module routers."""
         return [site.name for site in self.routed_sites]
 
+    def require_causal(self, consequence: str) -> None:
+        """Refuse routers that look at later tokens.
+
+        Args:
+            consequence: what that means here, as half a sentence.
+
+        Raises:
+            ValueError: with ``consequence`` and the kinds that do not.
+        """
+        if self.router is not None and not self.router.causal:
+            raise ValueError(
+                f"router.kind {self.router.kind} picks tokens by looking at later ones, so {consequence}; use a causal "
+                "kind: learned, random or stride"
+            )
+
     def last_layers(self, count: int) -> list[str]:
         """Names of the last ``count`` layers: ``layer-03`` and so on."""
         return [Site("layer", layer).name for layer in range(self.layers - count, self.layers)]

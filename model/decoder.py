@@ -293,12 +293,7 @@ class Decoder(nn.Module):
         return thresholds.to(device)
 
     def _open_cache(self, cache: KVCache, length: int, documents: Tensor | None) -> Tensor | None:
-        router = self.config.router
-        if router is not None and not router.causal:
-            raise ValueError(
-                "router.kind expert_choice picks tokens by looking at later ones, so it cannot generate token by "
-                "token; use a causal kind: learned, random or stride"
-            )
+        self.config.require_causal("it cannot generate token by token")
         cache.reserve(length)
         if documents is None:
             if not cache.has_documents:

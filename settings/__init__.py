@@ -6,7 +6,7 @@ from settings.paths import PathText, path_argument, require_writable, shown
 from settings.strict import Strict
 from settings.suggestions import did_you_mean
 from settings.user_errors import rank_by_environment, ranks_by_environment, user_errors
-from settings.words import counted
+from settings.words import counted, one_line
 
 __all__ = [
     "PathText",
@@ -15,6 +15,7 @@ __all__ = [
     "did_you_mean",
     "flatten",
     "load",
+    "one_line",
     "parse_arguments",
     "path_argument",
     "peek",

@@ -32,7 +32,8 @@ EXIT_FAULT = 70
 _OURS = str(Path(__file__).resolve().parent.parent)
 _NOT_OURS = (f"{os.sep}site-packages{os.sep}", f"{os.sep}.venv{os.sep}")
 _RAISE = dis.opmap["RAISE_VARARGS"]
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+"""Of a disk that is full, over a quota, or read-only."""
 _BROKEN = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN)
 """Of a disk or a mount that fails, which is nobody's mistake, and which another start or machine may not meet."""
 _REPORT = (
@@ -94,7 +95,7 @@ def user_errors(mistake: int = 1) -> Iterator[None]:
 
 def is_users(error: BaseException) -> bool:
     """True for what a ``raise`` statement of ours raised, and for a file or disk that the system has refused."""
-    if isinstance(error, OSError) and (error.filename is not None or error.errno in _FULL):
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in NOT_WRITABLE):
         return True
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

@@ -1,4 +1,4 @@
-"""Numbers with their nouns and units, for sentences that people read."""
+"""Numbers with their nouns and units, and errors in a line, for sentences that people read."""
 
 from __future__ import annotations
 
@@ -22,3 +22,8 @@ def duration(seconds: float) -> str:
         return f"{minutes} min"
     hours = round(seconds / 3600)
     return f"{minutes // 60} h {minutes % 60} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """What ``error`` says, without line breaks, at most ``most`` characters; its type where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -69,11 +69,7 @@ def stage_two_model(model: ModelConfig, base: BaseConfig) -> ModelConfig:
     router = model.router
     if router is None:
         return model
-    if not router.causal:
-        raise ValueError(
-            "router.kind expert_choice picks tokens by looking at later ones, so a response would be seen before it is "
-            "predicted; tune a base with a causal kind: learned, random or stride, or a dense one"
-        )
+    model.require_causal("a response would be seen before it is predicted")
     budget: dict[str, Any] = {**router.budget.model_dump(), **base.ramp.model_dump()}
     if base.routers == "frozen":
         budget |= {"coefficient": 0.0, "controller": "fixed"}

@@ -24,7 +24,7 @@ from data.discovery import find_files, format_of
 from data.questions import ANSWER, contexts, continuations, read_questions
 from data.sources import Cursor, Source
 from data.tokenization import TextTokenizer
-from settings import did_you_mean
+from settings import did_you_mean, one_line
 from tune.config import ChatConfig, ExamplesConfig, ExampleSource
 
 
@@ -176,8 +176,7 @@ def _written_out(
                     yield place, entries, right
                 place = str(path)
         except UNREADABLE as error:
-            reason = " ".join(str(error).split())[:400] or type(error).__name__
-            raise ValueError(f"source '{source.name}': {place}: {reason}") from error
+            raise ValueError(f"source '{source.name}': {place}: {one_line(error, 400)}") from error
 
 
 def _responses(

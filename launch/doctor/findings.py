@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from settings import one_line
+
 Level = Literal["ok", "warning", "error"]
 _ORDER: tuple[Level, ...] = ("ok", "warning", "error")
 _HOSTS_TOLD = 4
@@ -44,7 +46,7 @@ def run(checks: dict[str, Check]) -> list[Finding]:
             found, _, remedy = " ".join(str(error).split()).partition("; ")
             findings.append(Finding(name, "error", found, remedy))
         except Exception as error:
-            what = f"the check itself failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+            what = f"the check itself failed ({type(error).__name__}: {one_line(error, 200)})"
             findings.append(Finding(name, "warning", what, "look into it by hand"))
     return findings
 

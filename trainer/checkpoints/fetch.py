@@ -8,22 +8,19 @@ the run folder, not of the mirror.
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data import urls
+from settings.user_errors import NOT_WRITABLE
 from trainer.checkpoints import manifest
 from trainer.checkpoints.bucket import Bucket, facts_of, unreachable
 from trainer.checkpoints.layout import partial_of
 from trainer.checkpoints.receipts import appears
 from trainer.checkpoints.retention import check_room, remove, unwritable
 from trainer.distributed import World
-
-_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-"""Errors that only the disk can have on which a file arrives; Python does not say of which file they are."""
 
 
 def mirrored_names(url: str, world: World) -> list[str]:
@@ -143,7 +140,7 @@ def _blamed(url: str, run: Path, error: Exception) -> str:
     """The sentence for a file that could not be copied: the disk's of ``run``, or the mirror's."""
     if isinstance(error, OSError):
         names = [os.path.abspath(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
-        if error.errno in _OF_WRITING or any(Path(name).is_relative_to(run.absolute()) for name in names):
+        if error.errno in NOT_WRITABLE or any(Path(name).is_relative_to(run.absolute()) for name in names):
             return unwritable(run, error)
     return unreachable(url, error)
 

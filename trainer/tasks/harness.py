@@ -28,7 +28,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from data.tokenization import TextTokenizer
-from settings import did_you_mean
+from settings import did_you_mean, one_line
 from trainer.distributed import ALONE, World
 from trainer.tasks.answers import Prompt, answer
 from trainer.tasks.files import Score
@@ -242,10 +242,9 @@ def load(name: str, manager: TaskManager) -> list[Any]:
     try:
         return list(manager.load([name])["tasks"].values())
     except Exception as error:  # network, permission, a package of the task's own: all mean that it cannot be had
-        reason = " ".join(str(error).split())[:300]
         raise ValueError(
-            f"task '{name}' cannot be loaded ({type(error).__name__}: {reason}); its data come from the Hub, so see "
-            "that it can be reached, or leave the task out, or take files of questions (docs/evaluation.md)"
+            f"task '{name}' cannot be loaded ({type(error).__name__}: {one_line(error)}); its data come from the Hub, "
+            "so see that it can be reached, or leave the task out, or take files of questions (docs/evaluation.md)"
         ) from error
 
 

@@ -17,7 +17,7 @@ from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.tasks.answers import answer
 from trainer.tasks.files import FileTask, Score
-from trainer.tasks.scorer import Scorer, require_causal
+from trainer.tasks.scorer import NO_LIKELIHOOD, Scorer
 
 if TYPE_CHECKING:
     from trainer.tasks.harness import HarnessTasks
@@ -70,7 +70,7 @@ class LiveTasks:
 
     def __init__(self, config: StageConfig, tokenizer_folder: Path, world: World) -> None:
         wanted = config.train.evaluation
-        require_causal(config.model)
+        config.model.require_causal(NO_LIKELIHOOD)
         self.config, self.world = config, world
         self.tokenizer = load_text_tokenizer(tokenizer_folder)
         window_tokens = config.data.sequence_tokens

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from data.tokenization import common_start
 from model.cache import KVCache
-from model.config import ModelConfig
 from model.decoder import Decoder
 from model.flops import Routed, dense_flops, executed_flops
 from trainer.distributed import ALONE, World
@@ -61,6 +60,8 @@ class _Batch(NamedTuple):
     """P, tokens that the rows of every group begin with and that run once for all of it; 0 for none."""
 
 
+NO_LIKELIHOOD = "it gives no likelihood of a next token"
+"""Why a model that looks at later tokens is not scored."""
 _LEAST_SHARED = 16
 """Tokens of a beginning that are worth a pass of their own."""
 
@@ -216,12 +217,3 @@ class Scorer:
         routed, model = self.routed, self.decoder.config
         dense = dense_flops(model, routed.tokens, routed.visible_keys, routed.head_tokens)
         return executed_flops(model, routed), dense
-
-
-def require_causal(model: ModelConfig) -> None:
-    """Raise ValueError for routers that look at later tokens."""
-    if model.router is not None and not model.router.causal:
-        raise ValueError(
-            "router.kind expert_choice picks tokens by looking at later ones, so it gives no likelihood of a next "
-            "token; use a causal kind: learned, random or stride"
-        )
