@@ -185,7 +185,8 @@ def test_thresholds_of_another_model_are_refused() -> None:
 def test_what_a_capacity_dropped_is_not_added_as_a_filler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where ranks share a window, shapes follow the decisions and are filled up, as on a GPU to 128, with any token."""
     group = SimpleNamespace(
-        size=1, place=0, local_part=lambda x: x, all_gather=lambda x: x, places=lambda t, device="cpu": torch.arange(t),
+        size=1, rank=0, local_part=lambda x: x, all_gather=lambda x: x,
+        positions=lambda t, device="cpu": torch.arange(t),
         keys_values=lambda keys, values: lambda: (keys, values),
     )  # fmt: skip
     model = decoder(config("learned", execution="capacity"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,8 +226,17 @@ def test_bad_yaml(write, text: str) -> None:
     assert sentence(path).startswith(f"{path} is not valid YAML: ")
 
 
+@pytest.fixture
+def usual_recursion_limit() -> Iterator[None]:
+    """What other tests import may have raised it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    yield
+    sys.setrecursionlimit(before)
+
+
 @pytest.mark.parametrize("depth", [1000, 2000, 5000])
-def test_what_is_nested_too_deeply(write, depth: int) -> None:
+def test_what_is_nested_too_deeply(write, depth: int, usual_recursion_limit: None) -> None:
     value, told = "[" * depth + "]" * depth, "or an override, holds lists or mappings too deep within each other"
     assert told in sentence(write(GOOD), f"train.steps={value}")
     path = write(f"train: {value}\n")

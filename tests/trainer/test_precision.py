@@ -130,7 +130,7 @@ def test_bf16_on_a_slow_cpu_is_warned_of_with_its_ratio(
 ) -> None:
     has(monkeypatch, SLOW)
     speeds = {torch.bfloat16: 1.0, torch.float32: 8.0}
-    monkeypatch.setattr(precision, "Yardstick", lambda _, dtype: SimpleNamespace(layer_flops_per_s=speeds[dtype]))
+    monkeypatch.setattr(precision, "PeakFlops", lambda _, dtype: SimpleNamespace(layer_flops_per_s=speeds[dtype]))
     tiny["train"]["precision"] = "bf16"
     assert train_here(tiny, "train.steps=1") == 0
     warned = [line for line in capsys.readouterr().out.splitlines() if "is slow here" in line]

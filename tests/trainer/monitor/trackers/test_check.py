@@ -43,7 +43,7 @@ def test_wandb_needs_a_key_unless_it_is_offline(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + 40 * "a")
     refuse_unusable(["wandb"])
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    with pytest.raises(ValueError, match="no key"):
+    with pytest.raises(ValueError, match="without a key"):
         refuse_unusable(["wandb"])
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     refuse_unusable(["wandb"])
@@ -57,11 +57,19 @@ def test_mlflow_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_unusable(["mlflow"])
 
 
-def test_both_stages_say_so_before_anything_heavy(tiny, write_config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_stages_say_so_before_anything_heavy(tmp_path: Path, tiny, write_config) -> None:
     config = write_config(tiny)
     (unset,) = run_light("pretrain.train", [config, "train.log.trackers=[mlflow]"])
     assert unset[0] == EXIT_MISTAKE and "error: train.log.trackers has mlflow, " in unset[1]
     (unknown,) = run_light("pretrain.train", [config, "train.log.trackers=[tensorbord]"])
     assert unknown[0] == EXIT_MISTAKE and "train.log.trackers" in unknown[1] and "wandb" in unknown[1]
-    (unset,) = run_light("tune.train", ["configs/tune_demo.yaml", "train.log.trackers=[mlflow]"])
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.yaml").write_text("model: {}")
+    (tmp_path / "examples.jsonl").write_text("")
+    sources = f"[{{name: own, files: [{tmp_path / 'examples.jsonl'}]}}]"
+    there = [
+        f"base.path={tmp_path / 'base'}",
+        *(f"data.{part}={sources}" for part in ("sources", "validation", "test")),
+    ]
+    (unset,) = run_light("tune.train", ["configs/tune_demo.yaml", *there, "train.log.trackers=[mlflow]"])
     assert unset[0] == EXIT_MISTAKE and "error: train.log.trackers has mlflow, " in unset[1]

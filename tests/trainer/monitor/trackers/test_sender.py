@@ -120,7 +120,7 @@ def test_a_report_that_is_refused_is_lost_alone() -> None:
         sender.send(method)
     _close(sender)
     assert [taken[0] for taken in tracker.taken] == ["open", "scalars", "close"]
-    assert said[0] == "tracker fake did not take picture (ValueError: no such colour); the run goes on"
+    assert said[0] == "tracker fake did not take image (ValueError: no such colour); the run goes on"
     assert [line for line in said if "did not" in line][1:] == [
         "2 reports did not reach tracker fake; metrics.jsonl and the run folder have them all"
     ]
