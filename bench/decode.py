@@ -87,7 +87,7 @@ class OurDecoding:
 
     def run(self) -> Tensor:
         """Go back to the prompt's end and decode; int64 [B, steps]."""
-        self.cache.length = self.prompt.shape[1]
+        self.cache.truncate(self.prompt.shape[1])
         return _greedy(self.first, self.steps, lambda token: self.decoder(token, cache=self.cache).logits)
 
     def counts(self) -> Routed:
@@ -96,7 +96,7 @@ class OurDecoding:
 
         sites = torch.zeros(2, len(self.decoder.config.sites), dtype=torch.int64, device=self.prompt.device)
         visible = 0.0
-        self.cache.length = self.prompt.shape[1]
+        self.cache.truncate(self.prompt.shape[1])
         token = self.first
         for _ in range(self.steps):
             out = self.decoder(token, cache=self.cache)

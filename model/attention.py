@@ -15,21 +15,16 @@ heads, K head width, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 
 from model.attend import attend
+from model.cache import KeysValues
 from model.config import ModelConfig
 from model.linear import Linear
 from model.norm import RMSNorm
 from model.rotary import rotate
 from model.selection import Selection
 from model.visibility import Visibility
-
-KeysValues = Callable[[], tuple[Tensor, Tensor]]
-"""Keys and values of all tokens, those included that are cached or on other ranks, [B, S, G, K] each; asked for when
-the queries are there, because other ranks' may be on their way until then."""
 
 
 class Attention(nn.Module):

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention, KeysValues
-from model.cache import KVCache
+from model.attention import Attention
+from model.cache import KeysValues, KVCache
 from model.config import Capacity, ModelConfig, RouterConfig
 from model.linear import Linear
 from model.norm import RMSNorm
@@ -210,10 +209,10 @@ class Block(nn.Module):
 
     def _keys_values(self, h: Tensor, inputs: PassInputs) -> KeysValues:
         """Keys and values of all tokens, those included that are cached or on other ranks; own ones are cached."""
-        keys, values = self.self_attn.keys_values(h, inputs.cos, inputs.sin)
+        project = self.self_attn.keys_values
         if inputs.cache is not None:
-            inputs.cache.write(self.layer, keys, values)
-            return partial(inputs.cache.read, self.layer, h.shape[1])
+            return inputs.cache.append(self.layer, h, inputs.cos, inputs.sin, project)
+        keys, values = project(h, inputs.cos, inputs.sin)
         if inputs.sequence is not None:
             return inputs.sequence.keys_values(keys, values)
         return lambda: (keys, values)

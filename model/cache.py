@@ -1,18 +1,44 @@
 """The KV cache of token-by-token decoding.
 
-Every layer writes keys and values of every token, skipped or not: a skipped token is still attended to by later
-ones (Zeng et al. 2023), so the cache of a routed model is as full as a dense one's.
+Every layer has keys and values of every token, skipped or not: a skipped token is still attended to by later ones
+(Zeng et al. 2023), so the cache of a routed model is as full as a dense one's. They are needed when a later token
+executes the layer, and computed then, for all tokens since the last one that did, so that the projections' weights are
+read once. A layer that all tokens of a step skip costs its norm and its router:
 
-Dimension letters: B batch, S capacity in tokens, T new tokens, G key/value heads, K head width.
+    token         0 1 2 3 4
+    executes      x . . x .
+    computed at   0 3 3 3 later
+
+Dimension letters: B batch, S capacity in tokens, T new tokens, W waiting tokens, D width, G key/value heads, K head
+width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.rotary import rotation
+
+KeysValues = Callable[[], tuple[Tensor, Tensor]]
+"""Keys and values of all tokens, those included that are cached or on other ranks, [B, S, G, K] each; asked for when
+the queries are there, because other ranks' may be on their way until then."""
+_MOST_WAITING = 64
+"""Tokens of a layer that wait; with that many, reading the weights is no longer what their product takes."""
+
+
+class _Waiting(NamedTuple):
+    """New tokens of a layer: normed inputs [B, T, D], their rotation [B, T, K], and what makes keys and values."""
+
+    h: Tensor
+    cos: Tensor
+    sin: Tensor
+    project: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class KVCache:
@@ -35,6 +61,7 @@ class KVCache:
         self.capacity_tokens = capacity_tokens
         self.has_documents = False
         self.length = 0
+        self._waiting: dict[int, list[_Waiting]] = {}
 
     def reserve(self, tokens: int) -> None:
         """Refuse, before anything is written, a step that would not fit."""
@@ -44,16 +71,52 @@ class KVCache:
                 "fit; make the cache larger or the prompt shorter"
             )
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Put down a layer's new keys and values [B, T, G, K]."""
-        end = self.length + keys.shape[1]
-        self.keys[layer, :, self.length : end] = keys
-        self.values[layer, :, self.length : end] = values
+    def append(
+        self,
+        layer: int,
+        h: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        project: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    ) -> KeysValues:
+        """Take a layer's new tokens, whose keys and values are computed when somebody asks.
 
-    def read(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """A layer's keys and values so far, those of the ``tokens`` new ones included: [B, length + tokens, G, K]."""
-        end = self.length + tokens
+        Args:
+            layer: its number.
+            h: normed inputs, [B, T, D].
+            cos, sin: rotation, [B, T, K].
+            project: makes keys and values [B, W, G, K] of inputs and rotation of W tokens.
+
+        Returns:
+            What computes those that wait, and gives all so far, [B, length + T, G, K] each.
+        """
+        waiting = self._waiting.setdefault(layer, [])
+        waiting.append(_Waiting(h, cos, sin, project))
+        end = self.length + h.shape[1]
+        if sum(new.h.shape[1] for new in waiting) >= _MOST_WAITING:
+            self._write(layer, end)
+        return partial(self._read, layer, end)
+
+    @torch.no_grad()
+    def write_all(self) -> None:
+        """Compute the keys and values that wait in any layer."""
+        for layer in list(self._waiting):
+            self._write(layer, self.length)
+
+    def _read(self, layer: int, end: int) -> tuple[Tensor, Tensor]:
+        self._write(layer, end)
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def _write(self, layer: int, end: int) -> None:
+        """Compute the keys and values of the tokens that wait, the last of which is the one before ``end``."""
+        waiting = self._waiting.pop(layer, None)
+        if waiting is None:
+            return
+        h, cos, sin = waiting[0][:3]
+        if len(waiting) > 1:
+            h, cos, sin = (torch.cat(parts, dim=1) for parts in list(zip(*waiting, strict=True))[:3])
+        new = slice(end - h.shape[1], end)
+        self.keys[layer, :, new], self.values[layer, :, new] = waiting[0].project(h, cos, sin)
 
     def rotation(self, tokens: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the ``tokens`` next positions, [B, tokens, K] each; see ``model/rotary.py``."""
@@ -71,10 +134,16 @@ class KVCache:
 
     def repeat(self, other: KVCache, times: Tensor) -> None:
         """Begin, empty so far, with all that ``other`` holds, each of its rows as often as ``times`` [its B] says."""
+        other.write_all()
         self.length = other.length
         for held, own in ((other.keys, self.keys), (other.values, self.values)):
             own[:, :, : self.length] = held[:, :, : self.length].repeat_interleave(times, dim=1)
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` as seen, once every layer has written them."""
+        """Count ``tokens`` as seen, once every layer has taken them."""
         self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens but the first ``length``."""
+        self.write_all()
+        self.length = length

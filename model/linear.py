@@ -43,6 +43,11 @@ FEW_WEIGHTS = 1 << 16
 """Smaller weights keep ``F.linear``: swapping costs six more operations."""
 
 
+def rows_for_one() -> int:
+    """Up to how many rows a product takes about as long as for one or two: the weight is read, whatever they are."""
+    return 4 if weight_first() else 2
+
+
 @cache
 def weight_first() -> bool:
     """Whether this CPU is one of those on which products of few rows are quicker the other way round."""

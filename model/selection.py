@@ -35,13 +35,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.linear import rows_for_one
+
 # Shapes that differ by a few rows cost a GPU new kernel choices and memory blocks; the CPU takes any number of rows.
 _ROUND_TO = {"cpu": 1, "other": 128, "one": 8}
-
-# A step of one token a row on the CPU: if any row of a batch of up to this many executes, all are computed, because the
-# weights are read anyway and two rows take as long as one (the table in model/linear.py); of a larger batch those that
-# execute, because 4 rows take 0.7 of the time of 8, and so on up to 64. `python -m bench.decode` measures it.
-_WHOLE_BATCH = 2
 
 
 @dataclass(frozen=True)
@@ -105,9 +102,13 @@ class Selection:
 
     @staticmethod
     def of_rows(rows: list[bool]) -> Selection:
-        """The only token of each row where ``rows`` [B] says so: :meth:`of` for decoding, decided on the host."""
+        """The only token of each row where ``rows`` [B] says so: :meth:`of` for decoding, decided on the host.
+
+        Where all rows take as long as one (``model/linear.py``), all are computed if any executes; of a larger batch
+        those that execute. ``python -m bench.decode`` measures it.
+        """
         chosen = [row for row, executed in enumerate(rows) if executed]
-        if chosen and (len(chosen) == len(rows) or len(rows) <= _WHOLE_BATCH):
+        if chosen and (len(chosen) == len(rows) or len(rows) <= rows_for_one()):
             return Selection(len(rows), 1, None, len(chosen) == len(rows), 1)
         return Selection(len(rows), 1, torch.tensor(chosen, dtype=torch.int64))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -169,6 +170,59 @@ def test_cache_wants_documents_always_or_never() -> None:
         model(tokens, cache=having)
 
 
+def test_keys_and_values_wait_for_a_token_that_executes() -> None:
+    """One token of four executes: the projections run then, for the tokens before it, too, and give the same."""
+    model = decoder(config("stride", density=0.25)).eval()
+    cache = KVCache(model.config, 1, LENGTH, torch.device("cpu"), torch.float32)
+    rows: list[list[int]] = [[] for _ in model.layers]
+    for layer, block in enumerate(model.layers):
+        block.self_attn.k_proj.register_forward_hook(
+            lambda _, given, __, layer=layer: rows[layer].append(given[0].shape[1])
+        )
+    tokens = random_tokens()[:1]
+    with torch.no_grad():
+        executed = torch.cat([model(token, cache=cache).routing.executed[:, 0] for token in tokens.split(1, dim=1)], 1)
+        for layer, own in enumerate(executed):
+            ends = [0, *(own.nonzero().flatten() + 1).tolist()]
+            assert rows[layer] == [end - start for start, end in pairwise(ends)]
+        cache.write_all()
+        assert [sum(each) for each in rows] == [LENGTH] * len(rows)
+        at_once = KVCache(model.config, 1, LENGTH, torch.device("cpu"), torch.float32)
+        model(tokens, cache=at_once)
+        at_once.write_all()
+    assert_close(cache.keys, at_once.keys)
+    assert_close(cache.values, at_once.values)
+
+
+def test_no_more_than_so_many_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.cache._MOST_WAITING", 5)
+    model = decoder(config("learned")).eval()
+    model.thresholds = torch.full((len(model.config.sites),), math.inf)
+    cache = KVCache(model.config, 3, LENGTH, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        for count, token in enumerate(random_tokens()[:, :12].split(1, dim=1), start=1):
+            model(token, cache=cache)
+            assert bool((cache.keys[:, :, : count - count % 5].abs().sum(-1) > 0).all())
+            assert bool((cache.keys[:, :, count - count % 5 :] == 0).all())
+
+
+def test_a_truncated_or_repeated_cache_has_what_waited() -> None:
+    model = decoder(config("learned")).eval()
+    tokens, device = random_tokens(), torch.device("cpu")
+    skips = torch.full((len(model.config.sites),), math.inf)
+    plain, waited = (KVCache(model.config, 3, LENGTH, device, torch.float32) for _ in range(2))
+    with torch.no_grad():
+        model(tokens[:, :6], cache=plain, thresholds=skips)
+        plain.write_all()
+        model(tokens[:, :8], cache=waited, thresholds=skips)
+        waited.truncate(6)
+        own = KVCache(model.config, 3, LENGTH, device, torch.float32)
+        own.repeat(waited, torch.ones(3, dtype=torch.int64))
+        found = [model(tokens[:, 6:9], cache=cache, thresholds=-skips).logits for cache in (plain, waited, own)]
+    assert_close(found[1], found[0])
+    assert torch.equal(found[2], found[1])
+
+
 def test_skipped_tokens_keys_and_values_are_cached() -> None:
     """Zeng et al.: a skipped token is still attended to, so every place of the cache is filled in every layer."""
     model = decoder(config("stride", density=0.25)).eval()
@@ -176,4 +230,5 @@ def test_skipped_tokens_keys_and_values_are_cached() -> None:
     with torch.no_grad():
         out = model(random_tokens(), cache=cache)
     assert out.routing.executed.float().mean() < 0.3
+    cache.write_all()
     assert (cache.keys.abs().sum(-1) > 0).all() and (cache.values.abs().sum(-1) > 0).all()
