@@ -68,6 +68,9 @@ def stream(
         eos_id: ends the text.
         generator: of the sampling.
         thresholds: fp32 [S], the compute dial.
+
+    Raises:
+        ValueError: at a token whose logits are not finite.
     """
     import torch
 
@@ -76,6 +79,11 @@ def stream(
 
     start = torch.tensor([list(prompt)], device=decoder.embed_tokens.weight.device)
     for done in passes(decoder, start, max_new_tokens, temperature, top_p, eos_id, generator, thresholds):
+        if not bool(done.finite):
+            raise ValueError(
+                "the model's logits are not finite (NaN or infinite), so there is no next token; run it with --dtype "
+                "fp32 if it was not, or take an earlier checkpoint"
+            )
         yield Token(int(done.chosen), float(layer_shares(decoder.config, done.output.routing.executed[:, 0, -1])))
 
 

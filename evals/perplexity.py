@@ -71,7 +71,7 @@ class Perplexity(NamedTuple):
     @property
     def perplexity(self) -> float:
         """Per token; of the same tokenizer only do they compare."""
-        return math.exp(self.nats_per_token)
+        return math.exp(min(self.nats_per_token, 700.0))
 
 
 def perplexity(
@@ -93,7 +93,7 @@ def perplexity(
         batch_tokens: that run at once.
 
     Raises:
-        ValueError: if window, stride or batch cannot be, or there is no text.
+        ValueError: if window, stride or batch cannot be, there is no text, or a likelihood is not finite.
     """
     from evals.scoring import windows
     from trainer.tasks.scorer import Scorer
@@ -102,29 +102,37 @@ def perplexity(
     scorer = Scorer(opened.decoder, batch_tokens, opened.world)
     documents = size = tokens = held = 0
     nll = 0.0
-    waiting: list[Window] = []
+    waiting: list[tuple[int, Window]] = []
     quiet = None if opened.world.is_main else True
     with tqdm(unit="token", unit_scale=True, desc=name, disable=quiet, leave=False) as bar:
-        for text in texts:
+        for number, text in enumerate(texts, start=1):
             ids = opened.tokenizer.encode(text)
             if not ids:
                 continue
             documents, size, tokens = documents + 1, size + len(text.encode()), tokens + len(ids)
             for window in windows(opened.start, ids, window_tokens, stride_tokens):
-                waiting.append(window)
+                waiting.append((number, window))
                 held += len(window.inputs)
                 if held >= batch_tokens * BATCHES_AT_ONCE * opened.world.size:
-                    nll += _total(scorer, waiting)
-                    bar.update(sum(len(window.targets) for window in waiting))
+                    nll += _total(scorer, waiting, name)
+                    bar.update(sum(len(window.targets) for _, window in waiting))
                     waiting, held = [], 0
-        nll += _total(scorer, waiting)
+        nll += _total(scorer, waiting, name)
     if not tokens:
         raise ValueError(f"{name} holds no text to score; give a file with some")
     return Perplexity(name, documents, size, tokens, nll, *scorer.flops, window_tokens, stride_tokens)
 
 
-def _total(scorer: Scorer, rows: list[Window]) -> float:
-    return -sum(scored.loglikelihood for scored in scorer.score(rows))
+def _total(scorer: Scorer, rows: Sequence[tuple[int, Window]], name: str) -> float:
+    """Nats of all rows, each with its document's number."""
+    found = scorer.score([window for _, window in rows])
+    for (number, _), scored in zip(rows, found, strict=True):
+        if not math.isfinite(scored.loglikelihood):
+            raise ValueError(
+                f"{name}, document {number}: the model's logits are not finite (NaN or infinite), so the text has no "
+                "likelihood; run it with --dtype fp32 if it was not, or take an earlier checkpoint"
+            )
+    return -sum(scored.loglikelihood for scored in found)
 
 
 def check_windows(window_tokens: int, stride_tokens: int, positions: int) -> None:

@@ -23,6 +23,12 @@ class Pass(NamedTuple):
     output: DecoderOutput
     """Over the prompt [B, T] in the first pass, over the token before in the others."""
 
+    @property
+    def finite(self) -> Tensor:
+        """Whether the logits that ``chosen`` was taken from are, bool [B]; where not, it stands for nothing."""
+        assert self.output.logits is not None
+        return self.output.logits[:, -1].isfinite().all(-1)
+
 
 def generate(
     decoder: Decoder,
@@ -103,6 +109,7 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     """logits [B, V] -> chosen ids [B]."""
     if temperature == 0:
         return logits.argmax(-1)
+    logits = logits.nan_to_num()  # what is drawn then, nobody takes: see Pass.finite
     # Less the largest first: divided by next to nothing, all would be infinite.
     probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:

@@ -111,6 +111,8 @@ class ExamplesEvaluation:
         candidates: the late layers, the final one last, then ensemble and oracle; without an ensemble the final layer.
         agreement: of the late layers; None without an ensemble.
         votes: the router's weights; None without an ensemble.
+        not_finite: the first example with a response for which some candidate's logits are not finite, counted from 1;
+            0 if there is none. The figures of such a candidate are NaN, and that example is none of its right ones.
     """
 
     name: str
@@ -121,6 +123,7 @@ class ExamplesEvaluation:
     candidates: list[Candidate]
     agreement: Agreement | None
     votes: VoteStatistics | None
+    not_finite: int = 0
 
     @property
     def offered(self) -> str:
@@ -134,10 +137,11 @@ class ExamplesEvaluation:
         def told(candidate: Candidate) -> str:
             return f"{candidate.name} loss {candidate.loss:.4f}, {kind} {candidate.accuracy.share:.1%}"
 
+        broken = f"; the logits of example {self.not_finite} are not finite" if self.not_finite else ""
         if self.votes is None:
-            return told(self.candidates[0])
+            return told(self.candidates[0]) + broken
         *_, final, ensemble, oracle = self.candidates
-        return f"{told(ensemble)} ({told(final)}; {told(oracle)})"
+        return f"{told(ensemble)} ({told(final)}; {told(oracle)}){broken}"
 
 
 @torch.no_grad()
@@ -170,6 +174,7 @@ def evaluate_examples(
     right = torch.as_tensor(example_set.right, device=world.device)
     offered = torch.as_tensor(example_set.choices, device=world.device)
     candidates, agreement = _judge(sums, right, offered, names, late)
+    broken = (~sums.nll.isfinite()).any(0).any(-1).nonzero().flatten().tolist()
     return ExamplesEvaluation(
         name=example_set.name,
         examples=example_set.examples,
@@ -179,6 +184,7 @@ def evaluate_examples(
         candidates=candidates,
         agreement=None if config.ensemble is None else agreement,
         votes=None if config.ensemble is None else _vote_statistics(sums.votes.cpu(), layers, class_names),
+        not_finite=broken[0] + 1 if broken else 0,
     )
 
 
@@ -231,21 +237,23 @@ def _judge(
     absent = torch.arange(sums.tokens.shape[1], device=offered.device) >= offered[:, None]
     assert torch.equal(sums.tokens == 0, absent), "a response was not scored"
     loss = _of(sums.nll, right).sum(-1) / _of(sums.tokens, right).sum()
-    exact = _of(sums.misses, right) == 0
+    finite = sums.nll.isfinite().all(-1)
+    exact = (_of(sums.misses, right) == 0) & finite
     chosen = per_token = None
     if sums.tokens.shape[1] > 1:
         costs = (sums.nll, sums.nll / sums.tokens.clamp(min=1))
-        chosen, per_token = (_chosen(c.masked_fill(absent, math.inf), right, names, late) for c in costs)
+        chosen, per_token = (_chosen(c.masked_fill(absent, math.inf), right, names, late) & finite for c in costs)
     answers = (exact if chosen is None else chosen).cpu()
     beside = answers & ~answers[late - 1]
     wrong = (~answers[late - 1]).sum().clamp(min=1)
+    known = finite.all(-1).tolist()
     candidates = [
         Candidate(
             name,
             float(loss[row]),
-            _accuracy(exact[row]),
-            None if chosen is None else _accuracy(chosen[row]),
-            None if per_token is None else _accuracy(per_token[row]),
+            _accuracy(exact[row], known[row]),
+            None if chosen is None else _accuracy(chosen[row], known[row]),
+            None if per_token is None else _accuracy(per_token[row], known[row]),
             answers[row],
             None if per_token is None else per_token[row].cpu(),
             float(beside[row].sum() / wrong),
@@ -270,9 +278,9 @@ def _of(values: Tensor, right: Tensor) -> Tensor:
     return values[..., torch.arange(len(right), device=right.device), right]
 
 
-def _accuracy(correct: Tensor) -> Accuracy:
-    """Of bool [E]."""
-    share = float(correct.double().mean())
+def _accuracy(correct: Tensor, known: bool) -> Accuracy:
+    """Of bool [E]; NaN if not ``known``."""
+    share = float(correct.double().mean()) if known else math.nan
     return Accuracy(share, math.sqrt(share * (1 - share) / len(correct)))
 
 

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from evals.harness.finished import Done, Finished
     from evals.placement import Placement
     from evals.scoring import Opened
+    from trainer.tasks.harness import CountsCuts
 
 _INSTALL = f"lm_eval is not installed; install it with: {install_command('requirements-dev.txt')}"
 _EXPORT_BATCH = 16  # windows, of the harness's own loader
@@ -206,11 +207,24 @@ class _Runner:
         before = self.scorer.flops
         start_s = time.perf_counter()
         ours = evaluate(self.model, *rest, self.world)
+        _require_finite(self.model, self.options.model)
         middle_s = time.perf_counter()
-        export = None if self.export is None else evaluate(self.export, *rest)
+        export = None
+        if self.export is not None:
+            export = evaluate(self.export, *rest)
+            _require_finite(self.export, self.options.against)
         end_s = time.perf_counter()
         executed, dense = (now - then for now, then in zip(self.scorer.flops, before, strict=True))
         return Done(ours, export, (executed, dense), (middle_s - start_s, end_s - middle_s))
+
+
+def _require_finite(model: CountsCuts, name: Path) -> None:
+    """Raise ValueError, naming a task and a document, if ``model`` has given logits that are not finite."""
+    for task, document in model.not_finite.items():
+        raise ValueError(
+            f"{task}, document {document} (the first is 0): the logits of {name} are not finite (NaN or infinite), so "
+            "they choose no answer; run it with --dtype fp32 if it was not, or take an earlier checkpoint"
+        )
 
 
 def _report(options: argparse.Namespace, opened: Opened, runner: _Runner, done: Sequence[Done]) -> None:

@@ -8,6 +8,7 @@ begin-of-document token even where training never used one.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Export(CountsCuts, HFLM):
             found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         finally:
             self.add_bos_token = before
+        self.note_finite(requests, list(map(math.isfinite, found)))
         return found
 
 

@@ -16,10 +16,10 @@ from data.detokenizer import Detokenizer
 from data.tokenization import TextTokenizer, load_text_tokenizer
 from evals.dial.file import Dial, Point, fingerprint
 from evals.generate import Token, bar, main, shaded, show, stream, summary
-from evals.scoring import layer_shares
+from evals.scoring import layer_shares, open_model
 from model.config import ModelConfig
 from model.generate import generate
-from tests.evals.tiny import POSITIONS, ROUTERS, SIZES, model, run_folder, weights_folder
+from tests.evals.tiny import POSITIONS, ROUTERS, SIZES, broken_weights, model, run_folder, weights_folder
 
 PROMPT = [40, 41, 42, 43, 44]
 TEXT = "naïve  “quotes”\n\t日本語 🙂🙂 é"
@@ -196,6 +196,18 @@ def test_options_that_cannot_be(
     weights: Path, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert sentence in _refused(capsys, str(weights), "--prompt", "x", *options)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_logits_that_are_not_finite_give_no_token(
+    weights: Path, corpus: dict[str, Any], tmp_path: Path, temperature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = open_model(weights).tokenizer.encode("return")[0]
+    broken = broken_weights(tmp_path / "broken", "layer", corpus, token)
+    error = _refused(capsys, str(broken), "--prompt", "return", "--max-new-tokens", "3", "--temperature", temperature)
+    assert (
+        "the model's logits are not finite (NaN or infinite), so there is no next token; run it with --dtype" in error
+    )
 
 
 def test_prompts_that_cannot_be(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from evals.perplexity import main, perplexity, trained_tokens
 from evals.scoring import layer_shares, open_model, windows
 from evals.texts import texts_of
 from model.config import ModelConfig
-from tests.evals.tiny import POSITIONS, SIZES, run_folder, weights_folder
+from tests.evals.tiny import POSITIONS, SIZES, broken_weights, run_folder, weights_folder
 from tests.launching import run
 
 TEXTS = ["def add(a, b):\n    return a + b\n" * 6, "x = 'naïve'  # ünïcode\n", "import os\n"]
@@ -169,6 +169,16 @@ def test_files_that_cannot_be(weights: Path, tmp_path: Path, capsys: pytest.Capt
         )
     (tmp_path / "torn.txt.gz").write_bytes(gzip.compress(TEXTS[0].encode())[:-9])
     assert "torn.txt.gz" in _refused(capsys, str(weights), str(tmp_path / "torn.txt.gz"))
+
+
+def test_logits_that_are_not_finite_are_no_score(
+    weights: Path, corpus: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = open_model(weights).tokenizer.encode("import os")[-1]
+    broken, texts = broken_weights(tmp_path / "broken", "layer", corpus, token), tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("x", "", "import os as x")))
+    error = _refused(capsys, str(broken), str(texts))
+    assert f"{texts}, document 3: the model's logits are not finite (NaN or infinite)" in error and "--dtype" in error
 
 
 def test_models_that_cannot_be(

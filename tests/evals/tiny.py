@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def model(name: str, **sizes: Any) -> Decoder:
 def weights_folder(out: Path, name: str, corpus: dict[str, Any], **sizes: Any) -> Path:
     """``out``, in which :func:`model` then lies."""
     write_weights(model(name, **sizes), out, Path(corpus["dir"]), {"source": "a test"})
+    return out
+
+
+def broken_weights(out: Path, name: str, corpus: dict[str, Any], token: int) -> Path:
+    """The same, with logits that are not finite wherever ``token`` is read or was."""
+    broken = model(name)
+    with torch.no_grad():
+        broken.embed_tokens.weight[token] = math.nan
+    write_weights(broken, out, Path(corpus["dir"]), {"source": "a test"})
     return out
 
 

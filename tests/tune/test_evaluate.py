@@ -265,6 +265,28 @@ def test_the_oracle_chooses_among_the_layers_without_the_ensemble() -> None:
     assert evaluation.agreement == Agreement(every=0, some=0, none=1)
 
 
+@pytest.mark.parametrize("choices", [3, 1])
+def test_logits_that_are_not_finite_choose_nothing(choices: int) -> None:
+    decoder, config = build(ENSEMBLES[0])
+    examples = Examples(choices=choices)
+    broken = 4
+    examples.right[broken] = 0  # which NaN would be taken for
+    spoilt = next(prompt for example, _, prompt, _ in examples.responses if example == broken)
+    spoilt[0] = tiny.VOCABULARY - 1
+    for part in [part for example, _, *parts in examples.responses if example != broken for part in parts]:
+        part[part == spoilt[0]] = 0
+    sound = evaluate_examples(decoder, examples, CLASSES, config, ALONE)
+    with torch.no_grad():
+        decoder.embed_tokens.weight[spoilt[0]] = math.nan
+    evaluation = evaluate_examples(decoder, examples, CLASSES, config, ALONE)
+    assert evaluation.not_finite == broken + 1 and sound.not_finite == 0
+    assert evaluation.sentence().endswith("; the logits of example 5 are not finite")
+    for before, after in zip(sound.candidates, evaluation.candidates, strict=True):
+        assert all(map(math.isnan, dataclasses.astuple(after.accuracy))) and not after.right[broken]
+        others = [example for example in range(examples.examples) if abs(example - broken) > 1]  # of other windows
+        assert after.right[others].equal(before.right[others])
+
+
 def test_votes_are_counted_by_class_of_the_right_responses_tokens() -> None:
     decoder, config = build(ENSEMBLES[0])
     examples = Examples()

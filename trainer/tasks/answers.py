@@ -42,8 +42,10 @@ def answer(
     world: World,
     lockstep: bool = False,
     progress: Callable[[int], object] = lambda prompts: None,
-) -> list[str]:
-    """The answers, in the prompts' order, up to their stops; on every rank; collective.
+) -> list[str | None]:
+    """The answers, in the prompts' order, up to their stops; None for logits that are not finite; on every rank.
+
+    Collective.
 
     Args:
         engine: a decoder in evaluation mode, or an engine around one.
@@ -54,7 +56,7 @@ def answer(
         progress: called with the number of prompts that all ranks together have answered since.
     """
     batches = _batches(prompts)
-    own: dict[int, str] = {}
+    own: dict[int, str | None] = {}
     for first in range(0, len(batches), world.size):
         dealt = batches[first : first + world.size]
         longest = max(prompts[place].new_tokens for batch in dealt for place in batch)
@@ -63,7 +65,7 @@ def answer(
         if world.rank < len(dealt):
             own |= zip(batch, texts, strict=True)
         progress(sum(map(len, dealt)))
-    found: dict[int, str] = {}
+    found: dict[int, str | None] = {}
     for part in world.all_gather_objects(own):
         found |= part
     return [found[place] for place in range(len(prompts))]
@@ -98,12 +100,13 @@ class _Answer:
     def __init__(self, prompt: Prompt, tokenizer: TextTokenizer) -> None:
         self._prompt, self._eos_id = prompt, tokenizer.eos_id
         self._detokenizer = Detokenizer(tokenizer, prompt.ids)
-        self._text, self._tokens, self.ended = "", 0, False
+        self._text, self._tokens, self.ended, self._finite = "", 0, False, True
 
-    def add(self, token: int) -> None:
-        """Take in the next token; none after the end."""
+    def add(self, token: int, finite: bool) -> None:
+        """Take in the next token, and whether its logits were finite; none after the end."""
         if self.ended:
             return
+        self._finite &= finite
         self._tokens += 1
         self._text += self._detokenizer.add(token)
         self.ended = token == self._eos_id or self._tokens == self._prompt.new_tokens
@@ -112,15 +115,17 @@ class _Answer:
         self.ended = self.ended or any(stop in self._text for stop in self._prompt.stops if stop)
 
     @property
-    def text(self) -> str:
-        """Up to the first stop."""
+    def text(self) -> str | None:
+        """Up to the first stop; None where logits were not finite."""
+        if not self._finite:
+            return None
         ends = [self._text.find(stop) for stop in self._prompt.stops if stop and stop in self._text]
         return self._text[: min(ends)] if ends else self._text
 
 
 def _answers(
     engine: Any, tokenizer: TextTokenizer, prompts: Sequence[Prompt], longest: int, world: World, lockstep: bool
-) -> list[str]:
+) -> list[str | None]:
     """The answers to one batch; ``longest``: most new tokens of any rank's batch."""
     if not prompts:
         return []
@@ -133,8 +138,8 @@ def _answers(
     )  # fmt: skip
     answers = [_Answer(prompt, tokenizer) for prompt in prompts]
     for one in made:
-        for written, token in zip(answers, one.chosen.tolist(), strict=True):
-            written.add(token)
+        for written, token, finite in zip(answers, one.chosen.tolist(), one.finite.tolist(), strict=True):
+            written.add(token, finite)
         going = any(not written.ended for written in answers)
         if not (int(world.all_reduce_sum(torch.tensor(int(going), device=world.device))) if lockstep else going):
             break

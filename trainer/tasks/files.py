@@ -5,7 +5,8 @@
     a continuation             acc, perplexity
     an answer                  exact_match, by letters and digits alone
 
-Contexts that do not fit into the window lose their start, as the harness has it, and are counted.
+Contexts that do not fit into the window lose their start, as the harness has it, and are counted. Logits that are not
+finite choose nothing: with any of them the figures of their task are NaN.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Score(NamedTuple):
     errors: dict[str, float]
     """Standard errors, of the metrics that are means."""
     questions: int
+
+    def unknown(self) -> Score:
+        """The same figures, each NaN."""
+        return Score(dict.fromkeys(self.metrics, math.nan), dict.fromkeys(self.errors, math.nan), self.questions)
 
 
 class FileTask:
@@ -99,11 +104,15 @@ class FileTask:
         self.cut += any(cut for _, cut in rows)
         return window_tokens - max(len(row.targets) for row, _ in rows)
 
-    def judge(self, scores: Sequence[WindowScore], answers: Sequence[str]) -> Score:
+    def judge(self, scores: Sequence[WindowScore], answers: Sequence[str | None]) -> Score:
         """What the model made of it, from the scores of ``windows`` and the answers to ``prompts``."""
+        likely = [score.loglikelihood for score in scores]
+        found = self._judged(scores, likely, [answer or "" for answer in answers])
+        return found if all(map(math.isfinite, likely)) and None not in answers else found.unknown()
+
+    def _judged(self, scores: Sequence[WindowScore], likely: Sequence[float], answers: Sequence[str]) -> Score:
         if self.shape == ANSWER:
             return _means({"exact_match": [_is_right(a, f) for a, f in zip(answers, self.lines, strict=True)]})
-        likely = [score.loglikelihood for score in scores]
         if self.shape == CONTINUATION:
             found = _means({"acc": [bool(score.hit.all()) for score in scores]})
             perplexity = math.exp(min(-sum(likely) / len(likely), 700.0))

@@ -8,12 +8,16 @@ and a text that is scored whole begins after it too, never after two of them.
 A context that does not fit into the window loses its start, as the harness has it: of several examples before a
 question the first go. That is another question than the one that was asked, so it is counted how often it happens.
 
+A likelihood that is not finite compares as false with every other, so that some choice would win. The figures of a task
+with one are NaN instead.
+
 Every rank makes all requests and gets all answers; the work between is shared (``scorer.py``, ``answers.py``).
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +45,7 @@ _BOOTSTRAPS = 100  # of the few metrics whose standard error has no formula
 
 
 class CountsCuts:
-    """Knows how many requests of each task a window was too small for."""
+    """Knows how many requests of each task a window was too small for, and which had no finite likelihood."""
 
     max_length: int
     tok_encode: Any
@@ -50,15 +54,25 @@ class CountsCuts:
         super().__init__(*arguments, **options)
         self.cut: Counter[str] = Counter()
         """Requests that lost the start of their context, by task."""
+        self.not_finite: dict[str, int] = {}
+        """By task, the first document with logits that are not finite, counted from 0; none for other tasks."""
         self._tasks: list[str] = []
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
         """As the harness does, counting."""
         self._tasks = [request.task_name for request in requests]
         try:
-            return super().loglikelihood(requests, disable_tqdm)  # type: ignore[misc]
+            found = super().loglikelihood(requests, disable_tqdm)  # type: ignore[misc]
         finally:
             self._tasks = []
+        self.note_finite(requests, [math.isfinite(value) for value, _ in found])
+        return found
+
+    def note_finite(self, requests: Sequence[Any], finite: Sequence[bool]) -> None:
+        """Remember the first document of a task that got something else."""
+        for request, is_finite in zip(requests, finite, strict=True):
+            if not is_finite:
+                self.not_finite.setdefault(request.task_name, request.doc_id)
 
     def count_scored(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> None:
         """Count contexts and continuations; those of whole texts, which are cut into windows of their own, are not.
@@ -155,16 +169,20 @@ class OurModel(CountsCuts, TemplateLM):
             rows += [(None, *make_disjoint_window(pair)) for pair in cut]
             ends.append(len(rows))
         parts = [value for value, _ in self._loglikelihood_tokens(rows, disable_tqdm)]
-        return [sum(parts[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        found = [sum(parts[start:end]) for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+        self.note_finite(requests, list(map(math.isfinite, found)))
+        return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first of the stop sequences."""
         self.count_generated(requests)
         prompts = [self._prompt(*request.args) for request in requests]
         with self._progress(len(prompts), "answering", disable_tqdm) as progress:
-            return answer(
+            found = answer(
                 self.scorer.engine, self.tokenizer, prompts, self.scorer.world, self.lockstep, progress=progress
             )
+        self.note_finite(requests, [text is not None for text in found])
+        return [text or "" for text in found]
 
     def _prompt(self, context: str, options: dict[str, Any]) -> Prompt:
         wanted: Any = normalize_gen_kwargs(options)
@@ -208,6 +226,7 @@ def evaluate(
         world: ranks that run the model.
     """
     model.cut.clear()
+    model.not_finite.clear()
     loaded = TaskManager(include_defaults=False).load(list(tasks))
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -230,6 +249,8 @@ def _scores(done: Any, model: CountsCuts) -> TaskScores:
         errors[name] = {key.removesuffix(_STDERR): v for key, v in values.items() if key.endswith(_STDERR)}
         documents[name] = len({sample["doc_id"] for sample in samples})
         loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
+        if name in model.not_finite:
+            metrics[name], errors[name] = (dict.fromkeys(own[name], math.nan) for own in (metrics, errors))
     return TaskScores(metrics, documents, loglikelihoods, errors, dict(model.cut))
 
 

@@ -12,7 +12,8 @@ pytest.importorskip("lm_eval")
 
 from evals.harness.__main__ import main
 from evals.harness.tasks import HUB_ONE_SHOT
-from tests.evals.tiny import weights_folder
+from evals.scoring import open_model
+from tests.evals.tiny import broken_weights, weights_folder
 from tests.launching import run
 from tests.trainer.tasks.questions import write_questions
 from trainer.tasks import harness
@@ -82,6 +83,29 @@ def test_bf16_is_near_fp32(weights: Path, data: Path, tmp_path: Path, capsys: py
         found[dtype] = json.loads(out.read_text())["ours"]["loglikelihoods"]["go_on"]
     assert found["bf16"] != found["fp32"] and found["bf16"] == pytest.approx(found["fp32"], rel=0.1)
     assert "bf16 on cpu, batches of up to 1,024 tokens with " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("task", "document"), [("choose", 0), ("fill", 0), ("go_on", 1), ("say", 1), ("perplexity", 1)]
+)
+def test_logits_that_are_not_finite_choose_nothing(
+    weights: Path,
+    data: Path,
+    corpus: dict[str, Any],
+    tmp_path: Path,
+    task: str,
+    document: int,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The questions hold ``return`` and ``import``, of which one breaks the model."""
+    tokenizer, text = open_model(weights).tokenizer, tmp_path / "text.jsonl"
+    text.write_text('{"text": "import os"}\n{"text": "return a"}\n')
+    token = min(set(tokenizer.encode("return")) - set(tokenizer.encode("import os")))
+    broken = broken_weights(tmp_path / "broken", "layer", corpus, token)
+    with pytest.raises(SystemExit) as ended:
+        main([str(broken), "--tasks", task, "--data", str(data), "--text", str(text)])
+    told = f"error: {task}, document {document} (the first is 0): the logits of {broken} are not finite"
+    assert ended.value.code == 1 and told in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from data.questions import find_tasks, read_questions
 from data.tokenization import TextTokenizer, load_text_tokenizer
-from tests.evals.tiny import POSITIONS, weights_folder
+from tests.evals.tiny import POSITIONS, broken_weights, weights_folder
 from tests.threads import one_thread as one_thread
 from tests.trainer.tasks.questions import QUESTIONS, write_questions
 from trainer.distributed import ALONE
@@ -74,6 +75,19 @@ def test_an_answer_is_right_by_letters_alone(weights: Path, files: dict[str, Pat
     task = FileTask(files["say"], _tokenizer(weights), POSITIONS)
     assert task.judge([], [" Os", "a"]).metrics == {"exact_match": 0.5}
     assert task.judge([], ["sys.", "ZZ!"]).metrics == {"exact_match": 1.0}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_logits_that_are_not_finite_choose_nothing(
+    weights: Path, files: dict[str, Path], corpus: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    """The figures are NaN, and a training run goes on; so do the harness's."""
+    tokenizer = _tokenizer(weights)
+    broken = broken_weights(tmp_path / "broken", "layer", corpus, tokenizer.encode("return")[0])
+    score, _ = _judged(FileTask(files[name], tokenizer, POSITIONS), broken)
+    sound, _ = _judged(FileTask(files[name], tokenizer, POSITIONS), weights)
+    assert score.metrics.keys() == sound.metrics.keys() and score.errors.keys() == sound.errors.keys()
+    assert all(map(math.isnan, [*score.metrics.values(), *score.errors.values()])) and score.questions == 2
 
 
 def test_a_limit_and_what_does_not_fit(weights: Path, files: dict[str, Path], tmp_path: Path) -> None:
