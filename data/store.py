@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.config import DataConfig, SourceConfig
-from data.files import sha256_of
+from data.files import read_json, sha256_of
 from data.open_files import SHARED, Column
 from data.shards import ENDS_DTYPE, MANIFEST_NAME, Manifest, Shard, read_model
 from data.sources import formats_of
+from data.tokenization import tokenizer_sha256
 
 
 class _Look(NamedTuple):
@@ -83,6 +84,31 @@ def require_configured(manifest: Manifest, folder: Path, config: DataConfig, sou
         )
 
 
+def require_tokenizer_of_shards(folder: Path) -> None:
+    """Refuse a tokenizer in ``folder`` that is another than the one that the shards beside it were made with.
+
+    A model that was trained on those knows that one. Where there are no shards, or no tokenizer, nobody knows.
+
+    Raises:
+        ValueError: then; or a manifest is damaged.
+    """
+    try:
+        here = tokenizer_sha256(folder)
+    except ValueError:
+        return
+    for path in sorted([*folder.glob(f"train/*/{MANIFEST_NAME}"), *folder.glob(f"validation/*/{MANIFEST_NAME}")]):
+        if there := read_json(path).get("made_from", {}).get("tokenizer_sha256"):
+            _require_tokenizer(path, there, here)
+
+
+def _require_tokenizer(manifest: Path, there: str, here: str) -> None:
+    if there != here:
+        raise ValueError(
+            f"{manifest}: the shards were made with tokenizer {there[:12]}, but this data folder's tokenizer is "
+            f"{here[:12]}; restore that tokenizer or prepare again"
+        )
+
+
 class TokenStore:
     """All shards of one source as one long row of tokens. Never writes."""
 
@@ -100,11 +126,8 @@ class TokenStore:
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
         self.manifest = read_model(path, Manifest)
-        if tokenizer_sha256 is not None and self.manifest.tokenizer_sha256 != tokenizer_sha256:
-            raise ValueError(
-                f"{path}: the shards were made with tokenizer {self.manifest.tokenizer_sha256[:12]}, but this "
-                f"data folder's tokenizer is {tokenizer_sha256[:12]}; restore that tokenizer or prepare again"
-            )
+        if tokenizer_sha256 is not None:
+            _require_tokenizer(path, self.manifest.tokenizer_sha256, tokenizer_sha256)
         self._dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
         if check_files:
             self._check_files()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from data.store import require_tokenizer_of_shards
 from model.decoder import Decoder
 from settings import load
 from trainer.checkpoints import manifest
@@ -39,13 +40,17 @@ class Loaded(NamedTuple):
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Should hold ``tokenizer.model`` or ``tokenizer.json``; whether it does is not looked at."""
+        """Should hold ``tokenizer.model`` or ``tokenizer.json``; whether it does is not looked at.
+
+        Raises:
+            ValueError: it holds shards, too, that were made with another tokenizer.
+        """
         if isinstance(self.config, WeightsConfig):
             return self.source
-        if isinstance(self.config, PretrainConfig):
-            return Path(self.config.data.dir)
-        assert self.config.data.tokenizer is not None  # filled in when the run started
-        return Path(self.config.data.tokenizer)
+        folder = self.config.data.dir if isinstance(self.config, PretrainConfig) else self.config.data.tokenizer
+        assert folder is not None  # filled in when the run started
+        require_tokenizer_of_shards(Path(folder))
+        return Path(folder)
 
 
 def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loaded:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from data.sentencepiece_file import load_tokenizer, model_proto
 from evals.perplexity import main, perplexity, trained_tokens
 from evals.scoring import layer_shares, open_model, windows
 from evals.texts import texts_of
@@ -179,6 +180,22 @@ def test_logits_that_are_not_finite_are_no_score(
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("x", "", "import os as x")))
     error = _refused(capsys, str(broken), str(texts))
     assert f"{texts}, document 3: the model's logits are not finite (NaN or infinite)" in error and "--dtype" in error
+
+
+def test_a_tokenizer_that_was_changed_in_place_is_not_the_models(
+    tiny: dict[str, Any], tmp_path: Path, jsonl: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(tiny["data"]["dir"], tmp_path / "data")
+    tiny["data"]["dir"] = str(data)
+    run = run_folder(tmp_path / "run", tiny)
+    proto = model_proto(load_tokenizer(data))
+    proto.pieces[-1].score -= 1.0
+    (data / "tokenizer.model").write_bytes(proto.SerializeToString())
+    error = _refused(capsys, str(run), str(jsonl))
+    assert f"{data}/train/code/manifest.json: the shards were made with tokenizer " in error
+    for kind in ("train", "validation"):  # where there are no shards, it is taken
+        shutil.rmtree(data / kind)
+    assert main([str(run), str(jsonl)]) == 0
 
 
 def test_models_that_cannot_be(
