@@ -14,7 +14,7 @@ and none of ``Answer:`` gets one, which is how the sets that have such queries a
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -38,6 +38,7 @@ class QuestionFile(NamedTuple):
     shape: tuple[str, ...]
     """The fields that decide, which every line has: one of ``SHAPES``."""
     lines: list[Fields]
+    """Those fields, and an answer's aliases; others are left out."""
 
     @property
     def different(self) -> int:
@@ -73,18 +74,7 @@ def read_questions(path: Path) -> QuestionFile:
         ValueError: if a line is not of the first line's shape, or there is none.
     """
     shape, found = None, []
-    try:
-        records = list(json_records(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    for place, fields in records:
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}, {place} is no JSON object; every line is one question")
-        try:
-            json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{path}, {place} is not UTF-8; save the file as UTF-8") from None
-        found.append(fields)
+    for place, fields in _objects(path):
         shape = shape or next((each for each in SHAPES if all(field in fields for field in each)), None)
         if shape is None:
             shapes = "; ".join(", ".join(each) for each in SHAPES)
@@ -92,9 +82,48 @@ def read_questions(path: Path) -> QuestionFile:
         problem = SHAPES[shape](fields) if all(field in fields for field in shape) else "is of another kind"
         if problem:
             raise ValueError(f"{path}, {place} {problem}; all lines of a file have {', '.join(shape)}")
+        found.append({field: fields[field] for field in shape})
+        if shape == ANSWER:
+            found[-1]["aliases"] = fields.get("aliases") or []
     if shape is None:
         raise ValueError(f"{path} is empty; a file of questions has one on every line")
     return QuestionFile(path, shape, found)
+
+
+def read_texts(path: Path, *names: str) -> list[Fields]:
+    """The fields ``names`` of every line of a file, each a text.
+
+    Raises:
+        ValueError: if a line has another, or there is none.
+    """
+    found = []
+    for place, fields in _objects(path):
+        for name in names:
+            if not isinstance(fields.get(name), str) or not fields[name].strip():
+                raise ValueError(f"{path}, {place} has no text in {name}; every line has {' and '.join(names)}")
+        found.append({name: fields[name] for name in names})
+    if not found:
+        raise ValueError(f"{path} is empty; every line has {' and '.join(names)}")
+    return found
+
+
+def _objects(path: Path) -> Iterator[tuple[str, Fields]]:
+    """The objects of a file, and where each stands."""
+    try:
+        records = list(json_records(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    for place, fields in records:
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}, {place} is no JSON object; every line is one")
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{path}, {place} is not valid Unicode (bytes of another encoding, or half a surrogate pair); save the "
+                "file as UTF-8, or correct the line"
+            ) from None
+        yield place, fields
 
 
 def find_tasks(names: Sequence[str]) -> tuple[list[Path], list[str]]:
@@ -147,6 +176,8 @@ def _choices_problem(options: str) -> Callable[[Fields], str]:
             return f"has no list of two or more texts in {options}"
         if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(texts):
             return f"has gold {gold!r}, which is not one of its {len(texts)} {options}, counted from 0"
+        if texts.count(texts[gold]) > 1:
+            return f"has its right one of {options} twice, and nothing tells them apart"
         other = "query" if options == "choices" else "continuation"
         return "" if isinstance(fields[other], str) and fields[other].strip() else f"has no text in {other}"
 

@@ -8,12 +8,12 @@
 
 Four kinds of tasks come from local files. ``blimp`` is every minimal pair in DATA/blimp/*.jsonl, ``blimp_NAME`` one of
 its paradigms: the sentence with the larger likelihood wins. ``classify_NAME`` asks for the label of each prompt in
-DATA/tuning/NAME-test.jsonl, after one example of NAME-train.jsonl. ``perplexity`` is that of a text file or of JSON
-lines, DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token; ``evals.perplexity``
-has sliding ones. ``one_shot`` is all files of questions in DATA/tasks, after one example each, and NAME one of them,
-DATA/tasks/NAME.jsonl; ``data/questions.py`` says what a line holds. Task files in the harness's own format are found
-through ``--include``. With ``--hub`` every task that the harness defines has a name, and ``one_shot`` is its tasks of
-that kind; their data come from the Hub.
+DATA/tuning/NAME-test.jsonl, after one example of NAME-train.jsonl. ``perplexity`` is that of a text, JSON lines,
+Parquet or CSV, DATA/books/test.jsonl.xz unless ``--text`` names another, in windows that share no token;
+``evals.perplexity`` has sliding ones. ``one_shot`` is all files of questions in DATA/tasks, after one example each, and
+NAME one of them, DATA/tasks/NAME.jsonl; ``data/questions.py`` says what a line holds. Task files in the harness's own
+format are found through ``--include``. With ``--hub`` every task that the harness defines has a name, and ``one_shot``
+is its tasks of that kind; their data come from the Hub.
 
 With ``--json`` the scores of each task are kept as it ends, in OUT's name with ``.tasks.jsonl``; the same command goes
 on there.
@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"folder that holds {BLIMP}/, tuning/, {QUESTIONS}/ and {TEXT}",
     )
     parser.add_argument("--text", type=path_argument, metavar="FILE", help=f"of {PERPLEXITY}, instead of DATA/{TEXT}")
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="its field or column (default: text)")
     parser.add_argument("--hub", action="store_true", help="know the harness's own tasks, whose data the Hub has")
     parser.add_argument("--include", type=path_argument, metavar="FOLDER", help="of task files of your own")
     parser.add_argument(
@@ -113,9 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if rank_by_environment():
         os.environ.setdefault("TQDM_DISABLE", "1")  # the harness's own bars
-    with user_errors(), tempfile.TemporaryDirectory() as cache:
+    with user_errors():
         _check(options)
-        tasks = local_tasks(options.tasks, options.data, options.text, options.shots, Path(cache), options.hub)
+        named = (options.data, options.text, options.shots)
+        tasks = local_tasks(options.tasks, *named, options.hub, options.text_field)
         preflight.open_model(options.model)
         with placed(options) as placement:
             _run(options, tasks, placement)

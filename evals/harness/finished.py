@@ -88,7 +88,7 @@ def weights_of(source: Path) -> str:
 def files_of(task: dict[str, Any] | str, include: Path | None) -> list[dict[str, Any]]:
     """Fingerprints of the files that decide what ``task`` asks."""
     if isinstance(task, dict):
-        paths: Sequence[Path] = [Path(name) for name in task["dataset_kwargs"]["data_files"].values()]
+        paths: Sequence[Path] = [Path(name) for name in task["metadata"]["files"]]
     else:
         paths = [] if include is None else sorted(path for path in include.rglob("*") if path.is_file())
     return [fingerprint(path) for path in paths]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,39 @@ def question_files(data: Path | None) -> dict[str, Path]:
     return {} if data is None else {path.stem: path for path in sorted((data / QUESTIONS).glob("*.jsonl"))}
 
 
-def question_task(name: str, path: Path, shots: int, dataset: dict[str, Any]) -> dict[str, Any]:
+def question_task(name: str, path: Path, shots: int) -> dict[str, Any]:
     """The config of one file's task.
 
     Args:
         name: of the task.
         path: its file.
         shots: examples before each question, others of the same file.
-        dataset: what its config says of the file.
 
     Raises:
         ValueError: if a line is not of the first line's shape, or there are too few for the examples.
     """
     asked = read_questions(path)
     asked.require_examples(shots, "give fewer --shots")
-    return {"task": name, **dataset, "fewshot_split": "test", "num_fewshot": shots, **_CONFIGS[asked.shape]}
+    examples = {"fewshot_split": "test", "num_fewshot": shots}
+    return {"task": name, **dataset([path], test=asked.lines), **examples, **_CONFIGS[asked.shape]}
+
+
+def dataset(files: Sequence[Path], **splits: list[Fields]) -> dict[str, Any]:
+    """What a config says of its documents, read from ``files`` by our own readers.
+
+    The ``datasets`` library would make a time of a text that looks like one, and takes no UTF-16.
+    """
+
+    def as_datasets(**_: Any) -> dict[str, Any]:
+        from datasets import Dataset
+
+        return {name: Dataset.from_list(rows) for name, rows in splits.items()}
+
+    return {
+        "custom_dataset": as_datasets,
+        "test_split": "test",
+        "metadata": {"version": 1.0, "files": [str(path.resolve()) for path in files]},
+    }
 
 
 def _first(texts: Any, fields: Fields) -> str:
@@ -54,12 +73,13 @@ _CHOICE = {
     "target_delimiter": " ",
     "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
 }
+# Functions, not templates, of which the harness takes what looks like a number or a list for one.
 _CONFIGS: dict[tuple[str, ...], dict[str, Any]] = {
     CHOICES: {
         **_CHOICE,
         "doc_to_text": partial(_first, partial(contexts, CHOICES)),
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{gold}}",
+        "doc_to_choice": lambda fields: fields["choices"],
+        "doc_to_target": lambda fields: fields["gold"],
     },
     OPTIONS: {
         **_CHOICE,

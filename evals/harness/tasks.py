@@ -2,7 +2,7 @@
 
 blimp            DATA/blimp/*.jsonl, ``blimp_NAME`` one file of them: of two sentences the likelier one
 classify_NAME    DATA/tuning/NAME-test.jsonl: of a few labels the likeliest after the prompt
-perplexity       a text, or JSON lines with a ``text`` field
+perplexity       a text, or documents, as ``evals.perplexity`` reads them
 one_shot         DATA/tasks/*.jsonl, NAME one file of them: ``data/questions.py``
 
 And the names under which the harness itself has the tasks of ``one_shot``'s kind, with their data on the Hub.
@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data.containers import json_records
 from data.discovery import format_of
-from evals.harness.questions import ONE_SHOT, QUESTIONS, question_files, question_task
+from data.questions import read_texts
+from evals.harness.questions import ONE_SHOT, QUESTIONS, dataset, question_files, question_task
+from evals.texts import texts_of
 from settings import did_you_mean
 
 BLIMP, CLASSIFY, PERPLEXITY = "blimp", "classify_", "perplexity"
@@ -38,7 +39,12 @@ _PERPLEXITIES = {
 
 
 def local_tasks(
-    names: Sequence[str], data: Path | None, text: Path | None, shots: int | None, cache: Path, hub: bool = False
+    names: Sequence[str],
+    data: Path | None,
+    text: Path | None,
+    shots: int | None,
+    hub: bool = False,
+    text_field: str = "text",
 ) -> list[dict[str, Any] | str]:
     """The configs of the tasks that read local files; other names stay names.
 
@@ -49,24 +55,24 @@ def local_tasks(
         text: of ``perplexity``, if it is not ``TEXT`` in ``data``.
         shots: examples before each question; unless given 1 for ``one_shot`` and before what is classified, the
             setting of Zeng et al. 2023, and otherwise 0.
-        cache: where the ``datasets`` library may write.
         hub: ``one_shot`` is ``HUB_ONE_SHOT`` instead of files.
+        text_field: field or column of what ``perplexity`` reads.
 
     Raises:
-        ValueError: if there are no such files, or not a few labels in them.
+        ValueError: if there are no such files, a line of one cannot be used, or there are not a few labels.
     """
     found: dict[str, dict[str, Any] | str] = {}
     questions = question_files(data)
     for name in names:
         if name == PERPLEXITY:
-            found[name] = _perplexity(_text_file(data, text), cache)
+            found[name] = _perplexity(_text_file(data, text), text_field)
         elif name == BLIMP or name.startswith(f"{BLIMP}_"):
             files = _blimp_files(data)
             for chosen in sorted(files) if name == BLIMP else [name]:
-                found[chosen] = _blimp(chosen, _file(chosen, files, f"{data}/{BLIMP}"), shots or 0, cache)
+                found[chosen] = _blimp(chosen, _file(chosen, files, f"{data}/{BLIMP}"), shots or 0)
         elif name.startswith(CLASSIFY):
             path = _file(name, _pair_files(data), f"{data}/{PAIRS}")
-            found[name] = _classify(name, path, 1 if shots is None else shots, cache)
+            found[name] = _classify(name, path, 1 if shots is None else shots)
         elif name == ONE_SHOT and hub:
             found |= {task: task for task in HUB_ONE_SHOT}
         elif name == ONE_SHOT or name in questions:
@@ -78,8 +84,7 @@ def local_tasks(
                 )
             few = shots if shots is not None else int(name == ONE_SHOT)
             for task in questions if name == ONE_SHOT else [name]:
-                dataset = _dataset("json", {"test": questions[task]}, cache)
-                found[task] = question_task(task, questions[task], few, dataset)
+                found[task] = question_task(task, questions[task], few)
         else:
             found[name] = name
     return list(found.values())
@@ -118,85 +123,72 @@ def _text_file(data: Path | None, text: Path | None) -> Path:
     return path
 
 
-def _blimp(name: str, path: Path, shots: int, cache: Path) -> dict[str, Any]:
+def _blimp(name: str, path: Path, shots: int) -> dict[str, Any]:
+    pair = ("sentence_good", "sentence_bad")
     return {
         "task": name,
-        **_dataset("json", {"test": path}, cache),
+        **dataset([path], test=read_texts(path, *pair)),
         "output_type": "multiple_choice",
         "fewshot_split": "test",
         "num_fewshot": shots,
         "doc_to_text": "",
-        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
+        "doc_to_choice": lambda fields: [fields[sentence] for sentence in pair],
         "doc_to_target": 0,
         **_ACCURACY,
     }
 
 
-def _classify(name: str, test: Path, shots: int, cache: Path) -> dict[str, Any]:
-    labels = _labels(name, test)
-    train = test.with_name(test.name.removesuffix("-test.jsonl") + "-train.jsonl")
-    if shots and not train.is_file():
-        raise ValueError(f"{name} takes its examples from {train}, which is missing; add it, or give --shots 0")
-    return {
-        "task": name,
-        **_dataset("json", {"test": test} | ({"train": train} if shots else {}), cache),
-        "output_type": "multiple_choice",
-        "fewshot_split": "train" if shots else None,
-        "num_fewshot": shots,
-        "doc_to_text": "{{prompt}}",
-        "doc_to_choice": labels,
-        "doc_to_target": f"{{{{{labels}.index(response)}}}}",
-        **_ACCURACY,
-    }
-
-
-def _labels(name: str, test: Path) -> list[str]:
-    """The different responses, sorted."""
-    try:
-        labels = sorted({record["response"] for _, record in json_records(test)})
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{test} must hold a JSON object with 'prompt' and 'response' on every line") from None
+def _classify(name: str, test: Path, shots: int) -> dict[str, Any]:
+    rows, files, more = read_texts(test, "prompt", "response"), [test], {}
+    labels = sorted({fields["response"] for fields in rows})
     if not 2 <= len(labels) <= MOST_LABELS:
         raise ValueError(
             f"{name}: {test} has {len(labels)} different responses, and labels to choose from are 2 to {MOST_LABELS}; "
             "take a set with a few labels"
         )
-    return labels
+    if shots:
+        files.append(test.with_name(test.name.removesuffix("-test.jsonl") + "-train.jsonl"))
+        if not files[-1].is_file():
+            raise ValueError(f"{name} takes its examples from {files[-1]}, which is missing; add it, or give --shots 0")
+        more["train"] = read_texts(files[-1], "prompt", "response")
+        if len(more["train"]) < shots:
+            raise ValueError(f"{files[-1]} has {len(more['train'])} examples, fewer than --shots {shots}; lower it")
+    return {
+        "task": name,
+        **dataset(files, test=rows, **more),
+        "output_type": "multiple_choice",
+        "fewshot_split": "train" if shots else None,
+        "num_fewshot": shots,
+        "doc_to_text": lambda fields: fields["prompt"],
+        "doc_to_choice": labels,
+        "doc_to_target": lambda fields: labels.index(fields["response"]),
+        **_ACCURACY,
+    }
 
 
-def _perplexity(path: Path, cache: Path) -> dict[str, Any]:
-    kind = format_of(path)
-    if kind not in ("text", "json"):
+def _perplexity(path: Path, text_field: str) -> dict[str, Any]:
+    if format_of(path) is None:
         raise ValueError(
-            f"--text {path} is no text and no JSON lines by its name; rename it, or measure it with python -m "
+            f"the format of --text {path} cannot be inferred from its name; rename it, or measure it with python -m "
             "evals.perplexity --format text"
         )
-    config = {
+    rows = [{"text": text} for text in texts_of(path, text_field=text_field) if text]
+    if not rows:
+        raise ValueError(f"{path} holds no text to score; name another with --text")
+    return {
         "task": PERPLEXITY,
-        **_dataset(kind, {"test": path}, cache),
+        **dataset([path], test=rows),
         "output_type": "loglikelihood_rolling",
         "doc_to_text": "",
-        "doc_to_target": "{{text}}",
+        "doc_to_target": lambda fields: fields["text"],
         "metric_list": [
             {"metric": name, "aggregation": aggregation, "higher_is_better": False}
             for name, aggregation in _PERPLEXITIES.items()
         ],
     }
-    if kind == "text":
-        config["dataset_kwargs"]["sample_by"] = "document"  # else a document is a line
-    return config
 
 
 _ACCURACY: dict[str, Any] = {
     "target_delimiter": "",  # the default is a space, which would be scored with the answer
     "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
 }
-
-
-def _dataset(kind: str, files: dict[str, Path], cache: Path) -> dict[str, Any]:
-    return {
-        "dataset_path": kind,
-        "dataset_kwargs": {"data_files": {k: str(f.resolve()) for k, f in files.items()}, "cache_dir": str(cache)},
-        "test_split": "test",
-        "metadata": {"version": 1.0},
-    }

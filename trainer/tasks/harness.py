@@ -17,6 +17,7 @@ Every rank makes all requests and gets all answers; the work between is shared (
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ from trainer.tasks.answers import Prompt, answer
 from trainer.tasks.files import Score
 from trainer.tasks.scorer import Scorer, Window
 
+# A config that reads its documents itself is told of options that another command of the harness has.
+logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
 _STDERR = "_stderr"
 _FEW = 100  # task names in an error; the harness has thousands
 _FEWSHOT_SEED = 1234  # the harness's own

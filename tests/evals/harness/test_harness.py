@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ pytest.importorskip("lm_eval")
 from convert.to_hf import main as export
 from evals.harness.__main__ import main
 from evals.harness.report import differences, table
-from evals.harness.tasks import _perplexity, local_tasks
+from evals.harness.tasks import local_tasks
 from evals.perplexity import perplexity
 from evals.scoring import open_model
+from evals.texts import texts_of
 from tests.evals.tiny import POSITIONS, weights_folder
 from tests.trainer.tasks.questions import QUESTIONS, write_questions
 from trainer.tasks.harness import OurModel, TaskScores, evaluate, known_tasks, load
@@ -103,7 +106,7 @@ def _answer_likelihood(weights: Path, context: str, answer: str) -> float:
 
 
 def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_path: Path) -> None:
-    tasks = local_tasks(["blimp", "perplexity"], data, data / "texts.jsonl", 0, tmp_path)
+    tasks = local_tasks(["blimp", "perplexity"], data, data / "texts.jsonl", 0)
     opened = open_model(weights)
     outcome = evaluate(_model(weights), tasks)
     expected = [_likelihood(weights, sentence) for pair in PAIRS for sentence in pair]
@@ -120,7 +123,7 @@ def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_pa
 @pytest.mark.parametrize("shots", [None, 0])
 def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_path: Path, shots: int | None) -> None:
     """After one example of the training file, unless told otherwise."""
-    outcome = evaluate(_model(weights), local_tasks(["classify_mood"], data, None, shots, tmp_path))
+    outcome = evaluate(_model(weights), local_tasks(["classify_mood"], data, None, shots))
     before = "" if shots == 0 else "".join(f"{prompt}{label}\n\n" for prompt, label in EXAMPLES)
     expected = [
         _answer_likelihood(weights, before + prompt, label) for prompt, _ in LABELLED for label in (" bad", " good")
@@ -133,7 +136,7 @@ def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_pa
 
 def test_windows_of_a_long_text(weights: Path, data: Path, tmp_path: Path) -> None:
     model = _model(weights, 8)
-    whole = evaluate(model, local_tasks(["perplexity"], None, data / "text.txt", 0, tmp_path))
+    whole = evaluate(model, local_tasks(["perplexity"], None, data / "text.txt", 0))
     assert whole.documents == {"perplexity": 1} and len(whole.loglikelihoods["perplexity"]) == 1
     tokens = len(model.tok_encode("\n\n".join(TEXTS)))
     assert tokens > 8 and model.scorer.routed.head_tokens == tokens  # each is scored once
@@ -245,7 +248,10 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--tasks", "classify_mod", "--data", "DATA"], "did you mean 'classify_mood'?"),
         (["--tasks", "classify_long", "--data", "DATA"], "has 21 different responses"),
         (["--tasks", "classify_bare", "--data", "DATA"], "bare-train.jsonl, which is missing"),
-        (["--tasks", "classify_torn", "--data", "DATA"], "with 'prompt' and 'response' on every line"),
+        (
+            ["--tasks", "classify_torn", "--data", "DATA"],
+            "torn-test.jsonl, line 1 has no text in response; every line has prompt and",
+        ),
         (["--tasks", "unheard"], "there is no task 'unheard'; there are: blimp, classify_NAME, one_shot, perplexity"),
         (["--tasks", "x", "--include", "/nowhere"], "there is no folder /nowhere"),
         (["--limit", "0"], "--limit must be at least 1"),
@@ -279,7 +285,7 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_questions_of_every_shape(weights: Path, questions: Path, tmp_path: Path) -> None:
     """Likelihoods are those of plain passes, and metrics follow from them."""
-    tasks = local_tasks(list(QUESTIONS), questions, None, None, tmp_path)
+    tasks = local_tasks(list(QUESTIONS), questions, None, None)
     outcome = evaluate(_model(weights), tasks)
     found = outcome.loglikelihoods
     chosen = [_answer_likelihood(weights, "Question: x = 1\nAnswer:", f" {c}") for c in ("return a", "import os")]
@@ -304,7 +310,7 @@ def test_an_answer_is_right_by_any_alias_whatever_its_case_and_stops(
         return [" Os" if "import" in request.args[0] else "a" for request in asked]
 
     monkeypatch.setattr(OurModel, "generate_until", answers)
-    outcome = evaluate(_model(weights), local_tasks(["say"], questions, None, 0, tmp_path))
+    outcome = evaluate(_model(weights), local_tasks(["say"], questions, None, 0))
     assert outcome.metrics["say"] == {"exact_match": 0.5}
 
 
@@ -334,6 +340,17 @@ def test_one_shot_is_all_files_with_one_example_of_their_own(
             ['{"query": "a", "choices": ["b", "c"], "gold": 2}'],
             "has gold 2, which is not one of its 2 choices, counted",
         ),
+        (['{"query": "a", "choices": ["b", "b"], "gold": 1}'], "has its right one of choices twice, and nothing"),
+        (['{"query": "a", "choices": ["b", 3], "gold": 0}'], "has no list of two or more texts in choices"),
+        (['{"query": "a", "choices": "bc", "gold": 0}'], "has no list of two or more texts in choices"),
+        (['{"query": "a", "choices": ["b", ""], "gold": 0}'], "has no list of two or more texts in choices"),
+        (['{"query": "a", "choices": ["b", "c"], "gold": "0"}'], "has gold '0', which is not one of its 2 choices"),
+        (['{"query": 3, "choices": ["b", "c"], "gold": 0}'], "bad.jsonl, line 1 has no text in query"),
+        (['{"context_options": ["a"], "continuation": "b", "gold": 0}'], "two or more texts in context_options"),
+        (['{"context": null, "continuation": "b"}'], "bad.jsonl, line 1 has no text in context"),
+        (["[]"], "is empty; a file of questions has one on every line"),
+        (["3"], "bad.jsonl, line 1 is no JSON object"),
+        (['{"context": "a", "answer": "\\ud800"}'], "bad.jsonl, line 1 is not valid Unicode"),
         (['{"context": "a", "answer": ""}'], "has no text in answer; all lines of a file have context, answer"),
         (['{"context": "a", "answer": "b"}'] * 2, "has 1 different lines, and each question takes 1 of the others for"),
         (['{"context": "a", "answer": "b"}', '{"query": "a"}'], "bad.jsonl, line 2 is of another kind; all lines"),
@@ -359,15 +376,88 @@ def test_a_single_document_has_no_standard_error() -> None:
 
 
 def test_texts_are_read_by_their_names(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, kind in (
-        ("Novel.TXT", "text"),
-        ("novel.rst", "text"),
-        ("a.text.jsonl", "json"),
-        ("notes.md.jsonl.xz", "json"),
+    """By the readers of all other commands: bits per byte are those of ``evals.perplexity`` on the same file."""
+    line = json.dumps({"text": TEXTS[0]})
+    for name, content in (
+        ("Novel.TXT", TEXTS[0].encode()),
+        ("marked.rst", b"\xef\xbb\xbf" + TEXTS[0].replace("\n", "\r\n").encode()),
+        ("wide.txt", TEXTS[0].encode("utf-16")),
+        ("list.txt", b"[1, 2]"),
+        ("a.text.jsonl", f'{line}\r\n{{"text": ""}}\r\n'.encode()),
+        ("time.md.jsonl.xz", lzma.compress(b'{"text": "2020-01-01T00:00:00"}\n')),
     ):
-        assert _perplexity(tmp_path / name, tmp_path)["dataset_path"] == kind, name
-    with pytest.raises(ValueError, match=r"plain is no text and no JSON lines by its name; rename it"):
-        _perplexity(tmp_path / "plain", tmp_path)
+        path = tmp_path / name
+        path.write_bytes(content)
+        outcome = evaluate(_model(weights), local_tasks(["perplexity"], None, path, 0))
+        own = perplexity(open_model(weights), texts_of(path), name, POSITIONS, POSITIONS)
+        assert outcome.metrics["perplexity"]["bits_per_byte"] == pytest.approx(own.bits_per_byte, rel=1e-5), name
+    for name, content, told in (
+        ("plain", b"", "plain cannot be inferred from its name; rename it"),
+        ("latin.txt", b"na\xefve", "latin.txt cannot be read: document 1 is not valid Unicode"),
+        ("empty.jsonl", b'{"text": ""}\n', "empty.jsonl holds no text to score; name another with --text"),
+        ("field.jsonl", b'{"body": "x"}\n', "line 1 has no field 'text' (there: body); name the one with the text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert told in _refused(capsys, str(weights), "--tasks", "perplexity", "--text", str(tmp_path / name))
+    field = ["--tasks", "perplexity", "--text", str(tmp_path / "field.jsonl"), "--text-field", "body"]
+    assert main([str(weights), *field]) == 0
+
+
+def test_what_looks_like_a_number_a_time_or_a_list_is_a_text(weights: Path, tmp_path: Path) -> None:
+    """In questions, pairs and labels, with marks of encodings and line ends of other systems."""
+    odd = ["1", "2020-01-01", "[1]", "3"]
+    for folder in ("tasks", "blimp", "tuning"):
+        (tmp_path / folder).mkdir()
+
+    def write(name: str, *lines: dict[str, Any], encoding: str = "utf-8-sig") -> None:
+        (tmp_path / name).write_bytes("".join(json.dumps(line) + "\r\n" for line in lines).encode(encoding))
+
+    write("tasks/go_on.jsonl", *({"context": a, "continuation": b} for a, b in pairwise(odd)), encoding="utf-16")
+    write("tasks/choose.jsonl", {"query": "1", "choices": odd[1:], "gold": 0, "id": 1})
+    write("tasks/fill.jsonl", {"context_options": odd[:2], "continuation": odd[2], "gold": 1, "id": "b"})
+    write("blimp/pairs.jsonl", {"sentence_good": odd[0], "sentence_bad": odd[1]})
+    write("tuning/label-test.jsonl", *({"prompt": a, "response": b} for a, b in pairwise(odd)))
+    found = evaluate(
+        _model(weights), local_tasks(["go_on", "choose", "fill", "blimp", "classify_label"], tmp_path, None, 0)
+    ).loglikelihoods
+    expected = {
+        "go_on": [(a, f" {b}") for a, b in pairwise(odd)],
+        "choose": [("1", f" {choice}") for choice in odd[1:]],
+        "fill": [(context, f" {odd[2]}") for context in odd[:2]],
+        "classify_label": [(prompt, label) for prompt in odd[:3] for label in sorted(odd[1:])],
+    }
+    for task, asked in expected.items():
+        assert found[task] == pytest.approx([_answer_likelihood(weights, *parts) for parts in asked], abs=1e-3), task
+    assert found["blimp_pairs"] == pytest.approx([_likelihood(weights, text) for text in odd[:2]], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("blimp/bad.jsonl", b"{", "bad.jsonl: line 1 is not JSON"),
+        ("blimp/bad.jsonl", b"", "bad.jsonl is empty; every line has sentence_good and sentence_bad"),
+        ("blimp/bad.jsonl", b"3", "bad.jsonl, line 1 is no JSON object; every line is one"),
+        (
+            "blimp/bad.jsonl",
+            b'{"sentence_good": "a", "sentence_bad": "b"}\n\n{"sentence_good": "a", "sentence_bad": 3}',
+            "bad.jsonl, line 3 has no text in sentence_bad",
+        ),
+        ("tuning/bad-test.jsonl", b'{"prompt": "a", "response": 0}', "bad-test.jsonl, line 1 has no text in response"),
+        ("tuning/bad-test.jsonl", b'{"prompt": "a", "response": "\\ud800"}', "bad-test.jsonl, line 1 is not valid Uni"),
+    ],
+)
+def test_lines_that_cannot_be(
+    weights: Path, tmp_path: Path, name: str, content: bytes, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / name).parent.mkdir()
+    (tmp_path / name).write_bytes(content)
+    task = "blimp" if name.startswith("blimp") else "classify_bad"
+    assert sentence in _refused(capsys, str(weights), "--tasks", task, "--data", str(tmp_path))
+
+
+def test_examples_that_are_too_few(weights: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--tasks", "classify_mood", "--data", str(data), "--shots", "2"]
+    assert "mood-train.jsonl has 1 examples, fewer than --shots 2" in _refused(capsys, str(weights), *options)
 
 
 def test_a_column_holds_a_perplexity_of_any_size() -> None:
