@@ -175,7 +175,7 @@ class _Runner:
             self.export = open_export(options.against, opened, *how)
         source = opened.loaded.source
         self.key = {"model": str(source.resolve()), "weights": weights_of(source), "limit": options.limit}
-        self.key |= {"window": window, "dtype": options.dtype}
+        self.key |= {"window": window, "dtype": options.dtype, "tokenizer": opened.tokenizer.sha256}
         self.key["against"] = options.against and [str(options.against), weights_of(options.against)]
 
     def all(self, tasks: Sequence[dict[str, Any] | str], known: Any, finished: Finished) -> dict[str, Done]:
@@ -188,6 +188,7 @@ class _Runner:
                 (task, self._shots(task)) if isinstance(task, str) else (task["task"], task.get("num_fewshot"))
             )
             key = {**self.key, "shots": shots, "files": files_of(task, self.options.include)}
+            key["text field"] = self.options.text_field if name == PERPLEXITY else None
             kept = self.world.broadcast_object(finished.get(name, key) if self.world.is_main else None)
             found[name] = kept or self._one(task, known, shots)
             if kept is None and self.world.is_main:

@@ -1,7 +1,7 @@
 """Tasks that are done, beside the file of ``--json``: a line each, with all that their scores depend on.
 
 ``scores.json`` has ``scores.tasks.jsonl``. A run that was stopped goes on with the tasks that are not there, or are
-there of another model, file, number of shots, limit or precision.
+there of another model, tokenizer, file, field, number of shots, limit or precision.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from trainer.monitor.append_only import Lines
 from trainer.tasks.harness import TaskScores
 
 Key = dict[str, Any]
+_FIELDS = {"task", "key", "ours", "export", "flops", "seconds"}
 
 
 class Done(NamedTuple):
@@ -36,18 +37,29 @@ class Finished:
     Args:
         out: of ``--json``; nothing is kept without.
         tell: says on one rank what was found.
+
+    Raises:
+        ValueError: it is there, and something else.
     """
 
     def __init__(self, out: Path | None, tell: Any) -> None:
         self.path = None if out is None else out.with_suffix(".tasks.jsonl")
         self._tell = tell
         self._found: dict[str, dict[str, Any]] = {}
+        self._torn = False
         if self.path is not None and self.path.exists():
-            for text in self.path.read_text(encoding="utf-8").splitlines():
+            whole = self.path.read_text(encoding="utf-8")
+            self._torn = bool(whole) and not whole.endswith("\n")
+            for number, text in enumerate(whole.splitlines(), start=1):
                 try:
                     line = json.loads(text)
                 except json.JSONDecodeError:
                     continue  # cut short by a kill
+                if not isinstance(line, dict) or not line.keys() >= _FIELDS:
+                    raise ValueError(
+                        f"{self.path}, line {number} is no finished task of this command; move the file away, or give "
+                        "--json another name"
+                    )
                 self._found[line["task"]] = line
 
     def get(self, task: str, key: Key) -> Done | None:
@@ -71,7 +83,9 @@ class Finished:
         export = None if done.export is None else done.export._asdict()
         line = {"task": task, "key": key, "ours": done.ours._asdict(), "export": export}
         lines = Lines(self.path, self._tell)
-        lines.add(json.dumps({**line, "flops": done.flops, "seconds": done.seconds}))
+        start = "\n" if self._torn else ""  # or it would go on where a kill has cut one
+        lines.add(start + json.dumps({**line, "flops": done.flops, "seconds": done.seconds}))
+        self._torn = False
         lines.close()
 
 

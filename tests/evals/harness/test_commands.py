@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
+from data.sentencepiece_file import load_tokenizer, model_proto
 from evals.harness.__main__ import main
 from evals.harness.tasks import HUB_ONE_SHOT
 from evals.scoring import open_model
@@ -73,6 +74,24 @@ def test_a_rerun_takes_what_is_finished(
     assert main([*options, "--tasks", "go_on", "--shots", "0", "--dtype", "bf16"]) == 0
     assert f"go_on: {kept} has it with another dtype and files; it is computed again" in capsys.readouterr().out
     assert ran == ["fill", "choose", "go_on"]
+    assert main([*options, "--tasks", "fill"]) == 0
+    assert f"fill: taken from {kept}" in capsys.readouterr().out  # its line stands apart from the one that was cut
+    proto = model_proto(load_tokenizer(weights))
+    proto.pieces[-1].score -= 1.0
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    other = weights_folder(tmp_path / "other", "layer", {"dir": str(tmp_path)})
+    assert main([str(other), *options[1:], "--tasks", "choose", "--limit", "1"]) == 0
+    told = "it with another model, weights and tokenizer; it is computed again"
+    assert told in capsys.readouterr().out
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "import os", "body": "return"}\n')
+    for field in ("text", "body"):
+        assert main([*options, "--tasks", "perplexity", "--text", str(text), "--text-field", field]) == 0
+    assert "perplexity: " + str(kept) + " has it with another text field; it" in capsys.readouterr().out
+    kept.write_text('{"task": "choose"}\n')
+    with pytest.raises(SystemExit):
+        main([*options, "--tasks", "choose"])
+    assert "scores.tasks.jsonl, line 1 is no finished task of this command; move the" in capsys.readouterr().err
 
 
 def test_bf16_is_near_fp32(weights: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
