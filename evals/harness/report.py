@@ -29,6 +29,7 @@ def table(ours: TaskScores, export: TaskScores | None = None) -> str:
     The export's stand beside them, with the largest difference of a log-likelihood.
     """
     wide = max(len(name) for name in (*ours.metrics, BLIMP, _OTHERS)) + 2
+    broad = max(18, *(len(metric) + 2 for own in ours.metrics.values() for metric in own))
     both = [ours] if export is None else [ours, export]
     apart = {} if export is None else differences(ours, export)
 
@@ -38,11 +39,11 @@ def table(ours: TaskScores, export: TaskScores | None = None) -> str:
         cells = [*map(_number, values), "" if error is None else _number(error)]
         numbers = "".join(f"{number:>12}" for number in cells)
         difference = "" if export is None else f"{apart_nats:>18.1e}"
-        return f"{task:<{wide}}{metric:<18}{numbers}{documents:>12,}{difference}"
+        return f"{task:<{wide}}{metric:<{broad}}{numbers}{documents:>12,}{difference}"
 
     names = f"{'ours':>12}" if export is None else f"{'ours':>12}{'export':>12}"
     last = "" if export is None else "  difference, nats"
-    lines = [f"{'task':<{wide}}{'metric':<18}{names}{'std. error':>12}{'documents':>12}{last}"]
+    lines = [f"{'task':<{wide}}{'metric':<{broad}}{names}{'std. error':>12}{'documents':>12}{last}"]
     for task, metrics in ours.metrics.items():
         for metric in metrics:
             values = [outcome.metrics[task][metric] for outcome in both]

@@ -205,7 +205,7 @@ class TaskScores(NamedTuple):
     """What one model did on some tasks."""
 
     metrics: dict[str, dict[str, float]]
-    """By task, then by metric."""
+    """By task, then by metric; by ``METRIC/FILTER`` where a task judges each answer in several ways."""
     documents: dict[str, int]
     """By task."""
     loglikelihoods: dict[str, list[float]]
@@ -245,11 +245,20 @@ def evaluate(
 
 
 def _scores(done: Any, model: CountsCuts) -> TaskScores:
-    metrics, errors, documents, loglikelihoods = {}, {}, {}, {}
+    """A metric keeps its name where the task judges answers in one way; else that of the filter follows it."""
+    metrics: dict[str, dict[str, float]] = {}
+    errors: dict[str, dict[str, float]] = {}
+    documents, loglikelihoods = {}, {}
     for name, samples in done["samples"].items():
-        values = {key.split(",")[0]: float(v) for key, v in done["results"][name].items() if isinstance(v, float)}
-        metrics[name] = {key: v for key, v in values.items() if not key.endswith(_STDERR)}
-        errors[name] = {key.removesuffix(_STDERR): v for key, v in values.items() if key.endswith(_STDERR)}
+        filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+        samples = [sample for sample in samples if sample["filter"] == filters[0]]
+        metrics[name], errors[name] = {}, {}
+        for key, value in done["results"][name].items():
+            metric, _, way = key.partition(",")
+            if isinstance(value, float):
+                kind = errors if metric.endswith(_STDERR) else metrics
+                told = metric.removesuffix(_STDERR)
+                kind[name][told if len(filters) == 1 else f"{told}/{way}"] = float(value)
         documents[name] = len({sample["doc_id"] for sample in samples})
         loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
         if name in model.not_finite:

@@ -166,6 +166,25 @@ def test_tasks_of_the_users_own(weights: Path, data: Path, tmp_path: Path) -> No
     assert "own" in table(outcome)
 
 
+def test_a_task_that_judges_each_answer_in_two_ways_has_both_figures(
+    weights: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict, loose = ({"function": name} for name in ("take_first", "lowercase"))
+    ways = [{"name": "strict-match", "filter": [strict]}, {"name": "small-letters", "filter": [loose, strict]}]
+    own = OWN_TASK.format(data=data / "blimp/one.jsonl") + f"filter_list: {json.dumps(ways)}\n"
+    (tmp_path / "own.yaml").write_text(own)
+    monkeypatch.setattr(OurModel, "generate_until", lambda _, asked, **__: [PAIRS[r.doc_id][1].upper() for r in asked])
+    outcome = evaluate(_model(weights), load("own", known_tasks(tmp_path)))
+    assert outcome.metrics == {"own": {"exact_match/strict-match": 0.0, "exact_match/small-letters": 1.0}}
+    assert outcome.errors["own"].keys() == outcome.metrics["own"].keys() and outcome.documents == {"own": 3}
+    head, *lines = table(outcome, outcome).splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        ["own", "exact_match/strict-match", "0.0000", "0.0000"],
+        ["own", "exact_match/small-letters", "1.0000", "1.0000"],
+    ]
+    assert {len(line) for line in lines} == {len(head)}
+
+
 def test_generation_ends_where_it_is_told(weights: Path) -> None:
     model = _model(weights)
 
