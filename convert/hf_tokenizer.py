@@ -1,9 +1,9 @@
 """A tokenizer's files for an export: ids in transformers are those that the model was trained with.
 
-A ``tokenizer.json`` is copied as it is, with what lies beside it. A SentencePiece ``tokenizer.model`` is written out as
-a ``tokenizer.json``, and the ids of both are compared on text before anything is vouched for. It puts before a text
-what training did: nothing (a begin-of-document token is scored twice by tools that add their own), or what an import's
-``tokenizer_config.json`` asks for.
+A ``tokenizer.json`` is copied as it is, with what lies beside it, and its ids are compared with those that transformers
+gives. A SentencePiece ``tokenizer.model`` is written out as a ``tokenizer.json``, and the ids of both are compared on
+text before anything is vouched for. It puts before a text what training did: nothing (a begin-of-document token is
+scored twice by tools that add their own), or what an import's ``tokenizer_config.json`` asks for.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from data.tokenizer_json import require_same_ids, sample_lines
 from data.tokenizer_training import DECODER_ONLY
 
 _COMPARED_LINES = 1000
+_ALIKE = f"ids are transformers' on {_COMPARED_LINES:,} texts"
+_AS_IT_IS = "PreTrainedTokenizerFast"
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -62,6 +64,27 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int, max_positions: int
     return ids, f"{JSON_NAME} written from {tokenizer.file.name}: {compared}{beside}"
 
 
+def require_transformers_ids(tokenizer: TextTokenizer, folder: Path) -> str:
+    """See that transformers, given the export in ``folder``, gives the ids of ``tokenizer``; a sentence on it.
+
+    Where the class that the export asks for, or that its model's kind stands for, gives others, the export asks for one
+    that takes ``tokenizer.json`` as it is.
+
+    Raises:
+        ValueError: if that gives others, too.
+    """
+    if (problem := _difference(tokenizer, folder, auto=True)) is None:
+        return _ALIKE
+    given = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    write_json(folder / CONFIG_NAME, {**given, "tokenizer_class": _AS_IT_IS})
+    if left := _difference(tokenizer, folder, auto=True):
+        raise ValueError(
+            f"the export's tokenizer is not the one in {tokenizer.file}: {left}; it stays in {folder} to be looked at; "
+            "--no-compare exports it all the same"
+        )
+    return f"{_ALIKE}, as {CONFIG_NAME} asks for {_AS_IT_IS} now; before, {problem}"
+
+
 def compared_with_transformers(tokenizer: TextTokenizer, folder: Path, auto: bool) -> str:
     """A sentence on whether transformers, given ``folder``, gives the ids of ``tokenizer``.
 
@@ -69,28 +92,34 @@ def compared_with_transformers(tokenizer: TextTokenizer, folder: Path, auto: boo
         tokenizer: of ``folder``, whose own file decides where the two differ: transformers 5 builds some classes' rules
             anew, other than the model was trained with.
         folder: of a Hugging Face checkpoint.
-        auto: by the class that the folder asks for, which may bring code of its own.
+        auto: by the class that the folder asks for; code of its own is not run.
     """
+    problem = _difference(tokenizer, folder, auto)
+    return _ALIKE if problem is None else f"those of {tokenizer.file.name} are taken; {problem}"
+
+
+def _difference(tokenizer: TextTokenizer, folder: Path, auto: bool) -> str | None:
+    """In what transformers differs from ``tokenizer``; None if in nothing."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     loader: Any = AutoTokenizer if auto else PreTrainedTokenizerFast
     try:
-        theirs = loader.from_pretrained(folder, local_files_only=True)
+        theirs = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # or it may ask
     except Exception as error:  # whatever it dislikes, in its own words
-        return f"{tokenizer.file.name} is taken as it is; transformers cannot load it ({_last_line(error)})"
+        return f"transformers cannot load it ({_last_line(error)})"
     special = tokenizer.piece(tokenizer.eos_id)
-    lines = [line for line in (f"a {special} b", f"{special}a", *islice(sample_lines(), _COMPARED_LINES)) if line]
+    lines = [f"a {special} b", f"{special}a", *islice(filter(None, sample_lines()), _COMPARED_LINES - 2)]
     found = theirs(lines, split_special_tokens=True) if isinstance(tokenizer, SentencePiece) else theirs(lines)
     ours = [tokenizer.prefix + tokenizer.encode(line) for line in lines]
     after = [tokenizer.eos_id]  # some put it behind every text, where examples have it only at their end
     different = [line for line, a, b in zip(lines, ours, found["input_ids"], strict=True) if b not in (a, [*a, *after])]
     if not different:
-        return f"ids are transformers' on {len(lines):,} texts"
+        return None
     return (
-        f"those of {tokenizer.file.name} are taken; {type(theirs).__name__} in transformers gives other ids for "
-        f"{len(different)} of {len(lines):,} texts, such as {different[0][:40]!r}"
+        f"{type(theirs).__name__} in transformers gives other ids for {len(different)} of {len(lines):,} texts, such "
+        f"as {different[0][:40]!r}"
     )
 
 
@@ -103,7 +132,7 @@ def _tokenizer_config(tokenizer: SentencePiece, ids: dict[str, Any], max_positio
     """LlamaTokenizer and its fast variant build a tokenizer of their own; this class takes ``tokenizer.json``."""
     names = {name.removesuffix("_id"): tokenizer.piece(i) for name, i in ids.items() if isinstance(i, int)}
     return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
+        "tokenizer_class": _AS_IT_IS,
         **names,
         "eos_token": tokenizer.piece(tokenizer.eos_id),
         "unk_token": tokenizer.piece(tokenizer.processor.unk_id()),

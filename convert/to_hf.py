@@ -71,7 +71,8 @@ def export(
 
     from convert.facts import facts_of
     from convert.hf_compare import ADAPTER, compare, refer
-    from convert.hf_tokenizer import write_tokenizer
+    from convert.hf_tokenizer import require_transformers_ids, write_tokenizer
+    from data.tokenization import SentencePiece, load_text_tokenizer
     from tune.adapter_files import export_adapter
     from tune.adapters import take_out
     from tune.load import load_model
@@ -87,15 +88,17 @@ def export(
     partial = temporary_name(out)
     shutil.rmtree(partial, ignore_errors=True)  # of an export that failed
     partial.mkdir(parents=True)
-    ids, tokenizer_done = write_tokenizer(
-        tokenizer or loaded.tokenizer_folder, partial, decoder.config.vocab_size, decoder.config.max_positions
-    )
+    source = tokenizer or loaded.tokenizer_folder
+    ids, tokenizer_done = write_tokenizer(source, partial, decoder.config.vocab_size, decoder.config.max_positions)
     reference = refer(decoder) if compared else None
     if separate:
         export_adapter(decoder, partial / ADAPTER)
         take_out(decoder)
     config = hf_config(decoder, ids, dtype)
     files = _write_model(decoder, config, ids, partial, shard_bytes)
+    given = load_text_tokenizer(source)
+    if compared and not isinstance(given, SentencePiece):
+        tokenizer_done += f"; {require_transformers_ids(given, partial)}"
     model = _exported(decoder, separate)
     facts = {**facts_of(loaded), "export_commit": git_state.commit()}
     if facts.get("adapter") in ("lora", "dora"):

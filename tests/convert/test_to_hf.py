@@ -22,11 +22,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from convert import to_hf
 from convert.from_hf import import_checkpoint
 from convert.to_hf import export, main
+from data.tokenization import load_text_tokenizer
 from model.config import ModelConfig
 from model.decoder import Decoder
 from model.generate import generate
 from tests.conftest import VOCAB
 from tests.convert.exports import CASES, NATIVE, make, make_tuned, write_run
+from tests.convert.test_from_hf import write_tokenizer
 from tests.model.tiny import SIZES, decoder
 from tests.trainer.checkpoints.test_resume_safety import Payload
 from trainer.checkpoints import manifest, weights_folder
@@ -294,6 +296,33 @@ def test_what_differs_stays_to_be_looked_at(
     monkeypatch.setattr(weights_folder, "save_tensors", save)
     export(exported("layer")[0], tmp_path / "out")
     assert not (tmp_path / "out.tmp").exists()
+
+
+def test_a_tokenizer_json_is_compared_with_transformers(
+    tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the class that it asks for builds rules of its own, the export asks for one that does not."""
+    found = {}
+    for name, kind in (("alike", "PreTrainedTokenizerFast"), ("other", "LlamaTokenizer")):
+        folder = tmp_path / name
+        folder.mkdir()
+        write_tokenizer(folder)
+        asked = json.loads((folder / "tokenizer_config.json").read_text())
+        asked |= {"tokenizer_class": kind, "chat_template": "x"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(asked))
+        found[name] = export(exported("layer")[0], tmp_path / f"{name}-hf", tokenizer=folder)[2]
+        theirs = AutoTokenizer.from_pretrained(tmp_path / f"{name}-hf", trust_remote_code=False)
+        ours, text = load_text_tokenizer(folder), "def f(self):\n    return  1  # naïve"
+        assert theirs(text)["input_ids"] == ours.prefix + ours.encode(text) and theirs.chat_template == "x"
+    assert found["alike"].endswith("; ids are transformers' on 1,000 texts")
+    assert "asks for PreTrainedTokenizerFast now; before, " in found["other"]
+    assert "asks for PreTrainedTokenizerFast now" in (tmp_path / "other-hf/README.md").read_text()
+    monkeypatch.setattr("convert.hf_tokenizer._difference", lambda *_, **__: "other ids")
+    with pytest.raises(ValueError, match=r"the export's tokenizer is not the one in .*tokenizer.json: other ids; it "):
+        export(exported("layer")[0], tmp_path / "out", tokenizer=folder)
+    assert not (tmp_path / "out").exists()
+    lines = export(exported("layer")[0], tmp_path / "out", tokenizer=folder, compared=False)
+    assert "compared  with nothing" in lines[1] and lines[2].endswith(f"copied from {folder}")
 
 
 def test_an_export_that_nobody_has_compared_says_so(
