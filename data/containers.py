@@ -14,6 +14,7 @@ import io
 import json
 import lzma
 import sys
+import zlib
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -39,7 +40,7 @@ OTHERS = (
     (b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS to a file that is not here: git lfs pull"),
 )
 """How files begin that are no text, whatever their names say."""
-UNREADABLE = (ValueError, OSError, EOFError, RecursionError, lzma.LZMAError, zstandard.ZstdError)
+UNREADABLE = (ValueError, OSError, EOFError, RecursionError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 """What a broken file or a wrong line raises."""
 _READ_BYTES = 1 << 20
 _ZSTD_WINDOW_BYTES = 1 << 31

@@ -53,6 +53,16 @@ class Document(NamedTuple):
         """What it takes in memory, about."""
         return len(self.text) if self.ids is None else self.ids.nbytes
 
+    def require_unicode(self, number: int) -> None:
+        """Raise ValueError, with the document's ``number`` and the line, if anything in it was replaced."""
+        if self.repaired:
+            line = self.text.decode().partition("\ufffd")[0].count("\n") + 1
+            raise ValueError(
+                f"document {number} is not valid Unicode in its line {line} (bytes of another encoding, or half a "
+                "surrogate pair), and what is put in its place would be another text; correct it, or convert the file "
+                "with iconv"
+            )
+
     def left_out(self) -> Document:
         """The same as a duplicate."""
         ids = None if self.ids is None else self.ids[:0]

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from data.containers import whole_text
+from data.containers import UNREADABLE, whole_text
 from data.detokenizer import REPLACEMENT_CHARACTER, Detokenizer
 from evals.dial import JSON, folder_of
 from evals.placement import add_placement, check_placement, placed
@@ -206,17 +206,29 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--temperature must be 0 (greedy) or a positive number, got {options.temperature:g}")
     if not 0 < options.top_p <= 1:
         raise ValueError(f"--top-p must be above 0 and at most 1, got {options.top_p:g}")
+    if not 0 <= options.seed < 2**63:
+        raise ValueError(f"--seed must be from 0 to 2**63 - 1, got {options.seed}")
     if options.dial is not None and options.density is None:
         raise ValueError("--dial says where to find thresholds for a density; give one with --density")
 
 
 def _prompt(options: argparse.Namespace) -> str:
-    if options.prompt_file is None:
-        return str(options.prompt)
+    text, what = str(options.prompt), "--prompt"
+    if options.prompt_file is not None:
+        what = str(options.prompt_file)
+        try:
+            text = whole_text(options.prompt_file).decode(errors="surrogateescape")
+        except FileNotFoundError:
+            raise
+        except UNREADABLE as error:
+            raise ValueError(f"{what} cannot be read: {error}; restore it") from error
     try:
-        return whole_text(options.prompt_file).decode()
-    except UnicodeDecodeError:
-        raise ValueError(f"{options.prompt_file} is not UTF-8; convert it, for example with iconv") from None
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is not UTF-8 from its character {error.start + 1} on; convert it, for example with iconv"
+        ) from None
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -59,11 +59,7 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
     source = Source(config, files=[file])
     try:
         for number, document in enumerate(source.documents(Cursor(0, 0)), start=1):
-            if document.repaired:
-                raise ValueError(
-                    f"document {number} is not valid Unicode (bytes of another encoding, or half a surrogate pair), "
-                    "and what is put in its place would be another text; correct it, or convert the file with iconv"
-                )
+            document.require_unicode(number)
             yield document.text.decode()
     except ValueError as error:
         # What the source says around its reason is about a config.

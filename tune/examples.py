@@ -263,7 +263,11 @@ def _add_texts(found: _Growing, source: ExampleSource, sequence_tokens: int, tok
     for path in files_of(source):
         kind: Any = format_of(path) or "text"
         own = SourceConfig.model_construct(name=source.name, format=kind, text_field=source.text_field)
-        for document in Source(own, files=[path]).documents(Cursor(0, 0)):
+        for number, document in enumerate(Source(own, files=[path]).documents(Cursor(0, 0)), start=1):
+            try:
+                document.require_unicode(number)
+            except ValueError as error:
+                raise ValueError(f"source '{source.name}': {path}: {error}") from None
             text = tokenizer.encode(document.text.decode())
             if not text:
                 found.left_out += 1
@@ -291,6 +295,7 @@ def _refuse_alike(choices: list[str], tokenizer: TextTokenizer) -> None:
     """Choices that nothing, or nothing but their place, tells apart."""
     encoded: dict[tuple[int, ...], str] = {}
     for choice in choices:
+        _require_unicode(choice, f"the choice {choice!r}")
         ids = tuple(tokenizer.encode(choice))
         if not ids:
             raise ValueError(f"the choice {choice!r} tokenizes to nothing; remove it")
@@ -322,8 +327,15 @@ def _text(record: dict[str, Any], field: str, setting: str = "") -> str:
     value = _value(record, field, setting)
     if not isinstance(value, str):
         raise ValueError(f"field '{field}' must be a string, got {type(value).__name__}; correct it")
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # JSON can spell half a character, which no tokenizer takes
-        raise ValueError(f"field '{field}' holds half a surrogate pair, which is no Unicode text; correct it") from None
+    _require_unicode(value, f"field '{field}'")
     return value
+
+
+def _require_unicode(text: str, what: str) -> None:
+    """JSON can spell half a character, which no tokenizer takes; bytes of another encoding are read as such halves."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{what} holds half a surrogate pair, or bytes of another encoding, which is no Unicode text; correct it"
+        ) from None

@@ -49,7 +49,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
     if not path.is_file():
         raise ValueError(f"hostfile {path} does not exist; write one line 'host slots=GPUS' for every node")
     slots: dict[str, int] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         line = line.partition("#")[0].strip()
         if not line:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import re
@@ -190,6 +191,8 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--temperature", "nan"], "--temperature must be 0 (greedy) or a positive number"),
         (["--top-p", "0"], "--top-p must be above 0"),
         (["--dial", "x.json"], "give one with --density"),
+        (["--seed", "-1"], "--seed must be from 0 to 2**63 - 1, got -1"),
+        (["--seed", str(2**63)], f"--seed must be from 0 to 2**63 - 1, got {2**63}"),
     ],
 )
 def test_options_that_cannot_be(
@@ -212,6 +215,13 @@ def test_logits_that_are_not_finite_give_no_token(
 
 def test_prompts_that_cannot_be(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
-    assert "is not UTF-8" in _refused(capsys, str(weights), "--prompt-file", str(tmp_path / "latin.txt"))
+    latin = _refused(capsys, str(weights), "--prompt-file", str(tmp_path / "latin.txt"))
+    assert "latin.txt is not UTF-8 from its character 1 on" in latin
+    assert "--prompt is not UTF-8 from its character 2 on" in _refused(capsys, str(weights), "--prompt", "a\udce9")
+    whole = gzip.compress(b"return " * 99)
+    for name, content in (("cut.gz", whole[:-9]), ("torn.gz", whole[:10] + b"\xff" * 9 + whole[19:]), ("no.gz", b"no")):
+        (tmp_path / name).write_bytes(content)
+        error = _refused(capsys, str(weights), "--prompt-file", str(tmp_path / name))
+        assert f"{name} cannot be read: " in error and error.rstrip().endswith("; restore it")
     assert "none.txt" in _refused(capsys, str(weights), "--prompt-file", str(tmp_path / "none.txt"))
     assert str(tmp_path / "none") in _refused(capsys, str(tmp_path / "none"), "--prompt", "x")

@@ -266,6 +266,7 @@ def test_a_line_can_bring_its_own_choices(tmp_path: Path, ours: TextTokenizer) -
     [
         ([" b", " c"], r"line 1: the response ' a' is none of the choices \[' b', ' c'\]"),
         ([" a", " a"], r"line 1: the choices ' a' and ' a' tokenize to the same; change one"),
+        ([" a", " \ud83d"], r"line 1: the choice ' \\ud83d' holds half a surrogate pair, .* correct it"),
         ({"text": [" a"]}, r"line 1: field 'choices' must be a list of texts, .* set the source's choices_field"),
     ],
 )
@@ -318,6 +319,21 @@ def test_a_wrong_line(tmp_path: Path, ours: TextTokenizer, record: Any, expected
     with pytest.raises(ValueError, match=expected) as raised:
         read(path, ours)
     assert str(raised.value).startswith("source 'it': ") and "\n" not in str(raised.value)
+
+
+def test_texts_that_are_no_unicode_and_files_that_are_damaged(tmp_path: Path, ours: TextTokenizer) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"a fox\nna\xefve\n")
+    with pytest.raises(ValueError, match=r"^source 'it': .*latin.txt: document 1 is not valid Unicode in its line 2 "):
+        read(tmp_path / "latin.txt", ours, format="text")
+    (tmp_path / "half.jsonl").write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"half.jsonl: document 2 is not valid Unicode in its line 1 "):
+        read(tmp_path / "half.jsonl", ours, format="text")
+    whole = gzip.compress("".join(json.dumps(pair(prompt=f"{n}")) + "\n" for n in range(99)).encode())
+    for content in (whole[:-9], whole[:20] + b"\xff" * 9 + whole[29:], b"no"):
+        (tmp_path / "torn.jsonl.gz").write_bytes(content)
+        for kind in ("response", "text"):
+            with pytest.raises(ValueError, match=r"^source 'it': (cannot read )?.*torn.jsonl.gz: "):
+                read(tmp_path / "torn.jsonl.gz", ours, format=kind)
 
 
 def said(*messages: tuple[str, Any]) -> list[dict[str, Any]]:
