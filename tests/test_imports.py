@@ -50,7 +50,7 @@ MAY_IMPORT_WITHIN = {
     "bench.loop": {"bench.common", "bench.loader"},
     "bench.tuning": {"bench.common", "bench.isoflop"},
     "evals.dial": {"evals.placement", "evals.windows"},
-    "evals.harness": {"evals.perplexity", "evals.placement", "evals.scoring"},
+    "evals.harness": {"evals.perplexity", "evals.placement", "evals.scoring", "evals.texts"},
     "evals.play": {"evals.dial", "evals.generate", "evals.placement", "evals.scoring"},
     "evals.routing": {"evals.placement", "evals.texts", "evals.windows"},
     "launch.demo": set(),
