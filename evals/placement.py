@@ -46,12 +46,15 @@ class Placement:
         return BATCH_TOKENS[self.world.device.type]
 
     def load(self, path: Path) -> Loaded:
-        """:func:`tune.load.load_model`, on the device and in the precision that were asked for."""
+        """:func:`tune.load.load_model`, the same on every rank, on the device and in the precision that were asked for.
+
+        Collective.
+        """
         import torch
 
-        from tune.load import load_model
+        from tune.load import chosen, load_model
 
-        loaded = load_model(path)
+        loaded = load_model(chosen(path, self.world))
         loaded.decoder.to(self.world.device, getattr(torch, DTYPES[self.dtype]))
         return loaded
 

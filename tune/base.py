@@ -10,9 +10,9 @@ from model.config import BudgetConfig, ModelConfig
 from model.decoder import Decoder
 from model.schedules import Ramp
 from trainer.checkpoints import manifest
-from trainer.distributed import ALONE
+from trainer.distributed import ALONE, World
 from tune.config import BaseConfig
-from tune.load import load_model
+from tune.load import chosen, load_model
 from tune.preflight import require_base
 
 
@@ -31,15 +31,15 @@ class Base(NamedTuple):
     """SHA-256 of the manifest that holds the hashes of all its files."""
 
 
-def load_base(path: str | Path) -> Base:
-    """The decoder that ``base.path`` names.
+def load_base(path: str | Path, world: World = ALONE) -> Base:
+    """The decoder that ``base.path`` names, the same on all ranks of ``world``; collective.
 
     Raises:
         ValueError: if there is none, it is not whole, or it was tuned already.
     """
     folder = Path(path)
     require_base(folder)
-    loaded = load_model(folder)
+    loaded = load_model(chosen(folder, world))
     decoder, model = loaded.decoder, loaded.decoder.config
     if decoder.ensemble is not None:
         raise ValueError(

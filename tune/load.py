@@ -18,11 +18,11 @@ from model.decoder import Decoder
 from settings import load
 from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import allocate, without_memory
-from trainer.checkpoints.layout import CONFIG
+from trainer.checkpoints.layout import CONFIG, is_run
 from trainer.checkpoints.read_weights import checkpoint_of, fill, thresholds_in
 from trainer.checkpoints.weights_folder import is_weights_folder, read_empty, read_weights
 from trainer.config import PretrainConfig, WeightsConfig, is_stage_two
-from trainer.distributed import ALONE
+from trainer.distributed import ALONE, World
 from tune.config import TuneConfig
 
 
@@ -82,6 +82,17 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
 
         merge(loaded.decoder)
     return loaded._replace(decoder=loaded.decoder.eval(), step=step)
+
+
+def chosen(path: Path, world: World) -> Path:
+    """What every rank gives to :func:`load_model` for ``path``: of a run the checkpoint that rank 0 finds; collective.
+
+    By itself a rank could take another one, of a run that goes on, or on a file system that shows it the newest late.
+
+    Raises:
+        ValueError: if the run has no whole one.
+    """
+    return checkpoint_of(path, world) if world.broadcast_object(world.is_main and is_run(path)) else path
 
 
 def load_empty(path: Path) -> Loaded:

@@ -45,7 +45,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     from tune.state_cache import StateCache
     from tune.tuner import Tuner
 
-    base = load_base(file.base.path)
+    base = load_base(file.base.path, world)
     config = resolve(file, base)
     tokenizer = load_text_tokenizer(str(config.data.tokenizer))
     data = TuningData(config.data, tokenizer, pin_memory=world.device.type == "cuda")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,17 @@ import pytest
 import torch
 import yaml
 
+from evals.placement import Placement
 from model.budget import Budget
 from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
 from model.schedules import Progress, Ramp
+from tests.evals.tiny import run_folder
 from tests.model.tiny import config, decoder
+from tests.ranks import Processes
 from trainer.checkpoints import manifest
 from trainer.checkpoints.weights_folder import write_weights
+from trainer.distributed import join, leave
 from tune.base import load_base, stage_two_model
 from tune.config import BaseConfig
 
@@ -175,3 +181,29 @@ def test_dense_models_and_routers_that_look_ahead() -> None:
         ValueError, match=r"router.kind expert_choice picks tokens by looking at later ones, so a response"
     ):
         stage_two_model(config("expert_choice"), FROZEN)
+
+
+def test_all_ranks_start_from_the_checkpoint_that_rank_0_finds(tiny: dict[str, Any], tmp_path: Path) -> None:
+    """Rank 1's file system shows the newest one late."""
+    checkpoints = run_folder(tmp_path / "run", tiny) / "checkpoints"
+    newest = shutil.copytree(checkpoints / "step-00000007", checkpoints / "step-00000008")
+    (newest / manifest.NAME).unlink()
+    manifest.write(newest, {"step": 8, "world_size": 1})
+    with Processes(_describe, tmp_path, count=2, first=_late_on_rank_1) as ranks:
+        assert ranks.end() == [0, 0], ranks.output
+    told = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    assert told[0] == told[1] and "step-00000008, step 8: " in told[0]
+
+
+def _late_on_rank_1() -> None:
+    listed = manifest.newest_first
+    if os.environ["RANK"] == "1":
+        manifest.newest_first = lambda folder: listed(folder)[1:]
+
+
+def _describe(folder: Path) -> None:
+    world = join(60.0)
+    base = load_base(folder / "run", world)
+    opened = Placement(world, "fp32").load(folder / "run")
+    (folder / f"{world.rank}.txt").write_text(f"{base.description} {base.fingerprint} {opened.source}")
+    leave()
