@@ -122,6 +122,7 @@ class Decoder(nn.Module):
         sample_ids: Tensor | None = None,
         documents: Tensor | None = None,
         positions: Tensor | None = None,
+        padding: Tensor | None = None,
         noise_scale: Tensor | float = 1.0,
         temperature: Tensor | float = 1.0,
         z_coefficient: float = 0.0,
@@ -142,6 +143,8 @@ class Decoder(nn.Module):
             documents: int64 [B, T]; attention stays within a run of equal numbers. One document unless given. With
                 ``sequence``, of the whole window.
             positions: int64 [B, T], rotary positions; counted from the cache's length unless given.
+            padding: int64 [B], how many tokens at the beginning of each row of the cache are padding; routers count
+                positions after them, so that a row is routed as it is alone.
             noise_scale: scale of the routers' Gumbel noise; used in training mode only.
             temperature: of the soft gate; used in training mode only.
             z_coefficient: weight of the z-loss.
@@ -172,10 +175,11 @@ class Decoder(nn.Module):
         room = capacity if self.training else None
         explored = None if room is None else room.explored
         held = self._held(thresholds, tokens.device)
+        routed = steps if padding is None else (steps - padding[:, None]).clamp(min=0)
         routing = RoutingInputs(
-            sample_ids, steps, noise, soft, self.seed, held, self.centres, explored, self.recompute, sequence
+            sample_ids, routed, noise, soft, self.seed, held, self.centres, explored, self.recompute, sequence
         )
-        inputs = self._pass_inputs(tokens, documents, positions, cache, routing, room)
+        inputs = self._pass_inputs(tokens, steps, documents, positions, cache, routing, room)
         late, record = self._run_layers(tokens, documents, positions, inputs)
         if targets is None:
             hidden, vote = self._read_out(late)
@@ -196,24 +200,25 @@ class Decoder(nn.Module):
     def _pass_inputs(
         self,
         tokens: Tensor,
+        steps: Tensor,
         documents: Tensor | None,
         positions: Tensor | None,
         cache: KVCache | None,
         routing: RoutingInputs,
         capacity: Capacity | None,
     ) -> PassInputs:
-        """What every layer of this pass shares."""
+        """What every layer of this pass shares; the tokens stand at the places ``steps``, int64 [T]."""
         batch, length = tokens.shape
         if cache is not None:
             documents = self._open_cache(cache, length, documents)
         if positions is None and cache is not None:
             cos, sin = cache.rotation(length)
         else:
-            places = (routing.positions if positions is None else positions).expand(batch, -1)
+            places = (steps if positions is None else positions).expand(batch, -1)
             cos, sin = rotation(self.config, places, self.embed_tokens.weight.dtype)
         shared = 1 if routing.sequence is None else routing.sequence.size
         keys = length * shared if cache is None else cache.length + length
-        visibility = Visibility(routing.positions, keys, documents)
+        visibility = Visibility(steps, keys, documents)
         on_host = length == 1 and tokens.is_cpu and not torch.compiler.is_compiling()
         return PassInputs(cos, sin, visibility, routing, cache, self.recompute, capacity, on_host, self.lockstep)
 

@@ -88,7 +88,7 @@ def passes(
     rows: dict[str, Tensor] = {}
     if padding is not None and bool(padding.any()):
         places = torch.arange(prompt.shape[1], device=prompt.device) - padding[:, None]
-        rows = {"documents": (places >= 0).long(), "positions": places.clamp(min=0)}
+        rows = {"documents": (places >= 0).long(), "positions": places.clamp(min=0), "padding": padding}
     for _ in range(max_new_tokens):
         with mode():  # not around what is done with a pass, which the caller decides
             output = decoder(step, cache=cache, thresholds=thresholds, **rows)
@@ -99,7 +99,7 @@ def passes(
                 ended = ended | (chosen == eos_id)
             step = chosen[:, None]
             if rows:
-                rows = {"documents": torch.ones_like(step), "positions": rows["positions"][:, -1:] + 1}
+                rows |= {"documents": torch.ones_like(step), "positions": rows["positions"][:, -1:] + 1}
         yield Pass(chosen, output)
         if eos_id is not None and bool(ended.all()):
             return

@@ -24,13 +24,13 @@ def uniform(seed: int, sample_ids: Tensor, site: Tensor | int, positions: Tensor
         seed: the run's seed.
         sample_ids: int64 [B], the samples' global numbers.
         site: number of the routed site.
-        positions: int64 [T], token positions within the sample.
+        positions: int64 [T] or [B, T], token positions within the sample.
 
     Returns:
         [B, T] on the device of ``positions``.
     """
     key = _mix(_mix(sample_ids * _STEP + seed) + site)
-    bits = _mix(key[:, None] + positions[None, :] * _STEP)
+    bits = _mix(key[:, None] + positions * _STEP)
     # Half a step keeps 0 and 1 out. 23 bits, not 24: fp32 would round the largest number of 24 bits and a half up to 1.
     return (_shift_right(bits, 41).float() + 0.5) * 2.0**-23
 

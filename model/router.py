@@ -103,7 +103,8 @@ class RoutingInputs:
 
     Attributes:
         sample_ids: int64 [B], the samples' global numbers, for reproducible noise.
-        positions: int64 [T], token positions in the sample (they do not restart at documents).
+        positions: int64 [T], token positions in the sample (they do not restart at documents); [B, T] where rows begin
+            after padding, which does not count.
         noise_scale: fp32 scalar tensor, the Gumbel noise's scale; read in training mode only.
         temperature: fp32 scalar tensor of the soft gate; read in training mode only.
         seed: the run's seed.

@@ -73,7 +73,7 @@ def test_empty_prompt_is_refused(model: Decoder) -> None:
         generate(model, torch.zeros(1, 0, dtype=torch.int64), 3)
 
 
-@pytest.mark.parametrize("kind", ["dense", "learned"])
+@pytest.mark.parametrize("kind", ["dense", "learned", "random", "stride"])
 def test_rows_of_unlike_length_are_as_each_alone(kind: str) -> None:
     """Whatever stands in the padding, and also where a row has none."""
     model, lengths = decoder(config(kind)).eval(), (9, 5, 1)
