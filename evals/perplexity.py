@@ -212,18 +212,24 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _score(opened: Opened, files: Sequence[str], options: argparse.Namespace, batch_tokens: int) -> None:
-    """Score every file; rank 0 prints and writes."""
+    """Score every file, once all are known to be whole; rank 0 prints and writes."""
     source, tell = opened.loaded.source, print if opened.world.is_main else lambda *_, **__: None
     field = options.text_field or text_field_of(opened.loaded.config)
     window_tokens = trained_tokens(opened) if options.window is None else options.window
     stride_tokens = max(window_tokens // 2, 1) if options.stride is None else options.stride
     check_windows(window_tokens, stride_tokens, opened.decoder.config.max_positions)
+
+    def texts(path: str) -> Iterator[str]:
+        return islice(texts_of(path, options.format, field), options.limit)
+
+    for path in files:
+        if not sum(map(bool, texts(path))):  # all of them are read
+            raise ValueError(f"{path} holds no text to score; give a file with some")
     tell(f"{source}: windows of {window_tokens} tokens, stride {stride_tokens}\n{HEADER}", flush=True)
     batch_tokens = batch_tokens if options.batch_tokens is None else options.batch_tokens
     results = []
     for path in files:
-        texts = islice(texts_of(path, options.format, field), options.limit)
-        results.append(perplexity(opened, texts, path, window_tokens, stride_tokens, batch_tokens))
+        results.append(perplexity(opened, texts(path), path, window_tokens, stride_tokens, batch_tokens))
         tell(line(results[-1]), flush=True)
     if len(results) > 1:
         results.append(together(results))

@@ -162,7 +162,13 @@ def test_files_that_cannot_be(weights: Path, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
     assert "document 1 is not valid Unicode" in _refused(capsys, str(weights), str(tmp_path / "latin.txt"))
     (tmp_path / "empty.txt").touch()
-    assert "holds no text" in _refused(capsys, str(weights), str(tmp_path / "empty.txt"))
+    (tmp_path / "good.txt").write_text("import os")
+    (tmp_path / "late.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
+    for name, told in (("empty.txt", "holds no text"), ("late.jsonl", "must hold text"), ("latin.txt", "is not valid")):
+        with pytest.raises(SystemExit):  # before the first file is scored
+            main([str(weights), str(tmp_path / "good.txt"), str(tmp_path / name)])
+        printed = capsys.readouterr()
+        assert told in printed.err and "good.txt" not in printed.out
     (tmp_path / "x.bin").write_bytes(b"x")
     for model in (weights, tmp_path):  # whatever the model is: it is not looked at
         assert "x.bin cannot be inferred from its name (known endings: .txt" in _refused(
