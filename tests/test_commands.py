@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -159,6 +160,7 @@ def test_a_run_folder_that_is_taken_is_told_before_anything_heavy(tiny, write_co
     assert none[0] == EXIT_MISTAKE and "there is no checkpoint; check train.run_dir" in none[1]
 
 
+@functools.cache
 def _texts() -> list[tuple[str, str]]:
     """Every string of the project's Python files and every document: where, and the text; fields of f-strings as {}."""
     texts = [(path.name, path.read_text()) for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]]
@@ -201,3 +203,40 @@ def test_overrides_that_are_advised_are_keys() -> None:
     advised = r"(?:again with|go on with|set|give|resume with) ([a-z_]+)=(?!=)"
     bare = {(where, name) for where, text in _texts() for name in re.findall(advised, text)}
     assert {(where, name) for where, name in bare if name in LAST_PARTS and name not in KEYS} == set()
+
+
+def test_keys_that_are_advised_are_keys() -> None:
+    """``raise data.sequence_tokens`` in an error names a field, or a block."""
+    verbs = "set|raise|lower|give|change|choose|check|add|remove|leave|put|name|correct|needs?|in"
+    advised = rf"\b(?:{verbs}) (?:both |the |a |another |or )?((?:{BLOCKS})(?:\.[a-z_]\w*)+)(?![\w(/`]|\.py)"
+    found = {(where, key) for where, text in _texts() if ".py:" in where for key in re.findall(advised, text)}
+    assert len(found) > 50
+    assert {(w, key) for w, key in found if key not in KEYS and not any(k.startswith(f"{key}.") for k in KEYS)} == set()
+
+
+def test_options_that_are_advised_are_options() -> None:
+    """``raise --window`` in an error of a command is an option of its folder's; in shared code, of any command."""
+    of_folder = {folder: _options(folder) for folder in MAY_IMPORT}
+    shared = {"settings", "data", "model", "trainer"}
+    everywhere = set().union(*of_folder.values())
+    advised = r"\b(?:with|without|give|raise|lower|fewer|add|another|larger|say|set|or|and|task) (--[a-z][a-z-]+)"
+    found = {(where, name) for where, text in _texts() if ".py:" in where for name in re.findall(advised, text)}
+    assert len(found) > 40
+    wrong = set()
+    for where, name in found:
+        folder = where.partition("/")[0]
+        if name not in (everywhere if folder in shared else of_folder[folder]):
+            wrong.add(name)
+    assert wrong == {"--ipc"}  # Docker's
+
+
+def _options(folder: str) -> set[str]:
+    """The options that parsers in ``folder`` are given."""
+    calls = (
+        node
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    )
+    arguments = (part.value for call in calls for part in call.args if isinstance(part, ast.Constant))
+    return {text for text in arguments if isinstance(text, str) and re.fullmatch(r"--[a-z][a-z-]*", text)}

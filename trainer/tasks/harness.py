@@ -52,6 +52,8 @@ class CountsCuts:
 
     max_length: int
     tok_encode: Any
+    widen = "raise --window"
+    """What the user can do about a window that is too small."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -87,7 +89,7 @@ class CountsCuts:
             if len(continuation) > self.max_length:
                 raise ValueError(
                     f"a continuation of {len(continuation)} tokens does not fit into a window of {self.max_length}; "
-                    "raise --window, or choose a task with shorter ones"
+                    f"{self.widen}, or choose a task with shorter ones"
                 )
             if self._tasks and len(context) + len(continuation) > self.max_length + 1:
                 self.cut[self._tasks[place]] += 1
@@ -104,7 +106,7 @@ class CountsCuts:
             if new_tokens >= self.max_length:
                 raise ValueError(
                     f"{request.task_name} generates up to {new_tokens} tokens, which leaves no room for its prompts in "
-                    f"a window of {self.max_length}; lower max_gen_toks in its generation_kwargs, or raise --window"
+                    f"a window of {self.max_length}; lower max_gen_toks in its generation_kwargs, or {self.widen}"
                 )
             if len(self.tok_encode(context)) > self.max_length - new_tokens:
                 self.cut[request.task_name] += 1
@@ -312,6 +314,7 @@ class HarnessTasks:
     def run(self, scorer: Scorer, tokenizer: TextTokenizer, window_tokens: int, lockstep: bool) -> dict[str, Score]:
         """Scores by task, the same on every rank; collective."""
         model = OurModel(scorer, tokenizer, window_tokens, lockstep, quiet=True)
+        model.widen = "raise data.sequence_tokens"
         found = evaluate(model, self._tasks, self._limit, self._shots, scorer.world)
         return {task: Score(own, found.errors[task], found.documents[task]) for task, own in found.metrics.items()}
 

@@ -24,7 +24,7 @@ from evals.scoring import open_model
 from evals.texts import texts_of
 from tests.evals.tiny import POSITIONS, weights_folder
 from tests.trainer.tasks.questions import QUESTIONS, write_questions
-from trainer.tasks.harness import OurModel, TaskScores, evaluate, known_tasks, load
+from trainer.tasks.harness import HarnessTasks, OurModel, TaskScores, evaluate, known_tasks, load
 from trainer.tasks.scorer import Scorer
 
 PAIRS = [("return a\n", "return return a\n"), ("x = y + 1\n", "x y = + 1\n"), ("for a in b:\n", "for in a b:\n")]
@@ -183,6 +183,16 @@ def test_a_task_that_judges_each_answer_in_two_ways_has_both_figures(
         ["own", "exact_match/small-letters", "1.0000", "1.0000"],
     ]
     assert {len(line) for line in lines} == {len(head)}
+
+
+def test_what_does_not_fit_in_training_is_told_by_the_field_that_mends_it(
+    weights: Path, data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "own.yaml").write_text(OWN_TASK.format(data=data / "blimp/one.jsonl"))
+    opened = open_model(weights)
+    with pytest.raises(ValueError, match=r"own generates up to 6 tokens.* or raise data.sequence_tokens$"):
+        tasks = HarnessTasks([str(tmp_path / "own.yaml")], None, 0)
+        tasks.run(Scorer(opened.decoder, 256), opened.tokenizer, 6, lockstep=False)
 
 
 def test_generation_ends_where_it_is_told(weights: Path) -> None:
