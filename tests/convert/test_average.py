@@ -181,8 +181,8 @@ def test_two_models(
     vote = write_run(tmp_path / "vote", make("ensemble"), corpus)
     assert "ensemble.layers 3 there, None here" in refused(capsys, vote, saved[1], out)
     tokenizer = tmp_path / "tokenizer"
-    shutil.copytree(corpus["dir"], tokenizer)
-    (tokenizer / "tokenizer.model").write_bytes((tokenizer / "tokenizer.model").read_bytes() + b"\n")
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.model").write_bytes((Path(corpus["dir"]) / "tokenizer.model").read_bytes() + b"\n")
     change(saved[1], data={"dir": str(tokenizer)})
     assert "are two models (tokenizer " in refused(capsys, saved[0], saved[1], out)
 
