@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple, TextIO
 from data.containers import UNREADABLE, whole_text
 from data.detokenizer import REPLACEMENT_CHARACTER, Detokenizer
 from evals.dial import JSON, folder_of
-from evals.placement import add_placement, check_placement, placed
+from evals.placement import NO_TOKEN, add_placement, check_placement, placed
 from settings import path_argument, user_errors
 from trainer import preflight
 
@@ -80,10 +80,7 @@ def stream(
     start = torch.tensor([list(prompt)], device=decoder.embed_tokens.weight.device)
     for done in passes(decoder, start, max_new_tokens, temperature, top_p, eos_id, generator, thresholds):
         if not bool(done.finite):
-            raise ValueError(
-                "the model's logits are not finite (NaN or infinite), so there is no next token; run it with --dtype "
-                "fp32 if it was not, or take an earlier checkpoint"
-            )
+            raise ValueError(NO_TOKEN)
         yield Token(int(done.chosen), float(layer_shares(decoder.config, done.output.routing.executed[:, 0, -1])))
 
 

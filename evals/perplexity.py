@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from tqdm import tqdm
 
 from data.files import write_atomically
-from evals.placement import add_batch, add_placement, check_placement, placed
+from evals.placement import IN_FP32, add_batch, add_placement, check_placement, placed
 from evals.texts import add_text_options, text_field_of, text_files, texts_of
 from settings import path_argument, require_writable, user_errors
 from trainer import preflight
@@ -130,7 +130,7 @@ def _total(scorer: Scorer, rows: Sequence[tuple[int, Window]], name: str) -> flo
         if not math.isfinite(scored.loglikelihood):
             raise ValueError(
                 f"{name}, document {number}: the model's logits are not finite (NaN or infinite), so the text has no "
-                "likelihood; run it with --dtype fp32 if it was not, or take an earlier checkpoint"
+                f"likelihood; {IN_FP32}"
             )
     return -sum(scored.loglikelihood for scored in found)
 

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 """Tokens that run at once unless the user says otherwise."""
+IN_FP32 = "run it with --dtype fp32 if it was not, or take an earlier checkpoint"
+"""What to do about logits that are not finite."""
+NO_TOKEN = f"the model's logits are not finite (NaN or infinite), so there is no next token; {IN_FP32}"
 _TIMEOUT_S = 3600.0  # how long a rank may be ahead of another
 
 

@@ -36,7 +36,7 @@ from data.files import write_atomically
 from data.hub_cache import ensure_hub_cache
 from evals.harness.questions import ONE_SHOT, QUESTIONS
 from evals.harness.tasks import BLIMP, CLASSIFY, HUB_ONE_SHOT, PERPLEXITY, TEXT, local_tasks
-from evals.placement import add_batch, add_placement, check_placement, placed
+from evals.placement import IN_FP32, add_batch, add_placement, check_placement, placed
 from settings import path_argument, rank_by_environment, ranks_by_environment, require_writable, user_errors
 from settings.project import install_command
 from trainer import preflight
@@ -225,7 +225,7 @@ def _require_finite(model: CountsCuts, name: Path) -> None:
     for task, document in model.not_finite.items():
         raise ValueError(
             f"{task}, document {document} (the first is 0): the logits of {name} are not finite (NaN or infinite), so "
-            "they choose no answer; run it with --dtype fp32 if it was not, or take an earlier checkpoint"
+            f"they choose no answer; {IN_FP32}"
         )
 
 

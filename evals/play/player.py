@@ -15,6 +15,7 @@ from torch import Tensor
 from data.detokenizer import Detokenizer
 from evals.dial.file import Dial
 from evals.generate import prompt_ids
+from evals.placement import NO_TOKEN
 from evals.play.protocol import CompletionRequest, RequestError
 from evals.scoring import Opened, layer_shares
 from model.decoder import DecoderOutput
@@ -109,7 +110,11 @@ class Player:
         return Asked(request, ids, before, self._thresholds(request.density))
 
     def answer(self, asked: Asked) -> Iterator[Told]:
-        """The answer to what was asked, token by token; whoever asks for no more stops it."""
+        """The answer to what was asked, token by token; whoever asks for no more stops it.
+
+        Raises:
+            RequestError: at a token whose logits are not finite.
+        """
         request, tokenizer = asked.request, self.opened.tokenizer
         device = self.opened.decoder.embed_tokens.weight.device
         random = torch.Generator(device)
@@ -121,6 +126,8 @@ class Player:
         detokenizer, stopper, before = Detokenizer(tokenizer, asked.ids), _Stopper(request.stops), asked.before
         start = time.perf_counter()
         for done in made:
+            if not bool(done.finite):
+                raise RequestError(NO_TOKEN, status=500)
             token = int(done.chosen)
             details = self._details(token, done, start) if request.details else {}
             text, stopped = stopper.add(detokenizer.add(token))

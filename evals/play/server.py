@@ -121,14 +121,17 @@ class Completions:
         async def write(content: bytes) -> None:
             await send({"type": "http.response.body", "body": content, "more_body": True})
 
-        counted, ended = 0, False
-        async with aclosing(self._told(asked)) as parts:  # to let the next one have its turn at once
-            async for part in parts:
-                counted += part.token is not None
-                ended = part.reason is not None
-                tokens = [] if part.token is None else [part.token]
-                await write(event(answer.body(part.text, part.reason, tokens)))
-        for closing in answer.events_after(counted) if ended else [event(_STOPPED.body)]:
+        counted, ended, refused = 0, False, _STOPPED
+        try:
+            async with aclosing(self._told(asked)) as parts:  # to let the next one have its turn at once
+                async for part in parts:
+                    counted += part.token is not None
+                    ended = part.reason is not None
+                    tokens = [] if part.token is None else [part.token]
+                    await write(event(answer.body(part.text, part.reason, tokens)))
+        except RequestError as error:  # too late for a status
+            refused = error
+        for closing in answer.events_after(counted) if ended else [event(refused.body)]:
             await write(closing)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

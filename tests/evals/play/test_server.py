@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -234,6 +235,18 @@ def test_a_client_that_waits_for_the_whole_may_go_away_too(tiny: Player, address
         connection.close()
         client.completions.create(model=NAME, prompt=[40, 41], max_tokens=1)
         assert passes.count(2) == 1 and len(passes) < 900
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_that_are_not_finite_give_no_token(corpus: dict[str, Any], temperature: int) -> None:
+    made = player("dense", corpus)
+    made.opened.decoder.embed_tokens.weight.data[made.opened.tokenizer.encode(PROMPT)[-1]] = math.nan
+    asked = {"model": NAME, "prompt": PROMPT, "max_tokens": 3, "temperature": temperature}
+    with served(made) as there, openai.OpenAI(base_url=f"{there}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.APIError, match=r"logits are not finite .*--dtype fp32"):
+            client.completions.create(**asked)
+        with pytest.raises(openai.APIError, match=r"logits are not finite .*--dtype fp32"):
+            list(client.completions.create(**asked, stream=True))
 
 
 def test_a_fault_of_ours_is_500_in_the_same_form(corpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
