@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import lzma
 import math
 import sys
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("lm_eval")
 
@@ -21,7 +18,7 @@ from evals.harness.report import differences, table
 from evals.harness.tasks import local_tasks
 from evals.perplexity import perplexity
 from evals.scoring import open_model
-from evals.texts import texts_of
+from tests.evals.harness.plain import answer_likelihood, likelihood, our_model, refused
 from tests.evals.tiny import POSITIONS, weights_folder
 from tests.trainer.tasks.questions import QUESTIONS, write_questions
 from trainer.tasks.harness import HarnessTasks, OurModel, TaskScores, evaluate, known_tasks, load
@@ -71,11 +68,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _model(weights: Path, window: int = POSITIONS) -> OurModel:
-    opened = open_model(weights)
-    return OurModel(Scorer(opened.decoder, 256), opened.tokenizer, window)
-
-
 class Request:
     """To generate, of a task called ``own``."""
 
@@ -83,38 +75,16 @@ class Request:
         self.args, self.task_name = (context, options), "own"
 
 
-def _likelihood(weights: Path, text: str) -> float:
-    """Of a text after the document's start, from a plain pass."""
-    opened = open_model(weights)
-    ids = torch.tensor([[*opened.start, *opened.tokenizer.encode(text)]])
-    with torch.no_grad():
-        logits = opened.decoder(ids[:, :-1]).logits
-    assert logits is not None
-    return float(logits.log_softmax(-1).gather(2, ids[:, 1:, None]).sum())
-
-
-def _answer_likelihood(weights: Path, context: str, answer: str) -> float:
-    """Of an answer after a context, from a plain pass."""
-    opened = open_model(weights)
-    tokenizer = opened.tokenizer
-    ids = torch.tensor([[*tokenizer.prefix, *tokenizer.encode(context + answer)]])
-    first = len(tokenizer.prefix) + len(tokenizer.encode(context))
-    with torch.no_grad():
-        logits = opened.decoder(ids[:, :-1]).logits
-    assert logits is not None
-    return float(logits.log_softmax(-1).gather(2, ids[:, 1:, None])[0, first - 1 :].sum())
-
-
 def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_path: Path) -> None:
     tasks = local_tasks(["blimp", "perplexity"], data, data / "texts.jsonl", 0)
     opened = open_model(weights)
-    outcome = evaluate(_model(weights), tasks)
-    expected = [_likelihood(weights, sentence) for pair in PAIRS for sentence in pair]
+    outcome = evaluate(our_model(weights), tasks)
+    expected = [likelihood(weights, sentence) for pair in PAIRS for sentence in pair]
     assert outcome.loglikelihoods["blimp_one"] == pytest.approx(expected, abs=1e-3)
     right = sum(good > bad for good, bad in zip(expected[::2], expected[1::2], strict=True))
     assert outcome.metrics["blimp_one"]["acc"] == pytest.approx(right / 3)
     assert outcome.documents == {"blimp_one": 3, "blimp_two": 2, "perplexity": 2}
-    assert outcome.loglikelihoods["perplexity"] == pytest.approx([_likelihood(weights, t) for t in TEXTS], abs=1e-3)
+    assert outcome.loglikelihoods["perplexity"] == pytest.approx([likelihood(weights, t) for t in TEXTS], abs=1e-3)
     # Where a document fits into one window, both commands say the same.
     own = perplexity(opened, iter(TEXTS), "texts", POSITIONS, POSITIONS)
     assert outcome.metrics["perplexity"]["bits_per_byte"] == pytest.approx(own.bits_per_byte, rel=1e-5)
@@ -123,10 +93,10 @@ def test_likelihoods_are_those_of_plain_passes(weights: Path, data: Path, tmp_pa
 @pytest.mark.parametrize("shots", [None, 0])
 def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_path: Path, shots: int | None) -> None:
     """After one example of the training file, unless told otherwise."""
-    outcome = evaluate(_model(weights), local_tasks(["classify_mood"], data, None, shots))
+    outcome = evaluate(our_model(weights), local_tasks(["classify_mood"], data, None, shots))
     before = "" if shots == 0 else "".join(f"{prompt}{label}\n\n" for prompt, label in EXAMPLES)
     expected = [
-        _answer_likelihood(weights, before + prompt, label) for prompt, _ in LABELLED for label in (" bad", " good")
+        answer_likelihood(weights, before + prompt, label) for prompt, _ in LABELLED for label in (" bad", " good")
     ]
     assert outcome.loglikelihoods["classify_mood"] == pytest.approx(expected, abs=1e-3)
     chosen = [" bad" if bad > good else " good" for bad, good in zip(expected[::2], expected[1::2], strict=True)]
@@ -135,7 +105,7 @@ def test_labels_are_chosen_by_their_likelihood(weights: Path, data: Path, tmp_pa
 
 
 def test_windows_of_a_long_text(weights: Path, data: Path, tmp_path: Path) -> None:
-    model = _model(weights, 8)
+    model = our_model(weights, 8)
     whole = evaluate(model, local_tasks(["perplexity"], None, data / "text.txt", 0))
     assert whole.documents == {"perplexity": 1} and len(whole.loglikelihoods["perplexity"]) == 1
     tokens = len(model.tok_encode("\n\n".join(TEXTS)))
@@ -147,7 +117,7 @@ def test_the_export_has_the_same_scores(
 ) -> None:
     export([str(weights), str(tmp_path / "hf")])
     options = ["--data", str(data), "--text", str(data / "texts.jsonl"), "--against", str(tmp_path / "hf")]
-    assert "--trust-remote-code" in _refused(capsys, str(weights), *options)
+    assert "--trust-remote-code" in refused(capsys, str(weights), *options)
     out = tmp_path / "out.json"
     assert main([str(weights), *options, "--trust-remote-code", "--window", "16", "--json", str(out)]) == 0
     written, printed = json.loads(out.read_text()), capsys.readouterr().out
@@ -159,7 +129,7 @@ def test_the_export_has_the_same_scores(
 
 def test_tasks_of_the_users_own(weights: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(OWN_TASK.format(data=data / "blimp/one.jsonl"))
-    model = _model(weights)
+    model = our_model(weights)
     outcome = evaluate(model, load("own", known_tasks(tmp_path)), limit=2, shots=1)
     assert outcome.documents == {"own": 2} and "exact_match" in outcome.metrics["own"]
     assert outcome.loglikelihoods == {"own": []} and differences(outcome, outcome) == {"own": 0.0}
@@ -174,7 +144,7 @@ def test_a_task_that_judges_each_answer_in_two_ways_has_both_figures(
     own = OWN_TASK.format(data=data / "blimp/one.jsonl") + f"filter_list: {json.dumps(ways)}\n"
     (tmp_path / "own.yaml").write_text(own)
     monkeypatch.setattr(OurModel, "generate_until", lambda _, asked, **__: [PAIRS[r.doc_id][1].upper() for r in asked])
-    outcome = evaluate(_model(weights), load("own", known_tasks(tmp_path)))
+    outcome = evaluate(our_model(weights), load("own", known_tasks(tmp_path)))
     assert outcome.metrics == {"own": {"exact_match/strict-match": 0.0, "exact_match/small-letters": 1.0}}
     assert outcome.errors["own"].keys() == outcome.metrics["own"].keys() and outcome.documents == {"own": 3}
     head, *lines = table(outcome, outcome).splitlines()
@@ -196,7 +166,7 @@ def test_what_does_not_fit_in_training_is_told_by_the_field_that_mends_it(
 
 
 def test_generation_ends_where_it_is_told(weights: Path) -> None:
-    model = _model(weights)
+    model = our_model(weights)
 
     free, empty = model.generate_until([Request("return", max_gen_toks=12), Request("", max_gen_toks=2)])
     assert isinstance(empty, str) and len(free) > 3
@@ -251,15 +221,7 @@ def test_an_export_that_keeps_its_adapters_apart(
     (tmp_path / "adapter").mkdir()
     (tmp_path / "config.json").write_text("{}")
     options = ["--tasks", "blimp", "--data", str(data), "--against", str(tmp_path)]
-    assert "keeps its adapters apart, in adapter/, and would be" in _refused(capsys, str(weights), *options)
-
-
-def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    with pytest.raises(SystemExit) as ended:
-        main(list(arguments))
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert ended.value.code == 1 and error.startswith("error: ")
-    return error
+    assert "keeps its adapters apart, in adapter/, and would be" in refused(capsys, str(weights), *options)
 
 
 @pytest.mark.parametrize(
@@ -295,14 +257,14 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_options_that_cannot_be(
     weights: Path, data: Path, options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sentence in _refused(capsys, str(weights), *[str(data) if o == "DATA" else o for o in options])
+    assert sentence in refused(capsys, str(weights), *[str(data) if o == "DATA" else o for o in options])
 
 
 def test_without_the_library(
     weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    assert "requirements-dev.txt" in _refused(capsys, str(weights), "--tasks", "blimp")
+    assert "requirements-dev.txt" in refused(capsys, str(weights), "--tasks", "blimp")
 
 
 @pytest.fixture(scope="module")
@@ -315,18 +277,18 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_questions_of_every_shape(weights: Path, questions: Path, tmp_path: Path) -> None:
     """Likelihoods are those of plain passes, and metrics follow from them."""
     tasks = local_tasks(list(QUESTIONS), questions, None, None)
-    outcome = evaluate(_model(weights), tasks)
+    outcome = evaluate(our_model(weights), tasks)
     found = outcome.loglikelihoods
-    chosen = [_answer_likelihood(weights, "Question: x = 1\nAnswer:", f" {c}") for c in ("return a", "import os")]
-    chosen += [_answer_likelihood(weights, "y =", f" {c}") for c in ("2", "import", "b")]
+    chosen = [answer_likelihood(weights, "Question: x = 1\nAnswer:", f" {c}") for c in ("return a", "import os")]
+    chosen += [answer_likelihood(weights, "y =", f" {c}") for c in ("2", "import", "b")]
     assert found["choose"] == pytest.approx(chosen, abs=1e-3)
     right = [chosen[1] > chosen[0], chosen[2] == max(chosen[2:])]
     assert outcome.metrics["choose"]["acc"] == pytest.approx(sum(right) / 2)
     assert {"acc", "acc_norm"} == outcome.metrics["choose"].keys() == outcome.errors["choose"].keys()
-    filled = [_answer_likelihood(weights, context, " os") for context in ("return a", "import", "b", "import")]
+    filled = [answer_likelihood(weights, context, " os") for context in ("return a", "import", "b", "import")]
     assert found["fill"] == pytest.approx(filled, abs=1e-3)
     assert outcome.metrics["fill"] == {"acc": ((filled[1] > filled[0]) + (filled[3] > filled[2])) / 2}
-    went_on = [_answer_likelihood(weights, *parts) for parts in (("import", " os"), ("return", " a"))]
+    went_on = [answer_likelihood(weights, *parts) for parts in (("import", " os"), ("return", " a"))]
     assert found["go_on"] == pytest.approx(went_on, abs=1e-3)
     assert outcome.metrics["go_on"]["perplexity"] == pytest.approx(math.exp(-sum(went_on) / 2), rel=1e-3)
     assert outcome.metrics["say"] == {"exact_match": 0.0} and outcome.documents["say"] == 2
@@ -339,7 +301,7 @@ def test_an_answer_is_right_by_any_alias_whatever_its_case_and_stops(
         return [" Os" if "import" in request.args[0] else "a" for request in asked]
 
     monkeypatch.setattr(OurModel, "generate_until", answers)
-    outcome = evaluate(_model(weights), local_tasks(["say"], questions, None, 0))
+    outcome = evaluate(our_model(weights), local_tasks(["say"], questions, None, 0))
     assert outcome.metrics["say"] == {"exact_match": 0.5}
 
 
@@ -354,43 +316,8 @@ def test_one_shot_is_all_files_with_one_example_of_their_own(
     assert f"executed {written['flops_share']:.1%} of the FLOPs" in printed and 0 < written["flops_share"] < 1
     # The other question of the file stands before each.
     example = "y = 2\n\nQuestion: x = 1\nAnswer:"
-    expected = [_answer_likelihood(weights, example, f" {choice}") for choice in ("return a", "import os")]
+    expected = [answer_likelihood(weights, example, f" {choice}") for choice in ("return a", "import os")]
     assert written["ours"]["loglikelihoods"]["choose"][:2] == pytest.approx(expected, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("lines", "sentence"),
-    [
-        ([], "is empty; a file of questions has one on every line"),
-        (["{"], "bad.jsonl: line 1 is not JSON"),
-        (['{"text": "a"}'], "has the fields text; a question has query, choices, gold; context_options, "),
-        (['{"query": "a", "choices": ["b"], "gold": 0}'], "has no list of two or more texts in choices"),
-        (
-            ['{"query": "a", "choices": ["b", "c"], "gold": 2}'],
-            "has gold 2, which is not one of its 2 choices, counted",
-        ),
-        (['{"query": "a", "choices": ["b", "b"], "gold": 1}'], "has its right one of choices twice, and nothing"),
-        (['{"query": "a", "choices": ["b", 3], "gold": 0}'], "has no list of two or more texts in choices"),
-        (['{"query": "a", "choices": "bc", "gold": 0}'], "has no list of two or more texts in choices"),
-        (['{"query": "a", "choices": ["b", ""], "gold": 0}'], "has no list of two or more texts in choices"),
-        (['{"query": "a", "choices": ["b", "c"], "gold": "0"}'], "has gold '0', which is not one of its 2 choices"),
-        (['{"query": 3, "choices": ["b", "c"], "gold": 0}'], "bad.jsonl, line 1 has no text in query"),
-        (['{"context_options": ["a"], "continuation": "b", "gold": 0}'], "two or more texts in context_options"),
-        (['{"context": null, "continuation": "b"}'], "bad.jsonl, line 1 has no text in context"),
-        (["[]"], "is empty; a file of questions has one on every line"),
-        (["3"], "bad.jsonl, line 1 is no JSON object"),
-        (['{"context": "a", "answer": "\\ud800"}'], "bad.jsonl, line 1 is not valid Unicode"),
-        (['{"context": "a", "answer": ""}'], "has no text in answer; all lines of a file have context, answer"),
-        (['{"context": "a", "answer": "b"}'] * 2, "has 1 different lines, and each question takes 1 of the others for"),
-        (['{"context": "a", "answer": "b"}', '{"query": "a"}'], "bad.jsonl, line 2 is of another kind; all lines"),
-    ],
-)
-def test_questions_that_cannot_be(
-    weights: Path, lines: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/bad.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    assert sentence in _refused(capsys, str(weights), "--tasks", "bad", "--data", str(tmp_path), "--shots", "1")
 
 
 def test_a_single_document_has_no_standard_error() -> None:
@@ -404,89 +331,9 @@ def test_a_single_document_has_no_standard_error() -> None:
     assert table(scores).splitlines()[-1].split() == ["others", "acc,", "mean", "0.5000", "2"]
 
 
-def test_texts_are_read_by_their_names(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By the readers of all other commands: bits per byte are those of ``evals.perplexity`` on the same file."""
-    line = json.dumps({"text": TEXTS[0]})
-    for name, content in (
-        ("Novel.TXT", TEXTS[0].encode()),
-        ("marked.rst", b"\xef\xbb\xbf" + TEXTS[0].replace("\n", "\r\n").encode()),
-        ("wide.txt", TEXTS[0].encode("utf-16")),
-        ("list.txt", b"[1, 2]"),
-        ("a.text.jsonl", f'{line}\r\n{{"text": ""}}\r\n'.encode()),
-        ("time.md.jsonl.xz", lzma.compress(b'{"text": "2020-01-01T00:00:00"}\n')),
-    ):
-        path = tmp_path / name
-        path.write_bytes(content)
-        outcome = evaluate(_model(weights), local_tasks(["perplexity"], None, path, 0))
-        own = perplexity(open_model(weights), texts_of(path), name, POSITIONS, POSITIONS)
-        assert outcome.metrics["perplexity"]["bits_per_byte"] == pytest.approx(own.bits_per_byte, rel=1e-5), name
-    for name, content, told in (
-        ("plain", b"", "plain cannot be inferred from its name; rename it"),
-        ("latin.txt", b"na\xefve", "latin.txt cannot be read: document 1 is not valid Unicode"),
-        ("empty.jsonl", b'{"text": ""}\n', "empty.jsonl holds no text to score; name another with --text"),
-        ("field.jsonl", b'{"body": "x"}\n', "line 1 has no field 'text' (there: body); name the one with the text"),
-    ):
-        (tmp_path / name).write_bytes(content)
-        assert told in _refused(capsys, str(weights), "--tasks", "perplexity", "--text", str(tmp_path / name))
-    field = ["--tasks", "perplexity", "--text", str(tmp_path / "field.jsonl"), "--text-field", "body"]
-    assert main([str(weights), *field]) == 0
-
-
-def test_what_looks_like_a_number_a_time_or_a_list_is_a_text(weights: Path, tmp_path: Path) -> None:
-    """In questions, pairs and labels, with marks of encodings and line ends of other systems."""
-    odd = ["1", "2020-01-01", "[1]", "3"]
-    for folder in ("tasks", "blimp", "tuning"):
-        (tmp_path / folder).mkdir()
-
-    def write(name: str, *lines: dict[str, Any], encoding: str = "utf-8-sig") -> None:
-        (tmp_path / name).write_bytes("".join(json.dumps(line) + "\r\n" for line in lines).encode(encoding))
-
-    write("tasks/go_on.jsonl", *({"context": a, "continuation": b} for a, b in pairwise(odd)), encoding="utf-16")
-    write("tasks/choose.jsonl", {"query": "1", "choices": odd[1:], "gold": 0, "id": 1})
-    write("tasks/fill.jsonl", {"context_options": odd[:2], "continuation": odd[2], "gold": 1, "id": "b"})
-    write("blimp/pairs.jsonl", {"sentence_good": odd[0], "sentence_bad": odd[1]})
-    write("tuning/label-test.jsonl", *({"prompt": a, "response": b} for a, b in pairwise(odd)))
-    found = evaluate(
-        _model(weights), local_tasks(["go_on", "choose", "fill", "blimp", "classify_label"], tmp_path, None, 0)
-    ).loglikelihoods
-    expected = {
-        "go_on": [(a, f" {b}") for a, b in pairwise(odd)],
-        "choose": [("1", f" {choice}") for choice in odd[1:]],
-        "fill": [(context, f" {odd[2]}") for context in odd[:2]],
-        "classify_label": [(prompt, label) for prompt in odd[:3] for label in sorted(odd[1:])],
-    }
-    for task, asked in expected.items():
-        assert found[task] == pytest.approx([_answer_likelihood(weights, *parts) for parts in asked], abs=1e-3), task
-    assert found["blimp_pairs"] == pytest.approx([_likelihood(weights, text) for text in odd[:2]], abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "sentence"),
-    [
-        ("blimp/bad.jsonl", b"{", "bad.jsonl: line 1 is not JSON"),
-        ("blimp/bad.jsonl", b"", "bad.jsonl is empty; every line has sentence_good and sentence_bad"),
-        ("blimp/bad.jsonl", b"3", "bad.jsonl, line 1 is no JSON object; every line is one"),
-        (
-            "blimp/bad.jsonl",
-            b'{"sentence_good": "a", "sentence_bad": "b"}\n\n{"sentence_good": "a", "sentence_bad": 3}',
-            "bad.jsonl, line 3 has no text in sentence_bad",
-        ),
-        ("tuning/bad-test.jsonl", b'{"prompt": "a", "response": 0}', "bad-test.jsonl, line 1 has no text in response"),
-        ("tuning/bad-test.jsonl", b'{"prompt": "a", "response": "\\ud800"}', "bad-test.jsonl, line 1 is not valid Uni"),
-    ],
-)
-def test_lines_that_cannot_be(
-    weights: Path, tmp_path: Path, name: str, content: bytes, sentence: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / name).parent.mkdir()
-    (tmp_path / name).write_bytes(content)
-    task = "blimp" if name.startswith("blimp") else "classify_bad"
-    assert sentence in _refused(capsys, str(weights), "--tasks", task, "--data", str(tmp_path))
-
-
 def test_examples_that_are_too_few(weights: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--tasks", "classify_mood", "--data", str(data), "--shots", "2"]
-    assert "mood-train.jsonl has 1 examples, fewer than --shots 2" in _refused(capsys, str(weights), *options)
+    assert "mood-train.jsonl has 1 examples, fewer than --shots 2" in refused(capsys, str(weights), *options)
 
 
 def test_a_column_holds_a_perplexity_of_any_size() -> None:
