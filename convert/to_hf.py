@@ -29,7 +29,7 @@ from convert.model_card import Exported, model_card
 from data.files import nearest_folder, require_new_folder, temporary_name, write_atomically, write_json
 from data.urls import copy_folder, require_empty
 from model.config import ModelConfig
-from settings import path_argument, user_errors
+from settings import counted, path_argument, user_errors
 from trainer import git_state, preflight
 
 if TYPE_CHECKING:
@@ -67,8 +67,6 @@ def export(
     Raises:
         ValueError: with one sentence for what stands in the way.
     """
-    import torch
-
     from convert.facts import facts_of
     from convert.hf_compare import ADAPTER, compare, refer
     from convert.hf_tokenizer import require_transformers_ids, write_tokenizer
@@ -82,9 +80,7 @@ def export(
     loaded = load_model(path, merged=not separate, disk=nearest_folder(out))
     decoder = loaded.decoder
     _require_exportable(decoder, path, separate)
-    with torch.no_grad():
-        for parameter in decoder.parameters():  # what is compared is the rounded model, in fp32
-            parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
+    _round(decoder, dtype)
     partial = temporary_name(out)
     shutil.rmtree(partial, ignore_errors=True)  # of an export that failed
     partial.mkdir(parents=True)
@@ -107,15 +103,30 @@ def export(
     outcome = NOT_COMPARED if reference is None else compare(reference, partial)
     write_atomically(partial / "README.md", model_card(model, facts, [outcome, tokenizer_done]).encode())
     os.replace(partial, out)
-    written = f"{config['architectures'][0]} in {dtype}, {files} safetensors file"
-    code = f", loaded with trust_remote_code=True, which runs its {MODELING}" if model.remote_code else ""
-    beside = f"; {facts['adapter'].split(',')[0]} adapter in {out / ADAPTER}, for PEFT" if separate else ""
+    written = f"{config['architectures'][0]} in {dtype}, {counted(files, 'safetensors file')}"
     return [
         f"read      {facts['source']}: {facts['kind']}, {model.parameters:,} parameters",
         f"compared  {outcome}",
         f"tokenizer {tokenizer_done}",
-        f"wrote     {out}: {written}{'s' if files > 1 else ''}{code}{beside}",
+        f"wrote     {out}: {written}{_remarks(model, facts, out)}",
     ]
+
+
+def _round(decoder: Decoder, dtype: str) -> None:
+    """Give every parameter, in fp32, the value that it has in the export: that model is compared."""
+    import torch
+
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.copy_(parameter.to(getattr(torch, DTYPES[dtype])))
+
+
+def _remarks(model: Exported, facts: dict[str, Any], out: Path) -> str:
+    """What one has to know to load the export, as the end of a line."""
+    code = f", loaded with trust_remote_code=True, which runs its {MODELING}" if model.remote_code else ""
+    if model.adapter is None:
+        return code
+    return f"{code}; {facts['adapter'].split(',')[0]} adapter in {out / model.adapter}, for PEFT"
 
 
 def _write_model(decoder: Decoder, config: dict[str, Any], ids: dict[str, Any], folder: Path, shard_bytes: int) -> int:
