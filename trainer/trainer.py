@@ -284,7 +284,7 @@ class Trainer:
             self.log.warning(verdict.warning)
         if verdict.error:
             self._finish_saving()
-            raise ValueError(verdict.error)
+            raise ValueError(verdict.error())
 
     def save(self, wait: bool) -> None:
         """Write a checkpoint, then remove those that are no longer kept.

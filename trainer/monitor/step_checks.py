@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +21,11 @@ class Verdict(NamedTuple):
 
     Attributes:
         warning: for the log.
-        error: ends the run.
+        error: gives the sentence that ends the run; it names checkpoints, so ask when none is being written any more.
     """
 
     warning: str | None = None
-    error: str | None = None
+    error: Callable[[], str] | None = None
 
 
 class StepChecks:
@@ -77,7 +79,7 @@ class StepChecks:
         warning = bad_step(step, taken, result.bad_ranks)
         if self._bad_in_a_row < self._config.train.max_bad_steps:
             return Verdict(warning)
-        return Verdict(warning, too_many_bad_steps(self._bad_in_a_row, step, checkpoints_of(self._run)))
+        return Verdict(warning, partial(too_many_bad_steps, self._bad_in_a_row, step, checkpoints_of(self._run)))
 
     def _judge_spike(self, step: int, samples: int, result: StepResult) -> Verdict:
         """When a spike begins or ends, with the way back; an error where it is to end the run."""
@@ -89,10 +91,13 @@ class StepChecks:
         if not (ends or spike.is_news):
             return Verdict()
         first, last = sample_ids(spike.consumed_before, spike.consumed, ranges)
-        sentence = f"{spike}; its samples are {first} to {last}; {how_to_go_back(self._run, spike, ranges)}"
+
+        def sentence() -> str:
+            return f"{spike}; its samples are {first} to {last}; {how_to_go_back(self._run, spike, ranges)}"
+
         if ends:
-            return Verdict(error=f"{sentence}; the run was ended by train.spike.action stop")
-        return Verdict(sentence)
+            return Verdict(error=lambda: f"{sentence()}; the run was ended by train.spike.action stop")
+        return Verdict(sentence())
 
     def _before(self, samples: int) -> int:
         """Samples consumed before the step."""
