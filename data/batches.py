@@ -239,6 +239,19 @@ class ValidationSet:
             yield _batch(rows, ids, self._config)
 
 
+def open_all(
+    config: DataConfig, pin_memory: bool = False, check_files: bool = True
+) -> tuple[TrainingData, list[ValidationSet]]:
+    """All that a stage-one run reads, with the arguments of :class:`TrainingData`.
+
+    Raises:
+        ValueError: as for :class:`TrainingData`; also if the shards have another vocabulary than the config.
+    """
+    data = TrainingData(config, pin_memory, check_files)
+    data.require_vocabulary(config.tokenizer.vocab_size)
+    return data, [ValidationSet(config, source.name, check_files) for source in config.validation]
+
+
 def batch_places(rank: int, world_size: int, batch_samples: int, samples: int) -> Iterator[np.ndarray]:
     """The places of each of a rank's batches, int64 [B], as many batches on every rank; from ``samples`` on padding."""
     assert 0 <= rank < world_size and batch_samples >= 1

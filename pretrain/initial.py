@@ -32,8 +32,7 @@ from trainer.checkpoints.zero_files import whole_weights
 from trainer.config import InitConfig, PretrainConfig, is_stage_two
 from trainer.distributed import World
 from trainer.initial import Fork, GivenWeights, Initial
-
-_WHAT = "give init.path a stage-one run, one of its checkpoints, a folder of weights or a Hugging Face folder"
+from trainer.preflight import WHAT_INIT_TAKES
 
 
 def open_initial(init: InitConfig, model: ModelConfig, tokenizer: Path, world: World) -> Initial:
@@ -45,7 +44,7 @@ def open_initial(init: InitConfig, model: ModelConfig, tokenizer: Path, world: W
     """
     folder = Path(init.path)
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; {_WHAT}")
+        raise ValueError(f"there is no folder {folder}; {WHAT_INIT_TAKES}")
     if init.kind == "fork":
         return _fork(folder, world)
     if is_weights_folder(folder):
@@ -73,7 +72,7 @@ def _fork(folder: Path, world: World) -> Fork:
 
 def _of_stage_one(folder: Path, world: World) -> Path:
     """The whole checkpoint that ``folder`` names."""
-    found = checkpoint_of(folder, world, _WHAT)
+    found = checkpoint_of(folder, world, WHAT_INIT_TAKES)
     if is_stage_two(found / CONFIG):
         raise ValueError(
             f"{found} is of stage two, whose weights lie on top of a base; merge them first with: python -m tune.merge "

@@ -23,6 +23,7 @@ from settings import rank_by_environment
 from trainer.command import run_stage
 from trainer.config import PretrainConfig, load_run
 from trainer.exit_status import EXIT_PREEMPTED
+from trainer.preflight import require_initial
 
 if TYPE_CHECKING:
     from data.batches import TrainingData, ValidationSet
@@ -62,29 +63,25 @@ def open_data(config: PretrainConfig, world: World) -> tuple[TrainingData, list[
     Raises:
         ValueError: if they are missing, damaged or do not go with the config; on every rank.
     """
-    from data.batches import TrainingData, ValidationSet
+    from data.batches import open_all
 
-    def opened(check_files: bool) -> tuple[TrainingData, list[ValidationSet]]:
-        data = TrainingData(config.data, world.device.type == "cuda", check_files)
-        data.require_vocabulary(config.data.tokenizer.vocab_size)
-        return data, [ValidationSet(config.data, source.name, check_files) for source in config.data.validation]
-
-    found, problem = None, None
+    found, problem, pin_memory = None, None, world.device.type == "cuda"
     if world.is_main:
         try:
-            found = opened(check_files=True)
+            found = open_all(config.data, pin_memory)
         except ValueError as error:
             problem = str(error)
     if problem := world.broadcast_object(problem):
         raise ValueError(problem)
-    return found or opened(check_files=False)
+    return found or open_all(config.data, pin_memory, check_files=False)
 
 
 def load_prepared(path: Path, overrides: Sequence[str]) -> PretrainConfig:
-    """The config; on rank 0 also a look for its prepared data, before torch is loaded.
+    """The config; on rank 0 also a look for its prepared data and what it starts from, before torch is loaded.
 
     Raises:
-        ValueError: for each mistake in it; if it has no tokenizer or a source that is not prepared.
+        ValueError: for each mistake in it; if it has no tokenizer or a source that is not prepared, or init.path is no
+            folder.
     """
     from data.shards import MANIFEST_NAME, Manifest, read_model
     from data.store import train_folder, validation_folder
@@ -104,6 +101,7 @@ def load_prepared(path: Path, overrides: Sequence[str]) -> PretrainConfig:
         config_words = shlex.join([str(path), *overrides])
         message = re.sub(r"(?<=python -m data\.)(\w+) CONFIG\b", lambda found: f"{found[1]} {config_words}", str(error))
         raise ValueError(message) from None
+    require_initial(config)
     return config
 
 

@@ -96,14 +96,16 @@ def test_help_and_usage_errors_import_nothing_heavy(module: str) -> None:
     assert refused[0] == 2 and "error: " in refused[1] and "Traceback" not in refused[1]
 
 
-def test_data_that_is_not_prepared_is_told_before_anything_heavy(tmp_path: Path) -> None:
+def test_data_that_is_not_prepared_is_told_before_anything_heavy(tmp_path: Path, tiny, write_config) -> None:
     (tmp_path / "tokenizer.model").touch()
-    bare, unprepared = run_light(
+    bare, unprepared, no_initial = run_light(
         "pretrain.train",
         ["configs/demo.yaml", "data.dir=/nowhere", f"train.run_dir={tmp_path}"],
         ["configs/demo.yaml", f"data.dir={tmp_path}", f"train.run_dir={tmp_path}"],
+        [write_config(tiny), "init.path=nowhere"],
     )
-    assert bare[0] == unprepared[0] == 78
+    assert bare[0] == unprepared[0] == no_initial[0] == 78
+    assert "there is no folder nowhere; give init.path a stage-one run" in no_initial[1]
     assert (
         "/nowhere has no tokenizer: " in bare[1]
         and "python -m data.tokenizer configs/demo.yaml data.dir=/nowhere " in bare[1]

@@ -10,8 +10,11 @@ from data.urls import require_reachable
 from settings import rank_by_environment
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.checkpoints.retention import refuse_taken
+from trainer.config import PretrainConfig
 from trainer.config_blocks import TrainConfig
 from trainer.monitor.trackers.check import refuse_unusable
+
+WHAT_INIT_TAKES = "give init.path a stage-one run, one of its checkpoints, a folder of weights or a Hugging Face folder"
 
 
 def open_model(path: Path) -> None:
@@ -41,12 +44,50 @@ def open_run(train: TrainConfig) -> None:
     if rank_by_environment() != 0:
         return
     print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
-    folder, mirror = checkpoints_of(str(train.run_dir)), train.checkpoint.mirror
-    there = [found.name for found in newest_first(folder)]
-    if mirror is not None:
-        require_reachable(mirror, "train.checkpoint.mirror")
-    if there or mirror is None:
-        refuse_taken(folder, there, train.checkpoint.resume)
+    require_libraries(train)
+    refuse_other_run(train, Path(str(train.run_dir)))
+    require_questions(train)
+
+
+def require_libraries(train: TrainConfig) -> None:
+    """Look for what this machine needs to speak to the run's mirror and trackers.
+
+    Raises:
+        ValueError: if a tracker cannot be used, or nothing here can reach the mirror's kind of place.
+    """
+    if train.checkpoint.mirror is not None:
+        require_reachable(train.checkpoint.mirror, "train.checkpoint.mirror")
     refuse_unusable(train.log.trackers)
+
+
+def refuse_other_run(train: TrainConfig, run: Path) -> None:
+    """Refuse the folder ``run`` if a run must not start there; its mirror is not asked.
+
+    Raises:
+        ValueError: if it holds another run, or nothing to resume where ``resume`` is ``required``.
+    """
+    folder = checkpoints_of(run)
+    there = [found.name for found in newest_first(folder)]
+    if there or train.checkpoint.mirror is None:
+        refuse_taken(folder, there, train.checkpoint.resume)
+
+
+def require_questions(train: TrainConfig) -> None:
+    """Read the files of questions among ``train.evaluation.tasks``.
+
+    Raises:
+        ValueError: if one is missing or wrong.
+    """
     for path in find_tasks(train.evaluation.tasks)[0]:
         read_questions(path)
+
+
+def require_initial(config: PretrainConfig) -> None:
+    """Refuse a run that would start from a folder that is not there; one that goes on from a checkpoint needs none.
+
+    Raises:
+        ValueError: if ``init.path`` is no folder.
+    """
+    resumes = config.train.checkpoint.mirror is not None or newest_first(checkpoints_of(str(config.train.run_dir)))
+    if config.init is not None and not resumes and not Path(config.init.path).is_dir():
+        raise ValueError(f"there is no folder {config.init.path}; {WHAT_INIT_TAKES}")

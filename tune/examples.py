@@ -316,6 +316,15 @@ def files_of(source: ExampleSource) -> list[Path]:
         raise ValueError(f"source '{source.name}': {error}") from None
 
 
+def all_files(config: ExamplesConfig) -> list[Path]:
+    """The files of all sources, validation and test sets.
+
+    Raises:
+        ValueError: as :func:`files_of`.
+    """
+    return [path for source in (*config.sources, *config.validation, *config.test) for path in files_of(source)]
+
+
 def _value(record: dict[str, Any], field: str, setting: str = "") -> Any:
     if field not in record:
         change = f"; set the source's {setting}" if setting else ""

@@ -21,7 +21,7 @@ from settings import rank_by_environment
 from trainer.command import run_stage
 from trainer.exit_status import EXIT_PREEMPTED
 from tune.config import TuneFile
-from tune.examples import files_of
+from tune.examples import all_files
 from tune.preflight import require_apart, require_base
 from tune.resolve import load_file, resolve
 
@@ -84,8 +84,7 @@ def load_checked(path: Path, overrides: Sequence[str]) -> TuneFile:
     if rank_by_environment() == 0:
         require_base(Path(file.base.path))
         require_apart(Path(str(file.train.run_dir)), Path(file.base.path))
-        for source in (*file.data.sources, *file.data.validation, *file.data.test):
-            files_of(source)
+        all_files(file.data)
     return file
 
 

@@ -71,7 +71,11 @@ def diagnose(config: PretrainConfig | TuneFile | None, hostfile: Path | None, wo
         data = (
             partial(inputs.shards, config) if isinstance(config, PretrainConfig) else partial(inputs.examples, config)
         )
-        reads: dict[str, Check] = {"data": data, "tasks": partial(inputs.tasks, config.train.evaluation.tasks)}
+        reads: dict[str, Check] = {
+            "settings": partial(inputs.settings, config),
+            "data": data,
+            "tasks": partial(inputs.tasks, config.train.evaluation.tasks),
+        }
         found += sized + world.broadcast_object(run(reads) if world.is_main else None)
     if hostfile is not None:
         found += world.broadcast_object(run({"hostfile": partial(hosts.hostfile, hostfile)}) if world.is_main else None)

@@ -5,14 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.batches import TrainingData, ValidationSet
-from data.discovery import find_files
+from data.batches import open_all
 from data.questions import find_tasks, read_questions
 from data.tokenization import load_text_tokenizer, require_vocabulary
 from launch.configs import model_of, tokenizer_folder
 from launch.doctor.findings import Finding
 from trainer.config import PretrainConfig
+from trainer.preflight import require_initial
 from tune.config import TuneFile
+from tune.examples import all_files
+from tune.preflight import require_base
+
+
+def settings(config: PretrainConfig | TuneFile) -> Iterator[Finding]:
+    """Settings that no run starts with, and what the run starts from.
+
+    Raises:
+        ValueError: in the run's own words; of the base or ``init.path`` only whether it may be one.
+    """
+    config.train.refuse_to_start()
+    if isinstance(config, PretrainConfig):
+        require_initial(config)
+    else:
+        require_base(Path(config.base.path))
+    yield Finding("settings", "ok", "schedules, timeouts and what the run starts from")
 
 
 def shards(config: PretrainConfig) -> Iterator[Finding]:
@@ -21,10 +37,7 @@ def shards(config: PretrainConfig) -> Iterator[Finding]:
     Raises:
         ValueError: in the loader's own words, for the first that is not.
     """
-    data = TrainingData(config.data)
-    data.require_vocabulary(config.data.tokenizer.vocab_size)
-    for source in config.data.validation:
-        ValidationSet(config.data, source.name)
+    data, _ = open_all(config.data)
     taken = data.summary(config.train.samples)
     mixture = ", ".join(f"{s.name} {s.tokens:,} tokens, {s.epochs:.2f} epochs" for s in taken)
     yield Finding(
@@ -54,8 +67,6 @@ def examples(file: TuneFile) -> Iterator[Finding]:
     """
     folder = tokenizer_folder(file)
     require_vocabulary(load_text_tokenizer(folder), model_of(file).vocab_size)
-    files: list[Path] = []
-    for source in (*file.data.sources, *file.data.validation, *file.data.test):
-        files += find_files(source.files)
+    files = all_files(file.data)
     megabytes = sum(path.stat().st_size for path in files) / 1e6
     yield Finding("data", "ok", f"{len(files)} files, {megabytes:,.1f} MB; the tokenizer in {folder} fits the model")

@@ -99,9 +99,10 @@ def _preparation(options: argparse.Namespace) -> list[PrepareJob]:
 
 def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[StageJob]:
     array = None if options.array is None else parse_array(options.array)
-    stages = [load_stage(options.config, options.overrides, site, array, options.after is None)]
+    prepared = options.after is None  # by this job, in whole or in part
+    stages = [load_stage(options.config, options.overrides, site, array, prepared)]
     for file, *overrides in options.then:
-        stages.append(load_next(Path(file), overrides, site, stages[-1]))
+        stages.append(load_next(Path(file), overrides, site, stages[-1], prepared))
     folders = [folder.resolve() for stage in stages for folder in stage.folders]
     twice = {str(folder) for folder in folders if folders.count(folder) > 1}
     if twice:

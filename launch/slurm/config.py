@@ -125,6 +125,13 @@ class SlurmConfig(Strict):
         return self.gpus_per_node or self.tasks_per_node or 1
 
     @property
+    def runs_here(self) -> bool:
+        """Whether a rank has the packages, and of trackers the variables, of the Python that submits."""
+        options = (*self.sbatch, *self.srun, *self.environment)
+        told = any(option.startswith(("--export", "--container", "MLFLOW_", "WANDB_")) for option in options)
+        return not (told or self.venv or self.container or self.modules)
+
+    @property
     def world_size(self) -> int:
         """Ranks of the job."""
         return self.nodes * self.ranks_per_node

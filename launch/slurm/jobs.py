@@ -9,9 +9,11 @@ from pathlib import Path
 
 from launch.configs import load_either
 from launch.slurm.config import SlurmConfig
-from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.config import PretrainConfig, is_stage_two
+from trainer.preflight import refuse_other_run, require_initial, require_libraries, require_questions
 from tune.config import TuneFile
+from tune.examples import all_files
+from tune.preflight import require_apart, require_base
 from tune.resolve import load_file
 
 
@@ -89,7 +91,7 @@ def load_stage(
         overrides: ``key.sub=value``.
         site: the resources, over whose ranks the global batch must divide.
         array: its tasks; a single run if None.
-        prepared: its data is there already.
+        prepared: all that it reads is there already.
 
     Raises:
         ValueError: with one sentence for each mistake.
@@ -103,8 +105,10 @@ def load_stage(
     return _checked(StageJob(file, _passed_on(overrides), run, names, array, None, configs), site, prepared)
 
 
-def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: StageJob) -> StageJob:
-    """A stage-two run of what the stage ``before`` trains, or one for each of its tasks.
+def load_next(
+    file: Path, overrides: Sequence[str], site: SlurmConfig, before: StageJob, prepared: bool = True
+) -> StageJob:
+    """A stage-two run of what the stage ``before`` trains, or one for each of its tasks; ``prepared`` as before.
 
     Raises:
         ValueError: with one sentence for each mistake.
@@ -119,7 +123,7 @@ def load_next(file: Path, overrides: Sequence[str], site: SlurmConfig, before: S
         load_file(file, [*overrides, f"base.path={before.run}{task}", f"train.run_dir={run}{task}"])
         for task in before.tasks
     )
-    return _checked(StageJob(file, _passed_on(overrides), run, before.tasks, None, before.run, configs), site)
+    return _checked(StageJob(file, _passed_on(overrides), run, before.tasks, None, before.run, configs), site, prepared)
 
 
 def require_plain(field: str, folder: str) -> None:
@@ -135,13 +139,12 @@ def _checked(stage: StageJob, site: SlurmConfig, prepared: bool = True) -> Stage
     """``stage``, if it could start.
 
     Raises:
-        ValueError: if the batch does not divide, the data is not there though it is ``prepared``, or ranks that hang
-            would be killed before they could say so.
+        ValueError: if the run would refuse to start, as far as one can tell here (of what it reads only if that is
+            ``prepared``), or ranks that hang would be killed before they could say so.
     """
-    from data.batches import TrainingData
-
     require_plain("train.run_dir", stage.run)
     for config in stage.configs:
+        config.train.refuse_to_start()
         config.train.accumulation(site.world_size, config.deepspeed)
         if config.train.stall_timeout_s >= site.wait_s:
             raise ValueError(
@@ -149,24 +152,33 @@ def _checked(stage: StageJob, site: SlurmConfig, prepared: bool = True) -> Stage
                 "site file, after which srun kills ranks that hang, before they have said where; lower the one or "
                 "raise the other"
             )
-        if isinstance(config, PretrainConfig):
-            if prepared:
-                TrainingData(config.data)  # raises for shards that are missing, damaged or of another tokenizer
-        elif stage.base is None and not Path(config.base.path).exists():
-            raise ValueError(
-                f"base.path {config.base.path} does not exist; give a run, a checkpoint or a folder of weights"
-            )
+        if site.runs_here:
+            require_libraries(config.train)
+        if isinstance(config, TuneFile):
+            require_apart(Path(str(config.train.run_dir)), Path(config.base.path))
+        if prepared:
+            _require_inputs(config, stage.base is None)
     return stage
 
 
+def _require_inputs(config: PretrainConfig | TuneFile, based: bool) -> None:
+    """Raise ValueError unless all that a start reads is there; its base only if ``based``."""
+    require_questions(config.train)
+    if isinstance(config, PretrainConfig):
+        from data.batches import open_all
+
+        require_initial(config)
+        open_all(config.data)
+        return
+    if based:
+        require_base(Path(config.base.path))
+    all_files(config.data)
+
+
 def refuse_held(stage: StageJob) -> None:
-    """Raise ValueError if a run folder of ``stage`` holds another run, which is not to be gone on with."""
+    """Raise ValueError if a run folder of ``stage`` holds another run, or nothing to go on from though it must."""
     for config, folder in zip(stage.configs, stage.folders, strict=True):
-        if config.train.checkpoint.resume == "never" and newest_first(checkpoints_of(folder)):
-            raise ValueError(
-                f"{folder} already holds checkpoints; give train.checkpoint.resume=auto to go on with that run, or "
-                "another train.run_dir"
-            )
+        refuse_other_run(config.train, folder)
 
 
 def _passed_on(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -307,11 +307,30 @@ def test_stage_two_needs_its_base_its_tokenizer_and_its_files(
     examples.write_text('{"prompt": "a", "response": "b"}\n')
     status, out = examined(str(path))
     assert status == 0 and "1 files" in out and "trained; about" in out, out
+    tuned = tmp_path / "other"
+    tuned.mkdir()
+    (tuned / "config.yaml").write_text(f"base: {{path: x}}\n{(base / 'config.yaml').read_text()}")
+    assert "is a stage-two run, whose weights lie on top" in examined(str(path), f"base.path={tuned}")[1]
     config = load_either(path)
     assert isinstance(config, TuneFile)
     small = ModelConfig.model_validate({**tiny["model"], "vocab_size": 300})
     finding = only(run({"data": lambda: inputs.examples(config.model_copy(update={"model": small}))}))
     assert finding.level == "error" and "has 400 pieces, the model's vocabulary is 300" in finding.found
+
+
+def test_settings_that_no_run_starts_with_are_errors(tiny: dict[str, Any]) -> None:
+    def finding() -> Finding:
+        return only(run({"settings": lambda: inputs.settings(PretrainConfig.model_validate(tiny))}))
+
+    assert finding().level == "ok"
+    tiny["train"]["schedule"] = {"warmup_steps": 99}
+    late = finding()
+    assert late.level == "error" and "warmup_steps (99) must not exceed train.steps (4)" in late.found
+    tiny["train"]["schedule"] = {}
+    tiny["init"] = {"path": "nowhere"}
+    assert finding().found == "there is no folder nowhere"
+    (Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000004").mkdir(parents=True)
+    assert finding().level == "ok"  # goes on from its own
 
 
 def test_it_tells_what_auto_is_here_and_warns_of_slow_bf16(

@@ -230,7 +230,7 @@ def test_scancel_leaves_a_whole_checkpoint_of_the_last_step_and_nothing_in_the_q
     (saved,) = (Path(run_dir) / "checkpoints").iterdir()
     assert manifest.problem_of(saved, ALONE) is None and int(saved.name[5:]) == losses(run_dir)[-1][0] < 400
 
-    assert "give train.checkpoint.resume=auto" in refused(cluster, config, *TWO_NODES)
+    assert "set train.checkpoint.resume=auto" in refused(cluster, config, *TWO_NODES)
     (job,) = submit(cluster, config, *TWO_NODES, "train.checkpoint.resume=auto")
     assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log(run_dir)[-3000:]
     assert losses(run_dir) == uninterrupted()

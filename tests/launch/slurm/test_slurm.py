@@ -33,7 +33,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def tuning(tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path) -> str:
     """Path of a stage-two config."""
-    source = {"name": "few", "files": ["examples.jsonl"]}
+    (tmp_path / "examples.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    source = {"name": "few", "files": [str(tmp_path / "examples.jsonl")]}
     train = {**tiny["train"], "run_dir": str(tmp_path / "tuned")}
     config = {"base": {"path": "nowhere"}, "data": {"sequence_tokens": 32, "sources": [source]}, "train": train}
     return write_config(config, "tune.yaml")
@@ -162,12 +163,24 @@ def test_an_array_of_chains(
         (["--spare-nodes", "-1", *DRY], "spare_nodes: input should be greater than or equal to 0, got -1"),
         (["--prepare", "--tasks", "2", "--spare-nodes", "1", "--dry-run"], "--spare-nodes is of a run, and --prepare"),
         (["train.run_dir=my run", *DRY], "train.run_dir 'my run' stands in SLURM's options"),
+        (["train.schedule.warmup_steps=99", *DRY], "train.schedule.warmup_steps (99) must not exceed train.steps (4)"),
+        (["train.evaluation.tasks=[no.jsonl]", *DRY], "no.jsonl"),
+        (["data.validation=[{{name: absent, files: [x]}}]", *DRY], "validation/absent/manifest.json does not exist"),
+        (["init.path=nowhere", *DRY], "there is no folder nowhere; give init.path a stage-one run"),
+        (["train.log.trackers=[mlflow]", *DRY], "train.log.trackers has mlflow, whose server must be named"),
+        (["train.checkpoint.mirror=s33://a/b", *DRY], "train.checkpoint.mirror s33://a/b: the protocol 's33' is not"),
+        (["train.checkpoint.resume=required", *CPUS], "cannot resume from {run}/checkpoints: there is no checkpoint"),
+        (["--then", "{tuning}", "train.run_dir={run}/tuned", *DRY], "are the same, or one lies in the other"),
+        (["--then", "{tuning}", "data.test=[{{name: x, files: [no.jsonl]}}]", *DRY], "source 'x': no file matches"),
         (["--array", "train.seed", *DRY], "--array 'train.seed' must be a field and two or more different values"),
         (["--array", "train.seed=1,1", *DRY], "two or more different values"),
         (["--array", "train.sed=1,2", *DRY], "unknown key 'train.sed'; did you mean 'train.seed'?"),
         (["--then", "{config}", *DRY], "is no config of stage two, it has no base block"),
         (["--then", "{tuning}", "base.path=x", *DRY], "leave base.path=x out"),
-        (["--then", "{tuning}", "train.run_dir={run}", *DRY], "two runs of the chain have the folder"),
+        (
+            ["--then", "{tuning}", "--then", "{tuning}", "train.run_dir={run}", *DRY],
+            "two runs of the chain have the folder",
+        ),
         (["--export", "{full}", *DRY], "exists already and is no empty folder, and nothing is written over"),
         (["--tasks", "2", *DRY], "--tasks 2 shares out a preparation; give --prepare, or leave it out"),
         (["--prepare", "--dry-run"], "--prepare needs --tasks N, the number of jobs that share the preparation"),
@@ -188,7 +201,9 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
     capsys: pytest.CaptureFixture[str],
     arguments: list[str],
     sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     config, run = write_config(tiny), tiny["train"]["run_dir"]
     (waiting := Path(config).with_name("site.yaml")).write_text("srun: [--wait=60]\n")
     places = {"config": config, "tuning": tuning, "waiting": waiting, "run": run, "full": str(Path(config).parent)}
@@ -196,7 +211,9 @@ def test_a_mistake_is_one_sentence_and_nothing_is_written(
         main([config, *(argument.format(**places) for argument in arguments)])
     printed = capsys.readouterr()
     assert end.value.code == 1 and not printed.out and not Path(run).exists()
-    assert printed.err.startswith("error: ") and sentence in printed.err and printed.err.count("\n") == 1
+    assert (
+        printed.err.startswith("error: ") and sentence.format(**places) in printed.err and printed.err.count("\n") == 1
+    )
 
 
 def test_an_array_that_prepares_data(
@@ -224,17 +241,33 @@ def test_a_run_after_a_job_may_have_its_data_prepared_by_it(
     assert "    data.dir=nowhere \\\n" in script
 
 
-def test_stage_two_needs_its_base_unless_it_comes_before(tuning: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([tuning, *DRY])
-    assert "base.path nowhere does not exist" in capsys.readouterr().err
+def test_stage_two_needs_its_base_unless_a_job_before_makes_it(
+    tuning: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for base, sentence in (("nowhere", "there is no folder nowhere; give base.path"), (tmp_path, "is a stage-two run")):
+        (tmp_path / "config.yaml").write_text("base: {path: x}\n")
+        with pytest.raises(SystemExit):
+            main([tuning, f"base.path={base}", f"train.run_dir={tmp_path}-tuned", *DRY])
+        assert sentence in capsys.readouterr().err
+    (script,) = _scripts(capsys, tuning, *DRY, "--after", "17", "data.sources=[{name: x, files: [later.jsonl]}]")
+    assert "-m tune.train" in script
+
+
+def test_what_only_the_nodes_have_is_not_looked_for_here(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    site = tmp_path / "site.yaml"
+    for line in ("environment: {MLFLOW_TRACKING_URI: 'http://there'}", "container: c", "srun: [--container-image=c]"):
+        site.write_text(f"{line}\n")
+        arguments = [write_config(tiny), *DRY, "--site", str(site), "train.log.trackers=[mlflow]"]
+        assert _scripts(capsys, *arguments)
 
 
 def test_an_earlier_run_is_not_gone_on_with_unasked(
     tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (Path(tiny["train"]["run_dir"]) / "checkpoints/step-00000004").mkdir(parents=True)
-    sentence = "already holds checkpoints; give train.checkpoint.resume=auto"
+    sentence = "already holds step-00000004; set train.checkpoint.resume=auto"
     with pytest.raises(SystemExit):
         main([write_config(tiny), *CPUS])
     assert sentence in capsys.readouterr().err
