@@ -6,6 +6,7 @@ runs/NAME/
   code.commit, code.diff  commit of the code, and what tracked files had on top of it, if anything, at the last start
   metrics.jsonl           one line a logged step
   tensorboard/            the same, to look at
+  starts.txt              where there is a mirror, ids of the starts: see trainer/checkpoints/ownership.py
   trackers.json           which runs of other trackers are this one: see trainer/monitor/trackers/
   heartbeat/rank-N.json   step and phase of every rank: see trainer/heartbeat.py
   logs/rank-N.log         what every rank had to say

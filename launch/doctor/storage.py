@@ -16,6 +16,7 @@ from trainer.checkpoints import resume, retention
 from trainer.checkpoints.bucket import Bucket, unreachable
 from trainer.checkpoints.fetch import mirrored_names
 from trainer.checkpoints.layout import checkpoints_of, newest_first
+from trainer.checkpoints.ownership import of_another_run
 from trainer.config_blocks import TrainConfig
 from trainer.distributed import ALONE
 from trainer.monitor.trackers.check import refuse_unusable
@@ -67,6 +68,8 @@ def mirror(train: TrainConfig) -> Iterator[Finding]:
     names = mirrored_names(url, ALONE)
     if not newest_first(folder):
         retention.refuse_taken(url, names, train.checkpoint.resume, "train.checkpoint.mirror")
+    elif problem := of_another_run(Bucket(url), folder.parent):
+        raise ValueError(problem)
     started = time.perf_counter()
     try:
         Bucket(url).try_writing()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.configs import load_either
 from launch.slurm.config import SlurmConfig
+from trainer.checkpoints.retention import refuse_taken
 from trainer.config import PretrainConfig, is_stage_two
 from trainer.preflight import refuse_other_run, require_initial, require_libraries, require_questions
 from tune.config import TuneFile
@@ -176,9 +177,18 @@ def _require_inputs(config: PretrainConfig | TuneFile, based: bool) -> None:
 
 
 def refuse_held(stage: StageJob) -> None:
-    """Raise ValueError if a run folder of ``stage`` holds another run, or nothing to go on from though it must."""
+    """Raise ValueError if a run folder of ``stage`` holds another run, or nothing to go on from though it must.
+
+    Its mirror, too, where it may not be gone on with: the job's starts go on from what is there.
+    """
     for config, folder in zip(stage.configs, stage.folders, strict=True):
         refuse_other_run(config.train, folder)
+        mirror, resume = config.train.checkpoint.mirror, config.train.checkpoint.resume
+        if mirror is not None and resume == "never":
+            from trainer.checkpoints.fetch import names_there
+            from trainer.distributed import ALONE
+
+            refuse_taken(mirror, names_there(mirror, ALONE), resume, "train.checkpoint.mirror")
 
 
 def _passed_on(overrides: Sequence[str]) -> tuple[str, ...]:

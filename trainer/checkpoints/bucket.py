@@ -3,6 +3,7 @@
 URL/
   config.yaml             the run's config
   metrics.jsonl           as it was when the newest checkpoint was copied
+  starts.txt              ids of the starts of the run that have written here: see ownership.py
   step-00001000/...       as in the run folder (layout.py), manifest.json copied last
   step-00002000/          without a manifest: not whole, or set aside because the run was taken back before it
 
@@ -12,14 +13,14 @@ There are no renames in a bucket, so the manifest alone makes a checkpoint whole
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data import urls
 from trainer.checkpoints import manifest
-from trainer.checkpoints.layout import CONFIG, finished_names, step_of
+from trainer.checkpoints.layout import CONFIG, STARTS, finished_names, step_of
 from trainer.checkpoints.retention import no_longer_kept
 
 _AT_ONCE = 8
@@ -46,6 +47,17 @@ class Bucket:
     def write_config(self, config: str) -> None:
         """Put the run's config there, which also tells whether one may write."""
         self._system.pipe_file(f"{self._place}/{CONFIG}", config.encode())
+
+    def starts(self) -> list[str]:
+        """Ids of the starts that have written there, the last one last."""
+        try:
+            return str(self._system.cat_file(f"{self._place}/{STARTS}").decode()).split()
+        except FileNotFoundError:
+            return []
+
+    def write_starts(self, ids: Sequence[str]) -> None:
+        """Put the ids of all starts there."""
+        self._system.pipe_file(f"{self._place}/{STARTS}", "".join(f"{id_}\n" for id_ in ids).encode())
 
     def try_writing(self) -> None:
         """Write a small file there, and remove it."""

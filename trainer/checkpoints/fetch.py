@@ -18,6 +18,7 @@ from settings.user_errors import NOT_WRITABLE
 from trainer.checkpoints import manifest
 from trainer.checkpoints.bucket import Bucket, facts_of, unreachable
 from trainer.checkpoints.layout import partial_of
+from trainer.checkpoints.ownership import write_starts
 from trainer.checkpoints.receipts import appears
 from trainer.checkpoints.retention import check_room, remove, unwritable
 from trainer.distributed import World
@@ -44,7 +45,7 @@ def mirrored_names(url: str, world: World) -> list[str]:
 def fetch(url: str, name: str, folder: Path, metrics: Path, world: World) -> str | None:
     """Copy checkpoint ``name`` from ``url`` into ``folder``; why it is not whole there, or None; collective.
 
-    With it comes the run's file of ``metrics``, if there is none here.
+    With it comes the run's file of ``metrics``, if there is none here, and the mirror itself, as this run's.
 
     Raises:
         ValueError: if it cannot be reached, or the run folder not be written.
@@ -124,10 +125,12 @@ def _finished(url: str, final: Path, content: bytes, metrics: Path) -> _Outcome:
     """Copy the metrics, write the manifest, and give the folder its name."""
     try:
         urls.with_retries(lambda: Bucket(url).get_beside(metrics))
+        starts = urls.with_retries(lambda: Bucket(url).starts())
     except Exception as error:  # each service has classes of its own
         return _Outcome(None, _blamed(url, final.parent.parent, error))
     try:
         (partial_of(final) / manifest.NAME).write_bytes(content)
+        write_starts(final.parent.parent, starts)
         if final.exists():  # a torn one
             remove(final)
         partial_of(final).rename(final)

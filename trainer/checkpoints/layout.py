@@ -20,6 +20,8 @@ from pathlib import Path
 
 CONFIG = "config.yaml"
 """Of a run, a checkpoint and a folder of weights alike."""
+STARTS = "starts.txt"
+"""In a run folder and its mirror: whose the mirror is."""
 ENGINE, STATE = "deepspeed", "trainer.pt"
 _CHECKPOINTS, _STEP, _PARTIAL, _REMOVED, _ABANDONED = "checkpoints", "step-", ".partial", ".removed", "abandoned-"
 

@@ -23,6 +23,7 @@ from settings import to_yaml
 from trainer.checkpoints import manifest
 from trainer.checkpoints.bucket import Bucket, TornCheckpointError, unreachable
 from trainer.checkpoints.layout import names_after, newest_first, step_of
+from trainer.checkpoints.ownership import Start
 from trainer.config import StageConfig
 from trainer.config_blocks import CheckpointConfig
 from trainer.distributed import ALONE, World
@@ -43,6 +44,7 @@ class Mirror:
         tell: takes a sentence, from the thread.
         warn: the same, for what went wrong.
         resumed: the checkpoint in ``folder`` that the run goes on from, if any; known to be whole.
+        start: this one, once the bucket was another's nothing there is touched.
     """
 
     def __init__(
@@ -53,8 +55,10 @@ class Mirror:
         tell: Callable[[str], None],
         warn: Callable[[str], None],
         resumed: Path | None = None,
+        start: Start | None = None,
     ) -> None:
         assert config.mirror is not None
+        self._start = start
         self._folder, self._config, self._tell, self._warn = folder, config, tell, warn
         self.url, self._metrics = config.mirror, metrics
         self._there: set[str] = set()
@@ -89,7 +93,7 @@ class Mirror:
             patience_s = min(wait_s, _METRICS_WAIT_S) if self._idle else wait_s
             self._ending, self._idle = True, False  # the metrics are to be copied once more
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._idle, patience_s)
+            self._changed.wait_for(lambda: self._idle or self._given_up.is_set(), patience_s)
             self._given_up.set()
             self._changed.notify_all()
         missing = [checkpoint.name for checkpoint in self._wanted() if checkpoint.name not in self._there]
@@ -135,6 +139,11 @@ class Mirror:
     def _copy_all(self, done: dict[str, set[str]]) -> bool:
         """Copy what is wanted, the newest first; False if given up, True also where there is news to look at first."""
         bucket = Bucket(self.url)
+        if self._start is not None and (problem := self._start.problem(bucket)):
+            self._warn(f"nothing more is mirrored: {problem}")
+            self._problem = "it is no longer this start's"
+            self._given_up.set()
+            return False
         with suppress(Exception):  # told by _prune, once something could be copied
             self._set_aside(bucket)
         for checkpoint in self._missing(bucket):
@@ -232,14 +241,16 @@ def open_mirror(
         resumed: the checkpoint that the run goes on from, if any: then a bucket that does not answer may wait.
 
     Raises:
-        ValueError: if one may not write there; without ``resumed``, also if it does not answer.
+        ValueError: if one may not write there, or with ``resumed`` if it is another run's; without, also if it does not
+            answer.
     """
-    url, problem = config.train.checkpoint.mirror, None
+    url, problem, start = config.train.checkpoint.mirror, None, None
     if url is None:
         return None
     if world.is_main:
+        start = Start(metrics.parent, to_yaml(config), resumed is not None)
         try:
-            urls.with_retries(lambda: Bucket(url).write_config(to_yaml(config)))
+            problem = urls.with_retries(lambda: start.take(Bucket(url)))
         except Exception as error:  # each service has classes of its own
             problem = unreachable(url, error)
             if resumed is not None and not urls.is_refusal(error):
@@ -250,4 +261,4 @@ def open_mirror(
         raise ValueError(problem)
     if not world.is_main:
         return None
-    return Mirror(folder, metrics, config.train.checkpoint, log.info, log.warning, resumed)
+    return Mirror(folder, metrics, config.train.checkpoint, log.info, log.warning, resumed, start)

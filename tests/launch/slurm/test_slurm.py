@@ -18,6 +18,7 @@ from launch.slurm.config import SHIPPED_FILE, SlurmConfig, load_site, seconds
 from launch.slurm.jobs import parse_array
 from settings import load
 from tests.launching import ROOT
+from tests.trainer.checkpoints.test_resume import fake
 
 CPUS = ["--nodes", "2", "--tasks-per-node", "1"]
 DRY = [*CPUS, "--dry-run"]
@@ -278,6 +279,17 @@ def test_an_earlier_run_is_not_gone_on_with_unasked(
     (script,) = _scripts(capsys, write_config(tiny), *DRY, "train.checkpoint.resume=required")
     assert 'train.run_dir="$run" train.checkpoint.resume=required \\\n' in script
     assert script.count("train.checkpoint.resume=") == 1
+
+
+def test_another_run_s_mirror_is_not_gone_on_with_unasked(
+    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The job itself says resume=auto, as every later start goes on from there."""
+    fake(tmp_path / "away", 3)
+    arguments = [write_config(tiny), *DRY, f"train.checkpoint.mirror=file://{tmp_path}/away"]
+    assert main(arguments) == 0
+    assert f"file://{tmp_path}/away already holds step-00000003; set train.checkpoint" in capsys.readouterr().err
+    assert main([*arguments, "train.checkpoint.resume=auto"]) == 0 and not capsys.readouterr().err
 
 
 def test_what_the_job_sets_itself_is_passed_once(

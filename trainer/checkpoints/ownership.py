@@ -1,0 +1,74 @@
+"""Whose a mirror is: of the run, and of its start, that was the last to write there.
+
+Each start of a run has an id. The run folder and its mirror both hold the ids of the starts that have used the mirror,
+one a line, the last one last. Where the mirror's last one is none of the run folder's, another run writes there, or the
+run went on from the mirror elsewhere. A start that is no longer the last one leaves the mirror alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from uuid import uuid4
+
+from data.files import write_atomically
+from trainer.checkpoints.bucket import Bucket
+from trainer.checkpoints.layout import STARTS
+
+
+def starts_of(run: Path) -> list[str]:
+    """Ids of the starts of ``run`` that had a mirror."""
+    path = run / STARTS
+    return path.read_text().split() if path.is_file() else []
+
+
+def write_starts(run: Path, ids: Sequence[str]) -> None:
+    """Put the ``ids`` of all starts into the run folder."""
+    write_atomically(run / STARTS, "".join(f"{id_}\n" for id_ in ids).encode())
+
+
+def of_another_run(bucket: Bucket, run: Path) -> str | None:
+    """The sentence for a bucket to which another run than the one in ``run`` was the last to write; None if it was not.
+
+    Of a run without checkpoints nobody can tell: its disk may be lost.
+    """
+    there = bucket.starts()
+    if not there or there[-1] in starts_of(run):
+        return None
+    return (
+        f"train.checkpoint.mirror {bucket.url} is another run's, or this one went on from there on another disk, and "
+        f"the checkpoints in {run} would be mixed with those; give this run a mirror of its own, or an empty "
+        "train.run_dir to go on from the mirror"
+    )
+
+
+class Start:
+    """One start of a run, on rank 0.
+
+    Args:
+        run: the run folder.
+        config: the run's, as YAML, to put into the mirror.
+        resumed: whether the run folder has a checkpoint of its own.
+    """
+
+    def __init__(self, run: Path, config: str, resumed: bool) -> None:
+        self._run, self._config, self._resumed = run, config, resumed
+        self._id, self._taken = uuid4().hex, False
+        write_starts(run, [*starts_of(run), self._id])  # first, so that whatever ends it, the run knows its mirror
+
+    def take(self, bucket: Bucket) -> str | None:
+        """Make the bucket this start's; why it cannot be, if it is another run's."""
+        if self._resumed and (problem := of_another_run(bucket, self._run)):
+            return problem
+        bucket.write_config(self._config)
+        bucket.write_starts(starts_of(self._run))
+        self._taken = True
+        return None
+
+    def problem(self, bucket: Bucket) -> str | None:
+        """Why this start must leave the bucket alone, if it must; takes it first where that did not work before."""
+        if not self._taken:
+            return self.take(bucket)
+        if bucket.starts()[-1:] == [self._id]:
+            return None
+        return f"another start writes to train.checkpoint.mirror {bucket.url} since; give each run a mirror of its own"
