@@ -2,11 +2,12 @@
 
     rank 0     listens at MASTER_ADDR:MASTER_PORT (under torchrun its agent does) and counts who comes
     others     connect, and compare what they were told with what the first one was told
+    the last   looks at the devices of all
     all        wait for one message: that everyone is present, or why they cannot meet
 
-Whatever fails on the way is a mistake in the set-up (an address, an interface, a port, a count, a name, a version), so
-it ends in one sentence and status 1 on every rank, never in "start again". After ten seconds rank 0 reports who is
-awaited.
+Whatever fails on the way is a mistake in the set-up (an address, an interface, a port, a count, a name, a version, a
+GPU), so it ends in one sentence and status 1 on every rank, never in "start again". After ten seconds rank 0 reports
+who is awaited.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -30,6 +31,7 @@ _POLLED_S = 0.5
 _NAMED = 8
 _COME = "start as many processes as WORLD_SIZE says, and see that their hosts reach that address"
 _TOGETHER = "all"
+_NO_GPU = "none"
 
 
 def rank_numbers() -> tuple[int, int, int]:
@@ -71,6 +73,7 @@ def meet(rank: int, size: int, backend: str, timeout_s: float, device: torch.dev
     place = f"{address}:{port}"
     try:
         store = _store(rank, size, address, _port(port, size), timeout_s)
+        store.set(f"gpu/{rank}", gpu_of(device))
         _wait_for_all(store, rank, size, place, timeout_s)
         bound = device if device.type == "cuda" else None
         dist.init_process_group(
@@ -136,7 +139,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int, place: str, timeout_s
     if problem is not None:
         store.compare_set("word", "", problem)
     elif here == size:
-        store.compare_set("word", "", _TOGETHER)
+        store.compare_set("word", "", _unlike_devices(_places(store, size)) or _TOGETHER)
     start = time.monotonic()
     reported = False
     while not _comes(store, "word", start + (timeout_s if reported or rank else min(QUIET_S, timeout_s))):
@@ -185,10 +188,53 @@ def _problem(store: dist.Store, rank: int, size: int) -> str | None:
     return None
 
 
+def gpu_of(device: torch.device) -> str:
+    """What tells a GPU from all others in the world; ``none`` of a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else _NO_GPU
+
+
+def _places(store: dist.Store, size: int) -> list[tuple[str, str]]:
+    """Host and GPU of every rank, all of which are there."""
+    hosts, gpus = (store.multi_get([f"{what}/{rank}" for rank in range(size)]) for what in ("host", "gpu"))
+    return [(host.decode(), gpu.decode()) for host, gpu in zip(hosts, gpus, strict=True)]
+
+
+def _unlike_devices(places: Sequence[tuple[str, str]]) -> str | None:
+    """Why ranks with these hosts and GPUs cannot compute together: NCCL would hang, or end with an error of its own."""
+    ranks_at: dict[tuple[str, str], list[int]] = {}
+    for rank, place in enumerate(places):
+        ranks_at.setdefault(place, []).append(rank)
+    without = {host: ranks for (host, gpu), ranks in ranks_at.items() if gpu == _NO_GPU}
+    if without and len(without) < len(ranks_at):
+        return (
+            f"{_on_hosts(without)} without a GPU that can be used, while others have one; start ranks on hosts with "
+            "GPUs only (python -m launch.doctor there says what is wrong), or all with DS_ACCELERATOR=cpu"
+        )
+    shared = {host: ranks for (host, gpu), ranks in ranks_at.items() if gpu != _NO_GPU and len(ranks) > 1}
+    if not shared:
+        return None
+    return (
+        f"{_on_hosts(shared)} on one and the same GPU, and NCCL takes one rank a GPU; start as many ranks on a host as "
+        "it has GPUs (deepspeed --num_gpus, torchrun --nproc-per-node, srun --ntasks-per-node), and see that "
+        "CUDA_VISIBLE_DEVICES names each once"
+    )
+
+
+def _on_hosts(ranks_by_host: dict[str, list[int]]) -> str:
+    """``ranks 4, 5 on node1 and 2 hosts more are``."""
+    host, ranks = next(iter(ranks_by_host.items()))
+    others = len(ranks_by_host) - 1
+    more = f" and others on {'another host' if others == 1 else f'{others} more hosts'}" if others else ""
+    return f"{_ranks(ranks)} on {host}{more} {'is' if len(ranks) == 1 and not others else 'are'}"
+
+
+def _ranks(numbers: Sequence[int]) -> str:
+    more = f" and {len(numbers) - _NAMED} more" if len(numbers) > _NAMED else ""
+    return f"{'rank' if len(numbers) == 1 else 'ranks'} {', '.join(map(str, numbers[:_NAMED]))}{more}"
+
+
 def _awaited(store: dist.Store, size: int) -> str:
-    missing = [rank for rank in range(size) if not store.check([f"host/{rank}"])]
-    more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""
-    return f"{'rank' if len(missing) == 1 else 'ranks'} {', '.join(map(str, missing[:_NAMED]))}{more}"
+    return _ranks([rank for rank in range(size) if not store.check([f"host/{rank}"])])
 
 
 @contextlib.contextmanager

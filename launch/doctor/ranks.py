@@ -20,6 +20,7 @@ from settings.project import ROOT
 from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.git_state import packages
+from trainer.rendezvous import gpu_of
 
 _SKEW_S = 1.0
 _SLOW_GBS = 10.0  # of NCCL; even PCIe 4.0 has more, sockets over Ethernet have less
@@ -32,6 +33,7 @@ class Facts:
 
     Attributes:
         rank, host, device: who and where.
+        gpu: what tells its GPU from all others: see :func:`trainer.rendezvous.gpu_of`.
         software: Python and packages.
         code: hash of the project's Python files, tests left out.
         clock_s: its time right after a barrier.
@@ -40,6 +42,7 @@ class Facts:
     rank: int
     host: str
     device: str
+    gpu: str
     software: str
     code: str
     clock_s: float
@@ -53,7 +56,8 @@ def facts(world: World) -> Facts:
     software = f"Python {platform.python_version()}, torch {torch.__version__}, deepspeed {version('deepspeed')}"
     world.barrier()  # the first connects the ranks
     world.barrier()
-    return Facts(world.rank, socket.gethostname(), str(world.device), software, code.hexdigest()[:12], time.time())
+    where = (socket.gethostname(), str(world.device), gpu_of(world.device))
+    return Facts(world.rank, *where, software, code.hexdigest()[:12], time.time())
 
 
 def same_everywhere(ranks: Sequence[Facts]) -> Iterator[Finding]:
@@ -75,17 +79,18 @@ def same_everywhere(ranks: Sequence[Facts]) -> Iterator[Finding]:
 
 
 def devices(ranks: Sequence[Facts]) -> Iterator[Finding]:
-    """Which rank computes where."""
+    """Which rank computes where; that ranks of one host share no GPU was looked at when they met."""
     hosts = len({one.host for one in ranks})
     here = f"{counted(len(ranks), 'rank')} on {counted(hosts, 'host')}, {ranks[0].device.split(':')[0]}"
-    places = [(one.host, one.device) for one in ranks if one.device.startswith("cuda")]
-    if len(set(places)) < len(places):
-        remedy = (
-            "start at most one rank a GPU (deepspeed --num_gpus, torchrun --nproc-per-node, srun --gpus-per-task=1)"
-        )
-        yield Finding("ranks", "warning", f"{here}: several share a GPU, as far as their names show", remedy)
-    else:
-        yield Finding("ranks", "ok", here)
+    first: dict[str, Facts] = {}
+    for one in ranks:
+        other = first.setdefault(one.gpu, one)
+        if other is not one and one.device.startswith("cuda"):
+            what = f"{here}: rank {other.rank} on {other.host} and rank {one.rank} on {one.host} share GPU {one.gpu}"
+            remedy = "give each container GPUs of its own (docker run --gpus device=N)"
+            yield Finding("ranks", "warning", what, remedy)
+            return
+    yield Finding("ranks", "ok", here)
 
 
 def clocks(ranks: Sequence[Facts]) -> Iterator[Finding]:

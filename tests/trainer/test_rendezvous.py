@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -11,16 +12,19 @@ from pathlib import Path
 import pytest
 
 from tests.launching import ROOT, environment
+from trainer import rendezvous
 from trainer.rendezvous import rank_numbers
 
 PROGRAM = """
-import sys
+import os, sys
 from settings import user_errors
 with user_errors():
     from trainer import rendezvous
     rendezvous.QUIET_S = 1.0
     import torch
     rank, size, _ = rendezvous.rank_numbers()
+    if "GPU" in os.environ:
+        rendezvous.gpu_of = lambda device: os.environ["GPU"]
     rendezvous.meet(rank, size, "gloo", float(sys.argv[1]), torch.device("cpu"))
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
@@ -81,6 +85,29 @@ def test_two_with_one_number_and_two_counts() -> None:
     assert "two processes have RANK=1, on " in sentence and "give every process a number of its own" in sentence
     (sentence,) = errors(meet([{"RANK": "0"}, {"RANK": "1", "WORLD_SIZE": "4"}], timeout_s=20))
     assert "WORLD_SIZE" in sentence and "make them the same on all hosts" in sentence
+
+
+def test_a_rank_without_a_gpu_and_two_on_one_are_named() -> None:
+    (sentence,) = errors(meet([{"RANK": "0", "GPU": "a"}, {"RANK": "1", "GPU": "none"}], timeout_s=60))
+    assert sentence.startswith(f"the ranks cannot meet: rank 1 on {platform.node()} is without a GPU that can be used")
+    (sentence,) = errors(meet([{"RANK": "0"}, {"RANK": "1"}], GPU="a", timeout_s=60))
+    assert sentence.startswith(f"the ranks cannot meet: ranks 0, 1 on {platform.node()} are on one and the same GPU")
+
+
+@pytest.mark.parametrize(
+    ("places", "sentence"),
+    [
+        ([("a", "none"), ("b", "none")], None),
+        ([("a", "x"), ("a", "y"), ("b", "z")], None),
+        ([("a", "x"), ("b", "x")], None),  # two containers: slow, and launch.doctor says so
+        ([("a", "x"), ("b", "none"), ("b", "none"), ("c", "none")], "ranks 1, 2 on b and others on another host are"),
+        ([("a", "x"), ("b", "y"), ("b", "z"), ("b", "y")], "ranks 1, 3 on b are on one and the same GPU, and NCCL"),
+        ([(host, "x") for host in "aabbcc"], "ranks 0, 1 on a and others on 2 more hosts are on one and the same"),
+    ],
+)
+def test_devices_that_do_not_go_together(places: list[tuple[str, str]], sentence: str | None) -> None:
+    found = rendezvous._unlike_devices(places)
+    assert found is None if sentence is None else str(found).startswith(sentence)
 
 
 @pytest.mark.parametrize(

@@ -388,7 +388,7 @@ def test_hosts_are_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 # Ranks.
 
-HERE = ranks.Facts(0, "one", "cuda:0", "torch 2.13", "abc", 100.0)
+HERE = ranks.Facts(0, "one", "cuda:0", "0a1b", "torch 2.13", "abc", 100.0)
 
 
 def test_ranks_that_differ_are_errors() -> None:
@@ -403,8 +403,10 @@ def test_clocks_apart_and_shared_gpus_are_warnings() -> None:
     assert only(ranks.clocks([HERE, late])).found.startswith("two is 7.5 s ahead of one")
     assert only(ranks.clocks([HERE, late])).level == "warning"
     assert only(ranks.clocks([HERE, HERE])).level == "ok"
-    assert only(ranks.devices([HERE, replace(HERE, rank=1)])).level == "warning"
-    assert only(ranks.devices([HERE, late])).level == "ok"
+    shared = only(ranks.devices([HERE, late]))  # two containers, each of which calls it its number 0
+    assert shared.level == "warning" and "rank 0 on one and rank 1 on two share GPU 0a1b" in shared.found
+    assert only(ranks.devices([HERE, replace(late, gpu="2c3d")])).level == "ok"
+    assert only(ranks.devices([replace(one, device="cpu", gpu="none") for one in (HERE, late)])).level == "ok"
 
 
 def test_a_slow_network_is_a_warning_on_gpus_only() -> None:
