@@ -16,11 +16,25 @@ def deepspeed_launcher(ranks: int, port: int, devices: str | None = None) -> lis
     Args:
         ranks: how many, one a GPU where there are any.
         port: where they meet.
-        devices: the GPUs to take, ``2,3``; the first ones unless given.
+        devices: the GPUs to take, ``2,3``; the first ones unless given: CUDA_VISIBLE_DEVICES is passed over.
+
+    Raises:
+        ValueError: if GPUs are named otherwise than by their numbers, which is all that the command takes.
     """
+    if devices is not None and not all(name.strip().isdigit() for name in devices.split(",")):
+        raise ValueError(
+            f"CUDA_VISIBLE_DEVICES names GPUs as {devices}, and the deepspeed launcher takes numbers only; give those "
+            "of nvidia-smi"
+        )
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]
     launcher += ["--num_gpus", str(ranks)] if devices is None else ["--include", f"localhost:{devices}"]
     return [*launcher, "--master_port", str(port)]
+
+
+def visible_gpus(ranks: int) -> str | None:
+    """The first ``ranks`` GPUs that CUDA_VISIBLE_DEVICES names, for :func:`deepspeed_launcher`; None if it does not."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return ",".join(names.split(",")[:ranks]) if names else None
 
 
 def environment_alone(threads: int) -> dict[str, str]:

@@ -60,7 +60,7 @@ from data.files import write_atomically
 from model.config import RouterConfig
 from settings import path_argument, to_yaml, user_errors
 from trainer.config import PretrainConfig
-from trainer.local_ranks import deepspeed_launcher, environment_alone, free_port
+from trainer.local_ranks import deepspeed_launcher, environment_alone, free_port, visible_gpus
 
 if TYPE_CHECKING:
     import torch
@@ -151,13 +151,15 @@ def configs(options: argparse.Namespace, data: DataConfig) -> dict[str, Pretrain
     return found | {name_of(*pair): run_config(options, *pair, data) for pair in pairs}
 
 
-def command(folder: Path, name: str, config: PretrainConfig, port: int, ranks: int) -> list[str]:
+def command(folder: Path, name: str, config: PretrainConfig, port: int, options: argparse.Namespace) -> list[str]:
     """What starts a contestant; writes its config to ``folder``."""
     run = config.train.model_copy(update={"run_dir": str(folder / name)})
     path = folder / f"{name}.yaml"
     write_atomically(path, to_yaml(config.model_copy(update={"train": run})).encode())
     kind = PEER if name == PEER else OURS
-    return [*deepspeed_launcher(ranks, free_port()), "--module", "bench.loop.ranks", kind, str(path), name, str(port)]
+    gpus = None if options.device == "cpu" else visible_gpus(options.ranks)
+    launcher = deepspeed_launcher(options.ranks, free_port(), gpus)
+    return [*launcher, "--module", "bench.loop.ranks", kind, str(path), name, str(port)]
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
@@ -184,7 +186,7 @@ def measure(options: argparse.Namespace) -> Result:
         bar = tqdm(unit="turn", disable=not sys.stderr.isatty())
         for name, config in configs(options, data).items():
             bar.set_postfix_str(f"starting {name}")
-            start = command(folder, name, config, turns.port, options.ranks)
+            start = command(folder, name, config, turns.port, options)
             startup_s, _ = turns.start(name, start, environment(options), options.ranks, folder / f"{name}.log")
             found[name] = Rounds(startup_s)
         for name, rounds in found.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, MutableMapping, Sequence
 
 from bench.common.turns import Turn, TurnsOverError
 from bench.loop import OURS, PEER
@@ -20,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("port", type=int, help="of the store by which turns are given")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args(arguments)
+    hide_gpus(os.environ)
     with user_errors():
         config = load_run(options.config)
         from bench.loop.contestants import ours, peer
@@ -37,6 +39,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             leave()
             return
     raise AssertionError("the loop ended before its turns did")
+
+
+def hide_gpus(environment: MutableMapping[str, str]) -> None:
+    """Let transformers see no GPU where ranks run on the CPU: the launcher numbers them as if they had some."""
+    if environment.get("DS_ACCELERATOR") == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from settings import load, path_argument, user_errors
 from settings.project import program_path
 from trainer.config import load_run, name_run
 from trainer.exit_status import EXIT_PREEMPTED
-from trainer.local_ranks import free_port
+from trainer.local_ranks import free_port, visible_gpus
 from tune.config import TuneFile
 
 
@@ -55,7 +55,7 @@ def run(demo: Demo, ranks: int) -> int:
         ranks = min(ranks, speed.gpus)
     else:
         environment["DS_ACCELERATOR"] = "cpu"  # what DeepSpeed would find out by itself, with warnings
-    stages = demo.stages(ranks, free_port())
+    stages = demo.stages(ranks, free_port(), visible_gpus(ranks) if speed.gpus else None)
     path = demo.run_dirs[0].with_name(f"{demo.run_dirs[0].name}-stages.json")
     if all(Record(path).is_done(stage) for stage in stages) or not path.exists():
         _start_afresh(demo, path)

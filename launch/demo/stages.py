@@ -77,9 +77,9 @@ class Demo:
         folders = [run, Path(self.stage_one.data.dir), self.run_dirs[1], self.export]
         return [folder for folder in folders if folder == run or str(folder).startswith(f"{run}-")]
 
-    def stages(self, processes: int, port: int) -> list[DemoStage]:
-        """All stages in order; ``processes`` ranks meet at ``port``."""
-        python, launcher = [sys.executable, "-m"], [*deepspeed_launcher(processes, port), "--module"]
+    def stages(self, processes: int, port: int, gpus: str | None = None) -> list[DemoStage]:
+        """All stages in order; ``processes`` ranks meet at ``port``, on ``gpus`` if there are certain ones."""
+        python, launcher = [sys.executable, "-m"], [*deepspeed_launcher(processes, port, gpus), "--module"]
         (run, tuned), data = self.run_dirs, self.stage_one.data.dir
         validation = self.stage_two.data.validation[0].files[0]
         one, two = self.stage_one.train, self.stage_two.train

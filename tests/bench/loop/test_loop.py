@@ -50,6 +50,15 @@ def test_both_loops_learn_the_same_and_rows_are_whole(
     assert [path.name for path in tmp_path.iterdir()] == ["loop.json"]  # data, runs and checkpoints are gone
 
 
+def test_contestants_get_the_gpus_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    given, data = options("--ranks=2"), write_shards(tmp_path, vocab=300, tokens=5_000, sequence_tokens=32)
+    config = loop.configs(given, data)["dense"]
+    assert "--num_gpus" in loop.command(tmp_path, "dense", config, 1, given)
+    given.device = "cuda"
+    assert "localhost:2,3" in loop.command(tmp_path, "dense", config, 1, given)
+
+
 def test_the_peer_reads_the_windows_of_the_run(tmp_path: Path) -> None:
     config = write_shards(tmp_path, vocab=70_000, tokens=5_000, sequence_tokens=32)
     data = TrainingData(config)

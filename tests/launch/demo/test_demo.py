@@ -181,12 +181,17 @@ def test_a_run_of_a_user_is_kept_and_data_from_elsewhere_stay(
     assert list(tmp_path.glob("run-before-*")) and (tmp_path / "elsewhere").is_dir()
 
 
-def test_no_more_ranks_than_gpus(start: Callable[[Machine], int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_more_ranks_than_gpus_and_on_those_that_are_visible(
+    start: Callable[[Machine], int], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = Machine()
     machine.gpus = 1
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert start(machine) == 0
     said = capsys.readouterr().out
     assert "--num_gpus 1" in said and "1 GPUs" in said  # a rank more than there are GPUs would only wait
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert start(machine) == 0 and "--include localhost:5 " in capsys.readouterr().out
 
 
 def test_a_machine_that_cannot_be_measured_is_one_sentence(
