@@ -129,7 +129,8 @@ class SlurmConfig(Strict):
         """Whether a rank has the packages, and of trackers the variables, of the Python that submits."""
         options = (*self.sbatch, *self.srun, *self.environment)
         told = any(option.startswith(("--export", "--container", "MLFLOW_", "WANDB_")) for option in options)
-        return not (told or self.venv or self.container or self.modules)
+        exported = os.environ.get("SBATCH_EXPORT", "ALL").startswith("ALL")
+        return exported and not (told or self.venv or self.container or self.modules)
 
     @property
     def world_size(self) -> int:

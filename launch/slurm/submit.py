@@ -10,6 +10,8 @@ RUN/submit/TIME/
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -22,6 +24,13 @@ from launch.slurm.preparation import PrepareJob
 from settings import to_yaml
 from trainer import git_state
 from trainer.checkpoints.layout import CONFIG
+
+_DIRECTIVE = "#SBATCH "
+_OF_A_JOB = ("SLURM_", "SRUN_", "PMI_", "PMIX_")
+"""What a shell inside a job has in its environment: ``srun`` of a job that is submitted there would take it for that
+one's, such as the cores (SLURM_CPU_BIND)."""
+_KEPT = ("SLURM_CONF", "SLURM_JWT", "SLURM_CLUSTERS")
+"""By which ``sbatch`` finds its cluster."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +93,24 @@ def submit(jobs: Sequence[BatchJob], submission: str, after: str | None = None) 
 
 def _sbatch(job: BatchJob, script: Path, dependency: str | None) -> str:
     """Submit ``script``; returns its id."""
-    command = ["sbatch", "--parsable"]
+    command = ["sbatch", "--parsable", *_options(script)]
     if dependency is not None:
         # A job whose predecessor failed is cancelled, not left in the queue.
         command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
-    done = subprocess.run([*command, str(script)], capture_output=True, text=True, check=False)
+    own = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_OF_A_JOB)}
+    done = subprocess.run([*command, str(script)], env=own, capture_output=True, text=True, check=False)
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
         raise ValueError(
             f"sbatch refused the script of {job.stage.run} ({said}); nothing is submitted, correct what it names"
         )
     return done.stdout.strip().split(";")[0]
+
+
+def _options(script: Path) -> list[str]:
+    """Those in the script, to be given again: SBATCH_TIMELIMIT and its kind in the environment go before the script."""
+    lines = (line for line in script.read_text().splitlines() if line.startswith(_DIRECTIVE))
+    return [word for line in lines for word in shlex.split(line.removeprefix(_DIRECTIVE), comments=True)]
 
 
 def _write(job: BatchJob, number: int, folder: Path) -> None:

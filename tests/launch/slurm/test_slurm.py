@@ -255,13 +255,20 @@ def test_stage_two_needs_its_base_unless_a_job_before_makes_it(
 
 
 def test_what_only_the_nodes_have_is_not_looked_for_here(
-    tiny: dict[str, Any], write_config: Callable[..., str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    tiny: dict[str, Any],
+    write_config: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     site = tmp_path / "site.yaml"
     for line in ("environment: {MLFLOW_TRACKING_URI: 'http://there'}", "container: c", "srun: [--container-image=c]"):
         site.write_text(f"{line}\n")
-        arguments = [write_config(tiny), *DRY, "--site", str(site), "train.log.trackers=[mlflow]"]
-        assert _scripts(capsys, *arguments)
+        arguments = [write_config(tiny), *DRY, "train.log.trackers=[mlflow]"]
+        assert _scripts(capsys, *arguments, "--site", str(site))
+    monkeypatch.setenv("SBATCH_EXPORT", "NONE")
+    assert _scripts(capsys, *arguments)
 
 
 def test_an_earlier_run_is_not_gone_on_with_unasked(
@@ -319,6 +326,29 @@ def test_without_slurm_there_is_still_the_dry_run(
         main([config, *CPUS])
     assert "there is no sbatch here" in capsys.readouterr().err and not Path(tiny["train"]["run_dir"]).exists()
     assert main([config, *DRY]) == 0
+
+
+def test_what_is_around_the_submission_does_not_change_the_job(
+    tiny: dict[str, Any], write_config: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A shell inside another job, and variables that sbatch reads before the script's options."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    said = {"sbatch": f'env > {tmp_path}/env; printf "%s\\n" "$@" > {tmp_path}/words; echo 17', "squeue": "true"}
+    for name, line in said.items():
+        (programs / name).write_text(f"#!/bin/sh\n{line}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    for name in ("SLURM_CPU_BIND", "SLURM_JOB_ID", "SRUN_CPUS_PER_TASK", "SLURM_CONF", "SLURM_CLUSTERS", "SBATCH_QOS"):
+        monkeypatch.setenv(name, "x")
+    words = ["--time", "2:00:00", "--job-name", "two words", "--sbatch=--comment=a # the rest"]
+    assert main([write_config(tiny), *CPUS, *words]) == 0
+    names = {line.partition("=")[0] for line in (tmp_path / "env").read_text().splitlines()}
+    assert {name for name in names if name.startswith(("SLURM_", "SRUN_"))} == {"SLURM_CONF", "SLURM_CLUSTERS"}
+    assert "SBATCH_QOS" in names
+    given = (tmp_path / "words").read_text().splitlines()
+    assert {"--time=2:00:00", "--job-name=two words", "--comment=a", "--requeue"} <= set(given) and "#" not in given
+    assert given[-1].endswith("/job.sbatch") and "export SLURM_EXPORT_ENV=ALL\n" in Path(given[-1]).read_text()
 
 
 def test_the_copied_code_is_complete_and_knows_its_commit(tmp_path: Path) -> None:
