@@ -14,16 +14,18 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from bench.common.children import Children
+from bench.common.turns import last_words
 from data.config import DataConfig
 from data.files import sha256_of
 from data.prepare.parts import Part, Report
@@ -117,15 +119,14 @@ def _prepare(file: Path, each: Sequence[Sequence[str]]) -> float:
     """Run a command with each of these arguments, all at once; seconds until the last has ended."""
     start_s = time.perf_counter()
     command = [sys.executable, "-m", "data.prepare", str(file)]
-    started = [
-        subprocess.Popen([*command, *more], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for more in each
-    ]
-    said = [process.communicate()[1] for process in started]
-    for process, errors in zip(started, said, strict=True):
-        if process.returncode:
-            raise ValueError(f"data.prepare failed: {errors.strip().splitlines()[-1]}")
-    return time.perf_counter() - start_s
+    logs = [file.with_name(f"task-{number}.log") for number in range(len(each))]
+    with Children() as children, ThreadPoolExecutor(len(each)) as pool:
+        statuses = list(pool.map(lambda more, log: children.run([*command, *more], log), each, logs))
+    took_s = time.perf_counter() - start_s
+    for log, status in zip(logs, statuses, strict=True):
+        if status:
+            raise ValueError(f"data.prepare failed: {last_words(log, status)}")
+    return took_s
 
 
 def _numbers(text: str) -> list[int]:

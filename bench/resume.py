@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.common.children import Children
 from bench.common.steps import stepper
 from settings import parse_arguments, path_argument, user_errors
 from trainer.config import PretrainConfig, load_run
@@ -90,9 +90,10 @@ def measure(
             arguments = [str(config), *overrides, *(read_with if phase == "read" else ())]
             arguments += ["--precision", precision, "--work", work, "--phase", phase]
             arguments += ["--stages", *map(str, stages), "--ranks", str(count)]
-            done = _start_ranks(count, arguments)
-            if done.returncode:
-                raise ValueError(f"{count} ranks ended with status {done.returncode} ({phase}):\n{done.stdout[-3000:]}")
+            log = Path(work, f"{phase}-{count}.log")
+            if status := _start_ranks(count, arguments, log):
+                said = log.read_text(errors="replace")[-3000:]
+                raise ValueError(f"{count} ranks ended with status {status} ({phase}):\n{said}")
     found: dict[str, Any] = {"precision": precision, "written": {}, "resumed": {}, "weights_only": {}}
     for file in sorted(Path(work).glob("*.json")):
         for kind, losses in json.loads(file.read_text()).items():
@@ -121,11 +122,12 @@ def difference(a: list[float], b: list[float]) -> float:
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
-def _start_ranks(count: int, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    """This module in ``count`` ranks, to the end."""
+def _start_ranks(count: int, arguments: list[str], log: Path) -> int:
+    """This module in ``count`` ranks, to the end; its status."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
     command += [f"--master-port={free_port()}", "-m", "bench.resume", *arguments]
-    return subprocess.run(command, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    with Children() as children:
+        return children.run(command, log)
 
 
 def _rank(options: argparse.Namespace) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from tqdm import tqdm
 
+from bench.common.children import Children
 from bench.common.turns import last_words
 from bench.isoflop.suite import Downstream, Run, Suite
 from data.config import DataConfig
@@ -134,8 +135,9 @@ def prepare(suite: Suite, run: Run) -> None:
     if _is_prepared(run.config.data):
         return
     for module in ("data.tokenizer", "data.prepare"):
-        done = subprocess.run([sys.executable, "-m", module, suite.backbone, *run.overrides], check=False)
-        if done.returncode:
+        with Children() as children:
+            status = children.run([sys.executable, "-m", module, suite.backbone, *run.overrides])
+        if status:
             raise ValueError(
                 f"the suite's data cannot be prepared: python -m {module} {suite.backbone} failed, see above"
             )
@@ -218,11 +220,14 @@ def _log(logs: Path, run: Run, what: str) -> Path:
 def side_by_side(jobs: Sequence[Job], at_once: int, threads: int, unit: str) -> list[str]:
     """Run ``jobs``, ``at_once`` of them at any time; a sentence for each that failed, in their order.
 
-    Ctrl-C reaches the jobs that run, which save and end; no further one is started then.
-
     Args:
+        jobs: to run.
+        at_once: how many.
         threads: of each process.
         unit: what the progress bar counts.
+
+    Raises:
+        KeyboardInterrupt, SystemExit: on a signal that asks to stop, once the jobs that run have saved and ended.
     """
     if not jobs:
         return []
@@ -230,16 +235,12 @@ def side_by_side(jobs: Sequence[Job], at_once: int, threads: int, unit: str) -> 
     for devices in device_sets(at_once, jobs[0].ranks):
         places.put(devices)
     problems: dict[Job, str] = {}
-    with ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), unit=unit) as bar:
-        try:
-            waiting = {pool.submit(_run, job, places, threads): job for job in jobs}
-            for done in as_completed(waiting):
-                if problem := done.result():
-                    problems[waiting[done]] = problem
-                bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    with Children() as children, ThreadPoolExecutor(at_once) as pool, tqdm(total=len(jobs), unit=unit) as bar:
+        waiting = {pool.submit(_run, job, places, threads, children): job for job in jobs}
+        for done in as_completed(waiting):
+            if problem := done.result():
+                problems[waiting[done]] = problem
+            bar.update()
     return [problems[job] for job in jobs if job in problems]
 
 
@@ -262,7 +263,7 @@ def device_sets(at_once: int, ranks: int) -> list[str | None]:
     return [",".join(names[(place * ranks + rank) % count] for rank in range(ranks)) for place in range(at_once)]
 
 
-def _run(job: Job, places: queue.SimpleQueue[str | None], threads: int) -> str | None:
+def _run(job: Job, places: queue.SimpleQueue[str | None], threads: int, children: Children) -> str | None:
     """Run a job on a free set of devices; a sentence if it did not do what it was to."""
     devices = places.get()
     environment = environment_alone(threads)
@@ -275,12 +276,11 @@ def _run(job: Job, places: queue.SimpleQueue[str | None], threads: int) -> str |
         command = [*deepspeed_launcher(job.ranks, free_port(), devices), "--module", *job.arguments]
     job.log.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with job.log.open("wb") as log:
-            status = subprocess.run(
-                command, check=False, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
-            ).returncode
+        status = children.run(command, job.log, environment)
     finally:
         places.put(devices)
+    if status and children.signals:
+        return None  # what runs was asked to stop; nothing failed
     if status == EXIT_PREEMPTED:
         return f"{job.name}: it was asked to stop and has saved; the same command goes on with it"
     if status:

@@ -1,15 +1,13 @@
 """Commands one after the other: what they say is shown as it comes, and a signal ends all that they started.
 
 Every command has a session of its own, so that Ctrl-C, or a signal to the process group that this process is in,
-reaches this process alone. It asks the command's processes with SIGTERM: ranks save the step that they are at,
-everything else just ends and is done again the next time. The ``deepspeed`` command and its launcher are left to
-see that their ranks have ended, because either would end before them, and say so at length.
+reaches this process alone, which asks the command's processes to end (``trainer/sessions.py``); what is not done is
+done again the next time.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 import queue
 import signal
 import subprocess
@@ -18,20 +16,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 from typing import IO
 
-import psutil
-
 from launch.demo.screen import Screen
+from trainer.sessions import SAME_SIGNAL_S, Ending
 
 _TICK_S = 0.25
-_SAME_S = 2.0
-"""Signals within this time of the first are the same one: make passes a SIGTERM on that its process group has had."""
 _LAST_RESORT_S = 30.0
 """What has not ended this long after it was asked to is killed."""
-_LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch"}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -62,7 +55,7 @@ class Commands:
         assert process.stdout is not None
         lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
-        ending = _Ending(process.pid)
+        ending = Ending(process.pid, _LAST_RESORT_S)
         try:
             # The pipe is closed when the last process that holds it has ended: a rank whose launcher is gone, too.
             while (line := self._next(lines)) is not None:
@@ -88,58 +81,8 @@ class Commands:
         now_s = time.monotonic()
         if not self.signals:
             self._first_s = now_s
-        if not self.signals or now_s - self._first_s > _SAME_S:
+        if not self.signals or now_s - self._first_s > SAME_SIGNAL_S:
             self.signals += 1
-
-
-class _Ending:
-    """Ends the session ``session``: a command and all that it started, also what has lost its parent."""
-
-    def __init__(self, session: int):
-        self._session = session
-        self._asked: set[int] = set()
-        self._first_s = 0.0
-
-    def go_on(self, at_once: bool) -> bool:
-        """Ask those who were not asked yet; kill them ``at_once``, or if they were given time enough.
-
-        True the first time.
-        """
-        first = not self._first_s
-        self._first_s = self._first_s or time.monotonic()
-        if at_once or time.monotonic() - self._first_s > _LAST_RESORT_S:
-            self.kill()
-            return first
-        members = self._members()
-        workers = [process for process in members if not _is_launcher(process)]
-        # A launcher without ranks has none yet, or, if some were asked, is about to see that they have ended.
-        for process in workers or ([] if self._asked else members):
-            if process.pid not in self._asked:
-                with suppress(psutil.NoSuchProcess):
-                    process.terminate()
-                self._asked.add(process.pid)
-        return first
-
-    def kill(self) -> None:
-        """Kill what is left."""
-        for process in self._members():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-
-    def _members(self) -> list[psutil.Process]:
-        """The session's processes, oldest first."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(OSError):
-                if os.getsid(process.pid) == self._session:
-                    found.append(process)
-        return found
-
-
-def _is_launcher(process: psutil.Process) -> bool:
-    with suppress(psutil.Error):
-        return bool(_LAUNCHERS & {Path(word).name for word in process.cmdline()[:4]})
-    return False
 
 
 def _read(pipe: IO[bytes], lines: queue.SimpleQueue[str | None]) -> None:

@@ -17,8 +17,10 @@ BASE += ["model.layers=2", "model.width=33", "model.head_width=6", "model.ffn_wi
 BASE += ["deepspeed.persistence_threshold=50"]  # at stage 3 the norms of 33 entries are whole on every rank, too
 
 
-def _fork(count: int, words: list[str]) -> Any:
-    return run("bench.resume", *words, processes=count)
+def _fork(count: int, words: list[str], log: Path) -> int:
+    done = run("bench.resume", *words, processes=count)
+    log.write_text(done.stdout)
+    return done.returncode
 
 
 @pytest.mark.parametrize(
@@ -72,6 +74,6 @@ def test_another_order_of_the_partitions_is_noticed(
     assert difference(found["resumed"]["2x2 2x2"], found["written"]["2x2"]) < 2e-3
 
 
-def test_ranks_are_started_under_torchrun() -> None:
-    started = resume._start_ranks(2, ["--help"])
-    assert started.returncode == 0 and started.stdout.count("usage: bench.resume") == 2, started.stdout
+def test_ranks_are_started_under_torchrun(tmp_path: Path) -> None:
+    status = resume._start_ranks(2, ["--help"], tmp_path / "log")
+    assert status == 0 and (tmp_path / "log").read_text().count("usage: bench.resume") == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from argparse import Namespace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from bench.tuning import tables
 from bench.tuning.__main__ import main
 from bench.tuning.runs import CHOICES, SPLITS, Outcome, Runs, TuningRun, outcome
+from tests.bench.commands import in_place_of_commands
 from tests.launching import run_command
 from tests.ranks import ensure_server
 from tests.tune.conftest import base_run
@@ -46,7 +46,7 @@ def test_runs_are_made_once_and_every_method_has_its_row(
 ) -> None:
     methods = ["--methods", "lora", "lora_ensemble", "--repeats", "1"]
     ensure_server()  # before threads start runs
-    monkeypatch.setattr(subprocess, "run", run_command)
+    in_place_of_commands(monkeypatch, run_command)
     table = tmp_path / "table.md"
     assert main(_arguments(base_run, data, tmp_path / "runs", *methods, "--markdown", str(table))) == 0
     first, paired, told = table.read_text().split("\n\n")
@@ -72,7 +72,7 @@ def test_runs_are_made_once_and_every_method_has_its_row(
     of_final = f"{100 * (sum(own['ensemble']) - sum(own['layer-03'])) / 6:+.1f} ("
     assert paired.splitlines()[3].startswith(f"| lora_ensemble | its final layer | {of_final}")
 
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was run already"))
+    in_place_of_commands(monkeypatch, lambda *_, **__: pytest.fail("it was run already"))
     with pytest.raises(SystemExit):
         main(_arguments(base_run, data, tmp_path / "runs", "train.optimizer.weight_decay=0.5", *methods))
     told = capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_a_file_of_questions_is_split_and_rates_are_searched(
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (tmp_path / "tasks/quiz.jsonl").write_text("".join(lines), encoding="utf-8")
     ensure_server()
-    monkeypatch.setattr(subprocess, "run", run_command)
+    in_place_of_commands(monkeypatch, run_command)
     out = tmp_path / "runs"
     options = [base_run, "--tasks", "quiz", "--seeds", "3", "--data", str(tmp_path / "tuning"), "--out", str(out)]
     options += ["--methods", "none", "lora", "--rates", "1e-9", "5", "--repeats", "0"]

@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,21 +13,24 @@ from typing import Any
 import pytest
 import torch
 
+from bench.common.children import Children
 from bench.isoflop import runs as suite_runs
 from bench.isoflop.__main__ import main
 from bench.isoflop.runs import device_sets
 from launch.slurm.__main__ import main as submit
+from tests.bench.commands import in_place_of_commands
 from tests.bench.isoflop.suites import DENSE, finish, planned, write_dial, write_suite
 from tests.launching import run_command
 from tests.ranks import ensure_server
+from tests.trainer.checkpoints.test_mirror import until
 
 Calls = list[list[str]]
 
 
 def _replace(monkeypatch: pytest.MonkeyPatch, run: Callable[..., Any]) -> None:
-    """Have the suite call ``run`` for ``subprocess.run``, and nobody else."""
-    names = {"run": run, "DEVNULL": subprocess.DEVNULL, "STDOUT": subprocess.STDOUT}
-    monkeypatch.setattr(suite_runs, "subprocess", SimpleNamespace(**names))
+    """Have the suite call ``run``, as if it were ``subprocess.run``, and nobody else."""
+    in_place_of_commands(monkeypatch, run)
+    monkeypatch.setattr(suite_runs, "subprocess", SimpleNamespace(run=run))
 
 
 @pytest.fixture
@@ -379,25 +379,22 @@ def test_ctrl_c_starts_no_further_run(
     suite: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: Calls = []
-    stopped, shutdown = threading.Event(), ThreadPoolExecutor.shutdown
+    signals: list[int] = []
+    note = Children._note
 
-    def stop(*args: Any, **options: Any) -> None:
-        shutdown(*args, **options)
-        stopped.set()
+    def noted(children: Children, number: int, frame: Any) -> None:
+        note(children, number, frame)
+        signals.append(number)
 
     def run(command: list[str], **_: Any) -> Any:
         started.append(command)
         os.kill(os.getpid(), signal.SIGINT)  # to the process, whose main thread wakes, as Ctrl-C does
-        stopped.wait(60)  # a run saves before it ends; by then the main thread has seen to it
+        until(lambda: signals)
         return SimpleNamespace(returncode=75)
 
+    monkeypatch.setattr(Children, "_note", noted)
     _replace(monkeypatch, run)
-    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", stop)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    try:
-        with pytest.raises(SystemExit) as ended:
-            main([str(suite), "--out", str(tmp_path / "out"), "--jobs", "1"])
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(SystemExit) as ended:
+        main([str(suite), "--out", str(tmp_path / "out"), "--jobs", "1"])
     assert ended.value.code == 130 and len(started) == 1
     assert "interrupted" in capsys.readouterr().err

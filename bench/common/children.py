@@ -1,0 +1,89 @@
+"""Commands that a benchmark starts, from any of its threads: whatever ends it ends them first, and ranks save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+from trainer.sessions import SAME_SIGNAL_S, Ending
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_POLL_S = 0.2
+_PATIENCE_S = 120.0
+"""What has not ended this long after it was asked to, as ranks that save may take, is killed."""
+
+
+class Children:
+    """Starts commands while it is open; made and closed by the main thread.
+
+    Every command has a session of its own, so that Ctrl-C reaches this process alone. After SIGINT, SIGTERM or SIGHUP
+    no command is started, those that run are asked to end, and on closing this process ends with that signal's status:
+    once all have ended. A second signal kills them.
+
+    Attributes:
+        signals: those that came.
+    """
+
+    def __init__(self) -> None:
+        self.signals: list[int] = []
+        self._first_s = 0.0
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if signal.SIGINT in self.signals[:1]:
+            raise KeyboardInterrupt
+        if self.signals:
+            name = signal.Signals(self.signals[0]).name
+            print(f"stopped by {name}; what was trained is saved, the same command goes on", file=sys.stderr)
+            raise SystemExit(128 + self.signals[0])
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now_s = time.monotonic()
+        if not self.signals:
+            self._first_s = now_s
+        if not self.signals or now_s - self._first_s > SAME_SIGNAL_S:
+            self.signals.append(number)
+
+    def run(self, command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None) -> int:
+        """Run ``command`` until it has ended; its exit status, and that of SIGTERM if it was not started at all.
+
+        Args:
+            command: its words.
+            log: file for all that it prints; where this process prints unless given.
+            environment: its own; this process's unless given.
+        """
+        if self.signals:
+            return -signal.SIGTERM
+        with open(os.devnull if log is None else log, "wb") as file:
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=None if log is None else file,
+                stderr=None if log is None else subprocess.STDOUT,
+                start_new_session=True,
+            )
+        ending = Ending(process.pid, _PATIENCE_S)
+        try:
+            while process.poll() is None or (self.signals and ending.members()):
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(_POLL_S)
+                if self.signals:
+                    ending.go_on(at_once=len(self.signals) > 1)
+        except BaseException:
+            ending.kill()
+            raise
+        return process.wait()

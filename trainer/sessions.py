@@ -1,0 +1,75 @@
+"""Ending a session of processes: a command that has one of its own, and all that it started.
+
+Ranks save the step that they are at when they are asked with SIGTERM; everything else just ends. The ``deepspeed``
+command and its launcher are left to see that their ranks have ended, because either would end before them, and say so
+at length.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+_LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torch.distributed.run"}
+SAME_SIGNAL_S = 2.0
+"""Signals within this time of the first are the same one: make and timeout pass a SIGTERM on that their process group
+has had."""
+
+
+class Ending:
+    """Ends the session ``session``, also what has lost its parent.
+
+    Args:
+        session: id of the process that leads it.
+        patience_s: what has not ended this long after it was asked to is killed.
+    """
+
+    def __init__(self, session: int, patience_s: float):
+        self._session, self._patience_s = session, patience_s
+        self._asked: set[int] = set()
+        self._first_s = 0.0
+
+    def go_on(self, at_once: bool) -> bool:
+        """Ask those who were not asked yet; kill them ``at_once``, or if they were given time enough.
+
+        True the first time.
+        """
+        first = not self._first_s
+        self._first_s = self._first_s or time.monotonic()
+        if at_once or time.monotonic() - self._first_s > self._patience_s:
+            self.kill()
+            return first
+        members = self.members()
+        workers = [process for process in members if not _is_launcher(process)]
+        # A launcher without ranks has none yet, or, if some were asked, is about to see that they have ended.
+        for process in workers or ([] if self._asked else members):
+            if process.pid not in self._asked:
+                with suppress(psutil.NoSuchProcess):
+                    process.terminate()
+                self._asked.add(process.pid)
+        return first
+
+    def kill(self) -> None:
+        """Kill what is left."""
+        for process in self.members():
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def members(self) -> list[psutil.Process]:
+        """The session's processes, oldest first."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):
+                if os.getsid(process.pid) == self._session and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+
+def _is_launcher(process: psutil.Process) -> bool:
+    with suppress(psutil.Error):
+        return bool(_LAUNCHERS & {Path(word).name for word in process.cmdline()[:4]})
+    return False
