@@ -49,6 +49,11 @@ def require_reachable(url: str, what: str) -> None:
     protocol, mark, rest = url.partition(_MARK)
     if not mark or not rest.strip("/"):
         raise ValueError(f"{what} must be a URL such as s3://bucket/folder, got '{url}'; correct it")
+    if "::" in rest:
+        raise ValueError(
+            f"{what} {url} holds '::', by which fsspec chains several places, and would take "
+            f"{url.partition('::')[0]}; give one without it"
+        )
     try:
         get_filesystem_class(protocol)
     except ValueError:

@@ -132,7 +132,12 @@ def require_plain(field: str, folder: str) -> None:
     if re.search(r"[^\w./+=:@-]", folder):
         raise ValueError(
             f"{field} '{folder}' stands in SLURM's options, which read more into some characters; use letters and "
-            "digits and . _ - / + = : @"
+            "digits and . _ - / + = @"
+        )
+    if ":" in (place := str(Path(folder).resolve())):
+        raise ValueError(
+            f"{field} {place} holds ':', at which PYTHONPATH is cut, by which a job finds its copy of the code there; "
+            "give a folder without it"
         )
 
 

@@ -15,6 +15,11 @@ from data import urls
     [
         ("runs/my", "FIELD must be a URL such as s3://bucket/folder, got 'runs/my'; correct it"),
         ("s3://", "FIELD must be a URL such as s3://bucket/folder, got 's3://'; correct it"),
+        (
+            "s3://bucket/run::old",
+            "FIELD s3://bucket/run::old holds '::', by which fsspec chains several places, and would take "
+            "s3://bucket/run; give one without it",
+        ),
         ("s33://bucket/run", "FIELD s33://bucket/run: the protocol 's33' is not known; did you mean 's3'?"),
     ],
 )

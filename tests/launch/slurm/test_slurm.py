@@ -173,6 +173,8 @@ def test_an_array_of_chains(
         (["train.checkpoint.resume=required", *CPUS], "cannot resume from {run}/checkpoints: there is no checkpoint"),
         (["--then", "{tuning}", "train.run_dir={run}/tuned", *DRY], "are the same, or one lies in the other"),
         (["--then", "{tuning}", "data.test=[{{name: x, files: [no.jsonl]}}]", *DRY], "source 'x': no file matches"),
+        (["train.run_dir={run}:1", *DRY], "train.run_dir {run}:1 holds ':', at which PYTHONPATH is cut"),
+        (["--prepare", "--tasks", "1", "data.dir=a:b", "--dry-run"], "a:b holds ':', at which PYTHONPATH is cut"),
         (["--array", "train.seed", *DRY], "--array 'train.seed' must be a field and two or more different values"),
         (["--array", "train.seed=1,1", *DRY], "two or more different values"),
         (["--array", "train.sed=1,2", *DRY], "unknown key 'train.sed'; did you mean 'train.seed'?"),
