@@ -20,7 +20,7 @@ from bench.common.options import CPU_SIZES, CUDA_SIZES, MODEL, add_numbers, add_
 from bench.common.report import check, spread
 from bench.common.timing import ratios, take_turns
 from model.config import ModelConfig
-from settings import user_errors
+from settings import user_errors, whole_number
 from settings.project import install_command
 
 WINDOW = 512
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made = parser("bench.evaluation", str(__doc__))
     add_numbers(made, MODEL)
     made.add_argument("--questions", type=int, default=24, help="of each kind (default: %(default)s)")
-    made.add_argument("--batch-tokens", type=int, help="of ours (default: by device)")
+    made.add_argument("--batch-tokens", type=whole_number(), help="of ours (default: by device)")
     made.add_argument(
         "--peer-batches", type=int, nargs="+", default=[4, 16, 64], help="of the loader (default: %(default)s)"
     )

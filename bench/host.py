@@ -19,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench.common.steps import stepper
-from settings import parse_arguments, path_argument, user_errors
+from settings import parse_arguments, path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole_number(), default=5, help="steps of each (default: %(default)s)")
     parser.add_argument("--out", type=path_argument, help="also write the figures as JSON")
     options = parse_arguments(parser, arguments)
     with user_errors():

@@ -32,7 +32,7 @@ from data.prepare.parts import Part, Report
 from data.prepare.processes import work_through
 from data.prepare.run import parts_of, tokenizer_of, verify
 from data.shards import Manifest
-from settings import counted, load, parse_arguments, path_argument, user_errors
+from settings import counted, load, parse_arguments, path_argument, user_errors, whole_number
 
 _REPORT_BYTES = 1 << 20
 _READINGS = 8
@@ -130,7 +130,7 @@ def _prepare(file: Path, each: Sequence[Sequence[str]]) -> float:
 
 
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",") if part]
+    return [whole_number()(part) for part in text.split(",") if part]
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.common.children import Children
 from bench.common.steps import stepper
-from settings import parse_arguments, path_argument, user_errors
+from settings import parse_arguments, path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 from trainer.local_ranks import free_port
 
@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)")
+    parser.add_argument(
+        "--ranks", type=whole_number(), nargs="+", default=[1, 2], help="numbers of ranks (default: 1 2)"
+    )
     parser.add_argument("--stages", type=int, nargs="+", choices=STAGES, default=STAGES, help="ZeRO (default: all)")
     parser.add_argument("--out", type=path_argument, help="also write the differences as JSON")
     parser.add_argument(

@@ -21,7 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench.common.steps import stepper
-from settings import parse_arguments, path_argument, user_errors
+from settings import parse_arguments, path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 if TYPE_CHECKING:
@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
-    parser.add_argument("--steps", type=int, default=10, help="steps after each save (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions (default: %(default)s)")
+    parser.add_argument("--steps", type=whole_number(), default=10, help="steps after each save (default: %(default)s)")
+    parser.add_argument("--rounds", type=whole_number(), default=5, help="repetitions (default: %(default)s)")
     parser.add_argument(
         "--disk", type=path_argument, default=Path(), help="folder to write below (default: the current one)"
     )

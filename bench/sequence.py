@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bench.common.steps import stepper
-from settings import parse_arguments, path_argument, tables, user_errors
+from settings import parse_arguments, path_argument, tables, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 if TYPE_CHECKING:
@@ -59,8 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), help="window lengths")
-    parser.add_argument("--rounds", type=int, default=3, help="steps of each (default: %(default)s)")
+    parser.add_argument("--tokens", type=whole_number(2), nargs="+", default=list(TOKENS), help="window lengths")
+    parser.add_argument("--rounds", type=whole_number(), default=3, help="steps of each (default: %(default)s)")
     parser.add_argument("--out", type=path_argument, help="also write the figures as JSON")
     options = parse_arguments(parser, arguments)
     with user_errors():

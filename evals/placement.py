@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from settings import ranks_by_environment
+from settings import ranks_by_environment, whole_number
 from trainer.device import check_device
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
     shown = ", ".join(f"{tokens} on {kind}" for kind, tokens in BATCH_TOKENS.items())
     parser.add_argument(
         "--batch-tokens",
-        type=int,
+        type=whole_number(),
         metavar="N",
         help=f"tokens that run at once, padding included (default: {shown})",
     )

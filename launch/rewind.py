@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from data.files import only_writer, write_atomically
-from settings import path_argument, user_errors
+from settings import path_argument, user_errors, whole_number
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import checkpoints_of, is_run, newest_first, next_abandoned, run_of, step_of
 from trainer.heartbeat import FINAL, read_beats
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="launch.rewind", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=path_argument, help="run folder, for example runs/my")
-    parser.add_argument("step", type=int, help="optimiser steps done at the checkpoint to go back to")
+    parser.add_argument("step", type=whole_number(0), help="optimiser steps done at the checkpoint to go back to")
     options = parser.parse_args(arguments)
     with user_errors():
         abandoned = go_back(options.run, options.step)

@@ -1,7 +1,7 @@
 """YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
 
-from settings.arguments import parse_arguments
-from settings.load import flatten, load, peek, to_yaml
+from settings.arguments import parse_arguments, whole_number
+from settings.load import flat, flatten, load, peek, to_yaml
 from settings.paths import PathText, path_argument, require_writable, shown
 from settings.strict import Strict
 from settings.suggestions import did_you_mean
@@ -25,4 +25,5 @@ __all__ = [
     "shown",
     "to_yaml",
     "user_errors",
+    "whole_number",
 ]

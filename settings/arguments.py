@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from settings.paths import path_argument
 
@@ -29,3 +29,18 @@ def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None
         except argparse.ArgumentTypeError as error:
             parser.error(str(error))
     return options
+
+
+def whole_number(least: int = 1) -> Callable[[str], int]:
+    """``type`` of an argument that counts something: a whole number, ``least`` or more."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {least}, got '{text}'")
+        return value
+
+    return number

@@ -96,6 +96,26 @@ def test_help_and_usage_errors_import_nothing_heavy(module: str) -> None:
     assert refused[0] == 2 and "error: " in refused[1] and "Traceback" not in refused[1]
 
 
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("launch.demo", ["configs/demo.yaml", "configs/tune_demo.yaml", "--processes"]),
+        ("data.prepare", ["configs/demo.yaml", "--workers"]),
+        ("bench.saving", ["configs/demo.yaml", "--rounds"]),
+        ("bench.saving", ["configs/demo.yaml", "--steps"]),
+        ("bench.host", ["configs/demo.yaml", "--rounds"]),
+        ("bench.sequence", ["configs/demo.yaml", "--rounds"]),
+        ("bench.sequence", ["configs/demo.yaml", "--tokens"]),
+        ("bench.resume", ["configs/demo.yaml", "--ranks"]),
+        ("bench.preparation", ["configs/demo.yaml", "--tasks"]),
+        ("evals.perplexity", ["runs/no", "no.txt", "--batch-tokens"]),
+    ],
+)
+def test_a_count_of_zero_is_refused_before_anything_heavy(module: str, words: list[str]) -> None:
+    for status, told in run_light(module, [*words, "0"], [*words, "-1"], [*words, "x"]):
+        assert status == 2 and f"error: argument {words[-1]}: must be a whole number, at least " in told
+
+
 def test_data_that_is_not_prepared_is_told_before_anything_heavy(tmp_path: Path, tiny, write_config) -> None:
     (tmp_path / "tokenizer.model").touch()
     bare, unprepared, no_initial = run_light(

@@ -35,7 +35,7 @@ from data.placeholders import texts
 from data.tokenization import load_text_tokenizer
 from model.config import EnsembleConfig
 from model.schedules import Progress
-from settings import path_argument, user_errors
+from settings import path_argument, user_errors, whole_number
 from tune.preflight import require_base
 from tune.resolve import load_file, resolve
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--rates", nargs="+", type=float, default=[], help="learning rates to choose from, times the config's"
     )
-    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--seeds", nargs="+", type=whole_number(0), default=[0, 1, 2])
     made.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
     made.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
     made.add_argument("--repeats", type=int, default=10, help="rounds of step times, 0 for none (default: %(default)s)")

@@ -16,7 +16,7 @@ from data.config import DataConfig
 from data.prepare.run import files_twice, prepare, verify
 from data.prepare.tasks import task_of
 from data.shards import Manifest
-from settings import counted, load, parse_arguments, user_errors
+from settings import counted, load, parse_arguments, user_errors, whole_number
 
 
 def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.shard_tokens=50000000")
     parser.add_argument(
         "--workers",
-        type=int,
+        type=whole_number(),
         default=_cores(),
         help="processes, which read and tokenize (default: all cores, %(default)s)",
     )
@@ -63,8 +63,6 @@ def main() -> None:
     arguments = parse_arguments(parser)
     with user_errors():
         config = load(arguments.config, arguments.overrides, DataConfig, block="data")
-        if arguments.workers < 1:
-            raise ValueError(f"--workers must be at least 1, got {arguments.workers}")
         if arguments.verify:
             print(_report(verify(config), config.sequence_tokens))
             print("verified: every file has the size and SHA-256 of its manifest")

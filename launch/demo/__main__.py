@@ -21,7 +21,7 @@ from launch.demo.estimate import Speed
 from launch.demo.processes import Commands
 from launch.demo.screen import Screen
 from launch.demo.stages import Demo, DemoStage, Record
-from settings import load, path_argument, user_errors
+from settings import load, path_argument, user_errors, whole_number
 from settings.project import program_path
 from trainer.config import load_run, name_run
 from trainer.exit_status import EXIT_PREEMPTED
@@ -36,7 +36,7 @@ def main() -> int:
     )
     parser.add_argument("config", type=path_argument, help="YAML of stage one")
     parser.add_argument("tune_config", type=path_argument, help="YAML of stage two")
-    parser.add_argument("--processes", type=int, default=2, help="ranks on this machine (at most one a GPU)")
+    parser.add_argument("--processes", type=whole_number(), default=2, help="ranks on this machine (at most one a GPU)")
     arguments = parser.parse_args()
     with user_errors():
         one, two = load_run(arguments.config), load(arguments.tune_config, [], TuneFile)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launch.demo.stages import DemoStage
-from settings import path_argument, user_errors
+from settings import path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 _STARTS = 65.0 / 0.013
@@ -83,7 +83,7 @@ def main() -> int:
     """Measure, print as JSON."""
     parser = argparse.ArgumentParser(prog="launch.demo.estimate", description=__doc__.splitlines()[0])
     parser.add_argument("config", type=path_argument, help="YAML of stage one")
-    parser.add_argument("--ranks", type=int, default=2, help="processes that will train")
+    parser.add_argument("--ranks", type=whole_number(), default=2, help="processes that will train")
     arguments = parser.parse_args()
     with user_errors():
         print(json.dumps(asdict(measure(load_run(arguments.config), arguments.ranks))))

@@ -84,7 +84,7 @@ def _refuse_of_a_run(options: argparse.Namespace) -> None:
         "--tasks-per-node": options.tasks_per_node,
         "--array": options.array, "--then": options.then, "--export": options.export,
     }  # fmt: skip
-    if wrong := [name for name, value in given.items() if value]:
+    if wrong := [name for name, value in given.items() if value not in (None, [])]:
         raise ValueError(
             f"{', '.join(wrong)} is of a run, and --prepare submits none; submit the run by itself, with --after and "
             "the preparation's job id"

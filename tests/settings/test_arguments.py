@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import parse_arguments
+from settings import parse_arguments, whole_number
 
 
 def parser(nargs: str | None = None) -> argparse.ArgumentParser:
@@ -63,3 +63,14 @@ def test_a_variable_that_is_not_set(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(parser(), ["$UNSET_HERE/c.yaml"])
     assert "the environment variable $UNSET_HERE is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("least", "text"), [(1, "0"), (1, "-3"), (0, "-1"), (1, "2.5"), (1, "")])
+def test_a_count_below_its_least_is_one_sentence(least: int, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    made = argparse.ArgumentParser()
+    made.add_argument("--rounds", type=whole_number(least))
+    with pytest.raises(SystemExit):
+        made.parse_args([f"--rounds={text}"])
+    told = capsys.readouterr().err
+    assert f"error: argument --rounds: must be a whole number, at least {least}, got '{text}'\n" in told
+    assert made.parse_args([f"--rounds={least}"]).rounds == least

@@ -265,7 +265,6 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
     for arguments, message in (
         ([str(run), "--verify"], "held/shard-00000.bin is damaged: its SHA-256 differs"),
-        ([str(run), "--workers", "0"], "--workers must be at least 1, got 0"),
         ([str(run), "data.shard_token=5"], "did you mean 'data.shard_tokens'?"),
     ):
         monkeypatch.setattr("sys.argv", ["data.prepare", *arguments])
