@@ -1,12 +1,13 @@
 """What the host does for a layer of a micro-batch: CPU time of a step whose products are too small to matter.
 
     python -m bench.host configs/demo.yaml model.layers=24 model.width=64 model.heads=4 model.kv_heads=2 \\
-        model.ffn_width=128 data.sequence_tokens=64 --rounds 5
+        model.ffn_width=128 data.sequence_tokens=64 train.global_batch_samples=2 train.micro_batch_samples=2 --rounds 5
 
 On a GPU a layer is as fast as its products or as the host that asks for them, whichever is slower: the plan's
 ``HOST_MS`` come from here. ZeRO 1 and ZeRO 3, kept and recomputed activations, in turns in one process. CPU time of the
 process, not wall time, of a whole step with its update, over layers and micro-batches. CONFIG's shards must be
-prepared; its ZeRO stage, activation checkpointing and number of micro-batches are set here.
+prepared; its ZeRO stage, what stays gathered at stage 3 (nothing), activation checkpointing and number of steps are set
+here, and the learning rate stays at its peak. A step has as many micro-batches as CONFIG says.
 """
 
 from __future__ import annotations

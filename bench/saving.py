@@ -4,8 +4,9 @@
 
 In every round the same steps are taken three times: alone, after a save that was waited for, and after one that is
 still being written. The cost of a save is what the steps then take longer, in steps taken alone; the three are
-neighbours in time, so that a busy machine slows all of them. CONFIG's shards must be prepared. One process; the
-checkpoints go to a temporary folder below ``--disk``.
+neighbours in time, so that a busy machine slows all of them. CONFIG's shards must be prepared; its number of steps is
+set here, and the learning rate stays at its peak. One process; the checkpoints go to a temporary folder below
+``--disk``.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=path_argument, help="also write the figures as JSON")
     options = parse_arguments(parser, arguments)
     with user_errors():
-        steps = (options.steps + 1) * (3 * options.rounds + 1)
+        steps = 1 + 3 * options.steps * options.rounds
         config = load_run(options.config, [*options.overrides, f"train.steps={steps}"])
         from trainer.distributed import join, leave
         from trainer.precision import resolve_precision
@@ -64,7 +65,7 @@ def measure(config: PretrainConfig, world: World, folder: Path, steps: int, roun
     """The figures that :func:`report` prints.
 
     Args:
-        config: its ``train.steps`` must be enough for all rounds.
+        config: its ``train.steps`` must be enough for all rounds, and one step before them.
         world: of one process.
         folder: for the checkpoints.
         steps: taken after each save.

@@ -13,13 +13,17 @@ if TYPE_CHECKING:
 
 
 def stepper(engine: Any, config: PretrainConfig, world: World, first: int = 0) -> Callable[[], StepResult]:
-    """Takes the next step each time it is called, the first one step ``first``, all at the peak rate."""
+    """Takes the next step each time it is called, the first one step ``first``, all at the peak rate.
+
+    There are ``train.steps``, wherever a run would stop.
+    """
     from data.batches import TrainingData
     from model.budget import Budget
     from trainer.engine import set_learning_rate
     from trainer.loop import micro_batches
     from trainer.step import train_step
 
+    config = config.model_copy(update={"train": config.train.model_copy(update={"stop_at_step": None})})
     budget, numbers = Budget(config.model, config.data.sequence_tokens, world.device), count(first)
     data = micro_batches(TrainingData(config.data), config, world, first, first * config.train.global_batch_samples)
 

@@ -12,7 +12,7 @@ from tests.launching import run
 
 def test_both_stages_are_measured(tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path) -> None:
     out = tmp_path / "host.json"
-    done = run("bench.host", write_config(tiny), "--rounds", "2", "--out", str(out))
+    done = run("bench.host", write_config(tiny), "train.stop_at_step=1", "--rounds", "2", "--out", str(out))
     assert done.returncode == 0, done.stdout[-2000:]
     figures = json.loads(out.read_text())
     assert list(figures) == ["zero_1", "zero_1_recomputed", "zero_3", "zero_3_recomputed"]
