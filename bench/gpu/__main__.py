@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, folder: Path, installed: Sequence[str], deadline_s: float) -> int:
     """All parts, with ``folder`` for what they leave behind; the exit status."""
-    from bench.gpu.parts import chosen, parts
+    from bench.gpu.parts import chosen, lacking_for_tests, parts
     from bench.gpu.schedule import Schedule
     from bench.gpu.summary import MARKDOWN, headline, write
     from settings.project import ROOT
@@ -67,6 +67,9 @@ def run(options: argparse.Namespace, folder: Path, installed: Sequence[str], dea
         "time": f"{options.minutes:g} minutes",
         "installed first": ", ".join(installed) or "nothing",
     }
+    if lack := lacking_for_tests(part.name for part in todo):
+        about["note"] = lack
+        print(f"note: {lack}", flush=True)
 
     def tell(schedule: Schedule) -> None:
         write(out, schedule.outcomes, about)

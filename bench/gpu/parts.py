@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from bench.gpu.schedule import Figures, Part, figures_file
-from settings.project import ROOT
+from settings.project import ROOT, installing
 
 _TINY_MODEL = ["--layers=2", "--width=64", "--heads=4", "--kv-heads=2", "--ffn-width=96", "--vocab=128"]
 _TINY_BATCH = ["--tokens=32", "--samples=2"]
@@ -24,6 +25,7 @@ _TINY = {
     "bench.decode": [*_TINY_MODEL, "--prompt=16", "--steps=4"],
     "bench.gpu.profiling": [*_TINY_MODEL, *_TINY_BATCH],
 }
+TESTS = "tests"
 _WORKERS = 6
 """Processes for the tests; each starts others that need a core and a few GB of the GPU."""
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -59,7 +61,7 @@ def parts(device: str, out: Path) -> list[Part]:
     densities = ["--densities", "1", "0.5", "0.25"]
     return [
         bench("facts", "the device, the software, matrix products", ["bench.gpu.facts"], 6, 10, _own, needed=True),
-        Part("tests", "the tests that need a GPU", _tests(cuda), 14, 40.0 if cuda else 1.0, _pytest),
+        Part(TESTS, "the tests that need a GPU", _tests(cuda), 14, 40.0 if cuda else 1.0, _pytest),
         bench(
             "training",
             "a run with ZeRO 1 and ZeRO 3, each stopped and resumed, beside one on the CPU that is not",
@@ -104,6 +106,26 @@ def _tests(cuda: bool) -> tuple[str, ...]:
     files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in p.read_text("utf-8")]
     workers = ["--numprocesses", str(min(_WORKERS, os.cpu_count() or 1)), "--dist", "load"] if cuda else []
     return (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *workers, *map(str, files))
+
+
+def lacking_for_tests(names: Iterable[str]) -> str | None:
+    """What the part ``tests``, if it is one of ``names``, lacks here, and what helps; training needs none of it."""
+    lines = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    needed = [line.partition("==")[0] for line in lines if line.startswith("pytest")]
+    missing = [name for name in needed if not _is_installed(name)]
+    if TESTS not in names or not missing:
+        return None
+    return (
+        f"the part {TESTS} will fail, as {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
+        f"{installing('requirements-dev.txt')}, or without network make wheels (docs/speed.md)"
+    )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
 
 
 def _own(found: Any, log: str) -> Figures:

@@ -7,12 +7,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from bench.gpu import __main__ as command
-from bench.gpu import summary
+from bench.gpu import parts, summary
 from tests.bench.toy import refused
 from tests.launching import ROOT, environment
 
@@ -80,6 +81,28 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr("bench.gpu.schedule.Schedule.run", run)
 
     return replace
+
+
+def test_what_the_tests_lack_is_told_first(
+    nothing_runs: Callable[[int], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    nothing_runs(0)
+
+    def only_pytest(name: str) -> str:
+        if name != "pytest":
+            raise PackageNotFoundError(name)
+        return "9"
+
+    monkeypatch.setattr(parts, "version", only_pytest)
+    assert command.main(["--out", str(tmp_path / "gpu")]) == 0
+    sentence = "the part tests will fail, as pytest-timeout, pytest-xdist are not installed: "
+    assert f"note: {sentence}" in capsys.readouterr().out.splitlines()[0]
+    assert sentence in (tmp_path / "gpu" / summary.MARKDOWN).read_text()
+    assert command.main(["--out", str(tmp_path / "gpu"), "--only", "decode"]) == 0
+    assert "note: " not in capsys.readouterr().out
 
 
 def test_an_earlier_folder_is_kept_and_the_status_is_the_signals(
