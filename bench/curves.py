@@ -8,12 +8,11 @@ mean and target. Line styles, not colours, tell runs apart, so that a print in b
 
 from __future__ import annotations
 
-import argparse
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 from trainer.monitor import metrics_file
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ def _validation_sets(lines: Lines) -> list[str]:
 
 def main() -> int:
     """Write the picture."""
-    parser = argparse.ArgumentParser(prog="bench.curves", description=__doc__.splitlines()[0])
+    parser = command_parser("bench.curves", __doc__.splitlines()[0])
     parser.add_argument("out", type=path_argument, help="picture to write (.png, .svg, .pdf)")
     parser.add_argument("runs", type=path_argument, nargs="+", help="run folders")
     arguments = parser.parse_args()

@@ -12,7 +12,6 @@ here, and the learning rate stays at its peak. A step has as many micro-batches 
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench.common.steps import stepper
-from settings import parse_arguments, path_argument, user_errors, whole_number
+from settings import command_parser, parse_arguments, path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 if TYPE_CHECKING:
@@ -31,9 +30,7 @@ STAGES = (1, 3)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="bench.host", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench.host", __doc__)
     parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--rounds", type=whole_number(), default=5, help="steps of each (default: %(default)s)")

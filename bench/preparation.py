@@ -11,7 +11,6 @@ and the exit status is 1.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -32,7 +31,7 @@ from data.prepare.parts import Part, Report
 from data.prepare.processes import work_through
 from data.prepare.run import parts_of, tokenizer_of, verify
 from data.shards import Manifest
-from settings import counted, load, parse_arguments, path_argument, user_errors, whole_number
+from settings import command_parser, counted, load, parse_arguments, path_argument, user_errors, whole_number
 
 _REPORT_BYTES = 1 << 20
 _READINGS = 8
@@ -51,9 +50,7 @@ def read_part(part: Part, _: int, report: Report) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, compare."""
-    parser = argparse.ArgumentParser(
-        prog="bench.preparation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench.preparation", __doc__)
     parser.add_argument("config", help="YAML file; only its data block is read")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.part_bytes=12500000")
     parser.add_argument("--workers", type=_numbers, default=[1, 2], help="processes of one command (default: 1,2)")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.common.children import Children
 from bench.common.steps import stepper
-from settings import parse_arguments, path_argument, user_errors, whole_number
+from settings import command_parser, parse_arguments, path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 from trainer.local_ranks import free_port
 
@@ -37,9 +37,7 @@ STAGES = (0, 1, 2, 3)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write with every size, read with every size, print the table."""
-    parser = argparse.ArgumentParser(
-        prog="bench.resume", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench.resume", __doc__)
     parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

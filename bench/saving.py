@@ -11,7 +11,6 @@ set here, and the learning rate stays at its peak. One process; the checkpoints 
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
 import time
@@ -22,7 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from bench.common.steps import stepper
-from settings import parse_arguments, path_argument, user_errors, whole_number
+from settings import command_parser, parse_arguments, path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 if TYPE_CHECKING:
@@ -31,9 +30,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="bench.saving", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench.saving", __doc__)
     parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--steps", type=whole_number(), default=10, help="steps after each save (default: %(default)s)")

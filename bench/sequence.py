@@ -21,7 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bench.common.steps import stepper
-from settings import parse_arguments, path_argument, tables, user_errors, whole_number
+from settings import command_parser, parse_arguments, path_argument, tables, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 if TYPE_CHECKING:
@@ -54,9 +54,7 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        prog="bench.sequence", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("bench.sequence", __doc__)
     parser.add_argument("config", help="YAML of a stage-one run")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--tokens", type=whole_number(2), nargs="+", default=list(TOKENS), help="window lengths")

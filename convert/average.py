@@ -16,7 +16,6 @@ parameter.
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.files import nearest_folder, require_new_folder
-from settings import counted, path_argument, user_errors
+from settings import command_parser, counted, path_argument, user_errors
 from trainer.preflight import open_model
 
 if TYPE_CHECKING:
@@ -274,9 +273,7 @@ def _fill(decoder: Any, members: Sequence[tuple[Weights, Member]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, average, write, say so."""
-    parser = argparse.ArgumentParser(
-        prog="convert.average", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("convert.average", __doc__)
     parser.add_argument(
         "paths",
         nargs="+",

@@ -17,7 +17,6 @@ Dimension letters: T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,7 @@ from convert.hf_config import HOPSCOTCH, ensemble_config, model_config, routing_
 from convert.hf_weights import is_usual, names_in, read_tensors, tie_head, usual_name, weight_files
 from data.files import read_json, require_new_folder
 from model.config import BudgetConfig, ModelConfig, RouterConfig
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -296,9 +295,7 @@ def _reference_logits(folder: Path, tokens: Tensor, positions: Tensor, decoder: 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, compare, write, say so."""
-    parser = argparse.ArgumentParser(
-        prog="convert.from_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("convert.from_hf", __doc__)
     parser.add_argument("folder", type=path_argument, metavar="HF_DIR", help="a local Hugging Face checkpoint")
     parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write; new or empty")
     comparison = parser.add_mutually_exclusive_group()

@@ -16,7 +16,6 @@ then our fp32 weights are a file without a name on OUT's disk: one shard is in m
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import shutil
@@ -29,7 +28,7 @@ from convert.model_card import Exported, model_card
 from data.files import nearest_folder, require_new_folder, temporary_name, write_atomically, write_json
 from data.urls import copy_folder, require_empty
 from model.config import ModelConfig
-from settings import counted, path_argument, user_errors
+from settings import command_parser, counted, path_argument, user_errors
 from trainer import git_state, preflight
 
 if TYPE_CHECKING:
@@ -299,9 +298,7 @@ def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, write, compare, rename, say so."""
-    parser = argparse.ArgumentParser(
-        prog="convert.to_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("convert.to_hf", __doc__)
     parser.add_argument(
         "path",
         type=path_argument,

@@ -21,7 +21,7 @@ from data.sources import Source
 from data.tokenization import CONFIG_NAME, JSON_NAME, TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer_files import copy_tokenizer, tokenizer_contents, tokenizer_names
 from data.tokenizer_training import BYTE_LEVEL_CONFIG, train_byte_level, train_sentencepiece
-from settings import load, parse_arguments, user_errors
+from settings import command_parser, load, parse_arguments, user_errors
 
 MANIFEST_NAME = "tokenizer.manifest.json"
 _HUB_FILES = 100
@@ -209,11 +209,12 @@ def _spread_documents(source: Source, budget_bytes: int) -> Iterator[bytes]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.tokenizer",
-        description="Train a tokenizer (data.tokenizer.kind: sentencepiece or huggingface) on a sample "
+    parser = command_parser(
+        "python -m data.tokenizer",
+        "Train a tokenizer (data.tokenizer.kind: sentencepiece or huggingface) on a sample "
         "(data.tokenizer.train_bytes, in bytes of text) of the sources, or take that of the folder "
         "data.tokenizer.path, and put it into data.dir. If it is there already, do nothing.",
+        formatter_class=argparse.HelpFormatter,
     )
     parser.add_argument("config", help="YAML file; only its data block is read")
     parser.add_argument(

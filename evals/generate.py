@@ -24,7 +24,7 @@ from data.containers import UNREADABLE, whole_text
 from data.detokenizer import REPLACEMENT_CHARACTER, Detokenizer
 from evals.dial import JSON, folder_of
 from evals.placement import NO_TOKEN, add_placement, check_placement, placed
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 from trainer import preflight
 
 if TYPE_CHECKING:
@@ -176,9 +176,7 @@ def shaded(text: str, share: float) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evals.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evals.generate", __doc__)
     parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--prompt", metavar="TEXT", help="to continue; empty for the start of a document")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.files import write_atomically
 from evals.placement import IN_FP32, add_batch, add_placement, check_placement, placed
 from evals.texts import add_text_options, text_field_of, text_files, texts_of
-from settings import path_argument, require_writable, user_errors
+from settings import command_parser, path_argument, require_writable, user_errors
 from trainer import preflight
 from trainer.config import WeightsConfig
 
@@ -196,9 +196,7 @@ def to_json(result: Perplexity) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evals.perplexity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evals.perplexity", __doc__)
     parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     parser.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines, Parquet or CSV, compressed or not")
     parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")

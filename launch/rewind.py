@@ -12,12 +12,11 @@ train.optimizer.lr, another data.seed. Exit status: 0 when step STEP is the newe
 
 from __future__ import annotations
 
-import argparse
 import time
 from pathlib import Path
 
 from data.files import only_writer, write_atomically
-from settings import path_argument, user_errors, whole_number
+from settings import command_parser, path_argument, user_errors, whole_number
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import checkpoints_of, is_run, newest_first, next_abandoned, run_of, step_of
 from trainer.heartbeat import FINAL, read_beats
@@ -92,9 +91,7 @@ def _refuse_if_alive(run: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse the command line and move."""
-    parser = argparse.ArgumentParser(
-        prog="launch.rewind", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.rewind", __doc__)
     parser.add_argument("run", type=path_argument, help="run folder, for example runs/my")
     parser.add_argument("step", type=whole_number(0), help="optimiser steps done at the checkpoint to go back to")
     options = parser.parse_args(arguments)

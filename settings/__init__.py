@@ -1,6 +1,6 @@
 """YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
 
-from settings.arguments import parse_arguments, whole_number
+from settings.arguments import command_parser, parse_arguments, whole_number
 from settings.load import flat, flatten, load, peek, to_yaml
 from settings.paths import PathText, path_argument, require_writable, shown
 from settings.strict import Strict
@@ -11,6 +11,7 @@ from settings.words import counted, one_line
 __all__ = [
     "PathText",
     "Strict",
+    "command_parser",
     "counted",
     "did_you_mean",
     "flatten",

@@ -6,8 +6,24 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from settings.paths import path_argument
+
+
+def command_parser(prog: str, description: str | None, **more: Any) -> argparse.ArgumentParser:
+    """The parser of a command: ``description`` is shown as it is written, and options are to be spelt out.
+
+    argparse takes an unambiguous beginning for an option, so a word for another program could mean something here, and
+    a command line something else once there is one option more.
+
+    Args:
+        prog: what to call the command.
+        description: its help.
+        more: what argparse.ArgumentParser takes besides.
+    """
+    shown = {"formatter_class": argparse.RawDescriptionHelpFormatter} | more
+    return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, **shown)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:

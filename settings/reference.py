@@ -5,7 +5,6 @@ python -m settings.reference trainer.config:PretrainConfig tune.config:TuneFile 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import re
@@ -16,6 +15,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from settings.arguments import command_parser
 from settings.load import nested_schemas
 
 _TOP = """# Config fields
@@ -102,7 +102,7 @@ def _words(text: str | None) -> str:
 
 def main() -> None:
     """Print the page."""
-    parser = argparse.ArgumentParser(prog="settings.reference", description=__doc__.splitlines()[0])
+    parser = command_parser("settings.reference", __doc__.splitlines()[0])
     parser.add_argument("schemas", nargs="+", metavar="MODULE:CLASS", help="a section each")
     schemas = []
     for argument in parser.parse_args().schemas:

@@ -91,9 +91,16 @@ def test_every_command_of_the_contract_is_there() -> None:
 
 @pytest.mark.parametrize("module", sorted(COMMANDS))
 def test_help_and_usage_errors_import_nothing_heavy(module: str) -> None:
-    helped, refused = run_light(module, ["--help"], ["--no-such-flag"])
+    helped, refused, abbreviated = run_light(module, ["--help"], ["--no-such-flag"], ["--hel"])
     assert helped[0] == 0 and "usage: " in helped[1] and module in helped[1]
     assert refused[0] == 2 and "error: " in refused[1] and "Traceback" not in refused[1]
+    assert abbreviated[0] == 2 and "error: " in abbreviated[1]
+
+
+def test_every_parser_is_made_in_one_way() -> None:
+    """But for those that run before anything is installed."""
+    makers = {str(path.relative_to(ROOT)) for path in _files() if "ArgumentParser(" in path.read_text()}
+    assert makers == {"settings/arguments.py", "bench/gpu/__main__.py", "bench/gpu/wheels.py"}
 
 
 @pytest.mark.parametrize(

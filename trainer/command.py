@@ -8,7 +8,7 @@ from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from settings import parse_arguments, peek, ranks_by_environment, user_errors
+from settings import command_parser, parse_arguments, peek, ranks_by_environment, user_errors
 from trainer.exit_status import EXIT_MISTAKE
 from trainer.monitor.stop import exit_on_lost_rank
 from trainer.preflight import open_run
@@ -33,9 +33,7 @@ def run_stage(
         load: reads a config and the overrides.
         train: trains, and returns the exit status.
     """
-    parser = argparse.ArgumentParser(
-        prog=module, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(module, description)
     parser.add_argument("config", help=f"YAML of the run, for example {example}")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

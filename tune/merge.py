@@ -12,12 +12,11 @@ Dimension letters: B rows, T tokens, V vocabulary, S routed sites.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from data.files import require_new_folder
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 from trainer.preflight import open_model
 
 if TYPE_CHECKING:
@@ -73,9 +72,7 @@ def _run(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read, merge, compare, write."""
-    parser = argparse.ArgumentParser(
-        prog="tune.merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("tune.merge", __doc__)
     parser.add_argument(
         "path", type=path_argument, metavar="RUN_OR_CHECKPOINT", help="a tuning run or one of its checkpoints"
     )

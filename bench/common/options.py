@@ -14,7 +14,7 @@ from typing import get_args
 from pydantic import ValidationError
 
 from model.config import ModelConfig, RouterConfig
-from settings import path_argument, require_writable
+from settings import command_parser, path_argument, require_writable
 from trainer.device import find_device
 
 CPU_SIZES = {"layers": 12, "width": 384, "heads": 6, "kv_heads": 2, "ffn_width": 1024, "vocab": 4096}
@@ -39,9 +39,7 @@ EXECUTIONS = get_args(RouterConfig.model_fields["execution"].annotation)
 
 def parser(module: str, doc: str) -> argparse.ArgumentParser:
     """A parser for ``python -m module`` that shows ``doc`` as it is written."""
-    return argparse.ArgumentParser(
-        prog=f"python -m {module}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    return command_parser(f"python -m {module}", doc)
 
 
 def add_numbers(parser: argparse.ArgumentParser, meanings: Mapping[str, str]) -> None:

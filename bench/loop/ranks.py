@@ -8,13 +8,13 @@ from collections.abc import Callable, MutableMapping, Sequence
 
 from bench.common.turns import Turn, TurnsOverError
 from bench.loop import OURS, PEER
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 from trainer.config import load_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Take steps until there are no more turns."""
-    parser = argparse.ArgumentParser(prog="bench.loop.ranks", description=__doc__)
+    parser = command_parser("bench.loop.ranks", __doc__)
     parser.add_argument("kind", choices=[OURS, PEER], help="whose loop")
     parser.add_argument("config", type=path_argument, help="YAML of a stage-one run")
     parser.add_argument("name", help="of the contestant")

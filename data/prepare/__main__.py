@@ -16,7 +16,7 @@ from data.config import DataConfig
 from data.prepare.run import files_twice, prepare, verify
 from data.prepare.tasks import task_of
 from data.shards import Manifest
-from settings import counted, load, parse_arguments, user_errors, whole_number
+from settings import command_parser, counted, load, parse_arguments, user_errors, whole_number
 
 
 def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
@@ -44,11 +44,12 @@ def _cores() -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare",
-        description="Tokenize data.sources and data.validation into shards of at most data.shard_tokens tokens under "
+    parser = command_parser(
+        "python -m data.prepare",
+        "Tokenize data.sources and data.validation into shards of at most data.shard_tokens tokens under "
         "data.dir. May be killed and started again: finished shards are kept. Under srun and in a job array of SLURM "
         "every task does its share.",
+        formatter_class=argparse.HelpFormatter,
     )
     parser.add_argument("config", help="YAML file; only its data block is read")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="for example data.shard_tokens=50000000")

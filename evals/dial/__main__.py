@@ -15,7 +15,6 @@ budget in between is then
 
 from __future__ import annotations
 
-import argparse
 import io
 import tempfile
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ from evals.dial import JSON, PICTURE, folder_of
 from evals.placement import add_placement, check_placement, placed
 from model.config import ModelConfig
 from model.flops import dense_flops, executed_flops
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 from trainer import preflight
 from trainer.config import PretrainConfig
 
@@ -176,9 +175,7 @@ def table(dial: Dial) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate, measure, print, write."""
-    parser = argparse.ArgumentParser(
-        prog="evals.dial", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evals.dial", __doc__)
     parser.add_argument(
         "path", type=path_argument, metavar="RUN_OR_CHECKPOINT", help="a run folder or one of its checkpoints"
     )

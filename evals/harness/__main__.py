@@ -37,7 +37,14 @@ from data.hub_cache import ensure_hub_cache
 from evals.harness.questions import ONE_SHOT, QUESTIONS
 from evals.harness.tasks import BLIMP, CLASSIFY, HUB_ONE_SHOT, PERPLEXITY, TEXT, local_tasks
 from evals.placement import IN_FP32, add_batch, add_placement, check_placement, placed
-from settings import path_argument, rank_by_environment, ranks_by_environment, require_writable, user_errors
+from settings import (
+    command_parser,
+    path_argument,
+    rank_by_environment,
+    ranks_by_environment,
+    require_writable,
+    user_errors,
+)
 from settings.project import install_command
 from trainer import preflight
 
@@ -52,9 +59,7 @@ _EXPORT_BATCH = 16  # windows, of the harness's own loader
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evals.harness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evals.harness", __doc__)
     parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     parser.add_argument("--tasks", nargs="+", default=[BLIMP, PERPLEXITY], metavar="TASK", help="blimp perplexity ...")
     parser.add_argument(

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from evals.dial import JSON, folder_of
 from evals.placement import add_placement, check_placement, placed
 from evals.play import HOST, NEW_TOKENS, PORT, WAITING
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 from settings.project import install_command
 from trainer import preflight
 
@@ -43,9 +43,7 @@ _STOP_S = 5
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="evals.play", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evals.play", __doc__)
     parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
     parser.add_argument("--dial", type=path_argument, metavar="FILE", help="RUN/dial/dial.json unless given")
     parser.add_argument("--host", default=HOST, metavar="ADDRESS", help=f"to listen on ({HOST} unless given)")

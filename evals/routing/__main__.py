@@ -10,7 +10,6 @@ frequent tokens, densities over training where the run's metrics are at hand, an
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from evals.placement import add_placement, check_placement, placed
 from evals.routing import FEWEST
 from evals.routing.page import page
 from evals.texts import add_text_options, text_files
-from settings import path_argument, require_writable, user_errors
+from settings import command_parser, path_argument, require_writable, user_errors
 from trainer import preflight
 from trainer.checkpoints.layout import run_of
 
@@ -51,9 +50,7 @@ def _out(path: Path, given: Path | None) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Load, run, write the page."""
-    parser = argparse.ArgumentParser(
-        prog="evals.routing", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("evals.routing", __doc__)
     parser.add_argument(
         "path",
         type=path_argument,

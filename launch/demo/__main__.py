@@ -9,7 +9,6 @@ and the same command goes on from there; after a demo that was done it starts fr
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shlex
@@ -21,7 +20,7 @@ from launch.demo.estimate import Speed
 from launch.demo.processes import Commands
 from launch.demo.screen import Screen
 from launch.demo.stages import Demo, DemoStage, Record
-from settings import load, path_argument, user_errors, whole_number
+from settings import command_parser, load, path_argument, user_errors, whole_number
 from settings.project import program_path
 from trainer.config import load_run, name_run
 from trainer.exit_status import EXIT_PREEMPTED
@@ -31,9 +30,7 @@ from tune.config import TuneFile
 
 def main() -> int:
     """Run the demo; the exit status is that of the first command that fails, 75 if it was stopped."""
-    parser = argparse.ArgumentParser(
-        prog="launch.demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.demo", __doc__)
     parser.add_argument("config", type=path_argument, help="YAML of stage one")
     parser.add_argument("tune_config", type=path_argument, help="YAML of stage two")
     parser.add_argument("--processes", type=whole_number(), default=2, help="ranks on this machine (at most one a GPU)")

@@ -6,13 +6,12 @@ a moment ago by ``convert.to_hf``.
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 
 ASKED = 40
 """Examples that are asked, the first ones of the file."""
@@ -42,7 +41,7 @@ class Answer:
 
 def main() -> int:
     """Ask, count, and show some of either kind."""
-    parser = argparse.ArgumentParser(prog="launch.demo.answers", description=__doc__.splitlines()[0])
+    parser = command_parser("launch.demo.answers", __doc__.splitlines()[0])
     parser.add_argument("folder", type=path_argument, help="what convert.to_hf wrote")
     parser.add_argument("examples", type=path_argument, help="JSON lines with prompt and response")
     arguments = parser.parse_args()

@@ -6,7 +6,6 @@ ranks, is a third of the demo, and of the decoder's forward and backward pass.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launch.demo.stages import DemoStage
-from settings import path_argument, user_errors, whole_number
+from settings import command_parser, path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 _STARTS = 65.0 / 0.013
@@ -81,7 +80,7 @@ def _python_s() -> float:
 
 def main() -> int:
     """Measure, print as JSON."""
-    parser = argparse.ArgumentParser(prog="launch.demo.estimate", description=__doc__.splitlines()[0])
+    parser = command_parser("launch.demo.estimate", __doc__.splitlines()[0])
     parser.add_argument("config", type=path_argument, help="YAML of stage one")
     parser.add_argument("--ranks", type=whole_number(), default=2, help="processes that will train")
     arguments = parser.parse_args()

@@ -9,7 +9,6 @@ What validates comes from packages of which neither stage trains on a line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sysconfig
@@ -17,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from data.files import write_atomically
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 
 RESPONSES = (")", "]", "))", "])", ")]")
 """The commonest; there are too few of others to validate on."""
@@ -36,7 +35,7 @@ _NO_CODE = "#'\"\\"
 
 def main() -> int:
     """Write both sets; they are small, so they are made again each time."""
-    parser = argparse.ArgumentParser(prog="launch.demo.examples", description=__doc__.splitlines()[0])
+    parser = command_parser("launch.demo.examples", __doc__.splitlines()[0])
     parser.add_argument(
         "folder", type=path_argument, help="where brackets-train.jsonl and brackets-validation.jsonl go"
     )

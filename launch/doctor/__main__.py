@@ -31,7 +31,15 @@ from launch.doctor import hosts
 from launch.doctor.findings import Check, Finding, merge, run, worst
 from launch.plan.memory_model import CONTEXT_BYTES, GIB, checkpoint_bytes, memory
 from launch.plan.workload import Workload, count_weights
-from settings import counted, parse_arguments, path_argument, rank_by_environment, ranks_by_environment, user_errors
+from settings import (
+    command_parser,
+    counted,
+    parse_arguments,
+    path_argument,
+    rank_by_environment,
+    ranks_by_environment,
+    user_errors,
+)
 from trainer.checkpoints.retention import most_at_once
 from trainer.config import PretrainConfig
 from tune.config import TuneFile
@@ -199,9 +207,7 @@ def _as_json(findings: list[Finding]) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.doctor", __doc__)
     parser.add_argument("config", nargs="?", help="YAML of a run of either stage; without it the machine only")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--hostfile", type=path_argument, help="of the deepspeed launcher: every host is asked")

@@ -22,7 +22,7 @@ from launch.plan.gpus import GPUS
 from launch.plan.imbalance import sentence
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
-from settings import counted, parse_arguments, tables, user_errors
+from settings import command_parser, counted, parse_arguments, tables, user_errors
 from settings.words import duration
 from trainer.checkpoints.retention import most_at_once
 
@@ -278,9 +278,7 @@ def _limits(workload: Workload, steps: Sequence[Step]) -> list[str]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.plan", __doc__)
     parser.add_argument("config", help="YAML of a run of either stage, for example configs/skip_1b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole run")

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from settings import parse_arguments, tables, user_errors
+from settings import command_parser, parse_arguments, tables, user_errors
 
 if TYPE_CHECKING:
     from launch.plan.workload import Workload
@@ -162,9 +162,7 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch.plan.imbalance", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.plan.imbalance", __doc__)
     parser.add_argument("config", help="YAML file of either stage, with a router")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="change single fields")
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 1024], metavar="N", help="GPUs (64 1024)")

@@ -11,7 +11,6 @@ status: 0 when there is a trace and it can be read; 1 otherwise.
 
 from __future__ import annotations
 
-import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 from data.files import write_atomically
 from launch.profile.report import by_phase, by_site, page
 from launch.profile.trace import Reader, Sums, read
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 from trainer.monitor.phase_names import FOLDER, TRACE
 
 
@@ -55,9 +54,7 @@ def summed(path: Path) -> Sums:
 
 def main() -> int:
     """Print the page."""
-    parser = argparse.ArgumentParser(
-        prog="launch.profile", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.profile", __doc__)
     parser.add_argument("run", type=path_argument, help="run folder: train.run_dir, for example runs/demo")
     parser.add_argument("--rank", type=int, default=0, metavar="N", help="whose trace (0)")
     parser.add_argument("--layers", action="store_true", help="every layer's sites on lines of their own")

@@ -29,7 +29,7 @@ from launch.slurm.jobs import StageJob, load_next, load_stage, parse_array, refu
 from launch.slurm.preparation import PrepareJob, load_preparation
 from launch.slurm.script import export_script, prepare_script, stage_script
 from launch.slurm.submit import BatchJob, submit
-from settings import counted, parse_arguments, path_argument, to_yaml, user_errors
+from settings import command_parser, counted, parse_arguments, path_argument, to_yaml, user_errors
 
 SITE_OPTIONS = (
     "nodes",
@@ -166,9 +166,7 @@ def _describe(jobs: list[BatchJob], ids: list[str], site: SlurmConfig) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="launch.slurm", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.slurm", __doc__)
     parser.add_argument("config", help="YAML of a run of either stage; of a preparation its data block")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of CONFIG")
     add = parser.add_argument

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.slurm.config import SIGNAL_EARLY_S, seconds
-from settings import counted
+from settings import command_parser, counted
 from trainer.exit_status import EXIT_MISTAKE, EXIT_PREEMPTED, EXIT_STALLED
 from trainer.heartbeat import Beat, behind, read_beats
 
@@ -189,9 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     def names(text: str) -> tuple[str, ...]:
         return tuple(text.split(","))
 
-    parser = argparse.ArgumentParser(
-        prog="launch.slurm.recovery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.slurm.recovery", __doc__)
     parser.add_argument("status", type=int, help="of srun")
     parser.add_argument("--messages", type=Path, required=True, metavar="FILE", help="what srun wrote to stderr")
     parser.add_argument("--run", type=Path, required=True, help="the run folder, for the heartbeats")

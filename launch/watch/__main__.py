@@ -13,7 +13,6 @@ that jumps is neither a stall nor hides one.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from launch.watch.report import Report, line, page
 from launch.watch.sources import Figures, read_checkpoint, read_figures, read_steps
-from settings import path_argument, user_errors
+from settings import command_parser, path_argument, user_errors
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, read_beats
 from trainer.monitor import metrics_file
@@ -122,9 +121,7 @@ def time_left_s(steps: int, beats: list[Beat], figures: Figures) -> float | None
 
 def main() -> int:
     """Report until the run is over, or once."""
-    parser = argparse.ArgumentParser(
-        prog="launch.watch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("launch.watch", __doc__)
     parser.add_argument("run", type=path_argument, help="run folder: train.run_dir, for example runs/demo")
     parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="seconds between reports (5)")
     parser.add_argument("--once", action="store_true", help="report once and exit")
