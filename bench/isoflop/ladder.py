@@ -1,14 +1,16 @@
 """Does the lead grow with size? One suite at several sizes: a fit over parameters, with its uncertainty, as a picture.
 
-    for width in 32 64 96 128; do
+    for width in 32 48 64; do
         python -m bench.isoflop bench/suites/ladder.yaml tokens=$((width * width * 750)) set.model.width=$width \\
             set.model.heads=$((width / 32)) set.model.ffn_width=$((width * 3)) \\
             set.train.schedule.warmup_steps=$((width * width * 750 / 40960)) --out runs/ladder/$width
     done
     python -m bench.isoflop.ladder runs/ladder/*/ --at 160e6
 
-15 tokens a parameter, a tenth of the steps to warm up. Every FOLDER is the --out of one size. A point is one seed: the
-loss of the variant less that of the suite's reference with the same seed. The line is an ordinary least-squares fit of
+15 tokens a parameter, a tenth of the steps to warm up; the size of width 128 in docs/results.md is that of
+bench/suites/small.yaml. Every FOLDER is the --out of one size; those of one size are taken together, and a seed that
+several of them have counts once. A point is one seed: the loss of the variant less that of the suite's reference with
+the same seed. The line is an ordinary least-squares fit of
 these points over the logarithm of the reference's parameters without the embedding; the band is one standard error of
 its mean. Writes ladder.md and ladder.png to --out.
 """
@@ -29,13 +31,21 @@ import numpy as np
 
 from bench.common.options import parser
 from bench.common.paired import by_signs
-from bench.isoflop.report import CSV, spread
+from bench.isoflop.report import CSV, TOLERANCE, spread
 from data.files import write_atomically
 from settings import path_argument, peek, user_errors
 from settings.tables import aligned_markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+class Point(NamedTuple):
+    """One seed at one size: the fields of :class:`Rung`."""
+
+    loss: float
+    lead: float
+    flops: float
 
 
 class Rung(NamedTuple):
@@ -78,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read, fit, draw."""
     options = _parser().parse_args(arguments)
     with user_errors():
-        rungs = sorted(read(folder, options.variant) for folder in options.folders)
+        if options.at <= 0:
+            raise ValueError(f"--at must be a number of parameters, above 0, got {options.at:g}")
+        rungs = gather(options.folders, options.variant)
         found = fit(rungs)
         table = report(rungs, found, options.at)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -91,8 +103,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def read(folder: Path, variant: str) -> Rung:
-    """The size that a suite's folder holds.
+def gather(folders: Sequence[Path], variant: str) -> list[Rung]:
+    """The sizes that suites' folders hold, the smallest first.
+
+    Raises:
+        ValueError: as :func:`read`; also if two folders have other losses of one seed at one size.
+    """
+    sizes: dict[tuple[int, int], dict[str, tuple[Path, Point]]] = {}
+    for folder in folders:
+        size, points = read(folder, variant)
+        for seed, point in points.items():
+            other, known = sizes.setdefault(size, {}).setdefault(seed, (folder, point))
+            if not np.allclose(known[:2], point[:2], rtol=0, atol=TOLERANCE * known.loss):
+                raise ValueError(
+                    f"{other} and {folder} both have seed {seed} at {size[0]:,} parameters, with losses of the "
+                    f"reference {known.loss:.6f} and {point.loss:.6f} and leads {known.lead:+.6f} and "
+                    f"{point.lead:+.6f}; leave one of the folders out"
+                )
+    rungs = []
+    for (parameters, tokens), found in sorted(sizes.items()):
+        losses, leads, spent = zip(*(point for _, point in found.values()), strict=True)
+        rungs.append(Rung(parameters, tokens, [*losses], [*leads], statistics.fmean(spent)))
+    return rungs
+
+
+def read(folder: Path, variant: str) -> tuple[tuple[int, int], dict[str, Point]]:
+    """Parameters and tokens of the size that a suite's folder holds, and its points by seed.
 
     Raises:
         ValueError: if it has no tables, or no seed of both the variant and the reference.
@@ -105,23 +141,19 @@ def read(folder: Path, variant: str) -> Rung:
         rows = list(csv.DictReader(file))
     loss = next((name for name in rows[0] if name.startswith("loss/")), "") if rows else ""
     theirs = {row["seed"]: float(row[loss]) for row in rows if row["variant"] == reference and row[loss]}
-    own = {row["seed"]: float(row[loss]) for row in rows if row["variant"] == variant and row[loss]}
-    seeds = [seed for seed in own if seed in theirs]
-    if not seeds or variant == reference:
+    own = {row["seed"]: row for row in rows if row["variant"] == variant and row[loss] and row["seed"] in theirs}
+    if not own or variant == reference:
         there = ", ".join(sorted({row["variant"] for row in rows} - {reference})) or "none"
         raise ValueError(
             f"{table} has no seed of both {variant} and the reference {reference}; give --variant one of its others: "
             f"{there}"
         )
     first = next(row for row in rows if row["variant"] == reference)
-    spent = [float(row["flops_of_reference"]) for row in rows if row["variant"] == variant]
-    return Rung(
-        int(first["parameters_without_embedding"]),
-        int(first["tokens"]),
-        [theirs[seed] for seed in seeds],
-        [own[seed] - theirs[seed] for seed in seeds],
-        statistics.fmean(spent),
-    )
+    points = {
+        seed: Point(theirs[seed], float(row[loss]) - theirs[seed], float(row["flops_of_reference"]))
+        for seed, row in own.items()
+    }
+    return (int(first["parameters_without_embedding"]), int(first["tokens"])), points
 
 
 def fit(rungs: Sequence[Rung]) -> Fit:

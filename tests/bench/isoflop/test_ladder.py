@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.isoflop.ladder import Rung, fit, main, read, report
+from bench.isoflop.ladder import Rung, fit, gather, main, report
 
 SIZES = (100_000, 1_000_000, 10_000_000)
 
@@ -47,7 +47,7 @@ def test_the_uncertainty_is_that_of_simulated_ladders() -> None:
 def test_the_table_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     leads = ([0.03, 0.01], [-0.01, 0.01], [-0.02, -0.04])
     folders = [folder(tmp_path / str(size), size, leads[place]) for place, size in enumerate(SIZES)]
-    assert read(folders[0], "skip-8") == (100_000, 1_500_000, [4.0, 4.1], pytest.approx([0.03, 0.01]), 1.001)
+    assert gather(folders, "skip-8")[0] == (100_000, 1_500_000, [4.0, 4.1], pytest.approx([0.03, 0.01]), 1.001)
     out = tmp_path / "out"
     assert main([*map(str, reversed(folders)), "--at", "1e8", "--out", str(out)]) == 0
     told = capsys.readouterr().out
@@ -57,21 +57,35 @@ def test_the_table_and_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "Slope: -0.0250 ± " in told and "The line at 100,000,000 parameters: -0.0533 ± " in told
 
 
+def test_a_seed_that_two_folders_have_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And seeds of one size that lie in two folders are one size."""
+    once = [folder(tmp_path / str(size), size, [0.03, 0.01]) for size in SIZES[:2]]
+    again = folder(tmp_path / "again", SIZES[0], [0.03, 0.01, -0.02])
+    assert gather([*once, once[0]], "skip-8") == gather(once, "skip-8")
+    assert gather([*once, again], "skip-8")[0].leads == pytest.approx([0.03, 0.01, -0.02])
+    other = folder(tmp_path / "other", SIZES[0], [0.04])
+    with pytest.raises(SystemExit):
+        main([*map(str, once), str(other), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert "both have seed 0 at 100,000 parameters, with losses of the reference 4.000000 and 4.000000 and lea" in told
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ("no tables", "give the --out folders of bench.isoflop"),
         ("other variant", "give --variant one of its others: random-8"),
+        ("no parameters", "--at must be a number of parameters, above 0, got 0"),
         ("one size", "needs two sizes and three runs of the variant, got 1 and 3"),
     ],
 )
 def test_mistakes(change: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    names = {"no tables": "skip-8", "other variant": "random-8", "one size": "skip-8"}
-    place = folder(tmp_path / "a", 1000, [0.1, 0.2, 0.3], names[change])
+    names = {"no tables": "skip-8", "other variant": "random-8"}
+    place = folder(tmp_path / "a", 1000, [0.1, 0.2, 0.3], names.get(change, "skip-8"))
     if change == "no tables":
         (place / "results.csv").unlink()
     with pytest.raises(SystemExit) as stopped:
-        main([str(place), "--out", str(tmp_path / "out")])
+        main([str(place), "--out", str(tmp_path / "out"), "--at", "0" if change == "no parameters" else "1e8"])
     assert stopped.value.code == 1 and sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
