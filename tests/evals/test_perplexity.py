@@ -144,7 +144,6 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--window", "0"], "--window must be 1 to 64"),
         (["--window", "8", "--stride", "9"], "--stride must be 1 to the window's 8 tokens"),
         (["--stride", "0"], "--stride must be 1"),
-        (["--batch-tokens", "0"], "raise --batch-tokens"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--text-field", "body"], "has no field 'body'"),
         (["--json", "/nowhere/at/all.json"], "there is no folder /nowhere/at"),

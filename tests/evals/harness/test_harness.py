@@ -249,7 +249,6 @@ def test_an_export_that_keeps_its_adapters_apart(
         (["--shots", "-1"], "--shots must be at least 0"),
         (["--tasks", "blimp", "--data", "DATA", "--window", "65"], "--window must be 1 to 64"),
         (["--tasks", "blimp", "--data", "DATA", "--window", "1"], "does not fit into a window of 1"),
-        (["--tasks", "blimp", "--data", "DATA", "--batch-tokens", "0"], "raise --batch-tokens"),
         (["--tasks", "blimp", "--data", "DATA", "--against", "DATA"], "has no config.json"),
         (["--json", "/nowhere/x.json"], "there is no folder /nowhere"),
     ],

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -369,6 +370,26 @@ def test_an_array_that_loses_a_node_and_a_task_ends_with_the_same_bytes(
 def prepared_of(folder: Path) -> dict[str, bytes]:
     """Every prepared file of a data folder."""
     return {name: content for kind in ("train", "validation") for name, content in contents(folder / kind).items()}
+
+
+@pytest.mark.slow
+def test_what_surrounds_a_submission_is_not_the_job_s(
+    cluster: Cluster, tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path
+) -> None:
+    """Inside another job, and where jobs begin without the environment of the shell: ranks run the copied code."""
+    run_dir, site = tiny["train"]["run_dir"], tmp_path / "site.yaml"
+    needed = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}  # to find SLURM
+    site.write_text(yaml.safe_dump({"environment": needed}))
+    around = {"SLURM_CPU_BIND": "map_cpu:63", "SLURM_NTASKS": "7", "SBATCH_TIMELIMIT": "1", "SBATCH_EXPORT": "NONE"}
+    inside = copy(cluster)
+    inside.environment = cluster.environment | around
+    (job,) = submit(inside, write_config(tiny), *TWO_NODES, "--time", "20", "--sbatch=--hold", "--site", str(site))
+    assert cluster.job(job)["TimeLimit"] == "00:20:00"
+    (module,) = Path(run_dir).glob("submit/*/code/trainer/__init__.py")
+    module.write_text("print('the copied code')")
+    cluster.run("scontrol", "release", job)
+    assert cluster.wait_for(job, "COMPLETED", "FAILED")["JobState"] == "COMPLETED", log(run_dir)[-3000:]
+    assert log(run_dir).count("the copied code") == 2
 
 
 def test_what_sbatch_refuses_is_one_sentence_and_takes_the_chain_with_it(
