@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from settings import rank_by_environment
+from settings import looks_first
 from trainer.command import run_stage
 from trainer.config import PretrainConfig, load_run
 from trainer.exit_status import EXIT_PREEMPTED
@@ -88,7 +88,7 @@ def load_prepared(path: Path, overrides: Sequence[str]) -> PretrainConfig:
     from data.tokenization import tokenizer_file
 
     config = load_run(path, overrides)
-    if rank_by_environment() != 0:
+    if not looks_first():
         return config
     data = config.data
     folders = [train_folder(data, source.name) for source in data.sources]

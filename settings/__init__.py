@@ -5,7 +5,7 @@ from settings.load import flat, flatten, load, peek, to_yaml
 from settings.paths import PathText, path_argument, require_writable, shown
 from settings.strict import Strict
 from settings.suggestions import did_you_mean
-from settings.user_errors import rank_by_environment, ranks_by_environment, user_errors
+from settings.user_errors import looks_first, rank_by_environment, ranks_by_environment, user_errors
 from settings.words import counted, one_line
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "flatten",
     "load",
     "one_line",
+    "looks_first",
     "parse_arguments",
     "path_argument",
     "peek",

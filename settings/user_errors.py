@@ -52,6 +52,14 @@ def rank_by_environment() -> int:
     return int(rank) if rank.isdigit() else 0
 
 
+def looks_first() -> bool:
+    """Whether this process looks for mistakes before the ranks meet.
+
+    Rank 0 does, whose launcher then ends the others. ``srun`` may leave them waiting for it, so there all do.
+    """
+    return "RANK" not in os.environ or rank_by_environment() == 0
+
+
 def ranks_by_environment() -> int:
     """How many processes the launcher or ``srun`` has started; 1 without."""
     count = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS") or "1"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data.questions import find_tasks, read_questions
 from data.urls import require_reachable
-from settings import rank_by_environment
+from settings import looks_first, rank_by_environment
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.checkpoints.retention import refuse_taken
 from trainer.config import PretrainConfig
@@ -32,7 +32,7 @@ def open_model(path: Path) -> None:
 def open_run(train: TrainConfig) -> None:
     """On rank 0 name the run, refuse a run folder that it must not start in, and look at the files of its tasks.
 
-    A launcher ends the other ranks where it is refused.
+    A launcher ends the other ranks where it is refused; under ``srun`` all look: see :func:`settings.looks_first`.
 
     :func:`trainer.checkpoints.resume.find_checkpoint` looks again, at whole checkpoints and for all ranks.
 
@@ -41,9 +41,10 @@ def open_run(train: TrainConfig) -> None:
             cannot be used; if nothing here can reach the mirror's kind of place; or if a file of questions is missing
             or wrong.
     """
-    if rank_by_environment() != 0:
+    if not looks_first():
         return
-    print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
+    if rank_by_environment() == 0:
+        print(f"{train.run_dir}: starting; torch and DeepSpeed take some seconds to load", flush=True)
     require_libraries(train)
     refuse_other_run(train, Path(str(train.run_dir)))
     require_questions(train)

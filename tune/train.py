@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data.tokenization import load_text_tokenizer, require_vocabulary
-from settings import rank_by_environment
+from settings import looks_first
 from trainer.command import run_stage
 from trainer.exit_status import EXIT_PREEMPTED
 from tune.config import TuneFile
@@ -81,7 +81,7 @@ def load_checked(path: Path, overrides: Sequence[str]) -> TuneFile:
         ValueError: for each mistake in it; if there is no such base, the run would write into it, or files are missing.
     """
     file = load_file(path, overrides)
-    if rank_by_environment() == 0:
+    if looks_first():
         require_base(Path(file.base.path))
         require_apart(Path(str(file.train.run_dir)), Path(file.base.path))
         all_files(file.data)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import user_errors
+from settings import looks_first, user_errors
 from settings.user_errors import EXIT_FAULT
 
 
@@ -167,3 +167,22 @@ def test_as_a_command(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == "error: config file no.yaml does not exist\n"
+
+
+@pytest.mark.parametrize(
+    ("variables", "looks"),
+    [
+        ({}, True),
+        ({"RANK": "0"}, True),
+        ({"RANK": "1"}, False),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}, True),  # nobody would end it if rank 0 alone did
+    ],
+)
+def test_who_looks_before_the_ranks_meet(
+    variables: dict[str, str], looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert looks_first() is looks
