@@ -1,7 +1,7 @@
 """YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
 
 from settings.arguments import command_parser, parse_arguments, whole_number
-from settings.load import flat, flatten, load, peek, to_yaml
+from settings.load import flatten, load, peek, to_yaml
 from settings.paths import PathText, path_argument, require_writable, shown
 from settings.strict import Strict
 from settings.suggestions import did_you_mean
@@ -16,8 +16,8 @@ __all__ = [
     "did_you_mean",
     "flatten",
     "load",
-    "one_line",
     "looks_first",
+    "one_line",
     "parse_arguments",
     "path_argument",
     "peek",

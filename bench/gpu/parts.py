@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.schedule import Figures, Part, figures_file
-from settings.project import ROOT, installing
+from settings.project import ROOT, install_command
 
 _TINY_MODEL = ["--layers=2", "--width=64", "--heads=4", "--kv-heads=2", "--ffn-width=96", "--vocab=128"]
 _TINY_BATCH = ["--tokens=32", "--samples=2"]
@@ -117,7 +117,7 @@ def lacking_for_tests(names: Iterable[str]) -> str | None:
         return None
     return (
         f"the part {TESTS} will fail, as {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
-        f"{installing('requirements-dev.txt')}, or without network make wheels (docs/speed.md)"
+        f"{install_command('requirements-dev.txt')}, or without network make wheels (docs/speed.md)"
     )
 
 

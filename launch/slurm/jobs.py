@@ -190,10 +190,10 @@ def refuse_held(stage: StageJob) -> None:
         refuse_other_run(config.train, folder)
         mirror, resume = config.train.checkpoint.mirror, config.train.checkpoint.resume
         if mirror is not None and resume == "never":
-            from trainer.checkpoints.fetch import names_there
+            from trainer.checkpoints.fetch import mirrored_names
             from trainer.distributed import ALONE
 
-            refuse_taken(mirror, names_there(mirror, ALONE), resume, "train.checkpoint.mirror")
+            refuse_taken(mirror, mirrored_names(mirror, ALONE), resume, "train.checkpoint.mirror")
 
 
 def _passed_on(overrides: Sequence[str]) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class Run:
     def start(self) -> Mirror:
         """As a run with ``resume: auto`` does."""
         checkpoints, metrics = self.folder / "checkpoints", self.folder / "metrics.jsonl"
-        found = resume.to_resume(checkpoints, "auto", ALONE, self.url, metrics)
+        found = resume.find_checkpoint(checkpoints, "auto", ALONE, self.url, metrics)
         log = logging.getLogger(self.folder.name)
         mirror = open_mirror(checkpoints, metrics, self.config, ALONE, log, found)
         assert mirror is not None
@@ -45,7 +45,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(urls.patiently, "__defaults__", (2, 0.001))
+    monkeypatch.setattr(urls.with_retries, "__defaults__", (2, 0.001))
 
 
 def test_a_run_with_checkpoints_is_not_mixed_with_another_run_s(tiny: dict[str, Any], tmp_path: Path) -> None:
