@@ -11,7 +11,7 @@ produce the same tokens (fp32) before anything is timed.
 
 The peer decodes with its own ``DynamicCache``, as it comes; on CUDA also with its ``StaticCache`` and
 ``torch.compile``, where that works. Routers pay for their logits, and their decisions are drawn, one for every row,
-place and site, so that each row executes exactly the share asked for: see ``bench/common/contestants.py``.
+position and site, so that each row executes exactly the share asked for: see ``bench/common/contestants.py``.
 
 ``FLOP bound`` and ``MFU`` count the forward pass of the steps, from what the routers really did. At batch 1 decoding
 waits for weights to be read rather than for products, so MFU is low. ``GiB`` is weights, cache and what a step needs

@@ -1,4 +1,4 @@
-"""Files that are read at any place and do not all stay open: a few descriptors are kept, the least used one is closed.
+"""Files that are read at any offset and do not all stay open: a few descriptors are kept, the least used one is closed.
 
 A run may read from ten thousand shards, and a process may have a thousand files open. Nothing is mapped, so a file that
 is cut while it is read is an error with its name, and not the end of the process by SIGBUS.

@@ -5,9 +5,9 @@
 What was done after that step, later checkpoints and later lines of ``metrics.jsonl``, is moved to
 RUN/checkpoints/abandoned-N; nothing is deleted. From then on the run goes on from that step at every start, after a
 preemption too; that is why this is a command and not a field of the config, which would go back once more at every
-requeue. Then start the run again,
-with train.checkpoint.resume=required and what is to be different: data.skip_ranges to pass over samples, a lower
-train.optimizer.lr, another data.seed. Exit status: 0 when step STEP is the newest; 1 on an error, nothing moved.
+requeue. Then start the run again, with train.checkpoint.resume=required and what is to be different: data.skip_ranges
+to pass over samples, a lower train.optimizer.lr, another data.seed. Exit status: 0 when step STEP is the newest; 1 on
+an error, nothing moved.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ class StageConfig(Strict):
 
         Args:
             total, trained: parameters, and those with a gradient.
-            moment_bytes: of all of them: see :meth:`OptimizerConfig.moment_bytes`.
+            moment_bytes: of all of them: see :meth:`trainer.config_blocks.OptimizerConfig.moment_bytes`.
             stage: another ZeRO stage than the config's.
         """
         stage = self.deepspeed.zero_stage if stage is None else stage

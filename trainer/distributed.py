@@ -1,4 +1,4 @@
-"""Ranks: who we are, how we meet, and the few collectives that the trainer makes itself.
+"""This process among all ranks: joining and leaving them, and the few collectives that the trainer calls itself.
 
 Works under the ``deepspeed`` launcher, ``torchrun``, ``srun python -m`` and plain ``python`` (one process). SLURM sets
 none of the variables that the rendezvous needs, so they are derived from its own here.

@@ -1,7 +1,7 @@
 """How ranks meet: one store, in which each says that it is there, and then the process group.
 
     rank 0     listens at MASTER_ADDR:MASTER_PORT (under torchrun its agent does) and counts who comes
-    others     connect, and compare what they were told with what the first one was told
+    others     connect, and compare their set-up (WORLD_SIZE, torch) with that of the first one
     the last   looks at the devices of all
     all        wait for one message: that everyone is present, or why they cannot meet
 

@@ -60,7 +60,7 @@ def forward_at(
     capacity: Capacity | None = None,
     sequence: SequenceGroup | None = None,
 ) -> DecoderOutput:
-    """:func:`run` with the routers' noise and temperature as they are at ``progress``.
+    """:func:`forward_batch` with the routers' noise and temperature as they are at ``progress``.
 
     In training ``capacity`` is how many tokens of a window a routed site computes. ``sequence`` are the ranks that
     share the batch's windows, if any.

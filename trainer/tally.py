@@ -1,4 +1,4 @@
-"""What is counted in steps: losses of all tokens, of every source and late layer, and the FLOPs of what ran.
+"""What is counted in a step or an evaluation, and what a step returns: losses by source, the vote, and what ran.
 
 Dimension letters: B windows of a micro-batch, T tokens, S routed sites, k late layers.
 """

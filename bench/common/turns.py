@@ -1,8 +1,8 @@
 """Turns for whole training loops: each contestant has processes of its own, and only one of them runs at a time.
 
 The command and the ranks that it has started share a store. Before a step a rank looks whether its turn is over; if so
-it tells what it has seen and waits, without using the CPU, until the command gives it further steps. So start-up is
-paid once, and neighbours in time can be compared as within one process (``bench/common/timing.py``).
+it reports what it has measured and waits, without using the CPU, until the command gives it further steps. So start-up
+is paid once, and neighbours in time can be compared as within one process (``bench/common/timing.py``).
 
     rank      begin(0)  waits ......... begin(1) begin(2) begin(3)  waits ............
     command             give(3)                                     elapsed_s, next contestant

@@ -6,9 +6,9 @@
     python -m bench.gpu --device cpu                       # a rehearsal of the same commands with tiny sizes
 
 Parts run one after the other, the most valuable first, each as a command of its own with a limit: its share of the time
-that is left. One that fails or is killed at its limit is told, and the next goes on. --out gets a log and a file of
-figures for each, and summary.md and summary.json, written anew before and after every part. Ctrl-C or SIGTERM ends the
-running part with all that it started. The exit status is 0 only if all parts passed.
+that is left. One that fails or is killed at its limit is reported, and the next goes on. --out gets a log and a JSON
+file of results for each, and summary.md and summary.json, written anew before and after every part. Ctrl-C or SIGTERM
+ends the running part with all that it started. The exit status is 0 only if all parts passed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ tokens.
 
 All run at once, but only one of them takes steps (``bench/common/turns.py``): --steps a round and contestant. A turn is
 timed from its first step until the last rank is before the next one, so data, logging and saving are in it; of ours
-what is still written in the background, too. Start-up is not; it is told beside.
+what is still written in the background, too. Start-up is not; it is reported beside.
 
 Columns as in ``bench.step``, per step; ``GiB`` is the most memory that a rank has held: on a CPU its whole process.
 """

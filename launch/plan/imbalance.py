@@ -3,11 +3,11 @@
     python -m launch.plan.imbalance configs/skip_1b.yaml                       # a table over ranks and micro-batches
     python -m launch.plan.imbalance configs/skip_1b.yaml --ranks 64 512 --micro-batches 2 8 --site-spread 0.2
 
-What a token executes its router chooses, so windows differ in what they cost, and with them ranks. Ranks that meet once
-a step (ZeRO 0 and 1) or after every micro-batch (ZeRO 2, which reduces gradients there) wait for the one whose windows
-execute most over all sites. Ranks that meet at every layer (ZeRO 3, if nothing is prefetched) wait at every site of
-every micro-batch for the one that executes most there. A capacity gives
-every window the same work, more of it, and nobody waits.
+Routers decide how much of a window is executed, so windows differ in cost, and with them ranks. Ranks that synchronise
+once a step (ZeRO 0 and 1) or after every micro-batch (ZeRO 2, which reduces gradients there) wait for the one whose
+windows execute most over all sites. Ranks that synchronise at every layer (ZeRO 3, if nothing is prefetched) wait at
+every site of every micro-batch for the one that executes most there. A capacity gives every window the same work, more
+of it, and no rank waits.
 
 Densities are drawn as a run's vary from window to window: normal, cut at 0 and 1, with one deviation for a site and one
 for the mean over sites, which a budget keeps small. ``speed/imbalance`` and ``speed/imbalance_every_layer`` in a run's

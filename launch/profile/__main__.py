@@ -3,7 +3,7 @@
     python -m pretrain.train my.yaml train.profile.steps=[20,25]     # writes runs/my/profile/rank-N.pt.trace.json.gz
     python -m launch.profile runs/my                                 # rank 0
     python -m launch.profile runs/my --rank 3 --layers               # another rank, every layer on its own line
-    python -m launch.profile runs/my --json profile.json             # the same figures for programs
+    python -m launch.profile runs/my --json profile.json             # the same numbers for programs
 
 The trace itself opens in ui.perfetto.dev and, with its plugin, in TensorBoard; phases and sites are ranges there. Exit
 status: 0 when there is a trace and it can be read; 1 otherwise.

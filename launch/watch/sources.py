@@ -1,4 +1,4 @@
-"""What a run folder says of its run: total steps, newest figures, newest checkpoint. Reads, never writes."""
+"""What a run folder says of its run: total steps, newest metrics, newest checkpoint. Reads, never writes."""
 
 from __future__ import annotations
 

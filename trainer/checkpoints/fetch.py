@@ -2,8 +2,8 @@
 
 The ranks share the files out, biggest first, and look at one another after each: so no rank waits longer for the others
 than a file takes, and all know at once of what went wrong. Every file's size and SHA-256 is compared with the manifest
-as it comes; the folder gets its name last, as when a checkpoint is saved. What the run's own disk refuses is told of
-the run folder, not of the mirror.
+as it comes; the folder gets its name last, as when a checkpoint is saved. An error of the run's own disk is reported as
+one of the run folder, not of the mirror.
 """
 
 from __future__ import annotations

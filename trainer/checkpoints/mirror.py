@@ -3,9 +3,9 @@
 A thread of rank 0 looks which of the run's whole checkpoints should be in the bucket and are not, the newest first, and
 copies them (``bucket.py``). It is woken by every checkpoint that becomes whole. So what could not be copied before the
 last end of the run is copied at the next start, and while a bucket fails only the newest is tried: later ones take the
-place of earlier ones. Nothing here can fail, stop or slow the run; what does not work is told, tried again with pauses
-that double, and told again at the end. The local checkpoint that is being copied is not removed meanwhile. Torn ones
-are not copied and not counted until the run has written them again: those that the start passed over, and of the others
+place of earlier ones. Nothing here can fail, stop or slow the run; what fails is reported, tried again with pauses that
+double, and reported again at the end. The local checkpoint that is being copied is not removed meanwhile. Torn ones are
+not copied and not counted until the run has written them again: those that the start passed over, and of the others
 from before it what does not match its manifest, compared before it is copied.
 """
 

@@ -1,6 +1,6 @@
-"""Metrics: one line of JSON a logged step, the same figures to the run's trackers, a progress line for people.
+"""Metrics: one line of JSON a logged step, the same values to the run's trackers, a progress line for people.
 
-Names are ``group/name``; docs/training.md has the table with units. Only rank 0 writes; every figure is already one
+Names are ``group/name``; docs/training.md has the table with units. Only rank 0 writes; every metric is already one
 of all ranks. ``metrics.jsonl`` has each step once: what is found after the same step goes into the same line, which is
 written when the next step begins. A resumed run drops the lines after its checkpoint, which holds what was not written
 yet; so a stop moves no mean.

@@ -1,4 +1,4 @@
-"""Figures of the steps since the last line of ``metrics.jsonl``, by name: docs/training.md has them with units."""
+"""Metrics of the steps since the last line of ``metrics.jsonl``, by name; docs/training.md has the table with units."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ whose distribution has a long tail, the logarithm is taken.
 Steps of a spike stay out of the mean, or it would soon pass for normal. One that lasts as long as the window is the
 new normal, and the window begins again; it does where a stage of the mixture begins, too.
 
-Everything here is computed from figures that are the same on every rank, so every rank comes to the same end.
+Everything here is computed from metrics that are the same on every rank, so every rank comes to the same verdict.
 """
 
 from __future__ import annotations

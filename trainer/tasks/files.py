@@ -6,7 +6,7 @@
     an answer                  exact_match, by letters and digits alone
 
 Contexts that do not fit into the window lose their start, as the harness has it, and are counted. Logits that are not
-finite choose nothing: with any of them the figures of their task are NaN.
+finite choose nothing: with any of them the metrics of their task are NaN.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ and a text that is scored whole begins after it too, never after two of them.
 A context that does not fit into the window loses its start, as the harness has it: of several examples before a
 question the first go. That is another question than the one that was asked, so it is counted how often it happens.
 
-A likelihood that is not finite compares as false with every other, so that some choice would win. The figures of a task
+A likelihood that is not finite compares as false with every other, so that some choice would win. The metrics of a task
 with one are NaN instead.
 
 Every rank makes all requests and gets all answers; the work between is shared (``scorer.py``, ``answers.py``).

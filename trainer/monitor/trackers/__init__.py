@@ -1,1 +1,1 @@
-"""Where a run's figures go to be looked at, besides ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow."""
+"""Where a run's metrics go to be looked at, besides ``metrics.jsonl``: TensorBoard, Weights & Biases, MLflow."""

@@ -2,7 +2,7 @@
 
     metrics.py --reports--> all.py --a queue each--> sender.py --> to_tensorboard.py, to_wandb.py, to_mlflow.py
 
-Names of figures and pictures are those of ``metrics.jsonl``, the same for all. A report that did not arrive is lost for
+Names of metrics and pictures are those of ``metrics.jsonl``, the same for all. A report that did not arrive is lost for
 the tracker only: the run folder has everything.
 """
 

@@ -5,7 +5,7 @@
 * The end of a run waits for the rest, for a bounded time; the thread is a daemon, so a call that hangs holds up
   nothing.
 
-Each trouble is told once.
+Each failure is reported once.
 """
 
 from __future__ import annotations

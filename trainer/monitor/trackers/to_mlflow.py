@@ -1,6 +1,6 @@
 """MLflow: a tracking server, or whatever else ``MLFLOW_TRACKING_URI`` names.
 
-The library's other variables are its own, too: ``MLFLOW_TRACKING_TOKEN``, ``MLFLOW_EXPERIMENT_NAME`` (in the place of
+The library's other variables are its own, too: ``MLFLOW_TRACKING_TOKEN``, ``MLFLOW_EXPERIMENT_NAME`` (instead of
 ``train.log.project``). Only the client is needed (``mlflow-skinny``).
 """
 
