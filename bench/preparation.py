@@ -4,7 +4,7 @@
 
 CONFIG's tokenizer must be there; its sources are read, and prepared in temporary folders below ``--disk``. A row of
 ``--workers`` is one command with so many processes; a row of ``--tasks`` is so many commands at once on this machine,
-of one process each, as on a cluster. ``reading`` gives the documents to nobody, eight times. MB are 10^6 bytes of text,
+of one process each, as on a cluster. ``reading`` only reads the documents, eight times. MB are 10^6 bytes of text,
 UTF-8; a command's start is in its seconds. All preparations must leave the same bytes, or the last line says otherwise
 and the exit status is 1.
 """

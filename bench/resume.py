@@ -3,9 +3,9 @@
     python -m bench.resume configs/demo.yaml --precision bf16 [key.sub=value ...]
 
 Each writer trains a few steps, saves, and trains on: that is the uninterrupted run. Each reader goes on from the file
-and its losses are compared with those of the writer's own; a cell is the largest difference in nats. What a difference
-means say the two lines below the table: how far the uninterrupted runs are apart from each other, because ranks and
-stages round differently; and how far off a reader is that keeps the weights but throws the optimiser's state away.
+and its losses are compared with those of the writer's own; a cell is the largest difference in nats. Two lines below
+the table put the differences into perspective: how far the uninterrupted runs are apart from each other, because ranks
+and stages round differently; and how far off a reader is that keeps the weights but throws the optimiser's state away.
 
 CONFIG's shards must be prepared. Its batch must divide over the largest number of ranks. Runs on gloo and CPU, or on as
 many GPUs.

@@ -3,9 +3,9 @@
     python -m bench.saving configs/demo.yaml --steps 10 --rounds 5 [key.sub=value ...]
 
 In every round the same steps are taken three times: alone, after a save that was waited for, and after one that is
-still being written. The cost of a save is what the steps then take longer, in steps taken alone; the three are
-neighbours in time, so that a busy machine slows all of them. CONFIG's shards must be prepared; its number of steps is
-set here, and the learning rate stays at its peak. One process; the checkpoints go to a temporary folder below
+still being written. The cost of a save is by how much the steps then take longer, in units of a step taken alone; the
+three are neighbours in time, so that a busy machine slows all of them. CONFIG's shards must be prepared; its number of
+steps is set here, and the learning rate stays at its peak. One process; the checkpoints go to a temporary folder below
 ``--disk``.
 """
 

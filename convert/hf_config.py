@@ -1,4 +1,4 @@
-"""A Hugging Face ``config.json`` in this decoder's terms, or a sentence on everything in it that has no such terms.
+"""A Hugging Face ``config.json`` in this decoder's terms, or a sentence on all that the decoder does not support.
 
 Rotary parameters are read as transformers 5 writes them (``rope_parameters``) and as 4 did (``rope_theta`` and
 ``rope_scaling``). Routers and an ensemble are those of ``HopscotchConfig`` in ``convert/modeling_hopscotch.py``.

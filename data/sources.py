@@ -1,6 +1,6 @@
 """One source's documents, in an order that depends on nothing but the source, from any point on.
 
-Which files it has says data/discovery.py, what they come in data/containers.py, and what the Hub has data/hub.py.
+Files are found by data/discovery.py and read by data/containers.py, datasets on the Hub are read by data/hub.py.
 """
 
 from __future__ import annotations

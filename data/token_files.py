@@ -7,9 +7,9 @@
     Megatron   FILE.bin and FILE.idx (Megatron-LM, GPT-NeoX): ids, and where each document lies (data/megatron_index.py)
     a list     a field of JSON lines or a column of Parquet: a row is a document
 
-Nothing in ids says whose they are. What can be noticed is refused: ids beyond the vocabulary, no end token, a file that
-is no whole number of them, high halves of uint32 that were read as uint16. An end token that opens documents (llm.c)
-and one that closes them give the same documents. N: tokens of a document.
+Ids do not say which tokenizer made them. What can be detected is refused: ids beyond the vocabulary, no end token, a
+file that is not a whole number of ids, high halves of uint32 that were read as uint16. An end token that opens
+documents (llm.c) and one that closes them give the same documents. N: tokens of a document.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Places that are no folders: buckets and whatever else fsspec reaches, by URLs such as ``s3://bucket/run``.
+"""Remote locations: buckets and whatever else fsspec reaches, by URLs such as ``s3://bucket/run``.
 
-Credentials, endpoints and regions are the affair of each service's own library: environment variables, its files.
+Credentials, endpoints and regions are configured as each service's own library does: environment variables, its files.
 """
 
 from __future__ import annotations

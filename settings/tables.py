@@ -1,4 +1,4 @@
-"""Tables of words: Markdown, or columns for a terminal; rows are lists of cells, the header first."""
+"""Tables as text: Markdown, or columns for a terminal; rows are lists of cells, the header first."""
 
 from __future__ import annotations
 

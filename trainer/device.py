@@ -1,4 +1,4 @@
-"""Which device a command that is no training runs on."""
+"""Which device the commands other than training run on."""
 
 from __future__ import annotations
 

@@ -7,9 +7,12 @@ runs/NAME/
   metrics.jsonl           one line a logged step
   tensorboard/            the same, to look at
   starts.txt              where there is a mirror, ids of the starts: see trainer/checkpoints/ownership.py
-  trackers.json           which runs of other trackers are this one: see trainer/monitor/trackers/
+  trackers.json           which runs of other trackers are this one: see trainer/monitor/trackers/; wandb/ is wandb's
+  routing.png             densities so far, and which layers the tokens of one text took
   heartbeat/rank-N.json   step and phase of every rank: see trainer/heartbeat.py
   logs/rank-N.log         what every rank had to say
+  profile/                traces of profiled steps: see trainer/monitor/profiler.py
+  flight/                 NCCL's last collectives, after a stall: see trainer/flight_recorder.py
   checkpoints/            see trainer/checkpoints/layout.py
 """
 

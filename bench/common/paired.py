@@ -1,9 +1,9 @@
 """Is it more than luck? Two contestants compared by what they did with the same seeds, or on the same examples.
 
-Nothing is assumed about distributions: under the hypothesis that names do not matter each difference might as well have
-the other sign, and the p-value below counts how many of these worlds look at least as extreme (Fisher 1935's exact
-randomisation test). Where both examples and seeds were drawn, the bootstrap draws both again (Efron 1979; pigeonhole
-bootstrap, Owen 2007).
+Nothing is assumed about distributions: under the null hypothesis that the two are interchangeable, each difference
+could equally have the other sign, and the p-value is the share of sign assignments whose result is at least as extreme
+(Fisher 1935's exact randomisation test). Where both examples and seeds were drawn, the bootstrap draws both again
+(Efron 1979; pigeonhole bootstrap, Owen 2007).
 """
 
 from __future__ import annotations

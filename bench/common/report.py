@@ -1,4 +1,4 @@
-"""What a benchmark says: a header, a table to read, rows of JSON, and under ``--check`` a verdict on every limit."""
+"""A benchmark's output: a header, a table to read, rows of JSON, and under ``--check`` a verdict on every limit."""
 
 from __future__ import annotations
 

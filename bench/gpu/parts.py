@@ -1,4 +1,4 @@
-"""What is run, in order of worth, and what of each is worth telling.
+"""The parts of ``make gpu``, the most important first, and which of each one's results the summary shows.
 
 On a GPU the benchmarks have the sizes that their limits are stated for, and are judged by them. On a CPU, a rehearsal
 of the same commands, everything is tiny and nothing is judged.

@@ -1,4 +1,4 @@
-"""``summary.md`` to read and ``summary.json`` to go on with, written anew before and after every part."""
+"""``summary.md`` for people and ``summary.json`` for programs, written anew before and after every part."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
     python -m bench.isoflop bench/suites/large.yaml --table
 
 A suite is a config and variants of it; docs/isoflop.md says how to write one. Every variant is one ``pretrain.train`` a
-seed. What is done is not run again and what was cut goes on, so the same command may be given at any time. Then the
+seed. Finished runs are not repeated and interrupted ones go on, so the same command may be given at any time. Then the
 compute dial of learned routers and the downstream tasks are measured, and OUT gets results.md, results.csv, loss.png,
 density.png and dial.png. Exit status: 0 when all that was asked for is done; 1 if a run failed, was refused by SLURM,
 or differs from --against.

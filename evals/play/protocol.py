@@ -1,7 +1,7 @@
 """What goes over the wire: OpenAI's form of completions, with ``density`` and ``details`` as extras.
 
 A request is refused in OpenAI's form, too: a 4xx whose body names the field, the rule, the values and the fix. Fields
-of OpenAI's that have no meaning here are taken at the values that ask for nothing, and refused at others.
+of OpenAI's that have no meaning here are accepted with their neutral values, and refused with others.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a stage-one run takes of each source, in each stage of its mixture, and how often it goes through it."""
+"""What a stage-one run takes of each source in each stage of its mixture, in tokens and epochs."""
 
 from __future__ import annotations
 

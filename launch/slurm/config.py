@@ -1,4 +1,4 @@
-"""What a cluster wants to know of a job: from the site file, or from an option of the command.
+"""What a job needs of the cluster, from the site file or from an option of the command.
 
     partition: gpu                     # ~/.config/hopscotch/slurm.yaml
     account: lm-2026

@@ -1,4 +1,4 @@
-"""What a run and a checkpoint are, and where everything of a checkpoint lies; nobody else knows the names.
+"""What a run and a checkpoint are, and where everything of a checkpoint lies; no other module has these names.
 
 RUN/                        a run: a folder with checkpoints/ in it; the rest of it is in trainer/run_folder.py
   checkpoints/

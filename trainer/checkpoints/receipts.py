@@ -1,4 +1,4 @@
-"""What the threads that write a checkpoint tell one another: by files, in a folder of the checkpoint.
+"""How the threads that write a checkpoint communicate: by files, in a folder of the checkpoint.
 
     receipts/
       receipt-00003.json   what rank 3 has written, with sizes and hashes
