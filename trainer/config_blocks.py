@@ -117,7 +117,7 @@ class CheckpointConfig(Strict):
     """Save after every this many steps, and after the last."""
     every_minutes: float | None = Field(None, ge=0.1, allow_inf_nan=False)
     """Save also after the step in which so many minutes have passed since the last save began, by rank 0's clock;
-    none by the clock unless given. ``launch.plan`` tells what failures cost at any value."""
+    none by the clock unless given. ``launch.plan`` estimates what failures cost at any value."""
     keep: int = Field(2, ge=1)
     """How many of the newest whole checkpoints stay; older ones are removed once a newer one is whole."""
     keep_every_steps: int = Field(0, ge=0)
@@ -238,7 +238,8 @@ class TrainConfig(Strict):
     timeout_s: float = Field(1800.0, gt=0)
     """How long a collective may wait for the other ranks."""
     stall_timeout_s: float = Field(900.0, gt=0)
-    """Longest time without progress (a micro-batch, a save, a compilation); then stacks are written and it ends."""
+    """Longest time without progress (a micro-batch, a checkpoint that no longer grows, a compilation); then stacks are
+    written and the run ends."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
