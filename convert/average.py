@@ -73,7 +73,7 @@ def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: fl
     with ExitStack() as files:
         _fill(decoder, [(files.enter_context(_weights_of(m.loaded)), m) for m in members])
     decoder.thresholds = _mean_thresholds(members)
-    source = f"mean of {counted(len(members), 'checkpoint')}, " + _told(decay)
+    source = f"mean of {counted(len(members), 'checkpoint')}, " + _weighting(decay)
     known = facts_of(newest)
     kept = {name: known[name] for name in ("tokens", "target_density", "precision", "commit") if known.get(name)}
     write_weights(decoder, out, newest.tokenizer_folder, kept | {"source": source, "averaged": _provenance(members)})
@@ -93,7 +93,7 @@ def _mean_thresholds(members: Sequence[Member]) -> Tensor | None:
     return sum_of.sum(0).float()
 
 
-def _told(decay: float | None) -> str:
+def _weighting(decay: float | None) -> str:
     return "uniform" if decay is None else f"each {decay:g} of the next one"
 
 

@@ -167,7 +167,7 @@ def import_checkpoint(
     if not with_comparison:
         compared = "not compared with transformers"
     elif family != HOPSCOTCH:
-        compared = _told(compare(decoder, folder))
+        compared = _described(compare(decoder, folder))
     elif trusted:
         plain = decoder if routers is None else read_checkpoint(folder)[0]  # what the file computes has no new routers
         compared = hf_compare.compare(hf_compare.refer(copy.deepcopy(plain).float()), folder)
@@ -215,7 +215,7 @@ def _checked_tokenizer(folder: Path, vocab_size: int, family: str, with_comparis
     return "; ".join([*said, "not compared with transformers"])
 
 
-def _told(difference: Difference) -> str:
+def _described(difference: Difference) -> str:
     return (
         f"logits are transformers': largest difference {difference.largest:.2g} of a range of {difference.range:.3g}, "
         f"on {difference.tokens:,} tokens, positions up to {difference.position:,}"

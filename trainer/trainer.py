@@ -87,7 +87,7 @@ class Trainer:
         self.samples = 0
         self._hold = ExitStack()  # until the end no other command may write here
         try:
-            source, given, precision_told = self._choose(config, initial)
+            source, given, precision_message = self._choose(config, initial)
             self.engine = build_engine(self.config, world, decoder, _drawn(source, given))
         except BaseException as error:
             self._hold.close()
@@ -95,7 +95,7 @@ class Trainer:
                 raise ValueError(sentence) from error
             raise
         try:
-            self._open(config_path, source, given, precision_told)
+            self._open(config_path, source, given, precision_message)
         except BaseException as error:
             self._let_go(error)
             raise
@@ -115,22 +115,24 @@ class Trainer:
         self.config, message = resolve_precision(config, world, source)
         return source, given, message
 
-    def _open(self, config_path: Path, source: Path | None, given: Initial | None, precision_told: str | None) -> None:
+    def _open(
+        self, config_path: Path, source: Path | None, given: Initial | None, precision_message: str | None
+    ) -> None:
         """Go on from the checkpoint ``source``, own or forked, or start; set up everything around the engine."""
         config, world = self.config, self.world
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
         self.checks = StepChecks(config, self.run.path)
-        metrics_state, origin_told = self._restore(source, given)
+        metrics_state, origin_message = self._restore(source, given)
         problem = self.run.claim(config, config_path, self._hold) if world.is_main else None
         if problem := world.broadcast_object(problem):
             raise ValueError(problem)
         self.log = open_log(self.run.log, world.is_main)
-        self._tell_set_up(precision_told)
+        self._log_set_up(precision_message)
         self._open_metrics(metrics_state)
-        if origin_told:
-            self.log.info(origin_told)
+        if origin_message:
+            self.log.info(origin_message)
         tick = self.run.heartbeat.tick
         origin = given.description if given else resume.origin_of(source, world)
         own = source if given is None else None
@@ -163,10 +165,10 @@ class Trainer:
             message += f"; settings changed since: {', '.join(changed)}"
         return state["metrics"], message
 
-    def _tell_set_up(self, precision_told: str | None) -> None:
+    def _log_set_up(self, precision_message: str | None) -> None:
         """Log how this machine trains the run, and what may go wrong."""
-        if precision_told:
-            self.log.info(precision_told)
+        if precision_message:
+            self.log.info(precision_message)
         if self.tasks is not None:
             self.log.info(self.tasks.sentence())
         if warning := slow_bf16_warning(self.config, self.world):

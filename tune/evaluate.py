@@ -134,14 +134,14 @@ class ExamplesEvaluation:
         """Loss and accuracy of the model in a line, and with an ensemble those of the final layer and the oracle."""
         kind = "exact match" if self.choices == 1 else "choice accuracy"
 
-        def told(candidate: Candidate) -> str:
+        def described(candidate: Candidate) -> str:
             return f"{candidate.name} loss {candidate.loss:.4f}, {kind} {candidate.accuracy.share:.1%}"
 
         broken = f"; the logits of example {self.not_finite} are not finite" if self.not_finite else ""
         if self.votes is None:
-            return told(self.candidates[0]) + broken
+            return described(self.candidates[0]) + broken
         *_, final, ensemble, oracle = self.candidates
-        return f"{told(ensemble)} ({told(final)}; {told(oracle)}){broken}"
+        return f"{described(ensemble)} ({described(final)}; {described(oracle)}){broken}"
 
 
 @torch.no_grad()

@@ -90,8 +90,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(config, TuneConfig):
             raise ValueError(f"{loaded.source} has no adapters to merge; give a tuning run, or use that one as it is")
         difference, span, rows = merge_checked(decoder)
-        told = f"{difference:.2g} of a range of {span:.3g}, on {rows} of {ROWS} rows"
-        print(f"logits with adapters and merged differ by at most {told}")
+        size = f"{difference:.2g} of a range of {span:.3g}, on {rows} of {ROWS} rows"
+        print(f"logits with adapters and merged differ by at most {size}")
         source = f"{options.path}, {config.base.path} tuned for {loaded.step:,} steps"
         write_weights(decoder, options.out, loaded.tokenizer_folder, {"source": source})
         print(f"wrote {options.out}")

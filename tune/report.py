@@ -67,7 +67,7 @@ def scalars(evaluation: ExamplesEvaluation, prefix: str) -> dict[str, float]:
     if evaluation.votes is not None:
         # A validation and a test set may have the same name.
         name = evaluation.name if prefix == "validation" else f"{prefix}/{evaluation.name}"
-        found |= _vote_figures(evaluation.votes, name)
+        found |= _vote_scalars(evaluation.votes, name)
     return found
 
 
@@ -84,7 +84,7 @@ def answers(evaluation: ExamplesEvaluation) -> dict[str, list[int]]:
     return found
 
 
-def _vote_figures(votes: VoteStatistics, name: str) -> dict[str, float]:
+def _vote_scalars(votes: VoteStatistics, name: str) -> dict[str, float]:
     """``ensemble/weight/NAME/layer-05`` over all tokens, ``ensemble/weight/NAME/layer-05/word`` over a class."""
     found = {f"ensemble/entropy/{name}": float(votes.entropy[-1])}
     last = len(votes.classes) - 1

@@ -36,7 +36,7 @@ class Asked(NamedTuple):
     """fp32 [S], the compute dial."""
 
 
-class Told(NamedTuple):
+class AnswerPart(NamedTuple):
     """A part of the answer."""
 
     text: str
@@ -109,7 +109,7 @@ class Player:
             before = prompt if isinstance(prompt, str) else self.opened.tokenizer.decode(prompt)
         return Asked(request, ids, before, self._thresholds(request.density))
 
-    def answer(self, asked: Asked) -> Iterator[Told]:
+    def answer(self, asked: Asked) -> Iterator[AnswerPart]:
         """The answer to what was asked, token by token; whoever asks for no more stops it.
 
         Raises:
@@ -131,15 +131,15 @@ class Player:
             token = int(done.chosen)
             details = self._details(token, done, start) if request.details else {}
             text, stopped = stopper.add(detokenizer.add(token))
-            yield Told(before + text, details, "stop" if stopped else None)
+            yield AnswerPart(before + text, details, "stop" if stopped else None)
             if stopped:
                 return
             if token == tokenizer.eos_id:
-                yield Told(stopper.rest(detokenizer.rest())[0], None, "stop")
+                yield AnswerPart(stopper.rest(detokenizer.rest())[0], None, "stop")
                 return
             before = ""
         text, stopped = stopper.rest(detokenizer.rest())
-        yield Told(text, None, "stop" if stopped else "length")
+        yield AnswerPart(text, None, "stop" if stopped else "length")
 
     def _thresholds(self, density: float | None) -> Tensor | None:
         if density is None:

@@ -23,7 +23,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from evals.play.player import Asked, Player, Told
+from evals.play.player import AnswerPart, Asked, Player
 from evals.play.protocol import Answer, RequestError, event, read_request
 
 BODY_BYTES = 1 << 20
@@ -106,7 +106,7 @@ class Completions:
         finally:
             self._here -= 1
 
-    async def _told(self, asked: Asked) -> AsyncGenerator[Told]:
+    async def _parts(self, asked: Asked) -> AsyncGenerator[AnswerPart]:
         """The answer's parts, once it is this request's turn."""
         async with self._turn:
             parts = self._player.answer(asked)
@@ -123,7 +123,7 @@ class Completions:
 
         counted, ended, refused = 0, False, _STOPPED
         try:
-            async with aclosing(self._told(asked)) as parts:  # to let the next one have its turn at once
+            async with aclosing(self._parts(asked)) as parts:  # to let the next one have its turn at once
                 async for part in parts:
                     counted += part.token is not None
                     ended = part.reason is not None
@@ -136,7 +136,7 @@ class Completions:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _whole(self, asked: Asked, answer: Answer, request: Request, send: Send) -> None:
-        parts = [part async for part in self._told(asked)]
+        parts = [part async for part in self._parts(asked)]
         if not parts or parts[-1].reason is None:
             response: Response = _refusal(_STOPPED)
         else:

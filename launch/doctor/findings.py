@@ -10,7 +10,7 @@ from settings import one_line
 
 Level = Literal["ok", "warning", "error"]
 _ORDER: tuple[Level, ...] = ("ok", "warning", "error")
-_HOSTS_TOLD = 4
+_HOSTS_NAMED = 4
 
 
 @dataclass(frozen=True)
@@ -77,5 +77,5 @@ def worst(findings: Iterable[Finding]) -> Level:
 
 def _on(finding: Finding, hosts: Iterable[str]) -> Finding:
     names = sorted(set(hosts))
-    more = f" and {len(names) - _HOSTS_TOLD} more" if len(names) > _HOSTS_TOLD else ""
-    return replace(finding, found=f"{', '.join(names[:_HOSTS_TOLD])}{more}: {finding.found}")
+    more = f" and {len(names) - _HOSTS_NAMED} more" if len(names) > _HOSTS_NAMED else ""
+    return replace(finding, found=f"{', '.join(names[:_HOSTS_NAMED])}{more}: {finding.found}")

@@ -128,9 +128,9 @@ class SlurmConfig(Strict):
     def runs_here(self) -> bool:
         """Whether a rank has the packages, and of trackers the variables, of the Python that submits."""
         options = (*self.sbatch, *self.srun, *self.environment)
-        told = any(option.startswith(("--export", "--container", "MLFLOW_", "WANDB_")) for option in options)
+        differs = any(option.startswith(("--export", "--container", "MLFLOW_", "WANDB_")) for option in options)
         exported = os.environ.get("SBATCH_EXPORT", "ALL").startswith("ALL")
-        return exported and not (told or self.venv or self.container or self.modules)
+        return exported and not (differs or self.venv or self.container or self.modules)
 
     @property
     def world_size(self) -> int:

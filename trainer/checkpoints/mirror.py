@@ -68,7 +68,7 @@ class Mirror:
         self._held: str | None = None
         self._problem: str | None = None
         self._told_at = -_TOLD_EVERY_S
-        self._told_of_prune = False
+        self._reported_prune = False
         self._changed = threading.Condition()
         self._news, self._idle, self._ending, self._given_up = True, False, False, threading.Event()
         self._thread = threading.Thread(target=self._run, name="mirror", daemon=True)  # may hang in a dead network
@@ -192,9 +192,9 @@ class Mirror:
             self._set_aside(bucket)  # else it would count
             bucket.prune(self._config.mirror_keep, self._config.mirror_keep_every_steps, self._torn)
         except Exception as error:  # whatever the service's library raises
-            if not self._told_of_prune:
+            if not self._reported_prune:
                 self._warn(f"{self.url}: what is no longer kept there cannot be removed ({urls.reason(error)})")
-            self._told_of_prune = True
+            self._reported_prune = True
 
     def _missing(self, bucket: Bucket) -> list[Path]:
         """Of what is wanted, what the bucket does not have, newest first."""

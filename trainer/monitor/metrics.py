@@ -93,7 +93,7 @@ class Metrics:
         self._evaluated_at: set[int] = set()
         self._trackers: Trackers | None = None
         self._bar: tqdm | None = None
-        self._told_of_pictures = self._told_of_peak = False
+        self._reported_images = self._reported_peak = False
         step = self._first_step = resumed_at or 0
         if world.is_main:
             self._keep_lines_up_to(-1 if resumed_at is None else step)
@@ -125,7 +125,7 @@ class Metrics:
         if self._bar is not None:
             self._bar.update()
         if not self.config.train.is_logged(step):
-            self._foretell(step)
+            self._estimate_end(step)
             return
         now = time.perf_counter()
         elapsed_s, self._clock = now - self._clock, now
@@ -138,7 +138,7 @@ class Metrics:
         self._add(step, line)
         self._tell(step, line)
 
-    def _foretell(self, step: int) -> None:
+    def _estimate_end(self, step: int) -> None:
         """After the second step of this start, where the first line is a minute away or more: how fast it is."""
         if step != self._first_step + 2:
             return
@@ -191,9 +191,9 @@ class Metrics:
         try:
             (self.run.path / f"{name.replace('/', '-')}.png").write_bytes(content.getvalue())
         except OSError as error:
-            if not self._told_of_pictures:
+            if not self._reported_images:
                 self.log.warning(f"pictures in {self.run.path} cannot be written ({error.strerror}); they stay behind")
-            self._told_of_pictures = True
+            self._reported_images = True
 
     def has_evaluation(self, step: int) -> bool:
         """True if ``step`` was evaluated before a resume; known on every rank."""
@@ -266,13 +266,13 @@ class Metrics:
         """What a device has done, FLOP/s, it can do: a peak below that was measured on a busy machine, or was wrong."""
         if reached <= self.peak_flops:
             return
-        if not self._told_of_peak:
+        if not self._reported_peak:
             self.log.warning(
                 f"the peak that MFU is measured against was {self.peak_flops / 1e12:.3g} TFLOP/s a device, and steps "
                 f"have reached {reached / 1e12:.3g}, which takes its place from here on; set train.log.peak_tflops to "
                 "what the device can do, or leave it out where it is set"
             )
-        self.peak_flops, self._told_of_peak = reached, True
+        self.peak_flops, self._reported_peak = reached, True
 
     def _forward_flops(self, routed: Routed) -> float:
         return executed_flops(self.config.model, routed) / routed.tokens

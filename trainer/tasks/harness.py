@@ -259,8 +259,8 @@ def _scores(done: Any, model: CountsCuts) -> TaskScores:
             metric, _, way = key.partition(",")
             if isinstance(value, float):
                 kind = errors if metric.endswith(_STDERR) else metrics
-                told = metric.removesuffix(_STDERR)
-                kind[name][told if len(filters) == 1 else f"{told}/{way}"] = float(value)
+                metric_name = metric.removesuffix(_STDERR)
+                kind[name][metric_name if len(filters) == 1 else f"{metric_name}/{way}"] = float(value)
         documents[name] = len({sample["doc_id"] for sample in samples})
         loglikelihoods[name] = [float(value) for s in samples for value in _numbers(s["resps"])]
         if name in model.not_finite:

@@ -47,7 +47,7 @@ class TrackerSender:
         self._waiting: queue.Queue[_Report] = queue.Queue(room)
         self._counting = threading.Lock()
         self._closing, self._done = threading.Event(), threading.Event()
-        self._failing = self._told_of_loss = self._off = False
+        self._failing = self._reported_loss = self._off = False
         self._thread = threading.Thread(target=self._work, name=f"tracker-{tracker.name}", daemon=True)
         self._thread.start()
 
@@ -57,8 +57,8 @@ class TrackerSender:
             self._waiting.put_nowait(_Report(method, arguments))
         except queue.Full:
             self._lose(1)
-            if not self._told_of_loss:
-                self._told_of_loss = True
+            if not self._reported_loss:
+                self._reported_loss = True
                 self.tell(
                     f"{self._name} takes no reports: {self._waiting.maxsize:,} wait, and further ones are dropped; the "
                     "run goes on, and metrics.jsonl has all figures"
