@@ -1,4 +1,4 @@
-"""Ending a session of processes: a command that has one of its own, and all that it started.
+"""Ending on a signal: this process is asked to, and it ends a session of processes, a command and all that it started.
 
 Ranks save the step that they are at when they are asked with SIGTERM; everything else just ends. The ``deepspeed``
 command and its launcher are left to see that their ranks have ended, because either would end before them, and say so
@@ -8,16 +8,39 @@ at length.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import FrameType
 
 import psutil
 
 _LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torch.distributed.run"}
-SAME_SIGNAL_S = 2.0
+_SAME_SIGNAL_S = 2.0
 """Signals within this time of the first are the same one: make and timeout pass a SIGTERM on that their process group
 has had."""
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class SignalLog:
+    """Remembers the signals that ask this process to end.
+
+    Attributes:
+        numbers: of those that came, those that are the same one counted once.
+    """
+
+    def __init__(self) -> None:
+        self.numbers: list[int] = []
+        self._first_s = 0.0
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """The handler."""
+        now_s = time.monotonic()
+        if not self.numbers:
+            self._first_s = now_s
+        if not self.numbers or now_s - self._first_s > _SAME_SIGNAL_S:
+            self.numbers.append(number)
 
 
 class Ending:

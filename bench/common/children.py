@@ -6,16 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Self
 
-from trainer.sessions import SAME_SIGNAL_S, Ending
+from trainer.sessions import ENDING_SIGNALS, Ending, SignalLog
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _POLL_S = 0.2
 _PATIENCE_S = 120.0
 """What has not ended this long after it was asked to, as ranks that save may take, is killed."""
@@ -33,11 +30,11 @@ class Children:
     """
 
     def __init__(self) -> None:
-        self.signals: list[int] = []
-        self._first_s = 0.0
+        self._log = SignalLog()
+        self.signals = self._log.numbers
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        self._before = {number: signal.signal(number, self._log.note) for number in ENDING_SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -49,13 +46,6 @@ class Children:
             name = signal.Signals(self.signals[0]).name
             print(f"stopped by {name}; what was trained is saved, the same command goes on", file=sys.stderr)
             raise SystemExit(128 + self.signals[0])
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now_s = time.monotonic()
-        if not self.signals:
-            self._first_s = now_s
-        if not self.signals or now_s - self._first_s > SAME_SIGNAL_S:
-            self.signals.append(number)
 
     def run(self, command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None) -> int:
         """Run ``command`` until it has ended; its exit status, and that of SIGTERM if it was not started at all.

@@ -13,14 +13,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from types import FrameType
 from typing import IO
 
 from launch.demo.screen import Screen
-from trainer.sessions import SAME_SIGNAL_S, Ending
+from trainer.sessions import ENDING_SIGNALS, Ending, SignalLog
 
 _TICK_S = 0.25
 _LAST_RESORT_S = 30.0
@@ -36,10 +34,13 @@ class Commands:
     """
 
     def __init__(self) -> None:
-        self.signals = 0
-        self._first_s = 0.0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._note)
+        self._log = SignalLog()
+        for number in ENDING_SIGNALS:
+            signal.signal(number, self._log.note)
+
+    @property
+    def signals(self) -> int:
+        return len(self._log.numbers)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], screen: Screen) -> int:
         """Run ``command`` until it and all that it started have ended; returns its exit status."""
@@ -62,7 +63,8 @@ class Commands:
                 try:
                     screen.line(line) if line else screen.tick()
                 except OSError:  # nobody is there to read: a terminal that was closed, a pipe's other end
-                    self.signals = max(self.signals, 1)
+                    if not self.signals:
+                        self._log.numbers.append(signal.SIGHUP)
                 if self.signals and ending.go_on(at_once=self.signals > 1):
                     with suppress(OSError):
                         screen.line("stopping; what was trained is being saved (again: at once, not saved)")
@@ -76,13 +78,6 @@ class Commands:
             return lines.get(timeout=_TICK_S)
         except queue.Empty:
             return ""
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now_s = time.monotonic()
-        if not self.signals:
-            self._first_s = now_s
-        if not self.signals or now_s - self._first_s > SAME_SIGNAL_S:
-            self.signals += 1
 
 
 def _read(pipe: IO[bytes], lines: queue.SimpleQueue[str | None]) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from bench.common.children import Children
 from bench.isoflop import runs as suite_runs
 from bench.isoflop.__main__ import main
 from bench.isoflop.runs import device_sets
@@ -23,6 +22,7 @@ from tests.bench.isoflop.suites import DENSE, finish, planned, write_dial, write
 from tests.launching import run_command
 from tests.ranks import ensure_server
 from tests.trainer.checkpoints.test_mirror import until
+from trainer.sessions import SignalLog
 
 Calls = list[list[str]]
 
@@ -380,10 +380,10 @@ def test_ctrl_c_starts_no_further_run(
 ) -> None:
     started: Calls = []
     signals: list[int] = []
-    note = Children._note
+    note = SignalLog.note
 
-    def noted(children: Children, number: int, frame: Any) -> None:
-        note(children, number, frame)
+    def noted(log: SignalLog, number: int, frame: Any) -> None:
+        note(log, number, frame)
         signals.append(number)
 
     def run(command: list[str], **_: Any) -> Any:
@@ -392,7 +392,7 @@ def test_ctrl_c_starts_no_further_run(
         until(lambda: signals)
         return SimpleNamespace(returncode=75)
 
-    monkeypatch.setattr(Children, "_note", noted)
+    monkeypatch.setattr(SignalLog, "note", noted)
     _replace(monkeypatch, run)
     with pytest.raises(SystemExit) as ended:
         main([str(suite), "--out", str(tmp_path / "out"), "--jobs", "1"])
