@@ -57,11 +57,16 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int, max_positions: int
         return ids, f"{', '.join(copied)} copied from {source}"
     converted, compared = require_same_ids(tokenizer)
     converted.save(str(out / JSON_NAME))
-    given = read_json(out / CONFIG_NAME) if (out / CONFIG_NAME).is_file() else {}
-    write_json(out / CONFIG_NAME, given | _tokenizer_config(tokenizer, ids, max_positions))
+    _amend_config(out, _tokenizer_config(tokenizer, ids, max_positions))
     others = [name for name in copied if name not in (tokenizer.file.name, CONFIG_NAME)]
     beside = f"; {', '.join(others)} copied" if others else ""
     return ids, f"{JSON_NAME} written from {tokenizer.file.name}: {compared}{beside}"
+
+
+def _amend_config(folder: Path, fields: dict[str, Any]) -> None:
+    """Put ``fields`` into the tokenizer's config in ``folder``, beside what is there."""
+    given = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
+    write_json(folder / CONFIG_NAME, given | fields)
 
 
 def require_transformers_ids(tokenizer: TextTokenizer, folder: Path) -> str:
@@ -75,8 +80,7 @@ def require_transformers_ids(tokenizer: TextTokenizer, folder: Path) -> str:
     """
     if (problem := _difference(tokenizer, folder, auto=True)) is None:
         return _ALIKE
-    given = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
-    write_json(folder / CONFIG_NAME, {**given, "tokenizer_class": _AS_IT_IS})
+    _amend_config(folder, {"tokenizer_class": _AS_IT_IS})
     if left := _difference(tokenizer, folder, auto=True):
         raise ValueError(
             f"the export's tokenizer is not the one in {tokenizer.file}: {left}; it stays in {folder} to be looked at; "

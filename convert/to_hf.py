@@ -91,8 +91,7 @@ def export(
         take_out(decoder)
     config = hf_config(decoder, ids, dtype)
     files = _write_model(decoder, config, ids, partial, shard_bytes)
-    given = load_text_tokenizer(source)
-    if compared and not isinstance(given, SentencePiece):
+    if compared and not isinstance(given := load_text_tokenizer(source), SentencePiece):
         tokenizer_done += f"; {require_transformers_ids(given, partial)}"
     model = _exported(decoder, separate)
     facts = {**facts_of(loaded), "export_commit": git_state.commit()}
