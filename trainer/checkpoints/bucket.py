@@ -13,7 +13,7 @@ There are no renames in a bucket, so the manifest alone makes a checkpoint whole
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,9 @@ class Bucket:
         except FileNotFoundError:
             return []
 
-    def write_starts(self, ids: Sequence[str]) -> None:
-        """Put the ids of all starts there."""
-        self._system.pipe_file(f"{self._place}/{STARTS}", "".join(f"{id_}\n" for id_ in ids).encode())
+    def write_starts(self, content: bytes) -> None:
+        """Put the run folder's file of all starts there."""
+        self._system.pipe_file(f"{self._place}/{STARTS}", content)
 
     def try_writing(self) -> None:
         """Write a small file there, and remove it."""

@@ -61,7 +61,7 @@ class Start:
         if self._resumed and (problem := of_another_run(bucket, self._run)):
             return problem
         bucket.write_config(self._config)
-        bucket.write_starts(starts_of(self._run))
+        bucket.write_starts((self._run / STARTS).read_bytes())
         self._taken = True
         return None
 
