@@ -28,7 +28,7 @@ from model.decoder import Decoder
 from model.generate import generate
 from tests.conftest import VOCAB
 from tests.convert.exports import CASES, NATIVE, make, make_tuned, write_run
-from tests.convert.test_from_hf import write_tokenizer
+from tests.convert.hf_checkpoints import write_tokenizer
 from tests.model.tiny import SIZES, decoder
 from tests.trainer.checkpoints.test_resume_safety import Payload
 from trainer.checkpoints import manifest, weights_folder
