@@ -1,14 +1,22 @@
-"""The routing picture: what is where, and sizes that leave little to draw."""
+"""The routing picture: what is where, sizes that leave little to draw, and when a run draws it."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.trainer.monitor.metric_lines import evaluation_of
+from trainer.config import PretrainConfig
+from trainer.distributed import World
+from trainer.monitor import routing_figure as heatmap
+from trainer.monitor.metrics import Metrics
 from trainer.monitor.routing_figure import routing_figure
+from trainer.run_folder import RunFolder
 
 SITES = ["layer-00", "layer-01", "layer-02"]
 
@@ -50,3 +58,30 @@ def test_any_number_of_sites_and_evaluations_can_be_drawn(sites: int, evaluation
     assert len(left.get_xticks()) == min(evaluations, 6) and len(right.get_yticks()) == sites
     assert len(left.texts) == (sites * evaluations if evaluations <= 8 else 0)
     assert f"first {min(tokens, 160)} tokens" in right.get_title()
+
+
+def test_an_evaluation_of_before_the_resume_is_drawn_again(
+    configure: Callable[..., PretrainConfig], world: World, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    draw = heatmap.routing_figure
+
+    def record(*arguments: Any) -> Any:
+        seen.append(arguments)
+        return draw(*arguments)
+
+    monkeypatch.setattr(heatmap, "routing_figure", record)
+    made = Metrics(configure("train.log.images=true"), folder, world, 3, 1e12, "code")
+    made.log_evaluation(4, [evaluation_of([0.7, 0.6, 0.5])])
+    made.close()
+    ((sites, steps, densities, executed, target),) = seen
+    assert (sites, list(steps), target) == (["layer-00", "layer-01", "layer-02"], [2, 4], 0.5)
+    assert [pytest.approx(d) for d in densities] == [[0.0, 0.1, 0.2], [0.7, 0.6, 0.5]]
+    assert executed.shape == (3, 8) and (folder.path / "routing.png").stat().st_size > 5000
+
+
+def test_images_can_be_turned_off(configure: Callable[..., PretrainConfig], world: World, folder: RunFolder) -> None:
+    made = Metrics(configure("train.log.images=false"), folder, world, 3, 1e12)
+    made.log_evaluation(4, [evaluation_of([0.7, 0.6, 0.5])])
+    made.close()
+    assert not (folder.path / "routing.png").exists()
