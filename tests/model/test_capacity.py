@@ -14,6 +14,7 @@ from model.config import Capacity, RouterConfig
 from model.decoder import Decoder, DecoderOutput
 from model.flops import Routed, executed_flops
 from model.router import Gate, LearnedRouter, RoutingInputs
+from tests.model.routed_steps import granular
 from tests.model.tiny import (
     LENGTH,
     assert_close,
@@ -25,8 +26,6 @@ from tests.model.tiny import (
     random_targets,
     random_tokens,
 )
-
-granular = pytest.mark.parametrize("granularity", ["layer", "module"])
 
 
 def step(model: Decoder, capacity: Capacity | None, confined: bool = False) -> DecoderOutput:

@@ -11,6 +11,7 @@ from model.chunks import IGNORE_INDEX
 from model.config import Capacity
 from model.decoder import Decoder, DecoderOutput
 from model.generate import generate
+from tests.model.routed_steps import executions, granular
 from tests.model.tiny import (
     LENGTH,
     VARIANTS,
@@ -26,8 +27,6 @@ from tests.model.tiny import (
 SAMPLES = torch.tensor([11, 5, 2])
 CAUSAL = ["learned", "random", "stride"]
 routed = pytest.mark.parametrize("kind", CAUSAL)
-granular = pytest.mark.parametrize("granularity", ["layer", "module"])
-executions = pytest.mark.parametrize("execution", ["rounded", "reference"])
 modes = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 from model.cache import KVCache
 from model.decoder import Decoder, DecoderOutput
 from model.generate import generate
+from tests.model.routed_steps import executions, granular
 from tests.model.tiny import LENGTH, VARIANTS, assert_close, config, decoder, documents_of, random_tokens
 
 KINDS = ["dense", "learned", "random", "stride"]
 CHUNKS = {"prefill": [LENGTH], "chunked": [14, 1, 18], "token-by-token": [1] * LENGTH}
 kinds = pytest.mark.parametrize("kind", KINDS)
-granular = pytest.mark.parametrize("granularity", ["layer", "module"])
-executions = pytest.mark.parametrize("execution", ["rounded", "reference"])
 
 
 @torch.no_grad()
