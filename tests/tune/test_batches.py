@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from data.batches import IGNORE_INDEX, NO_SAMPLE, Batch, step_sample_ids
 from data.placeholders import texts
@@ -253,6 +255,17 @@ def test_without_choices_every_example_is_scored_once(folder: Path, tokenizer: T
     scored = [scored for _, scored in example_set.scored_batches(0, 1, 4)]
     assert set(np.concatenate([part.example for part in scored])) == set(range(60))
     assert all(part.right.all() and not part.choice.any() for part in scored)
+
+
+def test_what_does_not_fit_is_told_of_evaluation_sets(tuning: dict[str, Any], base_run: str, examples: Path) -> None:
+    tokenizer = load_text_tokenizer(yaml.safe_load((Path(base_run) / "config.yaml").read_text())["data"]["dir"])
+    lines = (examples / "held.jsonl").read_text().splitlines()
+    lengths = sorted(len(tokenizer.encode("".join(json.loads(line).values()))) for line in lines)
+    config = copy.deepcopy(tuning["data"]) | {"sequence_tokens": lengths[len(lengths) // 2], "too_long": "leave_out"}
+    data = ExamplesConfig.model_validate(config)
+    held = ExampleSet(data, data.validation[0], tokenizer)
+    assert 0 < held.left_out == len(lines) - held.examples
+    assert f"parity: {held.examples} examples of 2 choices, {held.left_out} left out" in held.sentence()
 
 
 def test_windows_of_real_data_are_full(tokenizer: TextTokenizer) -> None:

@@ -11,26 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 import yaml
 from safetensors.torch import load_file as load_tensors
 
-from data.tokenization import load_text_tokenizer
 from model.decoder import Decoder
-from settings import user_errors
 from settings.load import _apply_override, peek
-from tests.conftest import VOCAB
 from tests.launching import run
+from tests.logged import figures_of
 from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.resume import _check_fit
 from trainer.checkpoints.save import conditions
 from trainer.distributed import ALONE
-from trainer.exit_status import EXIT_MISTAKE
 from tune.base import load_base
-from tune.batches import ExampleSet, TuningData
-from tune.config import ExamplesConfig, TuneFile
+from tune.config import TuneFile
 from tune.load import load_model
-from tune.resolve import load_file, resolve
+from tune.resolve import resolve
 
 pytestmark = pytest.mark.timeout(1800)  # the first test of all waits for every run
 
@@ -63,7 +58,6 @@ TWO_RANKS = {
     "bf16-3": ["train.precision=bf16", "deepspeed.zero_stage=3"],
     "dropped-3": ["adapter.dropout=0.2", "ensemble.balance=0.5", "deepspeed.zero_stage=3"],
 }
-
 LAST_STEP_ONLY = ["train.evaluation.every_steps=4", "train.checkpoint.every_steps=4"]
 GONE_ON_FROM = ("lora", "lora-3", "dropped", "dropped-3")
 """Read at step 2, too."""
@@ -87,18 +81,8 @@ def runs(tuning: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Ca
     return lambda name: folder / name
 
 
-def metrics(folder: Path) -> dict[int, dict[str, Any]]:
-    """What was logged, by step, but for the clock's and the memory's figures."""
-    steps: dict[int, dict[str, Any]] = {}
-    for text in (folder / "metrics.jsonl").read_text().splitlines():
-        line = json.loads(text)
-        kept = {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
-        steps.setdefault(line["step"], {}).update(kept)
-    return steps
-
-
 def losses(folder: Path) -> list[float]:
-    steps = metrics(folder)
+    steps = figures_of(folder)
     return [steps[step]["train/loss"] for step in sorted(steps) if step]
 
 
@@ -108,7 +92,7 @@ def weights(decoder: Decoder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", ONE_RANK)
 def test_every_method_trains_and_is_evaluated(runs: Callable[[str], Path], name: str) -> None:
-    steps = metrics(runs(f"1/{name}"))
+    steps = figures_of(runs(f"1/{name}"))
     last = max(steps)
     assert sorted(steps) == list(range(last + 1))
     if name != "none":  # a frozen backbone of four training steps has little to vote on
@@ -122,20 +106,20 @@ def test_every_method_trains_and_is_evaluated(runs: Callable[[str], Path], name:
 
 
 def test_at_step_0_the_loss_is_the_base_models(runs: Callable[[str], Path]) -> None:
-    base = metrics(runs("1/lora-alone"))[0]["validation/parity/loss"]
+    base = figures_of(runs("1/lora-alone"))[0]["validation/parity/loss"]
     for name in ("lora", "dora", "early", "none", "full", "as-the-base"):
         for kind in ("loss", "loss/ensemble"):
-            assert metrics(runs(f"1/{name}"))[0][f"validation/parity/{kind}"] == pytest.approx(base, abs=1e-5), name
-    assert metrics(runs("1/dora-alone"))[0]["validation/parity/loss"] == pytest.approx(base, abs=1e-5)
-    assert metrics(runs("1/lora"))[0]["validation/parity/loss/layer-03"] == pytest.approx(base, abs=1e-5)
+            assert figures_of(runs(f"1/{name}"))[0][f"validation/parity/{kind}"] == pytest.approx(base, abs=1e-5), name
+    assert figures_of(runs("1/dora-alone"))[0]["validation/parity/loss"] == pytest.approx(base, abs=1e-5)
+    assert figures_of(runs("1/lora"))[0]["validation/parity/loss/layer-03"] == pytest.approx(base, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", [name for name in TWO_RANKS if name.split("-")[0] in METHODS])
 def test_ranks_and_stages_agree(runs: Callable[[str], Path], name: str) -> None:
     one, other = runs(f"1/{name.split('-')[0]}"), runs(f"2/{name}")
     assert losses(other) == pytest.approx(losses(one), rel=2e-5)
-    last = metrics(one)[4]
-    for figure, value in metrics(other)[4].items():
+    last = figures_of(one)[4]
+    for figure, value in figures_of(other)[4].items():
         if figure.startswith(("validation/", "ensemble/weight", "test/")):
             assert value == pytest.approx(last[figure], rel=1e-3, abs=1e-5), figure
 
@@ -146,7 +130,7 @@ def test_bf16_agrees_between_stages(runs: Callable[[str], Path]) -> None:
 
 def test_activation_checkpointing_and_packing_change_nothing(runs: Callable[[str], Path]) -> None:
     assert losses(runs("1/recomputed")) == pytest.approx(losses(runs("1/lora")), rel=1e-6)
-    packed, apart = (metrics(runs(f"1/{name}"))[0] for name in ("lora", "one-window"))
+    packed, apart = (figures_of(runs(f"1/{name}"))[0] for name in ("lora", "one-window"))
     assert packed["validation/parity/loss"] == pytest.approx(apart["validation/parity/loss"], rel=1e-5)
 
 
@@ -192,7 +176,7 @@ def test_four_steps_are_two_and_two_more_bit_by_bit(
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     assert "step-00000002 at step 2" in done.stdout
-    one, other = metrics(straight), metrics(again)
+    one, other = figures_of(straight), figures_of(again)
     assert [one[step] for step in (3, 4)] == [other[step] for step in (3, 4)]
     decoder = load_model(again, merged=False).decoder
     assert not any(module.training for module in decoder.modules())  # dropout, too
@@ -218,81 +202,6 @@ def test_two_ranks_at_stage_3_go_on_as_one_at_stage_1(
     assert done.returncode == 0, done.stdout[-3000:]
     assert "ranks 2 there and 1 here, ZeRO stage 3 there and 1 here" in done.stdout
     assert losses(again) == pytest.approx(losses(straight), rel=2e-5)
-
-
-def test_the_command_says_what_it_trains_and_leaves_pictures(
-    tuning: dict[str, Any], tmp_path: Path, base_run: str
-) -> None:
-    config = copy.deepcopy(tuning)
-    config["train"] |= {"run_dir": str(tmp_path / "run"), "steps": 2, "log": {"every_steps": 1, "peak_tflops": 1.0}}
-    path = tmp_path / "tune.yaml"
-    path.write_text(yaml.safe_dump(config))
-    done = run("tune.train", str(path), processes=2, launcher="deepspeed")
-    assert done.returncode == 0, done.stdout[-3000:]
-    figures = metrics(tmp_path / "run")[0]
-    share = figures["parameters/trained"] / figures["parameters/total"]
-    assert (
-        f"{figures['parameters/trained']:,} of {figures['parameters/total']:,} parameters ({share:.2%})" in done.stdout
-    )
-    for text in ("learned routers", "the last 2 layers", "oracle", "test parity after 2 steps", "adapter saved in"):
-        assert text in done.stdout, text
-    assert "Traceback" not in done.stdout and "Warning" not in done.stdout
-    assert (tmp_path / "run/vote-test-parity.png").stat().st_size > 10_000
-
-    # The saved config says everything: it runs again as it is, to the same losses.
-    again = run("tune.train", str(tmp_path / "run/config.yaml"), f"train.run_dir={tmp_path}/again", processes=2)
-    assert again.returncode == 0, again.stdout[-3000:]
-    assert metrics(tmp_path / "again") == metrics(tmp_path / "run")
-
-
-MISTAKES: dict[str, tuple[list[str], str]] = {
-    "no base": (["base.path=nowhere"], "there is no folder nowhere; give base.path"),
-    "k too large": (["ensemble.layers=9"], "ensemble.layers (9) must not exceed the base's 4 layers; lower it"),
-    "nothing trains": (
-        ["adapter.kind=none", "ensemble=null"],
-        "adapter.kind none without an ensemble and with frozen routers trains nothing; add an ensemble block",
-    ),
-    "all late layers": (
-        ["adapter.kind=full", "adapter.layers=late"],
-        "adapter.layers late is of lora and dora, and adapter.kind is full; leave adapter.layers out",
-    ),
-    "no early layers": (["adapter.layers=early", "ensemble.layers=4"], "adapter.layers early means the layers before"),
-    "unknown target": (["adapter.targets=[lm_head]"], "adapter.targets[0]: input should be 'q_proj', 'k_proj'"),
-    "dropout and recomputation": (
-        ["adapter.dropout=0.1", "train.activation_checkpointing=true"],
-        "adapter.dropout (0.1) must be 0 with train.activation_checkpointing",
-    ),
-    "another model": (
-        ["model={vocab_size: 400, layers: 6, width: 32, heads: 2, kv_heads: 1, ffn_width: 48}"],
-        "holds another model than this config's model block (model.layers 4 there, 6 here",
-    ),
-    "window beyond the base": (
-        ["data.sequence_tokens=512"],
-        "data.sequence_tokens (512) must not exceed model.max_positions (128)",
-    ),
-    "examples beyond the window": (["data.sequence_tokens=8"], "set data.too_long: leave_out"),
-    "unknown key": (["ensemble.layer=3"], "unknown key 'ensemble.layer'; did you mean 'ensemble.layers'?"),
-    "wrong choices": (["data.validation.0.choices=[]", "data.tests=[]"], "unknown key 'data.tests'"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_sentence(
-    mistake: str, tuning: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = copy.deepcopy(tuning)
-    overrides, sentence = MISTAKES[mistake]
-    for override in overrides:
-        if ".0." not in override:
-            _apply_override(config, override)
-    path = tmp_path / "tune.yaml"
-    path.write_text(yaml.safe_dump(config))
-    with pytest.raises(SystemExit) as ended, user_errors():
-        file = load_file(path)
-        resolved = resolve(file, load_base(file.base.path))
-        TuningData(resolved.data, load_text_tokenizer(str(resolved.data.tokenizer)))
-    told = str(ended.value.code) + capsys.readouterr().err
-    assert sentence in told and "\n" not in told.strip()
 
 
 CHANGES = {
@@ -333,72 +242,8 @@ def test_another_base_is_noticed(runs: Callable[[str], Path], tuning: dict[str, 
         resolve(file, load_base(file.base.path))
 
 
-@pytest.mark.parametrize("place", ["", "/tuned", "/checkpoints/step-00000004"])
-def test_a_run_does_not_write_into_its_base(place: str, tuning: dict[str, Any], base_run: str) -> None:
-    config = copy.deepcopy(tuning)
-    config["train"]["run_dir"] = base_run + place
-    with pytest.raises(ValueError, match="are the same, or one lies in the other; give the tuned run a folder"):
-        resolve(TuneFile.model_validate(config), load_base(base_run))
-
-
-def test_what_does_not_fit_is_told_of_evaluation_sets(tuning: dict[str, Any], base_run: str, examples: Path) -> None:
-    tokenizer = load_text_tokenizer(yaml.safe_load((Path(base_run) / "config.yaml").read_text())["data"]["dir"])
-    lines = (examples / "held.jsonl").read_text().splitlines()
-    lengths = sorted(len(tokenizer.encode("".join(json.loads(line).values()))) for line in lines)
-    config = copy.deepcopy(tuning["data"]) | {"sequence_tokens": lengths[len(lengths) // 2], "too_long": "leave_out"}
-    data = ExamplesConfig.model_validate(config)
-    held = ExampleSet(data, data.validation[0], tokenizer)
-    assert 0 < held.left_out == len(lines) - held.examples
-    assert f"parity: {held.examples} examples of 2 choices, {held.left_out} left out" in held.sentence()
-
-
 def test_an_evaluation_stands_in_its_steps_line(runs: Callable[[str], Path]) -> None:
     """So one that was cut short is not there at all, and a resume makes it again."""
     lines = [json.loads(text) for text in (runs("1/lora") / "metrics.jsonl").read_text().splitlines()]
     (of_step,) = [line for line in lines if line["step"] == 2]
     assert {"train/loss", "validation/parity/loss/ensemble", "validation/parity/loss"} <= of_step.keys()
-
-
-def test_the_command_ends_with_one_sentence_and_a_mistakes_status(tuning: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "tune.yaml"
-    path.write_text(yaml.safe_dump(tuning))
-    done = run("tune.train", str(path), "ensemble.layers=9", f"train.run_dir={tmp_path}/none")
-    assert done.returncode == EXIT_MISTAKE and "Traceback" not in done.stdout
-    assert done.stdout.strip().splitlines()[-1].endswith("lower it to at most 4")
-    assert not (tmp_path / "none").exists()
-
-
-def test_a_checkpoint_from_hugging_face_is_imported_tuned_and_merged(
-    tuning: dict[str, Any], base_run: str, tmp_path: Path
-) -> None:
-    """Llama weights of transformers, the base's tokenizer: the whole way by commands."""
-    corpus_folder = Path(yaml.safe_load((Path(base_run) / "config.yaml").read_text())["data"]["dir"])
-    torch.manual_seed(0)
-    made = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128,
-    )  # fmt: skip
-    transformers.LlamaForCausalLM(made).save_pretrained(tmp_path / "hf")
-    shutil.copy(corpus_folder / "tokenizer.model", tmp_path / "hf")
-    done = run("convert.from_hf", str(tmp_path / "hf"), str(tmp_path / "imported"))
-    assert done.returncode == 0, done.stdout[-2000:]
-
-    config = copy.deepcopy(tuning)
-    config["base"]["path"] = str(tmp_path / "imported")
-    config["train"] |= {"run_dir": str(tmp_path / "run"), "steps": 2}
-    (tmp_path / "tune.yaml").write_text(yaml.safe_dump(config))
-    done = run("tune.train", str(tmp_path / "tune.yaml"))
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert "routers   none" in done.stdout and (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
-    done = run("tune.merge", str(tmp_path / "run"), str(tmp_path / "merged"))
-    assert done.returncode == 0, done.stdout[-2000:]
-
-    # What was merged is what was trained, and does not go under a second ensemble.
-    merged, tuned = load_model(tmp_path / "merged").decoder, load_model(tmp_path / "run").decoder
-    tokens = torch.arange(40)[None] % VOCAB
-    with torch.no_grad():
-        assert torch.equal(merged(tokens).logits, tuned(tokens).logits)
-    again = run(
-        "tune.train", str(tmp_path / "tune.yaml"), f"base.path={tmp_path}/merged", f"train.run_dir={tmp_path}/2"
-    )
-    assert again.returncode == EXIT_MISTAKE and "was tuned already" in again.stdout and "Traceback" not in again.stdout
