@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
 from tests.launching import run
+from tests.logged import steps_of
 from tests.ranks import Ranks
 
 TRAIN = "pretrain.train"
 
 
 def _lines(config: dict[str, Any]) -> list[dict[str, Any]]:
-    text = (Path(config["train"]["run_dir"]) / "metrics.jsonl").read_text()
-    return [line for line in map(json.loads, text.splitlines()) if "train/loss" in line]
+    return list(steps_of(config["train"]["run_dir"]).values())
 
 
 def test_a_capacity_holds_in_training_and_its_overflow_is_logged(tiny, write_config):

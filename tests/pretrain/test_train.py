@@ -15,23 +15,11 @@ import pytest
 
 from tests.faults.breakage import hold_in_save, let_a_minute_pass_a_step, lose_the_terminal
 from tests.launching import run, start
+from tests.logged import figures_of, lines_of
 from tests.ranks import Processes, Ranks
 from trainer.exit_status import EXIT_MISTAKE
 
 TRAIN = "pretrain.train"
-
-
-def _metrics(run_dir: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def _exact(run_dir: str) -> dict[int, dict[str, Any]]:
-    """What must be the same bit by bit, by step: all but the clock's and the memory's figures."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in _metrics(run_dir):
-        kept = {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
-        steps.setdefault(line["step"], {}).update(kept)
-    return steps
 
 
 def _wait_for(path: Path, timeout_s: float = 240) -> None:
@@ -49,7 +37,7 @@ def test_two_ranks_finish_and_leave_a_run_folder_that_can_be_run_again(tiny, wri
     assert f"run folder       {run_dir}" in done.stdout and "against a target of 0.500" in done.stdout
     assert "FutureWarning" not in done.stdout and "Traceback" not in done.stdout
 
-    steps = _exact(str(run_dir))
+    steps = figures_of(str(run_dir))
     assert sorted(steps) == [0, 1, 2, 3, 4]
     assert steps[4]["validation/code/loss"] < steps[0]["validation/code/loss"]
     assert 0 < steps[4]["flops/executed_per_token"] < steps[4]["flops/dense_per_token"]
@@ -62,7 +50,7 @@ def test_two_ranks_finish_and_leave_a_run_folder_that_can_be_run_again(tiny, wri
 
     again = run(TRAIN, str(run_dir / "config.yaml"), f"train.run_dir={run_dir}-2", processes=2)
     assert again.returncode == 0, again.stdout[-3000:]
-    assert _exact(f"{run_dir}-2") == steps
+    assert figures_of(f"{run_dir}-2") == steps
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -88,7 +76,7 @@ def test_fourteen_steps_are_seven_and_a_kill_and_seven_more_bit_by_bit(tiny, wri
     resumed = run(TRAIN, config, "train.checkpoint.resume=required", processes=2)
     assert resumed.returncode == 0, resumed.stdout[-3000:]
     assert "at step 7" in resumed.stdout
-    one, other = _exact(f"{run_dir}-straight"), _exact(run_dir)
+    one, other = figures_of(f"{run_dir}-straight"), figures_of(run_dir)
     assert sorted(one) == list(range(15)) and [one[step]["data/stage"] for step in (8, 9)] == [0, 1]
     assert other == one
     if stage == 3:
@@ -101,7 +89,7 @@ def _goes_on_alone_at_another_stage(config: str, run_dir: Path, one: dict[int, d
     alone = run(TRAIN, config, "deepspeed.zero_stage=1", "train.checkpoint.resume=required")
     assert alone.returncode == 0, alone.stdout[-3000:]
     assert "step 7 (ranks 2 there and 1 here, ZeRO stage 3 there and 1 here: equal to rounding" in alone.stdout
-    for step, figures in _exact(str(run_dir)).items():
+    for step, figures in figures_of(str(run_dir)).items():
         for name, value in figures.items():
             close = one[step][name] if value is None else pytest.approx(one[step][name], rel=1e-4, abs=1e-6)
             assert value == close, (step, name)
@@ -114,7 +102,7 @@ def test_a_signal_is_agreed_on_saved_and_resumed_from(tiny, write_config):
     process = start(TRAIN, config, processes=2, launcher="deepspeed")
     _wait_for(run_dir / "heartbeat/rank-1.json")
     _wait_for(run_dir / "metrics.jsonl")
-    while len(_metrics(str(run_dir))) < 4:
+    while len(lines_of(str(run_dir))) < 4:
         time.sleep(0.05)
     beat = json.loads((run_dir / "heartbeat/rank-1.json").read_text())
     os.kill(beat["pid"], signal.SIGUSR1)  # one rank only: all must agree
@@ -215,12 +203,12 @@ def test_rank_0s_clock_says_when_a_checkpoint_is_due_and_a_resume_from_there_is_
         assert ranks.end() == [0, 0], ranks.output[-3000:]
     saved = sorted((run_dir / "checkpoints").iterdir())
     assert [folder.name for folder in saved] == ["step-00000003", "step-00000006", "step-00000007"]
-    straight = _exact(str(run_dir))
+    straight = figures_of(str(run_dir))
     for later in saved[1:]:
         shutil.rmtree(later)
     resumed = run(TRAIN, config, "train.checkpoint.resume=required", processes=2)
     assert resumed.returncode == 0 and "at step 3" in resumed.stdout, resumed.stdout[-3000:]
-    assert _exact(str(run_dir)) == straight
+    assert figures_of(str(run_dir)) == straight
 
 
 def test_a_finished_run_says_so(tiny, write_config):

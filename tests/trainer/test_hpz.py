@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +10,9 @@ from typing import Any
 import pytest
 
 from tests.launching import run
+from tests.logged import losses_of
 
 HPZ = "deepspeed.extra={zero_optimization: {zero_hpz_partition_size: 2}}"
-
-
-def losses(folder: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def test_the_first_step_after_a_resume_at_another_size_has_the_saved_weights(
@@ -31,10 +26,10 @@ def test_the_first_step_after_a_resume_at_another_size_has_the_saved_weights(
     straight = run("pretrain.train", config, "train.optimizer.lr=0.02")
     assert straight.returncode == 0, straight.stdout[-3000:]
     shutil.rmtree(folder / "checkpoints/step-00000006")
-    found = losses(folder)
+    found = losses_of(folder)
     again = run("pretrain.train", config, "train.optimizer.lr=0.02", "train.checkpoint.resume=auto", HPZ, processes=2)
     assert again.returncode == 0, again.stdout[-3000:]
     assert "step 4 (ranks 1 there and 2 here" in again.stdout
-    resumed = losses(folder)
+    resumed = losses_of(folder)
     assert [resumed[step] for step in (5, 6)] == pytest.approx([found[step] for step in (5, 6)], rel=1e-3)
     assert abs(found[1] - found[5]) > 0.05  # the weights have moved by far more than that

@@ -19,6 +19,7 @@ from model.decoder import Decoder
 from model.init import initialise
 from pretrain.initial import open_initial
 from tests.launching import run
+from tests.logged import figures_of
 from tests.trainer.checkpoints.saved_runs import TIED, rehash, save_runs
 from tests.trainer.one_rank import engine_for, take_steps
 from trainer.checkpoints.weights_folder import write_weights
@@ -58,15 +59,6 @@ def test_every_source_at_every_stage_gives_two_ranks_the_masters_bit_by_bit(
         assert here.keys() == there.keys() and all(torch.equal(here[key], there[key]) for key in there), name
 
 
-def _lines(folder: Path) -> dict[int, dict[str, Any]]:
-    """What must be the same bit by bit, by step."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        kept = {k: v for k, v in line.items() if not k.startswith(("speed/", "memory/"))}
-        steps.setdefault(line["step"], {}).update(kept)
-    return steps
-
-
 def test_a_fork_with_nothing_else_changed_is_the_run_that_went_on(
     tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,7 +77,7 @@ def test_a_fork_with_nothing_else_changed_is_the_run_that_went_on(
     done = run(TRAIN, config, *fork, "train.checkpoint.resume=required", processes=2)
     assert done.returncode == 0, done.stdout[-3000:]
 
-    straight, forked = _lines(folder), _lines(tmp_path / "fork")
+    straight, forked = figures_of(folder), figures_of(tmp_path / "fork")
     assert {step: line for step, line in forked.items() if step > 4 and step != 6} == {
         step: straight[step] for step in (5, 7, 8)
     }
@@ -115,7 +107,7 @@ def test_given_thresholds_outlive_a_resume(
         assert done.returncode == 0, done.stdout[-3000:]
         kept = load_model(folder).decoder.thresholds
         assert kept is not None and torch.equal(kept, decoder.thresholds) == (controller == "fixed"), more
-    first = next(line for line in _lines(folder).values() if "density/mean" in line)
+    first = next(line for line in figures_of(folder).values() if "density/mean" in line)
     assert 0.2 < first["density/mean"] < 0.8  # not all of it, as without thresholds
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.logged import losses_of
 from tests.ranks import Processes
 from tests.s3 import S3
 from trainer.checkpoints import manifest
@@ -44,24 +44,20 @@ def start(config: str, s3: S3, *overrides: str, ranks: int = 1) -> Processes:
     )
 
 
-def steps(run: Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
-
-
 def test_two_ranks_go_on_where_the_lost_disk_was(s3: S3, tiny: dict[str, Any], run: Path, write_config: Write) -> None:
     """The metrics of before are there again, too."""
     config, mirror = write_config(tiny), f"train.checkpoint.mirror={s3.bucket('lost-disk')}/run"
     with start(config, s3, mirror, "train.stop_at_step=2", ranks=2) as first:
         assert first.end() == [0, 0] and "mirrored step-00000002 to s3://lost-disk/run in " in first.output
-    before = steps(run)
+    before = losses_of(run)
     shutil.rmtree(run)
     keys = s3.keys("lost-disk")
     assert {"run/config.yaml", "run/metrics.jsonl", "run/step-00000002/manifest.json"} < set(keys)
     with start(config, s3, mirror, ranks=2) as second:
         assert second.end() == [0, 0], second.output
     assert "copying step-00000002 from s3://lost-disk/run" in second.output
-    assert "at step 2" in second.output and steps(run) == before | steps(run) and sorted(steps(run)) == [1, 2, 3, 4]
+    after = losses_of(run)
+    assert "at step 2" in second.output and after == before | after and sorted(after) == [1, 2, 3, 4]
     assert "run/step-00000004/manifest.json" in s3.keys("lost-disk")
 
 

@@ -1,11 +1,9 @@
-"""What runs have written down, and steps and evaluations to be written down."""
+"""Mixtures, steps and evaluations whose metrics are written down."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +13,6 @@ from trainer.evaluate import Evaluation
 from trainer.tally import StepResult, Tally
 
 Train = Callable[..., int]
-OF_TIME = ("speed/", "memory/")
-"""Groups of metrics that differ between runs of one config."""
-
-
-def lines_of(run_dir: str | Path) -> list[dict[str, Any]]:
-    """All lines of a run, none of them cut."""
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def steps_of(run_dir: str | Path) -> dict[int, dict[str, Any]]:
-    """Training lines by step."""
-    return {line["step"]: line for line in lines_of(run_dir) if "train/loss" in line}
 
 
 def in_stages(data: dict[str, Any]) -> dict[str, Any]:

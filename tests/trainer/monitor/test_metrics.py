@@ -14,7 +14,8 @@ import pytest
 from model.budget import Budget
 from model.flops import Routed, training_flops
 from tests.launching import ROOT
-from tests.trainer.monitor.metric_lines import Train, evaluation_of, in_stages, lines_of, step_result, steps_of
+from tests.logged import lines_of, steps_of
+from tests.trainer.monitor.metric_lines import Train, evaluation_of, in_stages, step_result
 from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.monitor.metrics import Metrics

@@ -11,7 +11,8 @@ import torch
 
 from data.batches import TrainingData
 from data.config import DataConfig
-from tests.trainer.monitor.metric_lines import OF_TIME, Train, in_stages, lines_of, steps_of
+from tests.logged import OF_TIME, lines_of, steps_of
+from tests.trainer.monitor.metric_lines import Train, in_stages
 
 
 def test_losses_of_the_sources_add_up_to_the_loss(

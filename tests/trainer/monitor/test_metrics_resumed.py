@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from model.budget import Budget
-from tests.trainer.monitor.metric_lines import OF_TIME, Train, evaluation_of, lines_of, step_result
+from tests.logged import OF_TIME, lines_of
+from tests.trainer.monitor.metric_lines import Train, evaluation_of, step_result
 from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.exit_status import EXIT_PREEMPTED

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from model.budget import Budget
-from tests.trainer.monitor.metric_lines import lines_of, step_result
+from tests.logged import lines_of
+from tests.trainer.monitor.metric_lines import step_result
 from trainer.config import PretrainConfig
 from trainer.distributed import World
 from trainer.monitor.metrics import Metrics
