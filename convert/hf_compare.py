@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from model.agreement import Decisions
 from model.decoder import Decoder
 from model.generate import generate
 
@@ -31,16 +32,16 @@ class Reference(NamedTuple):
     """Random, int64 [B, T]."""
     logits: Tensor
     """fp32 [B, T, V]."""
-    executed: Tensor
-    """Which tokens each routed site executed, bool [S, B, T]."""
+    decisions: Decisions
+    """Of all of them."""
     prompt: Tensor
     """int64 [1, T]."""
     continued: Tensor
     """The prompt and its greedy continuation, int64 [1, T]."""
     gaps: Tensor
     """Largest logit minus the second, before each continued token, fp32 [new]."""
-    continued_executed: Tensor
-    """bool [S, 1, T]."""
+    continued_decisions: Decisions
+    """In one pass over them."""
 
 
 @torch.no_grad()
@@ -53,9 +54,8 @@ def refer(decoder: Decoder) -> Reference:
     continued = generate(decoder, prompt, min(_GREEDY_TOKENS, config.max_positions - prompt.shape[1]))
     rows, row = decoder(tokens), decoder(continued)
     best = row.logits[0, prompt.shape[1] - 1 : -1].topk(2, dim=-1).values
-    return Reference(
-        tokens, rows.logits, rows.routing.executed, prompt, continued, best[:, 0] - best[:, 1], row.routing.executed
-    )
+    decided, decided_on = (Decisions.of(run.routing, decoder.thresholds) for run in (rows, row))
+    return Reference(tokens, rows.logits, decided, prompt, continued, best[:, 0] - best[:, 1], decided_on)
 
 
 @torch.no_grad()
@@ -65,15 +65,15 @@ def compare(reference: Reference, folder: Path) -> str:
     Adapters that it keeps apart are put on it by PEFT.
 
     A router may tip over on rounding where a token's two logits are all but equal, after which everything in that row
-    differs; such rows are reported and left out. The modelling file in ``folder`` is run: only for what we wrote.
+    may differ; such rows are reported and left out. The modelling file in ``folder`` is run: only for what we wrote.
 
     Raises:
         ValueError: if transformers cannot load it, or anything differs.
     """
     kept = f"it stays in {folder} to be looked at, and nothing else was written"
     model = _load(folder, kept)
-    logits, executed = _theirs(model, reference.tokens, reference.executed)
-    alike = (executed == reference.executed).all(dim=-1).all(dim=0)
+    logits, executed = _theirs(model, reference.tokens, reference.decisions)
+    alike = _same_rows(reference.decisions, executed, kept)
     largest = float((logits - reference.logits)[alike].abs().amax()) if bool(alike.any()) else float("inf")
     span = float(reference.logits.max() - reference.logits.min())
     if not largest <= TOLERANCE * max(span, 1.0):  # NaN as well
@@ -97,17 +97,28 @@ def _compare_greedy(model: Any, reference: Reference, tolerance: float, kept: st
     if torch.equal(theirs, reference.continued):
         return f"the same {new} tokens greedily"
     place = int((theirs != reference.continued).nonzero()[0, 1]) - start
-    _, executed = _theirs(model, reference.continued, reference.continued_executed)
-    tipped = bool((executed != reference.continued_executed)[:, :, : start + place].any())
+    decided = reference.continued_decisions
+    _, executed = _theirs(model, reference.continued, decided)
+    before = start + place
+    tipped = not bool(_same_rows(decided.first(before), executed[..., :before], kept))
     if not tipped and float(reference.gaps[place]) > tolerance:
         raise ValueError(f"the export's greedy continuation differs from its token {place + 1} of {new} on; {kept}")
     return f"the same {place} tokens greedily, then a tie of two {'router' if tipped else 'token'} logits"
 
 
-def _theirs(model: Any, tokens: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits [B, T, V] and executed tokens [S, B, T], as many sites as ``like`` has."""
-    output = model(input_ids=tokens, **({"output_executed": True} if len(like) else {}))
-    return output.logits, torch.stack(output["executed"]) if len(like) else like
+def _same_rows(ours: Decisions, executed: Tensor, kept: str) -> Tensor:
+    """Rows that the export routes as we do, bool [B]."""
+    try:
+        return ours.same_rows(executed)
+    except ValueError as error:
+        raise ValueError(f"the export routes tokens differently: {error}; {kept}") from error
+
+
+def _theirs(model: Any, tokens: Tensor, ours: Decisions) -> tuple[Tensor, Tensor]:
+    """Logits [B, T, V] and executed tokens [S, B, T], of as many sites as we have."""
+    routed = len(ours.executed) > 0
+    output = model(input_ids=tokens, **({"output_executed": True} if routed else {}))
+    return output.logits, torch.stack(output["executed"]) if routed else ours.executed
 
 
 def _load(folder: Path, kept: str) -> Any:

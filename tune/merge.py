@@ -5,7 +5,7 @@
 
 Before anything is written, the logits of the decoder with its adapters and of the merged one are compared on random
 tokens. A skip router may tip over on rounding where a token's two logits are all but equal, after which everything in
-that row differs; such rows are reported and left out.
+that row may differ; such rows are reported and left out (``model/agreement.py``).
 
 Dimension letters: B rows, T tokens, V vocabulary, S routed sites.
 """
@@ -20,13 +20,12 @@ from settings import command_parser, path_argument, user_errors
 from trainer.preflight import open_model
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from model.decoder import Decoder
 
 ROWS, TOKENS = 8, 32
 TOLERANCE = 1e-4
 """Largest difference between two logits, as a share of their range or of 1, whichever is more; as of an export."""
+_TOO_LARGE = "the adapters' weights are too large to be added in fp32"
 
 
 def merge_checked(decoder: Decoder) -> tuple[float, float, int]:
@@ -36,38 +35,34 @@ def merge_checked(decoder: Decoder) -> tuple[float, float, int]:
         The largest difference, the range of the logits, and the number of rows of random tokens that both are over.
 
     Raises:
-        ValueError: if it is above ``TOLERANCE``, or there is no row to compare.
+        ValueError: if it is above ``TOLERANCE``, routing differs by more than rounding, or no row is routed the same.
     """
     import torch
 
+    from model.agreement import Decisions
     from tune.adapters import merge
 
     config = decoder.config
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.vocab_size, (ROWS, min(TOKENS, config.max_positions)), generator=generator)
-    logits, executed = _run(decoder, tokens)
-    merge(decoder)
-    merged_logits, merged_executed = _run(decoder, tokens)
-    alike = (executed == merged_executed).all(dim=-1).all(dim=0)
+    with torch.no_grad():
+        before = decoder(tokens)
+        merge(decoder)
+        after = decoder(tokens)
+    logits, merged_logits = before.logits, after.logits
+    try:
+        alike = Decisions.of(before.routing, decoder.thresholds).same_rows(after.routing.executed)
+    except ValueError as error:
+        raise ValueError(f"the merged model routes tokens differently: {error}; {_TOO_LARGE}") from error
     rows = int(alike.sum())
     difference = float((logits - merged_logits)[alike].abs().amax()) if rows else float("inf")
     span = float(logits.max() - logits.min())
     if not difference <= TOLERANCE * max(span, 1.0):  # NaN as well
         raise ValueError(
             f"the merged model's logits must be those of the model with adapters to {TOLERANCE:g} of their range "
-            f"({span:.3g}), and differ by {difference:.2g} on {rows} rows of random tokens; the adapters' weights are "
-            "too large to be added in fp32"
+            f"({span:.3g}), and differ by {difference:.2g} on {rows} rows of random tokens; {_TOO_LARGE}"
         )
     return difference, span, rows
-
-
-def _run(decoder: Decoder, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T] -> logits [B, T, V] and what was executed, bool [S, B, T]."""
-    import torch
-
-    with torch.no_grad():
-        output = decoder(tokens)
-    return output.logits, output.routing.executed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -97,17 +97,23 @@ def test_logits_of_a_wide_range_may_differ_by_as_large_a_share_of_it() -> None:
     assert difference > 1e-3 and difference < 1e-5 * span
 
 
-def test_a_merge_that_loses_too_much_is_refused(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def losing(decoder: Decoder) -> Decoder:
     """A huge update that the adapter's other half takes back: as sums of weights nothing of the weight is left."""
-    decoder = tuned("lora", rank=8)
     for layer in decoder.layers:
         a, b = (getattr(layer.mlp.down_proj, name)["default"].weight.data for name in ("lora_A", "lora_B"))
         a[4:], b[:, :4], b[:, 4:] = a[:4], 1e6 * torch.ones_like(b[:, :4]), -1e6 * torch.ones_like(b[:, 4:])
         a.mul_(1 + 1e-5 * torch.randn(a.shape, generator=torch.Generator().manual_seed(0)))
-    write(decoder, checkpoint)
+    return decoder.eval()
+
+
+def test_a_merge_that_loses_too_much_is_refused(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match=r"must be those of the model with adapters to 0.0001 of their range \("):
+        merge_checked(losing(tuned("lora", "dense", rank=8)))
+    write(losing(tuned("lora", rank=8)), checkpoint)
     with pytest.raises(SystemExit):
         main([str(checkpoint), str(tmp_path / "out")])
-    assert "must be those of the model with adapters to 0.0001 of their range (" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "routes tokens differently: " in told and "the adapters' weights are too large to be added in fp32" in told
     assert not (tmp_path / "out").exists()
