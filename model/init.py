@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.roles import role_of
 
 
 def init_std(name: str, config: ModelConfig) -> float | None:
@@ -26,7 +27,7 @@ def init_std(name: str, config: ModelConfig) -> float | None:
     embedding, head, everything else     init_std
     ===================================  =============================================================
     """
-    if "norm" in name:
+    if role_of(name) == "norm":
         return None
     if name.endswith(("o_proj.weight", "down_proj.weight")):
         return config.init_std / math.sqrt(2 * config.layers)

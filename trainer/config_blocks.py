@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from data.config import File
+from model.roles import role_of
 from model.schedules import Progress
 from settings import PathText, Strict
 
@@ -49,7 +50,7 @@ class OptimizerConfig(Strict):
         matrix = len(shape) >= 2
         if self.kind == "adafactor" and matrix:
             return 4.0 * sum(shape)
-        orthogonalised = self.kind == "muon" and matrix and "embed" not in name and "lm_head" not in name
+        orthogonalised = self.kind == "muon" and matrix and role_of(name) not in ("embedding", "head")
         return 4.0 * math.prod(shape) * (1 if self.kind == "adafactor" or orthogonalised else 2)
 
 

@@ -12,14 +12,13 @@ from torch import nn
 from model.block import Block
 from model.decoder import Decoder
 from model.init import initial_values as draw
+from model.roles import Role, role_of
 from trainer.adafactor import Adafactor
 from trainer.config import StageConfig
 from trainer.config_blocks import OptimizerConfig
 from trainer.deepspeed_config import deepspeed_config
 from trainer.deepspeed_internals import gathered, import_deepspeed, is_partitioned, undo_first_step, whole_shape
 from trainer.distributed import World
-
-_VOTER = "ensemble.router.weight"
 
 
 def build_engine(
@@ -140,17 +139,15 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
     outputs in Yang et al. 2022, arXiv:2203.03466). At the full rate the vote collapses in its first steps, while the
     late layers do not read well yet, and a layer with weight zero gets no gradient to recover.
     """
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    voters = [p for name, p in named if name == _VOTER]
-    routers = [p for name, p in named if "router" in name and name != _VOTER]
-    norms = [p for name, p in named if "norm" in name or "lora_magnitude" in name]
-    taken = {id(p) for p in (*voters, *routers, *norms)}
-    matrices = [p for _, p in named if id(p) not in taken]
+
+    def of(*roles: Role) -> list[nn.Parameter]:
+        return [p for name, p in model.named_parameters() if p.requires_grad and role_of(name) in roles]
+
     groups = [
-        {"params": matrices, "lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
-        {"params": norms, "lr": optimizer.lr, "weight_decay": 0.0},
+        {"params": of("embedding", "head", "matrix"), "lr": optimizer.lr, "weight_decay": optimizer.weight_decay},
+        {"params": of("norm", "magnitude"), "lr": optimizer.lr, "weight_decay": 0.0},
         {
-            "params": routers,
+            "params": of("router"),
             "lr": optimizer.lr * optimizer.router_lr_ratio,
             "weight_decay": optimizer.router_weight_decay,
         },
@@ -160,7 +157,7 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
                 "lr": optimizer.lr * optimizer.router_lr_ratio / whole_shape(p)[1],
                 "weight_decay": optimizer.router_weight_decay,
             }
-            for p in voters
+            for p in of("vote")
         ),
     ]
     return [group for group in groups if group["params"]]

@@ -16,6 +16,7 @@ from data.skip_ranges import refuse_other_past
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
+from model.roles import role_of
 from trainer.checkpoints import resume, retention
 from trainer.checkpoints.mirror import open_mirror
 from trainer.checkpoints.rng import rng_state, set_rng_state
@@ -369,5 +370,5 @@ class Trainer:
 def _drawn(checkpoint: Path | None, given: Initial | None) -> Callable[[str], bool]:
     """Which weights are drawn: those that nothing is read for."""
     if isinstance(given, GivenWeights):
-        return lambda name: "router" in name  # theirs may have none
+        return lambda name: role_of(name) == "router"  # theirs may have none
     return lambda name: checkpoint is None

@@ -26,6 +26,7 @@ from torch import nn
 
 from model.decoder import Decoder
 from model.init import generator_of
+from model.roles import role_of
 from trainer.deepspeed_internals import whole_size
 from tune.config import AdapterConfig, layers_adapted
 
@@ -78,7 +79,7 @@ def part_of(name: str) -> Part:
         return "ensemble"
     if name.startswith("norm."):
         return "norm"
-    return "routers" if "router." in name else "backbone"
+    return "routers" if role_of(name) == "router" else "backbone"
 
 
 def trainable_counts(decoder: Decoder) -> tuple[int, int]:
