@@ -163,6 +163,56 @@ class Decoder(nn.Module):
         Raises:
             ValueError: for a cache with a router that is not causal, a full cache, or thresholds of another model.
         """
+        late, record = self.late_states(
+            tokens,
+            sample_ids=sample_ids,
+            documents=documents,
+            positions=positions,
+            padding=padding,
+            noise_scale=noise_scale,
+            temperature=temperature,
+            cache=cache,
+            capacity=capacity,
+            thresholds=thresholds,
+            sequence=sequence,
+        )
+        if targets is None:
+            hidden, vote = self._read_out(late)
+            return DecoderOutput(self.lm_head(hidden), None, record, vote=vote)
+        if scored_targets is not None:
+            places = torch.nonzero_static(targets.flatten() != IGNORE_INDEX, size=scored_targets).squeeze(1)
+            targets = targets.flatten().index_select(0, places)
+        if places is not None:
+            late = [state.flatten(0, 1).index_select(0, places) for state in late]
+        hidden, vote = self._read_out(late)
+        if score:
+            candidates = (hidden,) if vote is None else (*vote.normed, hidden)
+            return DecoderOutput(None, None, record, self.lm_head(hidden, targets, candidates=candidates), vote)
+        if vote is None:
+            return DecoderOutput(None, self.lm_head(hidden, targets, z_coefficient), record)
+        return self._ensemble_loss(vote, targets, z_coefficient, record)
+
+    def late_states(
+        self,
+        tokens: Tensor,
+        *,
+        sample_ids: Tensor | None = None,
+        documents: Tensor | None = None,
+        positions: Tensor | None = None,
+        padding: Tensor | None = None,
+        noise_scale: Tensor | float = 1.0,
+        temperature: Tensor | float = 1.0,
+        cache: KVCache | None = None,
+        capacity: Capacity | None = None,
+        thresholds: Tensor | None = None,
+        sequence: SequenceGroup | None = None,
+    ) -> tuple[list[Tensor], RoutingRecord]:
+        """Run embedding and layers; the arguments are those of :meth:`forward`.
+
+        Returns:
+            The residual streams [B, T, D] that norm and head would read: after the last layer, and where there is an
+            ensemble after each late layer, in order; and what was routed.
+        """
         past = 0 if cache is None else cache.length
         length = tokens.shape[1]
         if sequence is None:
@@ -180,22 +230,7 @@ class Decoder(nn.Module):
             sample_ids, routed, noise, soft, self.seed, held, self.centres, explored, self.recompute, sequence
         )
         inputs = self._pass_inputs(tokens, steps, documents, positions, cache, routing, room)
-        late, record = self._run_layers(tokens, documents, positions, inputs)
-        if targets is None:
-            hidden, vote = self._read_out(late)
-            return DecoderOutput(self.lm_head(hidden), None, record, vote=vote)
-        if scored_targets is not None:
-            places = torch.nonzero_static(targets.flatten() != IGNORE_INDEX, size=scored_targets).squeeze(1)
-            targets = targets.flatten().index_select(0, places)
-        if places is not None:
-            late = [state.flatten(0, 1).index_select(0, places) for state in late]
-        hidden, vote = self._read_out(late)
-        if score:
-            candidates = (hidden,) if vote is None else (*vote.normed, hidden)
-            return DecoderOutput(None, None, record, self.lm_head(hidden, targets, candidates=candidates), vote)
-        if vote is None:
-            return DecoderOutput(None, self.lm_head(hidden, targets, z_coefficient), record)
-        return self._ensemble_loss(vote, targets, z_coefficient, record)
+        return self._run_layers(tokens, documents, positions, inputs)
 
     def _pass_inputs(
         self,

@@ -58,27 +58,11 @@ def fit_norms(decoder: Decoder, data: TrainingStream, window_tokens: int, world:
             norm.weight.copy_(torch.where(square > 0, product / square, norm.weight.to(square)))
 
 
-class _Voting(Exception):
-    """The late layers are about to vote, and no more of the pass is needed."""
-
-
 def _late_states(decoder: Decoder, batch: Batch, device: torch.device) -> list[Tensor]:
     """Residual streams of the late layers where they will vote, [N, D] each: on the N tokens that have a target."""
-    states: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[list[Tensor], nn.Module]) -> None:
-        states.extend(args[0])
-        raise _Voting
-
-    assert decoder.ensemble is not None
-    watched = decoder.ensemble.register_forward_pre_hook(stop)
     more = {name: getattr(batch, name) for name in ("sample_ids", "documents", "positions")}
-    try:
-        decoder(batch.tokens.to(device), **{name: None if x is None else x.to(device) for name, x in more.items()})
-    except _Voting:
-        pass
-    finally:
-        watched.remove()
+    more = {name: None if x is None else x.to(device) for name, x in more.items()}
+    states, _ = decoder.late_states(batch.tokens.to(device), **more)
     voted = (batch.targets != IGNORE_INDEX).to(device)
     return [state[voted] for state in states]
 
