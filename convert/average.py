@@ -229,23 +229,15 @@ def _of_ensemble(one: Loaded, field: str) -> Any:
 @contextmanager
 def _weights_of(loaded: Loaded) -> Iterator[Weights]:
     """The parameters of a checkpoint or a folder of weights."""
-    from trainer.checkpoints.read_weights import weights_of
-    from trainer.checkpoints.weights_folder import mismatch, weights_in
+    from trainer.checkpoints.read_weights import matched
+    from trainer.checkpoints.weights_folder import weights_in
     from trainer.config import WeightsConfig
 
     if isinstance(loaded.config, WeightsConfig):
         with weights_in(loaded.source, loaded.decoder) as file:
             yield file.get_tensor
         return
-    wanted = dict(loaded.decoder.named_parameters())
-    again = {name for name, _ in loaded.decoder.named_parameters(remove_duplicate=False)} - wanted.keys()
-    stage = loaded.config.deepspeed.zero_stage
-    found = {e.name: e for e in weights_of(loaded.decoder, loaded.source, stage) if e.name not in again}
-    if problem := mismatch(wanted, {name: entry.shape for name, entry in found.items()}):
-        raise ValueError(
-            f"the weights in {loaded.source} do not match its config.yaml ({problem}); one of them was changed since, "
-            "so take another checkpoint"
-        )
+    found = matched(loaded.decoder, loaded.source, loaded.config.deepspeed.zero_stage)
 
     def read(name: str) -> Tensor:
         return found[name].master(loaded.source).view(found[name].shape)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import ENGINE, STATE, checkpoints_of, is_run
+from trainer.checkpoints.weights_folder import mismatch
 from trainer.checkpoints.zero_files import MASTER, StoredParameter, only_tensors, stored
 from trainer.deepspeed_internals import import_deepspeed
 from trainer.distributed import ALONE, World
@@ -37,8 +38,10 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
     Raises:
         ValueError: if the files hold another model, or anything but tensors and numbers.
     """
+    wanted = dict(module.named_parameters())
     with torch.no_grad():
-        _fill(module, weights_of(module, folder, zero_stage), folder)
+        for name, entry in matched(module, folder, zero_stage).items():
+            _copy(wanted[name], entry, folder)
     return manifest.read(folder, ALONE)["step"]
 
 
@@ -55,6 +58,28 @@ def weights_of(module: nn.Module, folder: Path, zero_stage: int) -> Iterator[Sto
     trained = optimizer_order(module)
     import_deepspeed()  # quietly: the allowed types are its own
     return stored(folder / ENGINE, zero_stage, written["world_size"], trained, state=False)
+
+
+def matched(module: nn.Module, folder: Path, zero_stage: int) -> dict[str, StoredParameter]:
+    """The same by name, where the checkpoint holds every parameter of the module once, in its shape.
+
+    Raises:
+        ValueError: if it does not, or the files hold anything but tensors and numbers.
+    """
+    found = {entry.name: entry for entry in without_second_names(module, weights_of(module, folder, zero_stage))}
+    if problem := mismatch(dict(module.named_parameters()), {name: entry.shape for name, entry in found.items()}):
+        raise ValueError(
+            f"the weights in {folder} do not match its config.yaml ({problem}); one of them was changed since, so take "
+            "another checkpoint"
+        )
+    return found
+
+
+def without_second_names(module: nn.Module, entries: Iterable[StoredParameter]) -> Iterator[StoredParameter]:
+    """``entries`` without those under a parameter's second name, a tied head's, which some files have as well."""
+    names = {name for name, _ in module.named_parameters()}
+    again = {name for name, _ in module.named_parameters(remove_duplicate=False)} - names
+    return (entry for entry in entries if entry.name not in again)
 
 
 def thresholds_in(checkpoint: Path) -> Tensor | None:
@@ -88,30 +113,6 @@ def checkpoint_of(path: Path, world: World = ALONE, what: str = _WHAT) -> Path:
     if found is None:
         raise ValueError(f"{folder} holds no whole checkpoint; train until one is saved, or give another run folder")
     return found
-
-
-def _fill(module: nn.Module, stored: Iterable[StoredParameter], folder: Path) -> None:
-    """Copy what the files hold into the module; every parameter once, in its shape."""
-    wanted = dict(module.named_parameters())
-    # Second names of the same weight, as a tied head's: some files have them, too.
-    again = {name for name, _ in module.named_parameters(remove_duplicate=False)} - wanted.keys()
-    problems = []
-    for entry in stored:
-        parameter = wanted.pop(entry.name, None)
-        if parameter is None:
-            if entry.name not in again:
-                problems.append(f"{entry.name} is there, but not in the config's model")
-        elif parameter.shape != entry.shape:
-            problems.append(f"{entry.name} is {list(entry.shape)} there and {list(parameter.shape)} by the config")
-        else:
-            _copy(parameter, entry, folder)
-    problems += [f"{name} is missing" for name in wanted]
-    if problems:
-        more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise ValueError(
-            f"the weights in {folder} do not match its config.yaml ({'; '.join(problems[:3])}{more}); one of them was "
-            "changed since, so take another checkpoint"
-        )
 
 
 def _copy(parameter: Tensor, entry: StoredParameter, folder: Path) -> None:

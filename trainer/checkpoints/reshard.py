@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.checkpoints.read_weights import without_second_names
 from trainer.checkpoints.zero_files import MASTER, StoredParameter, stored
 from trainer.deepspeed_internals import (
     Place,
@@ -86,13 +87,10 @@ def put(engine: Any, entries: Iterable[StoredParameter], folder: Path, world: Wo
 def _put_own(engine: Any, entries: Iterable[StoredParameter], folder: Path, rank: int, size: int) -> list[str]:
     """What a rank keeps, one parameter at a time; not collective."""
     parameters = dict(engine.module.named_parameters())
-    again = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)} - parameters.keys()
     places = dict(master_places(engine, rank, size))
     optimizer = torch_optimizer(engine)
     with torch.no_grad():
-        for entry in entries:
-            if entry.name in again:  # a tied head's second name
-                continue
+        for entry in without_second_names(engine.module, entries):
             parameter = parameters.pop(entry.name, None)
             if parameter is None or whole_shape(parameter) != entry.shape:
                 raise ValueError(f"{entry.name} in {folder} is not of this model; take the config that goes with it")
