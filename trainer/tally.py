@@ -102,11 +102,7 @@ class StepResult:
 
 
 class _StepSums(NamedTuple):
-    """Views of one fp64 vector, in its order, so that one all-reduce and one copy take all of them.
-
-    The first ``_SCALARS`` have one entry, the next seven one for each site, then two for each late layer, two for each
-    source.
-    """
+    """Views of one fp64 vector, so that one all-reduce and one copy take all of them; see :func:`_sizes`."""
 
     nll: Tensor
     z: Tensor
@@ -133,7 +129,26 @@ class _StepSums(NamedTuple):
     inputs: Tensor
 
 
-_SCALARS = 11
+_ROUTED = ("executed_tokens", "attended_keys", "overflow_tokens", "explored_tokens", "explored_keys")
+_MARGINS = ("margins", "squared_margins")
+_OF_LATE_LAYERS = ("vote_weights", "vote_largest")
+_OF_SOURCES = ("source_nll", "source_targets")
+_INPUTS = "inputs"
+_SCALARS = tuple(
+    name for name in _StepSums._fields if name not in (*_ROUTED, *_MARGINS, *_OF_LATE_LAYERS, *_OF_SOURCES, _INPUTS)
+)
+_WHOLE = ("targets", "stop", "save_due", "bad_micro_batches")
+
+
+def _sizes(sites: int, late_layers: int, sources: int, width: int) -> dict[str, int]:
+    """How many entries of the vector each sum has, in the vector's order: scalars first, ``inputs`` last."""
+    return {
+        **dict.fromkeys(_SCALARS, 1),
+        **dict.fromkeys(_ROUTED + _MARGINS, sites),
+        **dict.fromkeys(_OF_LATE_LAYERS, late_layers),
+        **dict.fromkeys(_OF_SOURCES, sources),
+        _INPUTS: sites * width,
+    }
 
 
 class Counter:
@@ -153,9 +168,10 @@ class Counter:
 
     def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0, width: int = 0):
         self._sources = sources
-        self._sizes = [1] * _SCALARS + [sites] * 7 + [late_layers] * 2 + [sources] * 2 + [sites * width]
-        self.vector = torch.zeros(sum(self._sizes), dtype=torch.float64, device=device)
-        self.sums = _StepSums(*self.vector.split(self._sizes))
+        self._sizes = _sizes(sites, late_layers, sources, width)
+        self.vector = torch.zeros(sum(self._sizes.values()), dtype=torch.float64, device=device)
+        views = self.vector.split(list(self._sizes.values()))
+        self.sums = _StepSums(**dict(zip(self._sizes, views, strict=True)))
 
     def add(
         self, output: DecoderOutput, targets: Tensor, scored_targets: int | None = None, sources: Tensor | None = None
@@ -174,20 +190,23 @@ class Counter:
         sums.targets.add_(valid.sum())
         sums.visible_keys.add_(routing.visible_keys)
         sums.bad_micro_batches.add_(~torch.isfinite(loss.loss))
-        parts = [routing.executed_tokens, routing.attended_keys, routing.overflow_tokens]
-        parts += [routing.explored_tokens, routing.explored_keys, *routing.margin_sums]
+        parts = {name: getattr(routing, name) for name in _ROUTED}
+        parts |= zip(_MARGINS, routing.margin_sums, strict=True)
+        if self._sizes[_INPUTS]:
+            parts[_INPUTS] = routing.input_sums.flatten()
         if vote is not None:
             sums.distillation.add_(loss.distillation.detach())
             sums.vote_entropy.add_(vote.entropy)
-            parts += [vote.weights.detach(), vote.largest]
+            parts |= zip(_OF_LATE_LAYERS, (vote.weights.detach(), vote.largest), strict=True)
         if self._sources:
             assert sources is not None
             # Sums of rows, not scattered: scattering adds in another order every time on a GPU.
             own = sources == torch.arange(self._sources, device=sources.device)[:, None]
-            parts += [torch.where(own, each, 0).sum(dim=1) for each in (nll, valid.sum(dim=1))]
-        if self._sizes[-1]:
-            parts.append(routing.input_sums.flatten())
-        self.vector[_SCALARS:] += torch.cat(parts)  # all that follows the scalars, at once
+            for name, each in zip(_OF_SOURCES, (nll, valid.sum(dim=1)), strict=True):
+                parts[name] = torch.where(own, each, 0).sum(dim=1)
+        vectors = [parts[name] for name, size in self._sizes.items() if size and name not in _SCALARS]
+        if vectors:
+            self.vector[len(_SCALARS) :] += torch.cat(vectors)  # at once
 
     def ask_to_stop(self) -> None:
         """Count this rank among those that were asked to stop."""
@@ -209,18 +228,17 @@ class Counter:
     @property
     def counts(self) -> Tensor:
         """The vector without what routers read, which stays on the device."""
-        return self.vector[: sum(self._sizes[:-1])]
+        return self.vector[: len(self.vector) - self._sizes[_INPUTS]]
 
     def tally(self, counts: Tensor | None = None) -> Tally:
         """The sums on the host; or those of ``counts``, which has the order of :attr:`counts`."""
-        names, sizes = _StepSums._fields[:-1], self._sizes[:-1]
         numbers = iter((self.counts if counts is None else counts).tolist())  # one copy, one wait
         found: dict[str, Any] = {
-            name: [next(numbers) for _ in range(size)] for name, size in zip(names, sizes, strict=True)
+            name: [next(numbers) for _ in range(size)] for name, size in self._sizes.items() if name != _INPUTS
         }
-        found |= {name: found[name][0] for name in _StepSums._fields[:_SCALARS]}
-        found |= {name: int(found[name]) for name in ("targets", "stop", "save_due", "bad_micro_batches")}
-        del found["margins"], found["squared_margins"]
+        found |= {name: found[name][0] for name in _SCALARS}
+        found |= {name: int(found[name]) for name in _WHOLE}
+        found = {name: value for name, value in found.items() if name not in _MARGINS}  # these stay on the device
         routed = Routed(**{part.name: found.pop(part.name) for part in fields(Routed)})
         return Tally(routed=routed, **found)
 
