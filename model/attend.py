@@ -1,12 +1,12 @@
-"""Attention of gathered queries over all keys, by the kernel that the device has for it.
+"""Attention of gathered queries over all keys, with a kernel that depends on the device.
 
     training, prefill   CPU   scaled_dot_product_attention, block of queries by block of queries
                         CUDA  FlexAttention on the flat grid (model/flex.py)
     one new token       both  scaled_dot_product_attention over the KV cache
 
-Queries of a block lie together in the sequence, because a selection is sorted: so a block is given only the keys from
-the first to the last that any of its queries sees. That halves the work of a causal pass, which PyTorch's CPU kernel
-does not do by itself in windows of up to 512 tokens, with its causal flag or without (LOG.md).
+A selection is sorted, so the queries of a block are neighbours in the sequence, and a block only gets the keys from the
+first to the last that any of its queries sees. That halves the work of a causal pass; PyTorch's CPU kernel does not do
+so by itself for windows of up to 512 tokens, with or without its causal flag (LOG.md).
 
 Dimension letters: B batch, T new tokens, S keys (T and the cached ones), N selected tokens, C columns of the
 selection's rectangle, H query heads, G key/value heads, R = H / G, K head width.
@@ -25,11 +25,11 @@ from model.flex import flex_attend
 from model.selection import Selection
 from model.visibility import Visibility, mask
 
-# Smaller blocks skip more of the keys that are not seen, and pay more for starting a kernel; and every block holds a
-# gradient of the keys that it was given until all have one.
+# Smaller blocks skip more invisible keys, but need more kernel launches; and the backward pass holds the gradients of
+# each block's keys until all blocks have theirs.
 _BLOCK_QUERIES_MIN, _BLOCKS_MAX = 64, 8
 
-# In decoding on the CPU a call of its own for some rows of the cache takes about as long as reading this many more keys
+# In decoding on the CPU, a separate call for some rows of the cache costs about as much as reading this many more keys
 # in one call: an estimate from single calls on one thread.
 _CALL_KEYS = 256
 
@@ -84,9 +84,9 @@ def attend_by_blocks(
 
 
 def _blocks(first: Tensor | None, last: Tensor) -> tuple[list[int], list[tuple[int, int]]]:
-    """Where blocks of columns begin and end, and the keys that each block's queries see: from, up to.
+    """Edges of the blocks of columns, and the keys that each block's queries see, as half-open ranges.
 
-    ``first`` and ``last`` are [B or 1, C]; a short last block is joined to the one before.
+    ``first`` and ``last`` are [B or 1, C]; a short last block is merged into the one before.
     """
     columns = last.shape[1]
     block = max(_BLOCK_QUERIES_MIN, -(-columns // _BLOCKS_MAX))
@@ -97,7 +97,7 @@ def _blocks(first: Tensor | None, last: Tensor) -> tuple[list[int], list[tuple[i
 
 
 class _Runs(torch.autograd.Function):
-    """Overlapping runs of x [B, S, ...]; their gradients are added up in one tensor, not in one for each run."""
+    """Overlapping runs of x [B, S, ...]; their gradients are summed into one tensor, not one per run."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, runs: list[tuple[int, int]]) -> tuple[Tensor, ...]:
@@ -113,7 +113,7 @@ class _Runs(torch.autograd.Function):
 
 
 def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, selection: Selection, visibility: Visibility) -> Tensor:
-    """:func:`attend` where every row has one new token, the last of its keys; query heads of a group share a row."""
+    """:func:`attend` where every row has one new token, the last of its keys; a group's R heads are R queries."""
     groups = keys.shape[2]
     q = queries.unflatten(1, (groups, -1))  # [N, G, R, K]
     k, v = keys.transpose(1, 2), values.transpose(1, 2)  # [B, G, S, K]
@@ -122,12 +122,12 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, selection: Select
         m = mask(visibility.first, visibility.last, 0, visibility.keys)[:, None]  # [B, 1, 1, S]
     if selection.index is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=m).flatten(1, 2)
-    # The cache is read where it lies: a copy of the rows that ask would cost more than what the others save.
+    # The cache is read in place: copying the rows that execute would cost more than skipping the others saves.
     every = q.new_zeros(selection.batch, *q.shape[1:]).index_copy(0, selection.index, q)
     pieces, end = [], 0
     for rows in _runs_of_rows(selection.index, selection.batch, visibility.keys):
         attended = F.scaled_dot_product_attention(every[rows], k[rows], v[rows], None if m is None else m[rows])
-        pieces += [every[end : rows.start], attended]  # what lies between is dropped below
+        pieces += [every[end : rows.start], attended]  # rows in between are dropped below
         end = rows.stop
     return torch.cat([*pieces, every[end:]]).index_select(0, selection.index).flatten(1, 2)
 
@@ -135,7 +135,7 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, selection: Select
 def _runs_of_rows(index: Tensor, batch: int, keys: int) -> list[slice]:
     """Slices of the batch that hold all rows in ``index``, int64 [N], rising, and few others."""
     if not index.is_cpu:
-        return [slice(0, batch)]  # the shape is the same whoever asks, and the host need not know
+        return [slice(0, batch)]  # one shape whichever rows execute, and no sync with the host
     runs: list[slice] = []
     for row in index.tolist():
         if runs and (row - runs[-1].stop) * keys <= _CALL_KEYS:

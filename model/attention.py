@@ -1,8 +1,8 @@
 """Grouped-query attention: queries of the selected tokens only, keys and values of all tokens.
 
 Keys and values are computed for all tokens of the sequence; queries, the attention itself and the output projection
-only for the executed ones. A query sees every key at or before its own position, of its own document where attention
-is confined:
+only for the executed ones. A query sees every key at or before its own position, only those of its own document where
+attention is confined to documents:
 
     keys      0 1 2 3 4        documents a a b b b,  executed queries 1 3 4
     query 1   x x . . .
@@ -28,7 +28,7 @@ from model.visibility import Visibility
 
 
 class Attention(nn.Module):
-    """Projections around :func:`model.attend.attend`; weights are laid out as Hugging Face's Llama has them."""
+    """Projections around :func:`model.attend.attend`; weights have the layout of Hugging Face's Llama."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""One decoder layer: attention and SwiGLU feed-forward behind RMSNorms, with or without routers.
+"""One decoder layer: attention and SwiGLU feed-forward, each after an RMSNorm, with or without routers.
 
     dense      x + attention, then + feed-forward, for every token
     layer      one router decides on both together; a skipped token passes unchanged
@@ -41,10 +41,10 @@ class PassInputs:
         visibility: which keys each query sees.
         routing: what routers read.
         cache: the KV cache to append to, if any.
-        recompute: activation checkpointing: recompute a layer's inside in the backward pass.
-        capacity: how many tokens of a row a routed site computes; None where shapes follow the decisions.
-        one_on_host: every row has one token, and the host sees decisions for nothing: decoding on a CPU.
-        lockstep: every rank must call the same modules, whose parameters ZeRO 3 gathers on all of them together.
+        recompute: activation checkpointing: recompute a layer's activations in the backward pass.
+        capacity: how many tokens of a row a routed site computes; None where shapes depend on the decisions.
+        one_on_host: every row has one token, and the host reads decisions at no cost: decoding on a CPU.
+        lockstep: every rank must call the same modules, because ZeRO 3 gathers their parameters collectively.
     """
 
     cos: Tensor
@@ -70,7 +70,7 @@ class Decision(NamedTuple):
         gate: the router's answer.
         selection: the tokens that are computed.
         explored: skipped tokens for which the site's output is computed without a gradient of its own, and not added.
-        kept: bool [B, T], tokens that execute, where a capacity may have dropped some; else all that the gate says.
+        kept: bool [B, T], tokens that execute, where a capacity may have dropped some; None: all that the gate selects.
     """
 
     gate: Gate
@@ -84,7 +84,7 @@ class Decision(NamedTuple):
         return self.gate.executed if self.kept is None else self.kept
 
     def with_gate(self, gate: Gate) -> Decision:
-        """The same tokens, with the values of ``gate``."""
+        """The same decisions, with everything else from ``gate``."""
         return self._replace(gate=gate._replace(decided=self.gate.executed, explored=self.gate.explored))
 
 
@@ -149,7 +149,7 @@ class Block(nn.Module):
         return selection.add(x, _recomputed(update, x) if _recomputes(inputs) else update(x))
 
     def _routed(self, site: _Site, config: RouterConfig, x: Tensor, inputs: PassInputs) -> tuple[Tensor, Decision]:
-        """``x`` with what ``site`` adds to it, and its decision."""
+        """Apply ``site``: ``x`` plus its update, and its decision."""
 
         def gate(x: Tensor, h: Tensor) -> Gate:
             return site.router(h if config.input == "normed" else x, inputs.routing)
@@ -158,7 +158,7 @@ class Block(nn.Module):
             return self._keys_values(h, inputs) if site.attends else None
 
         h, recomputes = site.norm(x), _recomputes(inputs)
-        shared = None if recomputes else keys_values(h)  # before the router: other ranks' are on their way meanwhile
+        shared = None if recomputes else keys_values(h)  # before the router, to overlap with its work
         decision = _decide(gate(x, h), config, inputs)
         if _nothing_to_do(decision, inputs):
             return x, decision
@@ -168,11 +168,11 @@ class Block(nn.Module):
             return _add(x, update, missed, decision, config), decision
         missed = None
         if decision.explored is not None:
-            with torch.no_grad():  # keys and values, too: the backward pass has its own
+            with torch.no_grad():  # keys and values, too: the backward pass computes its own
                 missed = _missed(decision, inputs, site.part, x, h, keys_values(h))
 
-        # Of the above only masks and what explored tokens missed are kept: the norm's output, which is as large as x,
-        # and the gate are computed again, and the tokens are those that were decided here.
+        # Only masks and the explored tokens' missed updates are kept from above: the norm's output, which is as large
+        # as x, and the gate are recomputed, for the tokens that were decided here.
         taken = decision._replace(
             gate=Gate(decision.gate.executed, explored=decision.gate.explored),
             selection=replace(decision.selection, recomputed=True),
@@ -191,7 +191,7 @@ class Block(nn.Module):
     def _layer_update(
         self, x: Tensor, h: Tensor, shared: KeysValues | None, selection: Selection, inputs: PassInputs
     ) -> Tensor:
-        """What attention and feed-forward together add to the selected tokens, [N, D]."""
+        """Update of the selected tokens by attention and feed-forward together, [N, D]."""
         attended = self._attention_update(x, h, shared, selection, inputs)
         return attended + self.mlp(self.post_attention_layernorm(selection.gather(x) + attended))
 
@@ -208,7 +208,7 @@ class Block(nn.Module):
         return self.mlp(selection.gather(h))
 
     def _keys_values(self, h: Tensor, inputs: PassInputs) -> KeysValues:
-        """Keys and values of all tokens, those included that are cached or on other ranks; own ones are cached."""
+        """Keys and values of all tokens, including cached ones and other ranks'; new ones go into the cache, if any."""
         project = self.self_attn.keys_values
         if inputs.cache is not None:
             return inputs.cache.append(self.layer, h, inputs.cos, inputs.sin, project)
@@ -223,11 +223,11 @@ class _Site:
     """A routed site.
 
     Attributes:
-        router: asked for each token.
-        norm: of the residual stream.
-        part: what it adds to the residual stream of the selected tokens, [N, D], from the stream, its norm, and all
+        router: decides for each token.
+        norm: applied to the residual stream.
+        part: computes the update of the selected tokens, [N, D], from the residual stream, the normed stream, and all
             tokens' keys and values.
-        attends: has an attention, whose keys and values are of every token.
+        attends: contains attention, which needs keys and values of every token.
     """
 
     router: nn.Module
@@ -241,7 +241,7 @@ def _recomputes(inputs: PassInputs) -> bool:
 
 
 def _recomputed(part: Callable[..., Any], *args: Tensor | None) -> Any:
-    """Activation checkpointing: ``part(*args)``, whose inside is dropped and computed again for the backward pass."""
+    """Activation checkpointing: ``part(*args)``; its activations are dropped and recomputed in the backward pass."""
     return checkpoint(part, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -251,7 +251,7 @@ def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
         explored, _ = _select(gate.explored, None if room is None else room.explored, inputs.sequence)
     if inputs.one_on_host and room is None and config.execution != "reference":
         return Decision(gate, Selection.of_rows(gate.rows()), explored)
-    gate = gate._replace(decided=gate.executed)  # once, whoever asks
+    gate = gate._replace(decided=gate.executed)  # computed once for all readers
     if config.execution == "reference":
         batch, tokens = gate.executed.shape
         return Decision(gate, Selection.everything(batch, tokens, exact=False), explored)
@@ -260,17 +260,17 @@ def _decide(gate: Gate, config: RouterConfig, inputs: PassInputs) -> Decision:
 
 
 def _select(wanted: Tensor, capacity: int | None, sequence: SequenceGroup | None) -> tuple[Selection, Tensor | None]:
-    """The tokens of ``wanted``, bool [B, T], to compute; and which a capacity, of the whole window, left."""
+    """The tokens of ``wanted``, bool [B, T], to compute; and those a capacity kept, counted over the whole window."""
     if capacity is None:
         return Selection.of(wanted), None
     if sequence is None:
         return Selection.capped(wanted, capacity)
     kept = wanted & sequence.local_part(sequence.all_gather(wanted).cumsum(dim=1) <= capacity)
-    return Selection.of(kept), kept  # a rank's share of them differs from step to step
+    return Selection.of(kept), kept  # a rank's number of them varies from step to step
 
 
 def _nothing_to_do(decision: Decision, inputs: PassInputs) -> bool:
-    """True where generation may leave a site out. Elsewhere its modules run on no rows, for ZeRO's collectives."""
+    """True where generation may skip a site. Elsewhere its modules run on zero rows, for ZeRO's collectives."""
     return inputs.cache is not None and not inputs.lockstep and decision.selection.size == 0
 
 
@@ -280,16 +280,16 @@ def _weigh(update: Tensor, decision: Decision, config: RouterConfig) -> Tensor:
         if decision.selection.exact:
             return update
         executed = decision.selection.gather(decision.executed)
-        return torch.where(executed[:, None], update, 0.0)  # no product: what a filler gives need not be finite
-    value = torch.where(decision.executed, decision.gate.value, 0.0)  # not of what a capacity has dropped, either
+        return torch.where(executed[:, None], update, 0.0)  # not a product: a filler's output may be non-finite
+    value = torch.where(decision.executed, decision.gate.value, 0.0)  # 0 for dropped tokens, too
     return update * decision.selection.gather(value)[:, None].to(update.dtype)
 
 
 def _missed(decision: Decision, inputs: PassInputs, part: Callable[..., Tensor], *args: Any) -> Tensor | None:
     """What ``part`` would have added to the explored tokens, [N, D], without a gradient of its own.
 
-    Before the executed tokens' pass: under ZeRO 3 a module's last call in the forward pass must be the one that has a
-    backward pass, or its weights are not released there.
+    Called before the executed tokens' pass: under ZeRO 3 a module's last call in the forward pass must be the one that
+    has a backward pass, or its weights are not released there.
     """
     if decision.explored is None:
         return None
@@ -303,5 +303,5 @@ def _add(x: Tensor, update: Tensor, missed: Tensor | None, decision: Decision, c
     if missed is None or decision.explored is None:
         return x
     gate = decision.gate
-    value = torch.where(gate.executed, 0.0, gate.value)  # 0 for all: fillers may be tokens that were to execute
+    value = torch.where(gate.executed, 0.0, gate.value)  # 0 for all: fillers may be tokens that execute
     return decision.explored.add(x, missed * decision.explored.gather(value)[:, None].to(missed.dtype))

@@ -1,4 +1,4 @@
-"""The compute budget: what holds the learned routers at their density.
+"""The compute budget: what keeps the learned routers at their target density.
 
 The regulariser of Zeng et al. 2023 (section 3.3) is ``c * sum_l (r_l - P)^2``, with r_l a layer's mean hard gate and
 the straight-through gradient. Its gradient is a **price** on executing a token at a site,
@@ -6,33 +6,33 @@ the straight-through gradient. Its gradient is a **price** on executing a token 
     per_layer    price_s = 2 c (r_s - P)                           penalty  c sum_s (r_s - P)^2
     global       price_s = 2 c (R - P) S f_s,  R = sum_s f_s r_s   penalty  c S (R - P)^2
 
-with f_s the site's share of the skippable FLOPs and S the number of sites. The step's loss then holds
+with f_s the site's share of the skippable FLOPs and S the number of sites. The step's loss then has the term
 ``sum_s price_s r_s`` with the price as a constant: the same gradient.
 
-The r in the price is the density of the optimiser step before, over all ranks and micro-batches, not that of the
-micro-batch in hand. So the error is that of the global batch whatever the number of ranks and the accumulation split,
-and the forward pass needs no collective. Density moves by a few thousandths a step; the first step is free. Tokens
-that a router wants to execute and for which a capacity had no room are counted in r: the budget brings the router down
-to its density, the capacity only bounds the cost until then.
+The r in the price is the density of the previous optimiser step, over all ranks and micro-batches, not that of the
+current micro-batch. So the error is that of the global batch for any number of ranks and any accumulation split, and
+the forward pass needs no collective. Density moves by a few thousandths a step; in the first step the price is 0.
+Tokens that a capacity dropped count in r: the budget brings the router down to its density, the capacity only bounds
+the cost until then.
 
 ``controller: adaptive`` adds an integral term to the price, ``I += rate (r - P)`` after every step: dual ascent on
 the constraint r = P, which ends at the price that meets the target, whatever c is.
 
-``controller: quantile`` asks no price. A token executes where its margin, noise included, reaches its site's threshold
+``controller: quantile`` sets no price. A token executes where its margin, noise included, reaches its site's threshold
 
     t_s = m_s + d_s (z(1 - P) + k_s)                               k_s += g_s (r_s - P) after every step
 
-with m_s and d_s the mean and the deviation of the site's margins, z the normal distribution's quantile and k_s what
-their true distribution differs by, at a gain g_s of at most a half. (A threshold at a running quantile of the scores:
-Expert Threshold, arXiv:2603.11535; this estimate of it is ours.) The router's gradient is what a token gains by
-executing, and the target is met from the second step on. While the target is 1 the threshold is minus infinity. The
-soft gate, whose gradient routers learn by, is centred on the threshold, but no further than d_s from m_s, so that they
-learn while all tokens execute, too. m_s and d_s are averages over the last few steps, over all tokens of all ranks: the
-same for any split of the batch.
+with m_s and d_s the mean and the standard deviation of the site's margins, z the normal quantile function, and k_s a
+correction for how their true distribution differs, with a gain g_s of at most a half. (A threshold at a running
+quantile of the scores: Expert Threshold, arXiv:2603.11535; this estimate of it is ours.) The router's gradient is what
+a token gains by executing, and the target is met from the second step on. While the target is 1 the threshold is minus
+infinity. The soft gate, which gives routers their gradient, is centred on the threshold, but no further than d_s from
+m_s, so that they also learn while all tokens execute. m_s and d_s are averages over the last few steps, over all tokens
+of all ranks: the same for any split of the batch.
 
 Most of that gradient is common to all tokens of a site: executing helps. It would move all margins together, and the
-threshold after them. So a router learns as if it read its input less its mean over those steps: of what tells tokens
-apart. In the first step, when there is no mean yet, it learns nothing.
+threshold after them. So a router learns as if it read its input minus its mean over those steps: only from what tells
+tokens apart. In the first step, when there is no mean yet, it learns nothing.
 
 Dimension letters: S routed sites, D width.
 """
@@ -52,11 +52,11 @@ from model.router import Centres
 from model.schedules import Progress
 
 _MEMORY = 0.5
-"""quantile: how much of the moments of margins is kept at every step. Routers move by a good part of a deviation a step
-when they are young; a longer memory would lag."""
+"""quantile: decay per step of the running moments of margins. Early in training, margins move by a good part of a
+standard deviation a step; a longer memory would lag."""
 _GAIN, _LEAST_GAIN = 0.5, 0.05
-"""quantile: deviations that a threshold moves in one step for each unit of density error: halved when the error changes
-its sign, so that a threshold settles inside a narrow bundle of margins, and raised again while it keeps it."""
+"""quantile: standard deviations by which a threshold moves in one step per unit of density error, most and least:
+halved when the error changes sign, so that a threshold settles in a narrow cluster of margins, else raised again."""
 
 
 class MarginStatistics(NamedTuple):
@@ -75,7 +75,7 @@ class Budget:
     """Prices per routed site, and the state that they come from.
 
     Args:
-        config: the model's config. A budget of a dense model, or of routers without weights, never asks a price.
+        config: the model's config. For a dense model, or routers without weights, prices are always 0.
         sequence_tokens: window length, for the sites' FLOP shares and the capacity.
         device: where prices live.
     """
@@ -99,14 +99,14 @@ class Budget:
         return self.router.budget.target(self.router.density, progress) if self.active else self.router.density
 
     def capacity(self, progress: Progress) -> Capacity | None:
-        """How many tokens of a window a site computes at ``progress``; None where shapes follow the decisions."""
+        """How many tokens of a window a site computes at ``progress``; None where shapes depend on the decisions."""
         if self.router is None:
             return None
         return self.router.capacity(self.sequence_tokens, self.target(progress))
 
     @property
     def seen_margins(self) -> bool:
-        """Whether there was a step for thresholds to follow."""
+        """Whether a step has been observed for thresholds to follow."""
         return self._seen is not None
 
     def thresholds(self, progress: Progress) -> tuple[Tensor, Centres] | tuple[None, None]:
@@ -138,11 +138,11 @@ class Budget:
         return self.router.budget.coefficient * (self._scale() * error.square()).sum()
 
     def observe(self, density: Tensor, progress: Progress, seen: MarginStatistics | None = None) -> None:
-        """Take in what the step just done found, over all ranks and micro-batches.
+        """Update the state from the step just done, over all ranks and micro-batches.
 
         Args:
             density: wanted by each site, [S].
-            progress: as for that step.
+            progress: at that step.
             seen: what thresholds follow; quantile only.
         """
         if not self.active:
@@ -162,7 +162,7 @@ class Budget:
                 *(_MEMORY * old + (1 - _MEMORY) * new for old, new in zip(self._seen, seen, strict=True))
             )
             return
-        # Not before the target stands still: while it is 1, noise keeps the density below it and I would wind up.
+        # Only once the target is constant: while it is 1, noise keeps the density below it and I would wind up.
         if self.router.budget.controller == "adaptive" and progress.step >= self.router.budget.reached(progress):
             self._integral = self._integral + self.router.budget.adaptive_rate * self._error
 
@@ -175,9 +175,9 @@ class Budget:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` returned.
+        """Restore what :meth:`state_dict` returned.
 
-        Of another controller, as a fork may have, nothing but the error: its integral has another unit.
+        From another controller, as in a fork, only the error is restored: the integral has another unit.
         """
         for name in ("error", "integral"):
             if state[name].shape != (self.sites,):
@@ -187,7 +187,7 @@ class Budget:
                 )
         self._error = state["error"].to(self._error.device)
         own = None if self.router is None else self.router.budget.controller
-        before = "quantile" if "moments" in state else own  # where an older version did not say
+        before = "quantile" if "moments" in state else own  # older versions did not store it
         if state.get("controller", before) != own:
             return
         self._integral = state["integral"].to(self._integral.device)

@@ -1,15 +1,15 @@
 """The KV cache of token-by-token decoding.
 
 Every layer has keys and values of every token, skipped or not: a skipped token is still attended to by later ones
-(Zeng et al. 2023), so the cache of a routed model is as full as a dense one's. They are needed when a later token
-executes the layer, and computed then, for all tokens since the last one that did, so that the projections' weights are
-read once. A layer that all tokens of a step skip costs its norm and its router:
+(Zeng et al. 2023), so the cache of a routed model is as full as a dense one's. They are computed when a later token
+executes the layer and needs them, for all tokens since the last one that did, so that the projections' weights are
+read once. A layer that all tokens of a step skip costs only its norm and its router:
 
     token         0 1 2 3 4
     executes      x . . x .
     computed at   0 3 3 3 later
 
-Dimension letters: B batch, S capacity in tokens, T new tokens, W waiting tokens, D width, G key/value heads, K head
+Dimension letters: B batch, S capacity in tokens, T new tokens, W pending tokens, D width, G key/value heads, K head
 width.
 """
 
@@ -26,14 +26,14 @@ from model.config import ModelConfig
 from model.rotary import rotation
 
 KeysValues = Callable[[], tuple[Tensor, Tensor]]
-"""Keys and values of all tokens, those included that are cached or on other ranks, [B, S, G, K] each; asked for when
-the queries are there, because other ranks' may be on their way until then."""
+"""Returns keys and values of all tokens, including cached ones and other ranks', [B, S, G, K] each; called once the
+queries are ready, because other ranks' may be in transit until then."""
 _MOST_WAITING = 64
-"""Tokens of a layer that wait; with that many, reading the weights is no longer what their product takes."""
+"""Limit of a layer's pending tokens; with that many, their product is no longer bound by reading the weights."""
 
 
 class _Waiting(NamedTuple):
-    """New tokens of a layer: normed inputs [B, T, D], their rotation [B, T, K], and what makes keys and values."""
+    """New tokens of a layer: normed inputs [B, T, D], their rotation [B, T, K], and the keys and values' projection."""
 
     h: Tensor
     cos: Tensor
@@ -79,16 +79,16 @@ class KVCache:
         sin: Tensor,
         project: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
     ) -> KeysValues:
-        """Take a layer's new tokens, whose keys and values are computed when somebody asks.
+        """Add a layer's new tokens, whose keys and values are computed on demand.
 
         Args:
             layer: its number.
             h: normed inputs, [B, T, D].
             cos, sin: rotation, [B, T, K].
-            project: makes keys and values [B, W, G, K] of inputs and rotation of W tokens.
+            project: computes keys and values [B, W, G, K] from inputs and rotation of W tokens.
 
         Returns:
-            What computes those that wait, and gives all so far, [B, length + T, G, K] each.
+            A function that computes pending ones and returns all so far, [B, length + T, G, K] each.
         """
         waiting = self._waiting.setdefault(layer, [])
         waiting.append(_Waiting(h, cos, sin, project))
@@ -99,7 +99,7 @@ class KVCache:
 
     @torch.no_grad()
     def write_all(self) -> None:
-        """Compute the keys and values that wait in any layer."""
+        """Compute the pending keys and values of all layers."""
         for layer in list(self._waiting):
             self._write(layer, self.length)
 
@@ -108,7 +108,7 @@ class KVCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def _write(self, layer: int, end: int) -> None:
-        """Compute the keys and values of the tokens that wait, the last of which is the one before ``end``."""
+        """Compute the keys and values of the pending tokens; the last one is at ``end - 1``."""
         waiting = self._waiting.pop(layer, None)
         if waiting is None:
             return
@@ -119,12 +119,12 @@ class KVCache:
         self.keys[layer, :, new], self.values[layer, :, new] = waiting[0].project(h, cos, sin)
 
     def rotation(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the ``tokens`` next positions, [B, tokens, K] each; see ``model/rotary.py``."""
+        """Cosines and sines of the next ``tokens`` positions, [B, tokens, K] each; see ``model/rotary.py``."""
         new = slice(self.length, self.length + tokens)
         return self._cos[:, new], self._sin[:, new]
 
     def append_documents(self, documents: Tensor) -> Tensor:
-        """Note the new tokens' documents [B, T]; return those of all keys so far [B, length + T]."""
+        """Store the new tokens' documents [B, T]; return those of all keys so far [B, length + T]."""
         if self.length and not self.has_documents:
             raise ValueError("the cache was started without documents, so new tokens cannot have any")
         self.has_documents = True
@@ -133,7 +133,7 @@ class KVCache:
         return self.documents[:, :end]
 
     def repeat(self, other: KVCache, times: Tensor) -> None:
-        """Begin, empty so far, with all that ``other`` holds, each of its rows as often as ``times`` [its B] says."""
+        """Fill this empty cache with the contents of ``other``, its row i repeated ``times[i]`` times."""
         other.write_all()
         self.length = other.length
         for held, own in ((other.keys, self.keys), (other.values, self.values)):

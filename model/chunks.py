@@ -1,4 +1,4 @@
-"""Logits a chunk of tokens at a time: how many tokens that is, and what the losses over chunks share.
+"""Chunked logits: how many tokens a chunk has, and what the losses over chunks share.
 
 Dimension letters: V vocabulary, D width.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""A target on which no loss is taken."""
+"""Marks a target without a loss."""
 # Logits held at once, in fp32 entries. On the CPU a chunk should stay in the cache between the passes over it (8 MiB);
 # on a GPU (256 MiB) few chunks matter more, because each one reads and writes the weight's fp32 gradient.
 _CHUNK_LOGITS = {"cpu": 2**21, "other": 2**26}
-_CHUNK_ROWS_MIN = 256  # with fewer, the products wait for the weight to be read
+_CHUNK_ROWS_MIN = 256  # with fewer, the products are bound by reading the weight
 
 
 def chunk_rows(weight: Tensor) -> int:
@@ -26,7 +26,7 @@ def rows_at_once(vocab_size: int, on_cpu: bool) -> int:
 
 
 def accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, inside the product where the dtypes allow it."""
+    """``total += left @ right``, fused where the dtypes allow it."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

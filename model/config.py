@@ -1,6 +1,6 @@
 """The ``model`` block of a run's config: the decoder's sizes and its ``router`` block.
 
-Typed data beside its owner. A dense model is a model without a ``router`` block; that block is the only difference
+A dense model is a model without a ``router`` block; that block is the only difference
 between ``configs/dense_160m.yaml`` and ``configs/skip_160m.yaml``.
 """
 
@@ -17,7 +17,7 @@ from settings import Strict
 
 
 class Site(NamedTuple):
-    """A routed place: a whole layer, or one of its two modules."""
+    """A routed site: a whole layer, or one of its two modules."""
 
     module: Literal["layer", "attention", "ffn"]
     layer: int
@@ -40,12 +40,12 @@ class Site(NamedTuple):
 
 
 class RopeScaling(Strict):
-    """How rotary frequencies are stretched to reach beyond the length that a model was trained at."""
+    """Scaling of the rotary frequencies, for contexts longer than a model was trained on."""
 
     kind: Literal["linear", "llama3"]
     """``linear`` divides every frequency; ``llama3`` divides only the low ones (as Llama 3.1 does)."""
     factor: float = Field(gt=0)
-    """By how much the reach grows."""
+    """By how much the context length grows."""
     low_freq_factor: float = Field(1.0, gt=0)
     """llama3: wavelengths above original_positions / this are divided by factor."""
     high_freq_factor: float = Field(4.0, gt=0)
@@ -64,7 +64,7 @@ class RopeScaling(Strict):
 
 
 class BudgetConfig(DensityRamp):
-    """What makes the router keep to its density: a price, in nats per unit of density, on every routed site.
+    """What keeps the router at its density: a price, in nats per unit of density, on every routed site.
 
     See ``model/budget.py`` for the formulas. The paper's setting is ``per_layer``, coefficient 0.1, no warm-up,
     ``fixed``.
@@ -75,7 +75,7 @@ class BudgetConfig(DensityRamp):
     coefficient: float = Field(0.1, ge=0)
     """Weight of the squared density error in the loss."""
     controller: Literal["fixed", "adaptive", "quantile"] = "fixed"
-    """``adaptive`` adds an integral term, so that the target is met whatever the coefficient. ``quantile`` asks no
+    """``adaptive`` adds an integral term, so that the target is met whatever the coefficient. ``quantile`` sets no
     price: each site's threshold follows the quantile of its margins at the target density, so that routers learn from
     gain alone."""
     adaptive_rate: float = Field(0.001, gt=0)
@@ -95,8 +95,8 @@ class Capacity(NamedTuple):
     """How many tokens of a window a routed site computes in training, whatever routers decide: static shapes.
 
     Attributes:
-        executed: most tokens that execute; the first ones along the window do.
-        explored: skipped tokens for which the site's output is computed for their gates to learn from, drawn among all
+        executed: the most tokens that execute, first come first served along the window.
+        explored: skipped tokens for which the site's output is computed for their gates to learn from, drawn from all
             of the window's; all of them where there are fewer.
     """
 
@@ -123,9 +123,9 @@ class RouterConfig(Strict):
     """Which layers between those have a router: all; every other, beginning with the second (Raposo et al. 2024); or a
     list of their numbers, which count from 0."""
     noise: Ramp = Ramp(start=1.0, end=0.0, until=0.6)
-    """Scale of the Gumbel noise on the logits in training; 1 throughout is the paper's."""
+    """Scale of the Gumbel noise on the logits in training; the paper's is 1 throughout."""
     temperature: Ramp = Ramp(start=1.0, end=1.0, until=1.0)
-    """Temperature of the soft gate whose gradient the hard gate borrows."""
+    """Temperature of the soft gate, which provides the hard gate's gradient."""
     execution: Literal["rounded", "capacity", "reference"] = "rounded"
     """How executed tokens are computed in training: ``rounded`` gathers them all, ``capacity`` a fixed number a window
     (static shapes, overflow dropped), ``reference`` computes every token and masks (slow). Evaluation and generation
@@ -135,8 +135,8 @@ class RouterConfig(Strict):
     explore: float = Field(0.0, ge=0, le=1)
     """learned: share of skipped tokens for which training computes, forward only, what the site would have added, for
     their gates to learn from. 1 is textbook straight-through; with 0 only executed tokens' gates learn from the loss.
-    With a capacity a fixed number a window: this share of those skipped at the target density, rounded up to whole
-    blocks of 16 tokens."""
+    With ``execution: capacity`` it is a fixed number per window: this share of those skipped at the target density,
+    rounded up to whole blocks of 16 tokens."""
     budget: BudgetConfig = BudgetConfig()
     """How the learned router is held at its density."""
 
@@ -155,7 +155,7 @@ class RouterConfig(Strict):
 
     @property
     def learned(self) -> bool:
-        """Whether it has weights that choose for each token by itself: the method."""
+        """Whether this is the method itself: a learned decision for each token alone."""
         return self.kind == "learned"
 
     @property
@@ -169,7 +169,7 @@ class RouterConfig(Strict):
         return self.learned and self.explore > 0
 
     def capacity(self, tokens: int, target: float) -> Capacity | None:
-        """Room for a window of ``tokens`` at density ``target``; None where shapes follow what routers decide."""
+        """Room for a window of ``tokens`` at density ``target``; None where shapes depend on the decisions."""
         if self.execution != "capacity":
             return None
         explored = self.explore * (1 - self.density) * tokens if self.explores else 0.0
@@ -184,7 +184,7 @@ def _whole_blocks(wanted: float, block: int, most: int) -> int:
 
 
 def _layout_problems(router: RouterConfig, layers: int, routed: Sequence[int]) -> list[str]:
-    """Why a model of so many layers cannot be routed as its router block says."""
+    """Why a model of ``layers`` layers cannot be routed as its router block says."""
     if not routed:
         named = "" if router.layers == "all" else f" and layers {router.layers}"
         return [
@@ -209,17 +209,17 @@ class EnsembleConfig(Strict):
     """Of the softmax over layers; above 1 spreads the weights."""
     top: int | None = Field(None, ge=2)
     """Only this many layers with the largest weights vote on a token; all of them unless given. At least 2: a single
-    one has weight 1 whatever the router says, which then learns nothing."""
+    one would always have weight 1, and the router would learn nothing."""
     start: Literal["fit", "copy"] = "fit"
-    """Where the other layers' norms begin: ``fit`` to the final layer's normed state on some tokens of the data, or as
-    a ``copy`` of the final norm."""
+    """How the other layers' norms are initialised: ``fit`` to the final layer's normed state on some tokens of the
+    data, or as a ``copy`` of the final norm."""
     final_weight: float = Field(0.9, gt=0, le=1)
-    """Weight of the final layer before anything is learned, the rest shared by the others."""
+    """Initial weight of the final layer; the others share the rest."""
     open_by: float = Field(0.1, ge=0, le=1)
-    """Share of the steps by which the vote is open: it begins as the base model, with all weight on the final layer,
-    and comes down to what ``final_weight`` and the router say. 0: open from the start."""
+    """Share of the steps over which the vote opens: it starts as the base model, with all weight on the final layer,
+    which falls to what ``final_weight`` and the router give it. 0: open from the start."""
     balance: float = Field(0.0, ge=0)
-    """Weight of the load-balancing term, which is least where all layers vote equally often."""
+    """Weight of the load-balancing term, which is smallest where all layers vote equally often."""
     distillation: float = Field(0.1, ge=0)
     """Weight of the KL divergence of each late layer's distribution from the final layer's: the paper's lambda."""
     distillation_temperature: float = Field(1.0, gt=0)
@@ -235,7 +235,7 @@ class EnsembleConfig(Strict):
 
 
 class ModelConfig(Strict):
-    """Sizes of the decoder (a Llama-family one: RMSNorm, rotary, grouped-query attention, SwiGLU)."""
+    """Sizes of the decoder (Llama family: RMSNorm, rotary, grouped-query attention, SwiGLU)."""
 
     vocab_size: int = Field(gt=1)
     """Number of token ids."""
@@ -256,7 +256,7 @@ class ModelConfig(Strict):
     rope_theta: float = Field(10_000.0, gt=0)
     """Base of the rotary wavelengths."""
     rope_scaling: RopeScaling | None = None
-    """Stretched rotary frequencies; none unless given."""
+    """Scaling of the rotary frequencies; none unless given."""
     norm_epsilon: float = Field(1e-5, gt=0)
     """Added to the mean square in every RMSNorm."""
     qk_norm: bool = False
@@ -264,7 +264,7 @@ class ModelConfig(Strict):
     tied_head: bool = False
     """Share one matrix between the token embedding and the LM head."""
     init_std: float = Field(0.02, gt=0)
-    """Standard deviation of freshly drawn weights; see the table in ``model/init.py``."""
+    """Standard deviation of initial weights; see the table in ``model/init.py``."""
     router: RouterConfig | None = None
     """Which tokens each layer executes; every token in every layer (dense) unless given."""
 
@@ -299,10 +299,10 @@ class ModelConfig(Strict):
         """Refuse routers that look at later tokens.
 
         Args:
-            consequence: what that means here, as half a sentence.
+            consequence: what that means here, as a clause.
 
         Raises:
-            ValueError: with ``consequence`` and the kinds that do not.
+            ValueError: with ``consequence`` and the causal kinds.
         """
         if self.router is not None and not self.router.causal:
             raise ValueError(

@@ -32,7 +32,7 @@ from model.visibility import Visibility
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """Logits [B, T, V] or, where targets were given, loss sums over them or scores; and what was decided on the way."""
+    """Logits [B, T, V] or, where targets were given, loss sums over them or scores; and the routing decisions."""
 
     logits: Tensor | None
     loss: LossSums | None
@@ -46,10 +46,10 @@ class DecoderOutput:
 
 
 class FrozenStates(Protocol):
-    """Remembers what the first layers make of a batch, where none of their weights are trained.
+    """Caches what the first layers compute for a batch, where none of their weights are trained.
 
     Attributes:
-        layers: how many.
+        layers: how many first layers.
     """
 
     layers: int
@@ -63,7 +63,7 @@ class FrozenStates(Protocol):
             read: tokens, documents and positions, int64 [B, T] each.
             states: how many streams.
             dtype: of the streams.
-            compute: makes those of the whole batch, where they are not remembered.
+            compute: computes those of the whole batch, where they are not cached.
         """
         ...
 
@@ -97,7 +97,7 @@ class Decoder(nn.Module):
         self.centres: Centres | None = None
         """In training: what soft gates are centred on; the thresholds unless set."""
         self.frozen: FrozenStates | None = None
-        """Asked instead of the first layers, which must be dense; not in generation."""
+        """Called instead of the first layers, which must be dense; not in generation."""
         self.lm_head = LMHead(config.width, config.vocab_size)
         if config.tied_head:
             self.lm_head.weight = self.embed_tokens.weight
@@ -106,7 +106,7 @@ class Decoder(nn.Module):
         """Let the last layers vote from now on; the norms begin as copies of the final one.
 
         Raises:
-            ValueError: if there are fewer layers.
+            ValueError: if the decoder has fewer layers.
         """
         if config.layers > len(self.layers):
             raise ValueError(
@@ -144,7 +144,7 @@ class Decoder(nn.Module):
                 ``sequence``, of the whole window.
             positions: int64 [B, T], rotary positions; counted from the cache's length unless given.
             padding: int64 [B], how many tokens at the beginning of each row of the cache are padding; routers count
-                positions after them, so that a row is routed as it is alone.
+                positions after them, so that a row is routed as it would be alone.
             noise_scale: scale of the routers' Gumbel noise; used in training mode only.
             temperature: of the soft gate; used in training mode only.
             z_coefficient: weight of the z-loss.
@@ -154,14 +154,14 @@ class Decoder(nn.Module):
             thresholds: fp32 [S]; a learned router executes a token whose margin (execute logit minus skip logit)
                 reaches its site's; the decoder's own unless given.
             scored_targets: N, how many targets are not -100; where given, norm and head run on their tokens alone.
-            places: int64 [N], numbers of tokens in the flattened batch; where given, ``targets`` is int64 [N], what
-                follows each of them, and norm and head run on those tokens alone. A token may be there more than once.
+            places: int64 [N], indices of tokens in the flattened batch; where given, ``targets`` is int64 [N], what
+                follows each of them, and norm and head run on those tokens alone. An index may occur more than once.
             score: score every late layer and the ensemble on each token, instead of a loss; needs ``scored_targets`` or
                 ``places``.
-            sequence: the ranks that share these windows, of which the tokens are this rank's; not with a cache.
+            sequence: the ranks that share these windows; ``tokens`` are this rank's part. Not with a cache.
 
         Raises:
-            ValueError: for a cache with a router that is not causal, a full cache, or thresholds of another model.
+            ValueError: for a cache with a router that is not causal, a full cache, or thresholds of the wrong shape.
         """
         late, record = self.late_states(
             tokens,
@@ -242,7 +242,7 @@ class Decoder(nn.Module):
         routing: RoutingInputs,
         capacity: Capacity | None,
     ) -> PassInputs:
-        """What every layer of this pass shares; the tokens stand at the places ``steps``, int64 [T]."""
+        """What every layer of this pass shares; the tokens are at the positions ``steps``, int64 [T]."""
         batch, length = tokens.shape
         if cache is not None:
             documents = self._open_cache(cache, length, documents)
@@ -260,11 +260,11 @@ class Decoder(nn.Module):
     def _run_layers(
         self, tokens: Tensor, documents: Tensor | None, positions: Tensor | None, inputs: PassInputs
     ) -> tuple[list[Tensor], RoutingRecord]:
-        """Residual stream after each of the last layers that are asked, [B, T, D], and what was routed."""
+        """Residual stream after each of the last layers that are needed, [B, T, D], and the record of routing."""
         decisions: list[Decision] = []
         asked = 1 if self.ensemble is None else self.ensemble.config.layers
         late: deque[Tensor] = deque(maxlen=asked)
-        plain = self._compiled and inputs.cache is not None  # a cache's place would be a graph for every layer
+        plain = self._compiled and inputs.cache is not None  # a cache's layer number would need a graph for each
 
         def run(x: Tensor, first: int, end: int) -> None:
             for layer in self.layers[first:end]:
@@ -312,8 +312,8 @@ class Decoder(nn.Module):
     def compile_layers(self) -> None:
         """Have torch.compile fuse each layer from the next call on; state dict and results stay the same.
 
-        All layers share one graph, and a count of executed tokens that changes is one symbol in it: nothing is
-        compiled again as densities drift.
+        All layers share one graph, in which the number of executed tokens is a symbol: nothing is recompiled as
+        densities drift.
         """
         self._compiled = True
         raise_recompile_limit()
@@ -321,7 +321,7 @@ class Decoder(nn.Module):
             layer.compile(dynamic=None)
 
     def _held(self, thresholds: Tensor | None, device: torch.device) -> Tensor | None:
-        """The ``thresholds`` given, or its own, which lie wherever they were read."""
+        """The ``thresholds`` given, or else the decoder's own, checked and moved to ``device``."""
         thresholds = self.thresholds if thresholds is None else thresholds
         if thresholds is None:
             return None

@@ -27,7 +27,7 @@ def distillation(
     """Sum of the KL divergences over students and over tokens with a target, nats, fp32 scalar.
 
     Args:
-        students: normed states [..., D] of the late layers but the final one.
+        students: normed states [..., D] of the late layers except the final one.
         teacher: the final layer's, [..., D]; gets no gradient.
         weight: of the head, [V, D].
         targets: int64 [...]; tokens with ``IGNORE_INDEX`` are left out.
@@ -36,7 +36,7 @@ def distillation(
     if not students:
         return teacher.new_zeros((), dtype=torch.float32)
     flat = [student.flatten(0, -2) for student in students]
-    if not torch.is_grad_enabled():  # the function itself sees only requires_grad, and would compute gradients
+    if not torch.is_grad_enabled():  # the function only sees requires_grad, and would compute gradients
         flat, weight = [student.detach() for student in flat], weight.detach()
     return _ChunkedKL.apply(weight, teacher.detach().flatten(0, -2), targets.flatten(), temperature, *flat)
 
@@ -85,7 +85,7 @@ def _teach(
     """
     logits = _scaled(teacher @ weight.T, temperature)
     p = logits.softmax(dim=-1)
-    # logsumexp is the largest logit less the logarithm of its probability, which is at least 1 / V.
+    # logsumexp is the largest logit minus the log of its probability, which is at least 1 / V.
     negative_entropy = _dot(p, logits) - (logits.amax(dim=-1) - p.amax(dim=-1).log())
     del logits
     total = valid.new_zeros(())
@@ -93,7 +93,7 @@ def _teach(
         z = _scaled(student @ weight.T, temperature)
         agreement = _dot(p, z)
         top = z.amax(dim=-1, keepdim=True)
-        exponentials = z.sub_(top).exp_()  # the logits' memory, as every step down to grad
+        exponentials = z.sub_(top).exp_()  # in the logits' memory, as is every step down to grad
         norm = exponentials.sum(dim=-1, keepdim=True)
         divergence = negative_entropy - agreement + (top + norm.log()).squeeze(1)
         total += (divergence * valid).sum() * temperature**2
@@ -102,7 +102,7 @@ def _teach(
             if temperature != 1:
                 grad.mul_(temperature)  # T^2 / T
             grad = grad.to(student.dtype)
-            # What has no target is left out of [N, D], which is less than [N, V].
+            # Tokens without a target are masked in [N, D], which is smaller than [N, V].
             kept = valid[:, None].to(student.dtype)
             if grad_student is not None:
                 torch.mm(grad, weight, out=grad_student)
@@ -110,17 +110,17 @@ def _teach(
             if grad_weight is not None:
                 accumulate(grad_weight, grad.T, student * kept)
             del grad
-        del z, exponentials  # before the next student's logits
+        del z, exponentials  # free the memory before the next student's logits
     return total
 
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Divided by the temperature, fp32, in the same memory where that can be."""
+    """Divided by the temperature, fp32, in place where possible."""
     return logits.float() if temperature == 1 else logits.float().div_(temperature)
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Row by row: [N, V], [N, V] -> [N]; on the CPU without the product in between."""
+    """Row by row: [N, V], [N, V] -> [N]; on the CPU without materialising the product."""
     if left.is_cpu:
         return torch.bmm(left[:, None], right[:, :, None]).flatten()
-    return (left * right).sum(dim=-1)  # a matrix product could be in TF32, and what follows is a small difference
+    return (left * right).sum(dim=-1)  # a matrix product could be in TF32, too coarse for the small difference

@@ -9,8 +9,8 @@ The router's weights start at zero, so that the final layer has the weight ``fin
 first ``open_by`` of the steps a bias that falls in a straight line to 0 is added to the final layer's logit, so that
 the ensemble starts as the base model; see :meth:`LateLayers.open`.
 
-Load balancing is Switch's (Fedus et al. 2021): ``balance x k x sum_i f_i P_i``, with P_i the mean weight of layer i and
-f_i the share of tokens on which it is largest. f is that of the optimiser step before (see :class:`Balance`), so the
+Load balancing: Switch's (Fedus et al. 2021), ``balance x k x sum_i f_i P_i``, with P_i the mean weight of layer i and
+f_i the share of tokens on which it is largest. f is that of the previous optimiser step (see :class:`Balance`), so the
 term is a sum over tokens like the loss, the same however the batch is split.
 
 Dimension letters: B batch, T tokens, N tokens that are voted on, D width, k late layers.
@@ -32,11 +32,11 @@ from model.norm import RMSNorm
 from model.schedules import Progress
 
 _ALL_WEIGHT = 16.0
-"""Logit of the final layer where it has all the weight: e^-16 is beyond fp32's rounding of the logits."""
+"""Logit of the final layer where it has all the weight: e^-16 is below fp32's rounding of the logits."""
 
 
 class Vote(NamedTuple):
-    """What the late layers said.
+    """The late layers' vote.
 
     Attributes:
         normed: k tensors [..., D], each layer's normed state, the final layer's last.
@@ -88,14 +88,14 @@ class LateLayers(nn.Module):
         self.router = LayerRouter(config, scale.numel()).to(scale.device, scale.dtype)
 
     def open(self, progress: Progress) -> None:
-        """Let the other layers vote as far as they do at a step: at step 0 not at all, from ``open_by`` on freely."""
+        """Set how far the other layers take part at this step: at step 0 not at all, from ``open_by`` on fully."""
         until = self.config.open_by * progress.steps
         full = _ALL_WEIGHT - _first_logit(self.config.layers, self.config.final_weight)
         self.router.closing_bias = full * (1 - progress.step / until) if progress.step < until else 0.0
 
     @torch.no_grad()
     def fold_closing_bias(self) -> None:
-        """Keep the weights of the layers as they are now, whatever the step: for a model that trains no more."""
+        """Make the current closing bias part of the router's bias: for a model that is no longer trained."""
         self.router.bias[-1] += self.router.closing_bias * self.config.temperature
         self.router.closing_bias = 0.0
 
@@ -121,7 +121,7 @@ class LayerRouter(nn.Module):
         bias[-1] = _first_logit(config.layers, config.final_weight) * config.temperature
         self.bias = nn.Parameter(bias)
         self.closing_bias = 0.0
-        """What is added to the final layer's logit."""
+        """Added to the final layer's logit."""
 
     def forward(self, h: Tensor) -> Tensor:
         """[..., D] -> fp32 [..., k], adding up to 1; zero outside the ``top`` largest."""
@@ -129,7 +129,7 @@ class LayerRouter(nn.Module):
         if self.closing_bias:
             logits = torch.cat((logits[..., :-1], logits[..., -1:] + self.closing_bias), dim=-1)
         if self.top is not None and self.top < logits.shape[-1]:
-            chosen = logits.topk(self.top, dim=-1).indices  # by place: on a tie, values would let more in
+            chosen = logits.topk(self.top, dim=-1).indices  # by index: on a tie, values would let more in
             logits = torch.full_like(logits, -math.inf).scatter(-1, chosen, logits.gather(-1, chosen))
         return logits.softmax(dim=-1)
 
@@ -138,14 +138,14 @@ class Balance:
     """Prices on the late layers' weights, and the state that they come from.
 
     Args:
-        config: the ensemble's block; None where there is none.
+        config: the ensemble's block; None without an ensemble.
         device: where prices live.
     """
 
     def __init__(self, config: EnsembleConfig | None, device: torch.device | str = "cpu"):
         self.layers = 0 if config is None else config.layers
         self.coefficient = 0.0 if config is None else config.balance
-        # Equal shares ask the same price of every layer, which is a constant: the first step is free.
+        # Equal shares give every layer the same price, which adds a constant: no effect in the first step.
         self._shares = torch.full((self.layers,), 1 / max(self.layers, 1), dtype=torch.float32, device=device)
 
     def prices(self) -> Tensor:
@@ -153,7 +153,7 @@ class Balance:
         return self.coefficient * self.layers * self._shares
 
     def observe(self, largest: Tensor) -> None:
-        """Take in how many tokens each layer had the largest weight on, [k], over the whole step just done."""
+        """Update from the number of tokens on which each layer had the largest weight, [k], in the whole step."""
         self._shares = (largest / largest.sum().clamp(min=1)).float()
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -161,7 +161,7 @@ class Balance:
         return {"shares": self._shares.cpu()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         if state["shares"].shape != (self.layers,):
             raise ValueError(
                 f"the checkpoint's ensemble has {state['shares'].numel()} layers, this one has {self.layers}; resume "

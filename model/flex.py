@@ -1,4 +1,4 @@
-"""FlexAttention over gathered queries, on the flat grid: one sequence of all B x S keys, whatever the rows.
+"""FlexAttention over gathered queries, on the flat grid: one sequence of the keys of all rows, B x S.
 
 A query sees the keys from the first of its document to itself. On the flat grid (key s of row b is b S + s) both
 bounds rise with the query, because a selection is sorted. So which blocks of keys a block of queries needs follows
@@ -39,8 +39,8 @@ def flex_attend(queries: Tensor, keys: Tensor, values: Tensor, selection: Select
         blocks = block_mask(*flat_bounds(selection, visibility), keys=k.shape[2])
     if selection.index is None:
         visibility.dense_blocks = blocks
-    # Without the option, torch 2.13 takes a decoding kernel for fewer than 128 queries, which finds no valid tiling
-    # where a power of two of query heads shares a key head.
+    # Without the option, torch 2.13 picks a decoding kernel for fewer than 128 queries, which finds no valid tiling
+    # where the number of query heads per key head is a power of two.
     options = {"FORCE_USE_FLEX_ATTENTION": True}
     grouped = q.shape[1] != k.shape[1]
     out = _kernel()(q, k, v, block_mask=blocks, enable_gqa=grouped, kernel_options=options)  # [1, H, N, K]
@@ -75,11 +75,11 @@ def block_mask(first: Tensor, last: Tensor, keys: int) -> BlockMask:
 
 
 def needed_blocks(first: Tensor, last: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-    """Which blocks of keys any query of a block sees, and which all its queries see whole: bool [Q, M] each."""
+    """Which blocks of keys any query of a block sees, and which all its queries see entirely: bool [Q, M] each."""
     queries = len(first)
     rows, columns = -(-queries // BLOCK), -(-keys // BLOCK)
     block = torch.arange(queries, device=first.device) // BLOCK
-    # +1 where a query's run of key blocks begins, -1 behind its end: the running sum counts the runs over a block.
+    # +1 where a query's run of key blocks begins, -1 after its end: the running sum counts the runs over a block.
     edges = torch.zeros(rows * (columns + 1), dtype=torch.int32, device=first.device)
     one = edges.new_ones(()).expand(queries)
     edges = edges.index_add(0, block * (columns + 1) + first // BLOCK, one)
@@ -102,6 +102,6 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _kernel() -> Any:
-    """FlexAttention compiled, once for all shapes: uncompiled it would hold all pairs of queries and keys."""
+    """FlexAttention compiled, once for all shapes: uncompiled it would materialise all pairs of queries and keys."""
     raise_recompile_limit()
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)

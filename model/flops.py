@@ -3,10 +3,10 @@
 Counted: matrix products, two FLOPs a multiply-add, and the attention's two products over the keys that each query
 really saw. A routed site always pays for its keys and values and for its router; queries, output projection,
 attention and feed-forward are paid for by the tokens that executed, the head by those whose logits are computed.
-A skipped token that is computed to make up a shape, and dropped (a filler of model/selection.py), is not counted.
+A skipped token that is computed only to fill up a shape (a filler of model/selection.py) is not counted.
 
 Left out, as is usual: norms, rotary, softmax, activations, the embedding lookup, the optimiser, and what activation
-checkpointing computes a second time; of a late-layer ensemble its router and the logits inside the distillation term.
+checkpointing recomputes; and of a late-layer ensemble, its router and the logits inside the distillation term.
 Training counts three times the forward pass, because each product has two gradients of the same cost; gradients that
 :class:`Trained` excludes are not counted. Explored tokens are counted once: they have a forward pass only. Adapters are
 left out: rank 8 in every matrix of a 135 M model is 2 % of it.
@@ -45,7 +45,7 @@ class Trained:
         matrices: the backbone's own matrices have gradients, and so has the head.
         first_layer: the first layer, from 0, that trains anything: no gradient goes further down. The number of layers
             where none does.
-        read_layers: first layers whose states are read from where they were kept, not computed.
+        read_layers: number of first layers whose states are read from a cache, not computed.
     """
 
     matrices: bool = True
@@ -90,14 +90,14 @@ def full_windows(config: ModelConfig, tokens: float, sequence_tokens: int, densi
 
 
 def density_of(flops: Callable[[float], float], wanted: float) -> float:
-    """The density at which ``flops``, a straight line over it, are ``wanted``; it may lie outside of [0, 1]."""
+    """The density at which ``flops``, linear in it, are ``wanted``; it may lie outside [0, 1]."""
     half, whole = flops(0.5), flops(1.0)
     return 1 + (wanted - whole) / (2 * (whole - half))
 
 
 def training_flops(config: ModelConfig, counts: Routed, trained: Trained = EVERYTHING) -> float:
     """Forward and backward FLOPs of training on ``counts``, exploration included."""
-    # Forward, the gradient of what goes in, and of the matrix; of attention's products, of either of what goes in.
+    # Forward, the gradient of the input, and that of the matrix; for attention's products, those of both inputs.
     matrices = TRAINING_FACTOR if trained.matrices else TRAINING_FACTOR - 1
     total = matrices * _head_flops(config, counts) + _explored_flops(config, counts)
     for number, layer in enumerate(_layer_flops(config, counts)):
@@ -143,7 +143,7 @@ def _head_flops(config: ModelConfig, counts: Routed) -> float:
 
 
 def _explored_flops(config: ModelConfig, counts: Routed) -> float:
-    """Of the forward pass that explored tokens take, which reads the keys and values of the executed ones' pass."""
+    """FLOPs of the explored tokens' forward pass, which reads the keys and values of the executed tokens' pass."""
     if config.router is None or not config.router.explores or counts.explored_tokens is None:
         return 0.0
     assert counts.explored_keys is not None
@@ -170,7 +170,7 @@ def without_routers(config: ModelConfig) -> ModelConfig:
 
 
 def site_shares(config: ModelConfig, sequence_tokens: int) -> list[float]:
-    """What each routed site's skippable FLOPs are of all sites' together, at full windows; sums to 1."""
+    """Each routed site's share of the skippable FLOPs of all sites, at full windows; sums to 1."""
     cost = _Costs(config)
     keys = (sequence_tokens + 1) / 2
     weights = {

@@ -16,16 +16,16 @@ from model.decoder import Decoder, DecoderOutput
 
 
 class Pass(NamedTuple):
-    """One pass of the decoder, and what was taken after it."""
+    """One pass of the decoder, and the token chosen after it."""
 
     chosen: Tensor
     """int64 [B]."""
     output: DecoderOutput
-    """Over the prompt [B, T] in the first pass, over the token before in the others."""
+    """Over the prompt [B, T] in the first pass, over the previous token in the others."""
 
     @property
     def finite(self) -> Tensor:
-        """Whether the logits that ``chosen`` was taken from are, bool [B]; where not, it stands for nothing."""
+        """Whether the logits behind ``chosen`` are finite, bool [B]; where not, ``chosen`` is meaningless."""
         assert self.output.logits is not None
         return self.output.logits[:, -1].isfinite().all(-1)
 
@@ -40,7 +40,7 @@ def generate(
     generator: torch.Generator | None = None,
     thresholds: Tensor | None = None,
 ) -> Tensor:
-    """Continue ``prompt``; everything but the result is as of :func:`passes`.
+    """Continue ``prompt``; everything but the result is as for :func:`passes`.
 
     Returns:
         int64 [B, T + new], the prompt and its continuation.
@@ -60,19 +60,19 @@ def passes(
     thresholds: Tensor | None = None,
     padding: Tensor | None = None,
 ) -> Iterator[Pass]:
-    """Continue ``prompt`` pass by pass, each as soon as it is done; whoever asks for no more stops it.
+    """Continue ``prompt``, yielding each pass as soon as it is done; stop iterating to stop it.
 
     Args:
-        decoder: put into evaluation mode by the caller; or an engine around one.
-        prompt: int64 [B, T], T at least 1, all rows of equal length, where the decoder computes.
+        decoder: put into evaluation mode by the caller; or a DeepSpeed engine around one.
+        prompt: int64 [B, T], T at least 1, all rows of equal length, on the decoder's device.
         max_new_tokens: stop after this many.
         temperature: 0 takes the most likely token, else logits are divided by it and sampled.
         top_p: sample only from the most likely tokens that together hold this probability.
         eos_id: a row that produced it is continued with it; generation ends when all rows have.
         generator: of the sampling.
         thresholds: fp32 [S], the compute dial: see :class:`model.decoder.Decoder`.
-        padding: int64 [B], how many tokens at the beginning of each row are padding, whatever they are: rows of unlike
-            length end together. They are a document of their own, so that nothing sees them.
+        padding: int64 [B], how many tokens at the beginning of each row are padding, with any ids: rows of different
+            length end together. Padding is a document of its own, so that no other token sees it.
 
     Raises:
         ValueError: for an empty prompt, or a router kind that is not causal.
@@ -80,7 +80,7 @@ def passes(
     if prompt.shape[1] == 0:
         raise ValueError("the prompt is empty; give at least one token, for example the BOS id")
     module: Decoder = getattr(decoder, "module", decoder)
-    # An engine trains on: what its collectives make inside an inference mode could not.
+    # An engine goes on training, which tensors made by its collectives in inference mode would not allow.
     mode = torch.inference_mode if module is decoder else torch.no_grad
     size, dtype = prompt.shape[1] + max_new_tokens, module.embed_tokens.weight.dtype
     cache = KVCache(module.config, len(prompt), size, prompt.device, dtype)
@@ -90,7 +90,7 @@ def passes(
         places = torch.arange(prompt.shape[1], device=prompt.device) - padding[:, None]
         rows = {"documents": (places >= 0).long(), "positions": places.clamp(min=0), "padding": padding}
     for _ in range(max_new_tokens):
-        with mode():  # not around what is done with a pass, which the caller decides
+        with mode():  # not around the yield: the caller chooses its own mode
             output = decoder(step, cache=cache, thresholds=thresholds, **rows)
             assert output.logits is not None
             chosen = pick(output.logits[:, -1].float(), temperature, top_p, generator)
@@ -109,8 +109,8 @@ def pick(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     """logits [B, V] -> chosen ids [B]."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.nan_to_num()  # what is drawn then, nobody takes: see Pass.finite
-    # Less the largest first: divided by next to nothing, all would be infinite.
+    logits = logits.nan_to_num()  # what is drawn from such rows is discarded: see Pass.finite
+    # Subtract the largest first: divided by a tiny temperature, all would be infinite.
     probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_p < 1:
         ranked, order = probabilities.sort(dim=-1, descending=True)

@@ -6,7 +6,7 @@ The loss is a sum, not a mean: the caller divides by the number of valid targets
     z     = logsumexp(z)^2                                the z-loss of PaLM (Chowdhery et al. 2022)
     loss  = nll + z_coefficient * z
 
-Logits are computed for a chunk of rows, turned in place into their own gradient, multiplied onto the hidden states
+Logits are computed for a chunk of rows, turned in place into their own gradient, multiplied by the hidden states
 and the weight, and dropped. So the backward pass has nothing to recompute: three matrix products in all, as many as
 with full logits.
 
@@ -41,7 +41,7 @@ class LossSums(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Each token on its own, for each of C sets of hidden states."""
+    """Scores per token, for each of C sets of hidden states."""
 
     nll: Tensor
     """Negative log-likelihood of the target, fp32 [C, N]."""
@@ -50,7 +50,7 @@ class Scores(NamedTuple):
 
 
 class Distillation(NamedTuple):
-    """Who learns from whom: see :mod:`model.distillation`."""
+    """Students and their teacher: see :mod:`model.distillation`."""
 
     students: list[Tensor]
     """[..., D] each."""
@@ -62,7 +62,7 @@ class Distillation(NamedTuple):
 class LMHead(nn.Linear):
     """Bias-free map from hidden states to logits, which can also return losses directly.
 
-    Whatever needs the weight goes through :meth:`forward`, where ZeRO 3 makes it whole.
+    Whatever needs the weight goes through :meth:`forward`, where ZeRO 3 gathers it.
     """
 
     def __init__(self, width: int, vocab_size: int):
@@ -76,7 +76,7 @@ class LMHead(nn.Linear):
         teaching: Distillation | None = None,
         candidates: Sequence[Tensor] = (),
     ) -> Tensor | LossSums | Scores:
-        """Logits [..., V]; with ``targets`` the loss sums; with ``candidates`` as well the scores of each of them.
+        """Logits [..., V]; with ``targets`` the loss sums; with ``candidates`` as well, the scores of each of them.
 
         Args:
             hidden: [..., D].
@@ -90,7 +90,7 @@ class LMHead(nn.Linear):
         if candidates:
             return self._score(candidates, targets)
         flat, weight = hidden.flatten(0, -2), self.weight
-        if not torch.is_grad_enabled():  # the function itself sees only requires_grad, and would compute gradients
+        if not torch.is_grad_enabled():  # the function only sees requires_grad, and would compute gradients
             flat, weight = flat.detach(), weight.detach()
         loss, nll, z, token_nll = _ChunkedLoss.apply(flat, weight, targets.flatten(), z_coefficient)
         if teaching is None:
@@ -128,7 +128,7 @@ class _ChunkedLoss(torch.autograd.Function):
             logits = (h @ weight.T).float()
             target_logits = logits.gather(1, t).squeeze(1)
             top = logits.amax(dim=-1, keepdim=True)
-            exponentials = logits.sub_(top).exp_()  # the logits' memory, as every step down to grad
+            exponentials = logits.sub_(top).exp_()  # in the logits' memory, as is every step down to grad
             total = exponentials.sum(dim=-1, keepdim=True)
             log_total = (top + total.log()).squeeze(1)
             token_nll[start : start + rows] = (log_total - target_logits) * valid

@@ -42,13 +42,13 @@ def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def initial_values(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:
-    """The fresh values of a decoder's parameter, fp32 on the CPU."""
+    """The initial values of a decoder's parameter, fp32 on the CPU."""
     std = init_std(name, config)
     values = torch.empty(shape, dtype=torch.float32)
     return values.fill_(1.0) if std is None else values.normal_(0.0, std, generator=generator_of(seed, name))
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
-    """The generator on the CPU that parameter ``name`` is drawn from."""
+    """The CPU generator that parameter ``name`` is drawn from."""
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8]
     return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)

@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
 
 
 class _LeanNorm(torch.autograd.Function):
-    """The same for fp32 on the CPU, where torch has a chain of small operations that takes three times as long.
+    """The same for fp32 on the CPU, where torch runs a chain of small operations that takes three times as long.
 
     With r = 1 / rms(x) and g the output's gradient, per row:
 
@@ -58,7 +58,7 @@ class _LeanNorm(torch.autograd.Function):
             grad_weight = r.flatten() @ product.flatten(0, -2)
         if ctx.needs_input_grad[0]:
             slope = (product @ weight)[..., None] * r**3 / x.shape[-1]
-            # In the product's memory, which is in the cache and no longer needed.
+            # Reuses the product's memory, which is in the cache and no longer needed.
             grad_x = torch.mul(grad, weight, out=product).mul_(r).addcmul_(x, slope, value=-1)
         return grad_x, grad_weight, None
 

@@ -90,7 +90,7 @@ class RoutingRecord:
 
     @cached_property
     def margins(self) -> Tensor | None:
-        """fp32 [S, B, T], execute logit minus skip logit; None but for learned routers in evaluation mode."""
+        """fp32 [S, B, T], execute logit minus skip logit; None except for learned routers in evaluation mode."""
         margins = [d.gate.margin for d in self._decisions if d.gate.margin is not None]
         return torch.stack(margins) if margins else None
 
@@ -104,5 +104,5 @@ class RoutingRecord:
 
     @cached_property
     def _keys(self) -> Tensor:
-        """Keys that each token sees, int64 [B, T]."""
+        """Number of keys that each token sees, int64 [B, T]."""
         return self._visibility.counts().expand(self._batch, -1)

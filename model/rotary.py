@@ -36,7 +36,7 @@ def inverse_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
 def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines for ``positions`` [B or 1, T]: two tensors [B or 1, T, K] of ``dtype``.
 
-    The sines of the first half are negative, which is what :func:`rotate` wants.
+    The sines of the first half are negative, which is what :func:`rotate` expects.
     """
     angles = positions[..., None].float() * inverse_frequencies(config, positions.device)
     cos, sin = angles.cos(), angles.sin()
@@ -44,6 +44,6 @@ def rotation(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tupl
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the heads of ``x`` [..., H, K] by ``cos`` and ``sin`` [..., K] of the same leading shape (or 1)."""
+    """Rotate the heads of ``x`` [..., H, K] by ``cos`` and ``sin`` [..., K] of the same leading shape (or 1)."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos.unsqueeze(-2), swapped, sin.unsqueeze(-2))

@@ -4,7 +4,7 @@ The learned router is Zeng et al. 2023, section 3: a bias-free linear map to two
 Gumbel noise and a hard decision forward, the soft gate's gradient backward (straight-through), the larger logit
 without noise in evaluation. The softmax over two logits with two Gumbels is a sigmoid of their difference with one
 logistic, so one uniform number per token is drawn. Logits are computed in fp32 whatever the model's dtype: in bf16
-a decision near the border would flip between prefill and decoding.
+a close decision would flip between prefill and decoding.
 
 The other kinds are baselines at the same density.
 
@@ -29,15 +29,15 @@ from model.linear import linear
 from model.sequence import SequenceGroup
 
 _EXPLORATION = 1 << 32
-"""Added to the seed, so that who is explored does not follow from the noise."""
+"""Added to the seed, so that exploration is independent of the noise."""
 
 
 class Gate(NamedTuple):
-    """A site's decisions. What few ask for is computed when they do: a step of decoding is a chain of small operations.
+    """A site's decisions. Rarely used values are computed on demand: a decoding step is a chain of small operations.
 
     Attributes:
         decided: bool [B, T], :attr:`executed`; None where that is the greedy decision by ``logits``.
-        soft: fp32 [B, T], :attr:`value` where it is more than ``executed`` as a number: in training, and of expert
+        soft: fp32 [B, T], :attr:`value` where it is more than ``executed`` as a number: in training, and for expert
             choice.
         logits: fp32 [B, T, 2], skip and execute; only of a learned router in evaluation mode.
         threshold: fp32 [1], the least margin of a token that executes by ``logits``; 0 unless given.
@@ -65,7 +65,7 @@ class Gate(NamedTuple):
         return execute >= skip if self.threshold is None else execute - skip >= self.threshold
 
     def rows(self) -> list[bool]:
-        """:attr:`executed` of one token a row, on the host, which is quicker there than a tensor."""
+        """:attr:`executed` for one token per row, as a list, which is faster on the host than a tensor."""
         if self.decided is not None or self.logits is None or self.threshold is not None:
             return self.executed.flatten().tolist()
         return [execute >= skip for [[skip, execute]] in self.logits.tolist()]
@@ -75,7 +75,7 @@ class Gate(NamedTuple):
         """fp32 [B, T], what an executed token's output is multiplied by.
 
         Exactly 1 where executed and 0 elsewhere for causal kinds, with the soft gate's gradient in training; expert
-        choice weighs by its score.
+        choice weights by its score.
         """
         return self.executed.float() if self.soft is None else self.soft
 
@@ -86,11 +86,11 @@ class Gate(NamedTuple):
 
 
 class Centres(NamedTuple):
-    """What the soft gates of sites with a threshold are centred on, from the steps before.
+    """What the soft gates of sites with a threshold are centred on, from previous steps.
 
     Attributes:
         margin: fp32 [S], where a site's soft gate is 1/2.
-        input: fp32 [S, D], mean of what its router read; None while there was no step, in which nothing is learned.
+        input: fp32 [S, D], mean of what its router read; None in the first step, in which nothing is learned.
     """
 
     margin: Tensor
@@ -113,7 +113,7 @@ class RoutingInputs:
         centres: what soft gates are centred on; the thresholds unless given. Read in training mode only.
         explored_tokens: how many skipped tokens of a window are explored; each by chance unless given. Read in training
             mode only.
-        recompute: what routers read is computed again for the backward pass, and not kept until then.
+        recompute: what routers read is recomputed in the backward pass, and not kept until then.
         sequence: the ranks that share the windows; None where every rank has whole ones.
     """
 
@@ -149,7 +149,7 @@ class LearnedRouter(Router):
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D] -> decisions [B, T]."""
-        # Detached: the layers below do not learn to please a router. Through the residual stream the gates' gradients
+        # Detached: the layers below get no gradient from a router. Through the residual stream the gates' gradients
         # would multiply from site to site, until clipping leaves nothing of the language model's (docs/method.md).
         logits = _logits(x.detach() if torch.is_grad_enabled() else x, self.weight, inputs.recompute)
         if not self.training:
@@ -172,13 +172,13 @@ class LearnedRouter(Router):
         if not (self.config.explores and inputs.explored_tokens != 0 and torch.is_grad_enabled()):
             return Gate(executed, executed.float() + learning, noisy_margin=noisy, input_sum=input_sum)
         explored, chance = self._explored(executed, inputs)
-        # A skipped token that is explored stands for all those that are not. They learn neither what the site would add
-        # nor its price: price alone would drive every skipped token further away.
+        # An explored token stands in for all skipped ones. The others get no gradient, not even from the price, which
+        # alone would drive every skipped token further away.
         learning = learning * torch.where(executed, 1.0, explored / chance)
         return Gate(executed, executed.float() + learning, None, None, explored, noisy, input_sum)
 
     def _centred(self, margin: Tensor, centres: Centres) -> Tensor:
-        """``margin`` [B, T] less its site's centre, with the gradient of the same router on the input less its mean.
+        """``margin`` [B, T] minus its site's centre, with the gradient of the same router on the input minus its mean.
 
         Most of a gate's gradient is common to all tokens: executing helps. It would move all margins together, and the
         threshold after them.
@@ -192,7 +192,7 @@ class LearnedRouter(Router):
         if number is None:
             return ~executed & (drawn < self.config.explore), self.config.explore
         drawn = drawn.masked_fill(executed, 1.0)
-        if inputs.sequence is not None:  # of the whole window, as everywhere below
+        if inputs.sequence is not None:  # of the whole window from here on
             drawn = inputs.sequence.all_gather(drawn)
         first = drawn.topk(number, largest=False).indices
         skipped = drawn < 1
@@ -210,22 +210,22 @@ class LearnedRouter(Router):
 
 
 class RandomRouter(Router):
-    """Every token executes with probability P, by the hash of its place: the same on any ranks, at every evaluation."""
+    """Every token executes with probability P, by a hash of its place: the same on any ranks, in every evaluation."""
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
-        """x: [B, T, D], read for nothing but its batch size."""
+        """x: [B, T, D], not read."""
         u = noise.uniform(inputs.seed, inputs.sample_ids, self.site, inputs.positions)
         executed = u < self.config.density
         return Gate(executed)
 
 
 class StrideRouter(Router):
-    """Evenly spaced tokens, exactly P of them, with another phase at every site."""
+    """Evenly spaced tokens, a share of exactly P, with a different phase at every site."""
 
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
-        """x: [B, T, D], read for nothing but its batch size."""
+        """x: [B, T, D], read only for its batch size."""
         steps, phase, density = inputs.positions.double(), self.site.double() * 0.6180339887498949, self.config.density
-        # Both ends of a token's step by the same formula: "start + density" rounds apart from the next start.
+        # Both ends of a token's step by the same formula: "start + density" rounds differently from the next start.
         start, end = steps * density + phase, (steps + 1) * density + phase
         executed = torch.floor(end) > torch.floor(start)
         executed = executed.expand(x.shape[0], -1)
@@ -260,7 +260,7 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def numbers_of(thresholds: Tensor) -> list[float | None]:
-    """Thresholds [S] for a file: None in place of minus infinity, by which every token executes."""
+    """Thresholds [S] for a file: None in place of minus infinity, at which every token executes."""
     return [None if t == -math.inf else t for t in thresholds.tolist()]
 
 
@@ -270,7 +270,7 @@ def thresholds_of(numbers: Sequence[float | None]) -> Tensor:
 
 
 def _logits(x: Tensor, weight: Tensor, recompute: bool = False) -> Tensor:
-    """Skip and execute, fp32 [B, T, 2]; autograd keeps ``x``, and nothing that outlives a recomputed layer's inside."""
+    """Skip and execute, fp32 [B, T, 2]; autograd keeps ``x``, not its fp32 copy, unless the layer is recomputed."""
     if torch.is_autocast_enabled(x.device.type):
         with torch.autocast(x.device.type, enabled=False):
             return _logits(x, weight, recompute)
@@ -288,7 +288,7 @@ def _difference(logits: Tensor) -> Tensor:
 
 
 def _kept_as(wide: Tensor, x: Tensor) -> AbstractContextManager[object]:
-    """Inside, autograd keeps ``x``, which the layer keeps anyway, for ``wide``, its fp32 copy, and casts it again."""
+    """A context in which autograd keeps ``x``, as the layer does anyway, not its fp32 copy ``wide``."""
     if wide is x or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return nullcontext()
     low, place = x.detach(), wide.data_ptr()

@@ -1,4 +1,4 @@
-"""Values that move over a run, as a config gives them: in shares of its steps, or in steps."""
+"""Schedules over a run, which a config gives in shares of its steps or in steps."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from settings import Strict
 
 
 class Progress(NamedTuple):
-    """How far a run is."""
+    """How far a run has got."""
 
     step: float
     """Optimiser steps done."""
     steps: float
-    """All of the run."""
+    """Optimiser steps of the whole run."""
 
     def place(self, share: float | None, step: int | None) -> float:
         """The step that a config names, as a share of the run or, if that is given, as a step."""
@@ -23,7 +23,7 @@ class Progress(NamedTuple):
 
 
 class Ramp(Strict):
-    """A value that moves in a straight line from ``start`` to ``end`` over a part of the run, then stays."""
+    """A value that moves linearly from ``start`` to ``end`` over part of the run, then stays constant."""
 
     start: float
     """Value at the first step."""
@@ -32,7 +32,7 @@ class Ramp(Strict):
     until: float | None = Field(None, gt=0, le=1)
     """Where the line ends, as a share of all training steps; this or ``until_step``."""
     until_step: int | None = Field(None, gt=0)
-    """Where the line ends, as a step, which a longer or shorter run does not move."""
+    """Where the line ends, as a step, independent of the run's length."""
 
     @model_validator(mode="after")
     def _one_end(self) -> Ramp:
@@ -50,14 +50,14 @@ class Ramp(Strict):
 
 
 class DensityRamp(Strict):
-    """How the target comes down from 1: not at all, unless asked."""
+    """Ramp of the target density down from 1; by default there is none."""
 
     dense_until: float = Field(0.0, ge=0, lt=1)
     """The target stays at 1 (every token executed) for this share of the training steps."""
     reach_by: float = Field(0.0, ge=0, le=1)
-    """The target then falls in a straight line to ``router.density``, reached at this share of the steps."""
+    """The target then falls linearly to ``router.density``, reached at this share of the steps."""
     dense_until_step: int | None = Field(None, ge=0)
-    """The same in steps, which a longer or shorter run does not move; instead of ``dense_until``."""
+    """The same in steps, independent of the run's length; instead of ``dense_until``."""
     reach_by_step: int | None = Field(None, gt=0)
     """The same in steps; instead of ``reach_by``."""
 
@@ -72,7 +72,7 @@ class DensityRamp(Strict):
         return 1.0 + (density - 1.0) * (progress.step - dense_until) / (reach_by - dense_until)
 
     def reached(self, progress: Progress) -> float:
-        """The step from which on the target stands still."""
+        """The step from which on the target is constant."""
         return progress.place(self.reach_by, self.reach_by_step)
 
     @model_validator(mode="after")

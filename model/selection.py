@@ -6,7 +6,7 @@ masking reference and routed layers are one code path.
 
     mask      1 0 1 1        index    0 2 3 | 4 6        flat positions of the executed tokens, N = 5
               1 0 1 0        columns  0 2 3 | 0 2 3      the same as a rectangle for attention kernels that want one:
-                             slots    0 1 2 | 3 4        C = 3, the longest row; ends of short rows are filled up
+                             slots    0 1 2 | 3 4        C = 3, the longest row; short rows are padded at the end
 
 Two ways to choose, same results where nothing overflows:
 
@@ -15,9 +15,9 @@ Two ways to choose, same results where nothing overflows:
     capped   a fixed number a row, filled first come first served along the row, which is causal. Static shapes and no
              wait; executed tokens beyond the capacity are dropped.
 
-Both may take in **fillers**, tokens that were to be skipped, to make up the number. Their gate is 0, so what is
-computed for them is multiplied away, or dropped where there is no gradient. The counts of executed compute are of the
-tokens that routers asked for and got, without fillers, which are there to save time and of which nothing is used.
+Both may add **fillers**, tokens that should be skipped, to reach the number. Their gate is 0, so what is computed for
+them is multiplied by 0, or dropped where there is no gradient. Executed compute is counted over the tokens that routers
+selected and that were computed, without fillers, which save time and whose results are not used.
 
 An empty selection still runs every module, on zero rows: under ZeRO each rank must call the same modules in the same
 order and produce a gradient (of zeros) for each parameter, whatever its tokens chose.
@@ -43,18 +43,18 @@ _ROUND_TO = {"cpu": 1, "other": 128, "one": 8}
 
 @dataclass(frozen=True)
 class Rectangle:
-    """Selected tokens row by row, the short rows filled up.
+    """Selected tokens row by row, the short rows padded.
 
     Attributes:
-        columns: int64 [B, C], column in the grid of every place, rising along a row; fill has the last column, T - 1.
-        slots: int64 [N], flat place in the rectangle of every selected token; None where there is no fill.
+        columns: int64 [B, C], grid column of every slot, rising along a row; padding has the last column, T - 1.
+        slots: int64 [N], flat place in the rectangle of every selected token; None where there is no padding.
     """
 
     columns: Tensor
     slots: Tensor | None
 
     def pad(self, rows: Tensor) -> Tensor:
-        """[N, ...] -> [B, C, ...], zeros in the filled places."""
+        """[N, ...] -> [B, C, ...], zeros in the padding."""
         if self.slots is None:
             return rows.unflatten(0, self.columns.shape)
         rectangle = rows.new_zeros(self.columns.numel(), *rows.shape[1:])
@@ -75,8 +75,8 @@ class Selection:
         tokens: T.
         index: int64 [N], flat positions in the grid in rising order; None for everything.
         exact: no fillers among them.
-        row_tokens: selected tokens of every row, where it is the same number for all.
-        recomputed: what is gathered from is computed again for the backward pass, and not kept until then.
+        row_tokens: selected tokens per row, where it is the same number for all.
+        recomputed: what is gathered from is recomputed in the backward pass, and not kept until then.
     """
 
     batch: int
@@ -96,16 +96,16 @@ class Selection:
         """The tokens where the bool ``mask`` [B, T] is set, and fillers up to a multiple of ``round_to``.
 
         Waits for the device to count them. Unless given, ``round_to`` is 1 on the CPU and 128 elsewhere, and 8 there
-        for one token a row (T = 1). No token at all is rounded up too, but for T = 1, where that saves the whole site.
+        for one token a row (T = 1). Zero tokens are rounded up too, except for T = 1, where zero saves the whole site.
         """
         return _counted(mask, round_to)
 
     @staticmethod
     def of_rows(rows: list[bool]) -> Selection:
-        """The only token of each row where ``rows`` [B] says so: :meth:`of` for decoding, decided on the host.
+        """The only token of each row for which ``rows`` [B] is true: :meth:`of` for decoding, decided on the host.
 
-        Where all rows take as long as one (``model/linear.py``), all are computed if any executes; of a larger batch
-        those that execute. ``python -m bench.decode`` measures it.
+        Where all rows take as long as one (``model/linear.py``), all are computed if any executes; in a larger batch
+        only those that execute. ``python -m bench.decode`` measures it.
         """
         chosen = [row for row, executed in enumerate(rows) if executed]
         if chosen and (len(chosen) == len(rows) or len(rows) <= rows_for_one()):
@@ -155,14 +155,14 @@ class Selection:
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def kept_as_index(self, rows: Tensor, x: Tensor) -> AbstractContextManager[object]:
-        """Inside, autograd keeps no copy of ``rows``, gathered from ``x`` [B, T, D], and gathers them again backward.
+        """A context in which autograd keeps no ``rows``, gathered from ``x`` [B, T, D], but gathers them again.
 
         For operations on the rows of an ``x`` that is kept anyway; it does nothing where ``x`` is recomputed.
         """
         index = None if self.recomputed else self.index
         if index is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
             return nullcontext()
-        flat, identity = x.detach().flatten(0, 1), id(rows)  # what the hooks refer to stays in memory: not the rows
+        flat, identity = x.detach().flatten(0, 1), id(rows)  # the hooks keep what they refer to in memory: not the rows
 
         def unpack(kept: Tensor | None) -> Tensor:
             return flat.index_select(0, index) if kept is None else kept
@@ -177,7 +177,7 @@ class Selection:
 
 
 class _AddRows(torch.autograd.Function):
-    """``x.index_add(0, index, rows)``; PyTorch's own keeps ``rows``, of which the backward pass needs nothing."""
+    """``x.index_add(0, index, rows)``; PyTorch's own keeps ``rows``, which the backward pass does not need."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -1,15 +1,15 @@
-"""Sequence parallelism: a window that several ranks share, and what they tell each other.
+"""Sequence parallelism: windows that several ranks share, and what they exchange.
 
 The P ranks of a group cut every window into 2 P stretches, and rank p has two of them, the p-th from either end:
 
     16 tokens, P = 2    0 1 2 3 | 4 5 6 7 | 8 9 10 11 | 12 13 14 15
     rank                   0         1          1             0
 
-A query sees the keys before it, so the first stretch has the least work and the last one the most; in these pairs all
-ranks have the same (Llama 3, arXiv:2407.21783, section 3.3.2: context parallelism by an all-gather of keys and values).
+A query sees the keys before it, so the first stretch has the least work and the last one the most; these pairs give all
+ranks equal work (Llama 3, arXiv:2407.21783, section 3.3.2: context parallelism by an all-gather of keys and values).
 Norms, routers, feed-forwards and the head work on a rank's own tokens. Keys and values, which with grouped queries are
 small, are gathered over the group; then each rank's executed queries, however many, attend with the bounds that they
-have anyway. No numbers of queries have to be equal, so a routed model needs nothing else.
+have anyway. Ranks may have different numbers of queries, so a routed model needs nothing else.
 
 For ZeRO every rank is an ordinary data-parallel rank: gradients are summed over the tokens of all ranks, and the ranks
 of a group hold different tokens of one window.
@@ -43,7 +43,7 @@ class SequenceGroup:
         return positions_of(self.rank, self.size, tokens * self.size, device)
 
     def local_part(self, x: Tensor) -> Tensor:
-        """This rank's part, [B, T, ...], of what all have of the whole window, [B, S, ...]; S is a multiple of 2 P."""
+        """This rank's part, [B, T, ...], of a tensor of the whole window, [B, S, ...]; S is a multiple of 2 P."""
         return _part(x.chunk(2 * self.size, dim=1), self.rank)
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -53,26 +53,26 @@ class SequenceGroup:
         return _in_order(parts)
 
     def all_gather_async(self, x: Tensor) -> tuple[Tensor, dist.Work]:
-        """[B, T, ...] of every rank -> [P, B, T, ...], which is there once the work has been waited for."""
+        """[B, T, ...] of every rank -> [P, B, T, ...], which is valid once the work has been waited for."""
         x = x.contiguous()
         parts = x.new_empty((self.size, *x.shape))
         return parts, dist.all_gather_into_tensor(parts.view(-1), x.view(-1), group=self.group, async_op=True)
 
     def keys_values(self, keys: Tensor, values: Tensor) -> Gathered:
-        """Ask the group for the whole window's keys and values; this rank's are [B, T, G, K] each."""
-        return Gathered(torch.cat((keys, values)), self)  # one collective; both contiguous behind it
+        """Start gathering the whole window's keys and values; this rank's are [B, T, G, K] each."""
+        return Gathered(torch.cat((keys, values)), self)  # one collective; both contiguous after it
 
 
 class Gathered:
-    """Keys and values of a whole window, which the group's ranks are sending each other; a call waits for them.
+    """Keys and values of a whole window, while the group gathers them; a call waits for them.
 
     Args:
         own: [2 B, T, G, K], this rank's, first keys, then values.
         sequence: the group.
 
-    Both ways leave time for other work. Forward, between making one of these and the first call. Backward, autograd
-    takes first what came last: gradients are sent when attention has them, and waited for when the projections of keys
-    and values need them, after those of queries and the router.
+    Both passes overlap the transfer with other work. Forward, between construction and the first call. Backward,
+    autograd goes in reverse order: gradients are sent when attention has them, and waited for when the projections of
+    keys and values need them, after those of queries and the router.
     """
 
     def __init__(self, own: Tensor, sequence: SequenceGroup):
@@ -82,9 +82,9 @@ class Gathered:
         self._arrived: tuple[Tensor, Tensor] | None = None
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """[B, S, G, K] each; the gradient is that of where this was made, whoever asks first."""
+        """[B, S, G, K] each; with a gradient if enabled at construction, whatever the mode of the first call."""
         if self._arrived is None:
-            parts, self._parts = self._parts, None  # as large as what is made of it
+            parts, self._parts = self._parts, None  # freed: as large as the result
             with torch.set_grad_enabled(self._with_gradient):
                 whole: Tensor = _Arrive.apply(parts, self._transfer)
                 keys, values = whole.chunk(2)
@@ -93,7 +93,7 @@ class Gathered:
 
 
 class _Transfer:
-    """A collective of ``sequence`` under way."""
+    """A collective of ``sequence`` in flight."""
 
     def __init__(self, sequence: SequenceGroup):
         self.sequence = sequence
@@ -109,7 +109,7 @@ class _Transfer:
 
 
 class _Send(torch.autograd.Function):
-    """[B, T, ...] -> [P, B, T, ...], every rank's, once the transfer has ended; backward, the ranks' gradients' sum."""
+    """[B, T, ...] -> [P, B, T, ...], every rank's, once the transfer has ended; backward, the sum of the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, transfer: _Transfer) -> Tensor:
@@ -125,7 +125,7 @@ class _Send(torch.autograd.Function):
 
 
 class _Arrive(torch.autograd.Function):
-    """[P, B, T, ...] of the ranks -> [B, S, ...]; backward, every rank is sent what the others found for its part."""
+    """[P, B, T, ...] of the ranks -> [B, S, ...]; backward, every rank gets the others' gradients of its part."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, transfer: _Transfer) -> Tensor:

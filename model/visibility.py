@@ -5,8 +5,8 @@
     query 3     . . x x .        first 2, last 3
     query 4     . . x x x        first 2, last 4
 
-Two numbers a query say it all, so no mask over pairs is ever kept: a mask is made where a kernel wants one, for the
-queries and keys that it is about to work on.
+Two numbers per query are enough, so no mask over pairs is ever kept: a mask is made where a kernel needs one, for the
+queries and keys that it is about to process.
 
 Dimension letters: B batch, T new tokens, S keys (of these, of cached tokens and of those on other ranks), C queries of
 a block.
@@ -23,16 +23,16 @@ class Visibility:
     """First and last visible key of every query of a forward pass; shared by all layers.
 
     Args:
-        places: int64 [T], where each new token is among the keys, rising: the last key that it sees.
+        places: int64 [T], each new token's index among the keys, rising: the last key that it sees.
         keys: S.
         documents: int64 [B, S], a number for every key that is equal within a document and differs from its
             neighbours'; None where there is only one document.
 
     Attributes:
-        last: int64 [T], the last key that each query sees: its own place among the keys.
+        last: int64 [T], the last key that each query sees: its own index among the keys.
         first: int64 [B, T], the first one; None where that is key 0 for all.
         keys: S.
-        dense_blocks: FlexAttention's block mask for all tokens as queries, once somebody has built it.
+        dense_blocks: FlexAttention's block mask for all tokens as queries, once it has been built.
     """
 
     def __init__(self, places: Tensor, keys: int, documents: Tensor | None):
