@@ -29,9 +29,9 @@ from data.store import TokenStore, require_configured, train_folder, validation_
 from data.tokenization import tokenizer_sha256
 
 IGNORE_INDEX = -100
-"""A target on which no loss is taken."""
+"""Marks a target without a loss."""
 NO_SAMPLE = -1
-"""The number of a row that only fills up a batch."""
+"""Sample id of a padding row."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class Batch:
     targets: Tensor
     """int64 [B, T], the token after each input; -100 where no loss is taken."""
     sample_ids: Tensor
-    """int64 [B]; -1 for a row that only fills up a validation batch."""
+    """int64 [B]; -1 for a padding row of a validation batch."""
     documents: Tensor | None
-    """int64 [B, S], number of the document within the window, from 0, never falling; None unless confine_attention. Of
-    whole windows, S = T, unless :meth:`at` took a part of them."""
+    """int64 [B, S], number of the document within the window, from 0, never decreasing; None unless confine_attention.
+    Always of whole windows: S = T unless :meth:`at` took a part of them."""
     positions: Tensor | None
     """int64 [B, T], 0 at every document's and every window's start; None unless restart_positions."""
     scored_targets: int | None = None
     """How many targets are not -100, where those are few: the head then runs on their tokens only."""
     sources: Tensor | None = None
-    """int64 [B], the number of each sample's source in ``data.sources``; None outside of training."""
+    """int64 [B], the number of each sample's source in ``data.sources``; None outside training."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with ``change`` applied to each of its tensors."""
@@ -61,7 +61,7 @@ class Batch:
         return Batch(**changed)
 
     def at(self, places: Tensor) -> Batch:
-        """The part of it at ``places``, int64 [T'], of its windows; it keeps their documents whole."""
+        """The part of its windows at ``places``, int64 [T']; ``documents`` stays that of whole windows."""
 
         def part(of_tokens: Tensor) -> Tensor:
             taken = of_tokens.index_select(1, places)
@@ -79,7 +79,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class SourceSummary:
-    """What one source has, and how much of the training it is."""
+    """Size of one source, and its share of the training."""
 
     name: str
     tokens: int
@@ -88,7 +88,7 @@ class SourceSummary:
     share: float
     """Of the run's samples."""
     taken: Sequence[int]
-    """Samples that the run takes of it, by stage of the mixture."""
+    """Samples that the run takes from it, by stage of the mixture."""
 
     @property
     def epochs(self) -> float:
@@ -112,12 +112,12 @@ class MixedStream:
         return sample_ids, sources, list(zip(sources.tolist(), windows.tolist(), strict=True))
 
     def _shares(self, samples: int) -> tuple[np.ndarray, list[float]]:
-        """What a run of ``samples`` takes of each source by stage, int64 [K, S], and each source's share of it."""
+        """Samples from each source by stage in a run of ``samples``, int64 [K, S], and each source's share of it."""
         taken = self._order.mixture.taken(samples, self._stream.skip_ranges)
         return taken, (taken.sum(axis=0) / samples).tolist()
 
     def _fingerprint(self, sources: Sequence[dict[str, Any]], **decisive: Any) -> str:
-        """SHA-256 of what each of the ``sources`` holds, of the order, and of what else is ``decisive``."""
+        """SHA-256 of the contents of the ``sources``, of the order, and of whatever else is ``decisive``."""
         first, *later = self._stream.mixture()
         if later:
             decisive["stages"] = [{"first": stage.first, "weights": stage.weights} for stage in later]
@@ -137,12 +137,12 @@ class TrainingData(MixedStream):
     """All sources, mixed and shuffled."""
 
     def __init__(self, config: DataConfig, pin_memory: bool = False, check_files: bool = True) -> None:
-        """Open every source; batches are in pinned memory if asked, ``check_files`` as of :class:`TokenStore`.
+        """Open every source; batches are in pinned memory if asked, ``check_files`` as for :class:`TokenStore`.
 
         Raises:
             ValueError: a source is missing, damaged, shorter than one window, made with other settings than the
-                config's, or with another tokenizer than the data folder's or another end of documents than the first's
-                (so two tokenizers never mix).
+                config's, with another tokenizer than the data folder's, or with other begin or end tokens of documents
+                than the first source's (so two tokenizers never mix).
         """
         self._config = config
         self._pin_memory = pin_memory
@@ -172,7 +172,7 @@ class TrainingData(MixedStream):
     def fingerprint(self) -> str:
         """SHA-256 of all that decides which tokens sample i holds; a run resumes exactly only if it is the same.
 
-        ``skip_ranges`` is left out: it is meant to be changed on the way. ``confine_attention`` and
+        ``skip_ranges`` is left out: it is meant to be changed during a run. ``confine_attention`` and
         ``restart_positions`` are left out too: they change what the model sees of the tokens, not the tokens.
         """
         sources = [
@@ -182,7 +182,7 @@ class TrainingData(MixedStream):
         return self._fingerprint(sources, tokenizer=self._tokenizer_sha256)
 
     def summary(self, samples: int) -> list[SourceSummary]:
-        """One entry a source, for a run of ``samples``."""
+        """One entry per source, for a run of ``samples``."""
         length = self._config.sequence_tokens
         taken, shares = self._shares(samples)
         return [
@@ -193,9 +193,9 @@ class TrainingData(MixedStream):
         ]
 
     def batch(self, consumed: Sequence[int] | range) -> Batch:
-        """The samples at these places of the run: ``consumed`` counts from 0 what the run took before each.
+        """The samples at these places of the run: ``consumed`` is the number of samples consumed before each.
 
-        With ``skip_ranges`` set, ``Batch.sample_ids`` runs ahead of ``consumed`` by the samples passed over.
+        With ``skip_ranges`` set, ``Batch.sample_ids`` runs ahead of ``consumed`` by the samples skipped.
         """
         sample_ids, sources, places = self._located(consumed)
         rows = [self._stores[source].window(window, self._config.sequence_tokens) for source, window in places]
@@ -206,7 +206,7 @@ class ValidationSet:
     """One named validation set: its windows in order, the same every time."""
 
     def __init__(self, config: DataConfig, name: str, check_files: bool = True) -> None:
-        """Open ``name``, one of ``config.validation``; ``check_files`` as of :class:`TokenStore`.
+        """Open ``name``, one of ``config.validation``; ``check_files`` as for :class:`TokenStore`.
 
         Raises:
             ValueError: as for :class:`TrainingData`.
@@ -226,9 +226,8 @@ class ValidationSet:
     ) -> Iterator[Batch]:
         """This rank's batches; every rank gets the same number of them, each of ``batch_samples`` rows.
 
-        All ranks together see ``limit_samples`` windows (all of them if None) once each, evenly spread over the set:
-        its first ones would be one document's. Rows beyond those hold zeros, have sample id -1 and only -100 as
-        targets.
+        All ranks together see ``limit_samples`` windows (all of them if None) once each, evenly spread over the set,
+        whose first ones might be of one document. Padding rows hold zeros, have sample id -1 and only -100 as targets.
         """
         samples = self.samples if limit_samples is None else min(limit_samples, self.samples)
         length = self._config.sequence_tokens
@@ -245,7 +244,7 @@ def open_all(
     """All that a stage-one run reads, with the arguments of :class:`TrainingData`.
 
     Raises:
-        ValueError: as for :class:`TrainingData`; also if the shards have another vocabulary than the config.
+        ValueError: as for :class:`TrainingData`; also if the shards' vocabulary is not the config's.
     """
     data = TrainingData(config, pin_memory, check_files)
     data.require_vocabulary(config.tokenizer.vocab_size)
@@ -253,14 +252,14 @@ def open_all(
 
 
 def batch_places(rank: int, world_size: int, batch_samples: int, samples: int) -> Iterator[np.ndarray]:
-    """The places of each of a rank's batches, int64 [B], as many batches on every rank; from ``samples`` on padding."""
+    """The places in each of a rank's batches, int64 [B], equally many on every rank; from ``samples`` on, padding."""
     assert 0 <= rank < world_size and batch_samples >= 1
     for first in range(0, samples, world_size * batch_samples):
         yield first + rank * batch_samples + np.arange(batch_samples)
 
 
 def int64_tensor(array: np.ndarray, pin_memory: bool = False) -> Tensor:
-    """``array`` as a tensor of its own memory layout, pinned if asked."""
+    """``array`` as a contiguous tensor, pinned if asked."""
     made = torch.from_numpy(np.ascontiguousarray(array, np.int64))
     return made.pin_memory() if pin_memory else made
 
@@ -268,7 +267,7 @@ def int64_tensor(array: np.ndarray, pin_memory: bool = False) -> Tensor:
 def step_sample_ids(
     consumed: int, global_batch: int, rank: int, world_size: int, micro_batch: int, accumulation: int
 ) -> list[range]:
-    """What ``rank`` takes in the step that comes after ``consumed`` samples: ``micro_batch`` samples a micro-step.
+    """What ``rank`` takes in the step after ``consumed`` samples: ``micro_batch`` samples per micro-step.
 
     Together the ranks take ``consumed`` up to ``consumed + global_batch``, so that the samples of a step are the same
     at any world size and micro-batch.
@@ -299,7 +298,7 @@ def _open(
 
 
 def _require_one_vocabulary(stores: Sequence[TokenStore]) -> None:
-    """Refuse sources between whose preparations the files beside the tokenizer changed, which its hash leaves out."""
+    """Refuse sources if the files beside the tokenizer, which its hash leaves out, changed between preparing them."""
     first, *others = ((store.folder, store.manifest.origin["vocabulary"]) for store in stores)
     for folder, vocabulary in others:
         if differ := [key for key in sorted(vocabulary.keys() & first[1].keys()) if vocabulary[key] != first[1][key]]:
@@ -317,7 +316,7 @@ def _batch(
     pin_memory: bool = False,
     sources: np.ndarray | None = None,
 ) -> Batch:
-    """Put windows (tokens [T+1], document ends [E]) together; a row with sample id -1 gets no targets."""
+    """Collate windows (tokens [T+1], document ends [E]); a row with sample id -1 gets no targets."""
     tokens = np.stack([row for row, _ in rows])
     inputs, targets = tokens[:, :-1], tokens[:, 1:].copy()
     targets[sample_ids == NO_SAMPLE] = IGNORE_INDEX
@@ -326,7 +325,7 @@ def _batch(
     if config.confine_attention:
         for row, (_, ends) in enumerate(rows):
             targets[row, ends - 1] = IGNORE_INDEX
-    # A row's document d > 0 starts at its end number d - 1; what began before the window starts with it.
+    # A row's document d > 0 starts at its end number d - 1; one that began before the window starts at 0.
     starts = [np.concatenate([[0], ends])[number] for (_, ends), number in zip(rows, numbers, strict=True)]
     tensor = partial(int64_tensor, pin_memory=pin_memory)
     return Batch(

@@ -16,15 +16,15 @@ File = Annotated[PathText, AfterValidator(fill_in_texts)]
 
 
 class TokenizerConfig(Strict):
-    """The tokenizer, trained or taken. Everything that would change ids after export is fixed in code, not here."""
+    """The tokenizer, trained or copied. Everything that would change ids after export is fixed in code, not here."""
 
     kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
     """A ``tokenizer.model`` of SentencePiece, or a ``tokenizer.json``: byte-level BPE if it is trained here."""
     path: PathText | None = None
-    """Train none, and copy the tokenizer of this folder, such as a Hugging Face checkpoint's, to ``data.dir`` as it
-    is; then the other fields but ``kind`` and ``vocab_size`` have no effect."""
+    """Copy the tokenizer of this folder, such as a Hugging Face checkpoint's, to ``data.dir`` unchanged instead of
+    training one; then of the other fields only ``kind`` and ``vocab_size`` have an effect."""
     vocab_size: int = Field(32_000, ge=1, le=2**31 - 1)
-    """Number of pieces, the 256 bytes and the special ones included; at least 300 if it is trained here."""
+    """Number of pieces, including the 256 bytes and the special ones; at least 300 if it is trained here."""
     model_type: Literal["bpe", "unigram"] = "bpe"
     """sentencepiece: only ``bpe`` keeps ids exactly the same after conversion to Hugging Face."""
     train_bytes: int = Field(100_000_000, ge=10_000)
@@ -50,12 +50,12 @@ class MixedSource(Strict):
 
 
 class TokensConfig(Strict):
-    """Files of token ids that others made with the tokenizer in ``data.dir``, instead of text (docs/data.md)."""
+    """Files of token ids, made elsewhere with the tokenizer in ``data.dir``, instead of text (docs/data.md)."""
 
     dtype: Literal["uint16", "uint32"] | None = None
-    """Of a flat file that does not say so itself: nanoGPT's, OLMo's."""
+    """Dtype of a flat file that does not give it itself: nanoGPT's, OLMo's."""
     end_id: int | None = Field(None, ge=0)
-    """The id that closes documents in these files, or opens them; the tokenizer's own unless given."""
+    """The id that ends documents in these files, or begins them; the tokenizer's own unless given."""
     field: str = "input_ids"
     """The field or column that holds a document's ids (json, parquet, hub)."""
 
@@ -75,7 +75,7 @@ class SourceConfig(MixedSource):
     split: str = "train"
     """With hub: the split."""
     format: Literal["text", "json", "parquet", "csv"] | None = None
-    """With files: their format; by default inferred from the file name. ``text`` makes one document a file."""
+    """With files: their format; by default inferred from the file name. ``text`` makes each file one document."""
     text_field: str = "text"
     """The field or column that holds a document's text (json, parquet, csv, hub)."""
     tokens: TokensConfig | None = None
@@ -103,7 +103,7 @@ class StreamConfig(Strict):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the global shuffle."""
     skip_ranges: list[tuple[int, int]] = Field(default_factory=list)
-    """Samples to pass over, as [first, end) sample numbers: what to set after going back before a loss spike."""
+    """Samples to skip, as [first, end) sample numbers: what to set after going back to before a loss spike."""
 
     @model_validator(mode="after")
     def _ranges_in_order(self) -> StreamConfig:
@@ -140,17 +140,17 @@ class DataConfig(StreamConfig):
     sources: list[SourceConfig] = Field(min_length=1)
     """What to train on."""
     validation: list[SourceConfig] = Field(default_factory=list)
-    """Named validation sets, evaluated apart."""
+    """Named validation sets, evaluated separately."""
     stages: list[MixtureStage] = Field(default_factory=list)
-    """Parts of the run with weights of their own, such as a warm-up, a main part and an annealing; one with the
+    """Parts of the run with weights of their own, such as warm-up, main part and annealing; a single one with the
     sources' weights unless given."""
     tokenizer: TokenizerConfig = TokenizerConfig()
-    """How to train the tokenizer, or which to take."""
+    """How to train the tokenizer, or which one to copy."""
     shard_tokens: int = Field(100_000_000, ge=1_000)
-    """Most tokens in one shard file."""
+    """Maximum number of tokens in one shard file."""
     part_bytes: int = Field(500_000_000, ge=1)
-    """About how many bytes of a source's files, as they lie there, are one part of its preparation: what one process
-    reads and tokenizes, and what tasks share. A larger file is a part by itself, but for Parquet, cut by row group."""
+    """Approximate size of one part of a source's preparation, in bytes of its files as stored: what one process reads
+    and tokenizes, and what tasks share out. A larger file is a part by itself, except Parquet, cut by row group."""
     deduplicate: Literal["none", "exact"] = "none"
     """``exact`` leaves out documents whose text an earlier document of the same source has; reads everything twice."""
     confine_attention: bool = False
@@ -186,7 +186,7 @@ class DataConfig(StreamConfig):
         ] or super().mixture()
 
     def in_tokens(self, run_samples: int) -> DataConfig:
-        """The same, its stages that begin at a share of the run at a token of a run of ``run_samples``.
+        """The same, with the shares of the run at which stages begin resolved to tokens, for ``run_samples``.
 
         Raises:
             ValueError: if stages overlap then.

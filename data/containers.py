@@ -1,8 +1,9 @@
-"""What files of text come in: compressions, encodings, JSON, tables.
+"""The formats of text files: compressions, encodings, JSON, tables.
 
 Everything here yields values in the order of the file, holding one document (or one chunk of a table) in memory; only a
-JSON file that is one big array, and a compressed Parquet file, are held whole. Text in UTF-16 or UTF-32 is known by the
-mark at its start and becomes UTF-8; without a mark text is UTF-8, and what can be none is refused.
+JSON file that is one big array, and a compressed Parquet file, are held whole. Text in UTF-16 or UTF-32 is recognised
+by the byte order mark at its start and converted to UTF-8; without a mark, text is UTF-8, and what is no text is
+refused.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ OTHERS = (
     (b"PK\x03\x04", "a zip archive: unpack it"),
     (b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS to a file that is not here: git lfs pull"),
 )
-"""How files begin that are no text, whatever their names say."""
+"""How files that are not text begin, whatever their names say."""
 UNREADABLE = (ValueError, OSError, EOFError, RecursionError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 """What a broken file or a wrong line raises."""
 _READ_BYTES = 1 << 20
 _ZSTD_WINDOW_BYTES = 1 << 31
-"""What ``zstd --long=31`` needs, the most that the format's own tool takes."""
+"""What ``zstd --long=31`` needs, the most that the zstd tool accepts."""
 _ZSTD_HEADER_BYTES = 18
 """Longest header of a frame."""
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 _START_BYTES = 4096
 _TEXT_BYTES_A_NUL = 10
-"""A stray NUL is text; one in two or four bytes is another encoding, and more than this is none."""
+"""Bytes per NUL below which a file is not text. Stray NULs are text, one in two or four bytes is another encoding."""
 _ROWS_AT_ONCE = 64
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """A file's decompressed bytes; the compression is inferred from the name. One of no bytes holds none."""
+    """A file's decompressed bytes; the compression is inferred from the name. An empty file holds none."""
     file: Any = path.open("rb")
     if not path.stat().st_size:
         return file
@@ -72,7 +73,7 @@ def open_bytes(path: Path) -> io.BufferedReader:
 
 
 class _Xz(io.RawIOBase):
-    """What an .xz holds, all of its streams: Python's own reader drops what follows zeros between two of them."""
+    """The contents of an .xz, all of its streams: Python's own reader silently stops at zeros between two."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
@@ -96,7 +97,7 @@ class _Xz(io.RawIOBase):
         return 0
 
     def _next_stream(self, rest: bytes) -> None:
-        """Pass over the zeros that may stand behind a stream, and begin with what follows them."""
+        """Skip the zeros that may pad a stream, and begin with what follows them."""
         while not (rest := rest.lstrip(b"\0")):
             if not (rest := self._file.read(_READ_BYTES)):
                 self._decompressor = None
@@ -109,12 +110,12 @@ class _Xz(io.RawIOBase):
 
 
 def open_text(path: Path) -> io.BufferedReader:
-    """A file's text as UTF-8 without a mark at its start.
+    """A file's text as UTF-8 without a byte order mark.
 
-    What is no UTF-8 stays as it is; what is wrong in another encoding becomes a byte that is no UTF-8.
+    Invalid UTF-8 stays as it is; what is invalid in another encoding becomes a byte that is invalid UTF-8.
 
     Raises:
-        ValueError: it begins as no text does.
+        ValueError: its start is not that of a text.
     """
     file = open_bytes(path)
     start = file.peek(_START_BYTES)[:_START_BYTES]
@@ -128,7 +129,7 @@ def open_text(path: Path) -> io.BufferedReader:
 
 
 def _require_text(start: bytes) -> None:
-    """Refuse what would become tokens without sense and without a word."""
+    """Refuse what would silently become meaningless tokens."""
     other = next((what for begins, what in OTHERS if start.startswith(begins)), None)
     if other is not None:
         raise ValueError(f"it is {other}")
@@ -177,9 +178,9 @@ def whole_text(path: Path) -> bytes:
 
 
 def json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Every record of JSON lines or of one array, and where it stands: ``line 1`` or ``item 0``.
+    """Every record of JSON lines or of one array, and its place: ``line 1`` or ``item 0``.
 
-    A byte that is not UTF-8 becomes a lone surrogate in its string; an integer of thousands of digits, a float.
+    A byte that is not UTF-8 becomes a lone surrogate in its string, an integer of thousands of digits a float.
 
     Raises:
         ValueError: naming the line that is not JSON.
@@ -211,7 +212,7 @@ def _parsed(text: bytes, place: str) -> Any:
 def csv_values(path: Path, column: str) -> Iterator[bytes]:
     """A column as text: "NA" and "1.0" are documents, not a missing value and a number.
 
-    A row that is shorter than the header ends with empty fields; what is behind the header's fields must be empty.
+    A row that is shorter than the header ends with empty fields; fields beyond the header's must be empty.
 
     Raises:
         ValueError: there is no such column, or a row is broken.
@@ -230,7 +231,7 @@ def csv_values(path: Path, column: str) -> Iterator[bytes]:
 
 
 def _csv_rows(path: Path) -> Iterator[list[str]]:
-    """Every row but those of nothing or of white space."""
+    """Every row except empty ones and those of white space."""
     ended = False
 
     def lines(text: io.TextIOWrapper) -> Iterator[str]:
@@ -266,7 +267,7 @@ def parquet_row_groups(path: Path) -> list[tuple[int, int]]:
 def parquet_values(path: Path, column: str, first: int = 0, end: int | None = None) -> Iterator[Any]:
     """A column's values, rows ``first`` up to ``end``; row groups outside are not read.
 
-    Strings are given as bytes, so that what is no Unicode in them does not end the file.
+    Strings are returned as bytes, so that invalid Unicode does not make the file unreadable.
 
     Raises:
         ValueError: there is no such column, or the file is broken.
@@ -299,7 +300,7 @@ def parquet_values(path: Path, column: str, first: int = 0, end: int | None = No
 
 
 def _for_arrow(path: Path) -> Any:
-    """What pyarrow reads a file from: its name, or itself where it lies at a URL."""
+    """What pyarrow reads from: the file's name, or the open file if it is at a URL."""
     return path.open("rb") if isinstance(path, RemoteFile) else str(path)
 
 
@@ -312,10 +313,10 @@ def _require_column(column: str, there: list[str]) -> None:
 
 
 def _require_whole(path: Path) -> None:
-    """Refuse a cut-off .zst: unlike gzip and xz, its reader ends quietly where the bytes end.
+    """Refuse a truncated .zst: unlike gzip's and xz's, its reader ends silently where the bytes end.
 
-    Walks over the sizes of frames and blocks (RFC 8878, 3.1) without decompressing them. What is wrong otherwise the
-    decompressor will say.
+    Walks over the sizes of frames and blocks (RFC 8878, 3.1) without decompressing them. Other errors are left to the
+    decompressor.
     """
     if path.suffix != ".zst":
         return
@@ -330,7 +331,7 @@ def _require_whole(path: Path) -> None:
 
 
 def _zstd_frame_end(file: BinaryIO, place: int) -> int:
-    """Where the frame that begins at ``place`` ends, or a place behind the end of a file that is cut off before."""
+    """Where the frame that begins at ``place`` ends, or a place beyond the end of a truncated file."""
     start = file.read(_ZSTD_HEADER_BYTES)
     if start[1:4] == _ZSTD_SKIPPABLE and start[0] >> 4 == 5:
         return place + 8 + int.from_bytes(start[4:8], "little")
@@ -348,5 +349,5 @@ def _zstd_frame_end(file: BinaryIO, place: int) -> int:
             return place + 3
         header = int.from_bytes(block, "little")
         last, kind, size = bool(header & 1), header >> 1 & 3, header >> 3
-        place += 3 + (1 if kind == 1 else size)  # a block of one byte repeated holds it once
+        place += 3 + (1 if kind == 1 else size)  # a run-length block stores its byte once
     return place + checksum_bytes

@@ -1,4 +1,4 @@
-"""Ids to text, piece by piece, as a model makes them."""
+"""Ids to text, piece by piece, as a model generates them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from data.tokenization import TextTokenizer
 
 REPLACEMENT_CHARACTER = "\ufffd"
-"""What a decoder writes for bytes that are no whole character."""
+"""What a decoder writes for bytes that are not a whole character."""
 _CONTEXT_TOKENS = 5
 """Tokens decoded together with new ones, so that a space at the start of a piece is not lost."""
 _HELD_TOKENS = 8
-"""What is no whole character after so many tokens never will be one: a character has at most 4 bytes."""
+"""What is not a whole character after this many tokens never will be: a character has at most 4 bytes."""
 _MOST_CONTEXT_TOKENS = 64
-"""As far back the start of a character is looked for: some decoders break all of a run of bytes that has none."""
+"""How far back to look for the start of a character: some decoders garble a whole run of bytes without one."""
 
 
 class Detokenizer:
-    """Ids to text, piece by piece; characters that are spelt in several tokens come out whole.
+    """Ids to text, piece by piece; characters that span several tokens come out whole.
 
     Args:
         tokenizer: of the model.
-        prompt: ids before the first one; not given out.
+        prompt: ids before the first one; their text is not returned.
     """
 
     def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int] = ()) -> None:
@@ -37,7 +37,7 @@ class Detokenizer:
         return "" if text.endswith(REPLACEMENT_CHARACTER) and held < _HELD_TOKENS else self._give_out(text)
 
     def rest(self) -> str:
-        """What was held back, broken as it may be."""
+        """The text that was held back, even if its last character is incomplete."""
         return self._give_out(self.tokenizer.decode(self._ids))
 
     def _give_out(self, text: str) -> str:
@@ -47,7 +47,7 @@ class Detokenizer:
         return new
 
     def _context(self, ids: Sequence[int]) -> list[int]:
-        """The last of ``ids``, from a whole character on."""
+        """The last of ``ids``, starting at a whole character."""
         fewest, most = (max(len(ids) - tokens, 0) for tokens in (_CONTEXT_TOKENS, _MOST_CONTEXT_TOKENS))
         for start in range(fewest, most - 1, -1):
             if not self.tokenizer.decode(ids[start:]).startswith(REPLACEMENT_CHARACTER):

@@ -1,16 +1,16 @@
-"""Which files a user means: one contract for every command that takes names or patterns of files.
+"""Finding the files that a user names: one contract for every command that takes file names or patterns.
 
 a name           is taken as it is, even with * or [ in it; it must be a file that can be read
 a pattern        glob's: * within a folder, ** over folders; hidden files only where the dot is written
 ~ $NAME          the home folder, the environment's variables
 {stdlib} {texts} see data/placeholders.py
 order            sorted by absolute name, whatever the order and spelling of the patterns
-URLs             s3://bucket/*.jsonl and others that fsspec reaches: patterns and names alike, read where they lie
+URLs             s3://bucket/*.jsonl and others that fsspec reaches: patterns and names alike, read in place
 links            followed; one real file counts once, whatever the names that lead to it
-folders          matched by a pattern are passed over; named, they are refused
-broken links     are refused, as is what cannot be read: what was asked for is not left out without a word
+folders          matched by a pattern are skipped; named, they are refused
+broken links     are refused, as is what cannot be read: nothing that was asked for is silently left out
 empty files      count, and hold no document
-vanished later   refused by name when their turn comes
+vanished later   refused by name when they are read
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def find_files(patterns: Sequence[str], as_given: bool = False) -> list[Path]:
 
     Args:
         patterns: names and patterns.
-        as_given: in the order of the patterns, each one's files sorted; all of them sorted unless given.
+        as_given: in the order of the patterns, each pattern's files sorted; else all files are sorted together.
 
     Raises:
         ValueError: a pattern matches no file, or matches something that cannot be read.
@@ -97,13 +97,13 @@ def _require_readable(name: str) -> None:
 
 
 def format_of(path: Path) -> str | None:
-    """A file's format by its name, a compression's ending left out; None for an ending that is not known."""
+    """A file's format by its name, ignoring a compression suffix; None for an unknown suffix."""
     suffix = Path(path.stem).suffix if path.suffix in COMPRESSIONS else path.suffix
     return FORMATS.get(suffix.lower())
 
 
 def fingerprint(path: Path, root: Path | None = None) -> dict[str, Any]:
-    """A file's name, size and a SHA-256 of its first and last 64 KiB: cheap, and unlike a time it survives a copy.
+    """A file's name, size and a SHA-256 of its first and last 64 KiB: cheap, and unlike a date it survives a copy.
 
     Args:
         path: of the file.

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp"
-"""Suffix of a file being written. Whatever carries it is left over from a killed command and may be deleted."""
+"""Suffix of a file being written. One that stays is left over from a killed command and may be deleted."""
 _HASHED_AT_ONCE_BYTES = 1 << 22
-"""Between two blocks a thread asks for the interpreter lock, and waits for it where another one computes in Python."""
+"""Between two blocks a thread must reacquire the interpreter lock, and waits while another one computes in Python."""
 
 
 _GRACE_S = 5.0
-"""How long the processes of a killed command may hold what they locked."""
+"""How long the processes of a killed command may keep their locks."""
 
 
 def temporary_name(path: Path) -> Path:
@@ -29,7 +29,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def nearest_folder(path: Path) -> Path:
-    """``path`` or the nearest folder above it that exists: on whose disk it would come to be."""
+    """``path`` or the nearest existing folder above it: the disk it would be created on."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
@@ -38,7 +38,7 @@ def require_new_folder(out: Path) -> None:
     """Refuse to write over anything.
 
     Raises:
-        ValueError: if ``out`` exists and is no empty folder, or its name says too little.
+        ValueError: if ``out`` exists and is no empty folder, or its path has ``..`` or no name.
     """
     if ".." in out.parts or not out.name:
         raise ValueError(f"OUT must name a folder without '..', got {out}; give its path in full")
@@ -47,19 +47,19 @@ def require_new_folder(out: Path) -> None:
 
 
 def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
-    """Close ``file``, which was written under another name, with ``content`` at its end; give it its name, durably."""
+    """Append ``content`` to ``file``, written under a temporary name; close and rename it to ``path``, durably."""
     try:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
         file.close()
         os.replace(file.name, path)
-    except OSError:  # a full disk, say, which half a file under another name does not help
+    except OSError:  # such as a full disk, which half a temporary file would keep full
         with contextlib.suppress(OSError):
             file.close()
         Path(file.name).unlink(missing_ok=True)
         raise
-    # The rename itself lives in the folder: without this a power cut can bring the old name back.
+    # The rename is stored in the folder: unless that is synced, a power failure can bring the old name back.
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -69,11 +69,11 @@ def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
 
 @contextlib.contextmanager
 def only_writer(folder: Path, shared: bool = False) -> Iterator[None]:
-    """Hold the only right to write below ``folder``; it ends with the process, however that ends.
+    """Hold the exclusive right to write below ``folder``; it ends with the process, however that ends.
 
     Args:
         folder: to lock.
-        shared: others may hold it with us, if they share it too.
+        shared: others may hold it at the same time, if they share it too.
 
     Raises:
         ValueError: another process holds it.
@@ -101,7 +101,7 @@ def only_holder(path: Path, refusal: str) -> Iterator[None]:
         refusal: how the error begins if another process holds it.
 
     Raises:
-        ValueError: another process holds it, and does not end.
+        ValueError: another process holds it, and goes on holding it.
     """
     with holding(path, _GRACE_S) as holder:
         if holder is not None:
@@ -111,11 +111,11 @@ def only_holder(path: Path, refusal: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def holding(path: Path, wait_s: float = 0.0) -> Iterator[str | None]:
-    """Hold the lock file ``path`` and get None, or get who does if another process holds it for ``wait_s``.
+    """Hold the lock file ``path`` and yield None, or yield its holder if another process keeps it for ``wait_s``.
 
-    The file says who holds it and is removed at the end. Whoever is killed holds it no longer. Network file systems
+    The file names its holder and is removed at the end. A killed process no longer holds it. Network file systems
     lock a file between machines (NFS 4, Lustre with ``flock``, GPFS), but not always a folder. Where a file system
-    cannot lock, everybody holds it.
+    cannot lock, every process gets the lock.
     """
     handle = _lock(path)
     end_s = time.monotonic() + wait_s
@@ -154,7 +154,7 @@ def _lock(path: Path) -> int | None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), path.stat()):
                 return handle
-        os.close(handle)  # its last holder has just removed it: that was no longer the file of this name
+        os.close(handle)  # its last holder has just removed it: ``path`` is another file now, or none
 
 
 def write_atomically(path: Path, content: bytes, shared: bool = False) -> None:
@@ -163,7 +163,7 @@ def write_atomically(path: Path, content: bytes, shared: bool = False) -> None:
     Args:
         path: of the file.
         content: all of it.
-        shared: other processes may write the file at the same time; the last one's content stays.
+        shared: other processes may write the file at the same time; the last one wins.
     """
     name = temporary_name(path)
     if shared:
@@ -172,7 +172,7 @@ def write_atomically(path: Path, content: bytes, shared: bool = False) -> None:
 
 
 def open_to_others(path: Path) -> None:
-    """Give a file that a library wrote for its owner alone the mode that the umask leaves a new file."""
+    """Give a file that a library made private to its owner the usual mode of a new file under the umask."""
     umask = os.umask(0o077)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -187,7 +187,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
-        ValueError: the file is not JSON, or holds something else than an object.
+        ValueError: the file is not JSON, or not an object.
         OSError: it cannot be read.
     """
     try:

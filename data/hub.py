@@ -19,10 +19,10 @@ class HubDataset:
     """One split of a dataset, pinned to a commit."""
 
     def __init__(self, config: SourceConfig, revision: str | None) -> None:
-        """Take the commit ``revision``, or ask for the newest one; a local folder has none.
+        """Use the commit ``revision``, or ask for the newest one; a local folder has none.
 
         Raises:
-            ValueError: the Hub does not give the dataset.
+            ValueError: the Hub does not provide the dataset.
         """
         assert config.hub is not None
         self.name, self.split = config.hub, config.split
@@ -63,15 +63,15 @@ class HubDataset:
 
 @functools.cache
 def _builder(name: str, config: str | None, revision: str | None) -> Any:
-    """What knows the dataset's files; once a process, because finding them out asks the Hub."""
+    """The builder, which knows the dataset's files; one per process, because listing them queries the Hub."""
     ensure_hub_cache()
-    import datasets  # late: it takes seconds, and every tokenizing process would pay for it
+    import datasets  # imported here: it takes seconds, which every tokenizing process would pay
 
     return datasets.load_dataset_builder(name, config, revision=revision)
 
 
 def _newest_revision(config: SourceConfig) -> str | None:
-    """The commit that is now the dataset's; None for a local folder."""
+    """The dataset's current commit; None for a local folder."""
     assert config.hub is not None
     if Path(config.hub).is_dir():
         return None
@@ -80,7 +80,7 @@ def _newest_revision(config: SourceConfig) -> str | None:
 
     try:
         return huggingface_hub.HfApi().dataset_info(config.hub).sha
-    except Exception as error:  # network, name, permission: all mean that the dataset cannot be had
+    except Exception as error:  # network, name, permission: in any case the dataset is unavailable
         raise ValueError(
             f"source '{config.name}': the Hub does not give dataset '{config.hub}': {one_line(error)}"
         ) from error

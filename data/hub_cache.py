@@ -1,4 +1,4 @@
-"""A cache that the Hub's libraries can write to, on machines whose home cannot be written (containers, batch users)."""
+"""A writable cache for the Hub's libraries, on machines with a read-only home (containers, batch users)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def ensure_hub_cache() -> None:
-    """Before ``datasets`` or ``huggingface_hub`` is imported: a temporary ``HF_HOME`` where the usual one has no room.
+    """Set a temporary ``HF_HOME`` if the usual one is not writable; before importing ``datasets``, ``huggingface_hub``.
 
     Raises:
         ValueError: ``HF_HOME`` is set, and cannot be written.

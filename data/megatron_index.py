@@ -1,4 +1,4 @@
-"""A pair of Megatron-LM or GPT-NeoX: FILE.bin, the ids of all documents, and FILE.idx, where each one lies.
+"""A file pair of Megatron-LM or GPT-NeoX: FILE.bin, the ids of all documents, and FILE.idx, the place of each.
 
 The index, little-endian, as ``megatron/core/datasets/indexed_dataset.py`` writes it:
 
@@ -34,7 +34,7 @@ class MegatronIndex:
     """The documents of a pair, by number."""
 
     def __init__(self, path: Path) -> None:
-        """Read the index at ``path`` and hold it against the ``.bin`` beside it.
+        """Read the index at ``path`` and check it against the ``.bin`` beside it.
 
         Raises:
             ValueError: one of the two is damaged or cut off, or they do not belong together.
@@ -72,7 +72,7 @@ class MegatronIndex:
         return len(self._borders) - 1
 
     def document(self, number: int) -> np.ndarray:
-        """The ids of document ``number``, as they lie there, [N]."""
+        """The ids of document ``number``, in the dtype of the file, [N]."""
         first, end = int(self._borders[number]), int(self._borders[number + 1])
         size = self._tokens.dtype.itemsize
         sequences = [

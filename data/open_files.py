@@ -1,7 +1,7 @@
-"""Files that are read at any offset and do not all stay open: a few descriptors are kept, the least used one is closed.
+"""Random access to many files with few descriptors: the least recently used one is closed.
 
-A run may read from ten thousand shards, and a process may have a thousand files open. Nothing is mapped, so a file that
-is cut while it is read is an error with its name, and not the end of the process by SIGBUS.
+A run may read from ten thousand shards, but a process may only have a thousand files open. Nothing is memory-mapped, so
+a file truncated while it is read raises an error with its name, instead of killing the process by SIGBUS.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 KEPT = 64
-"""Descriptors that stay open, of all sources of a process together."""
+"""Descriptors that stay open, for all sources of a process together."""
 _BLOCK = 512
-"""Entries that a search reads at once, 4 KiB of them."""
+"""Entries that a search reads at once: 4 KiB."""
 
 
 class OpenFiles:
-    """At most ``kept`` open descriptors, by path. For several threads."""
+    """At most ``kept`` open descriptors, by path. Thread-safe."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._kept = kept
@@ -45,7 +45,7 @@ class OpenFiles:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def forget(self, path: str) -> None:
-        """Open ``path`` again at the next use: another file has its name."""
+        """Close ``path``, to be opened again at the next use: a new file has its name."""
         with self._lock:
             descriptor = self._open.pop(path, None)
             if descriptor is not None:
@@ -63,11 +63,11 @@ class OpenFiles:
 
 
 SHARED = OpenFiles()
-"""Of all stores of this process."""
+"""For all stores of this process."""
 
 
 class Column:
-    """Numbers of one type in a file, one after the other.
+    """A file of numbers of one dtype.
 
     Args:
         path: of the file.
@@ -87,7 +87,7 @@ class Column:
         return np.frombuffer(SHARED.read(self.path, start * width, (end - start) * width), self._dtype)
 
     def place(self, value: int) -> int:
-        """Where ``value`` would stand, before its equals, in a column that rises."""
+        """Where ``value`` would be inserted, before its equals, in a sorted column."""
         low, high = 0, self._count
         while high - low > _BLOCK:
             middle = (low + high) // 2

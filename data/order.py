@@ -1,16 +1,16 @@
 """Which window is sample number i: a pure function of i, so resuming needs no state and no rank needs another's.
 
-Two steps. **Mixture**: samples come in blocks; from the weights follows how many of a block's samples each source
-gives (exact at every block's end, see :class:`Mixture`), and a keyed permutation spreads them over the block. So
-sample i is the n-th sample of its source. A stage (``data/stages.py``) has blocks of its own, and its sources go on
-counting where the stage before it ended. **Permutation**: n gives the epoch, ``n // windows``, and in each epoch a
-keyed permutation of all windows gives the one that comes n-th, so every window comes once an epoch and none is dropped.
+Two steps. **Mixture**: samples come in blocks; the weights determine how many of a block's samples each source gives
+(exact at every block's end, see :class:`Mixture`), and a keyed permutation spreads them over the block. So sample i is
+the n-th sample of its source. A stage (``data/stages.py``) has blocks of its own, and its sources continue counting
+where the previous stage ended. **Permutation**: n gives the epoch, ``n // windows``, and in each epoch a keyed
+permutation of all windows gives the n-th one, so every window comes once per epoch and none is dropped.
 
 A permutation of ``range(n)`` is never stored: a Feistel network is a bijection on a power of four that is at least n,
 and a value that falls outside ``range(n)`` is sent through again until it falls inside ("cycle walking"), which keeps
 it a bijection.
 
-N: samples asked for. S: sources. M: samples in a block. K: stages.
+N: samples requested. S: sources. M: samples in a block. K: stages.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ def _mix(value: np.ndarray) -> np.ndarray:
 
 
 class Mixture:
-    """One stage: sample number, counted from the stage's first -> source, and the how-many-th sample of it.
+    """One stage: sample number, counted from the stage's first -> source, and ordinal of the sample in it.
 
     Source s has given ``round(W_s n) - round(W_{s-1} n)`` samples when n samples, a whole number of blocks, are done
     (W: cumulative shares). These add up to n, and each differs from its share of n by less than 1. A source of weight 0
-    changes nothing of the others.
+    does not affect the others.
     """
 
     def __init__(self, weights: Sequence[float], seed: int, number: int = 0, name: str = "") -> None:
@@ -138,7 +138,7 @@ class Mixture:
 
 
 class StagedMixture:
-    """All stages: sample number -> source, and the how-many-th sample of it since the run's beginning."""
+    """All stages: sample number -> source, and ordinal of the sample in it since the start of the run."""
 
     def __init__(self, stages: Sequence[Stage], seed: int) -> None:
         """Raises ValueError as :class:`Mixture`."""
@@ -160,7 +160,7 @@ class StagedMixture:
         return source, ordinal
 
     def taken(self, consumed: int, skip_ranges: Ranges = ()) -> np.ndarray:
-        """What a run of ``consumed`` samples takes of each source in each stage: int64 [K, S]."""
+        """Samples that a run of ``consumed`` takes from each source in each stage: int64 [K, S]."""
         end = int(pass_over(np.array([consumed - 1]), skip_ranges)[0]) + 1
         taken = self._given(end)
         for first, stop in skip_ranges:
@@ -169,7 +169,7 @@ class StagedMixture:
         return taken
 
     def _given(self, end: int) -> np.ndarray:
-        """What the samples below ``end`` are of each source in each stage: int64 [K, S]."""
+        """How many of the samples below ``end`` are from each source in each stage: int64 [K, S]."""
         ends = [*self._firsts[1:].tolist(), end]
         parts = zip(self._mixtures, self._firsts.tolist(), ends, strict=True)
         return np.stack([mixture.given(max(min(stop, end) - first, 0)) for mixture, first, stop in parts])

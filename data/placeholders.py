@@ -18,12 +18,12 @@ def texts() -> str:
 
 
 def fill_in_texts(name: str) -> str:
-    """``name`` with the folder for ``{texts}``: in a config when it is loaded, so that a run keeps where they were."""
+    """``name`` with ``{texts}`` filled in: when a config is loaded, so that a run records where they were."""
     return name.replace("{texts}", texts())
 
 
 def expand(name: str) -> str:
-    """``name`` with the folder for ``{stdlib}``, which a run does not keep, for ``~`` and for variables.
+    """``name`` with ``{stdlib}``, which a run does not record, ``~`` and variables filled in.
 
     Raises:
         ValueError: a variable is not set.
@@ -32,7 +32,7 @@ def expand(name: str) -> str:
 
 
 def hint(name: str) -> str:
-    """The part of a sentence that says where ``name``, of which nothing is there, was looked for."""
+    """A clause for an error that says where ``name``, which was not found, was looked for."""
     if Path(name).is_relative_to(texts()):
         return (
             f", where {{texts}} is {texts()}; set {TEXTS_VARIABLE} to the folder of these texts (docs/data.md "

@@ -14,8 +14,8 @@ Item = TypeVar("Item")
 class Prefetch(Generic[Item]):
     """An iterator over ``items`` that runs up to ``depth`` (at least 1) of them ahead.
 
-    What ``items`` raises is raised in the consumer, at the place where it would have come. Leave early with
-    :meth:`close`, or use it in a ``with``: the thread would otherwise wait for a consumer.
+    What ``items`` raises is raised in the consumer, after the items before it. To leave early, call :meth:`close`, or
+    use it in a ``with``: the thread would otherwise wait for a consumer.
     """
 
     def __init__(self, items: Iterable[Item], depth: int) -> None:
@@ -66,13 +66,13 @@ class Prefetch(Generic[Item]):
             for item in items:
                 if not self._put("item", item):
                     return
-        except BaseException as error:  # the thread's end must reach the consumer, whatever it was
+        except BaseException as error:  # any error must reach the consumer
             self._put("error", error)
             return
         self._put("end", None)
 
     def _put(self, kind: str, item: Item | BaseException | None) -> bool:
-        """Hand over one thing; False if the consumer has left meanwhile."""
+        """Hand over one thing; False if the consumer has closed this meanwhile."""
         while not self._closed.is_set():
             try:
                 self._ready.put((kind, item), timeout=0.1)

@@ -1,14 +1,14 @@
-"""Files of questions: tasks of the user's own, a JSON object a line.
+"""Question files: tasks of the user's own, one JSON object per line.
 
-What a line holds says what is asked, the same for all lines of a file:
+The fields of a line determine what is asked, the same for all lines of a file:
 
     query, choices, gold                 which of the choices is the likeliest after the query
     context_options, continuation, gold  after which of the contexts the continuation is the likeliest
     context, continuation                how likely the continuation is, and whether greedy decoding gives it
     context, answer[, aliases]           whether greedy decoding gives the answer, or one of its aliases
 
-``gold`` counts from 0. A space stands between the parts where none ends the first. A query with a line ``Question:``
-and none of ``Answer:`` gets one, which is how the sets that have such queries are published.
+``gold`` counts from 0. The parts are joined by a single space. A query with a line ``Question:``
+but none with ``Answer:`` gets one, as in the published versions of sets with such queries.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ SUFFIX = ".jsonl"
 CHOICES, OPTIONS = ("query", "choices", "gold"), ("context_options", "continuation", "gold")
 CONTINUATION, ANSWER = ("context", "continuation"), ("context", "answer")
 ANSWER_TOKENS = 24
-"""Most tokens of an answer that is generated."""
+"""Maximum number of tokens of a generated answer."""
 _EXAMPLES_SEED = 1234  # lm-evaluation-harness's own: both show the same examples
 Fields = dict[str, Any]
 
 
 class QuestionFile(NamedTuple):
-    """What a file asks."""
+    """The questions of a file."""
 
     path: Path
     shape: tuple[str, ...]
-    """The fields that decide, which every line has: one of ``SHAPES``."""
+    """The fields that every line has, which determine the kind of task: one of ``SHAPES``."""
     lines: list[Fields]
     """Those fields, and an answer's aliases; others are left out."""
 
     @property
     def different(self) -> int:
-        """Lines that differ."""
+        """Number of distinct lines."""
         return len({json.dumps(fields, sort_keys=True) for fields in self.lines})
 
     def require_examples(self, shots: int, fix: str) -> None:
@@ -54,21 +54,21 @@ class QuestionFile(NamedTuple):
             )
 
     def examples(self, count: int, shots: int) -> list[str]:
-        """What stands before each of the first ``count`` questions: ``shots`` others, each with its answer.
+        """The few-shot examples before each of the first ``count`` questions: ``shots`` others, with their answers.
 
         Drawn as lm-evaluation-harness draws them, from all of the file.
         """
         drawn, texts = Random(_EXAMPLES_SEED), []
         for fields in self.lines[:count]:
             shown = [other for other in drawn.sample(self.lines, shots + 1) if other != fields][:shots] if shots else []
-            if len(shown) < shots:  # the line is there more than once
+            if len(shown) < shots:  # the line occurs more than once
                 shown = drawn.sample([other for other in self.lines if other != fields], shots)
             texts.append("".join(f"{solved(self.shape, other)}\n\n" for other in shown))
         return texts
 
 
 def read_questions(path: Path) -> QuestionFile:
-    """All of a file, looked at.
+    """Read and check all of a file.
 
     Raises:
         ValueError: if a line is not of the first line's shape, or there is none.
@@ -94,7 +94,7 @@ def read_texts(path: Path, *names: str) -> list[Fields]:
     """The fields ``names`` of every line of a file, each a text.
 
     Raises:
-        ValueError: if a line has another, or there is none.
+        ValueError: if a line lacks one, or there is no line.
     """
     found = []
     for place, fields in _objects(path):
@@ -108,7 +108,7 @@ def read_texts(path: Path, *names: str) -> list[Fields]:
 
 
 def _objects(path: Path) -> Iterator[tuple[str, Fields]]:
-    """The objects of a file, and where each stands."""
+    """The place and the object of each line of a file."""
     try:
         records = list(json_records(path))
     except ValueError as error:
@@ -127,10 +127,10 @@ def _objects(path: Path) -> Iterator[tuple[str, Fields]]:
 
 
 def find_tasks(names: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """The files of questions among the ``names`` of tasks, patterns filled in, and the other names.
+    """The question files among the task ``names``, with patterns expanded, and the other names.
 
     Raises:
-        ValueError: there is no such file, or two of them have the same name, which is their task's.
+        ValueError: there is no such file, or two tasks have the same name; a file's task has the file's name.
     """
     files = [name for name in names if name.endswith(SUFFIX)]
     found = find_files(files, as_given=True) if files else []
@@ -142,7 +142,7 @@ def find_tasks(names: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 
 def contexts(shape: tuple[str, ...], fields: Fields) -> list[str]:
-    """What is read before what is scored: one text, or of ``OPTIONS`` one each."""
+    """The context of what is scored: one text, or for ``OPTIONS`` one per option."""
     if shape == CHOICES:
         query: str = fields["query"].rstrip()
         asks = any(line.startswith("Question:") for line in query.splitlines())
@@ -151,9 +151,9 @@ def contexts(shape: tuple[str, ...], fields: Fields) -> list[str]:
 
 
 def continuations(shape: tuple[str, ...], fields: Fields) -> list[str]:
-    """What is scored, without the space before it: one text, or of ``CHOICES`` one each; of ``ANSWER`` what is right.
+    """What is scored, without the space before it: one text, or for ``CHOICES`` one per choice.
 
-    An answer's aliases follow it.
+    For ``ANSWER`` the right answer, followed by its aliases.
     """
     if shape == CHOICES:
         return list(fields["choices"])
@@ -203,4 +203,4 @@ SHAPES: dict[tuple[str, ...], Callable[[Fields], str]] = {
     CONTINUATION: _text_problem(*CONTINUATION),
     ANSWER: _text_problem(*ANSWER),
 }
-"""What a line may hold, and what is wrong with one: a few words, or nothing."""
+"""The fields that a line may have, and a function that says what is wrong with a line: a few words, or nothing."""

@@ -1,6 +1,6 @@
-"""A file at a URL, such as ``s3://bucket/part-01.jsonl.zst``, that is read as one of a disk is.
+"""A file at a URL, such as ``s3://bucket/part-01.jsonl.zst``, that is read like a local file.
 
-Whoever reads a source's files takes their names, asks for their sizes and opens them; here these three go through
+The code that reads a source's files uses their names, asks for their sizes and opens them; here these three go through
 fsspec. Nothing is kept on the disk: what is read twice is fetched twice.
 """
 
@@ -20,7 +20,7 @@ _BUFFER_BYTES = 1 << 20
 
 
 class RemoteFile(PosixPath):
-    """Its URL as a path. What asks the operating system for it (links, modes, maps into memory) does not find it."""
+    """Its URL as a path. Whatever asks the operating system for it (links, modes, memory maps) does not find it."""
 
     def __str__(self) -> str:
         protocol, _, place = super().__str__().partition(":/")
@@ -33,7 +33,7 @@ class RemoteFile(PosixPath):
         return io.BufferedReader(cast(io.RawIOBase, system.open(place, "rb")), _BUFFER_BYTES)
 
     def stat(self, *, follow_symlinks: bool = True) -> os.stat_result:
-        """Its size; and what tells files apart, which here is the URL.
+        """Its size; and as the inode that tells files apart, a hash of the URL.
 
         Raises:
             OSError: the service does not say how large it is.
@@ -50,7 +50,7 @@ def find_remote(pattern: str) -> list[str]:
     """URLs of the files that ``pattern`` matches, itself a URL, sorted; none if there is no such file.
 
     Raises:
-        ValueError: nobody here speaks its protocol, or the service does not let one look.
+        ValueError: its protocol is not supported here, or the service does not allow listing.
     """
     urls.require_reachable(pattern, "files:")
     system, place = urls.open_filesystem(pattern, remember=True)
@@ -60,7 +60,7 @@ def find_remote(pattern: str) -> list[str]:
             return [place]
         found = cast(dict[str, dict[str, Any]], system.glob(place, detail=True))
         files = sorted(name for name, entry in found.items() if entry["type"] == "file")
-        if not files:  # a pattern passes over what may not be listed; this does not
+        if not files:  # a pattern skips what may not be listed; this raises
             system.ls(re.split(r"[*?[]", place)[0].rpartition("/")[0], detail=False)
         return files
 

@@ -1,4 +1,4 @@
-"""A SentencePiece ``tokenizer.model``: reading it, and what its own description says of the text that it is given."""
+"""A SentencePiece ``tokenizer.model``: reading it, and what its own description says about how it treats text."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def model_proto(processor: SentencePieceProcessor) -> Any:
 
 
 def refuse_changed_text(proto: Any, file: Path) -> None:
-    """Text must come back from its ids, and transformers must give the same ones."""
+    """Refuse a model whose ids do not give the same text back, or for which transformers would give other ids."""
     rules, kind = proto.normalizer_spec, proto.trainer_spec.model_type
     if kind not in (BPE, UNIGRAM):
         raise ValueError(
@@ -63,10 +63,10 @@ def refuse_changed_text(proto: Any, file: Path) -> None:
 
 
 def cuts_exactly(proto: Any) -> bool:
-    """BPE whose pieces end with a line break where they have one: merges on one side of it know nothing of the other.
+    """Whether it is BPE whose pieces have line breaks only at their end: merges never depend on text beyond one.
 
-    Unigram compares sums over the whole text in fp32, so the same pieces can win by a rounding here and lose there.
+    Unigram compares sums over the whole text in fp32, so rounding can decide between the same pieces either way.
     """
     pieces = [piece.piece for piece in proto.pieces]
-    spelt = proto.trainer_spec.byte_fallback or "\n" in pieces  # else unknown, and unknowns next to each other are one
+    spelt = proto.trainer_spec.byte_fallback or "\n" in pieces  # else unknown, and adjacent unknowns are one
     return proto.trainer_spec.model_type == BPE and spelt and not any("\n" in piece[:-1] for piece in pieces)

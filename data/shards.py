@@ -1,9 +1,9 @@
 """The shard format, and its writer. ``docs/data.md`` draws the folder.
 
 A shard is two flat little-endian files: ``shard-00000.bin``, token ids (uint16 or uint32), and ``shard-00000.ends``,
-for each document the number of the shard's tokens up to and with its EOS (uint64). A finished shard gets a record,
-``shard-00000.json``, from which an interrupted preparation goes on; a finished source gets ``manifest.json``, which
-takes in the records. Nothing in these files depends on time, machine or number of workers.
+for each document the number of the shard's tokens up to and including its EOS (uint64). A finished shard gets a record,
+``shard-00000.json``, from which an interrupted preparation resumes; a finished source gets ``manifest.json``, which
+absorbs the records. Nothing in these files depends on time, machine or number of workers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 PROGRESS_NAME = "progress.json"
 UNSAID_AT_FIRST = ("formats", "vocabulary")
-"""What the first manifests, progress and files of hashes are not told by: it counts as unchanged."""
+"""Keys that the first versions of manifests, progress and hash files lack: missing ones count as unchanged."""
 RECORDS = "shard-*.json"
 """Of finished shards, while their part is unfinished."""
 ENDS_DTYPE = np.dtype("<u8")
 COUNTS = ("tokens", "documents", "text_bytes", "repaired_documents", "empty_documents", "duplicate_documents")
-"""What a manifest sums up of its shards, and the manifest of a source of its parts."""
+"""What a manifest sums over its shards, and the manifest of a source over its parts."""
 
 Schema = TypeVar("Schema", bound=Strict)
 
@@ -51,11 +51,11 @@ class Shard(Strict):
     repaired_documents: int = Field(ge=0)
     """Documents in which invalid Unicode was replaced by U+FFFD."""
     empty_documents: int = Field(ge=0)
-    """Documents without text passed over on the way to the shard's last one."""
+    """Documents without text that were skipped before the shard's last one."""
     duplicate_documents: int = Field(0, ge=0)
-    """Documents passed over likewise because an earlier one has the same text."""
+    """Documents skipped likewise because an earlier one has the same text."""
     after: tuple[int, int]
-    """Where reading the source goes on: number of the file, number of the document in it."""
+    """Where to continue reading the source: number of the file, number of the document in it."""
     files: dict[str, ShardFile]
     """By file name."""
 
@@ -82,11 +82,11 @@ class Manifest(Strict):
     made_from: dict[str, Any]
     """Tokenizer, settings and source list: whatever must be the same for another run to give the same shards."""
     shards: list[Shard]
-    """In the order of the source; of a source of several parts they lie in the parts' folders."""
+    """In the order of the source; for a source of several parts, they are in the parts' folders."""
 
     @property
     def origin(self) -> dict[str, Any]:
-        """``made_from``, of the first manifests with as much of the vocabulary as they say."""
+        """``made_from``; for the first version of manifests, with what they record of the vocabulary."""
         return {"vocabulary": {"size": self.vocab_size, "eos_id": self.eos_id}} | self.made_from
 
     @property
@@ -121,7 +121,7 @@ def read_model(path: Path, schema: type[Schema]) -> Schema:
 
 
 def finished_shards(folder: Path) -> list[Shard]:
-    """The unbroken run of finished shards at the start of ``folder``; one with a missing or cut file ends it."""
+    """The unbroken run of finished shards at the start of ``folder``; one with a missing or truncated file ends it."""
     shards: list[Shard] = []
     while (path := folder / f"{shard_name(len(shards))}.json").is_file():
         shard = read_model(path, Shard)
@@ -146,7 +146,7 @@ class ShardWriter:
     """Writes documents one after another; a document is never split over two shards."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int, finished: list[Shard]) -> None:
-        """Go on after the ``finished`` shards; a new shard begins before the document that would take the last one
+        """Continue after the ``finished`` shards; a new shard begins before the document that would take the last one
         above ``shard_tokens`` tokens."""
         self.shards = finished
         self._folder = folder
@@ -157,11 +157,11 @@ class ShardWriter:
 
     @property
     def cursor(self) -> Cursor | None:
-        """Where reading goes on after the finished shards; None if there are none."""
+        """Where to continue reading after the finished shards; None if there are none."""
         return Cursor(*self.shards[-1].after) if self.shards else None
 
     def add(self, documents: list[Document], tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Append ``documents``, whose ``tokens`` stand one after another; a length of 0 is a document without text."""
+        """Append ``documents``, whose ``tokens`` are concatenated; a length of 0 is a document without text."""
         stored = tokens.astype(self._dtype)
         end = 0
         for document, length in zip(documents, lengths.tolist(), strict=True):
@@ -221,7 +221,7 @@ class ShardWriter:
         self._ends.append(self._ends[-1] + length)
         self._text_bytes += len(document.text)
         self._repaired += document.repaired
-        # Counted only once a document with text follows, so that a run which goes on from here counts the same.
+        # Counted only once a document with text follows, so that a run resumed from here counts the same.
         self._empty += self._empty_since_last
         self._duplicates += self._duplicates_since_last
         self._empty_since_last = self._duplicates_since_last = 0

@@ -1,7 +1,7 @@
-"""Samples that a run passes over (``data.skip_ranges``), and what a position in the data means beside them.
+"""Samples that a run skips (``data.skip_ranges``), and what a position in the data means with them.
 
-A run's position is the number of samples that it has consumed; its next sample's id is that number, moved on by every
-range that lies before it.
+A run's position is the number of samples that it has consumed; its next sample's id is that number, advanced past every
+range before it.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def sample_ids(consumed_before: int, consumed: int, skip_ranges: Ranges) -> tupl
 def refuse_other_past(then: Ranges, now: Ranges, consumed: int) -> None:
     """Raise ValueError unless both ``data.skip_ranges`` lead to the same sample after ``consumed`` samples.
 
-    The position in the data is the number of samples consumed. A range that is forgotten moves all later samples back,
-    and one that is added where the run has been already passes over others than it names.
+    The position in the data is the number of samples consumed. Removing a range would move all later samples back, and
+    a range added where the run has already been would skip other samples than it names.
     """
     reached = sample_ids(0, consumed, then)[1] + 1 if consumed else 0
     past_then, past_now = ([list(r) for r in ranges if r[0] < reached] for ranges in (then, now))

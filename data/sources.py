@@ -1,4 +1,4 @@
-"""One source's documents, in an order that depends on nothing but the source, from any point on.
+"""One source's documents, in an order that depends only on the source, from any point on.
 
 Files are found by data/discovery.py and read by data/containers.py, datasets on the Hub are read by data/hub.py.
 """
@@ -35,13 +35,13 @@ class Document(NamedTuple):
     text: bytes
     """UTF-8; empty for a document without text, which is counted and left out."""
     repaired: bool
-    """Something in it was no valid Unicode and was replaced."""
+    """Invalid Unicode in it was replaced."""
     after: Cursor
     """Where reading goes on after it."""
     ids: np.ndarray | None = None
-    """Of a source of token ids, which has no text: uint32 [N], both ends marked; empty for a document without any."""
+    """For a source of token ids, which has no text: uint32 [N], with begin and end tokens; empty without any ids."""
     duplicate: bool = False
-    """An earlier document has the same content; this one stands without it, and is left out."""
+    """An earlier document has the same content; this one's is removed, and the document left out."""
 
     @property
     def content(self) -> bytes:
@@ -50,7 +50,7 @@ class Document(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
-        """What it takes in memory, about."""
+        """Its approximate size in memory."""
         return len(self.text) if self.ids is None else self.ids.nbytes
 
     def require_unicode(self, number: int) -> None:
@@ -64,7 +64,7 @@ class Document(NamedTuple):
             )
 
     def left_out(self) -> Document:
-        """The same as a duplicate."""
+        """The same document marked as a duplicate, without its content."""
         ids = None if self.ids is None else self.ids[:0]
         return self._replace(text=b"", repaired=False, ids=ids, duplicate=True)
 
@@ -83,9 +83,9 @@ class Source:
 
         Args:
             config: where they are.
-            vocabulary: what token ids are held against; a source of text needs none.
+            vocabulary: what token ids are checked against; a source of text needs none.
             revision: of a dataset on the Hub, the commit to read; the newest one if None.
-            files: found already, in place of the config's.
+            files: found already, used instead of the config's.
 
         Raises:
             ValueError: a pattern matches no file, or a file's format cannot be inferred.
@@ -111,17 +111,17 @@ class Source:
         return {"files": [fingerprint(path) for path in self.files[first:end]]}
 
     def outline(self) -> dict[str, Any]:
-        """As :meth:`identity` of all files, but of each only name and size, so that none is opened."""
+        """Like :meth:`identity` of all files, but only with name and size of each, so that none is opened."""
         if self._hub is not None:
             return self._hub.identity()
         return {"files": [{"name": shown(path.name), "bytes": path.stat().st_size} for path in self.files]}
 
     def sizes(self) -> list[int]:
-        """Bytes of each file, as they lie there."""
+        """Bytes of each file as stored."""
         return self._hub_sizes if self._hub is not None else [path.stat().st_size for path in self.files]
 
     def pieces(self, limit_bytes: int) -> Iterator[tuple[Cursor, int]]:
-        """Where the source may be cut: the start of each piece, and its bytes as they lie there.
+        """Where the source may be cut: the start of each piece, and its bytes as stored.
 
         A piece is a file, or a row group of a Parquet file above ``limit_bytes``. What is compressed as a whole
         cannot be cut.
@@ -150,7 +150,7 @@ class Source:
         """Every document from ``start`` up to ``end`` (or all that follow), the ones without text included.
 
         Raises:
-            ValueError: a file cannot be read, or a document has no text field; the sentence names the file.
+            ValueError: a file cannot be read, or a document has no text field; the message names the file.
         """
         last = Cursor(self._count, 0) if end is None else end
         for number in range(start.file, self._count):
@@ -172,7 +172,7 @@ class Source:
                 yield Document(text, repaired, Cursor(number, index + 1))
 
     def _ids(self, number: int, tokens: TokensConfig, first: int, end: int | None) -> Iterator[np.ndarray]:
-        """The documents of one file of token ids, both ends marked."""
+        """The documents of one file of token ids, with begin and end tokens."""
         assert self._vocabulary is not None, "only preparation reads token ids, and has a vocabulary"
         if self._hub is None and self._formats[number] == "flat":
             return documents_of_file(self.files[number], tokens, self._vocabulary, first, end)
@@ -191,7 +191,7 @@ class Source:
 
     @contextmanager
     def _naming(self, number: int) -> Iterator[None]:
-        """Whatever a decompressor, a parser or the Hub's client raises over a file, its user needs the file's name."""
+        """Add the file's name to whatever a decompressor, a parser or the Hub's client raises."""
         try:
             yield
         except Exception as error:
@@ -199,7 +199,7 @@ class Source:
             raise ValueError(f"source '{self.config.name}': cannot read {place}: {one_line(error)}") from error
 
     def _values(self, number: int, field: str, first: int, end: int | None) -> Iterator[Any]:
-        """The values of one file as they stand there, of whatever type."""
+        """The values of one file as stored, of any type."""
         if self._hub is not None:
             batches = self._hub.batches(number, len(self._hub_sizes), first)
             values: Iterator[Any] = (value for batch in batches for value in _field(batch, field, "the dataset"))
@@ -220,7 +220,7 @@ def formats_of(files: Sequence[Path], config: SourceConfig) -> list[str]:
     """What each of ``files`` is read as, by its name; none of them is opened.
 
     Raises:
-        ValueError: a name does not say it.
+        ValueError: a name does not tell its format.
     """
     return [config.format or _format_of(path, config) for path in files]
 

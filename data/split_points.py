@@ -1,14 +1,14 @@
-r"""Where a long text may be cut so that its parts, encoded apart, give the ids of the whole.
+r"""Where a long text may be cut so that its parts, encoded separately, give the ids of the whole.
 
-A library's encoder takes far more memory than the text that it is given at once (40 bytes a byte SentencePiece, 150
-``tokenizers``), so a document of a gigabyte has to go through it in parts. Two kinds of tokenizers allow that:
+An encoder takes far more memory than the text that it is given at once (SentencePiece 40 bytes per byte, ``tokenizers``
+150), so a document of a gigabyte has to be encoded in parts. Two kinds of tokenizers allow that:
 
-    SentencePiece BPE       after a line break, where no piece goes on behind one (data/sentencepiece_file.py)
+    SentencePiece BPE       after a line break, if no piece continues after one (data/sentencepiece_file.py)
     byte-level BPE          before the space between two letters, "a| b": the text is cut into words before the merges,
-                            by a pattern in which a space opens a word and closes none
+                            by a pattern in which a space may begin a word but never ends one
 
-Of the second only patterns that are known here count, whose every alternative was read; a pattern of somebody's own
-may look behind or ahead of a border. Anything else is encoded whole.
+For the second, only the patterns listed here count, of which every alternative was checked; any other pattern may look
+behind or ahead of a border. Everything else is encoded whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 PART_CHARACTERS = 32_768
-"""Size of a part: it ends at the first border behind so many characters."""
+"""Size of a part: it ends at the first border after so many characters."""
 AFTER_LINE_BREAK = re.compile(r"(?<=\n)")
 BEFORE_SPACE = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])")
 """A space with a letter on both sides."""
@@ -41,11 +41,11 @@ KNOWN_PATTERNS = (
         for digits in (r"\p{N}{1,3}", r"\p{N}")
     ),
 )
-"""How words are cut, as a ``tokenizer.json`` spells it."""
+"""How text is cut into words, as written in a ``tokenizer.json``."""
 
 
 def parts(text: str, border: re.Pattern[str] | None) -> Iterator[str]:
-    """``text`` cut at borders into parts of at least ``PART_CHARACTERS`` but for the last; whole without a border."""
+    """``text`` cut at borders into parts of at least ``PART_CHARACTERS``, except the last; whole without a border."""
     start = 0
     while border is not None and len(text) - start > PART_CHARACTERS:
         found = border.search(text, start + PART_CHARACTERS)
@@ -71,7 +71,7 @@ def border_of(description: dict[str, Any]) -> re.Pattern[str] | None:
 
 
 def _opens_words_with_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
-    """Cut into words by a known pattern, and by nothing that looks beyond a word."""
+    """Whether text is cut into words by a known pattern, and by nothing that looks beyond a word."""
     steps = [pre_tokenizer] if pre_tokenizer is not None else []
     if steps and steps[0]["type"] == "Sequence":
         steps = steps[0]["pretokenizers"]
@@ -89,5 +89,5 @@ def _opens_words_with_spaces(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _stays_on_one_side(added: dict[str, Any]) -> bool:
-    """A token beside the model's: no border is in it, whatever follows, and it does not ask what stands behind one."""
+    """Whether an added token has no border in it, whatever follows, and does not depend on what is beyond one."""
     return not (added["single_word"] or added["rstrip"] or BEFORE_SPACE.search(added["content"] + "a"))

@@ -1,11 +1,11 @@
-"""Stages of a mixture (``data.stages``): from which token on which sources give how much.
+"""Stages of a mixture (``data.stages``): how much each source gives, from which token on.
 
     as written          main: from_tokens 0        annealing: from_share 0.9
     in the run folder   main: from_tokens 0        annealing: from_tokens 5529600        shares of the run, resolved
     as a mixture        Stage("main", 0, ...)      Stage("annealing", 21600, ...)        sample numbers
 
-A stage ends where the next one begins, the last one with the run, so nothing lies between two stages. Borders are
-numbers of samples in the order of :mod:`data.order`: what ``data.skip_ranges`` passes over moves none of them.
+A stage ends where the next one begins, the last one with the run, so there are no gaps. Borders are sample numbers in
+the order of :mod:`data.order`: ``data.skip_ranges`` does not move them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from settings.words import epochs
 
 
 class Stage(NamedTuple):
-    """A stage as the order of samples has it."""
+    """A stage as :mod:`data.order` uses it."""
 
     name: str
     """Empty for the one stage of data without ``data.stages``."""
@@ -39,11 +39,11 @@ class MixtureStage(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
     """Its name in the log and in TensorBoard, such as ``annealing``."""
     from_tokens: int | None = Field(None, ge=0)
-    """Tokens of the run before it, rounded up to whole windows."""
+    """Tokens of the run before it begins, rounded up to whole windows."""
     from_share: float | None = Field(None, ge=0, lt=1)
-    """Instead: share of ``train.steps`` before it. Resolved into from_tokens when the run is started."""
+    """Instead: share of ``train.steps`` before it begins. Resolved into from_tokens when the run is started."""
     weights: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=1)
-    """Weights of the sources that it draws from, by name, in place of the sources' own; the others give nothing."""
+    """Weights of the sources that it draws from, by name, in place of the sources' own; the others are not used."""
 
     @model_validator(mode="after")
     def _one_beginning(self) -> MixtureStage:
@@ -80,7 +80,7 @@ class MixtureStage(Strict):
 
 
 def require_one_after_the_other(stages: Sequence[MixtureStage], sequence_tokens: int) -> None:
-    """Raise ValueError unless the first stage begins with the run, and each later one at least a window after another.
+    """Raise ValueError unless the first stage begins with the run, and each later one at least a window later.
 
     A share and a number of tokens cannot be compared before the run's length is known; this is called again then.
     """
@@ -106,7 +106,7 @@ def require_one_after_the_other(stages: Sequence[MixtureStage], sequence_tokens:
 
 
 def require_known_sources(stages: Sequence[MixtureStage], sources: Sequence[str]) -> None:
-    """Raise ValueError unless stages have names of their own and draw from ``sources``, from each at some time."""
+    """Raise ValueError unless stages have unique names, draw only from ``sources``, and each is used by some stage."""
     names = [stage.name for stage in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"data.stages: the names {', '.join(twice)} stand twice; every name must be unique")
@@ -140,11 +140,11 @@ def describe_shares(stage: Stage, sources: Sequence[str]) -> str:
 def describe_stages(
     mixture: Sequence[Stage], sources: Sequence[tuple[str, Sequence[int], int | None]], sequence_tokens: int
 ) -> list[str]:
-    """A line a stage: where it begins, and what a run takes of each source in it.
+    """One line per stage: where it begins, and what a run takes from each source in it.
 
     Args:
         mixture: the stages.
-        sources: of each its name, the windows that the run takes of it by stage, and how many it has, if that is known.
+        sources: of each its name, the windows that the run takes from it by stage, and how many it has, if known.
         sequence_tokens: of a window.
     """
     lines = []

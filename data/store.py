@@ -1,9 +1,9 @@
-"""A prepared source, read where it is asked for (``data/open_files.py``). T: tokens in a window.
+"""A prepared source, read on demand (``data/open_files.py``). T: tokens in a window.
 
-A shard that is changed under a run would change what it learns without a word. So before each window the shard's
-files are looked at (size, time of change, inode: two system calls). If they are others than before, or at first use
-newer than the manifest, which is written last, or of another size than it says, their SHA-256 decides: the same bytes,
-as after a copy, are taken, others end the run and are named.
+A shard that changes during a run would silently change what the run learns. So before each window the shard's files are
+checked (size, modification time, inode: two system calls). If they differ from before, or at first use are newer than
+the manifest, which is written last, or of another size than it records, their SHA-256 decides: the same bytes, as after
+a copy, are accepted; others end the run with an error that names them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from data.tokenization import tokenizer_sha256
 
 
 class _Look(NamedTuple):
-    """What shows, without reading it, that a file may have changed."""
+    """What shows that a file may have changed, without reading it."""
 
     size_bytes: int
     changed_ns: int
@@ -32,17 +32,17 @@ class _Look(NamedTuple):
 
 
 def train_folder(config: DataConfig, name: str) -> Path:
-    """Where the shards of source ``name`` lie."""
+    """Where the shards of source ``name`` are."""
     return Path(config.dir) / "train" / name
 
 
 def validation_folder(config: DataConfig, name: str) -> Path:
-    """Where the shards of validation set ``name`` lie."""
+    """Where the shards of validation set ``name`` are."""
     return Path(config.dir) / "validation" / name
 
 
 def settings_of(config: DataConfig, source: SourceConfig) -> dict[str, Any]:
-    """What of the config, besides its files, decides the tokens of ``source``."""
+    """What decides the tokens of ``source`` besides its files: the config's part of it."""
     settings: dict[str, Any] = {"text_field": source.text_field}
     if source.tokens is not None:
         settings = {"tokens": source.tokens.model_dump()}
@@ -50,24 +50,24 @@ def settings_of(config: DataConfig, source: SourceConfig) -> dict[str, Any]:
 
 
 def require_configured(manifest: Manifest, folder: Path, config: DataConfig, source: SourceConfig) -> None:
-    """Refuse shards that ``source`` would not give now, as far as its files, which may be gone, need not be asked.
+    """Refuse shards that ``source`` would not give now, as far as that shows without its files, which may be gone.
 
     Args:
-        manifest: of the shards; what it does not say counts as unchanged.
+        manifest: of the shards; what it does not record counts as unchanged.
         folder: of the shards.
         config: the data block.
-        source: theirs, one of the block's.
+        source: the shards' source, one of the block's.
 
     Raises:
-        ValueError: naming what is another now.
+        ValueError: naming what has changed.
     """
     made_from = manifest.made_from
     if "settings" not in made_from:
         return
     before, now = dict(made_from["settings"]), settings_of(config, source)
-    before.pop("shard_tokens", None)  # leaves the tokens as they are
+    before.pop("shard_tokens", None)  # does not affect the tokens
     if hub := made_from.get("hub"):
-        moved = source.hub and hub["revision"] is None  # a local folder, which its files tell, not its name
+        moved = source.hub and hub["revision"] is None  # a local folder, identified by its files, not its name
         name = source.hub if moved else hub["name"]
         before |= {"hub": name, "hub_config": hub["config"], "split": hub["split"]}
     if source.hub:
@@ -85,12 +85,12 @@ def require_configured(manifest: Manifest, folder: Path, config: DataConfig, sou
 
 
 def require_tokenizer_of_shards(folder: Path) -> None:
-    """Refuse a tokenizer in ``folder`` that is another than the one that the shards beside it were made with.
+    """Refuse a tokenizer in ``folder`` other than the one that the shards beside it were made with.
 
-    A model that was trained on those knows that one. Where there are no shards, or no tokenizer, nobody knows.
+    A model trained on those shards uses that one. Without shards, or without a tokenizer, nothing is refused.
 
     Raises:
-        ValueError: then; or a manifest is damaged.
+        ValueError: the tokenizer is another, or a manifest is damaged.
     """
     try:
         here = tokenizer_sha256(folder)
@@ -110,7 +110,7 @@ def _require_tokenizer(manifest: Path, there: str, here: str) -> None:
 
 
 class TokenStore:
-    """All shards of one source as one long row of tokens. Never writes."""
+    """All shards of one source as one sequence of tokens. Read-only."""
 
     def __init__(self, folder: str | Path, tokenizer_sha256: str | None = None, check_files: bool = True) -> None:
         """Open ``folder`` and compare every file's size with the manifest.
@@ -118,10 +118,10 @@ class TokenStore:
         Args:
             folder: what ``data.prepare`` wrote.
             tokenizer_sha256: refuse shards made with another tokenizer; None takes any.
-            check_files: at once; otherwise each is looked at when it is used, and only the manifest is read.
+            check_files: check all files now; otherwise each is checked when it is used, and only the manifest is read.
 
         Raises:
-            ValueError: a file is missing, cut, damaged or of another format or tokenizer; the sentence names it.
+            ValueError: a file is missing, truncated, damaged or of another format or tokenizer; the message names it.
         """
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
@@ -145,7 +145,7 @@ class TokenStore:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all shards, the documents' EOS included."""
+        """Tokens in all shards, including the documents' EOS."""
         return self.manifest.tokens
 
     def windows(self, length: int) -> int:
@@ -158,7 +158,7 @@ class TokenStore:
         Returns:
             Tokens, int64 [T+1]: the store's ``number * T`` to ``number * T + T``, so the last one is also the
             first of the next window. And the document ends inside, int64 [E], ascending, in 1..T: an end e means that
-            a document's last token stands at e - 1.
+            a document's last token is at e - 1.
         """
         assert 0 <= number < self.windows(length), f"window {number} of {self.windows(length)} in {self.folder}"
         first = number * length
@@ -172,7 +172,7 @@ class TokenStore:
             a, b = max(first - offset, 0), min(last - offset, len(shard_tokens))
             part = shard_tokens.part(a, b)
             if len(part) and int(part.max()) >= self.manifest.vocab_size:
-                # An id that no embedding has would be an anonymous crash on a GPU.
+                # On a GPU, an id without an embedding would crash without a useful message.
                 raise ValueError(
                     f"{self._paths[shard][0]} is damaged: it holds the token id {int(part.max())}, the "
                     f"vocabulary has {self.manifest.vocab_size}; {self._again()}"

@@ -1,10 +1,10 @@
-"""Files of token ids that others made, read without detokenizing.
+"""Files of token ids made elsewhere, read without detokenizing.
 
     flat       FILE.bin, FILE.npy, ...: the ids of all documents, an end token between them
                  nanoGPT, OLMo          nothing else in the file, whatever its name: uint16 or uint32, little-endian
-                 llm.c                  behind 256 int32: magic, version, number of tokens
-                 numpy.save             behind the header of that format, which tells dtype and byte order
-    Megatron   FILE.bin and FILE.idx (Megatron-LM, GPT-NeoX): ids, and where each document lies (data/megatron_index.py)
+                 llm.c                  after 256 int32: magic, version, number of tokens
+                 numpy.save             after the header of that format, which gives dtype and byte order
+    Megatron   FILE.bin and FILE.idx (Megatron-LM, GPT-NeoX): ids, and each document's place (data/megatron_index.py)
     a list     a field of JSON lines or a column of Parquet: a row is a document
 
 Ids do not say which tokenizer made them. What can be detected is refused: ids beyond the vocabulary, no end token, a
@@ -38,14 +38,14 @@ _READ_AT_ONCE = 1 << 22
 
 
 class Vocabulary(NamedTuple):
-    """What a document of ids is held against, and made to end with."""
+    """What a document of ids is checked against, and made to begin and end with."""
 
     size: int
     """Every id is below it."""
     prefix: list[int]
     """Ids before every document."""
     eos_id: int
-    """The id behind every document."""
+    """The id after every document."""
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer) -> Vocabulary:
@@ -78,11 +78,11 @@ def _is_half(path: Path) -> bool:
 def documents_of_file(
     path: Path, settings: TokensConfig, vocabulary: Vocabulary, first: int, end: int | None
 ) -> Iterator[np.ndarray]:
-    """The documents ``first`` up to ``end`` of a flat file or a Megatron pair, uint32 [N] each, both ends marked.
+    """Documents ``first`` up to ``end`` of a flat file or a Megatron pair, uint32 [N], with begin and end tokens.
 
     Args:
         path: a flat file, or one of a pair: the ``.bin`` gives the documents, the ``.idx`` none.
-        settings: what the file does not say of itself.
+        settings: what the file itself does not record.
         vocabulary: that of the tokenizer.
         first, end: numbers of documents; ``end`` None means all that follow.
 
@@ -110,11 +110,11 @@ def _count(first: int, end: int | None) -> int | None:
 
 
 def closed(ids: Any, settings: TokensConfig, vocabulary: Vocabulary, place: str) -> np.ndarray:
-    """``ids`` as a document, uint32 [N]: begun and ended as the tokenizer does it, once; nothing if there is no token.
+    """``ids`` as a document, uint32 [N], with the tokenizer's begin and end tokens once; empty if there is no other.
 
     Args:
-        ids: integers in a row, with or without the marks; None is no document.
-        settings: says which id ends documents there.
+        ids: a list of integers, with or without these tokens; None gives no ids.
+        settings: says which id ends documents in the source.
         vocabulary: that of the tokenizer.
         place: which document it is, in words.
 
@@ -123,7 +123,7 @@ def closed(ids: Any, settings: TokensConfig, vocabulary: Vocabulary, place: str)
     """
     try:
         given = np.asarray([] if ids is None else ids)
-    except ValueError:  # lists of several lengths in it
+    except ValueError:  # nested lists of different lengths
         given = np.empty((0, 0))
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ValueError(
@@ -200,7 +200,7 @@ def _mapped(path: Path, name: str, header_bytes: int, tokens: int | None) -> np.
         raise ValueError(
             f"it has {there:,} bytes, which is no whole number of {name}; correct tokens.dtype, or restore the file"
         )
-    # As a plain array, of which a slice costs less.
+    # As a plain array, which is cheaper to slice.
     return np.asarray(np.memmap(path, dtype, "r", header_bytes)) if there else np.empty(0, dtype)
 
 
@@ -222,7 +222,7 @@ def _require_dtype(settings: TokensConfig, dtype: str) -> None:
 
 
 def _require_plausible(stream: np.ndarray, vocabulary: Vocabulary) -> None:
-    """Look at a flat file's start for what a wrong dtype, byte order or tokenizer makes of it."""
+    """Check a flat file's start for signs of a wrong dtype, byte order or tokenizer."""
     start = stream[:_LOOKED_AT]
     if not len(start):
         return
@@ -256,7 +256,7 @@ def _read_otherwise(start: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _split(stream: np.ndarray, end_id: int) -> Iterator[np.ndarray]:
-    """The documents of a flat file without their end tokens; one between two end tokens is empty.
+    """The documents of a flat file without their end tokens; one between two adjacent end tokens is empty.
 
     Raises:
         ValueError: there is no end token.

@@ -1,18 +1,18 @@
-"""What a tokenizer does to a text, read once from whatever a model came with, the same for every command.
+"""How text is tokenized, read from the files that a model came with, the same for every command.
 
 A folder holds a SentencePiece ``tokenizer.model``, a Hugging Face ``tokenizer.json``, or both; then the second is
-taken, because it is what transformers reads. Preparation, tuning, evaluation, generation and export all ask
-:func:`load_text_tokenizer`, so that a text has one list of ids. What cannot be honoured is refused there: pieces that
-change the text that they spell, tokens beside a ``tokenizer.model`` that it does not hold, marks behind every text.
+used, because it is what transformers reads. Preparation, tuning, evaluation, generation and export all use
+:func:`load_text_tokenizer`, so that a text has the same ids everywhere. What cannot be honoured is refused there:
+models that change the text, tokens added beside a ``tokenizer.model``, tokens after every text.
 
     before a text   the ids that transformers puts there (BOS, or nothing)
     the text        uncut; a long one is encoded in parts where that gives the same ids
     after a text    the end-of-document token, where a document ends
 
-Prompt and response meet at a token's border, since in generation the prompt is encoded before the response is there.
-So they are encoded apart. The exception is a tokenizer that puts a space before every text, as Llama 2's does: a
-response encoded alone would get one that is not in it. There the whole is encoded, and cut where it leaves what the
-prompt alone gives.
+Prompt and response meet at a token boundary, since in generation the prompt is encoded before the response exists. So
+they are encoded separately. The exception is a tokenizer that puts a space before every text, as Llama 2's does: a
+response encoded alone would get one that is not in it. There the whole is encoded, and cut where its ids first differ
+from those of the prompt alone.
 
 N: tokens of a text.
 """
@@ -39,16 +39,16 @@ from data.split_points import AFTER_LINE_BREAK, border_of, parts
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME, GENERATION_NAME = "tokenizer_config.json", "generation_config.json"
 _PARTS_AT_ONCE = 64
-"""Some parts of a long text at once, for the library's threads, but not all: their encodings take far more memory."""
+"""Parts of a long text encoded at once: some, for the library's threads, but not all, because of the memory."""
 WORD_START = "▁"
-"""What a piece begins with where a space stands before it."""
+"""What a piece begins with if there is a space before it."""
 EOS_PLACES = (
     (CONFIG_NAME, "eos_token"),
     ("special_tokens_map.json", "eos_token"),
     (GENERATION_NAME, "eos_token_id"),
     ("config.json", "eos_token_id"),
 )
-"""Where the end-of-document token may be written, the first that has it wins."""
+"""Where the end-of-document token may be named; the first place that has it wins."""
 _SPECIAL = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _MORE_SPECIAL = ("additional_special_tokens", "extra_special_tokens")
 
@@ -62,7 +62,7 @@ class TextTokenizer(ABC):
 
     def __init__(self, file: Path, vocab_size: int, eos_id: int, prefix: list[int]) -> None:
         self.file = file
-        """What it was read from."""
+        """The file that it was read from."""
         self.vocab_size = vocab_size
         """Every token id is below it."""
         self.eos_id = eos_id
@@ -86,10 +86,10 @@ class TextTokenizer(ABC):
         return [token for part in self._parts(text) for token in self._encode_parts([part])[0]]
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of ``texts`` as documents to train on, both ends marked; none for an empty text.
+        """The ids of ``texts`` as documents to train on, with begin and end tokens; none for an empty text.
 
         Returns:
-            The N ids of all of them, one after another, uint32, and each one's number, int64 [texts].
+            The N ids of all of them, concatenated, uint32, and the number of ids of each, int64 [texts].
         """
         cut = [list(self._parts(text)) for text in texts]
         flat = [part for some in cut for part in some]
@@ -110,7 +110,7 @@ class TextTokenizer(ABC):
 
     @abstractmethod
     def token_id(self, piece: str) -> int | None:
-        """The id of a token as it is written in the tokenizer's file; None if it is none."""
+        """The id of a token as it is written in the tokenizer's file; None if there is no such token."""
 
     def split(self, prompt: str, response: str) -> tuple[list[int], list[int]]:
         """The ids of ``prompt``, and those of ``response`` after it."""
@@ -146,7 +146,7 @@ def tokenizer_file(folder: str | Path) -> Path:
 
 
 def tokenizer_sha256(folder: str | Path) -> str:
-    """SHA-256 of that file: what a prepared source is tied to.
+    """SHA-256 of :func:`tokenizer_file`, which a prepared source is tied to.
 
     Raises:
         ValueError: there is none.
@@ -155,9 +155,9 @@ def tokenizer_sha256(folder: str | Path) -> str:
 
 
 def use_threads(count: int) -> None:
-    """Let this process's ``tokenizers`` library, which takes all cores otherwise, encode on ``count`` of them.
+    """Let this process's ``tokenizers`` library, which otherwise uses all cores, encode on ``count`` of them.
 
-    To be called before it encodes anything: it starts its threads once. A process that has done so must not fork.
+    Call it before anything is encoded: threads are started once. A process that has started them must not fork.
     """
     os.environ["RAYON_NUM_THREADS"] = str(count)
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if count > 1 else "false"
@@ -167,8 +167,8 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
     """The tokenizer in ``folder``.
 
     Raises:
-        ValueError: there is none, it is damaged, it has no end-of-document token, or it does to texts what cannot be
-            done everywhere alike.
+        ValueError: there is none, it is damaged, it has no end-of-document token, or it treats text in a way that not
+            every command can follow.
     """
     file = tokenizer_file(folder)
     return HuggingFace(file) if file.name == JSON_NAME else SentencePiece(file)
@@ -191,14 +191,14 @@ def require_vocabulary(
 class SentencePiece(TextTokenizer):
     """A ``tokenizer.model``. Stage one's has nothing beside it; an import's ``tokenizer_config.json`` is honoured.
 
-    Special tokens that are spelt out in a text are text, as SentencePiece has it.
+    Special tokens that are spelt out in a text are plain text, as in SentencePiece.
     """
 
     kind = "sentencepiece"
 
     def __init__(self, file: Path) -> None:
         self.processor = load_tokenizer(file.parent)
-        """What decodes; it encodes the same ids, too, but takes far more memory for a long text."""
+        """For decoding; it encodes to the same ids, too, but takes far more memory for a long text."""
         self.proto = model_proto(self.processor)
         """The model's own description of itself."""
         refuse_changed_text(self.proto, file)
@@ -223,7 +223,7 @@ class SentencePiece(TextTokenizer):
         return [self._encoder.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.processor.decode([i for i in ids if i < self.vocab_size])  # a model may have rows for more
+        return self.processor.decode([i for i in ids if i < self.vocab_size])  # a model may have more logits
 
     def piece(self, token: int) -> str:
         return self.processor.id_to_piece(token) if token < self.vocab_size else ""
@@ -246,7 +246,7 @@ class HuggingFace(TextTokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing narrower
             raise ValueError(f"{file} is not a tokenizer that can be read ({error}); restore it") from None
-        # A file may have been saved with them on, and would then cut every long text without a word.
+        # A file may have been saved with them on, and would then silently cut every long text.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         beside = _beside(file.parent)
@@ -260,7 +260,7 @@ class HuggingFace(TextTokenizer):
             )
         for name in (*_SPECIAL, *_MORE_SPECIAL):
             found = beside.get(name) or []
-            if name == "extra_special_tokens" and isinstance(found, dict):  # by a name of their own
+            if name == "extra_special_tokens" and isinstance(found, dict):  # keyed by their names
                 found = list(found.values())
             for token in found if isinstance(found, list) else [found]:
                 self._add(token, special=True)
@@ -333,7 +333,7 @@ def common_start(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _beside(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json``, with what older files kept apart, as transformers merges them; empty without it."""
+    """``tokenizer_config.json`` with what older versions kept in other files, merged as transformers does."""
     found: dict[str, Any] = {}
     if (folder / CONFIG_NAME).is_file():
         found = read_json(folder / CONFIG_NAME)
@@ -352,7 +352,7 @@ def _added_tokens(beside: dict[str, Any]) -> dict[int, dict[str, Any]]:
 
 
 def _refuse_unknown_tokens(processor: SentencePieceProcessor, beside: dict[str, Any], file: Path) -> None:
-    """A ``tokenizer.model`` cannot be given tokens."""
+    """Refuse tokens added beside a ``tokenizer.model``, which cannot take any."""
     for token, fields in _added_tokens(beside).items():
         piece = fields["content"]
         if token >= processor.vocab_size() or processor.id_to_piece(token) != piece:

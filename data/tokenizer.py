@@ -1,7 +1,7 @@
-"""Train the tokenizer, or take one: ``python -m data.tokenizer CONFIG [key.sub=value ...]``.
+"""Train the tokenizer, or copy one: ``python -m data.tokenizer CONFIG [key.sub=value ...]``.
 
-What lies in ``data.dir`` afterwards decides the ids of everything that is prepared there. So nothing is replaced: a
-tokenizer that is there already is the one that the config asks for, or refused.
+The tokenizer in ``data.dir`` decides the ids of everything that is prepared there. So it is never replaced: one that is
+there already must be what the config asks for, or is refused.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def train_tokenizer(config: DataConfig) -> str:
         A sentence saying what was done.
 
     Raises:
-        ValueError: another one is there, the one to take does not fit, or the text does not suit ``vocab_size``.
+        ValueError: another one is there, the one to copy does not fit, or the text does not suit ``vocab_size``.
     """
     folder, wanted = Path(config.dir), config.tokenizer
     if wanted.path is not None:
@@ -71,13 +71,13 @@ def require_configured(wanted: TokenizerConfig, tokenizer: TextTokenizer) -> Non
             f"{tokenizer.file} has {tokenizer.vocab_size:,} tokens, and data.tokenizer.vocab_size is "
             f"{wanted.vocab_size:,}; set it (and model.vocab_size) to the same number, or choose another data.dir"
         )
-    # Once it is copied the folder may go: shards are tied to the copy.
+    # Once it is copied the folder may be deleted: shards are tied to the copy.
     if wanted.path is not None and Path(wanted.path).is_dir() and tokenizer_sha256(wanted.path) != tokenizer.sha256:
         raise ValueError(_another(tokenizer.file.parent, wanted.path, tokenizer.file.name))
 
 
 def is_ours(folder: Path) -> bool:
-    """True if the tokenizer in ``folder`` is one that was trained here, and is as it was."""
+    """True if the tokenizer in ``folder`` is one that was trained here, and is unchanged."""
     path = folder / MODEL_NAME
     if (folder / JSON_NAME).exists() or not (folder / MANIFEST_NAME).is_file() or not path.is_file():
         return False
@@ -85,7 +85,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def _take(source: Path, folder: Path, wanted: TokenizerConfig) -> str:
-    """Copy the tokenizer in ``source``, after it was found to be what the config says."""
+    """Copy the tokenizer in ``source``, after checking that it is what the config says."""
     if not source.is_dir():
         what = f"is a file; give its folder, {source.parent}" if source.exists() else "does not exist; correct it"
         raise ValueError(f"data.tokenizer.path {source} {what}")
@@ -159,10 +159,10 @@ def _train(config: DataConfig, folder: Path) -> str:
 
 
 def _require_no_leftovers(folder: Path, kind: str) -> None:
-    """Refuse what lies beside no tokenizer, but would belong to the one that is trained."""
+    """Refuse files that belong to no tokenizer, but would change the one that is trained."""
     names = set(tokenizer_names(folder))
     if kind == "huggingface" and CONFIG_NAME in names and read_json(folder / CONFIG_NAME) == BYTE_LEVEL_CONFIG:
-        names.remove(CONFIG_NAME)  # a training that was killed
+        names.remove(CONFIG_NAME)  # from a training that was killed
     if names:
         raise ValueError(
             f"{folder} holds no tokenizer, but {', '.join(sorted(names))} of one, which would change the one that is "
@@ -171,7 +171,7 @@ def _require_no_leftovers(folder: Path, kind: str) -> None:
 
 
 def _sample(config: DataConfig, taken_bytes: dict[str, int]) -> Iterator[bytes]:
-    """Documents from all sources, each source's share by weight; ``taken_bytes`` is counted up on the way."""
+    """Documents from all sources, each source's share by weight; ``taken_bytes`` is updated meanwhile."""
     sources = [source for source in config.sources if source.tokens is None]
     if not sources:
         raise ValueError(
@@ -189,9 +189,9 @@ def _sample(config: DataConfig, taken_bytes: dict[str, int]) -> Iterator[bytes]:
 
 
 def _spread_documents(source: Source, budget_bytes: int) -> Iterator[bytes]:
-    """About ``budget_bytes`` of text, from the start of every file in equal parts, so that no file speaks for all.
+    """About ``budget_bytes`` of text, from the start of every file in equal parts, so that no file dominates.
 
-    Of a dataset on the Hub, which may have tens of thousands to open one by one, from ``_HUB_FILES`` evenly spread.
+    For a dataset on the Hub, which may have tens of thousands to open one by one, from at most ``_HUB_FILES`` of them.
     """
     sizes = source.sizes()
     step = 1 if source.files else -(-len(sizes) // _HUB_FILES)

@@ -1,7 +1,7 @@
 """The files of a tokenizer: what transformers' own loader reads, and nothing else of a folder.
 
 tokenizer.model tokenizer.json   either is enough to turn text into token ids
-tokenizer_config.json            and what older versions kept apart: special_tokens_map.json, added_tokens.json
+tokenizer_config.json            and what older versions kept separately: special_tokens_map.json, added_tokens.json
 chat_template.jinja              and additional_chat_templates/*.jinja (transformers 5), chat_template.json (processors)
 generation_config.json           which token ends a text
 vocab.json merges.txt ...        what tokenizer.json was made from; a tokenizer's class may ask for them
@@ -58,9 +58,9 @@ def tokenizer_names(folder: Path) -> list[str]:
 
 
 def tokenizer_contents(folder: Path) -> dict[str, bytes]:
-    """What makes a tokenizer elsewhere the one in ``folder``: its files by name, the one that decides the ids last.
+    """The files that a copy of the tokenizer in ``folder`` needs, by name, the one that decides the ids last.
 
-    A model's ``config.json`` is no file of a tokenizer. An end-of-document token that only it names stands in
+    A model's ``config.json`` is no file of a tokenizer. An end-of-document token that only it names is put into
     ``generation_config.json`` instead.
 
     Raises:
@@ -95,7 +95,7 @@ def copy_tokenizer(folder: Path, out: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> str:
-    """The names of what else lies in a Hugging Face ``folder``, but for config and weights; empty if nothing does."""
+    """The names of everything else in a Hugging Face ``folder`` except config and weights; empty if nothing is."""
     known = {path for pattern in _NOT_OF_A_TOKENIZER for path in folder.glob(pattern)} | set(tokenizer_files(folder))
     names = []
     for path in sorted(folder.iterdir()):

@@ -1,6 +1,6 @@
 """A SentencePiece model as a ``tokenizer.json``, and whether the ids of both are the same.
 
-    BPE        the pieces' scores are the order of the merges: ids are the same, whatever the text
+    BPE        the pieces' scores are the order of the merges: ids are the same for any text
     unigram    transformers may break a tie between two ways to cut a text the other way
 
 What makes the ids the same: spaces become "▁" in the whole text, one is put before it only where the model asks for it,
@@ -49,7 +49,7 @@ def require_same_ids(tokenizer: SentencePiece) -> tuple[Tokenizer, str]:
 
 
 def convert(tokenizer: SentencePiece) -> Tokenizer:
-    """The same tokenizer for the ``tokenizers`` library, with what stands before a text."""
+    """The same tokenizer for the ``tokenizers`` library, including the prefix of a text."""
     proto = tokenizer.proto
     pieces, bytes_ = [(p.piece, p.score) for p in proto.pieces], proto.trainer_spec.byte_fallback
     unknown = tokenizer.processor.unk_id()
@@ -81,14 +81,14 @@ def convert(tokenizer: SentencePiece) -> Tokenizer:
 def compare_ids(tokenizer: TextTokenizer, other: Tokenizer, lines: Iterable[str]) -> list[str]:
     """The ``lines`` for which the two give other ids.
 
-    Control pieces spelt out in a text are text for both: for transformers ``split_special_tokens`` says so.
+    Control pieces spelt out in a text are plain text for both: in transformers by ``split_special_tokens``.
     """
     other.encode_special_tokens = True
     return [line for line in lines if tokenizer.encode(line) != other.encode(line, add_special_tokens=False).ids]
 
 
 def sample_lines() -> Iterable[str]:
-    """Text to compare ids on, the same every time: what is hard, prose, then as much code as Python comes with."""
+    """Text to compare ids on, the same every time: hard cases, prose, then code of Python's standard library."""
     yield from (
         f"{'a' * left}{' ' * blanks}{tail}" for left in (0, 1) for blanks in range(20) for tail in ("b", "", "\n")
     )
@@ -118,7 +118,7 @@ def sample_lines() -> Iterable[str]:
 
 
 def _around_pieces(tokenizer: SentencePiece) -> Iterable[str]:
-    """Pieces that are cut out of a text before anything else is done to it, at both ends and within."""
+    """Texts with pieces that are split off before anything else, at both ends and within."""
     for piece in islice((piece.piece for piece in tokenizer.proto.pieces if piece.type == USER_DEFINED), _PIECES):
         yield from (f"a {piece} b{piece}c", f"{piece}{piece} a", f" {piece}")
 

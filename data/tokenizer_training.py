@@ -1,11 +1,11 @@
 """Training a tokenizer of either kind. Every setting that would change ids after export to Hugging Face is fixed here.
 
 SentencePiece: with ``model_type: bpe`` the ids are the same there, and any text comes back from its ids unchanged: no
-normalisation, no added or removed space, a line break is a piece of its own, and what has no piece is spelt in bytes.
+normalisation, no added or removed space, a line break is a piece of its own, and what has no piece becomes bytes.
 One exception: the character U+2581 stands for a space inside SentencePiece, and comes back as one.
 
-Byte-level BPE: a text is cut into words by GPT-2's pattern, digits apart, and a word's bytes are merged. Any text comes
-back from its ids unchanged, and the file is transformers' own.
+Byte-level BPE: a text is cut into words by GPT-2's pattern, with single digits, and a word's bytes are merged. Any text
+comes back from its ids unchanged, and the file has transformers' own format.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ LINE_BYTES = 4000
 END, PADDING = "<|endoftext|>", "<|padding|>"
 """Special tokens of a byte-level BPE, ids 0 and 1."""
 DECODER_ONLY = {"padding_side": "left", "model_input_names": ["input_ids", "attention_mask"]}
-"""Of any ``tokenizer_config.json``: a batch's prompts end where their continuations begin."""
+"""For any ``tokenizer_config.json``: a batch's prompts all end where their continuations begin."""
 BYTE_LEVEL_CONFIG: dict[str, Any] = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "eos_token": END,
     "pad_token": PADDING,
     "clean_up_tokenization_spaces": False,
-    "split_special_tokens": True,  # spelt out in a text they are text
+    "split_special_tokens": True,  # spelt out in a text they are plain text
     **DECODER_ONLY,
 }
-"""``tokenizer_config.json`` beside it."""
+"""The ``tokenizer_config.json`` of a byte-level BPE."""
 LEAST_PAIRS = 2
-"""A pair of tokens that is there once is not merged."""
+"""A pair of tokens that occurs only once is not merged."""
 
 
 def train_sentencepiece(config: TokenizerConfig, texts: Iterable[bytes]) -> bytes:
@@ -122,10 +122,10 @@ def _lines(texts: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _keeping(lines: Iterator[bytes], raised: list[BaseException]) -> Iterator[bytes]:
-    """``lines``, and in ``raised`` what ends them, of which SentencePiece makes an error of its own."""
+    """``lines``; what they raise is kept in ``raised``, because SentencePiece replaces it by an error of its own."""
     try:
         yield from lines
-    except GeneratorExit:  # of one that is left before its end
+    except GeneratorExit:  # closed before its end
         raise
     except BaseException as error:
         raised.append(error)
@@ -140,7 +140,7 @@ def _too_large(vocab_size: int, most: int | str) -> str:
 
 
 def _size_problem(vocab_size: int, reason: str) -> str:
-    """What SentencePiece says of a vocabulary that does not suit the text, with the fix that there is here."""
+    """SentencePiece's error about a vocabulary that does not suit the text, with the fix in terms of the config."""
     given = f"data.tokenizer.vocab_size={vocab_size}"
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
         return (

@@ -23,25 +23,25 @@ _T = TypeVar("_T")
 _MARK = "://"
 _LOCAL = ("file", "local")
 REFUSALS = (PermissionError, FileNotFoundError, NotADirectoryError, IsADirectoryError)
-"""What no second attempt changes: rights, and buckets that are not there."""
+"""Errors that are not retried: permissions, and missing buckets."""
 ATTEMPTS = 4
 FIRST_PAUSE_S = 1.0
 
 
 def is_url(name: str) -> bool:
-    """Whether ``name`` is one, and not a path."""
+    """Whether ``name`` is a URL, not a path."""
     return _MARK in name
 
 
 def require_reachable(url: str, what: str) -> None:
-    """Refuse a URL for which there is no program here; asks no network.
+    """Refuse a URL whose protocol is not supported here; does not use the network.
 
     Args:
-        url: to look at.
-        what: it is, for the sentence: a field of a config.
+        url: to check.
+        what: the URL is, for the message: a field of a config.
 
     Raises:
-        ValueError: the protocol is not known, or the package that speaks it is not installed.
+        ValueError: the protocol is not known, or the package that implements it is not installed.
     """
     from fsspec import get_filesystem_class
     from fsspec.registry import known_implementations
@@ -69,7 +69,7 @@ def require_reachable(url: str, what: str) -> None:
 
 
 def open_filesystem(url: str, remember: bool = False) -> tuple[AbstractFileSystem, str]:
-    """The file system of ``url``, and the place there; listings are remembered in this process only if asked."""
+    """The file system of ``url``, and the place there; listings are cached in this process only if asked."""
     from fsspec.core import url_to_fs
 
     local = {"auto_mkdir": True} if url.partition(_MARK)[0] in _LOCAL else {}
@@ -78,7 +78,7 @@ def open_filesystem(url: str, remember: bool = False) -> tuple[AbstractFileSyste
 
 
 def with_retries(attempt: Callable[[], _T], attempts: int = ATTEMPTS, pause_s: float = FIRST_PAUSE_S) -> _T:
-    """What ``attempt`` returns, tried ``attempts`` times with pauses that double; what cannot change, only once."""
+    """What ``attempt`` returns, tried ``attempts`` times with pauses that double; ``REFUSALS`` are not retried."""
     for _ in range(attempts - 1):
         try:
             return attempt()
@@ -97,12 +97,12 @@ def reason(error: BaseException) -> str:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """True for what its user has to change: rights, names, missing credentials."""
+    """True for what the user has to fix: permissions, names, missing credentials."""
     return isinstance(error, REFUSALS) or "Credentials" in type(error).__name__
 
 
 def entries(system: Any, place: str) -> list[str]:
-    """Names of what lies directly below ``place``; none where there is nothing."""
+    """Names directly below ``place``; none if it does not exist."""
     try:
         return [str(found).rstrip("/").rpartition("/")[2] for found in system.ls(place, detail=False)]
     except FileNotFoundError:
@@ -110,11 +110,11 @@ def entries(system: Any, place: str) -> list[str]:
 
 
 def require_empty(url: str, what: str) -> None:
-    """Refuse a place that cannot be reached, or where something lies.
+    """Refuse a place that cannot be reached, or is not empty.
 
     Args:
-        url: to look at.
-        what: it is, for the sentence.
+        url: to check.
+        what: it is, for the message.
 
     Raises:
         ValueError: with what to do.
@@ -130,10 +130,10 @@ def require_empty(url: str, what: str) -> None:
 
 
 def copy_folder(folder: Path, url: str, last: str) -> None:
-    """Copy all files below ``folder`` to ``url``; the file ``last`` after all others, which it vouches for.
+    """Copy all files below ``folder`` to ``url``; the file ``last`` after all others, to mark them complete.
 
     Raises:
-        ValueError: if that does not work; the folder is as it was.
+        ValueError: if that does not work; the folder stays as it was.
     """
     system, place = open_filesystem(url)
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
@@ -148,5 +148,5 @@ def copy_folder(folder: Path, url: str, last: str) -> None:
 
 
 def remedy(error: BaseException) -> str:
-    """What a user can do about it."""
+    """What a user can do about ``error``."""
     return "give it the rights or correct the name" if is_refusal(error) else "look at the network and the service"

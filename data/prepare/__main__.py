@@ -1,9 +1,9 @@
 """Tokenize every source and validation set into shards: ``python -m data.prepare CONFIG [key.sub=value ...]``.
 
 A source is cut into parts (``parts.py``), each prepared in a process of its own, on all cores of one machine or, shared
-out, of many: with ``--part I/N``, under ``srun``, or in a job array. Whoever finishes last joins the parts. The
-shards are the same for any number of processes and tasks. Killed at any moment, the same command goes on after the last
-finished shards and ends with the same bytes as an undisturbed run.
+out, of many: with ``--part I/N``, under ``srun``, or in a job array. The last one to finish joins the parts. The
+shards are the same for any number of processes and tasks. After a kill at any moment, the same command continues after
+the last finished shards and ends with the same bytes as an uninterrupted run.
 """
 
 from __future__ import annotations

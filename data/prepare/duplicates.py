@@ -1,15 +1,15 @@
 """Exact duplicates of documents within a source: found by hash before anything is tokenized.
 
-1. Every part gets a file of its documents' hashes: 16 bytes of BLAKE2b over the text (or ids) and 8 that say where it
-   stands, sorted by hash. A task hashes its own parts first, then those of tasks that are not at work; while another
-   one is hashing a part, it waits.
-2. Whoever comes first compares the files of all parts, a range of hashes at a time, and writes down all documents but
+1. Every part gets a file of its documents' hashes: 16 bytes of BLAKE2b over the text (or ids) and 8 for its place,
+   sorted by hash. A task hashes its own parts first, then those of tasks that are not running; it waits for parts that
+   another task is hashing.
+2. The first task to get there compares the files of all parts, a range of hashes at a time, and lists all documents but
    the first of every text, in the order of the source.
-3. Each part leaves out those of its own, and counts them.
+3. Each part leaves out its own duplicates, and counts them.
 
-So 24 bytes a document lie on the disk, in ``duplicates/`` of the source's folder, until the source is complete. In
-memory are those of one part for each process in the first step, and in the second ``_COMPARED_BYTES`` and 8 bytes for
-each duplicate. All of it follows from the source alone, so it may be done twice, and be killed at any moment.
+This takes 24 bytes per document on disk, in ``duplicates/`` of the source's folder, until the source is complete. In
+memory are those of one part per process in the first step, and in the second ``_COMPARED_BYTES`` and 8 bytes for each
+duplicate. Everything depends on the source alone, so it may be done twice, and be killed at any moment.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _REPORT_EVERY = 1000
 def find_duplicates(
     parts: Sequence[Part], mine: Sequence[Part], work_through: Callable[[Sequence[Part]], None]
 ) -> None:
-    """Write down which documents of a source are left out, unless that is done.
+    """Store which documents of a source are left out, unless that is done.
 
     Args:
         parts: all of the source.
         mine: those of this task.
-        work_through: calls :func:`hash_part` for parts, in whatever processes.
+        work_through: calls :func:`hash_part` for parts, in any processes.
 
     Raises:
         ValueError: a part's files changed since they were hashed, or cannot be read.
@@ -71,7 +71,7 @@ def find_duplicates(
 
 
 def hash_part(part: Part, _: int, report: Report) -> None:
-    """Write the hashes of a part's documents, unless they are there or another process is at it."""
+    """Write the hashes of a part's documents, unless they exist or another process is writing them."""
     with holding(_lock(part)) as holder:
         if holder is not None or (path := _hashes(part, part.made_from())).exists():
             return
@@ -87,7 +87,7 @@ def hash_part(part: Part, _: int, report: Report) -> None:
 
 
 def without_duplicates(part: Part, made_from: dict[str, Any], documents: Iterator[Document]) -> Iterator[Document]:
-    """``documents`` of ``part``, those to leave out without their text.
+    """``documents`` of ``part``, with duplicates emptied and marked as left out.
 
     Raises:
         ValueError: the part is no longer ``made_from`` what was hashed.
@@ -106,8 +106,8 @@ def without_duplicates(part: Part, made_from: dict[str, Any], documents: Iterato
 
 
 def places_between(places: np.ndarray, start: Cursor, end: Cursor) -> tuple[int, int]:
-    """Of ascending uint64 ``places`` the first that lies behind ``start``, and the first that lies behind ``end``."""
-    # As uint64, too: beside an int64 both would become floats, which do not hold places from file 8,192 on.
+    """In ascending uint64 ``places`` the index of the first after ``start``, and of the first after ``end``."""
+    # As uint64, too: with int64 both would be cast to floats, which cannot hold places from file 8,192 on.
     first, last = np.searchsorted(places, np.array([_place(start) + 1, _place(end) + 1], "<u8"))
     return int(first), int(last)
 
@@ -118,7 +118,7 @@ def remove_hashes(source_folder: Path) -> None:
 
 
 def _place(after: Cursor) -> int:
-    """A document as one number, that of the place behind it; in the order of the source."""
+    """A document as one number, made of the cursor after it; ascending in the order of the source."""
     return after.file << _DOCUMENTS_A_FILE_BITS | after.document
 
 
@@ -141,7 +141,7 @@ def _compare(paths: Sequence[Path]) -> np.ndarray:
 
 
 def _hashes(part: Part, made_from: dict[str, Any]) -> Path:
-    """Where the hashes of a part go that is ``made_from`` this."""
+    """Where the hashes of a part go, if it is ``made_from`` this."""
     hashed = {key: value for key, value in made_from.items() if key not in UNSAID_AT_FIRST}
     digest = hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()[:16]
     return part.source_folder / _FOLDER / f"{part.number:05d}-{digest}.hashes"

@@ -1,7 +1,7 @@
-"""Texts -> token ids, on as many cores as wanted, results in the order of the texts.
+"""Texts -> token ids, on any number of cores, with results in the order of the texts.
 
-SentencePiece has a process for each core. A ``tokenizer.json`` has one process, with as many threads of the library's
-own: they live there and nowhere else, since a process with such threads must not fork.
+SentencePiece uses one process per core. A ``tokenizer.json`` uses one process, with as many of the library's own
+threads: only there, since a process with such threads must not fork.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Encoder:
             use_threads(1)
         else:
             processes, threads = (1, workers) if tokenizer_file(folder).name == JSON_NAME else (workers, 1)
-            # Fresh processes: a fork would copy the threads' locks of the libraries that read the sources.
+            # Not forked: a fork would copy locks held by threads of the libraries that read the sources.
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_begin, initargs=(threads,))
 
@@ -60,7 +60,7 @@ class Encoder:
         try:
             for batch in batches:
                 texts = [document.text for document in batch]
-                if batch[0].ids is not None:  # and so all others of the source
+                if batch[0].ids is not None:  # as in all documents of the source
                     yield batch, _given(batch)
                     continue
                 if self._pool is None:
@@ -81,7 +81,7 @@ class Encoder:
 
 
 def _given(batch: Batch) -> Encoded:
-    """The tokens of documents that came as such."""
+    """The tokens of documents that came as token ids."""
     ids = [document.ids for document in batch if document.ids is not None]
     return np.concatenate(ids), np.array([len(one) for one in ids], np.int64)
 
@@ -92,7 +92,7 @@ def _tokenizer(folder: str) -> TextTokenizer:
 
 
 def _encode(folder: str, texts: list[bytes]) -> Encoded:
-    """Tokens of ``texts``, each a document; an empty text gives no token at all."""
+    """Tokens of ``texts``, each a document; an empty text gives no tokens."""
     return _tokenizer(folder).encode_documents([text.decode() for text in texts])
 
 

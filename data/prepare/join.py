@@ -1,7 +1,7 @@
-"""Join the manifests of a source's parts: what training reads. Whoever finishes the last part does it.
+"""Join the manifests of a source's parts into the one that training reads; whoever finishes the last part does it.
 
-Two that finish together both join, to the same bytes, each in a file of its own until it gets its name; so it needs no
-lock, and may be killed at any moment.
+Two that finish together both join, to the same bytes, each in a temporary file of its own; so it needs no lock, and may
+be killed at any moment.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from data.shards import COUNTS, MANIFEST_NAME, Manifest, Shard, read_model, remo
 
 
 def outline(part: Part) -> dict[str, Any]:
-    """What all parts of ``part``'s source agree on, and what any task can find out without opening a file."""
+    """What all parts of ``part``'s source agree on, and any task can find out without opening a file."""
     made_from = {**part.common, **part.source.outline()}
     return made_from if part.of == 1 else {**made_from, "parts": part.of}
 
 
 def outline_of(made_from: dict[str, Any]) -> dict[str, Any]:
-    """The same, of what a source's manifest or progress says."""
+    """The same, from what a source's manifest or progress file records."""
     if "files" not in made_from or "hub" in made_from:
         return made_from
     return {**made_from, "files": [{"name": file["name"], "bytes": file["bytes"]} for file in made_from["files"]]}
@@ -39,7 +39,7 @@ def join(parts: Sequence[Part]) -> Manifest:
     """The manifest of a source whose ``parts`` are all complete, written unless it is there.
 
     Raises:
-        ValueError: a part's files or settings are others than those of now, or there is no document with text.
+        ValueError: a part's files or settings have changed, or there is no document with text.
     """
     first = parts[0]
     path = first.source_folder / MANIFEST_NAME
@@ -59,7 +59,7 @@ def join(parts: Sequence[Part]) -> Manifest:
     joined = Manifest.model_validate(manifest.model_dump() | counts | {"shards": shards, "made_from": made_from})
     try:
         write_json(path, joined.model_dump(mode="json"), shared=True)
-    except FileNotFoundError:  # who else has joined them took our unfinished file for a leftover
+    except FileNotFoundError:  # another process that joined them removed our unfinished file as a leftover
         if not path.exists():
             raise
     _clean(first.source_folder)

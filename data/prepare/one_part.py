@@ -41,21 +41,21 @@ class Output(NamedTuple):
 
 
 def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Manifest:
-    """Prepare ``part`` from where it was left; one that is complete is only compared with its files.
+    """Prepare ``part`` from where it was left; a complete one is only checked against its files.
 
     Args:
         part: what to prepare.
         workers: processes that tokenize; with 1, this one.
-        report: is told the further tokens of each batch.
+        report: called with the number of tokens of each batch.
         output: how the shards are written.
 
     Raises:
-        ValueError: the part was begun with other files or settings, another command is at it, a file cannot be read, or
-            a source of one part has no document with text.
+        ValueError: the part was begun with other files or settings, another command is preparing it, a file cannot be
+            read, or a source of one part has no document with text.
     """
     folder, made_from = part.folder, part.made_from()
     if (folder / MANIFEST_NAME).exists():
-        with holding(folder / "lock"):  # removes that of one who was killed in the moment after
+        with holding(folder / "lock"):  # removes the lock file of a process killed just after the end
             return _complete(folder, made_from)
     folder.mkdir(parents=True, exist_ok=True)
     with only_holder(folder / "lock", f"{folder} is being prepared by another command"):
@@ -83,7 +83,7 @@ def prepare_part(part: Part, workers: int, report: Report, output: Output) -> Ma
 
 
 def begun_with(folder: Path) -> dict[str, Any] | None:
-    """What a part's finished shards were made from; None if it has none, or nothing says what they are of."""
+    """What a part's finished shards were made from; None if it has none, or nothing records it."""
     if (folder / MANIFEST_NAME).exists():
         return read_model(folder / MANIFEST_NAME, Manifest).origin
     if any(folder.glob(RECORDS)) and (folder / PROGRESS_NAME).exists():

@@ -1,7 +1,7 @@
-"""Parts: stretches of a source that are prepared each by itself, by any process of any machine.
+"""Parts: sections of a source, each prepared by itself, by any process of any machine.
 
-How a source is cut follows from its files and ``data.part_bytes`` alone, so the same shards come out however many
-tasks share the parts. A source of one part lies in its folder as it is; of several, each has a folder:
+How a source is cut depends only on its files and ``data.part_bytes``, so the shards are the same for any number of
+tasks that share the parts. A source of one part is stored in its own folder; of several, each part has a folder:
 
 train/NAME/
   progress.json          what all parts must agree on; until the source is complete
@@ -20,19 +20,19 @@ from typing import Any
 from data.sources import Cursor, Source
 
 Report = Callable[[int, str], object]
-"""What is told on the way: how much further the work has come, and what is being read."""
+"""Progress callback: how much more is done, and what is being read."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of one source.
+    """A section of one source.
 
     Attributes:
-        source: what it is a stretch of.
+        source: what it is a section of.
         source_folder: where the source's manifest goes.
         number, of: this part among all of the source.
-        start, end: its documents, from the one up to the other.
-        bytes: of its files as they lie there, compressed or not.
+        start, end: its documents, from ``start`` up to ``end``.
+        bytes: of its files as stored, compressed or not.
         common: what all parts of the source must be made with: tokenizer, settings.
     """
 
@@ -84,7 +84,7 @@ def cut(source: Source, folder: Path, part_bytes: int, common: dict[str, Any]) -
 
 
 def share(parts: Sequence[Part], task: int, tasks: int) -> list[Part]:
-    """The parts of ``task`` among ``tasks``, about as many bytes for each; every part is of exactly one task."""
+    """The parts of ``task`` among ``tasks``, about equally many bytes each; every part belongs to exactly one task."""
     loads = [0] * tasks
     mine = []
     for part in sorted(parts, key=lambda part: -part.bytes):  # stable: the same order for every task

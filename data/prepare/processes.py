@@ -1,6 +1,6 @@
-"""Work through parts with all cores: a process for each part, which reads and tokenizes.
+"""Work through parts with all cores: one process per part, which reads and tokenizes.
 
-Where there are fewer parts than cores, a part's process only reads, and processes of its own tokenize.
+With fewer parts than cores, a part's process only reads, and its own worker processes tokenize.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from settings import counted
 from settings.user_errors import is_users
 
 Job = Callable[[Part, int, Report], object]
-"""What to do with a part, with how many processes, telling how it goes on. Can be pickled."""
+"""What to do with a part, with how many processes, reporting progress. Can be pickled."""
 _LOOK_EVERY_S = 0.5
 
 
@@ -29,8 +29,8 @@ def work_through(parts: Sequence[Part], job: Job, workers: int, unit: str, divis
     Args:
         parts: in any order.
         job: see :data:`Job`.
-        workers: processes at work at once, those that jobs start included.
-        unit: of what jobs report, ``tokens``.
+        workers: processes at work at once, including those that jobs start.
+        unit: of the progress that jobs report, such as ``tokens``.
         divisible: a job makes use of more than one process.
 
     Raises:
@@ -46,7 +46,7 @@ def work_through(parts: Sequence[Part], job: Job, workers: int, unit: str, divis
 
 
 def _share_out(waiting: list[Part], job: Job, workers: int, unit: str, divisible: bool) -> None:
-    # Fresh processes: a fork would copy the threads' locks of the libraries that read the sources.
+    # Not forked: a fork would copy locks held by threads of the libraries that read the sources.
     context = multiprocessing.get_context("spawn")
     done, stop = context.Value("q", 0), context.Event()
     count, free, before = len(waiting), workers, 0
@@ -77,13 +77,13 @@ def _share_out(waiting: list[Part], job: Job, workers: int, unit: str, divisible
 
 
 def processes_for(waiting: Sequence[Part], free: int) -> int:
-    """How many of the ``free`` processes the next part gets: its share of the bytes that wait."""
+    """How many of the ``free`` processes the next part gets: its share of the remaining bytes."""
     total = sum(part.bytes for part in waiting)
     return min(free, max(1, round(free * waiting[0].bytes / max(total, 1))))
 
 
 _shared: Any = None
-"""In a part's process: the count of all parts, and whether they shall stop."""
+"""In a part's process: the count of all parts, and the signal to stop."""
 
 
 def _begin(done: Any, stop: Any) -> None:
@@ -106,7 +106,7 @@ def _report(count: int, _: str) -> None:
 
 
 def _do(job: Job, part: Part, workers: int) -> str | None:
-    """Do ``job``; returns a user's mistake as a sentence, because its class and place do not survive the way."""
+    """Do ``job``; returns a user's error as its message, because class and traceback are lost between processes."""
     try:
         job(part, workers, _report)
     except _Stopped:

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, a plain line now and then in a log."""
+"""A progress bar on a terminal, periodic plain lines in a log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Progress:
         self._bar.close()
 
     def add(self, count: int, now: str) -> None:
-        """``count`` more are done; ``now`` says how far that is, such as the file that is read."""
+        """``count`` more are done; ``now`` says where the work is, such as the file being read."""
         self._count += count
         self._bar.set_postfix_str(now, refresh=False)
         self._bar.update(count)

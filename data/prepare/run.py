@@ -27,11 +27,11 @@ from settings import counted, shown
 
 
 def prepare(config: DataConfig, workers: int, task: Task = ONLY_TASK) -> list[tuple[str, Manifest]]:
-    """Prepare the parts of ``config`` that are ``task``'s; returns the manifest of each set that is complete then.
+    """Prepare the parts of ``config`` that are ``task``'s; returns the manifest of each set that is then complete.
 
     Raises:
-        ValueError: no tokenizer, or one that transformers would not follow; an empty or unreadable source, sources
-            changed since an earlier preparation, or another command at work on the same part.
+        ValueError: no tokenizer, or one whose ids transformers would not give; an empty or unreadable source, sources
+            changed since an earlier preparation, or another command working on the same part.
     """
     tokenizer = tokenizer_of(config)  # before the processes start, so that its absence is reported once
     made: list[tuple[str, Manifest]] = []
@@ -86,12 +86,12 @@ def tokenizer_of(config: DataConfig) -> TextTokenizer:
     """The tokenizer in ``data.dir``.
 
     Raises:
-        ValueError: there is none, it is not the config's, or transformers would not follow it.
+        ValueError: there is none, it is not the config's, or transformers would give other ids.
     """
     tokenizer = load_text_tokenizer(config.dir)
     require_configured(config.tokenizer, tokenizer)
     if isinstance(tokenizer, SentencePiece) and not is_ours(Path(config.dir)):
-        require_same_ids(tokenizer)  # an export would find out when all is trained
+        require_same_ids(tokenizer)  # else only an export would fail, after the training
     return tokenizer
 
 
@@ -117,7 +117,7 @@ def parts_of(config: DataConfig, tokenizer: TextTokenizer) -> list[list[Part]]:
 
 
 def _begun_with(folder: Path) -> str | None:
-    """The Hub's commit that ``folder`` is made from, by all tasks, even if the dataset has moved on since."""
+    """The Hub's commit that ``folder`` was begun with, used by all tasks even if the dataset has changed since."""
     for name in (PROGRESS_NAME, MANIFEST_NAME):
         with suppress(FileNotFoundError):
             content = read_json(folder / name)
@@ -137,7 +137,7 @@ def _find_duplicates(sets: list[list[Part]], mine: list[Part], workers: int) -> 
 
 
 def _require_same_origin(parts: list[Part]) -> None:
-    """Refuse before any work what the source's other parts do not agree with, whichever task prepares them."""
+    """Refuse, before any work, what disagrees with the source's other parts, whichever task prepares them."""
     folder, now = parts[0].source_folder, outline(parts[0])
     if (folder / MANIFEST_NAME).exists():
         manifest = read_model(folder / MANIFEST_NAME, Manifest)
@@ -150,7 +150,7 @@ def _require_same_origin(parts: list[Part]) -> None:
         return
     except FileNotFoundError:
         pass
-    except ValueError:  # a change may be what the error of an earlier command has asked for
+    except ValueError:  # the change may be one that an earlier error message asked for
         if not _finished_fits(parts):
             raise
     if len(parts) > 1:  # a single part writes its own
@@ -158,7 +158,7 @@ def _require_same_origin(parts: list[Part]) -> None:
 
 
 def _finished_fits(parts: list[Part]) -> bool:
-    """Whether all shards that are finished, be it none, are those that ``parts`` would give now."""
+    """Whether all finished shards, if any, are those that ``parts`` would give now."""
     folder = parts[0].source_folder
     finished = {path.parent for name in (RECORDS, MANIFEST_NAME) for path in folder.rglob(name)}
     if not finished:
@@ -175,7 +175,7 @@ def _finished_fits(parts: list[Part]) -> bool:
 
 
 def files_twice(config: DataConfig) -> list[str]:
-    """A sentence for every two of the sources and validation sets that read the same files, whatever their names."""
+    """A sentence for each pair of sources or validation sets that read the same files, whatever their names."""
     readers: dict[tuple[int, int], list[tuple[str, Path]]] = {}
     for source, folder in _all_folders(config):
         for path in [] if source.hub else find_files(source.files):

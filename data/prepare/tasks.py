@@ -1,4 +1,4 @@
-"""Which share of the work is this process's: by ``--part I/N``, or by SLURM."""
+"""This process's share of the work, given by ``--part I/N`` or by SLURM."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Task(NamedTuple):
-    """One of the processes, on whatever machines, that share a preparation."""
+    """One of the processes, on any machines, that share a preparation."""
 
     number: int
     """From 0."""
@@ -25,7 +25,7 @@ ONLY_TASK = Task(0, 1, "")
 def task_of(part: str | None, environment: Mapping[str, str] = os.environ) -> Task:
     """This process's task: ``part``, such as ``0/4``, or else its place in SLURM's job array and step.
 
-    Tasks that ``srun`` starts within a job array share the array's shares further. A shell or batch script with no
+    Tasks that ``srun`` starts within a job array divide the array task's share. A shell or batch script with no
     ``srun`` and no array does everything, however many tasks its allocation has.
 
     Raises:
