@@ -1,8 +1,8 @@
-# make setup   .venv with what it takes to train    make test    all tests that need no GPU
+# make setup   .venv with what training needs       make test    all tests that need no GPU
 # make demo    text to an exported, tuned model      make check   format, lint, types, text
 # make quick   the tests that start no processes and build no engines, and some that do: some of every folder
-# make faults  every fault of docs/faults.md, kills at random moments among them: ten minutes
-# make gpu     all that only a GPU can tell, in ten minutes; DEVICE=cpu rehearses it. OUT, MINUTES, WHEELS: docs/speed.md
+# make faults  every fault of docs/faults.md, including kills at random moments: ten minutes
+# make gpu     all checks that need a GPU, in ten minutes; DEVICE=cpu rehearses it. OUT, MINUTES, WHEELS: docs/speed.md
 # make wheels  what a GPU machine without network lacks, into wheels/; HAVE names a file with what it has
 # make lock    newest versions of what requirements.txt and requirements-dev.txt need, into requirements.lock
 PYTHON ?= python3
@@ -17,9 +17,9 @@ DEMO := configs/demo.yaml configs/tune_demo.yaml
 UV := $(BIN)/uv pip
 INSTALL := $(UV) install --python $(BIN)/python --constraint requirements.lock
 
-# Packages are installed uncompiled: Python compiles a module when it is first imported, and keeps that. Where an
-# environment (a container's) forbids it to, every process compiles all again: torch and DeepSpeed take 11 CPU seconds
-# to import instead of 4.
+# Packages are installed without bytecode: Python compiles a module at its first import and caches the result. Where an
+# environment (such as a container's) forbids that, every process compiles everything again: torch and DeepSpeed take 11
+# CPU seconds to import instead of 4.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: setup tools demo quick test faults gpu wheels check docs lock clean
@@ -27,9 +27,9 @@ unexport PYTHONDONTWRITEBYTECODE
 setup: $(VENV)/.installed
 tools: $(VENV)/.tools
 
-# The stamps are renewed when the requirements change. pip installs torch, because it knows where this machine has it
-# from (a CPU build, or one for its CUDA); uv, several times as fast, leaves that as it is and installs the rest, and
-# the project as it lies here, so that its commands work from any folder.
+# The stamps are renewed when the requirements change. pip installs torch, because it knows where this machine gets it
+# from (a CPU build, or one for its CUDA); uv, several times as fast, keeps that and installs the rest, and the project
+# in editable mode, so that its commands work from any folder.
 $(VENV)/.installed: pyproject.toml requirements.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Hopscotch needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
@@ -45,7 +45,7 @@ $(VENV)/.tools: $(VENV)/.installed requirements-dev.txt
 demo: setup
 	@$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
 
-# Three on two cores: much of a test's time is waiting, for ranks that start and daemons that answer.
+# Three workers on two cores: tests spend much of their time waiting for ranks to start and daemons to answer.
 quick: tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "quick or not (processes or engines)"
 
@@ -55,7 +55,7 @@ test: tools
 faults: tools
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -s -m "slow or not slow" tests/faults
 
-# With the environment that is there: a borrowed machine has its own torch and no network.
+# Uses the existing environment: a borrowed machine has its own torch and no network.
 gpu:
 	@$(firstword $(wildcard $(BIN)/python) $(PYTHON)) -m bench.gpu --device $(DEVICE) --minutes $(MINUTES) --out $(OUT) \
 		$(if $(WHEELS),--wheels $(WHEELS))
@@ -69,12 +69,12 @@ check: tools
 	$(BIN)/mypy
 	$(BIN)/mdformat --check *.md docs
 
-# The page of all config fields, from the schemas; a test says when it is out of date.
+# The page of all config fields, from the schemas; a test fails when it is out of date.
 docs: tools
 	$(BIN)/python -m settings.reference trainer.config:PretrainConfig tune.config:TuneFile > docs/config.md
 	$(BIN)/mdformat docs/config.md
 
-# For every platform and every Python from 3.11 on; what CUDA builds of torch need is in it, and installed with them only.
+# For every platform and every Python from 3.11 on; includes what CUDA builds of torch need, installed only with them.
 lock: setup
 	$(UV) compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
 		--custom-compile-command "make lock" requirements-dev.txt --output-file requirements.lock

@@ -1,7 +1,7 @@
-"""What ``pip install`` and ``uv pip install`` ask for: the project as it lies here (``--editable``), and nothing else.
+"""Build backend for ``pip install`` and ``uv pip install``: editable installs (``--editable``), and nothing else.
 
-A wheel would spread top-level packages named ``data``, ``model`` and ``evals`` over an environment's site-packages,
-where they hide others' and are hidden by them, and would leave the shipped configs behind.
+A wheel would put top-level packages named ``data``, ``model`` and ``evals`` into an environment's site-packages, where
+they would shadow others of these names or be shadowed by them, and would leave the shipped configs behind.
 """
 
 from __future__ import annotations
@@ -32,5 +32,5 @@ def _refuse(*_: Any, **__: Any) -> NoReturn:
     )
 
 
-# The first is asked before any dependency is fetched.
+# The first hook is called before any dependency is fetched.
 get_requires_for_build_wheel = get_requires_for_build_sdist = build_wheel = build_sdist = _refuse

@@ -1,13 +1,13 @@
-"""A tuning step of every cheap method, beside PEFT on Hugging Face's Llama in plain transformers.
+"""Time a tuning step of every parameter-efficient method against PEFT on Hugging Face's Llama.
 
     python -m bench.adapters                                        # CPU: 22M parameters; CUDA: 1B
     python -m bench.adapters --layers 30 --width 576 --heads 9 --kv-heads 3 --ffn-width 1536 --vocab 49152 \\
         --tokens 256 --samples 2 --repeats 5                        # SmolLM2-135M's sizes
 
-A step is forward, backward and AdamW on one batch of random tokens; the last ``--response`` share of each sample is
-learned, the rest is its prompt. Ours and the peer have the same weights, rank and projections, and must find the same
-loss before anything is timed; the peer computes the logits of all tokens, as transformers does, ours those of learned
-ones. ``kept`` is with ``base.cache_states``, its files written before. All take turns in one process.
+A step is forward, backward and AdamW on one batch of random tokens; the loss covers the last ``--response`` share of
+each sample, the rest is its prompt. Ours and the peer have the same weights, rank and projections, and must compute the
+same loss before anything is timed; the peer computes the logits of all tokens, as transformers does, ours only those in
+the loss. ``kept`` is with ``base.cache_states``, its files written beforehand. All take turns in one process.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 
 class Method(NamedTuple):
-    """A row: the adapter, whether the last layers vote, and whether frozen layers' states are kept."""
+    """A row: the adapter, whether the last layers vote, and whether frozen layers' states are cached."""
 
     adapter: dict[str, Any]
     ensemble: bool = False
@@ -67,11 +67,11 @@ METHODS = {
     "ensemble only, kept": Method({"kind": "none"}, ensemble=True, kept=True),
 }
 PEERS = {"PEFT lora": "lora", "PEFT dora": "dora"}
-"""Contestants in plain transformers, and ours of the same method."""
+"""Contestants in plain transformers, with our contestant of the same method."""
 
 
 def build(options: argparse.Namespace, folder: Path) -> dict[str, Tuned]:
-    """Everyone, a step done, with the peers' losses compared to ours."""
+    """All contestants after one step, the peers' losses checked against ours."""
     import torch
 
     from bench.common.contestants import assert_same, held_llama, random_tokens
@@ -149,7 +149,7 @@ def _theirs(llama: Any, config: ModelConfig, adapter: AdapterConfig, tokens: Ten
 
 
 def table(contestants: Mapping[str, Tuned], seconds: Mapping[str, list[float]]) -> str:
-    """Markdown: a row a contestant, its step beside that of each peer."""
+    """Markdown table: one row per contestant, its step time relative to each peer's."""
     rows = [["", "trained parameters", *(f"step / {peer}" for peer in PEERS)]]
     for name, contestant in contestants.items():
         cells = [spread(ratios(seconds[name], seconds[peer])) for peer in PEERS]

@@ -7,13 +7,13 @@
 Contestants at every length, on the same keys and values:
 
     dense          ``model/attend.py`` for all queries: what our dense model runs
-    gathered_0.5   the same for the queries that independent draws at this density pick; rows differ in length. What
-                   attention works out from the selection is part of the time, the selection itself is not
+    gathered_0.5   the same for queries picked by independent draws at this density; rows differ in length. What
+                   attention derives from the selection is part of the time, the selection itself is not
     hf_llama       the call that Hugging Face's Llama makes: ``scaled_dot_product_attention`` with its causal flag
-    reference      one call of it for all queries with a mask over all pairs: compute everything and mask
+    reference      one such call for all queries with a mask over all pairs: compute everything and mask
     flex           on CUDA: FlexAttention compiled, with a causal block mask made beforehand
 
-``reference`` is what a gathered contestant replaces, so ratios to that are printed below the table. ``FLOP bound`` and
+``reference`` is what a gathered contestant replaces, so ratios to it are printed below the table. ``FLOP bound`` and
 ``MFU`` count the two products over the keys that the queries see (3 x forward). All but FlexAttention are compared with
 the reference's output before anything is timed.
 
@@ -51,7 +51,7 @@ SECONDS = "step_s"
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all contestants of one length attend with, and the gradient of all outputs.
+    """Inputs that all contestants of one length share, and the gradient of the output.
 
     Attributes:
         queries: [B, T, H, K].
@@ -66,7 +66,7 @@ class Inputs:
 
     @staticmethod
     def random(options: argparse.Namespace, length: int) -> Inputs:
-        """Normal ones, the same on every device."""
+        """Normally distributed inputs, the same on every device."""
         import torch
 
         from trainer.monitor.peak_flops import DTYPES
@@ -92,10 +92,10 @@ class AttentionCase:
 
     Attributes:
         forward: the output, [N, H, K].
-        leaves: what gradients are taken of: queries, keys and values.
+        leaves: tensors that get gradients: queries, keys and values.
         grad: of the output, [N, H, K].
-        density: share of the tokens that ask.
-        flops: forward FLOPs of the two products over the keys that are seen.
+        density: share of the tokens that have a query.
+        flops: forward FLOPs of the two products over the visible keys.
     """
 
     forward: Callable[[], Tensor]
@@ -133,7 +133,7 @@ def gathered(inputs: Inputs, executed: Tensor | None) -> AttentionCase:
     asks = torch.ones(batch, tokens, dtype=torch.bool, device=device) if executed is None else executed
 
     def forward() -> Tensor:
-        # A copy knows no rectangle yet: every layer has a selection of its own and works it out once.
+        # A copy has no cached rectangle yet: every layer has its own selection and computes it once.
         return attend(queries, inputs.keys, inputs.values, replace(selection), visibility)
 
     return AttentionCase(
@@ -175,7 +175,7 @@ def masked_sdpa(tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, 
     def attention(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         grouped = queries.shape[1] != keys.shape[1]
         if grouped and device.type == "cuda":
-            # No fused CUDA kernel takes a mask together with grouped heads; the plain one would hold [B, H, T, T].
+            # No fused CUDA kernel takes a mask with grouped heads; the unfused one would materialise [B, H, T, T].
             keys, values = (x.repeat_interleave(queries.shape[1] // x.shape[1], dim=1) for x in (keys, values))
             grouped = False
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, enable_gqa=grouped)
@@ -199,7 +199,7 @@ def flex(tokens: int, device: torch.device) -> Callable[[Tensor, Tensor, Tensor]
 
 
 def build(options: argparse.Namespace, length: int) -> dict[str, AttentionCase]:
-    """All contestants at one length; dense, gathered ones and the peer give the reference's output."""
+    """All contestants at one length; asserts that dense, gathered and peer reproduce the reference's output."""
     import torch
 
     from model.selection import Selection
@@ -229,12 +229,12 @@ def build(options: argparse.Namespace, length: int) -> dict[str, AttentionCase]:
 
 
 def gathered_name(density: float) -> str:
-    """Name of the contestant that is asked for ``density``."""
+    """Name of the gathered contestant at ``density``."""
     return f"gathered_{density:g}"
 
 
 def measure(options: argparse.Namespace) -> Result:
-    """Build, take turns at every length, count."""
+    """Build the contestants and time them in turns at every length, then compute FLOPs, memory and ratios."""
     import torch
 
     from trainer.monitor.peak_flops import DTYPES, PeakFlops

@@ -3,7 +3,7 @@
     python -m bench.curves docs/real_run.png runs/books-z2 runs/books-z3
 
 Left: training loss (thin) and greedy validation loss (marked). Right: greedy density of every routed site, with its
-mean and target. Line styles, not colours, tell runs apart, so that a print in black and white can be read.
+mean and target. Line styles, not colours, tell runs apart, so that a black-and-white print stays readable.
 """
 
 from __future__ import annotations

@@ -4,18 +4,17 @@
     python -m bench.decode --batches 1 --densities 0.5 --repeats 30 --json decode.json
     python -m bench.decode --check                         # exit 1 if a limit of bench/common/limits.py is missed
 
-Every contestant reads the prompt once. A round then puts its cache back to the prompt's length and takes ``--steps``
-greedy steps of one token for every row of the batch, the most likely one each time: what ``model/generate.py`` does.
+Every contestant reads the prompt once. A round then truncates its cache to the prompt's length and takes ``--steps``
+greedy steps of one token for every row of the batch, the most likely one each time, as ``model/generate.py`` does.
 ``token_s`` is the time of one such step, prompt not included. Ours and the peer, which has our weights copied in, must
 produce the same tokens (fp32) before anything is timed.
 
-The peer decodes with its own ``DynamicCache``, as it comes; on CUDA also with its ``StaticCache`` and
-``torch.compile``, where that works. Routers pay for their logits, and their decisions are drawn, one for every row,
-position and site, so that each row executes exactly the share asked for: see ``bench/common/contestants.py``.
+The peer decodes with its own default ``DynamicCache``; on CUDA also with its ``StaticCache`` and ``torch.compile``,
+where that works. Routers compute their logits, but their decisions are drawn, one for every row, position and site, so
+that each row executes exactly the requested share: see ``bench/common/contestants.py``.
 
 ``FLOP bound`` and ``MFU`` count the forward pass of the steps, from what the routers really did. At batch 1 decoding
-waits for weights to be read rather than for products, so MFU is low. ``GiB`` is weights, cache and what a step needs
-on top.
+is bound by reading the weights, not by products, so MFU is low. ``GiB`` is weights, cache and what a step needs on top.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Decoding(Protocol):
 
 
 class OurDecoding:
-    """Our decoder behind a prompt.
+    """Our decoder after a prompt.
 
     Args:
         decoder: in evaluation mode.
@@ -91,7 +90,7 @@ class OurDecoding:
         return _greedy(self.first, self.steps, lambda token: self.decoder(token, cache=self.cache).logits)
 
     def counts(self) -> Routed:
-        """What the steps execute, all of them together."""
+        """What all steps together execute."""
         import torch
 
         sites = torch.zeros(2, len(self.decoder.config.sites), dtype=torch.int64, device=self.prompt.device)
@@ -108,7 +107,7 @@ class OurDecoding:
 
 
 class PeerDecoding:
-    """Hugging Face's Llama behind a prompt, with the cache that it makes itself.
+    """Hugging Face's Llama after a prompt, with its own growing cache.
 
     Args:
         llama: in evaluation mode.
@@ -124,7 +123,7 @@ class PeerDecoding:
         self.llama, self.steps = llama, steps
         self.cache: Any = DynamicCache(config=llama.config)
         self.first = _likeliest(self._forward(prompt))
-        # Growing makes new tensors and leaves these as they are.
+        # Growing the cache creates new tensors and leaves these unchanged.
         self.after_prompt = [(layer.keys, layer.values) for layer in _layers(self.cache)]
         held = [*llama.parameters(), *llama.buffers(), *(t for pair in self.after_prompt for t in pair)]
         self.peak_bytes = tensor_bytes(held) + peak_bytes(self.run, prompt.device)
@@ -140,7 +139,7 @@ class PeerDecoding:
 
 
 class StaticPeerDecoding:
-    """Hugging Face's Llama behind a prompt, with its cache of fixed size, the step compiled where asked for.
+    """Hugging Face's Llama after a prompt, with its fixed-size cache and, if requested, a compiled step.
 
     Args:
         llama: in evaluation mode.
@@ -196,7 +195,7 @@ def _greedy(token: Tensor, steps: int, forward: Callable[[Tensor], Tensor]) -> T
 
 
 def _layers(cache: Any) -> list[Any]:
-    """The layers of a cache of Hugging Face's."""
+    """The layers of a Hugging Face cache."""
     return cache.layers
 
 
@@ -206,7 +205,7 @@ def _likeliest(logits: Tensor) -> Tensor:
 
 
 def models(options: argparse.Namespace) -> tuple[dict[str, Decoder], Any]:
-    """Our decoders, dense first, and the peer; in evaluation mode, the weights of all in the same memory."""
+    """Our decoders, dense first, and the peer; in evaluation mode, all on the same weights in memory."""
     import torch
 
     from bench.common.contestants import draw, held_decoder, held_llama, llama_name
@@ -223,7 +222,7 @@ def models(options: argparse.Namespace) -> tuple[dict[str, Decoder], Any]:
     dense = decoders[DENSE]
     weights = dense.state_dict()
     llama, _ = held_llama(dense.config, weights, device, dtype)
-    # The very same memory for all: how fast 75 MB are read depends on where they lie, by up to a fifth.
+    # All share the same memory: how fast 75 MB are read depends on their address, by up to a fifth.
     for decoder in decoders.values():
         decoder.load_state_dict(weights, strict=False, assign=True)
     llama.load_state_dict({llama_name(name): weight for name, weight in weights.items()}, assign=True)
@@ -233,7 +232,7 @@ def models(options: argparse.Namespace) -> tuple[dict[str, Decoder], Any]:
 def behind_prompt(
     options: argparse.Namespace, decoders: Mapping[str, Decoder], llama: Any, batch: int
 ) -> tuple[dict[str, Decoding], list[str]]:
-    """All contestants at one batch size, and what there is to say about them."""
+    """All contestants at one batch size, and notes for the report."""
     import torch
 
     from bench.common.contestants import random_tokens
@@ -242,7 +241,7 @@ def behind_prompt(
     prompt = random_tokens(batch, options.prompt, options.vocab, device)
     decodings: dict[str, Decoding] = {n: OurDecoding(decoder, prompt, options.steps) for n, decoder in decoders.items()}
     decodings[PEER] = PeerDecoding(llama, prompt, options.steps)
-    if options.dtype == "fp32":  # in bf16 the likeliest token is often a tie of two roundings
+    if options.dtype == "fp32":  # in bf16 the highest logits often tie after rounding
         assert torch.equal(decodings[DENSE].run(), decodings[PEER].run())
     notes = []
     if device.type == "cuda":
@@ -254,7 +253,7 @@ def behind_prompt(
 
 
 def measure(options: argparse.Namespace) -> Result:
-    """Build, take turns at every batch size, count."""
+    """Build the contestants and time them in turns at every batch size, then compute FLOPs and ratios."""
     import torch
 
     with torch.inference_mode():

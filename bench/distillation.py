@@ -1,11 +1,11 @@
-"""What the ensemble's distillation term costs: memory beyond the gradients, and time beside the loss itself.
+"""What the ensemble's distillation term costs: memory beyond the gradients, and time relative to the loss alone.
 
     python -m bench.distillation                                    # 8,192 tokens of vocabulary, width 192
     python -m bench.distillation --vocab 32768 --tokens 1024 4096 --layers 2 3 8 --markdown distillation.md
 
 Forward and backward pass of the head: the loss alone, with the distillation term in chunks (``model/distillation.py``),
-and with the same term over full logits of all late layers, as it stands in the formula. They take turns; memory is
-counted apart, exactly (``bench/common/memory.py``).
+and with the same term over full logits of all late layers, as the formula is written. They take turns; memory is
+measured separately and exactly (``bench/common/memory.py``).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Case:
 
 
 def measure(case: Case, repeats: int) -> list[str]:
-    """Cells: peak memory of the three, in MB, and the two ratios of time to the loss alone."""
+    """Table cells: peak memory of the three in MB, and the time of the other two relative to the loss alone."""
     import torch
 
     from bench.common.memory import held_to_free_memory, peak_bytes

@@ -1,9 +1,9 @@
-"""Scoring questions: ours against lm-evaluation-harness's own Hugging Face loader, the same dense weights in both.
+"""Scoring speed: ours against lm-evaluation-harness's own Hugging Face loader, with the same dense weights.
 
     python -m bench.evaluation                                      # 22 M parameters on a CPU, 1 B on a GPU
     python -m bench.evaluation --check --questions 40 --repeats 5
 
-Two kinds of requests, as tasks have them: four choices of several tokens after a question, and yes or no after a long
+Two kinds of requests, as in real tasks: four choices of several tokens after a question, and yes or no after a long
 text. Contestants take turns and must agree on every likelihood. The loader is run at several batch sizes, and ours is
 judged against its fastest.
 """
@@ -25,8 +25,8 @@ from settings.project import install_command
 
 WINDOW = 512
 KINDS = {"choices": (4, (16, 120), (2, 12)), "yes or no": (2, (60, 300), (1, 1))}
-"""Choices of a question, and least and most tokens of its text and of a choice."""
-_APART = {"fp32": 1e-3, "bf16": 0.5}  # nats, of a choice
+"""Choices per question, and minimum and maximum tokens of its text and of a choice."""
+_APART = {"fp32": 1e-3, "bf16": 0.5}  # largest allowed difference for a choice, nats
 Request = tuple[None, list[int], list[int]]
 
 
@@ -42,7 +42,7 @@ def questions(kind: str, count: int, vocab: int) -> list[Request]:
 
 
 def build(options: argparse.Namespace) -> tuple[Callable[[Any], list[Any]], dict[int, Callable[[Any], list[Any]]]]:
-    """What scores requests: ours, and the harness's loader by batch size."""
+    """Scoring functions: ours, and the harness's loader by batch size."""
     import torch
     from lm_eval.models.huggingface import HFLM
 
@@ -72,7 +72,7 @@ def _silent(score: Callable[..., list[Any]]) -> Callable[[Any], list[Any]]:
 
 
 def _tokenizer(vocab: int) -> Any:
-    """One that the loader takes; nothing is encoded with it."""
+    """A tokenizer that the loader accepts; nothing is encoded with it."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -82,10 +82,10 @@ def _tokenizer(vocab: int) -> Any:
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    """Print a line a kind; the ratios by metric.
+    """Print one line per kind; returns the ratios by metric.
 
     Raises:
-        ValueError: if the two do not agree.
+        AssertionError: if ours and the loader do not agree.
     """
     import torch
 

@@ -5,8 +5,8 @@
 
 For every pair of tokens a sample and samples a step (``2048x8``), dense and routed training steps take turns as in
 ``bench/step.py``. The table has a routed step's time over the dense step's at every density, and in brackets the FLOP
-bound: executed FLOPs over dense FLOPs, counted from what the routers did. As sequences grow, attention outgrows what
-does not skip (keys, values, head), so the bound falls towards the density.
+bound: executed FLOPs over dense FLOPs, counted from what the routers did. As sequences grow, attention outgrows the
+parts that never skip (keys, values, head), so the bound falls towards the density.
 
 A pair that does not fit into memory is left out, and the table says so. On the CPU too: allocations beyond the memory
 that is free when the pair begins are made to fail, see ``bench/common/memory.py``.
@@ -95,7 +95,7 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
 def measure_pair(
     pair: Pair, contestants: Mapping[str, Contestant], fastest: PeakFlops, options: argparse.Namespace
 ) -> tuple[list[Row], float] | str:
-    """Rows and matmul peak (FLOP/s) of one pair; what torch said where it does not fit into memory."""
+    """Rows and matmul peak (FLOP/s) of one pair, or torch's message if it does not fit into memory."""
     import torch
 
     from bench.common.contestants import random_tokens
@@ -109,7 +109,7 @@ def measure_pair(
             tokens = random_tokens(pair.samples, pair.tokens, options.vocab, device)
             for contestant in contestants.values():
                 contestant.feed(tokens)
-                contestant.step()  # makes the optimiser's state, where there is none yet
+                contestant.step()  # creates the optimiser state if there is none yet
                 contestant.measure_peak()
                 contestant.forget()
             calls: dict[str, Callable[[], object]] = {name: _alone(c) for name, c in contestants.items()}
@@ -121,7 +121,7 @@ def measure_pair(
     else:
         peak = fastest.flops_per_s
         return [row(name, contestants, options, seconds, peak, f"{pair}/") for name in contestants], peak
-    # Behind the except block: until its end the error keeps the failed step's tensors alive.
+    # After the except block: until its end the error keeps the failed step's tensors alive.
     for contestant in contestants.values():
         contestant.forget()
     gc.collect()
@@ -131,7 +131,7 @@ def measure_pair(
 
 
 def _alone(contestant: Contestant) -> Callable[[], object]:
-    """A step that leaves no gradients behind, so that the others have the memory."""
+    """A step that drops its gradients, to leave the memory to the others."""
 
     def step() -> None:
         contestant.step()
@@ -141,7 +141,7 @@ def _alone(contestant: Contestant) -> Callable[[], object]:
 
 
 def ratio_table(found: Mapping[Pair, list[Row] | None], densities: Sequence[float]) -> str:
-    """The table: a line a pair, a column a density."""
+    """Markdown table: one row per pair, one column per density."""
     names = [routed_name(density) for density in densities]
     lines = [["tokens x samples", "dense step, s", *(f"density {density:g}" for density in densities)]]
     for pair, rows in found.items():

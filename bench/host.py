@@ -1,13 +1,13 @@
-"""What the host does for a layer of a micro-batch: CPU time of a step whose products are too small to matter.
+"""Host overhead per layer and micro-batch: CPU time of a step with matrix products too small to matter.
 
     python -m bench.host configs/demo.yaml model.layers=24 model.width=64 model.heads=4 model.kv_heads=2 \\
         model.ffn_width=128 data.sequence_tokens=64 train.global_batch_samples=2 train.micro_batch_samples=2 --rounds 5
 
-On a GPU a layer is as fast as its products or as the host that asks for them, whichever is slower: the plan's
-``HOST_MS`` come from here. ZeRO 1 and ZeRO 3, kept and recomputed activations, in turns in one process. CPU time of the
-process, not wall time, of a whole step with its update, over layers and micro-batches. CONFIG's shards must be
-prepared; its ZeRO stage, what stays gathered at stage 3 (nothing), activation checkpointing and number of steps are set
-here, and the learning rate stays at its peak. A step has as many micro-batches as CONFIG says.
+On a GPU a layer is as fast as its products or as the host that launches them, whichever is slower: the plan's
+``HOST_MS`` come from here. ZeRO 1 and ZeRO 3, kept and recomputed activations, take turns in one process. Measured is
+CPU time of the process, not wall time, of a whole step with its update, per layer and micro-batch. CONFIG's shards must
+be prepared; its ZeRO stage, persistence threshold (0), activation checkpointing and number of steps are set here, and
+the learning rate stays at its peak. A step has as many micro-batches as CONFIG says.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def measure(
     configs: Mapping[tuple[int, bool], PretrainConfig], world: World, rounds: int
 ) -> dict[tuple[int, bool], list[float]]:
-    """CPU milliseconds a layer and micro-batch of each, one figure a round."""
+    """CPU milliseconds per layer and micro-batch of each config, one figure per round."""
     from trainer.engine import build_engine
     from trainer.precision import resolve_precision
 
@@ -78,7 +78,7 @@ def measure(
         decided, _ = resolve_precision(config, world)
         engines.append(build_engine(decided, world))
         steps[name] = stepper(engines[-1], decided, world.sharing_windows(decided.deepspeed, 60.0))
-        steps[name]()  # what is built in the first one
+        steps[name]()  # the first step initialises lazily
     found: dict[tuple[int, bool], list[float]] = {name: [] for name in configs}
     for _ in range(rounds):
         for name, step in steps.items():

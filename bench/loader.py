@@ -6,15 +6,15 @@
 
 Two sources of random documents are written to a temporary folder as ``data.prepare`` would. A round then takes
 
-    from_loader   --steps training steps of our dense model, each on the next batch of ``TrainingData`` behind
-                  ``prefetch``, as ``trainer/loop.py`` has it, started again; the first ones, which the prefetching
-                  has not run ahead of yet, are not counted
-    dense         as many steps on a batch that is in memory already
-    loader        as many batches from ``TrainingData`` with nobody in their way
+    from_loader   --steps training steps of our dense model, each on the next batch of ``TrainingData`` through a
+                  new ``prefetch``, as in ``trainer/loop.py``; the first ones, before prefetching has run ahead,
+                  are not counted
+    dense         as many steps on a batch that is already in memory
+    loader        as many batches from ``TrainingData`` with nothing else running
 
-Printed beside the table: the share of a step's time that the consumer waited for its batch (``Prefetch.waited_s``), and
-how many tokens a second the loader gives and a step takes. ``ratio_to_dense`` of ``from_loader`` holds all that loading
-costs, the thread's share of the CPU included; noise of a shared machine is in it, too. The shards were just written, so
+Printed below the table: the share of a step's time spent waiting for its batch (``Prefetch.waited_s``), and the tokens
+per second that the loader supplies and a step consumes. ``ratio_to_dense`` of ``from_loader`` includes all costs of
+loading, with the thread's share of the CPU, but also the noise of a shared machine. The shards were just written, so
 they are read from the page cache: a slow disk is not measured.
 """
 
@@ -75,16 +75,16 @@ DEPTH = 2
 SHARD_TOKENS = 1_000_000
 MEAN_DOCUMENT_TOKENS = 700
 SOURCES = {"large": 0.75, "small": 0.25}
-"""Name and share of the tokens; samples are drawn half and half."""
+"""Name and share of the tokens; samples are drawn from both equally."""
 
 
 @dataclass
 class LoaderRounds:
-    """What every round found.
+    """Measurements of all rounds.
 
     Attributes:
         seconds: of a step or, for the loader, a batch, by contestant.
-        waited: share of the time of the steps ``from_loader`` that was waited for batches.
+        waited: share of the time of the ``from_loader`` steps spent waiting for batches.
     """
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {FROM_LOADER: [], DENSE: [], LOADER: []})
@@ -92,7 +92,7 @@ class LoaderRounds:
 
 
 def write_shards(folder: Path, vocab: int, tokens: int, sequence_tokens: int) -> DataConfig:
-    """Two sources with ``tokens`` random tokens together, in documents of random length; their config."""
+    """Write two sources with ``tokens`` random tokens in total, in documents of random length; returns their config."""
     config = DataConfig.model_validate(
         {
             "dir": str(folder),
@@ -140,7 +140,7 @@ def train_on(ours: Ours, batch: Batch, device: torch.device) -> None:
 
 
 def take_round(rounds: LoaderRounds, number: int, ours: Ours, data: TrainingData, options: argparse.Namespace) -> None:
-    """One round of all contestants, on samples of its own."""
+    """One round of all contestants, on its own samples."""
     import torch
 
     from trainer.monitor.peak_flops import seconds_of
@@ -167,7 +167,7 @@ def take_round(rounds: LoaderRounds, number: int, ours: Ours, data: TrainingData
 
 
 def measure(options: argparse.Namespace) -> Result:
-    """Write the shards, build the model, take rounds, count."""
+    """Write the shards, build the model, take the rounds, compute the result."""
     import torch
 
     from bench.common.contestants import Ours, held_decoder
@@ -192,7 +192,7 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 def result(rounds: LoaderRounds, ours: Ours, options: argparse.Namespace, peak: float) -> Result:
-    """Rows, and what waiting came to."""
+    """Rows, and the share of time spent waiting."""
     tokens = options.samples * options.tokens
     executed, _ = ours.flops()
     medians = {name: Spread.of(seconds).median for name, seconds in rounds.seconds.items()}

@@ -1,12 +1,12 @@
-"""How fast text is read and prepared: with one and two processes on this machine, and by tasks that share the parts.
+"""How fast text is read and prepared: by several processes of one command, and by several commands that share parts.
 
     python -m bench.preparation my.yaml [key.sub=value ...] --workers 1,2 --tasks 1,2,7 --out preparation.json
 
-CONFIG's tokenizer must be there; its sources are read, and prepared in temporary folders below ``--disk``. A row of
-``--workers`` is one command with so many processes; a row of ``--tasks`` is so many commands at once on this machine,
-of one process each, as on a cluster. ``reading`` only reads the documents, eight times. MB are 10^6 bytes of text,
-UTF-8; a command's start is in its seconds. All preparations must leave the same bytes, or the last line says otherwise
-and the exit status is 1.
+CONFIG's tokenizer must exist; its sources are read, and prepared in temporary folders below ``--disk``. A row of
+``--workers`` is one command with that many processes; a row of ``--tasks`` is that many commands at once on this
+machine, of one process each, as on a cluster. ``reading`` only reads the documents, eight times. MB are 10^6 bytes of
+UTF-8 text; times include a command's start-up. All preparations must write the same bytes; otherwise the last line says
+so and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(config: DataConfig, workers: Sequence[int], tasks: Sequence[int], disk: Path) -> dict[str, Any]:
-    """Seconds of every row, and the bytes of text of each."""
+    """Number of parts, bytes of text, seconds of every row, and whether all preparations wrote the same bytes."""
     parts = [part for of_set in parts_of(config, tokenizer_of(config)) for part in of_set]
     rows: list[tuple[str, float]] = []
     hashes = set()
@@ -113,7 +113,7 @@ def _shares(tasks: int) -> list[list[str]]:
 
 
 def _prepare(file: Path, each: Sequence[Sequence[str]]) -> float:
-    """Run a command with each of these arguments, all at once; seconds until the last has ended."""
+    """Run one command for each list of arguments, all at once; returns seconds until the last has ended."""
     start_s = time.perf_counter()
     command = [sys.executable, "-m", "data.prepare", str(file)]
     logs = [file.with_name(f"task-{number}.log") for number in range(len(each))]

@@ -1,14 +1,14 @@
-"""Resume at any size: every number of ranks and ZeRO stage that writes, every one that reads, as a table.
+"""Resume at any size: a table of every number of ranks and ZeRO stage that writes by every one that reads.
 
     python -m bench.resume configs/demo.yaml --precision bf16 [key.sub=value ...]
 
-Each writer trains a few steps, saves, and trains on: that is the uninterrupted run. Each reader goes on from the file
-and its losses are compared with those of the writer's own; a cell is the largest difference in nats. Two lines below
-the table put the differences into perspective: how far the uninterrupted runs are apart from each other, because ranks
-and stages round differently; and how far off a reader is that keeps the weights but throws the optimiser's state away.
+Each writer trains a few steps, saves, and trains on: that is the uninterrupted run. Each reader resumes from the
+checkpoint and its losses are compared with the writer's; a cell is the largest difference in nats. Two lines below the
+table put the differences into perspective: how far apart the uninterrupted runs are, because ranks and stages round
+differently; and how far off a reader is that keeps the weights but discards the optimiser state.
 
-CONFIG's shards must be prepared. Its batch must divide over the largest number of ranks. Runs on gloo and CPU, or on as
-many GPUs.
+CONFIG's shards must be prepared. Its batch must be divisible by the largest number of ranks. Runs with gloo on the CPU,
+or on as many GPUs as ranks.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def measure(
 
     Args:
         config, overrides: a stage-one run.
-        precision: of all.
-        ranks, stages: that write, and that read.
+        precision: of all runs.
+        ranks, stages: every combination writes, and every one reads.
         work: an empty folder.
         read_with: further overrides of the readers.
 
@@ -118,12 +118,12 @@ def table(found: dict[str, Any]) -> str:
 
 
 def difference(a: list[float], b: list[float]) -> float:
-    """The largest between losses of the same step."""
+    """Largest difference between losses of the same step."""
     return max(abs(x - y) for x, y in zip(a, b, strict=True))
 
 
 def _start_ranks(count: int, arguments: list[str], log: Path) -> int:
-    """This module in ``count`` ranks, to the end; its status."""
+    """Run this module in ``count`` ranks to its end; returns the exit status."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}"]
     command += [f"--master-port={free_port()}", "-m", "bench.resume", *arguments]
     with Children() as children:

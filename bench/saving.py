@@ -1,12 +1,12 @@
-"""What a checkpoint costs the run: written while training waits, and while it goes on.
+"""What a checkpoint costs a run: written while training waits, and in the background.
 
     python -m bench.saving configs/demo.yaml --steps 10 --rounds 5 [key.sub=value ...]
 
-In every round the same steps are taken three times: alone, after a save that was waited for, and after one that is
-still being written. The cost of a save is by how much the steps then take longer, in units of a step taken alone; the
-three are neighbours in time, so that a busy machine slows all of them. CONFIG's shards must be prepared; its number of
-steps is set here, and the learning rate stays at its peak. One process; the checkpoints go to a temporary folder below
-``--disk``.
+In every round equally many steps are taken three times: alone, after a save that was waited for, and after one that is
+still being written. The cost of a save is how much longer the steps then take, in units of a step taken alone; the
+three follow each other directly, so that a busy machine slows all of them. CONFIG's shards must be prepared; its number
+of steps is set here, and the learning rate stays at its peak. One process; the checkpoints go to a temporary folder
+below ``--disk``.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def measure(config: PretrainConfig, world: World, folder: Path, steps: int, roun
     def save() -> None:
         saver.save(engine, next(number), {"step": 0})
 
-    _seconds(step)  # what is built in the first one
+    _seconds(step)  # the first step initialises lazily
     save()
     saver.wait()
     found: dict[str, list[float]] = {"waiting": [], "background": [], "copying": []}

@@ -1,14 +1,14 @@
-"""Windows that ranks share against windows of their own: time, memory and balance at several lengths.
+"""Windows shared by ranks against one window per rank: time, memory and balance at several lengths.
 
     torchrun --nproc-per-node 2 -m bench.sequence configs/demo.yaml model.layers=4 model.width=256 model.heads=4 \\
         model.kv_heads=1 model.ffn_width=768 --tokens 2048 4096 8192
 
-A step has as many windows as there are ranks. With ``deepspeed.sequence_parallel`` 1 every rank takes one of them, with
-more a group takes one after the other, each rank its part of all. Time: of a step, in turns in one process, over the
-first contestant's. Memory: what autograd keeps of a rank's forward pass, and the most that its step holds besides
-weights and optimiser, with logits and gradients, which are of the same size for all; over the first one's. Balance:
-FLOPs of the rank that executes most over the mean of all, in the order that is built (the p-th stretch from either end)
-and with one stretch a rank from first to last, of the same decisions. CONFIG's shards must be prepared.
+A step has as many windows as there are ranks. With ``deepspeed.sequence_parallel`` 1 every rank takes one of them; with
+more a group takes its windows one after the other, each rank its part of each. Time: of a step, in turns in one
+process, relative to sequence_parallel 1. Memory: what autograd saves in a rank's forward pass, and the peak of its step
+besides weights and optimiser, with logits and gradients, which have the same size for all; relative to the same.
+Balance: FLOPs of the busiest rank over the mean, with the parts as implemented (rank p has the p-th stretch from either
+end) and with one stretch per rank from first to last, for the same decisions. CONFIG's shards must be prepared.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of ``shared`` ranks a window of ``tokens``.
+    """Measurements of ``shared`` ranks per window of ``tokens``.
 
     Attributes:
         seconds: of each round's step.
         kept_bytes, peak_bytes: of the rank that held most.
-        balance, in_order: FLOPs of the busiest rank over the mean, as built and from first to last.
+        balance, in_order: FLOPs of the busiest rank over the mean, as implemented and from first to last.
     """
 
     tokens: int
@@ -146,14 +146,14 @@ def measure(configs: Mapping[int, PretrainConfig], world: World, rounds: int) ->
 
 
 def balance(config: PretrainConfig, executed: Tensor, keys: Tensor, shared: int, in_order: bool = False) -> float:
-    """FLOPs of the rank that executes most of a window over the mean of those that share it.
+    """FLOPs of the busiest rank over the mean of the ranks that share a window.
 
     Args:
         config: the run's.
         executed: bool [S, T], what each routed site executes.
-        keys: int64 [T], how many each token sees.
-        shared: how many ranks.
-        in_order: each has one stretch, from first to last.
+        keys: int64 [T], how many keys each token sees.
+        shared: ranks per window.
+        in_order: each rank has one stretch, from first to last.
     """
     import torch
 
@@ -171,7 +171,7 @@ def balance(config: PretrainConfig, executed: Tensor, keys: Tensor, shared: int,
 
 
 def report(rows: Sequence[Row], ranks: int) -> str:
-    """A table, each length against the row before which nothing is shared."""
+    """A table; each length is relative to its row without sharing."""
     from bench.common.timing import ratios
 
     table = [["tokens", "ranks a window", "time", "activations", "peak memory", "busiest rank", "in order"]]

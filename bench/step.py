@@ -7,17 +7,17 @@
     python -m bench.step --densities --deeper              # twice the layers at the dense step's FLOPs
 
 The contestants are described in ``bench/common/contestants.py``. Ours and the peer, which has our weights copied in,
-must find the same loss before anything is timed. All take turns in one process, see ``bench/common/timing.py``. On CUDA
-our layers and the peer are compiled; on the CPU both run as they come, unless asked otherwise.
+must compute the same loss before anything is timed. All take turns in one process, see ``bench/common/timing.py``. On
+CUDA our layers and the peer are compiled; on the CPU both run uncompiled, unless asked otherwise.
 
 Columns: ``FLOP bound`` is executed FLOPs over dense FLOPs, counted from what the routers really did: the ratio that a
-step would have if it cost nothing but matrix products at dense speed. ``MFU`` is executed FLOPs (3 x forward; what
-activation checkpointing computes again is not counted) a second over the fastest matrix product seen in the same rounds
+step would have if it cost nothing but matrix products at dense speed. ``MFU`` is executed FLOPs (3 x forward, without
+the recomputation of activation checkpointing) a second over the fastest matrix product seen in the same rounds
 (``trainer/monitor/peak_flops.py``, as in training). ``GiB`` is the peak memory of a step outside the timed rounds: what
 the process would need with this model alone in it, see ``bench/common/memory.py``.
 
-``--deeper`` is a routed model of twice the layers that explores a tenth of its skipped tokens, at the density at which
-training costs what the dense model's does: what ``bench.isoflop`` compares, on the clock.
+``--deeper`` is a routed model of twice the layers that explores a tenth of its skipped tokens, at the density where
+training takes as many FLOPs as the dense model's: what ``bench.isoflop`` compares, in wall time.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def deeper(options: argparse.Namespace) -> ModelConfig:
 
 
 def build(options: argparse.Namespace) -> dict[str, Contestant]:
-    """All contestants, dense first, one step done, with the peer's loss compared to ours."""
+    """All contestants after one step, dense first, the peer's loss checked against ours."""
     import torch
 
     from bench.common.contestants import Ours, Peer, assert_same, held_decoder, held_llama, random_tokens
@@ -116,7 +116,7 @@ def build(options: argparse.Namespace) -> dict[str, Contestant]:
 
 
 def measure(options: argparse.Namespace) -> Result:
-    """Build, take turns, count."""
+    """Build the contestants and time them in turns, then compute FLOPs and ratios."""
     import torch
 
     from bench.common.contestants import Peer
@@ -156,7 +156,7 @@ def row(
         options: for device and dtype.
         seconds: every contestant's rounds.
         peak: the matmul peak, FLOP/s.
-        case: goes before the name, for example ``512x4/``.
+        case: prefix of the name, for example ``512x4/``.
     """
     contestant = contestants[name]
     executed, dense = contestant.flops()[0], contestants[DENSE].flops()[0]
@@ -176,7 +176,7 @@ def row(
 
 
 def promised(rows: Mapping[str, Row]) -> dict[str, float]:
-    """What limits may be stated for: every contestant's time and memory relative to dense, and the dense MFU."""
+    """Metrics that may have limits: every contestant's time and memory relative to dense, and the dense MFU."""
     dense = rows[DENSE]
     assert dense.mfu_executed is not None and dense.peak_memory_bytes is not None
     measured = {"step/dense_mfu": dense.mfu_executed}

@@ -1,4 +1,4 @@
-"""Commands that a benchmark starts, from any of its threads: whatever ends it ends them first, and ranks save."""
+"""Child commands of a benchmark, started from any thread; they are ended before it ends, so that ranks can save."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from trainer.sessions import ENDING_SIGNALS, Ending, SignalLog
 
 _POLL_S = 0.2
 _PATIENCE_S = 120.0
-"""What has not ended this long after it was asked to, as ranks that save may take, is killed."""
+"""A command that has not ended this long after the request is killed; ranks may need it to save."""
 
 
 class Children:
-    """Starts commands while it is open; made and closed by the main thread.
+    """Starts commands while it is open; created and closed by the main thread.
 
-    Every command has a session of its own, so that Ctrl-C reaches this process alone. After SIGINT, SIGTERM or SIGHUP
-    no command is started, those that run are asked to end, and on closing this process ends with that signal's status:
-    once all have ended. A second signal kills them.
+    Every command has its own session, so that Ctrl-C reaches only this process. After SIGINT, SIGTERM or SIGHUP no
+    further command is started, running ones are asked to end, and once they have, closing ends this process with that
+    signal's status. A second signal kills them.
 
     Attributes:
-        signals: those that came.
+        signals: received so far.
     """
 
     def __init__(self) -> None:
@@ -48,12 +48,12 @@ class Children:
             raise SystemExit(128 + self.signals[0])
 
     def run(self, command: Sequence[str], log: Path | None = None, environment: Mapping[str, str] | None = None) -> int:
-        """Run ``command`` until it has ended; its exit status, and that of SIGTERM if it was not started at all.
+        """Run ``command`` to its end; returns its exit status, or that of SIGTERM if it was not started at all.
 
         Args:
-            command: its words.
-            log: file for all that it prints; where this process prints unless given.
-            environment: its own; this process's unless given.
+            command: program and arguments.
+            log: file for its output; this process's output if None.
+            environment: of the command; this process's if None.
         """
         if self.signals:
             return -signal.SIGTERM

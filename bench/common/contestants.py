@@ -1,10 +1,10 @@
-"""What trains in the benchmarks: our decoder, dense or routed, and Hugging Face's Llama of the same sizes.
+"""Models that the benchmarks train: our decoder, dense or routed, and Hugging Face's Llama of the same sizes.
 
 A step is what a user's loop does: zero_grad, forward with loss, backward, AdamW (fused, for all alike).
 
-A routed decoder pays for a whole learned router: its logits, noise, soft gate and their gradients. But an untrained
-router would execute about half of the tokens whatever was asked, so its decisions are replaced by independent draws
-at the density asked for. Rows of a batch then differ in length, as they do in training.
+A routed decoder runs the whole learned router: its logits, noise, soft gate and their gradients. But an untrained
+router would execute about half of the tokens at any density setting, so its decisions are replaced by independent draws
+at the requested density. Rows of a batch then differ in length, as they do in training.
 
 Dimension letters: B samples, T tokens a sample, D width.
 """
@@ -35,7 +35,7 @@ def random_tokens(samples: int, tokens: int, vocab: int, device: torch.device) -
 
 
 class _Place:
-    """The place of a decoding pass's one token, looked at once for all routers: the host waits to see it."""
+    """Position of a decoding pass's single token, read from its tensor once for all routers."""
 
     def __init__(self) -> None:
         self._inputs: RoutingInputs | None = None
@@ -48,15 +48,15 @@ class _Place:
 
 
 class HeldRouter(LearnedRouter):
-    """A learned router at its full cost, whose decisions are draws at the density asked for, one a place and site.
+    """A learned router at full cost with decisions replaced by draws at the requested density, per position and site.
 
     Args:
-        config, width, site: as of a learned router.
+        config, width, site: as for a learned router.
         place: shared by all routers of a decoder.
 
     Attributes:
-        draws: bool [B, T], of the largest B and T (or context length) that it will see; see :func:`draw`.
-        hold: always true, but only a look at the data shows it: a compiler must not leave the logits out in training.
+        draws: bool [B, T], for the largest B and T (or context length) that it will see; see :func:`draw`.
+        hold: always true, but only known at run time, so that a compiler cannot drop the logits in training.
     """
 
     draws: Tensor
@@ -73,7 +73,7 @@ class HeldRouter(LearnedRouter):
     def forward(self, x: Tensor, inputs: RoutingInputs) -> Gate:
         """x: [B, T, D] -> decisions [B, T]."""
         gate = super().forward(x, inputs)
-        if x.shape[1] == 1 and x.is_cpu and not self.training:  # decoding: next to nothing on top of the router's work
+        if x.shape[1] == 1 and x.is_cpu and not self.training:  # decoding: adds almost nothing to the router's cost
             return gate._replace(logits=self._column(x.shape[0], self._place.of(inputs)))
         drawn = self.draws[: x.shape[0]].index_select(1, inputs.positions)
         if not self.training:
@@ -84,7 +84,7 @@ class HeldRouter(LearnedRouter):
         return gate._replace(decided=executed, soft=soft, explored=explored)
 
     def _column(self, rows: int, place: int) -> Tensor:
-        """Logits for ``draws`` of the first ``rows`` at a place, fp32 [rows, 1, 2]."""
+        """Logits for ``draws`` of the first ``rows`` at a position, fp32 [rows, 1, 2]."""
         if self._cut_from is not self.draws or len(self._cut[0]) != rows:
             logits = torch.stack((~self.draws, self.draws), dim=-1)[:rows].float()
             self._cut, self._cut_from = logits.split(1, dim=1), self.draws
@@ -92,7 +92,7 @@ class HeldRouter(LearnedRouter):
 
 
 def held_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, recompute: bool = False) -> Decoder:
-    """Our decoder with random weights and, where it is routed, held routers; :func:`draw` before it runs."""
+    """Our decoder with random weights and, if routed, held routers; call :func:`draw` before running it."""
     decoder = Decoder(config, recompute=recompute)
     if config.router is not None:
         place = _Place()
@@ -103,10 +103,10 @@ def held_decoder(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
 
 
 def draw(decoder: Decoder, samples: int, tokens: int, exact_from: int | None = None) -> None:
-    """Draw what held routers decide for up to ``samples`` x ``tokens``, the same for the same place every time.
+    """Draw the held routers' decisions for up to ``samples`` x ``tokens``, the same for each position every time.
 
-    From place ``exact_from`` on, if given, every row has exactly its share of executed tokens at every site, at random
-    places: over a few dozen tokens, independent draws would be off by several hundredths.
+    From position ``exact_from`` on, if given, every row executes exactly its share of tokens at every site, at random
+    positions: over a few dozen tokens, independent draws would be off by several hundredths.
     """
     device = decoder.embed_tokens.weight.device
     rows, places = torch.arange(samples, device=device), torch.arange(tokens, device=device)
@@ -157,7 +157,7 @@ class Contestant:
         model: what is trained.
         config: its sizes and router.
         tokens: the batch, int64 [B, T]; see :meth:`feed`.
-        peak_bytes: most memory that a step took, this model alone; None until it is measured.
+        peak_bytes: peak memory of a step of this model alone; None until it is measured.
     """
 
     def __init__(self, model: nn.Module, config: ModelConfig):
@@ -167,7 +167,7 @@ class Contestant:
         self.peak_bytes: int | None = None
 
     def feed(self, tokens: Tensor, targets: Tensor | None = None) -> None:
-        """Train on ``tokens`` [B, T] from now on; ``targets`` [B, T] are the tokens that follow, unless given."""
+        """Train on ``tokens`` [B, T] from now on; ``targets`` [B, T] default to the next tokens."""
         self.tokens = tokens
 
     def loss(self) -> Tensor:
@@ -175,7 +175,7 @@ class Contestant:
         raise NotImplementedError
 
     def counts(self) -> Routed:
-        """What ran in the last step."""
+        """What the last step executed."""
         keys = self.tokens.numel() * (self.tokens.shape[1] + 1) / 2
         return Routed(self.tokens.numel(), keys, [], [])
 
@@ -188,11 +188,11 @@ class Contestant:
         return float(loss.detach())
 
     def forget(self) -> None:
-        """Drop what the last step left behind."""
+        """Drop the last step's gradients."""
         self.optimizer.zero_grad()
 
     def measure_peak(self) -> None:
-        """Take one step and note its peak memory; needs a step before it, which creates the optimiser's state."""
+        """Take one step and record its peak memory; needs an earlier step, which creates the optimiser state."""
         self.forget()
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
         device = self.tokens.device
@@ -208,7 +208,7 @@ class Contestant:
     def flops(self) -> tuple[float, float]:
         """Forward FLOPs of the last step: executed, and what they would be without routers.
 
-        Of exploration, which has no backward pass, a third is counted.
+        Exploration has no backward pass, so a third of its FLOPs is counted.
         """
         counts = self.counts()
         executed = training_flops(self.config, counts) / TRAINING_FACTOR
@@ -232,7 +232,7 @@ class Ours(Contestant):
             decoder.compile_layers()
 
     def feed(self, tokens: Tensor, targets: Tensor | None = None) -> None:
-        """Train on ``tokens`` [B, T] from now on; ``targets`` [B, T] are the tokens that follow, unless given."""
+        """Train on ``tokens`` [B, T] from now on; ``targets`` [B, T] default to the next tokens."""
         super().feed(tokens)
         draw(self.decoder, *tokens.shape)
         if targets is None:
@@ -252,12 +252,12 @@ class Ours(Contestant):
         return out.loss.loss / self._valid
 
     def forget(self) -> None:
-        """Drop what the last step left behind."""
+        """Drop the last step's gradients and counts."""
         super().forget()
         self._counts = None
 
     def counts(self) -> Routed:
-        """What ran in the last step, by the decoder's own record."""
+        """What the last step executed, from the decoder's own record."""
         assert self._counts is not None
         executed, attended, explored, explored_keys = (count.tolist() for count in self._counts[1:])
         visible = float(self._counts[0])
@@ -278,7 +278,7 @@ class Peer(Contestant):
         self.note: str | None = None
 
     def compile_if_it_works(self) -> None:
-        """Train with ``torch.compile`` of the whole model; where that fails, leave it as it was and note why."""
+        """Compile the whole model with ``torch.compile``; if that fails, keep it uncompiled and note why."""
         plain, self.call = self.call, torch.compile(self.model)
         try:
             self.step()
@@ -294,10 +294,10 @@ class Peer(Contestant):
 
 
 class Tuned(Contestant):
-    """A model of which some weights are trained, on a loss of its own.
+    """A model with some weights trained, on its own loss.
 
     Args:
-        model: on its device, weights that stay frozen by ``requires_grad``.
+        model: on its device, frozen weights marked by ``requires_grad``.
         config: its sizes.
         loss: returns the mean loss over its batch.
     """
@@ -308,7 +308,7 @@ class Tuned(Contestant):
 
     @property
     def trained(self) -> int:
-        """How many parameters are."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
 
     def loss(self) -> Tensor:

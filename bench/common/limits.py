@@ -1,4 +1,4 @@
-"""The ratios that the project promises, and the judgement of ``--check``.
+"""The ratios that the project promises, and how ``--check`` judges them.
 
 One table for all benchmarks: what is promised at the default sizes of each kind of device (``options.py``). The values
 judged are medians of ratios within rounds, so both sides of a ratio come from one run on one machine.
@@ -19,7 +19,7 @@ class Limit:
         meaning: what is measured, in words.
         cpu: the limit on a CPU, a ratio.
         cuda: the limit on a CUDA device, a ratio.
-        sense: which side of the limit is kept.
+        sense: whether the limit is an upper or a lower bound.
     """
 
     meaning: str
@@ -61,7 +61,7 @@ LIMITS: dict[str, Limit] = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """A measured value beside its limit on the device that it was measured on."""
+    """A measured value and its limit on the device where it was measured."""
 
     metric: str
     value: float
@@ -81,7 +81,7 @@ class Verdict:
 
 
 def judge(measured: Mapping[str, float], device: str) -> list[Verdict]:
-    """A verdict for every measured metric that has a limit; the others are none of our promises.
+    """A verdict for every measured metric that has a limit; nothing is promised for the others.
 
     Args:
         measured: values by metric.

@@ -1,11 +1,11 @@
-"""Peak memory of a call, in bytes that tensors ask for, apart from any timing.
+"""Peak memory of a call, in bytes requested by tensors, measured apart from any timing.
 
     bytes alive    before | call: + + - + + + - - ... |      peak = the highest point above "before"
 
-On CUDA the allocator keeps the peak itself. On the CPU it does not, but the profiler notes every allocation and every
-release of torch's CPU allocator, temporary ones inside an operator included; adding them up address by address has
-the peak, exact to the byte. What other libraries allocate on their own (a matrix product's scratch, the interpreter) is
-not in it, nor is it on CUDA.
+On CUDA the allocator tracks the peak itself. On the CPU it does not, but the profiler records every allocation and
+release of torch's CPU allocator, including temporaries inside an operator; adding them up address by address gives the
+peak, exact to the byte. What other libraries allocate on their own (a matrix product's scratch, the interpreter) is
+counted on neither device.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.autograd.profiler import profile
 
-# The profiler's library would print a line at every start and stop. It reads this once, at the first of them.
+# Otherwise the profiler's library prints a line at every start and stop. It reads this once, at the first of them.
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")
 _GROUP = Path("/sys/fs/cgroup")
-"""A container's account of itself (cgroup v2)."""
+"""The container's own accounting (cgroup v2)."""
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -36,9 +36,9 @@ def tensor_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that were alive on ``device`` at once during ``call``, beyond those alive when it began.
+    """Peak bytes alive on ``device`` during ``call``, beyond those alive when it began.
 
-    Releases of what was alive before are not seen on the CPU: drop such things (old gradients) first.
+    On the CPU, releases of earlier allocations are not seen: drop such tensors (old gradients) first.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -62,10 +62,10 @@ class _Saved:
 
 def kept_tensors(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
     """What the forward pass ``call`` returns, and what autograd then keeps for the backward pass, weights included."""
-    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()  # what is dropped on the way leaves it
+    alive: weakref.WeakSet[_Saved] = weakref.WeakSet()  # tensors dropped during the call leave it
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor.detach())  # an output that holds its own node would never go
+        saved = _Saved(tensor.detach())  # an output that holds its own node would never be freed
         alive.add(saved)
         return saved
 
@@ -77,7 +77,7 @@ def kept_tensors(call: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
 def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
     """Time in ns, address and bytes (negative: released) of every allocation in the profiler's tree, oldest first."""
     found, waiting = [], list(tree)
-    for event in waiting:  # grows on the way
+    for event in waiting:  # grows during the loop
         waiting += event.children
         if event.tag == _EventType.Allocation:
             found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
@@ -85,10 +85,10 @@ def _allocations(tree: list[Any]) -> list[tuple[int, int, int]]:
 
 
 def _highest(changes: Iterable[tuple[int, int, int]]) -> int:
-    """Highest number of bytes alive at once, of what was allocated among ``changes``.
+    """Peak bytes alive, counting only what was allocated within ``changes``.
 
-    Releases of other addresses are passed over: the profiler remembers blocks of an earlier profile whose release it
-    did not see, and takes whatever is released at their address for them.
+    Releases of other addresses are ignored: the profiler remembers blocks of an earlier profile whose release it did
+    not see, and takes any later release at their address for theirs.
     """
     alive: dict[int, int] = {}
     total = highest = 0
@@ -104,9 +104,9 @@ def _highest(changes: Iterable[tuple[int, int, int]]) -> int:
 
 @contextmanager
 def held_to_free_memory(device: torch.device) -> Iterator[None]:
-    """Let a CPU allocation that does not fit into free memory fail, instead of the whole process being killed.
+    """Make a CPU allocation that does not fit into free memory fail, instead of the whole process being killed.
 
-    Nothing to do on CUDA, where it fails by itself, nor where the system does not report what is free.
+    Does nothing on CUDA, where it fails by itself, or where the system does not report free memory.
     """
     free, data = free_bytes(), _status_bytes(Path("/proc/self/status"), "VmData")
     if device.type == "cuda" or free is None or data is None:
@@ -124,7 +124,7 @@ def held_to_free_memory(device: torch.device) -> Iterator[None]:
 
 
 def free_bytes() -> int | None:
-    """Main memory that can still be taken, by the system's and the container's account; None where neither says."""
+    """Main memory still available according to the system and the container; None if neither reports it."""
     known = []
     available = _status_bytes(Path("/proc/meminfo"), "MemAvailable")
     if available is not None:
@@ -136,7 +136,7 @@ def free_bytes() -> int | None:
 
 
 def _cached_files_bytes(path: Path) -> int:
-    """Of a container's ``memory.stat``: what its account calls used and the kernel gives back when asked."""
+    """File cache in a container's ``memory.stat``: counted as used, but reclaimed by the kernel on demand."""
     figures = dict(line.split() for line in path.read_text().splitlines())
     return int(figures["active_file"]) + int(figures["inactive_file"])
 

@@ -1,7 +1,7 @@
 """Command-line options that the benchmarks share: model sizes, device, rounds, outputs.
 
-Defaults of sizes go by device: 22 M parameters in fp32 on a CPU, about 1 B in bf16 on a CUDA device. These are the
-sizes that ``bench/common/limits.py`` states its limits for.
+Default sizes depend on the device: 22 M parameters in fp32 on a CPU, about 1 B in bf16 on a CUDA device. The limits in
+``bench/common/limits.py`` are stated for these sizes.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ BATCH = {"tokens": "tokens a sample", "samples": "samples a step"}
 PEER, DENSE = "hf_llama", "dense"
 """Contestants that most benchmarks have; the others are routed ones, see :func:`routed_name`."""
 EXECUTIONS = get_args(RouterConfig.model_fields["execution"].annotation)
-"""What a router's ``execution`` can be."""
+"""Values of a router's ``execution``."""
 
 
 def parser(module: str, doc: str) -> argparse.ArgumentParser:
-    """A parser for ``python -m module`` that shows ``doc`` as it is written."""
+    """A parser for ``python -m module`` that shows ``doc`` verbatim."""
     return command_parser(f"python -m {module}", doc)
 
 
 def add_numbers(parser: argparse.ArgumentParser, meanings: Mapping[str, str]) -> None:
-    """Whole numbers whose defaults go by device."""
+    """Integer options with defaults that depend on the device."""
     for name, meaning in meanings.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{meaning} (default: by device)")
 
@@ -74,10 +74,10 @@ def add_run(parser: argparse.ArgumentParser, repeats: int, check: bool = True) -
 
 
 def resolve(options: argparse.Namespace, cpu: Mapping[str, object], cuda: Mapping[str, object]) -> None:
-    """Fill in the device and what goes by it; ``options.other_sizes`` says what differs from the device's defaults.
+    """Fill in the device and its defaults; ``options.other_sizes`` names the options that differ from them.
 
     Raises:
-        ValueError: for a device that is none or not there.
+        ValueError: for an invalid or unavailable device.
     """
     options.device = find_device(options.device)
     on_cuda = options.device != "cpu"
@@ -92,7 +92,7 @@ def refuse(options: argparse.Namespace, least: Mapping[str, int]) -> None:
     """Refuse what cannot be run: numbers below ``least``, impossible densities, outputs that cannot be written.
 
     Raises:
-        ValueError: one sentence.
+        ValueError: naming the option, in one sentence.
     """
     rounds = {"repeats": 1} if hasattr(options, "repeats") else {}
     for name, smallest in {**rounds, **least}.items():
@@ -114,7 +114,7 @@ def refuse(options: argparse.Namespace, least: Mapping[str, int]) -> None:
 
 
 def routed_name(density: float) -> str:
-    """Name of the routed contestant that is asked for ``density``."""
+    """Name of the routed contestant at ``density``."""
     return f"routed_{density:g}"
 
 
@@ -128,11 +128,10 @@ def model_config(
 ) -> ModelConfig:
     """The benchmark's model for contexts of ``positions`` tokens; dense where ``density`` is None.
 
-    ``execution`` is the router's: how executed tokens are computed in training; ``explore``, too. ``layers`` are those
-    of the options unless given.
+    ``execution`` and ``explore`` are the router's settings of these names. ``layers`` default to those of the options.
 
     Raises:
-        ValueError: for sizes that do not go together, in a sentence.
+        ValueError: for incompatible sizes, in one sentence.
     """
     try:
         router = {"kind": "learned", "density": density, "execution": execution, "explore": explore}

@@ -1,8 +1,8 @@
-"""Is it more than luck? Two contestants compared by what they did with the same seeds, or on the same examples.
+"""Significance tests for two contestants, compared on the same seeds or on the same examples.
 
 Nothing is assumed about distributions: under the null hypothesis that the two are interchangeable, each difference
 could equally have the other sign, and the p-value is the share of sign assignments whose result is at least as extreme
-(Fisher 1935's exact randomisation test). Where both examples and seeds were drawn, the bootstrap draws both again
+(Fisher 1935's exact randomisation test). Where both examples and seeds are random, the bootstrap resamples both
 (Efron 1979; pigeonhole bootstrap, Owen 2007).
 """
 
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 _ENUMERATED = 20
-"""Up to so many differences all sign patterns are counted: a million."""
+"""Up to this many differences, all sign patterns are enumerated: a million."""
 _DRAWN = 100_000
-"""Patterns that are drawn for more."""
+"""Sign patterns drawn at random for more differences than that."""
 
 
 class Paired(NamedTuple):
@@ -26,8 +26,8 @@ class Paired(NamedTuple):
 
     Attributes:
         mean: of the differences.
-        error: standard error of the mean; None of fewer than two pairs.
-        p: two-sided, of the exact test by signs. Of n pairs it cannot be below 2 / 2^n.
+        error: standard error of the mean; None for fewer than two pairs.
+        p: two-sided, of the exact sign-flip test. For n pairs it cannot be below 2 / 2^n.
     """
 
     mean: float
@@ -42,14 +42,14 @@ class Paired(NamedTuple):
 
 
 def by_signs(differences: Sequence[float]) -> Paired:
-    """Compare by the differences of pairs: exactly up to 20, beyond by signs that are drawn, the same every time.
+    """Sign-flip test on the differences of pairs: exact up to 20, beyond that with random signs, the same every time.
 
     Raises:
         ValueError: if there are none.
     """
     if not differences:
         raise ValueError("the test by signs takes at least 1 pair, got none")
-    observed = abs(math.fsum(differences)) * (1 - 1e-12)  # the rounding of a sum in another order
+    observed = abs(math.fsum(differences)) * (1 - 1e-12)  # tolerates rounding in another order of summation
     if len(differences) <= _ENUMERATED:
         sums = np.zeros(1)
         for difference in differences:
@@ -63,9 +63,9 @@ def by_signs(differences: Sequence[float]) -> Paired:
 
 
 def by_examples(differences: Sequence[Sequence[float]], draws: int = 4000) -> tuple[float, float, float]:
-    """Mean of the differences [S seeds, E examples], and its 95 % interval by a bootstrap of both at once.
+    """Mean of the differences [S seeds, E examples], and its 95 % interval from a bootstrap over both at once.
 
-    Of one seed only the examples are drawn again. The draws are the same every time.
+    With one seed only the examples are resampled. The draws are the same every time.
     """
     table, drawn = np.asarray(differences, dtype=float), np.random.default_rng(0)
     seeds, examples = table.shape

@@ -13,7 +13,7 @@ from bench.common.limits import judge, require
 from bench.common.timing import Spread
 
 NOISY = 0.25
-"""Distance of the quartiles, as a share of the median, from which a ratio is called noisy."""
+"""Interquartile range, as a share of the median, above which a ratio is called noisy."""
 
 
 @dataclass(frozen=True)
@@ -21,11 +21,11 @@ class Row:
     """One contestant's result; None where a figure makes no sense.
 
     Attributes:
-        name: of the contestant, behind the case that it was measured in, if there are several: ``512x4/routed_0.5``.
+        name: of the contestant, prefixed with its case if there are several: ``512x4/routed_0.5``.
         density: measured share of tokens that routed sites executed.
-        device, dtype: as asked for.
+        device, dtype: as requested.
         tokens: tokens of one measured call.
-        seconds: median; of a training step, or in decoding of one token of every row of the batch.
+        seconds: median; of a training step, or when decoding, of one token for every row of the batch.
         to_dense: ratio to the dense contestant within each round.
         flop_bound_ratio: executed FLOPs over the dense contestant's.
         mfu_executed: executed FLOPs a second over the measured matmul peak.
@@ -44,7 +44,7 @@ class Row:
     peak_memory_bytes: int | None
 
     def as_json(self, seconds_name: str) -> dict[str, Any]:
-        """The row's fields in the order of the promise; ``seconds_name`` is ``step_s`` or ``token_s``."""
+        """The row's fields in a fixed order; ``seconds_name`` is ``step_s`` or ``token_s``."""
         return {
             "name": self.name,
             "density": self.density,
@@ -61,12 +61,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Result:
-    """What a benchmark found.
+    """Results of a benchmark.
 
     Attributes:
-        rows: one a contestant and case.
+        rows: one per contestant and case.
         peak: the machine's matmul peak in the same rounds, FLOP/s.
-        measured: by metric, what ``bench/common/limits.py`` may have a limit for.
+        measured: values by metric; ``bench/common/limits.py`` has limits for some.
         notes: lines for the header.
         findings: lines for below the table.
     """
@@ -79,7 +79,7 @@ class Result:
 
 
 def tell(options: argparse.Namespace, result: Result, names: Iterable[str], seconds_name: str) -> None:
-    """Print, write what was asked for, and judge if asked to.
+    """Print, write ``--json`` if given, and judge if ``--check`` is.
 
     Args:
         names: options to show in the header.
@@ -98,7 +98,7 @@ def tell(options: argparse.Namespace, result: Result, names: Iterable[str], seco
 
 
 def header(options: argparse.Namespace, peak: float, names: Iterable[str], notes: Iterable[str] = ()) -> str:
-    """What the numbers depend on.
+    """Header: what the figures depend on.
 
     Args:
         peak: the machine's measured matmul peak, FLOP/s.
@@ -122,7 +122,7 @@ def header(options: argparse.Namespace, peak: float, names: Iterable[str], notes
 
 
 def table(rows: list[Row], seconds_name: str) -> str:
-    """The rows for reading; ratios with their quartiles."""
+    """The rows as a text table; ratios with their quartiles."""
     width = max(len(row.name) for row in rows)
     lines = [
         f"{'':{width}} {'density':>7} {seconds_name:>10} {'to dense (quartiles)':>23} {'FLOP bound':>10} {'MFU':>6} "
@@ -143,7 +143,7 @@ def spread(value: Spread | None) -> str:
 
 
 def noisy(rows: list[Row]) -> list[str]:
-    """A line that names the rows whose ratio to dense is not to be trusted, if there are any."""
+    """A line naming the rows with too noisy a ratio to dense, if there are any."""
     wide = [row.name for row in rows if row.to_dense is not None and _width(row.to_dense) > NOISY]
     if not wide:
         return []
@@ -175,7 +175,7 @@ def check(options: argparse.Namespace, measured: Mapping[str, float]) -> None:
 
 
 def _width(ratio: Spread) -> float:
-    """Distance of the quartiles, relative to the median."""
+    """Interquartile range relative to the median."""
     return (ratio.high - ratio.low) / ratio.median
 
 

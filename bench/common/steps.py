@@ -1,4 +1,4 @@
-"""Training steps one after the other, without a run around them."""
+"""Consecutive training steps, outside a run."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def stepper(engine: Any, config: PretrainConfig, world: World, first: int = 0) -> Callable[[], StepResult]:
-    """Takes the next step each time it is called, the first one step ``first``, all at the peak rate.
+    """A function that takes the next step on each call, from step ``first`` on, all at the peak learning rate.
 
-    There are ``train.steps``, wherever a run would stop.
+    Steps end at ``train.steps``; ``train.stop_at_step`` is ignored.
     """
     from data.batches import TrainingData
     from model.budget import Budget

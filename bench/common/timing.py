@@ -3,7 +3,7 @@
     round 1   A B C     ratio to A:  -  B1/A1  C1/A1
     round 2   A B C                  -  B2/A2  C2/A2      -> median and quartiles of each column
 
-Whatever else the machine does in the meantime hits neighbours alike; times of separate runs are never compared.
+Other load on the machine affects neighbouring calls alike; times of separate runs are never compared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Spread(NamedTuple):
 
     @staticmethod
     def of(values: list[float]) -> Spread:
-        """From one value or more."""
+        """Of one or more values."""
         if len(values) == 1:
             return Spread(values[0], values[0], values[0])
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -40,7 +40,7 @@ class Spread(NamedTuple):
 def take_turns(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of every call: ``rounds`` times each contestant once, in order, after ``WARM_UP_ROUNDS`` unmeasured."""
+    """Seconds of every call: each contestant once a round, in order, after ``WARM_UP_ROUNDS`` unmeasured rounds."""
     from trainer.monitor.peak_flops import seconds_of
 
     seconds: dict[str, list[float]] = {name: [] for name in contestants}

@@ -1,8 +1,8 @@
-"""Turns for whole training loops: each contestant has processes of its own, and only one of them runs at a time.
+"""Turns for whole training loops: each contestant has its own processes, and only one contestant runs at a time.
 
-The command and the ranks that it has started share a store. Before a step a rank looks whether its turn is over; if so
-it reports what it has measured and waits, without using the CPU, until the command gives it further steps. So start-up
-is paid once, and neighbours in time can be compared as within one process (``bench/common/timing.py``).
+The command and the ranks it has started share a store. Before each step a rank checks whether its turn is over; if so,
+it reports its measurements and waits, without using the CPU, until the command gives it further steps. So start-up is
+paid once, and neighbouring turns can be compared as within one process (``bench/common/timing.py``).
 
     rank      begin(0)  waits ......... begin(1) begin(2) begin(3)  waits ............
     command             give(3)                                     elapsed_s, next contestant
@@ -23,17 +23,17 @@ from typing import Any
 
 HOST = "127.0.0.1"
 PATIENCE = timedelta(hours=6)
-"""How long a rank waits for its turn; one whose command has died hears of it at once."""
+"""How long a rank waits for its turn; if the command dies, the wait fails at once."""
 _POLL_S = 0.002
 _TO_END_S = 30.0
 
 
 class TurnsOverError(Exception):
-    """No further step will be given: a rank leaves its loop."""
+    """No further steps will be given: the rank leaves its loop."""
 
 
 class Turn:
-    """A rank's side.
+    """The rank's side.
 
     Args:
         port: of the command's store.
@@ -52,14 +52,14 @@ class Turn:
         self._began_s: list[float] = []
 
     def begin(self, step: int, report: Callable[[], dict[str, Any]]) -> None:
-        """Go on with ``step`` (0 is the first), once it is this contestant's turn.
+        """Continue with ``step`` (0 is the first) once it is this contestant's turn.
 
         Args:
             step: optimiser steps done.
-            report: called when a turn is over, within its time: finishes what the turn has begun, and tells of it.
+            report: called at the end of a turn, within its measured time: finishes the turn's work and returns metrics.
 
         Raises:
-            TurnsOverError: instead of going on, at the end.
+            TurnsOverError: if no further steps will be given.
         """
         now = time.perf_counter()
         self._began_s.append(now)
@@ -78,14 +78,14 @@ class Turn:
 
 @dataclass
 class TurnTaker:
-    """Started processes.
+    """A contestant's processes.
 
     Attributes:
         name: of the contestant.
         ranks: how many processes take steps.
         process: the launcher, which leads a session.
-        log: all that they print.
-        turns: how often they have stopped.
+        log: file of their output.
+        turns: how many turns they were given.
     """
 
     name: str
@@ -115,19 +115,19 @@ class Turns:
 
     @property
     def port(self) -> int:
-        """Where a :class:`Turn` finds the store."""
+        """Port of the store, for :class:`Turn`."""
         return int(self._store.port)
 
     def start(
         self, name: str, command: Sequence[str], environment: dict[str, str], ranks: int, log: Path
     ) -> tuple[float, list[dict[str, Any]]]:
-        """Start a contestant and wait until all its ranks are before their first step.
+        """Start a contestant and wait until all its ranks have reached their first step.
 
         Returns:
             Seconds that it took, and what each rank reports.
 
         Raises:
-            ValueError: with its last words if it ends instead.
+            ValueError: with its error or last line of output if it exits instead.
         """
         start_s = time.perf_counter()
         with log.open("wb") as file:
@@ -150,7 +150,7 @@ class Turns:
             Seconds until the last of its ranks had done them, and what each reports.
 
         Raises:
-            ValueError: with its last words if it ends instead.
+            ValueError: with its error or last line of output if it exits instead.
         """
         contestant = self.contestants[name]
         start_s = time.perf_counter()
@@ -163,7 +163,7 @@ class Turns:
         """Have all contestants leave their loops.
 
         Raises:
-            ValueError: if one does not end well.
+            ValueError: if one fails or does not end in time.
         """
         for name, contestant in self.contestants.items():
             self._store.set(f"{name}/go/{contestant.turns}", "0")
@@ -188,8 +188,7 @@ class Turns:
 
 
 def last_words(log: Path, status: int) -> str:
-    """An ended process's error, or else the last line that it printed; launchers have words of their own after an
-    error."""
+    """An ended process's last ``error:`` line, after which launchers print more, or else its last line of output."""
     lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return ([f"no output, status {status}", *lines, *errors])[-1].strip()

@@ -1,1 +1,1 @@
-"""What only a GPU can tell, in one command of limited time for a machine that is lent for minutes: ``make gpu``."""
+"""Checks that need a GPU, in one time-limited command for a machine borrowed for minutes: ``make gpu``."""

@@ -1,14 +1,14 @@
-"""Everything that only a GPU can tell, in one command of limited time: what ``make gpu`` runs.
+"""All checks that need a GPU, in one time-limited command: what ``make gpu`` runs.
 
     python -m bench.gpu                                    # ten minutes on a CUDA device, into runs/gpu
     python -m bench.gpu --wheels wheels --minutes 8        # first installs what is missing, see bench.gpu.wheels
     python -m bench.gpu --only training decode             # some parts; an earlier folder is kept under another name
     python -m bench.gpu --device cpu                       # a rehearsal of the same commands with tiny sizes
 
-Parts run one after the other, the most valuable first, each as a command of its own with a limit: its share of the time
-that is left. One that fails or is killed at its limit is reported, and the next goes on. --out gets a log and a JSON
-file of results for each, and summary.md and summary.json, written anew before and after every part. Ctrl-C or SIGTERM
-ends the running part with all that it started. The exit status is 0 only if all parts passed.
+Parts run one after the other, the most valuable first, each as its own command with a time limit: its share of the
+remaining time. A part that fails or is killed at its limit is reported, and the next one starts. --out gets a log and a
+JSON file of results for each, and summary.md and summary.json, rewritten before and after every part. Ctrl-C or SIGTERM
+ends the running part with all its processes. The exit status is 0 only if all parts passed.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Install what is missing, run all parts; the exit status."""
+    """Install what is missing and run all parts; returns the exit status."""
     began_s = time.monotonic()
     options = parse(arguments)
     with tempfile.TemporaryDirectory(prefix="gpu-") as folder:
         site = Path(folder) / "site"
         try:
             installed = [] if options.wheels is None else install(options.wheels, site)
-        except ValueError as error:  # what turns errors into sentences may itself need what could not be installed
+        except ValueError as error:  # settings.user_errors may itself need a package that could not be installed
             print(f"error: {error}", file=sys.stderr)
             return 1
         sys.path.append(str(site))
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, folder: Path, installed: Sequence[str], deadline_s: float) -> int:
-    """All parts, with ``folder`` for what they leave behind; the exit status."""
+    """Run all parts, with ``folder`` for packages and temporary files; returns the exit status."""
     from bench.gpu.parts import chosen, lacking_for_tests, parts
     from bench.gpu.schedule import Schedule
     from bench.gpu.summary import MARKDOWN, headline, write
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, folder: Path, installed: Sequence[str], dea
 
     schedule = Schedule(todo, out, deadline_s, _environment(folder, options.device), ROOT, tell)
     hard = resource.getrlimit(resource.RLIMIT_CORE)[1]
-    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # a part that is asked where it is must not write its memory
+    resource.setrlimit(resource.RLIMIT_CORE, (0, hard))  # SIGABRT asks a part for its stacks; it must not dump core
     print(f"{len(todo)} parts in {options.minutes:g} minutes, into {options.out}", flush=True)
     schedule.run()
     print(f"{headline(schedule.outcomes)}; see {options.out / MARKDOWN}", flush=True)
@@ -85,7 +85,7 @@ def run(options: argparse.Namespace, folder: Path, installed: Sequence[str], dea
 
 
 def _make_room(out: Path) -> None:
-    """An empty folder ``out``; what an earlier command left there is kept beside it.
+    """Make ``out`` an empty folder; results of an earlier command are kept beside it.
 
     Raises:
         ValueError: if something else is in the way.
@@ -102,7 +102,7 @@ def _make_room(out: Path) -> None:
 
 
 def _environment(folder: Path, device: str) -> dict[str, str]:
-    """Of the parts: what was installed, lines as they come, and temporary files where they will be removed."""
+    """Environment of the parts: installed packages, unbuffered output, temporary files where they will be removed."""
     path = [str(folder / "site"), *filter(None, [os.environ.get("PYTHONPATH")])]
     (folder / "tmp").mkdir()
     own = {"PYTHONPATH": os.pathsep.join(path), "TMPDIR": str(folder / "tmp"), "PYTHONUNBUFFERED": "1"}
@@ -113,7 +113,7 @@ def _environment(folder: Path, device: str) -> dict[str, str]:
 
 
 def _show(schedule: Schedule) -> None:
-    """A line when a part starts, and when it has ended."""
+    """Print a line when a part starts and when it has ended."""
     from bench.gpu.schedule import RUNNING, WAITING
 
     begun = [outcome for outcome in schedule.outcomes if outcome.status != WAITING]

@@ -1,4 +1,4 @@
-"""What this machine is: device, driver, software beside what the project is tested with, matrix products a second.
+"""Describe this machine: device, driver, software versions beside the tested ones, speed of matrix products.
 
 python -m bench.gpu.facts --device cuda --json facts.json
 """
@@ -21,7 +21,7 @@ from trainer.device import find_device
 
 
 def facts(device_name: str) -> dict[str, str]:
-    """By name, the most telling first."""
+    """Facts by name, the most important first."""
     import torch
 
     found = {}
@@ -43,7 +43,7 @@ def facts(device_name: str) -> dict[str, str]:
 
 
 def driver() -> str:
-    """Of NVIDIA, as its own program says."""
+    """Version of NVIDIA's driver, from ``nvidia-smi``."""
     if shutil.which("nvidia-smi") is None:
         return "no nvidia-smi"
     words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -52,7 +52,7 @@ def driver() -> str:
 
 
 def packages() -> dict[str, str]:
-    """Versions of what training needs, and of Triton; beside them those that the project is tested with."""
+    """Versions of what training needs and of Triton, with the tested version where it differs."""
     pins = dict(line.split("==") for line in (ROOT / "requirements.txt").read_text().split() if "==" in line)
     found = {}
     for name, pinned in {**pins, "triton": ""}.items():
@@ -66,7 +66,7 @@ def packages() -> dict[str, str]:
 
 
 def peaks(device_name: str) -> dict[str, str]:
-    """The fastest matrix product seen in each dtype, as for MFU."""
+    """The fastest matrix product measured in each dtype, as for MFU."""
     import torch
 
     from trainer.monitor.peak_flops import DTYPES, PeakFlops
@@ -79,7 +79,7 @@ def peaks(device_name: str) -> dict[str, str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Look, print, write."""
+    """Gather the facts, print and write them."""
     with user_errors():
         options = parse(arguments)
         found = facts(find_device(options.device))

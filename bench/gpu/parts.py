@@ -1,4 +1,4 @@
-"""The parts of ``make gpu``, the most important first, and which of each one's results the summary shows.
+"""The parts of ``make gpu``, the most important first, and which of their results the summary shows.
 
 On a GPU the benchmarks have the sizes that their limits are stated for, and are judged by them. On a CPU, a rehearsal
 of the same commands, everything is tiny and nothing is judged.
@@ -27,7 +27,7 @@ _TINY = {
 }
 TESTS = "tests"
 _WORKERS = 6
-"""Processes for the tests; each starts others that need a core and a few GB of the GPU."""
+"""Test workers; each starts processes that need a core and a few GB of GPU memory."""
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "": lambda row: str(row["name"]),
     "density": lambda row: _number(row["density"], ".3f"),
@@ -40,7 +40,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
 
 
 def parts(device: str, out: Path) -> list[Part]:
-    """All of them for ``device``, cpu or cuda, with their files in ``out``."""
+    """All parts for ``device``, cpu or cuda, with their files in ``out``."""
     cuda = device == "cuda"
 
     def bench(name: str, what: str, words: list[str], weight: float, least_s: float, read: Any, **more: Any) -> Part:
@@ -102,14 +102,14 @@ def parts(device: str, out: Path) -> list[Part]:
 
 
 def _tests(cuda: bool) -> tuple[str, ...]:
-    """pytest on the files that have tests marked ``gpu``; without a GPU they say why they are skipped."""
+    """pytest on the files with tests marked ``gpu``; without a GPU it reports why they are skipped."""
     files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in p.read_text("utf-8")]
     workers = ["--numprocesses", str(min(_WORKERS, os.cpu_count() or 1)), "--dist", "load"] if cuda else []
     return (sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *workers, *map(str, files))
 
 
 def lacking_for_tests(names: Iterable[str]) -> str | None:
-    """What the part ``tests``, if it is one of ``names``, lacks here, and what helps; training needs none of it."""
+    """Packages that the part ``tests``, if in ``names``, lacks here, and the fix; training needs none of them."""
     lines = (ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
     needed = [line.partition("==")[0] for line in lines if line.startswith("pytest")]
     missing = [name for name in needed if not _is_installed(name)]
@@ -129,7 +129,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _own(found: Any, log: str) -> Figures:
-    """Of the commands in this folder, which say themselves what matters."""
+    """For the commands in this folder, which choose their key figures themselves."""
     return Figures(found["key"], found["rows"])
 
 
@@ -146,7 +146,7 @@ def _step(found: Any, log: str) -> Figures:
 
 
 def _ratios(names: str) -> Callable[[Any, str], Figures]:
-    """Of a benchmark's rows: all as a table, and as key figures the times relative to dense of those ``names``."""
+    """For a benchmark's rows: all as a table; key figures are times relative to dense of those matching ``names``."""
 
     def read(found: Any, log: str) -> Figures:
         rows = [{column: cell(row) for column, cell in _COLUMNS.items()} for row in found]
@@ -169,10 +169,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def chosen(all_parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
-    """Those of ``names``, in the order of all; all where none is named.
+    """The parts in ``names``, in the order of ``all_parts``; all if ``names`` is empty.
 
     Raises:
-        ValueError: for a name that is none.
+        ValueError: for an unknown name.
     """
     known = [part.name for part in all_parts]
     for name in names:

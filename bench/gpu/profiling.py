@@ -3,9 +3,9 @@
     python -m bench.gpu.profiling --trace trace.json.gz --json profile.json
     python -m bench.gpu.profiling --density 0.25 --execution capacity --no-compile
 
-The trace opens in https://ui.perfetto.dev and in chrome://tracing. The table has the kernels of the device with most
-time of their own, on a CPU the operators; ``share`` is of the step's wall time, so on a GPU what is missing to 100 % is
-time in which it waited for the host.
+The trace opens in https://ui.perfetto.dev and in chrome://tracing. The table lists the device kernels (on a CPU, the
+operators) with the most self time; ``share`` is of the step's wall time, so on a GPU the remainder to 100 % is time in
+which it waited for the host.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(profiled: profile, step_s: float, device: str) -> tuple[list[dict[str, Any]], float, int]:
-    """The first :data:`ROWS` rows, seconds of all of them, and how many calls."""
+    """The top :data:`ROWS` rows, and the total seconds and calls of all rows."""
     from torch.autograd import DeviceType
 
     kind = DeviceType.CUDA if device == "cuda" else DeviceType.CPU
     found = []
     for event in profiled.key_averages():
         own_us = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        # A span is of kernels that have rows of their own.
+        # A span covers kernels that have their own rows.
         span = device == "cuda" and getattr(event, "is_user_annotation", False)
         if event.device_type == kind and own_us > 0 and not span:
             found.append((own_us / 1e6, event.count, event.key))

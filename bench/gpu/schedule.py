@@ -1,11 +1,11 @@
 """Parts one after the other within a limited time, the most valuable first.
 
     time left   |== facts ==|==== tests ====|=== training ===|== step ==| ...      shares go by weight
-    ends early        |======= tests =======|==== training =====|=== step ===|     what it left is shared anew
+    ends early        |======= tests =======|==== training =====|=== step ===|     the time it saved is shared again
     hangs                   |..............x| killed at its limit, the next one starts
 
-Each part is a command in a process group of its own, with a log. Whatever ends it ends the whole group; at its limit it
-is first asked where it is (``PYTHONFAULTHANDLER`` answers SIGABRT with the stacks of all threads).
+Each part is a command in its own process group, with a log. However it ends, the whole group is killed; at its limit it
+is first asked for its stacks (``PYTHONFAULTHANDLER`` answers SIGABRT with those of all threads).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @dataclass(frozen=True)
 class Figures:
-    """What a part has found.
+    """Results of a part.
 
     Attributes:
         key: the figures that matter most, in a phrase.
@@ -49,14 +49,13 @@ class Part:
     """One command.
 
     Attributes:
-        name: of its files, too.
+        name: also names its files.
         what: it shows, in a sentence.
         command: what to start.
         weight: its share of the time, relative to the others'.
         least_s: it is not started with less time than this.
-        read: its figures, from the file that it has written, parsed, and the text of its log; None of the first where
-            it writes no file.
-        needed: where it fails no other part can pass, and none is started.
+        read: makes its figures from its parsed JSON file (None if it writes none) and the text of its log.
+        needed: if it fails, no other part can pass and none is started.
     """
 
     name: str
@@ -73,13 +72,13 @@ class Outcome:
     """How a part went.
 
     Attributes:
-        part: which.
-        status: one of the words above.
+        part: the part that ran.
+        status: one of the constants above.
         seconds: that it took.
-        limit_s: that it had.
+        limit_s: that it was allowed.
         reason: why it did not pass, in a phrase.
-        figures: what it has found, also where it failed after that.
-        last_lines: of its log, where it did not pass.
+        figures: its results, even if it failed after writing them.
+        last_lines: of its log, if it did not pass.
     """
 
     part: Part
@@ -92,29 +91,29 @@ class Outcome:
 
 
 def figures_file(out: Path, name: str) -> Path:
-    """Where a part writes what it has found."""
+    """Where a part writes its results."""
     return out / f"{name}.json"
 
 
 def log_file(out: Path, name: str) -> Path:
-    """Everything that a part prints."""
+    """Where everything that a part prints goes."""
     return out / f"{name}.log"
 
 
 class Schedule:
-    """Runs parts until all are done, the time is over or a signal comes.
+    """Runs parts until all are done, the time is up or a signal arrives.
 
     Args:
         parts: the most valuable first.
         out: folder of logs and figures.
         deadline_s: of ``time.monotonic()``.
         environment: of the parts.
-        folder: in which they are started.
+        folder: working directory of the parts.
         tell: called before and after each part.
 
     Attributes:
-        outcomes: one a part.
-        signal: that came, 0 if none did.
+        outcomes: one per part.
+        signal: the first one received, 0 if none.
     """
 
     def __init__(
@@ -133,11 +132,11 @@ class Schedule:
 
     @property
     def passed(self) -> bool:
-        """Whether every part has."""
+        """Whether every part passed."""
         return all(outcome.status == PASSED for outcome in self.outcomes)
 
     def run(self) -> None:
-        """All parts, each as far as it comes."""
+        """Run all parts, each within its limit."""
         before = {number: signal.signal(number, self._note) for number in _SIGNALS}
         try:
             for number, outcome in enumerate(self.outcomes):
@@ -151,7 +150,7 @@ class Schedule:
         self.signal = self.signal or number
 
     def _take(self, outcome: Outcome, left: Sequence[Outcome]) -> None:
-        """Run one part, if there is reason and time to; ``left`` are those that have not run, it first."""
+        """Run one part unless stopped, blocked or out of time; ``left`` are the parts not yet run, this one first."""
         part = outcome.part
         broken = [o.part.name for o in self.outcomes if o.part.needed and o.status == FAILED]
         left_s = self._deadline_s - _GRACE_S - time.monotonic()
@@ -197,12 +196,12 @@ class Schedule:
             outcome.status, outcome.reason = OUT_OF_TIME, f"killed after {outcome.limit_s:.0f} s"
 
     def _judge(self, outcome: Outcome) -> None:
-        """Read what the part has left behind."""
+        """Read the part's results and log, and complete its outcome."""
         path = figures_file(self._out, outcome.part.name)
         text = log_file(self._out, outcome.part.name).read_text(errors="replace")
         writes = str(path) in outcome.part.command
         found = None
-        with suppress(OSError, ValueError):  # none, or cut in half by the part's end
+        with suppress(OSError, ValueError):  # missing, or truncated when the part ended
             found = json.loads(path.read_text(encoding="utf-8"))
         if found is not None or (not writes and outcome.status == PASSED):
             outcome.figures = outcome.part.read(found, text)
@@ -217,7 +216,7 @@ class Schedule:
 
 
 def end_group(process: subprocess.Popen[bytes], first: signal.Signals) -> None:
-    """End the group that ``process`` leads: ``first`` to it while it lives itself, then SIGKILL to what is left."""
+    """End the group that ``process`` leads: send ``first`` while the leader is alive, then SIGKILL to what is left."""
     if process.poll() is None:
         if first == signal.SIGABRT:
             process.send_signal(first)

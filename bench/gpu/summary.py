@@ -1,4 +1,4 @@
-"""``summary.md`` for people and ``summary.json`` for programs, written anew before and after every part."""
+"""``summary.md`` for people and ``summary.json`` for programs, rewritten before and after every part."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(out: Path, outcomes: Sequence[Outcome], about: Mapping[str, str]) -> N
 
 
 def as_json(outcomes: Sequence[Outcome], about: Mapping[str, str]) -> str:
-    """What stands in ``summary.json``."""
+    """Content of ``summary.json``."""
 
     def one(outcome: Outcome) -> dict[str, Any]:
         part = outcome.part
@@ -42,7 +42,7 @@ def as_json(outcomes: Sequence[Outcome], about: Mapping[str, str]) -> str:
 
 
 def markdown(outcomes: Sequence[Outcome], about: Mapping[str, str]) -> str:
-    """What stands in ``summary.md``: the verdict, all parts, what went wrong, then every part's table."""
+    """Content of ``summary.md``: the verdict, all parts, logs of those that did not pass, then every part's table."""
     blocks = [f"# {headline(outcomes)}", "\n".join(f"- **{name}**: {value}" for name, value in about.items())]
     if any(outcome.status in (RUNNING, WAITING) for outcome in outcomes):
         blocks.append(_CUT)
@@ -70,7 +70,7 @@ def headline(outcomes: Sequence[Outcome]) -> str:
 
 
 def _line(outcome: Outcome) -> dict[str, str]:
-    """A part in the table of all."""
+    """A part's row in the overview."""
     key = "" if outcome.figures is None else outcome.figures.key
     ran = outcome.limit_s > 0
     return {
@@ -88,7 +88,7 @@ def _log(outcome: Outcome) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]], right: Iterable[str] = ()) -> str:
-    """A Markdown table whose columns line up as plain text, too; the columns ``right`` stand to the right."""
+    """A Markdown table that also lines up as plain text; the columns ``right`` are right-aligned."""
     columns = list(rows[0])
     cells = [[_cell(text) for text in columns], *([_cell(row[column]) for column in columns] for row in rows)]
     widths = [max(3, *(len(line[number]) for line in cells)) for number in range(len(columns))]

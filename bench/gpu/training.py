@@ -1,9 +1,9 @@
-"""A short real run with ZeRO 1 and with ZeRO 3, each stopped half-way and resumed, beside one on the CPU that is not.
+"""A short real run with ZeRO 1 and with ZeRO 3, each stopped half-way and resumed, against an unbroken one on the CPU.
 
     python -m bench.gpu.training --device cuda --json training.json
 
 All three have the same seed, data and sizes, in fp32, so that their losses must agree: the device's with the CPU's,
-ZeRO 3's with ZeRO 1's, and both after the resume with the run that was never stopped. Text is Python's own source code.
+ZeRO 3's with ZeRO 1's, and both, also after resuming, with the unbroken run. The text is Python's own source code.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ VOCAB = 1024
 REFERENCE = "cpu"
 STAGES = {"zero-1": 1, "zero-3": 3}
 ALLOWED_NATS = {"device": 3e-3, "stage": 1e-3}
-"""Largest difference of a step's loss: sums in another order, and the few decisions of routers that hang on them."""
+"""Largest difference of a step's loss: from summation order, and the few router decisions that depend on it."""
 
 
 def config(device: str, folder: Path) -> PretrainConfig:
-    """Of all three runs, with their data in ``folder``."""
+    """Config of all three runs, with their data in ``folder``."""
     sizes = SIZES[device]
     steps: int = sizes["steps"]
     router = {"density": 0.5, "explore": 0.1, "budget": {"controller": "adaptive"}}
@@ -82,7 +82,7 @@ def config(device: str, folder: Path) -> PretrainConfig:
 
 
 def prepare(config: PretrainConfig) -> None:
-    """Tokenizer and shards."""
+    """Train the tokenizer and write the shards."""
     from data.prepare.run import prepare
     from data.tokenizer import train_tokenizer
 
@@ -91,7 +91,7 @@ def prepare(config: PretrainConfig) -> None:
 
 
 def train(name: str, config_path: Path, device: str, *overrides: str) -> None:
-    """One start of the run ``name``, to its end.
+    """Start the run ``name`` and wait for its end.
 
     Raises:
         ValueError: if it failed; its last lines have been printed.
@@ -112,7 +112,7 @@ def train(name: str, config_path: Path, device: str, *overrides: str) -> None:
 
 
 def environment(name: str, device: str) -> dict[str, str]:
-    """Of a run: the reference has the cores but two, and no GPU."""
+    """Environment of a run: the reference has all cores but two, and no GPU."""
     if name != REFERENCE and device == "cuda":
         return environment_alone(1)
     threads = max((os.cpu_count() or 1) - 2, 1)

@@ -3,9 +3,9 @@
     python -m bench.gpu.wheels wheels --have there.txt     # or: make wheels HAVE=there.txt
 
 ``there.txt`` is what ``python3 -m pip list --format=freeze`` prints on the borrowed machine; without it everything but
-torch and what torch brings is collected. Versions are those of ``requirements.lock``. What is published as source only
-is built here, without compiled parts (of DeepSpeed nothing that this project uses). ``python -m bench.gpu --wheels``
-installs of these what the machine does not have in any version, so its torch stays as it is.
+torch and its dependencies is collected. Versions are those of ``requirements.lock``. Packages published only as source
+are built here, without compiled parts (this project uses none of DeepSpeed's). ``python -m bench.gpu --wheels``
+installs only those that the machine lacks in any version, so its torch stays as it is.
 
 This file and ``__main__.py`` import only the standard library at their top, because the others may be what is missing.
 """
@@ -35,12 +35,12 @@ def normal(name: str) -> str:
 
 
 def distribution(wheel: Path) -> str:
-    """Whose wheel it is."""
+    """Name of the distribution in a wheel."""
     return normal(wheel.name.partition("-")[0])
 
 
 def install(folder: Path, target: Path) -> list[str]:
-    """Install from ``folder`` what is not installed in any version; ``target`` is then for PYTHONPATH.
+    """Install into ``target``, for PYTHONPATH, the wheels in ``folder`` that are not installed in any version.
 
     Returns:
         names of what was installed.
@@ -66,14 +66,14 @@ def _installed(name: str) -> bool:
 
 
 def collect(out: Path, python: str, glibc: int, have: frozenset[str], root: Path = ROOT) -> list[Path]:
-    """Put the wheels for Linux on x86-64 that are needed there into ``out``.
+    """Put the wheels that the other machine (Linux on x86-64) needs into ``out``.
 
     Args:
-        out: folder, made if need be.
-        python: of the other machine, ``3.12``.
+        out: folder, created if needed.
+        python: version on the other machine, such as ``3.12``.
         glibc: its minor version of glibc 2.
         have: names of distributions that it has.
-        root: of the project: what it needs is read from its requirements.
+        root: of the project, with its requirements files.
 
     Raises:
         ValueError: if something cannot be resolved, fetched or built.
@@ -94,14 +94,14 @@ def collect(out: Path, python: str, glibc: int, have: frozenset[str], root: Path
 
 
 def _requirements(root: Path) -> list[str]:
-    """What it takes to train, and to run the tests."""
+    """Requirements for training and for running the tests."""
     lines = [*(root / "requirements.txt").read_text().splitlines()]
     lines += [line for line in (root / "requirements-dev.txt").read_text().splitlines() if line.startswith("pytest")]
     return [line for line in lines if _LINE.match(line)]
 
 
 def _closure(requirements: Sequence[str], python: str, glibc: int, root: Path) -> dict[str, str]:
-    """Names and versions of ``requirements`` and all that they need on the other machine, as locked."""
+    """Names and locked versions of ``requirements`` and all their dependencies on the other machine."""
     uv = Path(sys.executable).with_name("uv")
     words = [str(uv), "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", python]
     words += ["--python-platform", f"x86_64-manylinux_2_{glibc}", "--constraint", str(root / "requirements.lock"), "-"]
@@ -115,7 +115,7 @@ def _build(source: Path, out: Path) -> None:
     """Replace a source archive by its wheel.
 
     Raises:
-        ValueError: if that holds code for this machine.
+        ValueError: if that wheel is specific to this machine.
     """
     with tempfile.TemporaryDirectory() as folder:
         _pip(["wheel", "--no-deps", "--wheel-dir", folder, str(source)], DS_BUILD_OPS="0")
@@ -130,7 +130,7 @@ def _build(source: Path, out: Path) -> None:
 
 
 def _pip(arguments: Sequence[str], **environment: str) -> None:
-    """Run pip of this Python.
+    """Run this Python's pip.
 
     Raises:
         ValueError: if it fails.
@@ -143,7 +143,7 @@ def _pip(arguments: Sequence[str], **environment: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Collect, and say what."""
+    """Collect the wheels and list them."""
     options = parse(arguments)
     from settings import user_errors
 

@@ -1,4 +1,4 @@
-"""Variants of one model at equal executed FLOPs: train them, measure them, and put them side by side.
+"""Variants of one model at equal executed FLOPs: train them, measure them and compare them.
 
     python -m bench.isoflop bench/suites/smallest.yaml                          # minutes on two CPU cores
     python -m bench.isoflop bench/suites/small.yaml --jobs 2 --threads 1
@@ -6,11 +6,11 @@
     python -m bench.isoflop bench/suites/large.yaml --slurm --gpus-per-node 8 --time 4:00:00
     python -m bench.isoflop bench/suites/large.yaml --table
 
-A suite is a config and variants of it; docs/isoflop.md says how to write one. Every variant is one ``pretrain.train`` a
-seed. Finished runs are not repeated and interrupted ones go on, so the same command may be given at any time. Then the
-compute dial of learned routers and the downstream tasks are measured, and OUT gets results.md, results.csv, loss.png,
-density.png and dial.png. Exit status: 0 when all that was asked for is done; 1 if a run failed, was refused by SLURM,
-or differs from --against.
+A suite is a config and variants of it; docs/isoflop.md says how to write one. Every variant is one ``pretrain.train``
+run per seed. Finished runs are not repeated and interrupted ones resume, so the same command can be given at any time.
+Then the compute dial of learned routers and the downstream tasks are measured, and OUT gets results.md, results.csv,
+loss.png, density.png, tasks.png and dial.png. Exit status: 0 when everything requested is done; 1 if a run failed, was
+refused by SLURM, or differs from --against.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = _chosen(suite, runs, options.only, options.seeds)
         if options.slurm is not None:
             return _submit(suite, chosen, options, words)
-        for run in runs:  # a folder with another config, chosen or not, is reported before the work
+        for run in runs:  # a folder with another config, chosen or not, is reported before any work
             is_done(run)
         out.mkdir(parents=True, exist_ok=True)
         failed = [] if options.table else _run(suite, chosen, options, out)
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _chosen(suite: Suite, runs: Sequence[Run], only: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Run]:
-    """The runs that were asked for.
+    """The requested runs.
 
     Raises:
         ValueError: if there are none.
@@ -76,7 +76,7 @@ def _chosen(suite: Suite, runs: Sequence[Run], only: Sequence[str] | None, seeds
 
 
 def _run(suite: Suite, runs: Sequence[Run], options: argparse.Namespace, out: Path) -> list[str]:
-    """Train, then measure, what is not done; a sentence for everything that failed."""
+    """Train, then measure, what is not done yet; returns a sentence for each failure."""
     _refuse_impossible(suite, runs, options.ranks)
     logs, how = out / "logs", (options.jobs, options.threads)
     with only_writer(out):
@@ -97,10 +97,10 @@ def _run(suite: Suite, runs: Sequence[Run], options: argparse.Namespace, out: Pa
 
 
 def _refuse_impossible(suite: Suite, runs: Sequence[Run], ranks: int) -> None:
-    """What would be found out after the training, or once a run.
+    """Check first what would otherwise fail only after training, or once per run.
 
     Raises:
-        ValueError: then.
+        ValueError: with the problem and its fix.
     """
     for run in runs:
         try:
@@ -122,7 +122,7 @@ def _refuse_impossible(suite: Suite, runs: Sequence[Run], ranks: int) -> None:
 
 
 def _submit(suite: Suite, runs: Sequence[Run], options: argparse.Namespace, words: Sequence[str]) -> int:
-    """Hand every run that is not done to SLURM."""
+    """Submit every unfinished run to SLURM."""
     missing = [run for run in runs if not is_done(run)]
     dry = "--dry-run" in options.slurm or "--print-config" in options.slurm
     if missing and not dry:
@@ -142,7 +142,7 @@ def _report(suite: Suite, runs: Sequence[Run], out: Path, command: str, must: bo
     """Write tables and pictures of all finished runs, print the tables; returns the rows.
 
     Raises:
-        ValueError: if there is none, and there must be.
+        ValueError: if no run is finished and ``must`` is set.
     """
     import torch
 

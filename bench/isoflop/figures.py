@@ -1,6 +1,6 @@
-"""The pictures of a suite: losses over what they cost, densities by site, compute dials.
+"""The pictures of a suite: losses and accuracies over their cost, densities by site, compute dials.
 
-Line styles and markers, not colours, tell variants apart, so that a print in black and white can be read. Learned
+Line styles and markers, not colours, tell variants apart, so that a black-and-white print stays readable. Learned
 routers are black, dense models dark grey, other routers light grey, the reference thick.
 """
 
@@ -18,11 +18,11 @@ from bench.isoflop.results import Curve, FinishedRun
 from bench.isoflop.suite import Suite
 
 FEW = 4
-"""Up to so many variants have their names beside their lines."""
+"""Up to this many variants have their names beside their lines."""
 _WORST = 1.15
-"""Losses above this times the variant's last one are left out, so that the end can be read."""
+"""Early losses above this multiple of the variant's last one are left out, so that the end stays readable."""
 _WORST_OF_DIAL = 1.05
-"""A dial may leave the picture above this times the largest loss of a model as it was trained."""
+"""Upper limit of the dial picture, as a multiple of the largest loss of a model as trained."""
 _LINES, _MARKERS = ("--", "-.", ":", "-"), "o^vD*XP<>"
 _AXES: list[tuple[str, Callable[[Curve], list[float]]]] = [
     ("executed training FLOPs", lambda curve: curve.flops),
@@ -82,7 +82,7 @@ def density_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | Non
 
 
 def task_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
-    """Shares of right answers over FLOPs, a panel a task; mean over seeds, bars from the lowest to the highest."""
+    """Accuracies over FLOPs, one panel per task; mean over seeds, bars from the lowest to the highest."""
     tasks = sorted({task for r in results for task, (_, values) in r.curve.tasks.items() if len(values) > 1})
     if not tasks:
         return None
@@ -106,12 +106,12 @@ def task_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
 def dial_figure(suite: Suite, results: Sequence[FinishedRun]) -> Figure | None:
     """Loss over executed FLOPs a token: the compute dials of learned routers, and dense variants at their own FLOPs.
 
-    Of every variant its first finished seed that has a dial, or, if it is dense, its first finished seed.
+    Each variant is shown by its first finished seed with a dial or, if dense, its first finished seed.
     """
     dials = {r.variant: r for r in reversed(results) if r.dial is not None}
     if not dials:
         return None
-    ended = [r for r in results if r.curve.steps[-1:] == [r.run.config.train.steps]]  # the last loss was a number
+    ended = [r for r in results if r.curve.steps[-1:] == [r.run.config.train.steps]]  # the last loss was finite
     dense = {r.variant: r for r in reversed(ended) if r.run.config.model.router is None}
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
@@ -148,7 +148,7 @@ def _curve(
     axes: Axes, own: Sequence[FinishedRun], spent: Callable[[Curve], list[float]], style: dict[str, Any], title: str
 ) -> tuple[float, float, str] | None:
     """Draw one variant's losses; returns where the line ends, and its name; None if there is nothing to draw."""
-    common = sorted(set.intersection(*(set(r.curve.steps) for r in own)))  # without those of which a seed has no number
+    common = sorted(set.intersection(*(set(r.curve.steps) for r in own)))  # steps with a finite loss for all seeds
     if not common:
         return None
 
@@ -165,7 +165,7 @@ def _curve(
 
 
 def _line(axes: Axes, x: Sequence[float], of_seeds: list[list[float]], style: dict[str, Any], title: str) -> float:
-    """The mean over seeds with a bar from the lowest to the highest; returns the last mean."""
+    """Draw the mean over seeds with bars from the lowest to the highest; returns the last mean."""
     places = list(zip(*of_seeds, strict=True))
     means = [statistics.mean(at) for at in places]
     axes.plot(x, means, **style, label=title)
@@ -174,7 +174,7 @@ def _line(axes: Axes, x: Sequence[float], of_seeds: list[list[float]], style: di
 
 
 def _name_lines(axes: Axes, ends: list[tuple[float, float, str]]) -> None:
-    """Names right of the panel, apart from each other however close the lines end."""
+    """Label the lines right of the panel, spaced apart however close the lines end."""
     low, high = axes.get_ylim()
     right, least, apart = axes.get_xlim()[1], low, 0.05 * (high - low)
     for x, y, title in sorted(ends, key=lambda end: end[1]):
@@ -198,7 +198,7 @@ def _learns(result: FinishedRun) -> bool:
 
 
 def _style(suite: Suite, result: FinishedRun) -> dict[str, Any]:
-    """Of a variant, by one of its results; the same in every picture."""
+    """Line style of a variant, given one of its results; the same in every picture."""
     variant, router = result.variant, result.run.config.model.router
     if variant == suite.reference:
         return {"color": "0", "linestyle": "-", "marker": "s", "linewidth": 2.4, "markersize": 6}
@@ -220,4 +220,4 @@ PICTURES = {
     "tasks.png": task_figure,
     "dial.png": dial_figure,
 }
-"""What a suite draws, by file name."""
+"""A suite's pictures by file name."""

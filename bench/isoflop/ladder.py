@@ -1,4 +1,4 @@
-"""Does the lead grow with size? One suite at several sizes: a fit over parameters, with its uncertainty, as a picture.
+"""Does the lead grow with size? One suite at several sizes: a fit over parameters with its uncertainty, and a picture.
 
     for width in 32 48 64; do
         python -m bench.isoflop bench/suites/ladder.yaml tokens=$((width * width * 750)) set.model.width=$width \\
@@ -7,12 +7,11 @@
     done
     python -m bench.isoflop.ladder runs/ladder/*/ --at 160e6
 
-15 tokens a parameter, a tenth of the steps to warm up; the size of width 128 in docs/results.md is that of
-bench/suites/small.yaml. Every FOLDER is the --out of one size; those of one size are taken together, and a seed that
-several of them have counts once. A point is one seed: the loss of the variant less that of the suite's reference with
-the same seed. The line is an ordinary least-squares fit of
-these points over the logarithm of the reference's parameters without the embedding; the band is one standard error of
-its mean. Writes ladder.md and ladder.png to --out.
+15 tokens per parameter, a tenth of the steps as warm-up; width 128 in docs/results.md is bench/suites/small.yaml. Every
+FOLDER is the --out of one size; folders of the same size are merged, and a seed found in several of them counts once. A
+point is one seed: the variant's loss minus that of the suite's reference with the same seed. The line is an ordinary
+least-squares fit of these points over the logarithm of the reference's parameters without the embedding; the band is
+one standard error of its mean. Writes ladder.md and ladder.png to --out.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class Point(NamedTuple):
-    """One seed at one size: the fields of :class:`Rung`."""
+    """One seed at one size; fields as in :class:`Rung`."""
 
     loss: float
     lead: float
@@ -55,7 +54,7 @@ class Rung(NamedTuple):
         parameters: of the reference, without embedding and head.
         tokens: of a run of the reference.
         losses: of the reference, by seed, nats per token.
-        leads: loss of the variant less that of the reference, by seed.
+        leads: loss of the variant minus that of the reference, by seed.
         flops: executed in training, relative to the reference.
     """
 
@@ -79,7 +78,7 @@ class Fit(NamedTuple):
     covariance: np.ndarray
 
     def at(self, parameters: float) -> tuple[float, float]:
-        """The line there and the standard error of its mean."""
+        """The line at ``parameters`` and the standard error of its mean."""
         x = np.array([1.0, math.log10(parameters) - self.middle])
         return float(x @ [self.level, self.slope]), float(np.sqrt(x @ self.covariance @ x))
 
@@ -104,10 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def gather(folders: Sequence[Path], variant: str) -> list[Rung]:
-    """The sizes that suites' folders hold, the smallest first.
+    """The sizes in the suites' folders, the smallest first.
 
     Raises:
-        ValueError: as :func:`read`; also if two folders have other losses of one seed at one size.
+        ValueError: as :func:`read`; also if two folders disagree on the losses of one seed at one size.
     """
     sizes: dict[tuple[int, int], dict[str, tuple[Path, Point]]] = {}
     for folder in folders:
@@ -128,7 +127,7 @@ def gather(folders: Sequence[Path], variant: str) -> list[Rung]:
 
 
 def read(folder: Path, variant: str) -> tuple[tuple[int, int], dict[str, Point]]:
-    """Parameters and tokens of the size that a suite's folder holds, and its points by seed.
+    """Parameters and tokens of the size in a suite's folder, and its points by seed.
 
     Raises:
         ValueError: if it has no tables, or no seed of both the variant and the reference.
@@ -178,7 +177,7 @@ def fit(rungs: Sequence[Rung]) -> Fit:
 
 
 def report(rungs: Sequence[Rung], found: Fit, at: float) -> str:
-    """Markdown: a row a size, and what the line says about ``at`` parameters."""
+    """Markdown: one row per size, then the fitted slope and the line at ``at`` parameters."""
     rows = [["parameters without embedding", "tokens", "reference's loss", "lead", "from 0", "executed FLOPs"]]
     for rung in rungs:
         far = by_signs(rung.leads).sentence() if len(rung.leads) > 1 else "-"

@@ -1,6 +1,6 @@
-"""The tables of a suite: ``results.md`` for people, ``results.csv`` with a row a run, and two of these compared.
+"""The tables of a suite: ``results.md`` for people, ``results.csv`` with one row per run; and a comparison of two CSVs.
 
-docs/isoflop.md says what each column is.
+docs/isoflop.md explains each column.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from settings.tables import markdown
 
 CSV, MARKDOWN = "results.csv", "results.md"
 TIME = "time/"
-"""What the names of columns begin with that depend on the machine and on what else it does."""
+"""Prefix of the columns that depend on the machine and its other load."""
 TOLERANCE = 1e-5
 """Relative difference up to which two figures count as the same."""
 _NONE = "-"
 
 
 def rows(suite: Suite, results: Sequence[FinishedRun]) -> list[dict[str, str]]:
-    """A row a finished run, all with the same columns; figures as exact as they are, nothing where there is none."""
+    """One row per finished run, all with the same columns; figures in full precision, empty where there is none."""
     reference = [r.flops for r in results if r.variant == suite.reference]
     table = []
     for result in results:
@@ -53,7 +53,7 @@ def rows(suite: Suite, results: Sequence[FinishedRun]) -> list[dict[str, str]]:
 
 
 def as_csv(table: Sequence[dict[str, str]]) -> str:
-    """The rows as a file; just the name of the first column if there are none."""
+    """The rows as CSV text; just the name of the first column if there are none."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(table[0]) if table else ["variant"], lineterminator="\n")
     writer.writeheader()
@@ -62,7 +62,7 @@ def as_csv(table: Sequence[dict[str, str]]) -> str:
 
 
 def main_table(suite: Suite, results: Sequence[FinishedRun]) -> str:
-    """Markdown: a row a variant, in the suite's order; mean ± standard deviation over seeds (how many)."""
+    """Markdown: one row per variant, in the suite's order; mean ± standard deviation over seeds (their number)."""
     sets = list(results[0].losses) if results else []
     header = ["variant", "layers", "parameters without embedding", "density: target", "greedy", "training tokens"]
     header += [f"executed FLOPs of {suite.title(suite.reference)}"]
@@ -109,8 +109,8 @@ def whole_report(suite: Suite, results: Sequence[FinishedRun], planned_runs: int
     """``results.md``.
 
     Args:
-        planned_runs: how many the suite has.
-        made_by: lines that say what made it.
+        planned_runs: number of runs in the suite.
+        made_by: lines on what produced the results.
     """
     sets = ", ".join(results[0].losses) if results else ""
     return "\n".join(
@@ -139,7 +139,7 @@ def whole_report(suite: Suite, results: Sequence[FinishedRun], planned_runs: int
 
 
 def spread(values: Iterable[float | None], form: str, count: bool = False) -> str:
-    """Mean ± standard deviation, and how many there are if asked for; one value has no deviation."""
+    """Mean ± standard deviation, with the number of values if ``count``; one value has no deviation."""
     found = [value for value in values if value is not None]
     if not found:
         return _NONE
@@ -181,7 +181,7 @@ def compare(table: Sequence[dict[str, str]], other: Path) -> str:
 
 
 def _difference(one: str | None, other: str | None) -> float:
-    """Relative, of two cells; infinite where only one is a figure."""
+    """Relative difference of two cells; infinite if they differ and either is no number."""
     if one == other:
         return 0.0
     try:

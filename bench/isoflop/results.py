@@ -1,4 +1,4 @@
-"""What finished runs of a suite have reached, read from their folders; see ``bench/isoflop``."""
+"""Results of a suite's finished runs, read from their folders; see ``bench/isoflop``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _SHARES = ("/acc", "/exact_match")
 
 @dataclass(frozen=True)
 class Curve:
-    """Validation losses on the suite's first set, and what had been spent by then; one entry an evaluation.
+    """Validation losses on the suite's first set, and the cost up to then; one entry per evaluation.
 
     Attributes:
         flops: executed training FLOPs.
         seconds: time spent in training steps.
         tokens: training tokens.
         losses: nats per token, greedy routing.
-        steps: optimiser steps done; where a loss was not finite there is no entry.
-        tasks: by ``task/metric`` the shares of right answers to ``train.evaluation.tasks``, and the FLOPs by then.
+        steps: optimiser steps done; an evaluation with a non-finite loss has no entry.
+        tasks: by ``task/metric``, the FLOPs spent and the accuracies on ``train.evaluation.tasks``.
     """
 
     flops: list[float]
@@ -42,16 +42,16 @@ class FinishedRun:
     """A finished run.
 
     Attributes:
-        run: which.
+        run: the run itself.
         tokens: training tokens.
-        flops: executed training FLOPs: of every log interval its tokens times the mean ``flops/executed_per_token``,
-            which is forward and backward.
-        seconds: time spent in training steps, without saves and evaluations, and without what a kill has lost.
+        flops: executed training FLOPs: the sum over log intervals of tokens times the mean
+            ``flops/executed_per_token``, which is forward and backward.
+        seconds: time spent in training steps, without saves, evaluations and work lost to a kill.
         losses: by validation set, nats per token at the last step, greedy routing; None if it was not finite.
         density: greedy, at the last step, on the first set, mean over the sites; None for a dense model.
         sites: the same by site.
         forward_flops: executed FLOPs of a forward pass at the last step, on the first set, per token.
-        downstream: one figure a task; empty if there is none.
+        downstream: one figure per task; empty if there is none.
         dial: ``dial.json``; None if there is none.
         curve: over the run.
     """
@@ -80,7 +80,7 @@ class FinishedRun:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """All of them, and those that are neither embedding nor head."""
+        """Number of all parameters, and of those without embedding and head."""
         counts = parameter_counts(self.run.config.model)
         return counts["total"], counts["total"] - counts["embedding"] - counts["head"]
 
@@ -128,7 +128,7 @@ def _read(suite: Suite, run: Run) -> FinishedRun:
 def _tasks(
     lines: dict[int, dict[str, Any]], steps: list[int], spent: np.ndarray
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """What was answered right in the course of training: see :class:`Curve`."""
+    """Task accuracies in the course of training: see :class:`Curve`."""
     found: dict[str, tuple[list[float], list[float]]] = {}
     for step in sorted(lines):
         for name, value in metrics_file.under("tasks/", lines[step]).items():
@@ -140,7 +140,7 @@ def _tasks(
 
 
 def _spent(lines: dict[int, dict[str, Any]]) -> tuple[list[int], np.ndarray]:
-    """Steps, and what had been spent by then: [steps, 3], FLOPs, seconds and tokens."""
+    """Logged steps, and the cost up to each: [steps, 3], FLOPs, seconds and tokens."""
     steps, spent = [0], [(0.0, 0.0, 0.0)]
     for step in sorted(lines):
         line = lines[step]

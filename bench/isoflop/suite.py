@@ -5,9 +5,9 @@ order, and its planned FLOPs follow from its config alone:
 
     (3 x forward FLOPs a token (model/flops.py: head, K/V of every token and routers included) + exploration) x tokens
 
-with full windows and every routed site at the mean over the steps of its target density, so that a dense warm-up is
-paid for. Where ``data.confine_attention`` is on, tokens see fewer keys than in full windows; then both sides of a match
-are planned too high by about the same share of their attention's products.
+with full windows and every routed site at its target density averaged over the steps, so that a dense warm-up is
+counted. With ``data.confine_attention``, tokens see fewer keys than in full windows; both sides of a match are then
+overestimated by about the same share of their attention products.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _THE_SAME_FOR_ALL = {
     "train.evaluation.samples": "losses are compared on the same windows and only the suite's own set may change them"
 }
 _OWN_DATA = ("data.confine_attention", "data.restart_positions")
-"""All that a single variant may change about the data."""
+"""The only data keys that a single variant may change."""
 
 
 class Variant(Strict):
@@ -51,9 +51,9 @@ class Variant(Strict):
     title: str | None = None
     """Its name in tables and pictures; the variant's key unless given."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """Keys of the run's config, dotted or nested, and their values; what is not named stays the backbone's."""
+    """Keys of the run's config, dotted or nested, and their values; other keys stay the backbone's."""
     equal_flops: Literal["none", "tokens", "density"] = "none"
-    """What is chosen so that the planned FLOPs are the reference's: nothing, the number of training tokens, or
+    """What is adjusted to match the reference's planned FLOPs: nothing, the number of training tokens, or
     ``model.router.density`` at the suite's tokens."""
     seeds: list[Seed] | None = Field(None, min_length=1)
     """Its own seeds; the suite's unless given."""
@@ -82,11 +82,11 @@ class Suite(Strict):
     """Runs to compare."""
 
     backbone: PathText
-    """Config of a stage-one run. Every run is it, with ``set`` and then its variant's ``set`` on top."""
+    """Config of a stage-one run. Every run uses it, with ``set`` and then its variant's ``set`` applied."""
     tokens: int = Field(gt=0)
     """Training tokens of every run, rounded to whole optimiser steps."""
     seeds: list[Seed] = Field([0], min_length=1)
-    """Of the weights and the routing noise (``train.seed``); the data's order is the same for all."""
+    """Seeds of the weights and the routing noise (``train.seed``); the data's order is the same for all."""
     reference: str
     """The variant that the others are measured against and whose planned FLOPs they are matched to."""
     set: dict[str, Any] = Field(default_factory=dict)
@@ -119,11 +119,11 @@ class Suite(Strict):
         return self
 
     def seeds_of(self, variant: Variant) -> list[int]:
-        """Its own, or the suite's."""
+        """A variant's own seeds, or the suite's."""
         return self.seeds if variant.seeds is None else variant.seeds
 
     def first_seed(self, name: str) -> int:
-        """A variant's."""
+        """First seed of a variant."""
         return self.seeds_of(self.variants[name])[0]
 
     def title(self, name: str) -> str:
@@ -136,10 +136,10 @@ class Run:
     """One variant with one seed.
 
     Attributes:
-        variant, seed: which.
+        variant, seed: of the run.
         folder: its run folder.
         overrides: ``key.sub=value`` for ``pretrain.train`` on the suite's backbone.
-        config: what that resolves to.
+        config: the resolved config.
         planned_flops: executed FLOPs of its whole training, forward and backward.
     """
 
@@ -169,10 +169,10 @@ def load_suite(path: Path, overrides: Sequence[str] = ()) -> Suite:
 def plan(suite: Suite, out: Path) -> list[Run]:
     """Every run of ``suite`` below ``out``, its config resolved and its FLOPs matched.
 
-    Seeds outermost: an interrupted suite has whole tables of fewer seeds.
+    Seeds are the outer loop, so that an interrupted suite has complete tables for fewer seeds.
 
     Raises:
-        ValueError: for a config that cannot be, naming the variant, or FLOPs that cannot be matched.
+        ValueError: for an invalid config, naming the variant, or FLOPs that cannot be matched.
     """
     reference = planned_flops(_resolve(suite, suite.reference, _keys(suite, suite.reference)))
     chosen = {name: _matched(suite, name, reference) for name in suite.variants}
@@ -218,7 +218,7 @@ def step_tokens(config: PretrainConfig) -> int:
 
 
 def _matched(suite: Suite, name: str, reference: float) -> Keys:
-    """The keys of a variant, with what it asks to be chosen so that its planned FLOPs are ``reference``."""
+    """The keys of a variant, with its tokens or density adjusted to ``reference`` planned FLOPs if it asks for that."""
     keys, kind = _keys(suite, name), suite.variants[name].equal_flops
     config = _resolve(suite, name, keys)
     if kind == "tokens":
@@ -230,7 +230,7 @@ def _matched(suite: Suite, name: str, reference: float) -> Keys:
 
 
 def _matched_density(suite: Suite, name: str, keys: Keys, config: PretrainConfig, reference: float) -> float:
-    """The target at which the planned FLOPs are ``reference``; they lie on a straight line over it."""
+    """The target density at which the planned FLOPs are ``reference``; they are linear in it."""
     if config.model.router is None:
         raise ValueError(
             f"variant {name}: equal_flops density chooses the density of a router, and this model is dense; give it a "
@@ -255,9 +255,9 @@ def _keys(suite: Suite, name: str) -> Keys:
     """A variant's keys and the steps that the suite's tokens take, before any matching."""
     keys: Keys = {}
     for key, value in (*_flat(suite.set), *_flat(suite.variants[name].set)):
-        keys.pop(key, None)  # the order counts where a key holds another one's whole block
+        keys.pop(key, None)  # order matters where one key is the block that holds another
         keys[key] = value
-    # The batch is read from a run that is longer than any warm-up.
+    # Resolved with more steps than any warm-up has, only to read the batch size.
     batch_tokens = step_tokens(_resolve(suite, name, {**keys, _STEPS: 2**31}))
     return {**keys, _STEPS: max(round(suite.tokens / batch_tokens), 1)}
 
@@ -286,7 +286,7 @@ def _flat(keys: Keys, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _forbidden(
     keys: Keys, where: str, reasons: dict[str, str], own_data: tuple[str, ...] | None = None
 ) -> Iterator[str]:
-    """A sentence for every key that may not be set; only ``own_data`` of the data's unless that is None."""
+    """A sentence for every key that may not be set; of the data keys only ``own_data`` may, unless that is None."""
     for key, _ in _flat(keys):
         if key in reasons:
             yield f"{where} must not have {key}, because {reasons[key]}; leave it out"

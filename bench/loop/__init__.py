@@ -2,3 +2,4 @@
 
 OURS, PEER = "ours", "hf_trainer"
 WINDOWS = "windows.bin"
+"""In the data folder: the windows of the whole run, T + 1 tokens each, in training order."""

@@ -4,19 +4,19 @@
     python -m bench.loop --steps 10 --repeats 5 --json loop.json
     python -m bench.loop --check                           # exit 1 if a limit of bench/common/limits.py is missed
 
-Every contestant is what a user would start: the ``deepspeed`` launcher, ranks, ZeRO 2, AdamW, gradients clipped, on the
-same windows of the same token files in the same order, with a line of metrics every --steps / 2 steps, in TensorBoard,
-too, and a checkpoint (weights and optimiser, the last two kept) in the middle of every turn. The rate is constant and
-nothing is evaluated. The peer is Hugging Face's Llama of the same sizes. It starts from our dense model's weights, and
-before anything is timed its mean loss and gradient norm over the first steps must be ours. Routed contestants have a
-learned router as the shipped configs have it, without and with exploration; untrained, it executes about half of the
-tokens.
+Every contestant is what a user would start: the ``deepspeed`` launcher, ranks, ZeRO 2, AdamW and gradient clipping, on
+the same windows of the same token files in the same order, logging metrics every --steps / 2 steps, also to
+TensorBoard, with a checkpoint (weights and optimiser, the last two kept) in the middle of every turn. The learning rate
+is constant and nothing is evaluated. The peer is Hugging Face's Llama of the same sizes. It starts from our dense
+model's weights, and before anything is timed, its mean loss and gradient norm over the first steps must equal ours.
+Routed contestants have a learned router as in the shipped configs, without and with exploration; untrained, it executes
+about half of the tokens.
 
-All run at once, but only one of them takes steps (``bench/common/turns.py``): --steps a round and contestant. A turn is
-timed from its first step until the last rank is before the next one, so data, logging and saving are in it; of ours
-what is still written in the background, too. Start-up is not; it is reported beside.
+All contestants are started, but only one at a time takes steps (``bench/common/turns.py``): --steps per round. A turn
+is timed from its first step until the last rank reaches the next one, so it includes data, logging and saving; for
+ours, background writes too. Start-up is excluded and reported separately.
 
-Columns as in ``bench.step``, per step; ``GiB`` is the most memory that a rank has held: on a CPU its whole process.
+Columns as in ``bench.step``, per step; ``GiB`` is the peak memory of a rank: on a CPU, of its whole process.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ from trainer.local_ranks import deepspeed_launcher, environment_alone, free_port
 if TYPE_CHECKING:
     import torch
 
-"""In the data folder: the windows of the whole run, T + 1 tokens each, in the order in which they are taken."""
 SECONDS = "step_s"
 DATA_TOKENS = 2_000_000
 LEARNING_RATE = 3e-4
@@ -76,15 +75,15 @@ RANKS = {"ranks": "processes of each contestant", "micro_samples": "samples in o
 
 @dataclass
 class Rounds:
-    """What was seen of one contestant.
+    """Measurements of one contestant.
 
     Attributes:
         startup_s: from its command to its first step.
         first: rank 0's report of the unmeasured turn.
-        seconds: of each turn, a step.
-        steps_s: of each turn, rank 0's steps.
-        reports: of each turn, rank 0's report.
-        peak_bytes: the largest rank's.
+        seconds: per step, for each turn.
+        steps_s: of rank 0's steps, for each turn.
+        reports: of rank 0, for each turn.
+        peak_bytes: of the rank that used most.
     """
 
     startup_s: float
@@ -100,7 +99,7 @@ class Rounds:
 
 
 def name_of(density: float, explore: float) -> str:
-    """Of a routed contestant."""
+    """Name of a routed contestant."""
     return routed_name(density) + (f"_explore_{explore:g}" if explore else "")
 
 
@@ -121,7 +120,7 @@ def run_config(options: argparse.Namespace, density: float | None, explore: floa
                 "precision": options.dtype,
                 "optimizer": {"lr": LEARNING_RATE},
                 "schedule": {"kind": "constant"},
-                # Waiting for a turn is no hang.
+                # Waiting for a turn must not count as a hang.
                 "timeout_s": 14_400,
                 "stall_timeout_s": 7_200,
                 "evaluation": {"every_steps": 10**9},
@@ -134,12 +133,12 @@ def run_config(options: argparse.Namespace, density: float | None, explore: floa
 
 
 def warm_up(options: argparse.Namespace) -> int:
-    """Steps of the unmeasured turn: half of one, so that checkpoints fall into the middle of the others."""
+    """Steps of the unmeasured turn: half a turn, so that checkpoints fall into the middle of the others."""
     return int(options.steps // 2)
 
 
 def all_steps(options: argparse.Namespace) -> int:
-    """Of the run, the one before which turns are over included."""
+    """Steps of the run, including the one before which the last turn ends."""
     return int(warm_up(options) + options.repeats * options.steps + 1)
 
 
@@ -152,7 +151,7 @@ def configs(options: argparse.Namespace, data: DataConfig) -> dict[str, Pretrain
 
 
 def command(folder: Path, name: str, config: PretrainConfig, port: int, options: argparse.Namespace) -> list[str]:
-    """What starts a contestant; writes its config to ``folder``."""
+    """Command that starts a contestant; writes its config to ``folder``."""
     run = config.train.model_copy(update={"run_dir": str(folder / name)})
     path = folder / f"{name}.yaml"
     write_atomically(path, to_yaml(config.model_copy(update={"train": run})).encode())
@@ -163,13 +162,13 @@ def command(folder: Path, name: str, config: PretrainConfig, port: int, options:
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
-    """Of a contestant: the cores shared out among its ranks."""
+    """Environment of a contestant: the cores divided among its ranks."""
     own = environment_alone(max((os.cpu_count() or 1) // options.ranks, 1))
     return own | ({"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {})
 
 
 def measure(options: argparse.Namespace) -> Result:
-    """Write the data, start all, compare, give turns."""
+    """Write the data, start all contestants, compare the dense ones, give turns."""
     import torch
 
     from bench.loop.contestants import write_windows
@@ -200,7 +199,7 @@ def measure(options: argparse.Namespace) -> Result:
                 bar.update()
         bar.close()
         turns.end()
-    # On a CPU the fastest product has all cores, which the ranks share; a GPU is one rank's.
+    # On a CPU the fastest product uses all cores, which the ranks share; a GPU belongs to one rank.
     devices = 1 if options.device == "cpu" else options.ranks
     return result(found, options, fastest.flops_per_s * devices)
 
@@ -214,7 +213,7 @@ def compare(ours: Mapping[str, float], peers: Mapping[str, float], dtype: torch.
 
 
 def take(rounds: Rounds, elapsed_s: float, reports: list[dict[str, Any]], steps: int) -> None:
-    """Note a turn of ``steps`` steps."""
+    """Record a turn of ``steps`` steps."""
     rounds.seconds.append(elapsed_s / steps)
     rounds.steps_s.append(reports[0]["steps_s"])
     rounds.reports.append(reports[0])
@@ -242,7 +241,7 @@ def result(found: Mapping[str, Rounds], options: argparse.Namespace, peak: float
 
 
 def without_saving(rounds: Rounds, options: argparse.Namespace) -> float:
-    """Seconds of a step before the checkpoint of its turn, the median over all."""
+    """Seconds of a step before its turn's checkpoint, median over all."""
     before = options.steps - warm_up(options) - 1
     return statistics.median(second for steps_s in rounds.steps_s for second in steps_s[: max(before, 1)])
 

@@ -1,6 +1,6 @@
 """The contestants of ``bench.loop``, each in its ranks: our training loop, and ``transformers.Trainer`` with DeepSpeed.
 
-Both read the same run's config: the peer takes from it what our trainer would, so that nothing is said twice.
+Both read the same run's config: the peer takes from it what our trainer would, so that nothing is configured twice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from trainer.trainer import Trainer
 
 
 class OnTurn(Trainer):
-    """Our trainer; it takes steps when it is its turn."""
+    """Our trainer, which takes steps only in its turn."""
 
     def __init__(self, turn: Turn, *arguments: Any):
         super().__init__(*arguments)
@@ -39,18 +39,18 @@ class OnTurn(Trainer):
         self._results: list[StepResult] = []
 
     def begin_step(self) -> float:
-        """Wait for the turn, then go on as ever."""
+        """Wait for the turn, then continue as usual."""
         with self.metrics.paused():
             self._turn.begin(self.step, self._report)
         return super().begin_step()
 
     def end_step(self, result: StepResult, lr: float, waited_s: float) -> None:
-        """Keep the result to report it, too."""
+        """Also keep the result for the report."""
         super().end_step(result, lr, waited_s)
         self._results.append(result)
 
     def _report(self) -> dict[str, Any]:
-        self.saver.wait()  # no other contestant's turn shall pay for what is still being written
+        self.saver.wait()  # other contestants' turns must not pay for a save still being written
         model, every_steps = self.config.model, self.config.train.log.every_steps
         results, self._results = self._results, []
         routed = [result.tally.routed for result in results]
@@ -78,7 +78,7 @@ class WindowFile(Dataset[dict[str, Tensor]]):
 
     Args:
         path: the file.
-        vocab: size of the vocabulary, by which ids are 2 or 4 bytes wide.
+        vocab: size of the vocabulary, which decides whether ids take 2 or 4 bytes.
         tokens: of a window, T.
     """
 
@@ -90,12 +90,12 @@ class WindowFile(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         row = torch.from_numpy(self._rows[number].astype(np.int64))
-        # Shifted here, so that all T tokens have a target, as they have in our windows.
+        # Shifted here, so that all T tokens have a target, as in our windows.
         return {"input_ids": row[:-1], "labels": row[:-1], "shift_labels": row[1:]}
 
 
 def write_windows(data: TrainingData, samples: int, path: Path) -> None:
-    """The first ``samples`` of a run, for :class:`WindowFile`."""
+    """Write the first ``samples`` windows of a run, for :class:`WindowFile`."""
     batch = data.batch(range(samples))
     rows = torch.cat([batch.tokens, batch.targets[:, -1:]], dim=1)
     rows.numpy().astype(token_dtype(data.vocab_size)).tofile(path)
@@ -107,8 +107,8 @@ def peer(config: PretrainConfig, world: World, turn: Turn) -> None:
     from transformers import Trainer as HfTrainer
     from transformers import TrainerCallback
 
-    # With a DeepSpeed config, transformers by itself takes CPU ranks for processes that have nothing to do with each
-    # other; a state that was made before it is respected.
+    # With a DeepSpeed config, transformers by default treats CPU ranks as unrelated processes; a state created before
+    # is respected.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="nccl" if world.device.type == "cuda" else "gloo")
     decoder = Decoder(config.model)
@@ -133,7 +133,7 @@ def peer(config: PretrainConfig, world: World, turn: Turn) -> None:
 
 
 def _peer_arguments(config: PretrainConfig, world: World) -> Any:
-    """Our run's settings in transformers' words."""
+    """Our run's settings as transformers' ``TrainingArguments``."""
     from transformers import TrainingArguments
 
     train, optimizer = config.train, config.train.optimizer
@@ -154,9 +154,9 @@ def _peer_arguments(config: PretrainConfig, world: World) -> Any:
         max_steps=train.steps,
         per_device_train_batch_size=train.micro_batch_samples,
         gradient_accumulation_steps=config.accumulation(world.size),
-        train_sampling_strategy="sequential",  # the file has the run's order
+        train_sampling_strategy="sequential",  # the file is in the run's order
         dataloader_pin_memory=world.device.type == "cuda",
-        remove_unused_columns=False,  # it would take shift_labels for one
+        remove_unused_columns=False,  # it would remove shift_labels
         optim="adamw_torch_fused",
         learning_rate=optimizer.lr,
         lr_scheduler_type="constant",

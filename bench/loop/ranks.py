@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def hide_gpus(environment: MutableMapping[str, str]) -> None:
-    """Let transformers see no GPU where ranks run on the CPU: the launcher numbers them as if they had some."""
+    """Hide GPUs from transformers where ranks run on the CPU: the launcher assigns device numbers all the same."""
     if environment.get("DS_ACCELERATOR") == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
 

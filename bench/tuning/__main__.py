@@ -1,4 +1,4 @@
-"""Tuning methods against each other: test accuracy over seeds, trained parameters, time of a step.
+"""Compare tuning methods: test accuracy over seeds, trained parameters, time of a step.
 
     python -m bench.tuning runs/books                                   # eight methods, two tasks, three seeds
     python -m bench.tuning runs/books train.steps=100 --methods lora lora_ensemble --tasks polarity --seeds 0 1
@@ -7,16 +7,15 @@
         --methods none lora lora_ensemble dora dora_ensemble early_lora_ensemble early_lora_ensemble_half \\
         early_lora_ensemble_quarter ensemble_only
 
-Every run is ``tune.train`` on a file of ``configs/`` with one process and one thread, in its own folder below
-``--out``; what is done is not run again, so an interrupted suite goes on where it was. ``none`` is the base as it is,
-with one seed. With ``--rates`` every method on every task is run with each of them, times the learning rate of its
-config, and the first seed, and the other seeds with the rate whose last validation loss was least. Step times are taken
-afterwards, all methods taking turns in one process (see ``bench/common/timing.py``), because those of runs side by side
-mean nothing.
+Every run is ``tune.train`` on a file of ``configs/`` in one process, in its own folder below ``--out``; finished runs
+are not repeated, so an interrupted suite continues where it stopped. ``none`` is the base as it is, with one seed. With
+``--rates`` every method on every task is run on the first seed with each of them, times the learning rate of its
+config; the other seeds use the rate with the lowest final validation loss. Step times are measured afterwards, all
+methods taking turns in one process (see ``bench/common/timing.py``), because those of concurrent runs mean nothing.
 
 A task that has no TASK-train.jsonl in ``--data`` is a file of questions (``data/questions.py``) in the folder tasks/
-beside it, split by the number of the question: even ones are the test, of the odd ones every fifth is for validation
-and the rest is learned. The parts are written to OUT/data.
+beside it, split by the number of the question: even ones are for test, every fifth of the odd ones is for validation
+and the rest for training. The parts are written to OUT/data.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tables of a comparison of tuning methods: what each reached, and one against another, example by example."""
+"""Tables that compare tuning methods: the accuracy of each, and differences between two, example by example."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAIRED = (
 
 
 def reached(options: argparse.Namespace, runs: Runs, times: dict[str, list[float]]) -> str:
-    """Markdown: a row a method."""
+    """Markdown: one row per method."""
     header = ["method", "trained", "share", f"step / {options.methods[0]}"]
     for task in options.tasks:
         header += [f"{task}: rate"] if options.rates else []
@@ -57,7 +57,7 @@ def paired(options: argparse.Namespace, runs: Runs) -> str:
 
 
 def _differences(options: argparse.Namespace, runs: Runs, method: str, other: str) -> list[str]:
-    """A cell a task: the vote of ``method`` less that of ``other``, or less the final layer of its own model."""
+    """One cell per task: the vote of ``method`` minus that of ``other``, or minus its own final layer."""
     cells = []
     for task in options.tasks:
         differences = []
@@ -72,14 +72,14 @@ def _differences(options: argparse.Namespace, runs: Runs, method: str, other: st
 
 
 class _Right(NamedTuple):
-    """Which test examples a run gets right, 1 or 0 each: by vote, which is the final layer's without one, and by it."""
+    """Which test examples a run gets right, 1 or 0 each: by vote (without one, by final layer), and by final layer."""
 
     voted: list[int]
     final: list[int]
 
 
 def _right(folder: Path, task: str, per_token: bool) -> _Right | None:
-    """What a run's file of answers says; None if it is not done."""
+    """Read from a run's file of answers; None if it is not done."""
     from tune.evaluate import ENSEMBLE
     from tune.report import PER_TOKEN
     from tune.tuner import ANSWERS
