@@ -1,4 +1,4 @@
-"""Losses by source: each window's own, whichever way the head takes its targets."""
+"""Sums of a step: losses by source are each window's own, whichever way the head takes its targets."""
 
 from __future__ import annotations
 
