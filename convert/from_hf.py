@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 TOLERANCE = 1e-4
 """Largest difference between logits, as a share of their range. Two fp32 implementations stay below 1e-5."""
-CONFIG = "config.json"
+HF_CONFIG = "config.json"
 _COMPARED_TOKENS = 256
 _RESIZE = (
     "take it out of the tokenizer's files, or give the embedding a row for it: transformers' resize_token_embeddings "
@@ -87,7 +87,7 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
     from trainer.checkpoints.weights_folder import mismatch
 
     raw = _raw_config(folder)
-    decoder = _empty_decoder(raw, folder / CONFIG, routers)
+    decoder = _empty_decoder(raw, folder / HF_CONFIG, routers)
     config = decoder.config
     tensors = read_tensors(weight_files(folder))
     if config.tied_head:
@@ -152,15 +152,15 @@ def import_checkpoint(
         ValueError: with one sentence for what stands in the way.
     """
     require_new_folder(out)
-    model_config(_raw_config(folder), folder / CONFIG)
+    model_config(_raw_config(folder), folder / HF_CONFIG)
     from convert import hf_compare
     from data.tokenizer_files import left_behind, tokenizer_files
     from trainer.checkpoints.weights_folder import write_weights
 
-    if (folder / hf_compare.ADAPTER / "adapter_config.json").is_file():
+    if (folder / hf_compare.ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} keeps its adapters apart, in {hf_compare.ADAPTER}/, and they are not imported; export the run "
-            f"with --adapters merged, or give a copy of {folder} without them for the model below them"
+            f"{folder} keeps its adapters apart, in {hf_compare.ADAPTER_FOLDER}/, and they are not imported; export the "
+            f"run with --adapters merged, or give a copy of {folder} without them for the model below them"
         )
     decoder, family = read_checkpoint(folder, routers)
     ids = _checked_tokenizer(folder, decoder.config.vocab_size, family, with_comparison)
@@ -195,10 +195,10 @@ def import_checkpoint(
 def _raw_config(folder: Path) -> dict[str, Any]:
     """What ``config.json`` says."""
     if not folder.is_dir():
-        raise ValueError(f"there is no folder {folder}; give a local folder with {CONFIG} and safetensors files")
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}; give the folder of a Hugging Face checkpoint")
-    return read_json(folder / CONFIG)
+        raise ValueError(f"there is no folder {folder}; give a local folder with {HF_CONFIG} and safetensors files")
+    if not (folder / HF_CONFIG).is_file():
+        raise ValueError(f"{folder} has no {HF_CONFIG}; give the folder of a Hugging Face checkpoint")
+    return read_json(folder / HF_CONFIG)
 
 
 def _checked_tokenizer(folder: Path, vocab_size: int, family: str, with_comparison: bool) -> str:

@@ -19,7 +19,7 @@ from model.generate import generate
 
 TOLERANCE = 1e-4
 """Largest difference between logits, as a share of their range or of 1, whichever is more."""
-ADAPTER = "adapter"
+ADAPTER_FOLDER = "adapter"
 """Folder in an export of the adapters that it keeps apart."""
 _ROWS, _TOKENS, _PROMPT_TOKENS, _GREEDY_TOKENS = 8, 32, 8, 64
 _TOLD = 3
@@ -137,7 +137,7 @@ def _load(folder: Path, kept: str) -> Any:
     problems = [f"{what.replace('_', ' ')} {sorted(map(str, names))[:_TOLD]}" for what, names in found.items() if names]
     if problems:
         raise ValueError(f"transformers finds other weights in the export ({'; '.join(problems)}); {kept}")
-    return (_with_adapter(model, folder / ADAPTER, kept) if (folder / ADAPTER).is_dir() else model).eval()
+    return (_with_adapter(model, folder / ADAPTER_FOLDER, kept) if (folder / ADAPTER_FOLDER).is_dir() else model).eval()
 
 
 def _with_adapter(model: Any, folder: Path, kept: str) -> Any:

@@ -67,7 +67,7 @@ def export(
         ValueError: with one sentence for what stands in the way.
     """
     from convert.facts import facts_of
-    from convert.hf_compare import ADAPTER, compare, refer
+    from convert.hf_compare import ADAPTER_FOLDER, compare, refer
     from convert.hf_tokenizer import require_transformers_ids, write_tokenizer
     from data.tokenization import SentencePiece, load_text_tokenizer
     from tune.adapter_files import export_adapter
@@ -87,7 +87,7 @@ def export(
     ids, tokenizer_done = write_tokenizer(source, partial, decoder.config.vocab_size, decoder.config.max_positions)
     reference = refer(decoder) if compared else None
     if separate:
-        export_adapter(decoder, partial / ADAPTER)
+        export_adapter(decoder, partial / ADAPTER_FOLDER)
         take_out(decoder)
     config = hf_config(decoder, ids, dtype)
     files = _write_model(decoder, config, ids, partial, shard_bytes)
@@ -143,14 +143,14 @@ def _write_model(decoder: Decoder, config: dict[str, Any], ids: dict[str, Any], 
 
 def _exported(decoder: Decoder, separate: bool) -> Exported:
     """What the model card describes."""
-    from convert.hf_compare import ADAPTER
+    from convert.hf_compare import ADAPTER_FOLDER
 
     return Exported(
         decoder.config,
         sum(parameter.numel() for parameter in decoder.parameters()),
         0 if decoder.ensemble is None else decoder.ensemble.config.layers,
         not is_native(decoder),
-        ADAPTER if separate else None,
+        ADAPTER_FOLDER if separate else None,
     )
 
 

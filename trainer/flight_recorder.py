@@ -42,7 +42,6 @@ def enable(run: Path | None, environment: MutableMapping[str, str] = os.environ)
 
 def dump(run: Path, rank: int) -> Path | None:
     """Write what this rank's recorder has; None where there is none, or where it does not answer within seconds."""
-    recorded = _recorded
     if not (dist.is_initialized() and dist.get_backend() == "nccl"):
         return None
     path = run / FOLDER / f"rank-{rank}"
@@ -50,7 +49,7 @@ def dump(run: Path, rank: int) -> Path | None:
 
     def write() -> None:
         with contextlib.suppress(OSError, RuntimeError, AttributeError):
-            content = recorded()
+            content = _recorded()
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content)
             written.set()

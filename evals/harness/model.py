@@ -14,7 +14,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from convert.hf_compare import ADAPTER
+from convert.hf_compare import ADAPTER_FOLDER
 from evals.placement import DTYPES, Placement
 from evals.scoring import Opened
 from trainer.tasks.harness import CountsCuts
@@ -59,10 +59,10 @@ def open_export(
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json; write one with convert.to_hf")
-    if (folder / ADAPTER).is_dir():
+    if (folder / ADAPTER_FOLDER).is_dir():
         raise ValueError(
-            f"{folder} keeps its adapters apart, in {ADAPTER}/, and would be scored without them; export the run with: "
-            "python -m convert.to_hf RUN OUT --adapters merged"
+            f"{folder} keeps its adapters apart, in {ADAPTER_FOLDER}/, and would be scored without them; export the run "
+            "with: python -m convert.to_hf RUN OUT --adapters merged"
         )
     if "auto_map" in json.loads(path.read_text(encoding="utf-8")) and not trust_remote_code:
         raise ValueError(

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 
 from launch.plan.gpus import GPU
 from launch.plan.memory_model import Memory, memory, zero_sizes
-from launch.plan.workload import Stage, Workload
+from launch.plan.workload import Workload, ZeroStage
 from trainer.config import WEIGHT_BYTES
 
 ACHIEVED = 0.8
@@ -110,7 +110,7 @@ class Step:
         return self.compute_s / self.worst_s, self.compute_s / self.best_s
 
 
-def volume(workload: Workload, stage: Stage, accumulation: int) -> Volume:
+def volume(workload: Workload, stage: ZeroStage, accumulation: int) -> Volume:
     """What a step of ``accumulation`` micro-batches a rank moves at ZeRO ``stage``."""
     weights, model = workload.weights, workload.model
     width = WEIGHT_BYTES[workload.config.train.precision]
@@ -164,7 +164,7 @@ def expected_mfu(workload: Workload) -> tuple[float, float]:
     return UTILISATION[0] * counted, UTILISATION[1] * counted
 
 
-def compute_s(workload: Workload, stage: Stage, ranks: int, gpu: GPU, mfu: float) -> float:
+def compute_s(workload: Workload, stage: ZeroStage, ranks: int, gpu: GPU, mfu: float) -> float:
     """Seconds of one rank's share of a step: executed FLOPs at ``mfu``, the update at the memory's bandwidth."""
     flops = workload.flops_per_token() * workload.tokens_per_step / ranks
     updated = workload.weights.trained / (ranks if stage > 0 else 1)
@@ -173,13 +173,13 @@ def compute_s(workload: Workload, stage: Stage, ranks: int, gpu: GPU, mfu: float
     )
 
 
-def host_s(workload: Workload, stage: Stage, accumulation: int) -> float:
+def host_s(workload: Workload, stage: ZeroStage, accumulation: int) -> float:
     """Seconds in which a rank's host asks for a step of ``accumulation`` micro-batches."""
     milliseconds = HOST_MS[stage == 3, workload.config.train.activation_checkpointing]
     return accumulation * workload.model.layers * milliseconds / 1e3
 
 
-def step(workload: Workload, stage: Stage, ranks: int, cluster: Cluster, mfu: float) -> Step:
+def step(workload: Workload, stage: ZeroStage, ranks: int, cluster: Cluster, mfu: float) -> Step:
     """One optimiser step of the config's global batch on ``ranks`` GPUs."""
     try:
         accumulation = workload.config.accumulation(ranks)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.plan.workload import Stage, Workload, computed_share
+from launch.plan.workload import Workload, ZeroStage, computed_share
 from model.config import ModelConfig
 from trainer.config import WEIGHT_BYTES
 from trainer.deepspeed_config import PREFETCH, prefetch_elements
@@ -84,7 +84,7 @@ class Memory:
 
 
 def memory(
-    workload: Workload, stage: Stage, ranks: int, checkpointing: bool | None = None, density: float | None = None
+    workload: Workload, stage: ZeroStage, ranks: int, checkpointing: bool | None = None, density: float | None = None
 ) -> Memory:
     """What one of ``ranks`` ranks holds at ZeRO ``stage``.
 
@@ -209,7 +209,7 @@ def zero_sizes(workload: Workload) -> tuple[float, ...]:
     return tuple(sizes.values())
 
 
-def _buffers(workload: Workload, stage: Stage, ranks: int, width: int) -> float:
+def _buffers(workload: Workload, stage: ZeroStage, ranks: int, width: int) -> float:
     """Buckets that gradients are reduced in with their flat copies, and what stage 3 gathers."""
     bucket, live, prefetch = zero_sizes(workload)
     filled = min(bucket, workload.weights.trained)
@@ -226,7 +226,7 @@ def _layers(model: ModelConfig) -> range:
     return range(model.layers)
 
 
-def checkpoint_bytes(workload: Workload, stage: Stage) -> float:
+def checkpoint_bytes(workload: Workload, stage: ZeroStage) -> float:
     """Size of one checkpoint."""
     weights = workload.weights
     return workload.config.checkpoint_bytes(weights.total, weights.trained, weights.moment_bytes, stage)

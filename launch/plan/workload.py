@@ -20,8 +20,8 @@ from trainer.config import StageConfig
 if TYPE_CHECKING:
     from torch import nn
 
-Stage = Literal[0, 1, 2, 3]
-STAGES: tuple[Stage, ...] = (0, 1, 2, 3)
+ZeroStage = Literal[0, 1, 2, 3]
+STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Workload:
         return computed_share(self.model, self.config.data.sequence_tokens, self.density, self.shared)
 
     @property
-    def stages(self) -> list[Stage]:
+    def stages(self) -> list[ZeroStage]:
         """ZeRO stages that the config could be set to: not all go with every optimiser, offloading or compilation."""
         return [stage for stage in STAGES if self.config.could_have(zero_stage=stage)]
 

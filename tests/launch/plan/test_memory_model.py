@@ -15,9 +15,9 @@ from launch.plan.communication import sequence_volume, volume
 from launch.plan.memory_model import ZERO_DEFAULTS, Memory, checkpoint_bytes, memory
 from launch.plan.workload import (
     STAGES,
-    Stage,
     Weights,
     Workload,
+    ZeroStage,
     computed_share,
     count_weights,
     read_workload,
@@ -49,7 +49,7 @@ Measured = list[tuple[str, Workload, Memory, dict[str, float]]]
 def measure(config: dict[str, Any], write_config: Callable[..., str], tmp_path: Path) -> Callable[..., Measured]:
     """Build the engine at every stage on real ranks; what was planned and what was found."""
 
-    def measured(ranks: int, precision: str, *overrides: str, stages: Sequence[Stage] = STAGES) -> Measured:
+    def measured(ranks: int, precision: str, *overrides: str, stages: Sequence[ZeroStage] = STAGES) -> Measured:
         path, cases, out = write_config(config), tmp_path / "cases.json", tmp_path / "out.json"
         batch = f"train.global_batch_samples={2 * 2 * ranks}"
         every = [
@@ -144,7 +144,7 @@ PAPER = {
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), PAPER.items())
-def test_state_is_the_zero_papers(stage: Stage, gigabytes: list[float], config: dict[str, Any]) -> None:
+def test_state_is_the_zero_papers(stage: ZeroStage, gigabytes: list[float], config: dict[str, Any]) -> None:
     for ranks, expected in zip([1, 4, 16, 64, 256, 1024], gigabytes, strict=True):
         config["train"] |= {"precision": "bf16", "global_batch_samples": 2 * ranks}
         run_config = PretrainConfig.model_validate(config)
@@ -164,7 +164,7 @@ def test_buckets_are_of_deepspeeds_own_size() -> None:
 
 
 def test_the_config_moves_memory_the_right_way(config: dict[str, Any], write_config: Callable[..., str]) -> None:
-    def plan(stage: Stage, ranks: int, *overrides: str) -> Memory:
+    def plan(stage: ZeroStage, ranks: int, *overrides: str) -> Memory:
         return memory(read_workload(write_config(config), ["train.precision=bf16", *overrides]), stage, ranks)
 
     base = plan(3, 2)
