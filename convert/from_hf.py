@@ -159,8 +159,8 @@ def import_checkpoint(
 
     if (folder / hf_compare.ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} keeps its adapters apart, in {hf_compare.ADAPTER_FOLDER}/, and they are not imported; export the "
-            f"run with --adapters merged, or give a copy of {folder} without them for the model below them"
+            f"{folder} keeps its adapters apart, in {hf_compare.ADAPTER_FOLDER}/, and they are not imported; export "
+            f"the run with --adapters merged, or give a copy of {folder} without them for the model below them"
         )
     decoder, family = read_checkpoint(folder, routers)
     ids = _checked_tokenizer(folder, decoder.config.vocab_size, family, with_comparison)

@@ -61,8 +61,8 @@ def open_export(
         raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json; write one with convert.to_hf")
     if (folder / ADAPTER_FOLDER).is_dir():
         raise ValueError(
-            f"{folder} keeps its adapters apart, in {ADAPTER_FOLDER}/, and would be scored without them; export the run "
-            "with: python -m convert.to_hf RUN OUT --adapters merged"
+            f"{folder} keeps its adapters apart, in {ADAPTER_FOLDER}/, and would be scored without them; export the "
+            "run with: python -m convert.to_hf RUN OUT --adapters merged"
         )
     if "auto_map" in json.loads(path.read_text(encoding="utf-8")) and not trust_remote_code:
         raise ValueError(
