@@ -12,25 +12,25 @@ from settings.paths import path_argument
 
 
 def command_parser(prog: str, description: str | None, **more: Any) -> argparse.ArgumentParser:
-    """The parser of a command: ``description`` is shown as it is written, and options are to be spelt out.
+    """The parser of a command: ``description`` is shown as it is written, and options must be written in full.
 
-    argparse takes an unambiguous beginning for an option, so a word for another program could mean something here, and
-    a command line something else once there is one option more.
+    argparse accepts unambiguous prefixes of options, so an argument meant for another program could match one, and a
+    new option could change the meaning of a command line.
 
     Args:
-        prog: what to call the command.
+        prog: name of the command.
         description: its help.
-        more: what argparse.ArgumentParser takes besides.
+        more: further arguments of argparse.ArgumentParser.
     """
     shown = {"formatter_class": argparse.RawDescriptionHelpFormatter} | more
     return argparse.ArgumentParser(prog=prog, description=description, allow_abbrev=False, **shown)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, words: Sequence[str] | None = None) -> argparse.Namespace:
-    """What ``parser``, which has the arguments ``config`` and ``overrides``, makes of ``words``.
+    """Parse ``words`` with ``parser``, which has the arguments ``config`` and ``overrides``.
 
-    ``config`` is then a path, or None where it may be left out and is: the first word that is no override, or that
-    names a file all the same, as ``lr=3e-4.yaml`` may.
+    ``config`` is then a path: the first word that is not an override, or that names a file in spite of its ``=``, such
+    as ``lr=3e-4.yaml``. It is None where it is optional and left out.
     """
     if not (sys.argv[1:] if words is None else words) and any(
         action.dest == "config" and action.nargs is None for action in parser._actions

@@ -31,11 +31,11 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
         block: validate only this top-level block (``data.*`` commands read only ``data`` of a run's config).
 
     Raises:
-        ValueError: with one sentence a problem: missing file, bad YAML, unknown key, bad value.
+        ValueError: with one sentence per problem: missing file, bad YAML, unknown key, bad value.
     """
     try:
         return _load(Path(path), overrides, schema, block)
-    except RecursionError:  # of the parser, or of what shows the value
+    except RecursionError:  # in the parser, or in formatting the value
         raise ValueError(
             f"{path}, or an override, holds lists or mappings too deep within each other; correct or quote it"
         ) from None
@@ -62,7 +62,7 @@ def _load(path: Path, overrides: Sequence[str], schema: type[Schema], block: str
 
 
 def peek(path: str | Path) -> dict[str, Any]:
-    """The blocks of a YAML file as they stand; none if it is missing or no mapping, of which :func:`load` says more."""
+    """The blocks of a YAML file, not validated; none if it is missing or no mapping, which :func:`load` reports."""
     try:
         blocks = yaml.load(Path(path).read_bytes(), Loader=Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -105,7 +105,7 @@ def _read_yaml(path: Path, blocks: Iterable[str]) -> dict[str, Any]:
 
 
 def _require_blocks(path: Path, overrides: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse an override of a block that the file does not have: of other blocks than its own a command reads none."""
+    """Refuse an override of a block that the file does not have: a command reads only its own block, ``known[0]``."""
     for override in overrides:
         name = override.partition("=")[0].partition(".")[0]
         if name not in known and not name.startswith("-"):
@@ -153,7 +153,7 @@ def _value(text: str) -> Any:
 def key_paths(schema: type[BaseModel]) -> list[str]:
     """Every key that an override can name, ``train`` and ``train.checkpoint`` as well as ``train.checkpoint.resume``.
 
-    What stands in lists and in mappings of the user's is not among them.
+    Keys inside lists and user-defined mappings are not included.
     """
     paths = []
     for name, field in schema.model_fields.items():
@@ -184,7 +184,7 @@ def _unknown_keys(raw: Any, schema: type[BaseModel], prefix: str, paths: Sequenc
 
 
 def _items(value: Any, annotation: Any, place: str) -> list[tuple[str, Any]]:
-    """The blocks in a field's raw value with their places: itself, a list's, or those of a mapping of the user's."""
+    """The blocks in a field's raw value with their places: itself, a list's, or those of a user-defined mapping."""
     if isinstance(value, list):
         return [(f"{place}[{number}]", item) for number, item in enumerate(value)]
     if isinstance(value, dict) and typing.get_origin(annotation) is dict:

@@ -1,4 +1,4 @@
-"""YAML as people write configs, by libyaml wherever PyYAML was built with it, as its wheels are: ten times as fast."""
+"""YAML for configs, with libyaml if PyYAML was built with it, as its wheels are: ten times as fast."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Loader(SafeLoader):
 
 
 class Dumper(SafeDumper):
-    """Puts quotes around texts that :class:`Loader` would take for something else."""
+    """Quotes texts that :class:`Loader` would read as another type."""
 
 
 _NUMBERS = {

@@ -1,4 +1,4 @@
-"""Paths as their users write them: ``~`` and environment variables mean the same in every config and every command."""
+"""Paths as users write them: ``~`` and environment variables mean the same in every config and every command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def path_argument(text: str) -> Path:
 
 
 def require_writable(path: Path, option: str) -> None:
-    """Before hours of work: whether ``path``, given as ``option``, can become a file.
+    """Check, before hours of work, that ``path``, given as ``option``, can be written as a file.
 
     Raises:
         ValueError: its folder does not exist or is read-only, or it is a folder itself.

@@ -1,4 +1,4 @@
-"""The page of all config fields: name, type, default and what it is, written from the schemas themselves.
+"""The page of all config fields: name, type, default and meaning, generated from the schemas.
 
 python -m settings.reference trainer.config:PretrainConfig tune.config:TuneFile > docs/config.md
 """
@@ -26,7 +26,7 @@ Written by `make docs` from the schemas: do not edit. A field without a default 
 
 
 def reference(schemas: Sequence[type[BaseModel]]) -> str:
-    """A section for each schema and a table for each block below it, as Markdown; each block's table stands once."""
+    """A section for each schema and a table for each block below it, as Markdown; each block's table appears once."""
     parts, places = [_TOP], dict[type[BaseModel], str]()
     for schema in schemas:
         parts.append(f"## {_words(schema.__doc__).rstrip('.')}\n")
@@ -35,7 +35,7 @@ def reference(schemas: Sequence[type[BaseModel]]) -> str:
 
 
 def _tables(schema: type[BaseModel], place: str, places: dict[type[BaseModel], str]) -> list[str]:
-    """The table of the fields of ``schema`` that are no blocks, and those of its blocks; ``places`` grows."""
+    """The table of the fields of ``schema`` that are not blocks, and those of its blocks; adds to ``places``."""
     parts = []
     own = [field for field in schema.model_fields.items() if not nested_schemas(field[1].annotation)]
     if own:
@@ -55,7 +55,7 @@ def _tables(schema: type[BaseModel], place: str, places: dict[type[BaseModel], s
 
 
 def _unless_given(field: FieldInfo) -> str:
-    """What a block is that is left out."""
+    """What applies if a block is left out."""
     if field.is_required():
         return ""
     default = field.get_default(call_default_factory=True)

@@ -1,4 +1,4 @@
-"""The end of a sentence about a name that is not known."""
+"""Suggestions for error messages about unknown names."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def did_you_mean(
 
     Args:
         name: what was asked for.
-        known: what there is; an empty one is shown as ``none``.
-        prefix: goes before the near name, as the path before a key.
+        known: the valid names; shown as ``none`` if there are none.
+        prefix: goes before the nearest name, like the path before a key.
         all_of_them: begins the list.
         elsewhere: whole paths such as ``train.checkpoint.resume``, named if ``name`` is (nearly) the last part of one.
     """

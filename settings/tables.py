@@ -13,7 +13,7 @@ def markdown(rows: Rows) -> str:
 
 
 def aligned_markdown(rows: Rows) -> str:
-    """A Markdown table that reads well as text, too: the first column to the left, numbers to the right."""
+    """A Markdown table that is also readable as text: the first column left-aligned, numbers right-aligned."""
     widths = _widths(rows)
     lines = [f"| {' | '.join(_cells(row, widths))} |" for row in rows]
     rule = "|" + "-" * (widths[0] + 2) + "|" + "".join("-" * (width + 1) + ":|" for width in widths[1:])
@@ -21,7 +21,7 @@ def aligned_markdown(rows: Rows) -> str:
 
 
 def columns(rows: Rows) -> str:
-    """Columns of equal width, the first to the left, the others to the right."""
+    """Padded columns, the first left-aligned, the others right-aligned."""
     widths = _widths(rows)
     return "\n".join("  ".join(_cells(row, widths)).rstrip() for row in rows)
 

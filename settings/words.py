@@ -1,4 +1,4 @@
-"""Numbers with their nouns and units, and errors in a line, for sentences that people read."""
+"""Formatting for messages: numbers with nouns and units, errors on one line."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def duration(seconds: float) -> str:
 
 
 def one_line(error: BaseException, most: int = 300) -> str:
-    """What ``error`` says, without line breaks, at most ``most`` characters; its type where it says nothing."""
+    """The message of ``error``, without line breaks, at most ``most`` characters; its type if it has no message."""
     return " ".join(str(error).split())[:most] or type(error).__name__
