@@ -1,13 +1,13 @@
-"""Continue a text, shown as it comes, and what each token cost.
+"""Continue a text, shown as it is generated, and what each token cost.
 
     python -m evals.generate runs/books --prompt "It was a dark night" --temperature 0.8 --seed 1
     python -m evals.generate runs/books --prompt-file start.txt --density 0.4 --bars
 
 MODEL is a run, a checkpoint or a folder of weights. A token's share of layers is that of the pass that chose it: the
 pass over the token before it. On a terminal the text is coloured by it, the brighter the more layers ran. The text goes
-to stdout and the summary to stderr. With ``--bars`` there is a line a token instead, with its share as a bar.
+to stdout and the summary to stderr. With ``--bars`` there is one line per token instead, with its share as a bar.
 
-``--density`` turns the compute dial: thresholds for that mean density, from the ``dial.json`` that ``evals.dial`` wrote
+``--density`` sets the compute dial: thresholds for that mean density, from the ``dial.json`` that ``evals.dial`` wrote
 for the run.
 """
 
@@ -44,7 +44,7 @@ class Token(NamedTuple):
 
     id: int
     share: float
-    """Of all layers, what the pass ran that chose it."""
+    """Share of all layers that ran in the pass that chose it."""
 
 
 def stream(
@@ -62,7 +62,7 @@ def stream(
     Args:
         decoder: in evaluation mode.
         prompt: T ids, at least one.
-        max_new_tokens: stop after this many, or after ``eos_id``, which is the last one given then.
+        max_new_tokens: stop after this many, or after ``eos_id``, which is then the last one.
         temperature: 0 takes the most likely token, else logits are divided by it and sampled.
         top_p: sample only from the most likely tokens that together hold this probability.
         eos_id: ends the text.
@@ -93,10 +93,10 @@ def prompt_ids(
         opened: the model.
         prompt: a text, or ids, which are taken as they are.
         max_new_tokens: to come after it.
-        lower: what the user can ask for fewer with.
+        lower: how the user can ask for fewer, for the message.
 
     Raises:
-        ValueError: if it and what is to come would go beyond the model's positions.
+        ValueError: if prompt and new tokens would exceed the model's positions.
     """
     given = opened.tokenizer.prefix + opened.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
     ids = given or opened.start
@@ -110,12 +110,12 @@ def prompt_ids(
 
 
 def dial_of(model: Path) -> Path:
-    """Where ``evals.dial`` writes by itself for a run or one of its checkpoints."""
+    """Where ``evals.dial`` writes by default for a run or one of its checkpoints."""
     return (folder_of(model) or model) / JSON
 
 
 def summary(tokens: Sequence[Token], layers: int, seconds: float) -> str:
-    """What the tokens cost, in a line; ``seconds`` from the prompt on."""
+    """What the tokens cost, on one line; ``seconds`` include the prompt."""
     if not tokens:
         return "no new tokens"
     shares = [token.share for token in tokens]
@@ -142,14 +142,14 @@ def show(
     bars: bool = False,
     colour: bool = False,
 ) -> list[Token]:
-    """Write tokens to ``out`` as they come; returns them.
+    """Write tokens to ``out`` as they are generated; returns them.
 
     Args:
         tokens: of :func:`stream`.
         detokenizer: turns them into text.
         layers: of the decoder.
         out: text goes here.
-        bars: a line a token instead of running text.
+        bars: one line per token instead of running text.
         colour: shade the text by the share of layers.
     """
     shown = []
@@ -168,9 +168,9 @@ def show(
 
 
 def shaded(text: str, share: float) -> str:
-    """``text`` in a grey, the brighter the larger ``share``; line ends stay outside, for terminals that fill them."""
+    """``text`` in a grey, the brighter the larger ``share``; line breaks have no colour: some terminals fill them."""
     grey = _GREYS[min(int(share * len(_GREYS)), len(_GREYS) - 1)]
-    # A model may well spell an escape sequence; on a terminal it must not act.
+    # A model may generate an escape sequence, which a terminal must not interpret.
     safe = "".join(c if c in "\n\t" or c.isprintable() else REPLACEMENT_CHARACTER for c in text)
     return "\n".join(f"\x1b[38;5;{grey}m{line}\x1b[0m" if line else "" for line in safe.split("\n"))
 

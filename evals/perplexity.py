@@ -8,8 +8,9 @@ MODEL is a run, a checkpoint or a folder of weights. Files are text, JSON lines,
 in ``data.sources``; a text file is one document. How a document is cut into windows: ``evals/scoring.py``. A smaller
 stride gives more context and takes longer; with a stride of the whole window nothing runs twice.
 
-Bits per byte divide by the UTF-8 bytes of the text, so models with other tokenizers compare. What closes a document is
-not scored: it is no text. FLOPs are the forward pass's that ran, context included, as a share of those without routers.
+Bits per byte divide by the UTF-8 bytes of the text, so models with different tokenizers are comparable. The token that
+ends a document is not scored: it is not text. FLOPs are those executed in the forward pass, context included, as a
+share of those without routers.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from trainer.tasks.scorer import Scorer, Window
 
 BATCHES_AT_ONCE = 32
-"""Windows are sorted by length within so many batches, so that there is little padding."""
+"""Windows are sorted by length within this many batches, to reduce padding."""
 
 
 class Perplexity(NamedTuple):
@@ -65,12 +66,12 @@ class Perplexity(NamedTuple):
 
     @property
     def nats_per_token(self) -> float:
-        """The training's loss is this, on its own windows."""
+        """What the training's loss is on its own windows."""
         return self.nll / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """Per token; of the same tokenizer only do they compare."""
+        """Per token; only comparable for the same tokenizer."""
         return math.exp(min(self.nats_per_token, 700.0))
 
 
@@ -93,7 +94,7 @@ def perplexity(
         batch_tokens: that run at once.
 
     Raises:
-        ValueError: if window, stride or batch cannot be, there is no text, or a likelihood is not finite.
+        ValueError: if window, stride or batch is invalid, there is no text, or a likelihood is not finite.
     """
     from evals.scoring import windows
     from trainer.tasks.scorer import Scorer
@@ -139,7 +140,7 @@ def check_windows(window_tokens: int, stride_tokens: int, positions: int) -> Non
     """Refuse windows that the model cannot read, and strides that leave tokens out.
 
     Raises:
-        ValueError: then.
+        ValueError: in either case.
     """
     if not 1 <= window_tokens <= positions:
         raise ValueError(f"--window must be 1 to {positions}, the model's model.max_positions, got {window_tokens}")
@@ -151,7 +152,7 @@ def check_windows(window_tokens: int, stride_tokens: int, positions: int) -> Non
 
 
 def trained_tokens(opened: Opened) -> int:
-    """Length of the training's windows, in tokens; all positions where no run says so."""
+    """Length of the training's windows, in tokens; all positions for a model without a run."""
     positions = opened.decoder.config.max_positions
     config = opened.loaded.config
     return positions if isinstance(config, WeightsConfig) else min(config.data.sequence_tokens, positions)
@@ -185,7 +186,7 @@ def line(result: Perplexity) -> str:
 
 
 def to_json(result: Perplexity) -> dict[str, Any]:
-    """A result with what follows from it."""
+    """A result with its derived values."""
     return {
         **result._asdict(),
         "bits_per_byte": result.bits_per_byte,
@@ -210,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _score(opened: Opened, files: Sequence[str], options: argparse.Namespace, batch_tokens: int) -> None:
-    """Score every file, once all are known to be whole; rank 0 prints and writes."""
+    """Score every file, once all are known to be readable; rank 0 prints and writes."""
     source, tell = opened.loaded.source, print if opened.world.is_main else lambda *_, **__: None
     field = options.text_field or text_field_of(opened.loaded.config)
     window_tokens = trained_tokens(opened) if options.window is None else options.window

@@ -1,4 +1,4 @@
-"""Where, in what precision and on how many ranks the commands of ``evals/`` run a model: options, and what they do.
+"""Device, precision and ranks on which the commands of ``evals/`` run a model: options, and what they do.
 
 add_placement(parser)                 --device, --dtype
 with placed(options) as placement:    joins the other ranks, where a launcher has started some
@@ -33,7 +33,7 @@ _TIMEOUT_S = 3600.0  # how long a rank may be ahead of another
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model goes.
+    """Where a model runs.
 
     Attributes:
         world: this process among all, with its device.
@@ -81,10 +81,10 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
 
 
 def check_placement(options: argparse.Namespace, ranks: bool = False) -> None:
-    """Refuse before torch is loaded what cannot be; ``ranks``: whether the command runs on several.
+    """Refuse impossible options before torch is loaded; ``ranks``: whether the command can run on several.
 
     Raises:
-        ValueError: then.
+        ValueError: if the device cannot be used, or not with these ranks.
     """
     check_device(options.device)
     count = ranks_by_environment()
@@ -96,10 +96,10 @@ def check_placement(options: argparse.Namespace, ranks: bool = False) -> None:
 
 @contextmanager
 def placed(options: argparse.Namespace) -> Iterator[Placement]:
-    """Find the device; meet the other ranks, if there are any, and leave together.
+    """Find the device; join the other ranks, if there are any, and leave together.
 
     Raises:
-        ValueError: the device is not there, or the ranks cannot meet.
+        ValueError: the device is not there, or the ranks cannot join.
     """
     import torch
 
@@ -111,6 +111,6 @@ def placed(options: argparse.Namespace) -> Iterator[Placement]:
         yield Placement(replace(ALONE, device=torch.device(device)), options.dtype)
         return
     if device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # by which ranks know their device
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed then runs the ranks on the CPU
     yield Placement(join(_TIMEOUT_S), options.dtype)
     leave()

@@ -1,14 +1,14 @@
 """A model that reads text, and texts cut into windows: what perplexity and the harness share.
 
-A document is scored after the token that every document begins with: the tokenizer's begin-of-document token, or where
-there is none the end-of-document token, which is what stands before a document in training. With n tokens, a window of
-W and a stride of s, windows follow each other like this (W = 6, s = 2; ``.`` is context, ``x`` is scored):
+A document is scored after the token that every document begins with: the tokenizer's begin-of-document token, or if
+there is none the end-of-document token, which precedes a document in training. With a window of W tokens and a stride
+of s, windows follow each other like this (W = 6, s = 2; ``.`` is context, ``x`` is scored):
 
     x x x x x x
         . . . . x x
             . . . . x x
 
-so that each token is scored once, with W - s tokens of context or more unless the document begins later.
+so that each token is scored once, with at least W - s tokens of context except near the start of the document.
 
 ``trainer/tasks/scorer.py`` scores them. Dimension letters: S routed sites.
 """
@@ -50,7 +50,7 @@ class Opened(NamedTuple):
 
     @property
     def start(self) -> list[int]:
-        """Ids that a document begins after: begin-of-document, or end-of-document where there is no such token."""
+        """Ids before a document: begin-of-document, or end-of-document where there is no such token."""
         return self.tokenizer.prefix or [self.tokenizer.eos_id]
 
 
@@ -62,7 +62,7 @@ def open_model(path: Path, placement: Placement | None = None) -> Opened:
         placement: where it goes; in fp32 on the CPU of one process unless given.
 
     Raises:
-        ValueError: if one of them cannot be read, they do not fit each other, or the routers look at later tokens.
+        ValueError: if one of them cannot be read, they do not match, or the routers look at later tokens.
     """
     placement = placement or Placement(ALONE, "fp32")
     loaded = placement.load(path)
@@ -93,7 +93,7 @@ def windows(start: Sequence[int], tokens: Sequence[int], window_tokens: int, str
 def layer_shares(config: ModelConfig, executed: Tensor) -> Tensor:
     """Share of all layers that each token ran, fp32 [...], from what the sites executed, bool [S, ...].
 
-    With one decision for each module, half a layer is half a layer; a layer without a router always runs.
+    With one decision for each module, each module counts as half a layer; a layer without a router always runs.
     """
     routed = len(config.routed_layers)
     if not routed:

@@ -1,4 +1,4 @@
-"""Text files named on a command line: looked at before anything runs, read as training data is."""
+"""Text files named on a command line: checked before anything runs, read like training data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 
 def text_field_of(config: PretrainConfig | TuneConfig | WeightsConfig) -> str:
-    """The one ``text_field`` of all sources of a run; ``text`` otherwise."""
+    """The ``text_field`` that all sources of a run share; ``text`` otherwise."""
     if isinstance(config, WeightsConfig):
         return "text"
     fields = {source.text_field for source in (*config.data.sources, *config.data.validation)}
@@ -31,7 +31,7 @@ def text_field_of(config: PretrainConfig | TuneConfig | WeightsConfig) -> str:
 
 
 def text_files(names: Sequence[str], kind: str | None = None) -> list[Path]:
-    """The files of these names and patterns, of which all have a format: ``kind``, or one that their name says.
+    """The files of these names and patterns; each has the format ``kind``, or one that its name tells.
 
     Raises:
         ValueError: if there are none, or one has no known format.
@@ -51,8 +51,8 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
         text_field: field of JSON lines, column of Parquet and CSV.
 
     Raises:
-        ValueError: if it is missing, its format is not known, or it cannot be read, as text that is not Unicode cannot:
-            a score of what is put in its place would be of another text.
+        ValueError: if it is missing, its format is not known, or it cannot be read; nor can invalid Unicode: a score
+            of the replaced text would be that of another text.
     """
     (file,) = find_files([str(path)])
     config = SourceConfig.model_construct(name="FILES", format=_format(file, kind), text_field=text_field)
@@ -62,7 +62,7 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
             document.require_unicode(number)
             yield document.text.decode()
     except ValueError as error:
-        # What the source says around its reason is about a config.
+        # The source's own message is about a config; only its cause applies here.
         raise ValueError(f"{file} cannot be read: {error.__cause__ or error}") from error
 
 

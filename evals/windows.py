@@ -1,4 +1,4 @@
-"""Windows of a validation set, in two parts that share none: one to calibrate on, one to measure on.
+"""Windows of a validation set, in two disjoint parts: one to calibrate on, one to measure on.
 
 The held-out part is what the training run evaluates on (evenly spread over the set), so losses can be compared with
 its metrics. The calibration part is evenly spread over what is left.
@@ -40,7 +40,7 @@ def open_set(config: DataConfig, name: str | None) -> ValidationSet:
 
 
 def split(validation_set: ValidationSet, calibration: int, held_out: int, batch_samples: int) -> Windows:
-    """``calibration`` windows and ``held_out`` other windows, ``batch_samples`` windows a batch.
+    """``calibration`` windows and ``held_out`` other windows, ``batch_samples`` windows per batch.
 
     Raises:
         ValueError: if the set has too few windows, or one of the parts would be empty.
@@ -63,7 +63,7 @@ def split(validation_set: ValidationSet, calibration: int, held_out: int, batch_
 
 
 def _spread(validation_set: ValidationSet, samples: int) -> list[Batch]:
-    """``samples`` windows, evenly spread over the set, one a batch."""
+    """``samples`` windows, evenly spread over the set, one per batch."""
     return list(validation_set.batches(0, 1, 1, samples))
 
 

@@ -1,4 +1,4 @@
-"""The compute dial of a checkpoint; here, without torch, where its files lie."""
+"""The compute dial of a checkpoint; here, without torch, where its files are."""
 
 from pathlib import Path
 

@@ -53,7 +53,7 @@ def turn(
 
     Args:
         decoder: with learned routers, in evaluation mode.
-        step: optimiser steps it has had.
+        step: its number of optimiser steps.
         windows: to calibrate and to measure on.
         densities: plain means over the routed sites, each above 0 and at most 1.
         tell: called with each point once it is known, lowest density first.
@@ -66,7 +66,7 @@ def turn(
     trained = measure(decoder, windows.calibration)
     own = trained.tally.density
     as_trained = torch.zeros(len(own)) if decoder.thresholds is None else decoder.thresholds.cpu()
-    # One at the trained density is there anyway; but at density 1, thresholds of 0 need not be enough on other tokens.
+    # A point at the trained density is included anyway; but at density 1, other tokens may not reach thresholds of 0.
     asked = {density for density in densities if density != fmean(own) or density == 1}
     points, lowest_margins = [], trained.margins.amin(1)
     for density, calibrated in sorted([(fmean(own), False), *((density, True) for density in asked)]):
@@ -119,10 +119,10 @@ def _point(
 
 
 def check(model: ModelConfig, densities: Sequence[float]) -> None:
-    """Refuse a model without a dial, and densities that are none.
+    """Refuse a model without a dial, and invalid densities.
 
     Raises:
-        ValueError: then.
+        ValueError: in either case.
     """
     for density in densities:
         if not 0 < density <= 1:
@@ -137,7 +137,7 @@ def check(model: ModelConfig, densities: Sequence[float]) -> None:
 
 
 def _writable(folder: Path) -> Path:
-    """``folder``, made if need be; reported before the work, not after it."""
+    """``folder``, created if needed; an error is raised before the work, not after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -159,7 +159,7 @@ HEADER = "density: asked  calibration  held out   MFLOPs/token  of dense     los
 
 
 def table(dial: Dial) -> str:
-    """The points as text, a line each."""
+    """The points as text, one per line."""
     lines = [HEADER]
     for point in dial.points:
         against = "  as trained" if point.trained else f"{point.loss - dial.trained.loss:>+17.4f}"

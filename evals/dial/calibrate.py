@@ -1,8 +1,8 @@
 """Thresholds that make a trained decoder execute a given share of its tokens.
 
-A learned router executes a token whose margin (execute logit minus skip logit) reaches its site's threshold; training
-is for threshold 0, or for those that a quantile controller ended with. With d_s the density of site s there and
-``mean`` their plain mean over the sites (the ``density`` of the training metrics), a mean density rho asks of each site
+A learned router executes a token whose margin (execute logit minus skip logit) reaches its site's threshold: as
+trained, 0 or what a quantile controller ended with. With d_s the density of site s as trained and ``mean`` their plain
+mean over the sites (the ``density`` of the training metrics), a mean density rho gives each site the target
 
     rho <= mean    d_s * rho / mean                             all in proportion
     rho >= mean    d_s + (1 - d_s) * (rho - mean) / (1 - mean)  what is skipped, in proportion
@@ -10,13 +10,13 @@ is for threshold 0, or for those that a quantile controller ended with. With d_s
 so the trained point is one of the settings, and at 1 every site executes everything.
 
 A site's threshold is a quantile of its margins, and these depend on what the sites before it execute. So the windows
-are run with the thresholds so far, all thresholds are set again, and so on. The first site's margins depend on no
+are run with the current thresholds, all thresholds are set again, and so on. The first site's margins depend on no
 threshold: it is right from the start, the second after one pass, the last of S after S - 1. So S passes make it exact;
 it ends earlier once another pass would move no site's density by more than ``TOLERANCE``, which takes three or four.
 
-Margins can be equal: those of a first layer are a function of the token alone, and a frequent token is some percent
-of a text. A threshold never goes through such a bundle, which rounding would tear in one way in a full pass and in
-another in decoding: it lies in the nearest gap, and the density is as near as gaps allow.
+Margins can be equal: those of a first layer are a function of the token alone, and a frequent token is a few percent
+of a text. A threshold never splits such a cluster, which rounding would split differently in a full pass and in
+decoding: it lies in the nearest gap, and the density is as close as gaps allow.
 
 Dimension letters: S routed sites, N tokens of all windows.
 """
@@ -36,9 +36,9 @@ from trainer.step import forward_batch, to_device
 from trainer.tally import Counter, Tally
 
 TOLERANCE = 1e-3
-"""Density that no site is off by once calibration ends early."""
+"""Largest error of a site's density when calibration ends early."""
 _GAP = 1e-5
-"""Margins closer than this are taken for equal: some ten times what fp32 rounding moves them."""
+"""Margins closer than this count as equal: about ten times the effect of fp32 rounding."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def measure(decoder: Decoder, batches: Sequence[Batch], thresholds: Tensor | Non
 
 
 def site_targets(trained: Sequence[float], density: float) -> list[float]:
-    """What a mean ``density`` asks of each site, given their densities as trained; the formula at the top."""
+    """Each site's target for a mean ``density``, given the densities as trained; the formula at the top."""
     mean = sum(trained) / len(trained)
     if density <= mean:
         return [own * density / mean for own in trained]
@@ -113,7 +113,7 @@ def _quantile(margins: Tensor, share: float) -> float:
     ranked = margins.sort(descending=True).values
     count = len(ranked)
     gaps = (ranked[:-1] - ranked[1:] >= _GAP).nonzero().squeeze(1) + 1
-    places = torch.cat((torch.tensor([0]), gaps, torch.tensor([count])))  # how many execute, wherever that can be cut
+    places = torch.cat((torch.tensor([0]), gaps, torch.tensor([count])))  # how many execute at each possible cut
     executed = int(places[(places - share * count).abs().argmin()])
     inside = float(ranked[executed - 1]) if executed else math.inf
     outside = float(ranked[executed]) if executed < count else -math.inf

@@ -10,7 +10,7 @@ from evals.dial.file import Dial
 
 
 def draw(dial: Dial, name: str) -> Figure:
-    """Draw ``dial``; ``name`` says whose it is. Readable in black and white."""
+    """Draw ``dial`` of the run ``name``. Readable in black and white."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     dense = dial.trained.dense_flops_per_token
@@ -43,7 +43,7 @@ def draw(dial: Dial, name: str) -> Figure:
         "labels: share of tokens executed, mean over the sites",
         fontsize=10,
     )
-    percent = 1e8 / dense  # of the dense FLOPs, a MFLOP
+    percent = 1e8 / dense  # of the dense FLOPs, per MFLOP
 
     def to_percent(x: Any) -> Any:
         return x * percent

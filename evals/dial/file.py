@@ -1,4 +1,4 @@
-"""What ``dial.json`` holds, and the thresholds for any density in its range.
+"""The contents of ``dial.json``, and the thresholds for any density in its range.
 
 Dimension letters: S routed sites.
 """
@@ -52,7 +52,7 @@ class Dial(Strict):
     model: str
     """Fingerprint of the model's config."""
     step: int
-    """Optimiser steps the checkpoint has had."""
+    """The checkpoint's number of optimiser steps."""
     validation_set: str
     """Where the windows come from."""
     calibration_windows: int
@@ -74,7 +74,7 @@ class Dial(Strict):
 
         Args:
             path: of the file.
-            model: the config of the model to be dialled, to make sure that it is the one that was calibrated.
+            model: the config of the model to use it with, to make sure that it is the one that was calibrated.
             step: its optimiser steps, for the same reason.
 
         Raises:
@@ -109,10 +109,9 @@ class Dial(Strict):
     def thresholds(self, density: float) -> Tensor:
         """Thresholds fp32 [S] for a mean ``density``, above 0 and at most 1; minus infinity at 1, if it was calibrated.
 
-        Between two points each site's threshold moves in a straight line over the log-odds of its density: margins
-        spread about as a logistic distribution does. So in between, what executes is near what was asked and no more;
-        where it matters, calibrate that density, too. A density outside of the points gives the nearest one, with a
-        warning.
+        Between two points each site's threshold is interpolated linearly in the log-odds of its density, because
+        margins are roughly logistic. So in between, the executed density is only close to the one asked for; where it
+        matters, calibrate that density, too. A density outside the points gives the nearest one, with a warning.
         """
         if not 0 < density <= 1:
             raise ValueError(f"a density must be above 0 and at most 1, got {density:g}")
@@ -135,7 +134,7 @@ class Dial(Strict):
     def _between(self, site: int, low: Point, high: Point, share: float) -> float:
         start, end = (self.lowest_margins[site] if (t := p.thresholds[site]) is None else t for p in (low, high))
         first, last = low.site_targets[site], high.site_targets[site]
-        # What the calibration tokens can tell from 0 and from 1.
+        # The calibration tokens cannot distinguish densities closer to 0 or 1 than this.
         least = 0.5 / (self.calibration_windows * self.window_tokens)
         odds = [_log_odds(min(max(d, least), 1 - least)) for d in (first, last, first + share * (last - first))]
         way = (odds[2] - odds[0]) / (odds[1] - odds[0]) if odds[1] != odds[0] else share
@@ -143,7 +142,7 @@ class Dial(Strict):
 
 
 def fingerprint(model: ModelConfig) -> str:
-    """SHA-256 of what is set in a model's config; a new field at its default does not change it.
+    """SHA-256 of the non-default values of a model's config; a new field at its default does not change it.
 
     How executed tokens are computed (``router.execution``) is left out: the same tokens execute.
     """

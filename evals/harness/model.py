@@ -1,8 +1,8 @@
 """An export as lm-evaluation-harness's own loader sees it, for comparison with ``trainer/tasks/harness.py``.
 
 Importing this file imports ``lm_eval`` and transformers, which takes seconds; :mod:`evals.harness` does so when it is
-needed. The token that every document begins with is ours, too: the loader would otherwise take the tokenizer's
-begin-of-document token even where training never used one.
+needed. The token before every document is the one used for our models: the loader would otherwise take the tokenizer's
+begin-of-document token even if training never used one.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Export(CountsCuts, HFLM):
         return found
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """As the harness does, counting."""
+        """As the harness does, and count the requests."""
         self.count_generated(requests)
         found: list[str] = super().generate_until(requests, disable_tqdm)
         return found
@@ -51,10 +51,10 @@ class Export(CountsCuts, HFLM):
 def open_export(
     folder: Path, opened: Opened, window_tokens: int, batch_windows: int, trust_remote_code: bool, placement: Placement
 ) -> Export:
-    """The export in ``folder``, placed as ours, with windows and document starts as in ``opened``.
+    """The export in ``folder``, placed like our model, with windows and document starts as in ``opened``.
 
     Raises:
-        ValueError: if it is no Hugging Face folder, or brings code that the user has not allowed to run.
+        ValueError: if it is no Hugging Face folder, or has code that the user has not allowed to run.
     """
     path = folder / "config.json"
     if not path.is_file():

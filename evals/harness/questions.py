@@ -1,4 +1,4 @@
-"""Files of questions (``data/questions.py``) as configs of lm-evaluation-harness; ``one_shot`` is a folder of them."""
+"""Question files (``data/questions.py``) as configs of lm-evaluation-harness; ``one_shot`` is a folder of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ONE_SHOT, QUESTIONS = "one_shot", Path("tasks")
 
 
 def question_files(data: Path | None) -> dict[str, Path]:
-    """The files of questions in DATA by the name of their task."""
+    """The question files in DATA by task name."""
     return {} if data is None else {path.stem: path for path in sorted((data / QUESTIONS).glob("*.jsonl"))}
 
 
@@ -46,9 +46,9 @@ def question_task(name: str, path: Path, shots: int) -> dict[str, Any]:
 
 
 def dataset(files: Sequence[Path], **splits: list[Fields]) -> dict[str, Any]:
-    """What a config says of its documents, read from ``files`` by our own readers.
+    """The part of a config about its documents, read from ``files`` by our own readers.
 
-    The ``datasets`` library would make a time of a text that looks like one, and takes no UTF-16.
+    The ``datasets`` library would turn text that looks like a timestamp into one, and cannot read UTF-16.
     """
 
     def as_datasets(**_: Any) -> dict[str, Any]:
@@ -73,7 +73,7 @@ _CHOICE = {
     "target_delimiter": " ",
     "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("acc", "acc_norm")],
 }
-# Functions, not templates, of which the harness takes what looks like a number or a list for one.
+# Functions, not templates: the harness would parse a template's text that looks like a number or a list.
 _CONFIGS: dict[tuple[str, ...], dict[str, Any]] = {
     CHOICES: {
         **_CHOICE,
@@ -86,7 +86,7 @@ _CONFIGS: dict[tuple[str, ...], dict[str, Any]] = {
         "doc_to_text": lambda fields: fields["gold"],
         "doc_to_choice": partial(contexts, OPTIONS),
         "doc_to_target": partial(_first, partial(continuations, OPTIONS)),
-        "metric_list": _CHOICE["metric_list"][:1],  # all choices end alike: there is no length to make up for
+        "metric_list": _CHOICE["metric_list"][:1],  # same continuation for all: no length to normalise by
     },
     CONTINUATION: {
         "output_type": "loglikelihood",

@@ -1,4 +1,4 @@
-"""The table of ``evals.harness``, and what stands under it."""
+"""The table of ``evals.harness``, and the notes below it."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def differences(one: TaskScores, other: TaskScores) -> dict[str, float]:
 
 
 def table(ours: TaskScores, export: TaskScores | None = None) -> str:
-    """The metrics as text, a line each, with standard errors.
+    """The metrics as text, one per line, with standard errors.
 
-    The export's stand beside them, with the largest difference of a log-likelihood.
+    The export's are next to them, with the largest difference of a log-likelihood.
     """
     wide = max(len(name) for name in (*ours.metrics, BLIMP, _OTHERS)) + 2
     broad = max(18, *(len(metric) + 2 for own in ours.metrics.values() for metric in own))
@@ -67,7 +67,7 @@ def _number(value: float) -> str:
 
 
 def cuts(ours: TaskScores, export: TaskScores | None, window_tokens: int) -> list[str]:
-    """A line for each task of which a model did not see all that was asked."""
+    """A line for each task with requests that were truncated for a model."""
     lines = []
     for name, outcome in (("ours", ours), ("the export", export)):
         if outcome is None:

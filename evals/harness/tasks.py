@@ -1,11 +1,11 @@
-"""Tasks of lm-evaluation-harness that read local files, as configs of its.
+"""lm-evaluation-harness tasks that read local files, as its configs.
 
 blimp            DATA/blimp/*.jsonl, ``blimp_NAME`` one file of them: of two sentences the likelier one
 classify_NAME    DATA/tuning/NAME-test.jsonl: of a few labels the likeliest after the prompt
 perplexity       a text, or documents, as ``evals.perplexity`` reads them
 one_shot         DATA/tasks/*.jsonl, NAME one file of them: ``data/questions.py``
 
-And the names under which the harness itself has the tasks of ``one_shot``'s kind, with their data on the Hub.
+Also the names of the harness's own tasks of ``one_shot``'s kind, with their data on the Hub.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from settings import did_you_mean
 
 BLIMP, CLASSIFY, PERPLEXITY = "blimp", "classify_", "perplexity"
 PAIRS, TEXT = Path("tuning"), Path("books/test.jsonl.xz")
-"""In DATA: where prompts and responses lie, and what ``perplexity`` reads unless told otherwise."""
+"""In DATA: the folder of prompts and responses, and what ``perplexity`` reads by default."""
 MOST_LABELS = 20
 HUB_ONE_SHOT = (
     *("triviaqa", "nq_open", "webqs", "hellaswag", "lambada_openai", "wsc273", "winogrande", "race", "piqa"),
@@ -35,7 +35,7 @@ _PERPLEXITIES = {
     "byte_perplexity": "weighted_perplexity",
     "word_perplexity": "weighted_perplexity",
 }
-"""Metrics of ``perplexity``, and how the harness makes one number of each."""
+"""Metrics of ``perplexity``, and the harness's aggregation of each."""
 
 
 def local_tasks(
@@ -50,7 +50,7 @@ def local_tasks(
 
     Args:
         names: ``blimp``, ``blimp_NAME``, ``classify_NAME``, ``perplexity``, ``one_shot``, a file of ``tasks/``, or a
-            task of the user's.
+            user-defined task.
         data: holds ``blimp/``, ``tuning/``, ``tasks/`` and ``books/``.
         text: of ``perplexity``, if it is not ``TEXT`` in ``data``.
         shots: examples before each question; unless given 1 for ``one_shot`` and before what is classified, the
@@ -59,7 +59,7 @@ def local_tasks(
         text_field: field or column of what ``perplexity`` reads.
 
     Raises:
-        ValueError: if there are no such files, a line of one cannot be used, or there are not a few labels.
+        ValueError: if there are no such files, a line of one cannot be used, or labels are not 2 to ``MOST_LABELS``.
     """
     found: dict[str, dict[str, Any] | str] = {}
     questions = question_files(data)

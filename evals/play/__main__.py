@@ -1,12 +1,12 @@
-"""A page in the browser to play with a model, and an endpoint in OpenAI's form beside it.
+"""A page in the browser to play with a model, and an OpenAI-compatible endpoint.
 
     python -m evals.play runs/books
     python -m evals.play runs/books --port 8080 --dial elsewhere/dial.json
 
-MODEL is a run, a checkpoint or a folder of weights. The page shows a continuation of any prompt as it comes, each token
-coloured by the layers that ran for it; where the run has a compute dial (``evals.dial``), at any density, two side by
-side; and of each token which layers ran and how the late layers voted. ``/v1/completions`` answers OpenAI's clients,
-with ``density`` as an extra field:
+MODEL is a run, a checkpoint or a folder of weights. The page shows a continuation of any prompt as it is generated,
+each token coloured by the layers that ran for it; if the run has a compute dial (``evals.dial``), at any density, two
+side by side; and for each token, which layers ran and how the late layers voted. ``/v1/completions`` answers OpenAI's
+clients, with ``density`` as an extra field:
 
     curl http://127.0.0.1:8000/v1/completions -H 'content-type: application/json' \\
         -d '{"prompt": "It was", "max_tokens": 40, "temperature": 0, "density": 0.4}'
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from evals.scoring import Opened
 
 _STOP_S = 5
-"""How long answers that break off may take at the end."""
+"""How long interrupted answers may take at shutdown."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,7 +79,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket on which connections wait from now on; before the model is read, which takes longer."""
+    """A listening socket, opened before the model is read, which takes longer: connections wait until then."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
@@ -99,7 +99,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _dial(options: argparse.Namespace, opened: Opened) -> tuple[Dial | None, str]:
-    """The model's dial; or why there is none, with the way to one.
+    """The model's dial; or why there is none, and how to get one.
 
     Raises:
         ValueError: the one that ``--dial`` names is not this model's.

@@ -1,4 +1,4 @@
-"""The model behind the page: what it can be asked, and its tokens with what each one cost.
+"""The model behind the page: which requests it can answer, and its tokens with what each one cost.
 
 Dimension letters: T tokens of a pass, S routed sites, k late layers.
 """
@@ -31,7 +31,7 @@ class Asked(NamedTuple):
     ids: list[int]
     """Of the prompt."""
     before: str
-    """Stands before the continuation."""
+    """Text to return before the continuation."""
     thresholds: Tensor | None
     """fp32 [S], the compute dial."""
 
@@ -41,7 +41,7 @@ class AnswerPart(NamedTuple):
 
     text: str
     token: dict[str, Any] | None
-    """Of a new token, what ``details`` says; None for what comes after the last one."""
+    """Details of a new token, empty unless requested; None for the text after the last one."""
     reason: str | None
     """Why the answer ends here: ``stop`` or ``length``."""
 
@@ -51,10 +51,10 @@ class Player:
 
     Args:
         opened: the model and its tokenizer.
-        name: what it is called.
-        most_new_tokens: of a request.
+        name: its name.
+        most_new_tokens: limit per request.
         dial: its compute dial, if it has one.
-        no_dial: why it has none, with the way to one.
+        no_dial: why it has none, and how to get one.
     """
 
     def __init__(self, opened: Opened, name: str, most_new_tokens: int, dial: Dial | None, no_dial: str = "") -> None:
@@ -64,7 +64,7 @@ class Player:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What the page needs to know beforehand."""
+        """What the page needs to know in advance."""
         ensemble, router = self.opened.decoder.ensemble, self.config.router
         return {
             "step": self.opened.loaded.step,
@@ -110,7 +110,7 @@ class Player:
         return Asked(request, ids, before, self._thresholds(request.density))
 
     def answer(self, asked: Asked) -> Iterator[AnswerPart]:
-        """The answer to what was asked, token by token; whoever asks for no more stops it.
+        """The answer to what was asked, token by token; stop iterating to stop it.
 
         Raises:
             RequestError: at a token whose logits are not finite.
@@ -157,7 +157,7 @@ class Player:
 
     @torch.inference_mode()
     def _details(self, token: int, done: Pass, start: float) -> dict[str, Any]:
-        """What the page shows of a new token; costs and layers are those of the pass that chose it."""
+        """What the page shows about a new token; costs and layers are those of the pass that chose it."""
         executed = done.output.routing.executed[:, 0, -1]
         ran, spent = self._ran(executed), self._flops(done.output)
         return {
@@ -172,7 +172,7 @@ class Player:
         }
 
     def _ran(self, executed: Tensor) -> list[float]:
-        """Of each layer, how much ran: 1, or a half where one of two modules did."""
+        """How much of each layer ran: 0 or 1, or a half where one of two modules did."""
         routed = list(self.config.routed_layers)
         shares = executed.float().view(len(routed), -1).mean(1).tolist() if routed else []
         known = dict(zip(routed, shares, strict=True))
@@ -186,7 +186,7 @@ class Player:
         return executed_flops(self.config, ran), dense_flops(self.config, tokens, visible)
 
     def _votes(self, output: DecoderOutput) -> list[dict[str, Any]]:
-        """Each late layer's weight, and what it would have said alone."""
+        """Each late layer's weight, and the token that it alone would predict."""
         if output.vote is None:
             return []
         votes = []
@@ -218,7 +218,7 @@ class _Stopper:
         self._stops, self._held = stops, ""
 
     def add(self, text: str) -> tuple[str, bool]:
-        """What can be given out after ``text`` has come, and whether a stop string has."""
+        """What can be returned once ``text`` is added, and whether a stop string was found."""
         self._held += text
         found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if found:
@@ -229,6 +229,6 @@ class _Stopper:
         return out, False
 
     def rest(self, text: str) -> tuple[str, bool]:
-        """What was held back, with the end of the text, and whether a stop string has come with it."""
+        """What was held back, with the end of the text, and whether a stop string was found in it."""
         out, stopped = self.add(text)
         return (out, True) if stopped else (out + self._held, False)

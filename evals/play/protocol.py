@@ -1,4 +1,4 @@
-"""What goes over the wire: OpenAI's form of completions, with ``density`` and ``details`` as extras.
+"""The wire format: OpenAI's completions, with ``density`` and ``details`` as extras.
 
 A request is refused in OpenAI's form, too: a 4xx whose body names the field, the rule, the values and the fix. Fields
 of OpenAI's that have no meaning here are accepted with their neutral values, and refused with others.
@@ -25,8 +25,8 @@ class RequestError(Exception):
 
     Args:
         sentence: rule, values, fix.
-        field: of the request; None where it is none's fault.
-        status: of HTTP.
+        field: the request's field at fault; None if none is.
+        status: HTTP status.
     """
 
     def __init__(self, sentence: str, field: str | None = None, status: int = 400) -> None:
@@ -65,15 +65,15 @@ class CompletionRequest(Strict):
     stop: _STOP | Annotated[list[_STOP], Field(max_length=MOST_STOPS)] | None = None
     """The text ends before any of these."""
     stream: bool = False
-    """Server-sent events, a token each."""
+    """Server-sent events, one per token."""
     stream_options: StreamOptions = StreamOptions()
     """With ``stream``."""
     echo: bool = False
-    """The prompt stands before its continuation."""
+    """Return the prompt before its continuation."""
     density: float | None = Field(None, gt=0, le=1)
     """The compute dial: mean density; as trained unless given."""
     details: bool = False
-    """Say of every token which layers ran, what it cost, and how the late layers voted."""
+    """For every token, return which layers ran, what it cost, and how the late layers voted."""
     n: int | None = Field(None, ge=1, le=1)
     best_of: int | None = Field(None, ge=1, le=1)
     presence_penalty: float | None = Field(None, ge=0, le=0)
@@ -101,11 +101,11 @@ def read_request(body: bytes) -> CompletionRequest:
     """The request in ``body``.
 
     Raises:
-        Refused: it is none.
+        RequestError: it is invalid.
     """
     try:
         content = json.loads(body)
-        json.dumps(content, ensure_ascii=False).encode()  # half of a pair of surrogates is no text
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate is not text
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body must be JSON in UTF-8 ({error}); correct it") from None
     if not isinstance(content, dict):
@@ -154,7 +154,7 @@ class Answer:
     def body(
         self, text: str, reason: str | None, tokens: Sequence[dict[str, Any]], counted: int | None = None
     ) -> dict[str, Any]:
-        """A chunk of the answer, or all of it, which has ``counted`` new tokens in the end."""
+        """A chunk of the answer, or all of it, with ``counted`` new tokens in total."""
         choice: dict[str, Any] = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
         if self._request.details:
             choice["details"] = {"tokens": list(tokens)}
@@ -162,7 +162,7 @@ class Answer:
         return {**self._common, "choices": [choice], **usage}
 
     def events_after(self, counted: int) -> list[bytes]:
-        """What closes a stream."""
+        """The events that end a stream."""
         usage = [{**self._common, "choices": [], "usage": self._usage(counted)}]
         return [*(map(event, usage) if self._request.stream_options.include_usage else ()), b"data: [DONE]\n\n"]
 

@@ -1,8 +1,8 @@
 """The web server: the page, ``/v1/models`` and ``/v1/completions``.
 
-One answer is made at a time; requests wait for their turn, and one too many gets 429. A client that goes away ends its
-answer with the token that is being made. Other sites' pages cannot use a server on loopback through the browser: a
-request must be JSON, which browsers ask permission for and do not get, and be addressed to this machine by name.
+One answer is generated at a time; requests wait for their turn, and one too many gets 429. If a client disconnects, its
+answer ends after the current token. Other sites' pages cannot use a server on loopback through the browser: a request
+must be JSON, for which browsers need a CORS permission that is not granted, and be addressed to this machine by name.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
 def application(
     player: Player, waiting: int, hosts: Sequence[str] | None = (), stopping: Callable[[], bool] = lambda: False
 ) -> Starlette:
-    """All that is served.
+    """The whole web application.
 
     Args:
         player: the model.
@@ -74,7 +74,7 @@ def application(
 
 
 class Completions:
-    """``POST /v1/completions``, as an ASGI application: it must hear of it when the client goes away."""
+    """``POST /v1/completions``, as an ASGI application: it must learn when the client disconnects."""
 
     def __init__(self, player: Player, waiting: int, stopping: Callable[[], bool]) -> None:
         self._player, self._waiting, self._stopping = player, waiting, stopping
@@ -129,7 +129,7 @@ class Completions:
                     ended = part.reason is not None
                     tokens = [] if part.token is None else [part.token]
                     await write(event(answer.body(part.text, part.reason, tokens)))
-        except RequestError as error:  # too late for a status
+        except RequestError as error:  # too late for an HTTP status
             refused = error
         for closing in answer.events_after(counted) if ended else [event(refused.body)]:
             await write(closing)
@@ -150,7 +150,7 @@ _STOPPED = RequestError("the server was stopped", status=503)
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, None]) -> None:
-    """Do ``work``, and give it up in the moment in which the client goes away."""
+    """Do ``work``, and cancel it as soon as the client disconnects."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -1,4 +1,4 @@
-"""Which tokens use how many layers, as a page."""
+"""A page that shows which tokens use how many layers."""
 
 FEWEST = 64
-"""Fewer tokens than this say nothing about their classes."""
+"""Fewer tokens than this are too few for a report."""

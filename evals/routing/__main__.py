@@ -5,7 +5,7 @@
 
 The page (``evals/routing/page.py``) needs no network and no script. It shows a text coloured by the layers that its
 tokens ran, densities by layer, position, class and frequency of the token, the most and the least executed of the
-frequent tokens, densities over training where the run's metrics are at hand, and the vote of a late-layer ensemble.
+frequent tokens, densities over training if the run's metrics are available, and the vote of a late-layer ensemble.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ TOKENS = 16_384
 
 
 def _name_of(path: Path) -> str:
-    """What the page calls the model."""
+    """The model's name on the page."""
     path = path.resolve()
     run = run_of(path)
     return path.name if run is None or run == path else f"{run.name}, {path.name}"
 
 
 def _out(path: Path, given: Path | None) -> Path:
-    """Where to write; reported before the work, not after it."""
+    """Where to write; an error is raised before the work, not after it."""
     out = given
     if out is None:
         run = run_of(path)

@@ -115,7 +115,7 @@ class Routing:
         text: passages, each its heading and its tokens.
         by_site, by_position, by_class, by_frequency: the charts.
         most, least: frequent tokens with the largest and the smallest share.
-        history: None where no metrics of the training are at hand.
+        history: None where no metrics of the training are available.
     """
 
     how: str
@@ -171,10 +171,10 @@ def level(share: float) -> int:
 
 
 def visible(piece: str) -> str:
-    """A piece as it is shown: a space where it stands for one, a sign for what cannot be seen.
+    """A piece as it is shown: a space where it stands for one, a symbol for what is invisible.
 
-    Signs that would act on the page's text, as those that turn its direction, are spelt out; so are bytes that are
-    only a part of a character.
+    Characters that would affect the page's text, such as those that change its direction, are spelt out; so are bytes
+    that are only a part of a character.
     """
     byte = _BYTE.fullmatch(piece)
     if byte is not None:
@@ -204,7 +204,7 @@ def _takeaway(bars: Sequence[Bar]) -> tuple[Bar, Bar, bool] | None:
 
 
 def _points(values: Sequence[float]) -> str:
-    """Of a line in a picture of 100 x 40, from shares."""
+    """Points of a line in a picture of 100 x 40, from shares."""
     last = max(len(values) - 1, 1)
     return " ".join(f"{100 * place / last:.1f},{40 - 40 * value:.1f}" for place, value in enumerate(values))
 

@@ -1,4 +1,4 @@
-"""What a routing report says, from what a model did on some windows.
+"""The contents of a routing report, from what a model did on some windows.
 
 Every window is run by itself, as in validation: routers decide without noise and nothing is dropped.
 
@@ -113,7 +113,7 @@ def summarise(
     """What the page shows of the routers; None for a model without them."""
     if model.router is None:
         return None
-    frequent = sorted(_frequent(observed, tokenizer), key=lambda bar: -bar.tokens)  # comes first where shares are equal
+    frequent = sorted(_frequent(observed, tokenizer), key=lambda bar: -bar.tokens)  # breaks ties of shares
     return Routing(
         how=_HOW[model.router.kind],
         unit="layers" if model.router.granularity == "layer" else "modules",
@@ -136,7 +136,7 @@ def summarise(
 
 
 def _bar(observed: Observed, chosen: Tensor, label: str, note: str = "") -> Bar:
-    """``chosen`` is bool [N], with a token at least."""
+    """``chosen`` is bool [N], with at least one token."""
     return Bar(label, float(observed.executed[:, chosen].double().mean()), int(chosen.sum()), note)
 
 
@@ -273,7 +273,7 @@ def report_on(
     kind: str | None = None,
     text_field: str | None = None,
 ) -> RoutingReport:
-    """Run the model and put together what the page says.
+    """Run the model and assemble the contents of the page.
 
     Args:
         loaded: the model.

@@ -96,7 +96,7 @@ def read_history(metrics: Path, sites: Sequence[str], target: float, step: int) 
     found: dict[int, dict[str, Any]] = {}
     for entry in metrics_file.read(metrics):
         if all(name in entry for name in names) and entry["step"] <= step:
-            found[entry["step"]] = entry  # of a step that was taken again after a resume, the later one
+            found[entry["step"]] = entry  # for a step repeated after a resume, the later one
     if len(found) < 2 or not names:
         return None
     logged = sorted(found)
