@@ -133,7 +133,7 @@ def _attend_one(queries: Tensor, keys: Tensor, values: Tensor, selection: Select
 
 
 def _runs_of_rows(index: Tensor, batch: int, keys: int) -> list[slice]:
-    """Slices of the batch that hold all rows in ``index``, int64 [N], rising, and few others."""
+    """Slices of the batch that hold all rows in ``index``, int64 [N], ascending, and few others."""
     if not index.is_cpu:
         return [slice(0, batch)]  # one shape whichever rows execute, and no sync with the host
     runs: list[slice] = []

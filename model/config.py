@@ -1,7 +1,7 @@
 """The ``model`` block of a run's config: the decoder's sizes and its ``router`` block.
 
-A dense model is a model without a ``router`` block; that block is the only difference
-between ``configs/dense_160m.yaml`` and ``configs/skip_160m.yaml``.
+A dense model is a model without a ``router`` block; that block is the only difference between
+``configs/dense_160m.yaml`` and ``configs/skip_160m.yaml``.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class RouterConfig(Strict):
     density: float = Field(gt=0, le=1)
     """Target share of tokens that a routed site executes: the paper's P."""
     granularity: Literal["layer", "module"] = "layer"
-    """One decision a layer, or one for its attention and one for its feed-forward."""
+    """One decision per layer, or one for its attention and one for its feed-forward."""
     input: Literal["normed", "raw"] = "normed"
     """What the learned router reads: the layer's RMS-normed input, or the residual stream as in the paper."""
     always_on_first: int = Field(0, ge=0)
@@ -127,11 +127,11 @@ class RouterConfig(Strict):
     temperature: Ramp = Ramp(start=1.0, end=1.0, until=1.0)
     """Temperature of the soft gate, which provides the hard gate's gradient."""
     execution: Literal["rounded", "capacity", "reference"] = "rounded"
-    """How executed tokens are computed in training: ``rounded`` gathers them all, ``capacity`` a fixed number a window
-    (static shapes, overflow dropped), ``reference`` computes every token and masks (slow). Evaluation and generation
-    never drop."""
+    """How executed tokens are computed in training: ``rounded`` gathers them all, ``capacity`` a fixed number per
+    window (static shapes, overflow dropped), ``reference`` computes every token and masks (slow). Evaluation and
+    generation never drop."""
     capacity_factor: float = Field(1.25, ge=1)
-    """capacity: room for this times the target density, rounded up to whole blocks of 128 tokens a window."""
+    """capacity: room for this times the target density, rounded up to whole blocks of 128 tokens per window."""
     explore: float = Field(0.0, ge=0, le=1)
     """learned: share of skipped tokens for which training computes, forward only, what the site would have added, for
     their gates to learn from. 1 is textbook straight-through; with 0 only executed tokens' gates learn from the loss.

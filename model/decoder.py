@@ -40,7 +40,7 @@ class DecoderOutput:
     scores: Scores | None = None
     """With ``score``: each late layer alone, the final one last, then the ensemble; C = k + 1, or 1 without it."""
     vote: Vote | None = None
-    """The late layers' vote, on the scored tokens only where their number was given."""
+    """The late layers' vote; only on the scored tokens if ``scored_targets`` or ``places`` was given."""
     vote_sums: VoteSums | None = None
     """The same, summed over tokens with a target."""
 

@@ -2,7 +2,7 @@
 
     KL_i = sum over tokens of T^2 sum_v p_v (log p_v - log q_i,v)      p = softmax(W n_k / T), q_i = softmax(W n_i / T)
 
-p is a constant here: no gradient reaches the final layer's state, and the head gets the part through q alone. For a
+p is a constant here: no gradient reaches the final layer's state, and the head only gets the part through q. For a
 chunk of tokens the teacher's logits are computed once, then each student's, turned in place into their own gradient and
 dropped. So memory holds two chunks of logits, whatever the numbers of tokens and layers.
 

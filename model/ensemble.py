@@ -6,7 +6,7 @@
     logits = sum_i w_i (W n_i) = W (sum_i w_i n_i)        the head is linear: one product, whatever k is
 
 The router's weights start at zero, so that the final layer has the weight ``final_weight`` on every token. During the
-first ``open_by`` of the steps a bias that falls in a straight line to 0 is added to the final layer's logit, so that
+first ``open_by`` of the steps a bias that falls linearly to 0 is added to the final layer's logit, so that
 the ensemble starts as the base model; see :meth:`LateLayers.open`.
 
 Load balancing: Switch's (Fedus et al. 2021), ``balance x k x sum_i f_i P_i``, with P_i the mean weight of layer i and

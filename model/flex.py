@@ -49,7 +49,7 @@ def flex_attend(queries: Tensor, keys: Tensor, values: Tensor, selection: Select
 
 @torch.compiler.disable
 def flat_bounds(selection: Selection, visibility: Visibility) -> tuple[Tensor, Tensor]:
-    """First and last visible key of every selected token on the flat grid, int64 [N] each, both rising."""
+    """First and last visible key of every selected token on the flat grid, int64 [N] each, both ascending."""
     batch, tokens, keys = selection.batch, selection.tokens, visibility.keys
     begins = torch.arange(0, batch * keys, keys, device=visibility.last.device)[:, None]
     last = begins + visibility.last
@@ -59,7 +59,7 @@ def flat_bounds(selection: Selection, visibility: Visibility) -> tuple[Tensor, T
 
 @torch.compiler.disable
 def block_mask(first: Tensor, last: Tensor, keys: int) -> BlockMask:
-    """The block mask of queries that see the keys ``first`` to ``last`` (int64 [N], both rising) of ``keys``."""
+    """The block mask of queries that see the keys ``first`` to ``last`` (int64 [N], both ascending) of ``keys``."""
     needed, full = needed_blocks(first, last, keys)
 
     def visible(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:

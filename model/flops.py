@@ -1,7 +1,7 @@
 """Parameter and FLOP counts that follow the measured routing.
 
-Counted: matrix products, two FLOPs a multiply-add, and the attention's two products over the keys that each query
-really saw. A routed site always pays for its keys and values and for its router; queries, output projection,
+Counted: matrix products, two FLOPs per multiply-add, and the attention's two products over the keys that each query
+actually saw. A routed site always pays for its keys and values and for its router; queries, output projection,
 attention and feed-forward are paid for by the tokens that executed, the head by those whose logits are computed.
 A skipped token that is computed only to fill up a shape (a filler of model/selection.py) is not counted.
 
@@ -81,7 +81,7 @@ class Routed:
 
 
 def full_windows(config: ModelConfig, tokens: float, sequence_tokens: int, density: float) -> Routed:
-    """What training runs on ``tokens`` in whole windows of one document each, every routed site at ``density``."""
+    """Counts of training on ``tokens`` in whole windows of one document each, every routed site at ``density``."""
     visible, sites = tokens * (sequence_tokens + 1) / 2, len(config.sites)
     router = config.router
     explored = router.explore * (1 - density) if router is not None and router.explores else 0.0

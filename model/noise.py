@@ -1,8 +1,8 @@
 """Random numbers without a generator: a hash of (seed, sample, site, position).
 
-A token's noise depends only on its place in the data, never on the rank, the micro-batch or the draws before
-it. So the same tokens get the same noise at every world size and accumulation split, recomputation under activation
-checkpointing sees the same decisions, and a resumed run needs no generator state.
+A token's noise depends only on its place in the data, never on the rank, the micro-batch or the draws before it. So the
+same tokens get the same noise at every world size and accumulation split, recomputation under activation checkpointing
+sees the same decisions, and a resumed run needs no generator state.
 
 Dimension letters: B batch, T tokens.
 """

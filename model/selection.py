@@ -12,7 +12,7 @@ Two ways to choose, same results where nothing overflows:
 
     of       as many tokens as the mask holds, rounded up to a multiple. Nothing is dropped; the host waits to learn
              the count, and shapes differ from step to step.
-    capped   a fixed number a row, filled first come first served along the row, which is causal. Static shapes and no
+    capped   a fixed number per row, filled first come first served along the row, which is causal. Static shapes and no
              wait; executed tokens beyond the capacity are dropped.
 
 Both may add **fillers**, tokens that should be skipped, to reach the number. Their gate is 0, so what is computed for
@@ -46,7 +46,7 @@ class Rectangle:
     """Selected tokens row by row, the short rows padded.
 
     Attributes:
-        columns: int64 [B, C], grid column of every slot, rising along a row; padding has the last column, T - 1.
+        columns: int64 [B, C], grid column of every slot, ascending along a row; padding has the last column, T - 1.
         slots: int64 [N], flat place in the rectangle of every selected token; None where there is no padding.
     """
 
@@ -73,7 +73,7 @@ class Selection:
     Attributes:
         batch: B.
         tokens: T.
-        index: int64 [N], flat positions in the grid in rising order; None for everything.
+        index: int64 [N], flat positions in the grid in ascending order; None for everything.
         exact: no fillers among them.
         row_tokens: selected tokens per row, where it is the same number for all.
         recomputed: what is gathered from is recomputed in the backward pass, and not kept until then.
@@ -96,7 +96,8 @@ class Selection:
         """The tokens where the bool ``mask`` [B, T] is set, and fillers up to a multiple of ``round_to``.
 
         Waits for the device to count them. Unless given, ``round_to`` is 1 on the CPU and 128 elsewhere, and 8 there
-        for one token a row (T = 1). Zero tokens are rounded up too, except for T = 1, where zero saves the whole site.
+        for one token per row (T = 1). Zero tokens are rounded up too, except for T = 1, where zero skips the whole
+        site.
         """
         return _counted(mask, round_to)
 
@@ -155,7 +156,7 @@ class Selection:
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def kept_as_index(self, rows: Tensor, x: Tensor) -> AbstractContextManager[object]:
-        """A context in which autograd keeps no ``rows``, gathered from ``x`` [B, T, D], but gathers them again.
+        """A context in which autograd does not keep ``rows`` but gathers them again from ``x`` [B, T, D].
 
         For operations on the rows of an ``x`` that is kept anyway; it does nothing where ``x`` is recomputed.
         """
@@ -216,5 +217,5 @@ def _fill(mask: Tensor, missing: Tensor | int) -> Tensor:
 
 
 def _first(mask: Tensor, size: int) -> Tensor:
-    """Positions of the ``size`` set entries of the flat ``mask``, in rising order, without counting them."""
+    """Positions of the ``size`` set entries of the flat ``mask``, in ascending order, without counting them."""
     return torch.nonzero_static(mask, size=size).squeeze(-1)

@@ -39,7 +39,7 @@ class SequenceGroup:
         self.rank, self.size, self.group = rank, size, group
 
     def positions(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-        """Where this rank's ``tokens`` are in the window: int64 [T], rising."""
+        """Where this rank's ``tokens`` are in the window: int64 [T], ascending."""
         return positions_of(self.rank, self.size, tokens * self.size, device)
 
     def local_part(self, x: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class _Arrive(torch.autograd.Function):
 
 
 def positions_of(rank: int, size: int, window: int, device: torch.device | str = "cpu") -> Tensor:
-    """Where the tokens of rank ``rank`` of ``size`` are in a window of ``window``: int64 [T], rising."""
+    """Where the tokens of rank ``rank`` of ``size`` are in a window of ``window``: int64 [T], ascending."""
     return _part(torch.arange(window, device=device)[None].chunk(2 * size, dim=1), rank)[0]
 
 

@@ -23,7 +23,7 @@ class Visibility:
     """First and last visible key of every query of a forward pass; shared by all layers.
 
     Args:
-        places: int64 [T], each new token's index among the keys, rising: the last key that it sees.
+        places: int64 [T], each new token's index among the keys, ascending: the last key that it sees.
         keys: S.
         documents: int64 [B, S], a number for every key that is equal within a document and differs from its
             neighbours'; None where there is only one document.
