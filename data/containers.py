@@ -51,7 +51,7 @@ _ZSTD_HEADER_BYTES = 18
 _ZSTD_SKIPPABLE = b"\x2a\x4d\x18"
 _START_BYTES = 4096
 _TEXT_BYTES_A_NUL = 10
-"""Bytes per NUL below which a file is not text. Stray NULs are text, one in two or four bytes is another encoding."""
+"""Bytes per NUL below which a file is not text: a stray NUL may be, one in two or four bytes is another encoding."""
 _ROWS_AT_ONCE = 64
 
 

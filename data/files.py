@@ -35,7 +35,7 @@ def nearest_folder(path: Path) -> Path:
 
 
 def require_new_folder(out: Path) -> None:
-    """Refuse to write over anything.
+    """Refuse to overwrite anything.
 
     Raises:
         ValueError: if ``out`` exists and is no empty folder, or its path has ``..`` or no name.
@@ -54,7 +54,7 @@ def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
         os.fsync(file.fileno())
         file.close()
         os.replace(file.name, path)
-    except OSError:  # such as a full disk, which half a temporary file would keep full
+    except OSError:  # such as a full disk, on which half a file must not stay
         with contextlib.suppress(OSError):
             file.close()
         Path(file.name).unlink(missing_ok=True)
@@ -101,7 +101,7 @@ def only_holder(path: Path, refusal: str) -> Iterator[None]:
         refusal: how the error begins if another process holds it.
 
     Raises:
-        ValueError: another process holds it, and goes on holding it.
+        ValueError: another process holds it, and does not release it.
     """
     with holding(path, _GRACE_S) as holder:
         if holder is not None:

@@ -72,7 +72,7 @@ class Prefetch(Generic[Item]):
         self._put("end", None)
 
     def _put(self, kind: str, item: Item | BaseException | None) -> bool:
-        """Hand over one thing; False if the consumer has closed this meanwhile."""
+        """Hand over one entry; False if the consumer has closed this meanwhile."""
         while not self._closed.is_set():
             try:
                 self._ready.put((kind, item), timeout=0.1)

@@ -7,8 +7,8 @@ The fields of a line determine what is asked, the same for all lines of a file:
     context, continuation                how likely the continuation is, and whether greedy decoding gives it
     context, answer[, aliases]           whether greedy decoding gives the answer, or one of its aliases
 
-``gold`` counts from 0. The parts are joined by a single space. A query with a line ``Question:``
-but none with ``Answer:`` gets one, as in the published versions of sets with such queries.
+``gold`` counts from 0. The parts are joined by a single space. A query with a line ``Question:`` but none with
+``Answer:`` gets one, as in the published versions of sets with such queries.
 """
 
 from __future__ import annotations

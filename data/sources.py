@@ -37,7 +37,7 @@ class Document(NamedTuple):
     repaired: bool
     """Invalid Unicode in it was replaced."""
     after: Cursor
-    """Where reading goes on after it."""
+    """Where to continue reading after it."""
     ids: np.ndarray | None = None
     """For a source of token ids, which has no text: uint32 [N], with begin and end tokens; empty without any ids."""
     duplicate: bool = False

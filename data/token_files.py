@@ -56,7 +56,7 @@ def with_indexes(files: list[Path]) -> list[Path]:
     """``files`` with both of every Megatron pair, so that both are known by their fingerprints.
 
     Raises:
-        ValueError: an index is without its tokens, or a flat file lies at a URL.
+        ValueError: an index is without its tokens, or a flat file is at a URL.
     """
     remote = [path for path in files if isinstance(path, RemoteFile) and format_of(path) not in ("json", "parquet")]
     if remote:

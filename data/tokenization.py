@@ -39,7 +39,7 @@ from data.split_points import AFTER_LINE_BREAK, border_of, parts
 JSON_NAME = "tokenizer.json"
 CONFIG_NAME, GENERATION_NAME = "tokenizer_config.json", "generation_config.json"
 _PARTS_AT_ONCE = 64
-"""Parts of a long text encoded at once: some, for the library's threads, but not all, because of the memory."""
+"""Parts of a long text encoded at once: enough for the library's threads, not all because encodings take memory."""
 WORD_START = "▁"
 """What a piece begins with if there is a space before it."""
 EOS_PLACES = (

@@ -95,7 +95,7 @@ def copy_tokenizer(folder: Path, out: Path) -> list[str]:
 
 
 def left_behind(folder: Path) -> str:
-    """The names of everything else in a Hugging Face ``folder`` except config and weights; empty if nothing is."""
+    """The names of everything else in a Hugging Face ``folder`` except config and weights; empty if there is none."""
     known = {path for pattern in _NOT_OF_A_TOKENIZER for path in folder.glob(pattern)} | set(tokenizer_files(folder))
     names = []
     for path in sorted(folder.iterdir()):

@@ -38,7 +38,7 @@ def require_reachable(url: str, what: str) -> None:
 
     Args:
         url: to check.
-        what: the URL is, for the message: a field of a config.
+        what: what the URL is, for the message: a field of a config.
 
     Raises:
         ValueError: the protocol is not known, or the package that implements it is not installed.
@@ -91,7 +91,7 @@ def with_retries(attempt: Callable[[], _T], attempts: int = ATTEMPTS, pause_s: f
 
 
 def reason(error: BaseException) -> str:
-    """Why a place could not be reached, in a line."""
+    """Why a place could not be reached, on one line."""
     kind, message = type(error).__name__, one_line(error)
     return kind if message == kind else f"{kind}: {message}"
 
@@ -114,7 +114,7 @@ def require_empty(url: str, what: str) -> None:
 
     Args:
         url: to check.
-        what: it is, for the message.
+        what: what the URL is, for the message.
 
     Raises:
         ValueError: with what to do.
@@ -133,7 +133,7 @@ def copy_folder(folder: Path, url: str, last: str) -> None:
     """Copy all files below ``folder`` to ``url``; the file ``last`` after all others, to mark them complete.
 
     Raises:
-        ValueError: if that does not work; the folder stays as it was.
+        ValueError: if the copy fails; the folder stays as it was.
     """
     system, place = open_filesystem(url)
     files = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (path.name == last, path))
