@@ -31,7 +31,7 @@ def text_field_of(config: PretrainConfig | TuneConfig | WeightsConfig) -> str:
 
 
 def text_files(names: Sequence[str], kind: str | None = None) -> list[Path]:
-    """The files of these names and patterns; each has the format ``kind``, or one that its name tells.
+    """The files of these names and patterns; each has the format ``kind``, or one inferred from its name.
 
     Raises:
         ValueError: if there are none, or one has no known format.
@@ -51,8 +51,8 @@ def texts_of(path: str | Path, kind: str | None = None, text_field: str = "text"
         text_field: field of JSON lines, column of Parquet and CSV.
 
     Raises:
-        ValueError: if it is missing, its format is not known, or it cannot be read; nor can invalid Unicode: a score
-            of the replaced text would be that of another text.
+        ValueError: if it is missing, its format is not known, or it cannot be read, which includes invalid Unicode: a
+            score with replaced characters would be that of another text.
     """
     (file,) = find_files([str(path)])
     config = SourceConfig.model_construct(name="FILES", format=_format(file, kind), text_field=text_field)

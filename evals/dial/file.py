@@ -31,7 +31,7 @@ class Point(Strict):
     thresholds: list[float | None]
     """[S]: a token executes a site where its margin reaches the threshold; null for minus infinity: all do."""
     site_targets: list[float]
-    """[S]: density asked of each site."""
+    """[S]: target density of each site."""
     calibration_density: float
     """Mean density reached on the calibration windows."""
     held_out_density: float

@@ -196,7 +196,7 @@ def _legend(total: int) -> list[tuple[int, list[int]]]:
 
 
 def _takeaway(bars: Sequence[Bar]) -> tuple[Bar, Bar, bool] | None:
-    """The rows with the lowest and the highest share, of those with enough tokens to tell, and whether that is all."""
+    """The rows with the lowest and the highest share, of those with enough tokens to tell, and whether all have."""
     known = [bar for bar in bars if bar.tokens >= _ENOUGH]
     if len(known) < 2:
         return None
