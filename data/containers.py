@@ -2,7 +2,7 @@
 
 Everything here yields values in the order of the file, holding one document (or one chunk of a table) in memory; only a
 JSON file that is one big array, and a compressed Parquet file, are held whole. Text in UTF-16 or UTF-32 is recognised
-by the byte order mark at its start and converted to UTF-8; without a mark, text is UTF-8, and what is no text is
+by the byte order mark at its start and converted to UTF-8; without a mark, text is UTF-8, and what is not text is
 refused.
 """
 

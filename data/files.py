@@ -38,7 +38,7 @@ def require_new_folder(out: Path) -> None:
     """Refuse to overwrite anything.
 
     Raises:
-        ValueError: if ``out`` exists and is no empty folder, or its path has ``..`` or no name.
+        ValueError: if ``out`` exists and is not an empty folder, or its path has ``..`` or no name.
     """
     if ".." in out.parts or not out.name:
         raise ValueError(f"OUT must name a folder without '..', got {out}; give its path in full")

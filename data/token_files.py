@@ -119,7 +119,7 @@ def closed(ids: Any, settings: TokensConfig, vocabulary: Vocabulary, place: str)
         place: which document it is, in words.
 
     Raises:
-        ValueError: it is no list of ids of the vocabulary.
+        ValueError: it is not a list of ids of the vocabulary.
     """
     try:
         given = np.asarray([] if ids is None else ids)

@@ -60,7 +60,7 @@ def tokenizer_names(folder: Path) -> list[str]:
 def tokenizer_contents(folder: Path) -> dict[str, bytes]:
     """The files that a copy of the tokenizer in ``folder`` needs, by name, the one that decides the ids last.
 
-    A model's ``config.json`` is no file of a tokenizer. An end-of-document token that only it names is put into
+    A model's ``config.json`` is not a tokenizer file. An end-of-document token that only it names is put into
     ``generation_config.json`` instead.
 
     Raises:

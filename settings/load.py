@@ -62,7 +62,7 @@ def _load(path: Path, overrides: Sequence[str], schema: type[Schema], block: str
 
 
 def peek(path: str | Path) -> dict[str, Any]:
-    """The blocks of a YAML file, not validated; none if it is missing or no mapping, which :func:`load` reports."""
+    """The blocks of a YAML file, not validated; none if it is missing or not a mapping, which :func:`load` reports."""
     try:
         blocks = yaml.load(Path(path).read_bytes(), Loader=Loader)
     except (OSError, ValueError, RecursionError, yaml.YAMLError):

@@ -29,7 +29,7 @@ def task_of(part: str | None, environment: Mapping[str, str] = os.environ) -> Ta
     ``srun`` and no array does everything, however many tasks its allocation has.
 
     Raises:
-        ValueError: ``part`` is no I/N, or the array's numbers have gaps.
+        ValueError: ``part`` is not I/N, or the array's numbers have gaps.
     """
     if part is not None:
         found = re.fullmatch(r"(\d+)/(\d+)", part)

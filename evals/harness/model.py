@@ -54,7 +54,7 @@ def open_export(
     """The export in ``folder``, placed like our model, with windows and document starts as in ``opened``.
 
     Raises:
-        ValueError: if it is no Hugging Face folder, or has code that the user has not allowed to run.
+        ValueError: if it is not a Hugging Face folder, or has code that the user has not allowed to run.
     """
     path = folder / "config.json"
     if not path.is_file():
