@@ -4,14 +4,14 @@
     python -m convert.average runs/mine --last 5 --decay 0.9 runs/mine-mean
     python -m convert.average runs/mine/checkpoints/step-00000800 runs/fork/checkpoints/step-00000900 runs/mean
 
-The mean of each parameter over checkpoints of one model, uniform, or with weights that fall exponentially with the
-steps before the last one. OUT becomes a folder of weights that everything reads: evaluation, ``convert.to_hf``, stage
-two; config and tokenizer are those of the last checkpoint, by steps. ``train.checkpoint.keep`` and ``keep_every_steps``
-say which checkpoints of a run there are.
+The mean of each parameter over checkpoints of one model, uniform, or with weights that decay exponentially with the
+distance in steps from the last one. OUT becomes a folder of weights that evaluation, ``convert.to_hf`` and stage two
+read; config and tokenizer are those of the last checkpoint, by steps. ``train.checkpoint.keep`` and
+``keep_every_steps`` decide which checkpoints a run keeps.
 
 Parameters are summed one at a time in fp64, from fp32 master weights wherever there are any, and rounded to fp32 once.
-The checkpoints' files are mapped, and what is done is in a file without a name on OUT's disk: in memory is one
-parameter.
+The checkpoints' files are memory-mapped, and finished parameters are in an unnamed file on OUT's disk, so only one
+parameter is in memory.
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ Weights = Callable[[str], "Tensor"]
 
 
 class Member(NamedTuple):
-    """A checkpoint, and what it counts."""
+    """A checkpoint and its weight in the mean."""
 
     loaded: Loaded
-    """Its decoder has no memory."""
+    """Its decoder is without storage."""
     share: float
-    """Of the mean; those of all members add up to 1."""
+    """Share of the mean; the shares of all members add up to 1."""
 
 
 def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: float | None = None) -> list[str]:
-    """Write the mean of checkpoints to the new folder ``out``; returns what was done, a line each.
+    """Write the mean of checkpoints to the new folder ``out``; returns a report, one line per item.
 
     Args:
         paths: two or more of what :func:`tune.load.load_model` reads; or one run, with ``last``.
         out: new or empty.
         last: how many of a run's newest whole checkpoints.
-        decay: a checkpoint counts as much as the next one times this, where steps are evenly spaced; all alike unless
+        decay: a checkpoint's weight is that of the next one times this, where steps are evenly spaced; uniform unless
             given.
 
     Raises:
-        ValueError: with one sentence for what stands in the way.
+        ValueError: with one sentence on the problem.
     """
     require_new_folder(out)
     from convert.facts import facts_of
@@ -82,7 +82,7 @@ def average(paths: Sequence[Path], out: Path, last: int | None = None, decay: fl
 
 
 def _mean_thresholds(members: Sequence[Member]) -> Tensor | None:
-    """What the routers' margins are compared with, which are linear in the routers' weights; None for 0."""
+    """Mean thresholds of the routers' margins, which are linear in the routers' weights; None for 0."""
     import torch
 
     given = [m.loaded.decoder.thresholds for m in members]
@@ -98,7 +98,7 @@ def _weighting(decay: float | None) -> str:
 
 
 def _provenance(members: Sequence[Member]) -> list[dict[str, Any]]:
-    """For the manifest."""
+    """The members as recorded in the manifest."""
     from data.files import sha256_of
     from trainer.checkpoints import manifest
 
@@ -114,7 +114,7 @@ def _provenance(members: Sequence[Member]) -> list[dict[str, Any]]:
 
 
 def _opened(paths: Sequence[Path], last: int | None) -> list[Loaded]:
-    """The checkpoints without their weights, by steps where all have any, else in the order given."""
+    """The checkpoints without their weights, sorted by step if all have one, else in the order given."""
     from tune.load import load_empty, load_empty_checkpoint
 
     if last is None and len(paths) < 2:
@@ -137,7 +137,7 @@ def _opened(paths: Sequence[Path], last: int | None) -> list[Loaded]:
 
 
 def _newest(run: Path, last: int) -> list[Path]:
-    """The newest ``last`` whole checkpoints of ``run``; torn ones are told on stderr and passed over."""
+    """The newest ``last`` whole checkpoints of ``run``; torn ones are reported on stderr and skipped."""
     from trainer.checkpoints import manifest
     from trainer.checkpoints.layout import checkpoints_of, is_run
     from trainer.distributed import ALONE
@@ -158,7 +158,7 @@ def _newest(run: Path, last: int) -> list[Path]:
 
 
 def _shared_out(found: Sequence[Loaded], decay: float | None) -> list[Member]:
-    """What each counts."""
+    """Checkpoints with their weights in the mean."""
     if decay is None:
         return [Member(loaded, 1 / len(found)) for loaded in found]
     if not 0 < decay < 1:
@@ -175,7 +175,7 @@ def _shared_out(found: Sequence[Loaded], decay: float | None) -> list[Member]:
 
 
 def _require_open(loaded: Loaded) -> None:
-    """Raise ValueError for a checkpoint whose late layers do not yet vote freely: that is no part of the weights."""
+    """Raise ValueError for a checkpoint from before the vote is fully open, because the weights do not hold how far."""
     from tune.config import TuneConfig
 
     if not isinstance(loaded.config, TuneConfig) or loaded.config.ensemble is None:
@@ -199,7 +199,7 @@ def _require_no_adapters(loaded: Loaded) -> None:
 
 
 def _require_one_model(one: Loaded, newest: Loaded) -> None:
-    """Raise ValueError unless their parameters mean the same: sizes, routers, ensemble, beginnings and tokenizer."""
+    """Raise ValueError unless their parameters mean the same: sizes, routers, ensemble, seed, base and tokenizer."""
     from data.tokenization import tokenizer_sha256
     from trainer.checkpoints.compatibility import differences
     from tune.config import TuneConfig
@@ -222,7 +222,7 @@ def _require_one_model(one: Loaded, newest: Loaded) -> None:
 
 
 def _of_ensemble(one: Loaded, field: str) -> Any:
-    """A field of what the ensemble computes; None without one."""
+    """A field of the ensemble's config; None without an ensemble."""
     return None if one.decoder.ensemble is None else getattr(one.decoder.ensemble.config, field)
 
 
@@ -264,7 +264,7 @@ def _fill(decoder: Any, members: Sequence[tuple[Weights, Member]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read, average, write, say so."""
+    """Read, average, write, report."""
     parser = command_parser("convert.average", __doc__)
     parser.add_argument(
         "paths",

@@ -1,4 +1,4 @@
-"""What is known of a model's training, for the card of its export."""
+"""Facts about a model's training, for the model card of its export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PRETRAINED, TUNED, WEIGHTS = "pretrained", "tuned", "weights"
 
 
 def facts_of(loaded: Loaded) -> dict[str, Any]:
-    """Ready for JSON: ``kind`` and ``source`` always, ``step`` and the rest for runs."""
+    """JSON-serialisable facts: ``kind`` and ``source`` always, ``step`` and the rest for runs."""
     config, source = loaded.config, loaded.source
     if isinstance(config, WeightsConfig):
         entries = {n: value for n, value in manifest.read(source, ALONE).items() if n not in ("format", "files")}
@@ -31,7 +31,7 @@ def facts_of(loaded: Loaded) -> dict[str, Any]:
 
 
 def _run_facts(checkpoint: Path, config: StageConfig, step: int) -> dict[str, Any]:
-    """What config, manifest and metrics say of a run at ``step``; of the metrics nothing where they did not come along.
+    """Facts from a run's config, manifest and metrics at ``step``; those from metrics are None if these are missing.
 
     Losses are nats per token, densities shares of the tokens.
     """

@@ -6,11 +6,11 @@
 
 HF_DIR is a local folder with ``config.json``, safetensors weights and a tokenizer. OUT becomes a folder that stage two
 starts from (``base.path``). Before it is written, its logits are compared with those that transformers computes from
-HF_DIR, in fp32 on the CPU, and a difference above a ten-thousandth of their range is an error. What ``convert.to_hf``
-wrote with a modelling file is compared with ``--trust-remote-code`` only, as that runs the file.
+HF_DIR, in fp32 on the CPU, and a difference above a ten-thousandth of their range is an error. An export of
+``convert.to_hf`` with a modelling file is compared only with ``--trust-remote-code``, because that runs the file.
 
-``--routers`` adds learned skip routers whose weights are all 0. A tie executes, so the model stays the dense one until
-``tune.train`` teaches it to skip.
+``--routers`` adds learned skip routers with all-zero weights. A tie executes, so the model computes the same as before
+until ``tune.train`` teaches it to skip.
 
 Dimension letters: T tokens, V vocabulary.
 """
@@ -44,23 +44,23 @@ _RESIZE = (
 
 
 class Difference(NamedTuple):
-    """Of logits on the same tokens."""
+    """Difference of logits on the same tokens."""
 
     largest: float
     """Largest difference of two logits."""
     range: float
-    """From the least to the largest logit of transformers."""
+    """Largest minus smallest logit of transformers."""
     tokens: int
-    """How many tokens, over two sequences."""
+    """Number of tokens, over two sequences."""
     position: int
-    """The last position that one of them has."""
+    """The highest position of any of them."""
 
 
 def new_routers(density: float, granularity: Literal["layer", "module"] = "layer") -> RouterConfig:
     """Learned routers for a dense model, with the recipe of docs/method.md.
 
     Raises:
-        ValueError: if ``density`` is no share.
+        ValueError: if ``density`` is not above 0 and at most 1.
     """
     if not 0 < density <= 1:
         raise ValueError(
@@ -72,14 +72,14 @@ def new_routers(density: float, granularity: Literal["layer", "module"] = "layer
 
 
 def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[Decoder, str]:
-    """The decoder of a Hugging Face checkpoint, its weights mapped from the files in their dtypes; and its family.
+    """The decoder of a Hugging Face checkpoint, its weights memory-mapped in the files' dtypes; and its family.
 
     Args:
-        folder: with ``config.json`` and safetensors files; nothing in it is run.
-        routers: to add, their weights all 0; none unless given.
+        folder: with ``config.json`` and safetensors files; no code in it is run.
+        routers: to add, with all-zero weights; none unless given.
 
     Raises:
-        ValueError: if it is not whole, something that this decoder cannot represent, or has routers already.
+        ValueError: if it is incomplete, cannot be represented by this decoder, or has routers already.
     """
     import torch
 
@@ -115,8 +115,8 @@ def read_checkpoint(folder: Path, routers: RouterConfig | None = None) -> tuple[
 def compare(decoder: Decoder, folder: Path) -> Difference:
     """How far ``decoder``'s logits are from those that transformers computes from ``folder``, both in fp32.
 
-    One sequence of random tokens stands at the first positions, another is spread up to the longest context, which
-    shows rotary frequencies that differ.
+    One sequence of random tokens is at the first positions, another is spread over the longest context, which reveals
+    rotary frequencies that differ.
 
     Raises:
         ValueError: if transformers cannot load the checkpoint, or they differ by more than ``TOLERANCE``.
@@ -139,17 +139,17 @@ def compare(decoder: Decoder, folder: Path) -> Difference:
 def import_checkpoint(
     folder: Path, out: Path, with_comparison: bool = True, trusted: bool = False, routers: RouterConfig | None = None
 ) -> list[str]:
-    """Import ``folder`` into the new folder ``out``; returns what was done, a line each.
+    """Import ``folder`` into the new folder ``out``; returns a report, one line per item.
 
     Args:
         folder: the checkpoint.
         out: new or empty.
         with_comparison: compare logits with those of transformers.
-        trusted: do so by the folder's own Python file too, where it brings one.
-        routers: to add, their weights all 0; none unless given.
+        trusted: allow the comparison to run the folder's own Python file, if it has one.
+        routers: to add, with all-zero weights; none unless given.
 
     Raises:
-        ValueError: with one sentence for what stands in the way.
+        ValueError: with one sentence on the problem.
     """
     require_new_folder(out)
     model_config(_raw_config(folder), folder / HF_CONFIG)
@@ -169,7 +169,7 @@ def import_checkpoint(
     elif family != HOPSCOTCH:
         compared = _described(compare(decoder, folder))
     elif trusted:
-        plain = decoder if routers is None else read_checkpoint(folder)[0]  # what the file computes has no new routers
+        plain = decoder if routers is None else read_checkpoint(folder)[0]  # the file's model has no new routers
         compared = hf_compare.compare(hf_compare.refer(copy.deepcopy(plain).float()), folder)
     else:
         compared = "not compared: that runs the Python file in HF_DIR, which --trust-remote-code allows"
@@ -193,7 +193,7 @@ def import_checkpoint(
 
 
 def _raw_config(folder: Path) -> dict[str, Any]:
-    """What ``config.json`` says."""
+    """Content of ``config.json``."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}; give a local folder with {HF_CONFIG} and safetensors files")
     if not (folder / HF_CONFIG).is_file():
@@ -202,7 +202,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
 
 
 def _checked_tokenizer(folder: Path, vocab_size: int, family: str, with_comparison: bool) -> str:
-    """What was found of the tokenizer in ``folder``, every id of which has an embedding."""
+    """Check the tokenizer in ``folder``, every id of which must have an embedding; returns a report."""
     from convert.hf_tokenizer import compared_with_transformers
     from data.tokenization import SentencePiece, load_text_tokenizer, require_vocabulary
     from data.tokenizer_json import require_same_ids
@@ -223,7 +223,7 @@ def _described(difference: Difference) -> str:
 
 
 def _routing_lines(decoder: Decoder, new: bool) -> list[str]:
-    """What is said of routers and ensemble."""
+    """Report lines on routers and ensemble."""
     lines = []
     router, ensemble = decoder.config.router, decoder.ensemble
     if router is not None:
@@ -238,7 +238,7 @@ def _routing_lines(decoder: Decoder, new: bool) -> list[str]:
 
 
 def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None) -> Decoder:
-    """What the ``config.json`` at ``path`` describes, with ``routers`` added, without memory for weights."""
+    """The decoder that ``config.json`` at ``path`` describes, with ``routers`` added, without storage for weights."""
     from model.router import thresholds_of
     from trainer.checkpoints.empty_decoder import without_memory
 
@@ -267,7 +267,7 @@ def _probe(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def _reference_logits(folder: Path, tokens: Tensor, positions: Tensor, decoder: Decoder) -> Tensor:
-    """What transformers computes, [2, T, V]; from ``decoder``'s weights where the files' names are strange to it."""
+    """transformers' logits, [2, T, V]; from ``decoder``'s weights if transformers does not know the files' names."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -284,17 +284,17 @@ def _reference_logits(folder: Path, tokens: Tensor, positions: Tensor, decoder: 
             model.load_state_dict(
                 {usual_name(name): weight for name, weight in decoder.state_dict().items()}, strict=False
             )
-    except Exception as error:  # whatever it dislikes, in its own words
+    except Exception as error:  # any failure, with transformers' own message
         raise ValueError(
             f"transformers cannot load {folder} to compare with ({str(error).strip().splitlines()[-1].strip()}); fix "
             "the checkpoint, or import it with --no-compare"
         ) from error
-    # With a mask, positions that jump are not taken for packed documents.
+    # Without a mask, positions that jump would be taken for packed documents.
     return model(input_ids=tokens, position_ids=positions, attention_mask=torch.ones_like(tokens)).logits
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read, compare, write, say so."""
+    """Read, compare, write, report."""
     parser = command_parser("convert.from_hf", __doc__)
     parser.add_argument("folder", type=path_argument, metavar="HF_DIR", help="a local Hugging Face checkpoint")
     parser.add_argument("out", type=path_argument, metavar="OUT", help="the folder to write; new or empty")

@@ -1,4 +1,4 @@
-"""A Hugging Face ``config.json`` in this decoder's terms, or a sentence on all that the decoder does not support.
+"""Translate a Hugging Face ``config.json`` to this decoder's config, or report all that the decoder does not support.
 
 Rotary parameters are read as transformers 5 writes them (``rope_parameters``) and as 4 did (``rope_theta`` and
 ``rope_scaling``). Routers and an ensemble are those of ``HopscotchConfig`` in ``convert/modeling_hopscotch.py``.
@@ -38,7 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ensemble_top": None,
     },
 }
-"""What can be imported, and what a field that is left out means there."""
+"""Families that can be imported, and the defaults of fields that their configs leave out."""
 _NEEDED = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
@@ -48,7 +48,7 @@ _NEEDED = {
     "max_position_embeddings": "max_positions",
     "rms_norm_eps": "norm_epsilon",
 }
-"""Fields that must be there, and their names here."""
+"""Required fields, and their names here."""
 _OF_ROUTERS = ("router_density", "router_first_layer", "router_end_layer")
 _KINDS = ("learned", "random", "stride")
 _SEEDS = 2**62
@@ -62,7 +62,7 @@ def model_config(raw: dict[str, Any], where: Path) -> ModelConfig:
         where: that file, for messages.
 
     Raises:
-        ValueError: if it is no checkpoint of these families, or has something that this decoder does not.
+        ValueError: if it is of no supported family, or has something that this decoder does not support.
     """
     family = raw.get("model_type")
     if family not in FAMILIES:
@@ -100,10 +100,10 @@ def model_config(raw: dict[str, Any], where: Path) -> ModelConfig:
 def ensemble_config(raw: dict[str, Any], where: Path) -> EnsembleConfig | None:
     """The ``ensemble`` block for a checkpoint that :func:`model_config` takes; None without one.
 
-    What training alone reads is not in exports and has its defaults.
+    Fields that only training reads are not in exports and get their defaults.
 
     Raises:
-        ValueError: if it is not possible.
+        ValueError: if it is invalid.
     """
     config = {**FAMILIES[raw["model_type"]], **raw}
     if raw["model_type"] != HOPSCOTCH or not config["ensemble_layers"]:
@@ -125,7 +125,7 @@ def routing_seed(raw: dict[str, Any], where: Path) -> int:
     """The seed that routers of kind ``random`` decide by; 0 where none is given.
 
     Raises:
-        ValueError: if it is no seed.
+        ValueError: if it is no valid seed.
     """
     seed = raw.get("router_seed", 0) if raw["model_type"] == HOPSCOTCH else 0
     if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
@@ -137,7 +137,7 @@ def routing_seed(raw: dict[str, Any], where: Path) -> int:
 
 
 def routing_thresholds(raw: dict[str, Any], where: Path, sites: int) -> list[float | None] | None:
-    """What the margins of the ``sites`` routers are compared with, None for minus infinity; no list means 0.
+    """Thresholds of the margins of the ``sites`` routers, None for minus infinity; None instead of a list means 0.
 
     Raises:
         ValueError: if there is not a number or null for every site.
@@ -159,7 +159,7 @@ def _impossible(error: ValidationError, where: Path) -> ValueError:
 
 
 def _router(config: dict[str, Any]) -> dict[str, Any] | None:
-    """The ``router`` block; schedules and budget are training's, not in exports, and have their defaults."""
+    """The ``router`` block; schedules and budget only matter in training, are not exported, and get their defaults."""
     if config["model_type"] != HOPSCOTCH or config["router_kind"] is None:
         return None
     return {
@@ -203,7 +203,7 @@ def _unsupported_routing(config: dict[str, Any]) -> list[str]:
 
 
 def _sliding_window(config: dict[str, Any]) -> int | None:
-    """How many tokens back some layer sees; None where all see everything. Others have no such thing."""
+    """Window in tokens that some layer attends to; None if all layers see everything, as in all other families."""
     if config["model_type"] == "mistral":
         return config["sliding_window"]
     if config["model_type"] == "qwen3" and config.get("use_sliding_window"):

@@ -1,9 +1,9 @@
-"""A tokenizer's files for an export: ids in transformers are those that the model was trained with.
+"""Tokenizer files for an export, so that ids in transformers are those that the model was trained with.
 
-A ``tokenizer.json`` is copied as it is, with what lies beside it, and its ids are compared with those that transformers
-gives. A SentencePiece ``tokenizer.model`` is written out as a ``tokenizer.json``, and the ids of both are compared on
-text before anything is vouched for. It puts before a text what training did: nothing (a begin-of-document token is
-scored twice by tools that add their own), or what an import's ``tokenizer_config.json`` asks for.
+A ``tokenizer.json`` is copied unchanged, with the files that belong to it, and its ids are compared with transformers'.
+A SentencePiece ``tokenizer.model`` is converted to a ``tokenizer.json``, and the ids of both are compared on text. It
+puts before a text what training did: nothing (tools that add a begin-of-document token themselves would score it
+twice), or what an import's ``tokenizer_config.json`` asks for.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int, max_positions: int
         max_positions: the longest context, tokens.
 
     Returns:
-        The ids of the tokens that begin, end and fill texts, by their names in ``config.json``, and a sentence on what
-        was done.
+        The ids of the bos, eos and pad tokens, by their names in ``config.json``, and a sentence on what was done.
 
     Raises:
         ValueError: if there is none, it does not fit the embedding, or transformers would give other ids.
@@ -64,19 +63,19 @@ def write_tokenizer(source: Path, out: Path, vocab_size: int, max_positions: int
 
 
 def _amend_config(folder: Path, fields: dict[str, Any]) -> None:
-    """Put ``fields`` into the tokenizer's config in ``folder``, beside what is there."""
+    """Merge ``fields`` into the tokenizer's config in ``folder``."""
     given = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else {}
     write_json(folder / CONFIG_NAME, given | fields)
 
 
 def require_transformers_ids(tokenizer: TextTokenizer, folder: Path) -> str:
-    """See that transformers, given the export in ``folder``, gives the ids of ``tokenizer``; a sentence on it.
+    """Check that transformers gives the ids of ``tokenizer`` for the export in ``folder``; returns a sentence on it.
 
-    Where the class that the export asks for, or that its model's kind stands for, gives others, the export asks for one
-    that takes ``tokenizer.json`` as it is.
+    If the class named in the export, or implied by its model type, gives other ids, the export is changed to name one
+    that uses ``tokenizer.json`` as it is.
 
     Raises:
-        ValueError: if that gives others, too.
+        ValueError: if that gives other ids, too.
     """
     if (problem := _difference(tokenizer, folder, auto=True)) is None:
         return _ALIKE
@@ -90,34 +89,34 @@ def require_transformers_ids(tokenizer: TextTokenizer, folder: Path) -> str:
 
 
 def compared_with_transformers(tokenizer: TextTokenizer, folder: Path, auto: bool) -> str:
-    """A sentence on whether transformers, given ``folder``, gives the ids of ``tokenizer``.
+    """A sentence on whether transformers gives the ids of ``tokenizer`` for ``folder``.
 
     Args:
-        tokenizer: of ``folder``, whose own file decides where the two differ: transformers 5 builds some classes' rules
-            anew, other than the model was trained with.
+        tokenizer: of ``folder``; its own file takes precedence where the two differ: transformers 5 rebuilds the rules
+            of some classes differently from those that the model was trained with.
         folder: of a Hugging Face checkpoint.
-        auto: by the class that the folder asks for; code of its own is not run.
+        auto: use the class that the folder names; code in the folder is not run.
     """
     problem = _difference(tokenizer, folder, auto)
     return _ALIKE if problem is None else f"those of {tokenizer.file.name} are taken; {problem}"
 
 
 def _difference(tokenizer: TextTokenizer, folder: Path, auto: bool) -> str | None:
-    """In what transformers differs from ``tokenizer``; None if in nothing."""
+    """How transformers differs from ``tokenizer``; None if not at all."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     loader: Any = AutoTokenizer if auto else PreTrainedTokenizerFast
     try:
-        theirs = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # or it may ask
-    except Exception as error:  # whatever it dislikes, in its own words
+        theirs = loader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)  # or it may prompt
+    except Exception as error:  # any failure, with transformers' own message
         return f"transformers cannot load it ({_last_line(error)})"
     special = tokenizer.piece(tokenizer.eos_id)
     lines = [f"a {special} b", f"{special}a", *islice(filter(None, sample_lines()), _COMPARED_LINES - 2)]
     found = theirs(lines, split_special_tokens=True) if isinstance(tokenizer, SentencePiece) else theirs(lines)
     ours = [tokenizer.prefix + tokenizer.encode(line) for line in lines]
-    after = [tokenizer.eos_id]  # some put it behind every text, where examples have it only at their end
+    after = [tokenizer.eos_id]  # some append it to every text, where examples have it only at their end
     different = [line for line, a, b in zip(lines, ours, found["input_ids"], strict=True) if b not in (a, [*a, *after])]
     if not different:
         return None
@@ -133,7 +132,7 @@ def _last_line(error: Exception) -> str:
 
 
 def _tokenizer_config(tokenizer: SentencePiece, ids: dict[str, Any], max_positions: int) -> dict[str, Any]:
-    """LlamaTokenizer and its fast variant build a tokenizer of their own; this class takes ``tokenizer.json``."""
+    """Names a class that uses ``tokenizer.json``; LlamaTokenizer and its fast variant build their own tokenizer."""
     names = {name.removesuffix("_id"): tokenizer.piece(i) for name, i in ids.items() if isinstance(i, int)}
     return {
         "tokenizer_class": _AS_IT_IS,
@@ -149,9 +148,9 @@ def _tokenizer_config(tokenizer: SentencePiece, ids: dict[str, Any], max_positio
 
 
 def _special_ids(tokenizer: TextTokenizer, folder: Path) -> dict[str, Any]:
-    """As generation config and tokenizer config have them, otherwise from what the tokenizer does to a text.
+    """From generation config and tokenizer config, otherwise from how the tokenizer encodes a text.
 
-    Stage one puts the end-of-document token between documents and none before them: so that one begins texts.
+    Stage one puts the end-of-document token between documents and none before them, so that one is bos, too.
     """
     path = folder / GENERATION_NAME
     given = read_json(path) if path.is_file() else {}

@@ -1,7 +1,7 @@
 """The safetensors files of a Hugging Face checkpoint, by the decoder's names.
 
-One thing has several spellings. Wrappers (torch.compile, FSDP, DistributedDataParallel, trainers) put parts into the
-names of weights, which are taken out; tied weights may be stored under either name, or under both.
+Names vary. Parts that wrappers (torch.compile, FSDP, DistributedDataParallel, trainers) insert into weight names are
+removed; tied weights may be stored under either name, or under both.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a weight's name that torch.compile, FSDP and activation checkpointing put anywhere into it."""
+"""Parts that torch.compile, FSDP and activation checkpointing insert anywhere into a weight's name."""
 _PREFIXES = ("module", "model")
-"""What DistributedDataParallel, trainers and transformers' own classes put before it."""
+"""Prefixes that DistributedDataParallel, trainers and transformers' own classes add."""
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files with the weights, all there."""
+    """The weight files, all of which exist."""
     if (folder / _WHOLE).is_file():
         return [folder / _WHOLE]
     if (folder / _INDEX).is_file():
@@ -46,7 +46,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file that the index calls ``name``, which must lie in ``folder``, links followed."""
+    """The file that the index calls ``name``, which must be inside ``folder`` after following links."""
     file = folder / name
     steps_out = Path(name).is_absolute() or ".." in Path(name).parts
     if steps_out or not file.resolve().is_relative_to(folder.resolve()):
@@ -58,11 +58,11 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def read_tensors(files: list[Path], share: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
-    """Everything in ``files`` by the decoder's names, mapped; what is not finite is refused.
+    """All tensors in ``files`` by the decoder's names, memory-mapped; values that are not finite are refused.
 
     Args:
         files: as :func:`weight_files` finds them.
-        share: look at the values of every n-th tensor only, from number i on, as rank i of n: (i, n).
+        share: (i, n): check the values of only every n-th tensor, from number i on, as rank i of n.
     """
     tensors: dict[str, Tensor] = {}
     spelt: dict[str, str] = {}
@@ -70,7 +70,7 @@ def read_tensors(files: list[Path], share: tuple[int, int] = (0, 1)) -> dict[str
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
-                    # Files of old versions also hold a buffer that follows from config.json.
+                    # Files of old versions also hold a buffer that is computed from config.json.
                     if name.endswith("rotary_emb.inv_freq"):
                         continue
                     ours = our_name(name)
@@ -87,7 +87,7 @@ def read_tensors(files: list[Path], share: tuple[int, int] = (0, 1)) -> dict[str
 
 
 def our_name(name: str) -> str:
-    """A weight's name in the decoder: without what compiled, parallel and other wrappers put into it."""
+    """A weight's name in the decoder: without the parts added by compilation, parallelism and other wrappers."""
     parts = [part for part in name.split(".") if part not in _WRAPPERS]
     while parts[0] in _PREFIXES:
         parts.pop(0)
@@ -95,7 +95,7 @@ def our_name(name: str) -> str:
 
 
 def _tensor(file: Any, name: str, path: Path) -> Tensor:
-    """The tensor ``name``, of a dtype that a decoder can have."""
+    """The tensor ``name``, whose dtype must be one that a decoder can have."""
     dtype = file.get_slice(name).get_dtype()
     if dtype not in _DTYPES:
         raise ValueError(
@@ -109,7 +109,7 @@ def _tensor(file: Any, name: str, path: Path) -> Tensor:
 def _require_finite(tensor: Tensor, name: str, path: Path) -> None:
     import torch
 
-    if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):  # NaN is both ends
+    if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):  # a NaN makes both ends NaN
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
             f"{name} in {path} has {bad:,} of {tensor.numel():,} values that are NaN or infinite, and nothing computed "
@@ -118,7 +118,7 @@ def _require_finite(tensor: Tensor, name: str, path: Path) -> None:
 
 
 def tie_head(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Leave a tied head to the embedding: files may hold both, or either of them."""
+    """Keep only the embedding of a tied head: files may hold both, or either of them."""
     import torch
 
     head, embedding = tensors.pop("lm_head.weight", None), tensors.get("embed_tokens.weight")
@@ -140,10 +140,10 @@ def names_in(files: list[Path]) -> list[str]:
 
 
 def usual_name(name: str) -> str:
-    """The decoder's name of a weight as transformers has it."""
+    """transformers' name of the decoder's weight ``name``."""
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def is_usual(name: str) -> bool:
-    """Whether transformers knows the name, with its prefix or, of a model without a head, without."""
+    """Whether transformers knows the name, with its prefix or, as in a model without a head, without."""
     return name in (usual_name(our_name(name)), our_name(name))

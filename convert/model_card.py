@@ -34,9 +34,9 @@ class Exported(NamedTuple):
     ensemble_layers: int
     """How many late layers vote; 0 without an ensemble."""
     remote_code: bool
-    """The export brings a modelling file."""
+    """Whether the export has a modelling file."""
     adapter: str | None = None
-    """Folder of the adapters that it keeps apart."""
+    """Folder of adapters that are exported separately."""
 
 
 def model_card(model: Exported, facts: dict[str, Any], checks: list[str]) -> str:
@@ -119,5 +119,5 @@ def _training_rows(facts: dict[str, Any]) -> list[list[str]]:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    # Words come from configs and file names: in a table's cell they must stay words.
+    # Text comes from configs and file names, and must not break a table's cell.
     return f"{value:,}" if isinstance(value, int) else " ".join(str(value).replace("|", "/").replace("`", "'").split())

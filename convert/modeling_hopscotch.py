@@ -5,14 +5,14 @@ transformers (4.51 to 5), nothing else, and its logits are tested against the de
 
 * Routed layers (Zeng et al. 2023, arXiv:2311.15436): a router per layer, or one for its attention and one for its
   feed-forward, decides per token. Keys and values are computed for every token; queries, the output projection and the
-  feed-forward only for those that execute: skipped tokens cost no time, at ``generate`` either.
-* Late-layer ensemble (Luo and Specia 2024, arXiv:2410.13077): the last k layers' normed states are mixed with weights
-  of their own for every token, before the head, which is linear; so the ensemble's logits cost one head.
+  feed-forward only for those that execute: skipped tokens cost no time, nor do they in ``generate``.
+* Late-layer ensemble (Luo and Specia 2024, arXiv:2410.13077): the last k layers' normed states are mixed with per-token
+  weights before the head, which is linear; so the ensemble's logits cost one head.
 
 Decisions are hard here, in training mode too: routers get no gradient, everything else does.
 
-Dimension letters: B batch, T new tokens, S keys, N executed tokens, C most executed tokens of a row, D width, H query
-heads, G key/value heads, K head width, k late layers.
+Dimension letters: B batch, T new tokens, S keys, N executed tokens, C largest number of executed tokens in a row, D
+width, H query heads, G key/value heads, K head width, k late layers.
 """
 
 import inspect
@@ -31,11 +31,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 
-try:  # 5, which draws only what a checkpoint does not hold
+try:  # transformers 5, which initialises only what a checkpoint does not hold
     from transformers import initialization as init
 except ImportError:
     from torch.nn import init  # type: ignore[no-redef]
-try:  # the newer ones of 5, with a mask for every kind of attention that leaves nothing to be understood
+try:  # newer versions of 5, whose masks for every kind of attention can be made fully explicit
     from transformers.masking_utils import create_causal_mask
 
     MASKS = "allow_is_causal_skip" in inspect.signature(create_causal_mask).parameters
@@ -46,7 +46,7 @@ try:
 except ImportError:  # 4.51
 
     class GradientCheckpointingLayer(nn.Module):  # type: ignore[no-redef]
-        """Computes its activations again in the backward pass, once the model is told so."""
+        """Recomputes its activations in the backward pass if gradient checkpointing is on."""
 
         gradient_checkpointing = False
         _gradient_checkpointing_func: Callable
@@ -87,10 +87,10 @@ class HopscotchConfig(PretrainedConfig):
     router_input: str = "normed"  # or "raw": what a learned router reads
     router_density: float = 1.0  # the share of tokens that it was trained to execute
     router_first_layer: int = 0
-    router_end_layer: int = 0  # the first layer behind the routed ones
-    router_layers: list | None = None  # which of them are; all without a list
-    router_seed: int = 0  # of ``random``
-    # What the margins of ``learned`` routers must reach, by site, None for minus infinity; 0 without a list.
+    router_end_layer: int = 0  # the first layer after the routed ones
+    router_layers: list | None = None  # the routed ones among them; all without a list
+    router_seed: int = 0  # for ``random``
+    # Thresholds that the margins of ``learned`` routers must reach, by site, None for minus infinity; 0 without a list.
     router_thresholds: list | None = None
     skip_layers: bool = True  # False executes every token everywhere, for comparison
     # ``gather`` computes executed tokens only; ``mask`` computes all and drops the rest: fixed shapes, for compilers.
@@ -112,9 +112,9 @@ class HopscotchRMSNorm(nn.Module):
         return F.rms_norm(x, (x.shape[-1],), self.weight, self.variance_epsilon)
 
 
-# One new token a row: of up to this many rows all are computed where any executes, because the weights are read anyway:
-# products of 4, 6, 8, 9 and 16 rows took 11.1, 15.1, 13.2, 13.4 and 14.2 ms (two Zen 4 cores, MKL, fp32). Of
-# more rows those that execute are taken out.
+# With one new token per row, batches of up to this many rows are computed whole if any row executes, as the weights
+# are read anyway: products of 4, 6, 8, 9 and 16 rows took 11.1, 15.1, 13.2, 13.4 and 14.2 ms (two Zen 4 cores, MKL,
+# fp32). In larger batches the rows that execute are gathered.
 WHOLE_BATCH = 8
 
 
@@ -124,7 +124,7 @@ class Rows:
     Args:
         executed: bool [B, T], or None for all.
         shape: B and T.
-        gather: take the executed tokens out; otherwise all are computed, and ``add`` drops the others' results.
+        gather: gather the executed tokens; otherwise all are computed, and ``add`` drops the others' results.
     """
 
     def __init__(self, executed: Tensor | None, shape: tuple[int, int], gather: bool):
@@ -156,7 +156,7 @@ class Rows:
 
     @cached_property
     def rectangle(self) -> tuple[Tensor, Tensor]:
-        """Columns of the executed tokens row by row, int64 [B, C], short rows filled up with T - 1; and the place of
+        """Columns of the executed tokens row by row, int64 [B, C], short rows padded with T - 1; and the flat index of
         every executed token in it, int64 [N]."""
         assert self.index is not None
         if self.tokens == 1:
@@ -209,14 +209,14 @@ class HopscotchRouter(nn.Module):
             steps, phase = positions.double(), self.site * 0.6180339887498949
             ends = torch.floor((steps + 1) * self.density + phase)
             return (ends > torch.floor(steps * self.density + phase),)
-        # In fp32 whatever the model's dtype: decisions near the border would differ between prefill and decoding.
+        # Always in fp32: otherwise decisions near the threshold would differ between prefill and decoding.
         with torch.autocast(x.device.type, enabled=False):
             skip, execute = F.linear(x.float(), self.weight.float()).unbind(-1)
             return (execute - skip >= self.threshold,)
 
 
 class HopscotchAttention(nn.Module):
-    """Grouped-query attention: every token has keys and values, executed ones ask."""
+    """Grouped-query attention: every token has keys and values, only executed ones have queries."""
 
     def __init__(self, config: HopscotchConfig, layer_idx: int):
         super().__init__()
@@ -233,7 +233,7 @@ class HopscotchAttention(nn.Module):
             self.k_norm = HopscotchRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def keys_values(self, h: Tensor, rotation: tuple, past_key_values: Cache | None, cache_kwargs: Any) -> tuple:
-        """Of all tokens and those in the cache, [B, G, S, K] each."""
+        """Keys and values of all tokens and those in the cache, [B, G, S, K] each."""
         keys = self.k_proj(h).unflatten(-1, (-1, self.head_dim))
         keys = self.k_norm(keys) if self.config.qk_norm else keys
         keys = _rotate(keys, *rotation).transpose(1, 2)
@@ -243,7 +243,7 @@ class HopscotchAttention(nn.Module):
         return past_key_values.update(keys, values, self.layer_idx, *cache_kwargs)
 
     def forward(self, h: Tensor, keys_values: tuple, rotation: tuple, rows: Rows, mask: Any, **kwargs: Any):
-        """h [B, T, D] -> what the executed tokens get, [N, D]."""
+        """h [B, T, D] -> output of the executed tokens, [N, D]."""
         queries = self.q_proj(rows.take(h)).unflatten(-1, (-1, self.head_dim))
         queries = self.q_norm(queries) if self.config.qk_norm else queries
         queries = rows.pad(_rotate(queries, *(rows.take(part) for part in rotation))).transpose(1, 2)
@@ -267,7 +267,7 @@ class HopscotchMLP(nn.Module):
 
 
 class HopscotchDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward behind norms, with one router, two, or none."""
+    """Pre-norm attention and feed-forward, with one router, two, or none."""
 
     def __init__(self, config: HopscotchConfig, layer_idx: int):
         super().__init__()
@@ -299,7 +299,7 @@ class HopscotchDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """x [B, T, D], its rotation (two [B, T, K]) and positions int64 [B, T] -> [B, T, D].
 
-        Its routers' decisions are appended to ``executed``, if it is there.
+        Its routers' decisions are appended to ``executed`` unless that is None.
         """
         h = self.input_layernorm(x)
         keys_values = self.self_attn.keys_values(h, rotation, past_key_values, cache_kwargs)
@@ -323,12 +323,12 @@ class HopscotchDecoderLayer(GradientCheckpointingLayer):
             (executed,) = router(h if self.config.router_input == "normed" else x, positions)
             if found is not None:
                 found.append(executed)
-        # Some engines bring attention without a mask; queries could not be taken out of that.
+        # Some engines bring attention without a mask; queries could not be gathered there.
         gather = self.config.execution == "gather" and isinstance(mask, Tensor)
         return Rows(executed, (x.shape[0], x.shape[1]), gather)
 
     def _idle(self, rows: Rows) -> bool:
-        """Nothing to compute; in training modules run on no rows, so that every weight has a gradient."""
+        """Nothing to compute; with gradients enabled, modules run even on no rows, so that every weight has one."""
         return rows.empty and not torch.is_grad_enabled()
 
 
@@ -431,7 +431,7 @@ class HopscotchModel(HopscotchPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
-            use_cache, past_key_values = False, None  # a layer that is computed twice would write its keys twice
+            use_cache, past_key_values = False, None  # a recomputed layer would write its keys twice
         keeps_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
@@ -460,7 +460,7 @@ class HopscotchModel(HopscotchPreTrainedModel):
         return found
 
     def _mask(self, x: Tensor, padding: Any, cache: Cache | None, positions: Tensor, places: Tensor | None) -> tuple:
-        """The attention's mask, and what older caches want to be told with new keys."""
+        """The attention mask, and the extra arguments that older caches take with new keys."""
         if MASKS:
             mask = create_causal_mask(
                 config=self.config,
@@ -543,12 +543,12 @@ def _attention_function(name: str) -> Callable:
 
 
 def _causal_mask(x: Tensor, padding: Tensor | None, places: Tensor, cache: Any) -> Tensor:
-    """Which keys the tokens x [B, T, D] see, bool [B, 1, T, S], by their places in the cache, int64 [T].
+    """Which keys the tokens x [B, T, D] see, bool [B, 1, T, S], by their cache positions, int64 [T].
 
     Args:
-        x: only its shape and device count.
-        padding: [B, keys so far], 0 where there is none; a token there sees itself, as all must see something.
-        places: of the new tokens.
+        x: only its shape and device are used.
+        padding: [B, keys so far], 0 for padding; a padding token sees itself, as every query must see a key.
+        places: cache positions of the new tokens.
         cache: of a fixed length, or growing.
     """
     if padding is not None and padding.dim() == 4:
@@ -566,7 +566,7 @@ def _causal_mask(x: Tensor, padding: Tensor | None, places: Tensor, cache: Any) 
 def _rotation(config: HopscotchConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines for positions [B, T], [B, T, K] each; the first half of the sines is negative.
 
-    Not kept in a buffer: transformers leaves buffers that are not stored unfilled when it loads a model.
+    Not kept in a buffer: transformers leaves non-persistent buffers uninitialised when it loads a model.
     """
     rope: dict[str, Any] = config.rope_parameters or {}
     k = config.head_dim

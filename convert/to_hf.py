@@ -5,13 +5,13 @@
     python -m convert.to_hf runs/demo-tuned runs/demo-tuned-hf --adapters separate
 
 RUN_OR_CHECKPOINT is a run of either stage (its newest whole checkpoint is taken), one of its checkpoints, or a folder
-of weights. OUT is a new folder or an empty one. Adapters are merged, or kept apart in OUT/adapter as PEFT loads them. A
-dense model becomes a native LlamaForCausalLM (Qwen3ForCausalLM with query and key norms). A model with routers or an
-ensemble comes with ``modeling_hopscotch.py``, which transformers loads with ``trust_remote_code=True``.
+of weights. OUT is a new folder or an empty one. Adapters are merged, or saved to OUT/adapter in PEFT's format. A dense
+model becomes a native LlamaForCausalLM (Qwen3ForCausalLM with query and key norms). A model with routers or an ensemble
+comes with ``modeling_hopscotch.py``, which transformers loads with ``trust_remote_code=True``.
 
 Everything is written to OUT.tmp, loaded from there by transformers in fp32 on the CPU, and compared: logits of random
-tokens and a greedy continuation. Only then is it renamed; where something differs, OUT.tmp stays to be looked at. Until
-then our fp32 weights are a file without a name on OUT's disk: one shard is in memory at a time.
+tokens and a greedy continuation. Only then is it renamed; if something differs, OUT.tmp is left for inspection. Until
+then our fp32 weights are in an unnamed file on OUT's disk: one shard is in memory at a time.
 """
 
 from __future__ import annotations
@@ -52,19 +52,19 @@ def export(
     adapters: str = "merged",
     compared: bool = True,
 ) -> list[str]:
-    """Export what ``path`` holds to ``out``; returns what was done, a line each.
+    """Export the model at ``path`` to ``out``; returns a report, one line per item.
 
     Args:
         path: as for :func:`tune.load.load_model`.
         out: does not exist, or is empty.
         dtype: of the weights, a key of ``DTYPES``.
-        tokenizer: folder of the tokenizer; where the run says it is unless given.
-        shard_bytes: largest safetensors file, but for single weights above it.
-        adapters: of a tuned run, one of ``ADAPTERS``: part of the weights, or beside them.
-        compared: load what was written with transformers, and compare logits and greedy tokens.
+        tokenizer: folder of the tokenizer; the run's unless given.
+        shard_bytes: largest safetensors file, except where a single weight is larger.
+        adapters: of a tuned run, one of ``ADAPTERS``: merged into the weights, or separate.
+        compared: load the export with transformers, and compare logits and greedy tokens.
 
     Raises:
-        ValueError: with one sentence for what stands in the way.
+        ValueError: with one sentence on the problem.
     """
     from convert.facts import facts_of
     from convert.hf_compare import ADAPTER_FOLDER, compare, refer
@@ -81,7 +81,7 @@ def export(
     _require_exportable(decoder, path, separate)
     _round(decoder, dtype)
     partial = temporary_name(out)
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that failed
+    shutil.rmtree(partial, ignore_errors=True)  # left by an export that failed
     partial.mkdir(parents=True)
     source = tokenizer or loaded.tokenizer_folder
     ids, tokenizer_done = write_tokenizer(source, partial, decoder.config.vocab_size, decoder.config.max_positions)
@@ -111,7 +111,7 @@ def export(
 
 
 def _round(decoder: Decoder, dtype: str) -> None:
-    """Give every parameter, in fp32, the value that it has in the export: that model is compared."""
+    """Round every parameter, still in fp32, to its value in the export, so that the exported model is compared."""
     import torch
 
     with torch.no_grad():
@@ -120,7 +120,7 @@ def _round(decoder: Decoder, dtype: str) -> None:
 
 
 def _remarks(model: Exported, facts: dict[str, Any], out: Path) -> str:
-    """What one has to know to load the export, as the end of a line."""
+    """How to load the export, as the end of a line."""
     code = f", loaded with trust_remote_code=True, which runs its {MODELING}" if model.remote_code else ""
     if model.adapter is None:
         return code
@@ -128,7 +128,7 @@ def _remarks(model: Exported, facts: dict[str, Any], out: Path) -> str:
 
 
 def _write_model(decoder: Decoder, config: dict[str, Any], ids: dict[str, Any], folder: Path, shard_bytes: int) -> int:
-    """Configs, weights and, where there must be one, the modelling file; returns how many files of weights."""
+    """Write configs, weights and, if needed, the modelling file; returns the number of weight files."""
     import torch
 
     from data.tokenization import GENERATION_NAME
@@ -155,9 +155,9 @@ def _exported(decoder: Decoder, separate: bool) -> Exported:
 
 
 def is_native(decoder: Decoder) -> bool:
-    """True for a model that a class of transformers itself computes."""
+    """True for a model that one of transformers' own classes can compute."""
     config = decoder.config
-    # LlamaConfig refuses a width that its heads do not divide, whatever the heads' own width.
+    # LlamaConfig refuses a width that is not divisible by the heads, even if head_dim is given.
     return config.router is None and decoder.ensemble is None and config.width % config.heads == 0
 
 
@@ -210,7 +210,7 @@ def hf_config(decoder: Decoder, ids: dict[str, Any], dtype: str) -> dict[str, An
 
 
 def _routing(decoder: Decoder) -> dict[str, Any]:
-    """The modelling file's own fields."""
+    """Fields that only the modelling file has."""
     from model.router import numbers_of
 
     found: dict[str, Any] = {}
@@ -252,7 +252,7 @@ def _rope(config: ModelConfig) -> dict[str, Any]:
 
 
 def _write_weights(decoder: Decoder, folder: Path, dtype: torch.dtype, shard_bytes: int) -> int:
-    """Write safetensors, one in memory at a time besides the decoder, and their index; returns how many."""
+    """Write safetensors files, one in memory at a time besides the decoder, and their index; returns their number."""
     import torch
 
     from trainer.checkpoints.weights_folder import save_tensors
@@ -296,7 +296,7 @@ def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Read, write, compare, rename, say so."""
+    """Read, write, compare, rename, report."""
     parser = command_parser("convert.to_hf", __doc__)
     parser.add_argument(
         "path",
