@@ -27,7 +27,7 @@ def load_either(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConf
 
 
 def model_of(config: PretrainConfig | TuneFile) -> ModelConfig:
-    """The model that is trained; for stage two the config's own block, or its base's.
+    """The model that is trained; for stage two from the config's own block, or from its base.
 
     Raises:
         ValueError: if the base is not there or does not say what model it is.
@@ -48,7 +48,7 @@ def model_of(config: PretrainConfig | TuneFile) -> ModelConfig:
 
 
 def tokenizer_folder(file: TuneFile) -> Path:
-    """Where stage two takes its tokenizer from: what its config says, or its base's."""
+    """Folder of stage two's tokenizer: from its config, or else its base's."""
     if file.data.tokenizer is not None:
         return Path(file.data.tokenizer)
     data = peek(Path(file.base.path) / CONFIG).get("data")
@@ -59,7 +59,7 @@ def without_storage(config: PretrainConfig | TuneFile) -> tuple[StageConfig, Dec
     """The resolved config and its decoder on the meta device, with ``requires_grad`` as it will be trained.
 
     Raises:
-        ValueError: if a stage-two config's blocks and base do not fit together.
+        ValueError: if a stage-two config's blocks and base are incompatible.
     """
     import torch
 
@@ -70,7 +70,7 @@ def without_storage(config: PretrainConfig | TuneFile) -> tuple[StageConfig, Dec
         decoder = Decoder(model)
     if isinstance(config, PretrainConfig):
         return config, decoder
-    from tune.adapters import prepare  # PEFT and transformers: as long again as all the rest
+    from tune.adapters import prepare  # PEFT and transformers: doubles the import time
     from tune.base import Base
 
     resolved = resolve(config, Base(decoder, model, Path(config.base.path), "", config.base.sha256 or ""))

@@ -1,13 +1,12 @@
-"""Take a run back to an earlier checkpoint, so that it goes on from there another way.
+"""Take a run back to an earlier checkpoint, to continue from there differently.
 
     python -m launch.rewind runs/my 4000
 
-What was done after that step, later checkpoints and later lines of ``metrics.jsonl``, is moved to
-RUN/checkpoints/abandoned-N; nothing is deleted. From then on the run goes on from that step at every start, after a
-preemption too; that is why this is a command and not a field of the config, which would go back once more at every
-requeue. Then start the run again, with train.checkpoint.resume=required and what is to be different: data.skip_ranges
-to pass over samples, a lower train.optimizer.lr, another data.seed. Exit status: 0 when step STEP is the newest; 1 on
-an error, nothing moved.
+Later checkpoints and later lines of ``metrics.jsonl`` are moved to RUN/checkpoints/abandoned-N; nothing is deleted. The
+run then resumes from that step, and after a preemption from wherever it has got to; that is why this is a command and
+not a field of the config, which would go back again at every requeue. Then start the run again, with
+train.checkpoint.resume=required and the change: data.skip_ranges to skip samples, a lower train.optimizer.lr, another
+data.seed. Exit status: 0 when step STEP is the newest; 1 on an error, nothing moved.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from trainer.monitor import metrics_file
 
 
 def go_back(run: Path, step: int) -> Path | None:
-    """Move all that ``run`` did after ``step`` into a new folder ``checkpoints/abandoned-N``.
+    """Move ``run``'s checkpoints and metrics after ``step`` into a new folder ``checkpoints/abandoned-N``.
 
-    A kill at any moment leaves every checkpoint in one of the two places, and a repetition finishes the move.
+    A kill at any moment leaves every checkpoint in one of the two places, and repeating the call finishes the move.
 
     Returns:
         The folder; None if nothing was done after ``step``.
 
     Raises:
-        ValueError: if there is no whole checkpoint of ``step``, or the run is still going on.
+        ValueError: if there is no whole checkpoint of ``step``, or the run is still running.
     """
     folder = checkpoints_of(run)
     if not is_run(run):
@@ -52,12 +51,12 @@ def go_back(run: Path, step: int) -> Path | None:
     if problem is not None:
         raise ValueError(f"{target} is torn: {problem}; give another of the steps that are there: {named}")
     _refuse_if_alive(run)
-    with only_writer(run):  # a start that reads a checkpoint has not said yet that it is alive
+    with only_writer(run):  # a start that is still reading a checkpoint has no heartbeat yet
         return _move(run, there, step)
 
 
 def _move(run: Path, there: list[Path], step: int) -> Path | None:
-    """Put away the checkpoints of ``there`` and the lines after ``step``; the folder, None if there is nothing."""
+    """Move away checkpoints in ``there`` and lines after ``step``; returns the folder, None if there are none."""
     folder, metrics = checkpoints_of(run), run / metrics_file.NAME
     lines = metrics_file.read(metrics)
     later_lines = [line for line in lines if line["step"] > step]
@@ -67,7 +66,7 @@ def _move(run: Path, there: list[Path], step: int) -> Path | None:
     abandoned = next_abandoned(folder)
     abandoned.mkdir()
     write_atomically(abandoned / metrics_file.NAME, metrics_file.content_of(later_lines))
-    for found in reversed(later):  # the newest last: until then a start goes on as if nothing had happened
+    for found in reversed(later):  # the newest last: until then a start resumes as if nothing had been moved
         found.rename(abandoned / found.name)
     if later_lines:
         kept = (line for line in lines if line["step"] <= step)
@@ -76,7 +75,7 @@ def _move(run: Path, there: list[Path], step: int) -> Path | None:
 
 
 def _refuse_if_alive(run: Path) -> None:
-    """A rank that has not said that it ended is alive if its heartbeat goes on while we look."""
+    """Raise ValueError if a rank that has not ended is alive: its heartbeat advances while we watch."""
     first = {beat.rank: beat for beat in read_beats(run / "heartbeat") if beat.phase not in FINAL}
     if not first:
         return

@@ -3,8 +3,8 @@
     python -m launch.demo configs/demo.yaml configs/tune_demo.yaml --processes 2
 
 Tokenizer, shards, stage one and stage two under DeepSpeed, export, answers from the export: each stage is the command
-that a user would type, printed before it runs. Ctrl-C, SIGTERM or SIGHUP ends what runs, with what was trained saved,
-and the same command goes on from there; after a demo that was done it starts from scratch, and keeps the earlier one.
+that a user would type, printed before it runs. Ctrl-C, SIGTERM or SIGHUP ends the running stage and saves its training,
+and the same command resumes from there; after a completed demo it starts from scratch, and keeps the earlier one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main() -> int:
 
 
 def run(demo: Demo, ranks: int) -> int:
-    """All stages that are not done yet; returns the exit status."""
+    """Run all stages that are not done yet; returns the exit status."""
     commands, environment = Commands(), _environment()
     speed = _measure(demo, ranks, commands, environment)
     if speed is None:
@@ -51,7 +51,7 @@ def run(demo: Demo, ranks: int) -> int:
     if speed.gpus:
         ranks = min(ranks, speed.gpus)
     else:
-        environment["DS_ACCELERATOR"] = "cpu"  # what DeepSpeed would find out by itself, with warnings
+        environment["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would detect it by itself, with warnings
     stages = demo.stages(ranks, free_port(), visible_gpus(ranks) if speed.gpus else None)
     path = demo.run_dirs[0].with_name(f"{demo.run_dirs[0].name}-stages.json")
     if all(Record(path).is_done(stage) for stage in stages) or not path.exists():
@@ -86,7 +86,7 @@ def _run(stage: DemoStage, record: Record, commands: Commands, environment: dict
 
 
 def _environment() -> dict[str, str]:
-    """Of the commands: their lines come at once, and without bars, since there is one here."""
+    """Environment of the commands: unbuffered output, and no progress bars, since there is one here."""
     return os.environ | {"PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
 
 
@@ -100,7 +100,7 @@ class _Quiet(Screen):
 
 
 def _measure(demo: Demo, ranks: int, commands: Commands, environment: dict[str, str]) -> Speed | None:
-    """The speed of this machine; None if a signal came meanwhile.
+    """The speed of this machine; None if a signal arrived meanwhile.
 
     Raises:
         ValueError: if it cannot be measured.
@@ -118,7 +118,7 @@ def _measure(demo: Demo, ranks: int, commands: Commands, environment: dict[str, 
 
 
 def _start_afresh(demo: Demo, record: Path) -> None:
-    """Move what an earlier demo made out of the way; every other command refuses to run over an earlier run."""
+    """Move an earlier demo's output out of the way; every other command refuses to overwrite an earlier run."""
     record.unlink(missing_ok=True)
     now = time.strftime("%Y%m%d-%H%M%S")
     moved = []
@@ -131,7 +131,7 @@ def _start_afresh(demo: Demo, record: Path) -> None:
 
 
 def _introduce(stages: list[DemoStage], speed: Speed, ranks: int, made: list[Path]) -> None:
-    """What will happen, and about how long it takes; ``made``: by an earlier start, from which it goes on."""
+    """Print what will happen and about how long it takes; ``made``: folders of an earlier start that is resumed."""
     where = f"{ranks} GPUs" if speed.gpus else f"{ranks} processes on the CPU"
     about = speed.demo_s(stages, ranks)
     scratch = shlex.join(["rm", "-r", *(str(folder) for folder in made if folder.exists())])
@@ -141,7 +141,7 @@ def _introduce(stages: list[DemoStage], speed: Speed, ranks: int, made: list[Pat
 
 
 def _minutes(seconds: float) -> str:
-    """To ten seconds: ``50 s``, ``2 min 40 s``."""
+    """Rounded to ten seconds: ``50 s``, ``2 min 40 s``."""
     minutes, rest = divmod(max(round(seconds / 10), 1) * 10, 60)
     return " ".join(part for part in (f"{minutes} min" * (minutes > 0), f"{rest} s" * (rest > 0)) if part)
 
@@ -152,7 +152,7 @@ def _stopped(where: str) -> int:
 
 
 def _conclude(demo: Demo, stages: list[DemoStage], record: Record) -> None:
-    """The stages with their seconds, and where things lie."""
+    """Print the stages with their seconds, and where the results are."""
     rows = [(stage.name, record.seconds(stage)) for stage in stages]
     total = sum(seconds for _, seconds in rows)
     print("\nstage      seconds")

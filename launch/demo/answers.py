@@ -14,9 +14,9 @@ from pathlib import Path
 from settings import command_parser, path_argument, user_errors
 
 ASKED = 40
-"""Examples that are asked, the first ones of the file."""
+"""Number of examples asked, the first ones of the file."""
 SHOWN = 2
-"""Right and wrong answers that are shown, of each the first ones."""
+"""Number of right and of wrong answers shown, the first ones of each."""
 _MOST_TOKENS = 4
 
 
@@ -30,17 +30,17 @@ class Answer:
 
     @property
     def is_right(self) -> bool:
-        """True if it is the right one to the character."""
+        """True if it matches the right answer exactly."""
         return self.given == self.right
 
     def sentence(self) -> str:
-        """Verdict, the code with what the model closes it with, and the right one where it is another."""
+        """Verdict, the code with the model's answer, and the right one if that differs."""
         instead = "" if self.is_right else f"      right: {self.right}"
         return f"{'right' if self.is_right else 'wrong'}   {self.question.strip()}  {self.given or 'nothing'}{instead}"
 
 
 def main() -> int:
-    """Ask, count, and show some of either kind."""
+    """Ask, count, and show some right and some wrong answers."""
     parser = command_parser("launch.demo.answers", __doc__.splitlines()[0])
     parser.add_argument("folder", type=path_argument, help="what convert.to_hf wrote")
     parser.add_argument("examples", type=path_argument, help="JSON lines with prompt and response")
@@ -89,7 +89,7 @@ def generator(folder: Path) -> Callable[[str], str]:
 
 
 def report(answers: list[Answer]) -> list[str]:
-    """How many are right, and some of either kind."""
+    """How many are right, and some of the right and wrong ones."""
     right = [answer for answer in answers if answer.is_right]
     wrong = [answer for answer in answers if not answer.is_right]
     shown = [*right[:SHOWN], *wrong[:SHOWN]]

@@ -1,7 +1,7 @@
 """How fast this machine is, so that the demo can say how long it takes: ``python -m launch.demo.estimate CONFIG``.
 
-Prints, after a second, the number of GPUs and two speeds: of Python, since starting seven commands, two of them with
-ranks, is a third of the demo, and of the decoder's forward and backward pass.
+Prints, after about a second, the number of GPUs and two speeds: of Python, since starting seven commands, two of them
+with ranks, takes a third of the demo, and of the decoder's forward and backward pass.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from settings import command_parser, path_argument, user_errors, whole_number
 from trainer.config import PretrainConfig, load_run
 
 _STARTS = 65.0 / 0.013
-"""Seconds that are no training, over those of ``_python_s``: as measured on two cores (LOG.md)."""
+"""Seconds of the demo outside training, relative to ``_python_s``; measured on two cores (LOG.md)."""
 _WHOLE_STEP = 2.0
-"""Time of a training step with its optimiser, communication, evaluations and saves, over forward and backward."""
+"""Time of a training step with optimiser, communication, evaluations and saves, relative to forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Speed:
 
     Attributes:
         gpus: how many there are.
-        python_s: seconds of a little Python.
+        python_s: seconds of a short Python loop.
         tokens_per_s: of one rank's forward and backward pass.
     """
 
@@ -38,7 +38,7 @@ class Speed:
     tokens_per_s: float
 
     def demo_s(self, stages: Sequence[DemoStage], ranks: int) -> float:
-        """Seconds that ``stages`` will take, about."""
+        """Estimated seconds that ``stages`` will take."""
         starts = _STARTS * self.python_s * sum(stage.start for stage in stages)
         return starts + _WHOLE_STEP * sum(stage.tokens for stage in stages) / (self.tokens_per_s * ranks)
 

@@ -1,10 +1,10 @@
-"""Stage two's examples, out of the running Python's own standard library: ``python -m launch.demo.examples FOLDER``.
+"""Stage two's examples, from the running Python's own standard library: ``python -m launch.demo.examples FOLDER``.
 
-A line of code, cut where a bracket closes; the response is what closes all that are open, the innermost first::
+A line of code, cut where a bracket closes; the response closes all open brackets, the innermost first::
 
     {"prompt": "self._handlers.append((name, table[key\\n", "response": "]))"}
 
-What validates comes from packages of which neither stage trains on a line.
+Validation examples come from packages that neither stage trains on.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from data.files import write_atomically
 from settings import command_parser, path_argument, user_errors
 
 RESPONSES = (")", "]", "))", "])", ")]")
-"""The commonest; there are too few of others to validate on."""
+"""The most common ones; others are too rare to validate on."""
 SETS = {
     "train": ("*.py", "[c-d]*/**/*.py", "[h-l]*/**/*.py", "[u-z]*/**/*.py"),
     "validation": ("asyncio/**/*.py", "email/**/*.py", "multiprocessing/**/*.py"),
 }
 MOST = {"train": 2000, "validation": 60}
-"""Examples of a response in each set: ")" alone would be nine of ten."""
+"""Examples per response in each set: otherwise ")" alone would be nine in ten."""
 SHORTEST, LONGEST = 8, 90
 """Characters of a line."""
 _CLOSERS = {"(": ")", "[": "]", "{": "}"}
 _NO_CODE = "#'\"\\"
-"""What may hold brackets that are none: a line with one of these is left out."""
+"""Marks of strings and comments, whose brackets do not count: a line with one of these is left out."""
 
 
 def main() -> int:
-    """Write both sets; they are small, so they are made again each time."""
+    """Write both sets; they are small, so they are rewritten each time."""
     parser = command_parser("launch.demo.examples", __doc__.splitlines()[0])
     parser.add_argument(
         "folder", type=path_argument, help="where brackets-train.jsonl and brackets-validation.jsonl go"
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def cut_lines(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Every line up to each of its closing brackets, and all that is open there; each line once."""
+    """Every line up to each of its closing brackets, and what closes all that is open there; each line once."""
     seen = set()
     for line in map(str.strip, lines):
         if SHORTEST <= len(line) <= LONGEST and line.isascii() and not set(_NO_CODE) & set(line) and line not in seen:
@@ -63,7 +63,7 @@ def cut_lines(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def _cuts(line: str) -> list[tuple[str, str]]:
-    """None if brackets in ``line`` do not match."""
+    """The cuts of one line; empty if its brackets do not match."""
     cuts, closers = [], ""
     for place, character in enumerate(line):
         if character in _CLOSERS:

@@ -1,8 +1,7 @@
-"""Commands one after the other: what they say is shown as it comes, and a signal ends all that they started.
+"""Runs commands one after the other: their output is shown live, and a signal ends all their processes.
 
-Every command has a session of its own, so that Ctrl-C, or a signal to the process group that this process is in,
-reaches this process alone, which asks the command's processes to end (``trainer/sessions.py``); what is not done is
-done again the next time.
+Every command has its own session, so that Ctrl-C, or a signal to this process's group, reaches only this process, which
+asks the command's processes to end (``trainer/sessions.py``); unfinished stages are run again the next time.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from trainer.sessions import ENDING_SIGNALS, Ending, SignalLog
 
 _TICK_S = 0.25
 _LAST_RESORT_S = 30.0
-"""What has not ended this long after it was asked to is killed."""
+"""Processes that have not ended this long after the request are killed."""
 _PR_SET_PDEATHSIG = 1
 
 
 class Commands:
-    """Runs commands until a signal comes: SIGINT, SIGTERM or SIGHUP; the second one kills.
+    """Runs commands until a signal arrives: SIGINT, SIGTERM or SIGHUP; the second one kills.
 
     Attributes:
-        signals: how many came.
+        signals: how many have arrived.
     """
 
     def __init__(self) -> None:
@@ -43,7 +42,7 @@ class Commands:
         return len(self._log.numbers)
 
     def run(self, command: Sequence[str], environment: Mapping[str, str], screen: Screen) -> int:
-        """Run ``command`` until it and all that it started have ended; returns its exit status."""
+        """Run ``command`` until all its processes have ended; returns its exit status."""
         process = subprocess.Popen(
             command,
             env=environment,
@@ -58,11 +57,11 @@ class Commands:
         threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
         ending = Ending(process.pid, _LAST_RESORT_S)
         try:
-            # The pipe is closed when the last process that holds it has ended: a rank whose launcher is gone, too.
+            # The pipe closes when the last process that holds it has ended, including ranks whose launcher is gone.
             while (line := self._next(lines)) is not None:
                 try:
                     screen.line(line) if line else screen.tick()
-                except OSError:  # nobody is there to read: a terminal that was closed, a pipe's other end
+                except OSError:  # no reader: the terminal, or the other end of the pipe, is closed
                     if not self.signals:
                         self._log.numbers.append(signal.SIGHUP)
                 if self.signals and ending.go_on(at_once=self.signals > 1):
@@ -73,7 +72,7 @@ class Commands:
         return process.wait()
 
     def _next(self, lines: queue.SimpleQueue[str | None]) -> str | None:
-        """The next line, empty if none came for a moment; None after the last one."""
+        """The next line, empty if none came within a tick; None after the last one."""
         try:
             return lines.get(timeout=_TICK_S)
         except queue.Empty:
@@ -88,11 +87,11 @@ def _read(pipe: IO[bytes], lines: queue.SimpleQueue[str | None]) -> None:
 
 
 def _end_with_parent() -> Callable[[], object] | None:
-    """For a new process to call: SIGTERM to it when this one dies, even by SIGKILL; None but on Linux.
+    """For a new process to call: it then gets SIGTERM when this one dies, even by SIGKILL; None except on Linux.
 
-    Ranks are not the command itself: they see that their launcher is gone (trainer/monitor/orphan.py), save and end.
+    This does not reach ranks: they notice that their launcher is gone (trainer/monitor/orphan.py), save and end.
     """
     if sys.platform != "linux":
         return None
-    prctl = ctypes.CDLL(None).prctl  # looked up here: between fork and exec as little as possible should happen
+    prctl = ctypes.CDLL(None).prctl  # looked up here, to do as little as possible between fork and exec
     return lambda: prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""What a stage of the demo shows: the lines of its command, and under them how far it is."""
+"""What a stage of the demo shows: the lines of its command, and its progress below them."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 _SILENCE_S = 5.0
-"""In a log, a command that says nothing for this long is spoken for."""
+"""In a log, a status line is printed when a command has been silent for this long."""
 _STEPS = "{desc} {percentage:3.0f}% |{bar:24}| step {n_fmt} of {total_fmt}, {elapsed}"
 _CLOCK = "{desc} {elapsed}"
 
 
 class Screen:
-    """Lines, and below them a bar on a terminal; in a log, a line now and then where there would be none.
+    """Lines with a progress bar below on a terminal; in a log, a status line now and then during silence.
 
     Args:
         title: a word or two for what runs.
-        steps: how many it takes; 0 if it has no steps.
-        step: how many are done.
+        steps: total number; 0 if it has no steps.
+        step: returns how many are done.
     """
 
     def __init__(self, title: str, steps: int = 0, step: Callable[[], int] = lambda: 0):
@@ -38,15 +38,15 @@ class Screen:
 
     @property
     def took_s(self) -> float:
-        """Seconds since the beginning."""
+        """Seconds since the start."""
         return time.monotonic() - self._started_s
 
     def line(self, text: str) -> None:
-        """Show a line of the command's."""
+        """Show a line of the command."""
         self._show(text)
 
     def tick(self) -> None:
-        """Show how far it is; to be called several times a second."""
+        """Show the progress; to be called several times a second."""
         if not self._bar.disable:
             self._bar.n = self._step() if self._bar.total else 0
             self._bar.refresh()
@@ -54,7 +54,7 @@ class Screen:
             self._show(f"... {self._title}, {self.took_s:.0f} s")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._bar.close()
 
     def _show(self, text: str) -> None:

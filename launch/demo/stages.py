@@ -1,4 +1,4 @@
-"""The demo's stages: the command of each, which a user would type as it stands, and what it leaves behind."""
+"""The demo's stages: the command of each, exactly as a user would type it, and what it produces."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class DemoStage:
         name: a word or two.
         what: what it does, in half a sentence.
         command: to run.
-        product: what is there when it is done; None if it is quick, and done again each time.
-        start: its part of the demo's time that is no training; all parts are 1.
+        product: what exists once it is done; None if it is quick, and repeated each time.
+        start: its share of the demo's time outside training; all shares add up to 1.
         train: for a stage that trains, its block of the config.
         tokens: that it trains on.
     """
@@ -44,7 +44,7 @@ class DemoStage:
         return 0 if self.train is None else self.train.steps
 
     def step(self) -> int:
-        """How many are done, as its first rank says."""
+        """Optimiser steps done, from its first rank's heartbeat."""
         if self.train is None:
             return 0
         beats = read_beats(Path(str(self.train.run_dir)) / "heartbeat")
@@ -62,7 +62,7 @@ class Demo:
 
     @property
     def run_dirs(self) -> list[Path]:
-        """Of both stages."""
+        """Run folders of both stages."""
         return [Path(str(train.run_dir)) for train in (self.stage_one.train, self.stage_two.train)]
 
     @property
@@ -72,13 +72,13 @@ class Demo:
 
     @property
     def folders(self) -> list[Path]:
-        """Everything that the demo makes: ``runs/demo``, ``runs/demo-data`` and the like, no data from elsewhere."""
+        """Everything that the demo creates: ``runs/demo``, ``runs/demo-data`` and the like, no data from elsewhere."""
         run = self.run_dirs[0]
         folders = [run, Path(self.stage_one.data.dir), self.run_dirs[1], self.export]
         return [folder for folder in folders if folder == run or str(folder).startswith(f"{run}-")]
 
     def stages(self, processes: int, port: int, gpus: str | None = None) -> list[DemoStage]:
-        """All stages in order; ``processes`` ranks meet at ``port``, on ``gpus`` if there are certain ones."""
+        """All stages in order; ``processes`` ranks meet at ``port``, on ``gpus`` if given."""
         python, launcher = [sys.executable, "-m"], [*deepspeed_launcher(processes, port, gpus), "--module"]
         (run, tuned), data = self.run_dirs, self.stage_one.data.dir
         validation = self.stage_two.data.validation[0].files[0]
@@ -122,7 +122,7 @@ class Demo:
 
 
 class Record:
-    """Which stages are done, and the seconds that each took; a file, so that a demo that was stopped can go on.
+    """Which stages are done, and the seconds that each took; kept in a file, so that a stopped demo can resume.
 
     Args:
         path: of the file.
@@ -133,18 +133,18 @@ class Record:
         self._stages: dict[str, dict[str, float | bool]] = read_json(path) if path.exists() else {}
 
     def seconds(self, stage: DemoStage) -> float:
-        """Seconds that ``stage`` took, all starts of it together."""
+        """Seconds that ``stage`` took, over all its starts."""
         return float(self._stages.get(stage.name, {}).get("seconds", 0.0))
 
     def is_done(self, stage: DemoStage) -> bool:
-        """True if ``stage`` is done and what it made is still there."""
+        """True if ``stage`` is done and its product still exists."""
         if stage.product is not None and not stage.product.exists():
             return False
-        # An export gets its name when it is whole; a training run still evaluates after its last checkpoint.
+        # An export gets its name only when it is complete; a training run still evaluates after its last checkpoint.
         whole = stage.product is not None and stage.train is None
         return whole or bool(self._stages.get(stage.name, {}).get("done", False))
 
     def add(self, stage: DemoStage, seconds: float, done: bool) -> None:
-        """``stage`` ran for ``seconds``."""
+        """Record that ``stage`` ran for ``seconds``."""
         self._stages[stage.name] = {"seconds": self.seconds(stage) + seconds, "done": done}
         write_json(self._path, self._stages)

@@ -1,4 +1,4 @@
-"""What ``launch.doctor`` looks at: small functions that return findings, and how those of many ranks become one."""
+"""The findings of ``launch.doctor``: running the small functions that return them, and merging those of many ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Finding:
         check: its name.
         level: ``error`` where a run would fail or hang, ``warning`` where it would be slow or fragile.
         found: one line.
-        remedy: what to do about it; empty if nothing is to be done.
+        remedy: what to do about it; empty if nothing.
     """
 
     check: str
@@ -34,7 +34,7 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def run(checks: dict[str, Check]) -> list[Finding]:
-    """All findings, in order. A check that fails itself is a finding too, and the others go on.
+    """Run all checks; returns the findings in order. A check that itself fails is a finding too; the others still run.
 
     ``ValueError`` and ``OSError`` are what our own code raises for a user's mistake, as "what is wrong; what to do".
     """
@@ -52,9 +52,9 @@ def run(checks: dict[str, Check]) -> list[Finding]:
 
 
 def merge(by_host: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
-    """One list out of those of several ranks, each with its host's name.
+    """Merge the findings of several ranks, each with its host's name, into one list.
 
-    Of a check that is fine everywhere the first rank's finding stays; problems are reported once, with their hosts.
+    For a check that is fine everywhere, the first rank's finding is kept; problems are reported once, with their hosts.
     """
     several = len({host for host, _ in by_host}) > 1
     merged: list[Finding] = []
@@ -71,7 +71,7 @@ def merge(by_host: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """The gravest level."""
+    """The most severe level."""
     return max((finding.level for finding in findings), key=_ORDER.index, default="ok")
 
 

@@ -20,7 +20,7 @@ TIMEOUT_S = 5.0
 
 
 def hostfile(path: Path) -> Iterator[Finding]:
-    """Syntax first; hosts are asked only if that is right.
+    """Check the syntax; only if that is right, check the hosts.
 
     Raises:
         ValueError: naming the first line that is wrong.

@@ -1,4 +1,4 @@
-"""What a run reads: shards against tokenizer and model for stage one; tokenizer and files for stage two."""
+"""Checks of what a run reads: shards against tokenizer and model for stage one; tokenizer and files for stage two."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tune.preflight import require_base
 
 
 def settings(config: PretrainConfig | TuneFile) -> Iterator[Finding]:
-    """Settings that no run starts with, and what the run starts from.
+    """Check for settings that would keep the run from starting, and what it starts from.
 
     Raises:
-        ValueError: in the run's own words; of the base or ``init.path`` only whether it may be one.
+        ValueError: with the run's own message; the base or ``init.path`` is only checked for being one.
     """
     config.train.refuse_to_start()
     if isinstance(config, PretrainConfig):
@@ -32,10 +32,10 @@ def settings(config: PretrainConfig | TuneFile) -> Iterator[Finding]:
 
 
 def shards(config: PretrainConfig) -> Iterator[Finding]:
-    """Every source and validation set: all files there, of the manifest's size, made with this tokenizer.
+    """Check every source and validation set: all files exist, have the manifest's size, and use this tokenizer.
 
     Raises:
-        ValueError: in the loader's own words, for the first that is not.
+        ValueError: with the loader's own message, for the first that fails.
     """
     data, _ = open_all(config.data)
     taken = data.summary(config.train.samples)
@@ -46,10 +46,10 @@ def shards(config: PretrainConfig) -> Iterator[Finding]:
 
 
 def tasks(names: Sequence[str]) -> Iterator[Finding]:
-    """The files of questions among ``train.evaluation.tasks``, every line of them.
+    """Check every line of the question files among ``train.evaluation.tasks``.
 
     Raises:
-        ValueError: if one is missing or has a wrong line.
+        ValueError: if one is missing or has an invalid line.
     """
     files, others = find_tasks(names)
     questions = sum(len(read_questions(path).lines) for path in files)
@@ -60,7 +60,7 @@ def tasks(names: Sequence[str]) -> Iterator[Finding]:
 
 
 def examples(file: TuneFile) -> Iterator[Finding]:
-    """The tokenizer against the base's vocabulary, and whether every pattern of files finds some.
+    """Check the tokenizer against the base's vocabulary, and that every file pattern matches.
 
     Raises:
         ValueError: if something is missing or does not fit.

@@ -1,4 +1,4 @@
-"""This machine: Python and packages, CUDA, GPUs, compiler, stale locks, limits."""
+"""Checks of this machine: Python and packages, CUDA, GPUs, compiler, stale locks, limits."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SHARED_MEMORY_GIB = 1.0
 
 
 def python() -> Iterator[Finding]:
-    """New enough?"""
+    """Whether Python is new enough."""
     here = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] < PYTHON:
         needed = ".".join(map(str, PYTHON))
@@ -88,7 +88,7 @@ def cuda() -> Iterator[Finding]:
 def gpus(needed_bytes: float | None, own: int | None = None) -> Iterator[Finding]:
     """Free memory against what the config will need: of the rank's ``own`` GPU, or of every visible one.
 
-    Asking takes a few hundred MiB of a GPU, so ranks must not ask for each other's.
+    A query takes a few hundred MiB of a GPU, so ranks must not query each other's.
     """
     if not uses_cuda():
         return
@@ -128,7 +128,7 @@ def compiler(train: TrainConfig | None) -> Iterator[Finding]:
 
 
 def locks() -> Iterator[Finding]:
-    """Locks that a killed build of a C++ extension left: whoever needs that extension waits for them forever."""
+    """Locks left by a killed build of a C++ extension: every process that needs that extension waits forever."""
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     found = [(path, time.time() - path.stat().st_mtime) for path in sorted(folder.rglob("lock"))]
     for path, age_s in found:
@@ -159,7 +159,7 @@ def limits() -> Iterator[Finding]:
 
 
 def judge_shared_memory(size: int) -> Finding:
-    """The finding on ``/dev/shm``, through which NCCL's ranks of one machine may talk."""
+    """The finding on ``/dev/shm``, through which NCCL ranks on one machine may communicate."""
     if size < _SHARED_MEMORY_GIB * GIB:
         remedy = "docker run --shm-size=8g, or --ipc=host"
         return Finding("shared memory", "warning", f"/dev/shm holds {size / GIB:.2f} GiB only", remedy)
@@ -167,7 +167,7 @@ def judge_shared_memory(size: int) -> Finding:
 
 
 def port() -> Iterator[Finding]:
-    """Whether the ranks of a job started here could meet."""
+    """Whether the port where ranks of a job started here would meet is free."""
     number = int(os.environ.get("MASTER_PORT") or 29_500)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""The ranks among themselves: the same code and packages, one GPU each, clocks, and how fast they add up tensors."""
+"""Checks across ranks: the same code and packages, one GPU each, clocks, and the speed of all-reduce."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _BYTES = {"cuda": 256 * 2**20, "cpu": 4 * 2**20}
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank is and runs.
+    """Facts about one rank.
 
     Attributes:
-        rank, host, device: who and where.
-        gpu: what tells its GPU from all others: see :func:`trainer.rendezvous.gpu_of`.
+        rank, host, device: which one, and where.
+        gpu: identifies its GPU among all others: see :func:`trainer.rendezvous.gpu_of`.
         software: Python and packages.
-        code: hash of the project's Python files, tests left out.
-        clock_s: its time right after a barrier.
+        code: hash of the project's Python files, without tests.
+        clock_s: its clock right after a barrier.
     """
 
     rank: int
@@ -49,7 +49,7 @@ class Facts:
 
 
 def facts(world: World) -> Facts:
-    """This rank's; collective, for the clock."""
+    """This rank's facts; collective, because of the clock."""
     code = hashlib.sha256()
     for path in sorted(path for package in packages() for path in package.rglob("*.py")):
         code.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
@@ -61,7 +61,7 @@ def facts(world: World) -> Facts:
 
 
 def same_everywhere(ranks: Sequence[Facts]) -> Iterator[Finding]:
-    """Code and packages of all ranks."""
+    """Whether code and packages are the same on all ranks."""
     for name, field in (("code", "code"), ("software", "software")):
         groups: dict[str, list[Facts]] = {}
         for one in ranks:
@@ -79,7 +79,7 @@ def same_everywhere(ranks: Sequence[Facts]) -> Iterator[Finding]:
 
 
 def devices(ranks: Sequence[Facts]) -> Iterator[Finding]:
-    """Which rank computes where; that ranks of one host share no GPU was looked at when they met."""
+    """Where the ranks compute; that ranks of one host share no GPU was checked at rendezvous."""
     hosts = len({one.host for one in ranks})
     here = f"{counted(len(ranks), 'rank')} on {counted(hosts, 'host')}, {ranks[0].device.split(':')[0]}"
     first: dict[str, Facts] = {}
@@ -94,7 +94,7 @@ def devices(ranks: Sequence[Facts]) -> Iterator[Finding]:
 
 
 def clocks(ranks: Sequence[Facts]) -> Iterator[Finding]:
-    """How far the clocks are apart, the barrier's own spread included."""
+    """How far the clocks are apart, including the spread of the barrier itself."""
     first, last = (pick(ranks, key=lambda one: one.clock_s) for pick in (min, max))
     skew = last.clock_s - first.clock_s
     if skew > _SKEW_S:
@@ -105,10 +105,10 @@ def clocks(ranks: Sequence[Facts]) -> Iterator[Finding]:
 
 
 def batch(config: StageConfig, world: World) -> Iterator[Finding]:
-    """Whether the global batch divides.
+    """Whether the global batch can be split over the ranks.
 
     Raises:
-        ValueError: if it does not, in the config's own words.
+        ValueError: if not, with the config's own message.
     """
     count = config.accumulation(world.size)
     what = f"{config.train.global_batch_samples} samples are {counted(count, 'micro-batch', 'micro-batches')} of"

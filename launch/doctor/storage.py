@@ -29,7 +29,7 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
     """Whether the run would start there.
 
     Raises:
-        ValueError: if it would refuse to, in its own words.
+        ValueError: if it would refuse to, with its own message.
     """
     folder = checkpoints_of(str(train.run_dir))
     if train.checkpoint.resume == "never":
@@ -48,20 +48,20 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
 
 
 def trackers(train: TrainConfig) -> Iterator[Finding]:
-    """Whether the run's trackers are installed, and know where to and as whom; no server is asked.
+    """Whether the run's trackers are installed, and have a server and credentials; no server is contacted.
 
     Raises:
-        ValueError: if one is not, in the run's own words.
+        ValueError: if one is not, with the run's own message.
     """
     refuse_unusable(train.log.trackers)
     yield Finding("trackers", "ok", ", ".join(train.log.trackers) or "none")
 
 
 def mirror(train: TrainConfig) -> Iterator[Finding]:
-    """Whether the bucket can be written, and what a run would go on from there; one small file, removed again.
+    """Whether the bucket can be written, with one small file that is removed again, and its newest checkpoint.
 
     Raises:
-        ValueError: if the run would refuse to start for it, in its own words.
+        ValueError: if the run would refuse to start because of it, with its own message.
     """
     url, folder = str(train.checkpoint.mirror), checkpoints_of(str(train.run_dir))
     require_reachable(url, "train.checkpoint.mirror")

@@ -1,4 +1,4 @@
-"""What the ranks send each other in one optimiser step, how long that takes, and where more GPUs stop paying.
+"""Communication among ranks in one optimiser step: its volume, its time, and where more GPUs stop paying off.
 
 Volumes are those of DeepSpeed 0.19 as ``trainer/deepspeed_config.py`` sets it up; a test counts them on a real engine.
 Per step, with P trained parameters in the step's dtype and A micro-batches a rank:
@@ -11,10 +11,10 @@ Per step, with P trained parameters in the step's dtype and A micro-batches a ra
 
 The ZeRO paper's stages 1 and 2 scatter where DeepSpeed all-reduces, so a rank sends 2 P there and 3 P here; stage 2
 reduces every micro-batch's gradients, because it keeps only a part of them. Stage 3 gathers every layer for the forward
-pass, and again for the backward pass what did not stay within ``stage3_max_live_parameters``.
+pass, and again for the backward pass what exceeded ``stage3_max_live_parameters``.
 
 Ranks that share windows (deepspeed.sequence_parallel) gather the keys and values of every layer among themselves, and
-send back their gradients, :func:`sequence_volume`; that router and queries are computed meanwhile is not counted.
+reduce-scatter their gradients, :func:`sequence_volume`; the overlap with router and queries is not counted.
 
 Time is bandwidth and latency: a gathered or scattered tensor of V bytes crosses a GPU's link as V (g - 1) / g within a
 node of g GPUs, and the node's network as V (n - 1) / n between n nodes, at the same time; an all-reduce is both.
@@ -32,20 +32,20 @@ from launch.plan.workload import Workload, ZeroStage
 from trainer.config import WEIGHT_BYTES
 
 ACHIEVED = 0.8
-"""Share of the nominal bandwidth that large collectives reach: an assumption; launch.doctor measures yours."""
+"""Share of the nominal bandwidth that large collectives reach: an assumption; launch.doctor measures the real one."""
 HOP_S = {"link": 2e-6, "network": 6e-6}
 """Latency of one hop of a ring within and between nodes: an assumption."""
 UTILISATION = (0.35, 0.50)
-"""Share of the peak that all products of a step reach: what published dense runs of 7 to 405 B parameters on A100 and
-H100 come to when counted as here (docs/clusters.md). No run of this project on a GPU is among them."""
+"""Share of the peak that a step's matrix products reach: the range of published dense runs of 7 to 405 B parameters on
+A100 and H100, counted as here (docs/clusters.md). No run of this project on a GPU is among them."""
 _UPDATE_BYTES = 30  # read gradient, master, two moments; write the last three and the weight
 
 
 HOST_MS = {(False, False): 11.1, (False, True): 15.7, (True, False): 14.8, (True, True): 20.8}
-"""CPU milliseconds of the host for a layer of a micro-batch: by ZeRO 3 or less, activations recomputed or kept.
-``python -m bench.host`` on one core of a server's Xeon of 2023, whose own small products are in it: rather high."""
+"""CPU milliseconds of the host per layer and micro-batch, by whether ZeRO is stage 3 and activations are recomputed.
+``python -m bench.host`` on one core of a server Xeon of 2023, with its own small products included: rather high."""
 _UNITS = 3
-"""What ZeRO 3 gathers by itself besides the layers: embedding, last norm, head."""
+"""What ZeRO 3 gathers separately besides the layers: embedding, final norm, head."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Volume:
-    """Bytes of the whole tensors that are reduced, gathered and scattered in a step, and in how many collectives."""
+    """Bytes of the full tensors that are reduced, gathered and scattered in a step, and the number of collectives."""
 
     all_reduce: float
     all_gather: float
@@ -73,7 +73,7 @@ class Volume:
     collectives: int
 
     def sent_bytes(self, ranks: int) -> float:
-        """What one of ``ranks`` ranks sends in a ring."""
+        """Bytes that one of ``ranks`` ranks sends in a ring."""
         return (2 * self.all_reduce + self.all_gather + self.reduce_scatter) * (ranks - 1) / ranks
 
 
@@ -84,11 +84,11 @@ class Step:
     Attributes:
         gpus: how many.
         compute_s: forward, backward, update.
-        host_s: of the host that asks for them; the device waits where it is longer.
+        host_s: of the host that launches them; the device waits if it is longer.
         communication_s: all collectives, one after the other.
-        best_s: the whole step, if as much overlaps as DeepSpeed lets overlap.
+        best_s: the whole step, with all the overlap that DeepSpeed allows.
         memory: of one GPU; None where there is no step.
-        problem: why the global batch does not go on them.
+        problem: why the global batch cannot be split over them.
     """
 
     gpus: int
@@ -111,7 +111,7 @@ class Step:
 
 
 def volume(workload: Workload, stage: ZeroStage, accumulation: int) -> Volume:
-    """What a step of ``accumulation`` micro-batches a rank moves at ZeRO ``stage``."""
+    """Volume of a step of ``accumulation`` micro-batches per rank at ZeRO ``stage``."""
     weights, model = workload.weights, workload.model
     width = WEIGHT_BYTES[workload.config.train.precision]
     bucket, live, _ = zero_sizes(workload)
@@ -131,7 +131,7 @@ def volume(workload: Workload, stage: ZeroStage, accumulation: int) -> Volume:
 
 
 def sequence_volume(workload: Workload, accumulation: int) -> Volume:
-    """What the ranks that share windows move among themselves in a step, but for the masks that a capacity asks for."""
+    """Volume among the ranks that share windows in a step, without the masks that a capacity needs."""
     model, train = workload.model, workload.config.train
     if workload.shared == 1:
         return Volume(0, 0, 0, 0)
@@ -159,7 +159,7 @@ def communication_s(moved: Volume, ranks: int, cluster: Cluster) -> float:
 
 
 def expected_mfu(workload: Workload) -> tuple[float, float]:
-    """Low and high MFU on executed FLOPs: :data:`UTILISATION`, less what is computed and not counted."""
+    """Low and high MFU on executed FLOPs: :data:`UTILISATION` times the counted share of what is computed."""
     counted = workload.flops_per_token() / workload.hardware_flops_per_token()
     return UTILISATION[0] * counted, UTILISATION[1] * counted
 
@@ -174,7 +174,7 @@ def compute_s(workload: Workload, stage: ZeroStage, ranks: int, gpu: GPU, mfu: f
 
 
 def host_s(workload: Workload, stage: ZeroStage, accumulation: int) -> float:
-    """Seconds in which a rank's host asks for a step of ``accumulation`` micro-batches."""
+    """Seconds that a rank's host takes to launch a step of ``accumulation`` micro-batches."""
     milliseconds = HOST_MS[stage == 3, workload.config.train.activation_checkpointing]
     return accumulation * workload.model.layers * milliseconds / 1e3
 

@@ -1,4 +1,4 @@
-"""What a stage-one run takes of each source in each stage of its mixture, in tokens and epochs."""
+"""How much of each source a stage-one run takes in each stage of its mixture, in tokens and epochs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.config import PretrainConfig, StageConfig
 def data_lines(config: StageConfig) -> list[str]:
     """Lines of the plan; none for stage two, whose windows are not known before its examples are read.
 
-    Epochs are told where the shards are prepared.
+    Epochs are given if the shards are prepared.
 
     Raises:
         ValueError: if the mixture cannot be drawn.

@@ -1,8 +1,8 @@
-"""What failures cost a run: time lost to them and to saving, and the interval between saves at which it is least.
+"""What failures cost a run: time lost to them and to saving, and the interval between saves that minimises it.
 
 To first order in the interval over the time between failures, as in Young 1974 (Communications of the ACM 17(9)): a
-failure costs the time to the next step and half an interval, and as long again as a checkpoint is written in the
-background and cannot be used. The best interval is Daly's (2006, Future Generation Computer Systems 22(3), eq. 37).
+failure costs the time to the next step, half an interval, and the time in which a checkpoint is still being written in
+the background and cannot be used. The best interval is Daly's (2006, Future Generation Computer Systems 22(3), eq. 37).
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ NODE_MTBF_DAYS = 264.0
 """Days between failures of a node of 8 GPUs: Llama 3 had 419 unexpected interruptions in 54 days on 2,048 of them
 (Grattafiori et al. 2024, arXiv:2407.21783, section 3.3.4)."""
 RESTART_S = 240.0
-"""Assumed from a failure to the next step, where the job keeps its nodes; a requeued one waits for its turn, too."""
+"""Assumed from a failure to the next step if the job keeps its nodes; a requeued one waits in the queue, too."""
 COPY_GBS = 10.0
-"""Assumed speed at which a GPU's state is copied to the host's memory, for which training waits, GB/s."""
+"""Assumed speed of copying a GPU's state to host memory, which training waits for, GB/s."""
 
 
 @dataclass(frozen=True)
 class Failures:
-    """What a run meets, in seconds.
+    """Times of failures and saves in a run, in seconds.
 
     Attributes:
         between_s: mean time between failures of any of its nodes.
         restart_s: from a failure to the next step.
         stall_s: for which training waits at a save.
-        write_s: for which a checkpoint is written while training goes on.
+        write_s: for which a checkpoint is written in the background.
     """
 
     between_s: float
@@ -40,13 +40,13 @@ class Failures:
     write_s: float = 0.0
 
     def lost(self, interval_s: float) -> float:
-        """Share of the time that is lost with a save every ``interval_s``; 1 where the run hardly gets on."""
+        """Share of the time that is lost with a save every ``interval_s``; capped at 1, no progress."""
         redone_s = interval_s / 2 + self.write_s
         return min(1.0, self.stall_s / interval_s + (redone_s + self.restart_s) / self.between_s)
 
     @property
     def best_interval_s(self) -> float:
-        """The interval at which least is lost."""
+        """The interval that loses least time."""
         ratio = self.stall_s / (2 * self.between_s)
         if ratio >= 1:
             return self.between_s
@@ -55,9 +55,9 @@ class Failures:
 
 
 def save_s(workload: Workload, gpus: int, disk_gbs: float) -> tuple[float, float]:
-    """Seconds that training waits at a save, and that it is written for meanwhile.
+    """Seconds that training waits at a save, and seconds of writing in the background.
 
-    The fullest rank decides: at stages 0 to 2 rank 0 writes the weights, at stage 0 everything.
+    The rank with the most to copy decides: at stages 0 to 2 rank 0 saves the weights, at stage 0 everything.
     """
     config, stage = workload.config, workload.config.deepspeed.zero_stage
     size = checkpoint_bytes(workload, stage)
@@ -69,7 +69,7 @@ def save_s(workload: Workload, gpus: int, disk_gbs: float) -> tuple[float, float
 
 
 def interval_s(workload: Workload, step_s: float) -> float:
-    """Seconds between two saves of the config, of which steps or minutes are the sooner."""
+    """Seconds between two saves of the config, by steps or by minutes, whichever comes first."""
     config = workload.config.train.checkpoint
     by_steps = config.every_steps * step_s
     return by_steps if config.every_minutes is None else min(by_steps, 60 * config.every_minutes)

@@ -1,10 +1,10 @@
-"""What vendors say their GPUs can do; read by ``launch.plan``.
+"""GPUs by their vendors' figures; read by ``launch.plan``.
 
 Figures are those of NVIDIA's data sheets: the dense bf16 tensor-core rate with fp32 accumulation (where a sheet gives
 the rate "with sparsity", half of it), the fp32 rate without tensor cores, which PyTorch uses unless TF32 is allowed,
-and bandwidths in one direction (where a sheet gives both directions together, half of it). ``network_gbps`` is not of
-the GPU: it is what the vendor's reference system puts between its nodes, and for cards without one an assumption, 100
-Gbit/s Ethernet for a node of 8.
+and bandwidths in one direction (where a sheet gives both directions together, half of it). ``network_gbps`` is not a
+property of the GPU: it is that of the vendor's reference system between nodes, and for cards without one an assumption,
+100 Gbit/s Ethernet for a node of 8.
 
     a100-*       NVIDIA A100 data sheet (2021), SXM; DGX A100: 8 x 200 Gbit/s InfiniBand
     h100-80g     NVIDIA H100 data sheet (2023), SXM; DGX H100: 8 x 400 Gbit/s InfiniBand

@@ -1,4 +1,4 @@
-"""What ranks lose by waiting for the one that executes most: a simulation.
+"""What ranks lose by waiting for the busiest one: a simulation.
 
     python -m launch.plan.imbalance configs/skip_1b.yaml                       # a table over ranks and micro-batches
     python -m launch.plan.imbalance configs/skip_1b.yaml --ranks 64 512 --micro-batches 2 8 --site-spread 0.2
@@ -6,12 +6,12 @@
 Routers decide how much of a window is executed, so windows differ in cost, and with them ranks. Ranks that synchronise
 once a step (ZeRO 0 and 1) or after every micro-batch (ZeRO 2, which reduces gradients there) wait for the one whose
 windows execute most over all sites. Ranks that synchronise at every layer (ZeRO 3, if nothing is prefetched) wait at
-every site of every micro-batch for the one that executes most there. A capacity gives every window the same work, more
-of it, and no rank waits.
+every site of every micro-batch for the one that executes most there. A capacity gives every window the same, larger
+amount of work, and no rank waits.
 
-Densities are drawn as a run's vary from window to window: normal, cut at 0 and 1, with one deviation for a site and one
-for the mean over sites, which a budget keeps small. ``speed/imbalance`` and ``speed/imbalance_every_layer`` in a run's
-metrics are what this estimates.
+Densities vary from window to window as in a run: normal, clipped to 0 and 1, with one standard deviation for a site and
+one for the mean over sites, which a budget keeps small. This estimates ``speed/imbalance`` and
+``speed/imbalance_every_layer`` in a run's metrics.
 
 Dimension letters: R ranks, M windows of a micro-batch, S routed sites.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from launch.plan.workload import Workload
 
 _NUMBERS = 2_000_000
-"""Drawn for one figure, at least: then the second decimal stands."""
+"""Least number of draws per figure: enough for a stable second decimal."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Spread:
     """Standard deviations of densities from window to window.
 
     Attributes:
-        site: of one site's.
-        mean: of the mean over all sites'.
+        site: of one site's density.
+        mean: of the mean density over all sites.
     """
 
     site: float = 0.12
@@ -48,11 +48,11 @@ class Spread:
 
 @dataclass(frozen=True)
 class Waiting:
-    """Densities that all ranks are as slow as, expected.
+    """Expected densities that set the pace of all ranks.
 
     Attributes:
-        once: mean over sites and windows of the rank that has most of it.
-        every_layer: mean over sites and micro-batches of the largest among ranks.
+        once: mean over sites and windows, of the rank where it is largest.
+        every_layer: mean over sites and micro-batches of the largest density among ranks.
     """
 
     once: float
@@ -62,9 +62,9 @@ class Waiting:
 def simulate(
     spread: Spread, density: float, sites: int, ranks: int, micro_batch: int, accumulation: int = 1, seed: int = 0
 ) -> Waiting:
-    """Whom R ranks wait for, each with ``accumulation`` micro-batches of M windows, at S sites.
+    """What R ranks wait for, each with ``accumulation`` micro-batches of M windows, at S sites.
 
-    ``density`` is the expected one of every site before densities are cut at 0 and 1.
+    ``density`` is the expected one of every site before densities are clipped to 0 and 1.
     """
     generator = np.random.default_rng(seed)
     steps = -(-_NUMBERS // (ranks * micro_batch * accumulation * sites))
@@ -82,9 +82,9 @@ def simulate(
 
 
 def slowdowns(workload: Workload, spread: Spread, ranks: int, micro_batch: int, accumulation: int = 1) -> Waiting:
-    """The same as FLOPs: what the rank that all wait for executes over what the mean of all does.
+    """The same in FLOPs: those of the rank that all wait for over the mean of all.
 
-    The densities are those of a config's every step, once its routers keep their budget.
+    The densities are those of any step of a config whose routers keep their budget.
     """
     from launch.plan.workload import forward_flops
 
@@ -95,7 +95,7 @@ def slowdowns(workload: Workload, spread: Spread, ranks: int, micro_batch: int, 
 
 
 def capacity_slowdown(workload: Workload) -> float:
-    """What a capacity computes, fillers included, over what the routers choose; nobody waits for anybody."""
+    """FLOPs that a capacity computes, fillers included, over those that the routers choose; no rank waits."""
     from launch.plan.workload import computed_share, forward_flops
 
     model, tokens = workload.model, workload.config.data.sequence_tokens
@@ -106,11 +106,11 @@ def capacity_slowdown(workload: Workload) -> float:
 
 
 def sentence(workload: Workload, ranks: int) -> str:
-    """What waiting adds to the compute of a config's step on ``ranks`` GPUs; empty where nobody waits."""
+    """What waiting adds to the compute of a config's step on ``ranks`` GPUs; empty where no rank waits."""
     model, config = workload.model, workload.config
     if ranks == 1 or model.router is None or model.router.kind != "learned" or model.router.execution == "reference":
         return ""
-    if workload.shared > 1:  # with a capacity, too, of which they have unlike shares
+    if workload.shared > 1:  # even with a capacity, of which they have unequal shares
         return "waiting     for the rank that executes most is not estimated where ranks share windows; it adds to this"
     if model.router.execution == "capacity":
         return ""
@@ -123,7 +123,7 @@ def sentence(workload: Workload, ranks: int) -> str:
 
 
 def table(workload: Workload, spread: Spread, ranks: list[int], micro_batches: list[int]) -> str:
-    """A row for each number of ranks and micro-batch, without accumulation."""
+    """A row for each number of ranks and micro-batch size, without accumulation."""
     capacity = f"{capacity_slowdown(workload):.2f}"
     rows = [["ranks", "micro-batch", "meet once a step", "meet at every layer", "capacity"]]
     for count in ranks:

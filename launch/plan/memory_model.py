@@ -2,8 +2,8 @@
 
 The state is what DeepSpeed 0.19 really keeps, which is more than the ZeRO paper's table (Rajbhandari et al. 2020,
 figure 1): stage 1 holds whole gradients, bf16 gradients are summed in fp32 at stages 2 and 3, buckets have a fixed
-size whatever the model's, and stage 3 keeps gathered layers that it will soon need again. With w bytes a weight (bf16
-2, fp32 4), P parameters of which P_t are trained, N ranks, m bytes of moments a parameter (AdamW 8):
+size for any model, and stage 3 keeps gathered layers that it will soon need again. With w bytes per weight (bf16 2,
+fp32 4), P parameters of which P_t are trained, N ranks, m bytes of moments per parameter (AdamW 8):
 
     stage   weights    gradients                     master and moments          fp32 gradients in the update
     0       w P        w P_t                         fp32 m P_t, else (4+m) P_t  4 P_t (bf16)
@@ -11,11 +11,11 @@ size whatever the model's, and stage 3 keeps gathered layers that it will soon n
     2       w P        w or 4 (bf16, several         (4+m) P_t / N               4 P_t / N
     3       w P / N    micro-batches) x P_t / N      (4+m) P_t / N               4 P_t / N
 
-Activations are counted from what autograd keeps in ``model/block.py`` and ``model/head.py``, in elements of w bytes a
-token: of every token the residual stream, its norm, keys and values; of an executed token the rest; with activation
-checkpointing the residual stream before each layer or, with a router for each module, each of them. Ranks that share a
-window have each their part of its tokens, and keys and values of all. Activations and the update's copies are not held
-at once, so the peak is the larger of the two.
+Activations are counted from what autograd keeps in ``model/block.py`` and ``model/head.py``, in elements of w bytes per
+token: for every token the residual stream, its norm, keys and values; for an executed token the rest; with activation
+checkpointing the residual stream before each layer or, with a router for each module, before each module. Ranks that
+share a window each have their part of its tokens, and keys and values of all. Activations and the update's copies are
+not held at once, so the peak is the larger of the two.
 
 tests/launch/plan/test_memory_model.py counts the bytes of a real engine. D width, H query heads, G key/value heads, K
 head width, F feed-forward width, V vocabulary.
@@ -49,11 +49,11 @@ class Memory:
         gradients: at the end of the last micro-batch's backward pass.
         optimizer: fp32 master weights and moments.
         buffers: buckets in which gradients are reduced, and layers that stage 3 has gathered.
-        activations: kept for the backward pass, the loss's gradient of the head among them.
-        working: largest of what comes and goes: a chunk of logits, the head's gradient, one layer's backward pass.
-        update: fp32 gradients in the optimiser's step, when activations are gone.
+        activations: kept for the backward pass, including the loss's gradient of the head.
+        working: largest temporary: a chunk of logits, the head's gradient, one layer's backward pass.
+        update: fp32 gradients in the optimiser's step, when activations have been freed.
         context: of CUDA and its libraries.
-        host: CPU memory for what is offloaded, pinned.
+        host: pinned CPU memory for offloaded state.
     """
 
     weights: float
@@ -68,7 +68,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """Bytes of the device at the fullest moment."""
+        """Bytes of the device at the peak."""
         state = self.weights + self.gradients + self.optimizer + self.context
         return state + max(self.buffers + self.activations + self.working, self.update)
 
@@ -89,7 +89,7 @@ def memory(
     """What one of ``ranks`` ranks holds at ZeRO ``stage``.
 
     Args:
-        workload: the config, whose own stage does not count; its offloading does where the stage has it.
+        workload: the config; its own stage is ignored, its offloading applies where the stage supports it.
         stage: of ZeRO.
         ranks: of the whole run.
         checkpointing: activation checkpointing; the config's unless given.
@@ -130,7 +130,7 @@ def memory(
 
 
 def activation_bytes(workload: Workload, checkpointing: bool | None = None, density: float | None = None) -> float:
-    """What autograd keeps of one micro-batch: of the layers, the final norm and the head."""
+    """Bytes that autograd keeps for one micro-batch: of the layers, the final norm and the head."""
     config, model = workload.config, workload.model
     width = WEIGHT_BYTES[config.train.precision]
     tokens, checkpointing, share = _asked(workload, checkpointing, density)
@@ -176,7 +176,7 @@ def _working_bytes(workload: Workload, checkpointing: bool | None, density: floa
     chunk = (4 + width) * rows * model.vocab_size + (width * head if width < 4 else 0)
     # Gradients of the four tensors inside the feed-forward, and of the residual stream's three.
     layer = width * tokens * (share * 3 * model.ffn_width + 3 * model.width)
-    if workload.shared > 1:  # gradients of all keys and values: put together, in parts to send, in parts received
+    if workload.shared > 1:  # gradients of all keys and values: assembled, split to send, and received
         layer += 3 * width * tokens * workload.shared * 2 * model.kv_heads * model.head_dim
     if checkpointing:
         layer += (
@@ -217,7 +217,7 @@ def _buffers(workload: Workload, stage: ZeroStage, ranks: int, width: int) -> fl
         return width * (filled + (bucket if stage > 0 else 0))
     if ranks == 1:
         return width * (2 * filled + bucket)
-    # Parts arrive in a flat buffer, out of which each parameter is put together: before gradients are there to reduce.
+    # Partitions arrive in a flat buffer, from which each parameter is assembled, before there are gradients to reduce.
     total = workload.weights.total
     return width * (bucket + min(total, live) + max(2 * filled, min(total, prefetch)))
 

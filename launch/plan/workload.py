@@ -1,4 +1,4 @@
-"""What a config asks of a machine, whatever the machine: parameters, FLOPs and data of one optimiser step.
+"""What a config needs on any machine: parameters, FLOPs and data of one optimiser step.
 
 Counted on the decoder itself, built without storage, so that a plan cannot disagree with the model. FLOPs are those of
 ``model/flops.py`` with every routed site at its target density and full windows.
@@ -30,7 +30,7 @@ class Weights:
 
     Attributes:
         total, trained: all, and those with a gradient and optimiser state.
-        small: of those, the elements of parameters below ``deepspeed.persistence_threshold``, whole at stage 3.
+        small: elements of parameters below ``deepspeed.persistence_threshold``, which stay whole at stage 3.
         moment_bytes: fp32 optimiser state besides the master weights, over all ranks.
     """
 
@@ -74,28 +74,28 @@ class Workload:
 
     @property
     def most_ranks(self) -> int:
-        """Over which the global batch can be spread, one micro-batch each or for each group that shares it."""
+        """Most ranks that the global batch can be split over, one micro-batch per rank or group that shares windows."""
         train = self.config.train
         return train.global_batch_samples // train.micro_batch_samples * self.shared
 
     def sharing(self, ranks: int) -> Workload:
-        """The same with windows shared by another number of ``ranks``."""
+        """The same with windows shared by a given number of ``ranks``."""
         settings = self.config.deepspeed.model_copy(update={"sequence_parallel": ranks})
         return replace(self, config=self.config.model_copy(update={"deepspeed": settings}))
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all ranks and micro-batches."""
+        """Tokens of a step, over all ranks and micro-batches."""
         return self.config.train.global_batch_samples * self.config.data.sequence_tokens
 
     @property
     def total_tokens(self) -> int:
-        """Of the whole run."""
+        """Tokens of the whole run."""
         return self.config.train.steps * self.tokens_per_step
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that a token meets on average at the target density; all of the embedding and head among them."""
+        """Parameters that a token uses on average at the target density, including all of the embedding and head."""
         d, k, model = self.model.width, self.model.head_dim, self.model
         attention, ffn = 2 * d * model.heads * k + d, 3 * d * model.ffn_width + d
         skippable = sum(attention * site.attends + ffn * site.feeds_forward for site in model.routed_sites)
@@ -111,7 +111,7 @@ class Workload:
         return self._training(dense, full_windows(dense, tokens, tokens, 1.0))
 
     def hardware_flops_per_token(self) -> float:
-        """What a device computes for them: with fillers, and with what activation checkpointing computes twice."""
+        """FLOPs that a device computes for them: with fillers, and with recomputation by activation checkpointing."""
         own, computed = self._counts(self.density), self._counts(self.computed_share)
         computed = replace(computed, explored_tokens=own.explored_tokens, explored_keys=own.explored_keys)
         flops = self._training(self.model, computed)
@@ -137,7 +137,7 @@ def forward_flops(model: ModelConfig, sequence_tokens: int, density: float) -> f
 def computed_share(model: ModelConfig, sequence_tokens: int, density: float, shared: int = 1) -> float:
     """Share of a window's tokens that a routed site computes in training when routers pick ``density`` of them.
 
-    Ranks that share a window, ``shared`` of them, compute what they have of a capacity's tokens and no fillers.
+    The ``shared`` ranks of a window compute only their own tokens of a capacity, and no fillers.
     """
     if model.router is None or model.router.execution == "reference":
         return 1.0
@@ -146,7 +146,7 @@ def computed_share(model: ModelConfig, sequence_tokens: int, density: float, sha
 
 
 def read_workload(path: str, overrides: Sequence[str] = ()) -> Workload:
-    """The workload of a stage-one or stage-two config on GPUs; all of ``launch/plan/gpus.py`` multiply bf16 fast.
+    """The workload of a stage-one or stage-two config on GPUs; precision ``auto`` is bf16, fast on all of ``gpus.py``.
 
     Raises:
         ValueError: with one sentence for each mistake.

@@ -41,10 +41,10 @@ def trace_of(run: Path, rank: int) -> Path:
 
 
 def summed(path: Path) -> Sums:
-    """What the trace at ``path`` holds.
+    """The trace at ``path``, summed up.
 
     Raises:
-        ValueError: if it is damaged, or none of ours.
+        ValueError: if it is damaged, or not one of ours.
     """
     try:
         return Reader(read(path)).sums

@@ -16,20 +16,20 @@ _STEP = PHASES["training"]
 _MB = 1e6
 _OPERATORS = 10
 _SLOW = 1.2
-"""How many times the median a layer takes that is worth a word."""
+"""Layers that take more than this multiple of the median are named."""
 _LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table, of one step.
+    """A row of a table, per step.
 
     Attributes:
         name: of the phase or site.
-        cpu_ms: own time of operators.
+        cpu_ms: self time of operators.
         gpu_ms: of the kernels that they launched.
         allocated_mb: allocated.
-        held_mb: alive at the fullest moment.
+        held_mb: alive at the peak.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Row:
 
 
 def by_phase(sums: Sums) -> list[Row]:
-    """Phases in their order; the step in its parts."""
+    """Phases in order, the step split into its parts."""
     names = [PHASES["loading"], *PARTS, "rest of the step", PHASES["saving"], PHASES["evaluating"]]
     rows = _rows(sums, lambda p: p.phase if p.phase != _STEP else p.part or "rest of the step")
     return sorted(rows, key=lambda row: names.index(row.name) if row.name in names else len(names))

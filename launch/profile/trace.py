@@ -1,8 +1,8 @@
-"""A trace of ``trainer/monitor/profiler.py``, read: what every operator cost, by phase, part of the step and site.
+"""Read a trace of ``trainer/monitor/profiler.py``: what every operator cost, by phase, part of the step and site.
 
-Time is an operator's own: without that of the operators inside it, so that all of it adds up to the time of the steps.
-A backward operator belongs to the site of the forward operator with the same sequence number. Where there are kernels
-of a GPU, each belongs to the operator that has launched it.
+Time is self time, without that of nested operators, so that all of it adds up to the time of the steps. A backward
+operator belongs to the site of the forward operator with the same sequence number. A GPU kernel belongs to the operator
+that launched it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _KERNELS = ("kernel", "gpu_memcpy", "gpu_memset")
 _RUNTIME = ("cuda_runtime", "cuda_driver")
 _SYNCHRONIZE = ("Synchronize", "cudaMemcpy", "cuMemcpy")
 GRADIENTS = "gradients"
-"""Site of what sums a weight's gradient and, with ZeRO, hands it to the other ranks."""
+"""Site of gradient accumulation and, with ZeRO, of sending gradients to the other ranks."""
 ELSEWHERE = "elsewhere"
 
 
@@ -41,20 +41,20 @@ class Place(NamedTuple):
 
 @dataclass
 class Sums:
-    """Of one rank's trace; microseconds and bytes, over all profiled steps.
+    """Sums over one rank's trace; microseconds and bytes, over all profiled steps.
 
     Attributes:
         steps: how many whole steps.
-        by_place: own time of operators, on the CPU.
-        kernels: time of kernels by the place of who launched them; empty without a GPU.
-        by_operator: own time and calls of operators in steps.
-        by_kernel: the same of kernels.
+        by_place: self time of operators, on the CPU.
+        kernels: time of kernels by the place that launched them; empty without a GPU.
+        by_operator: self time and calls of operators in steps.
+        by_kernel: the same for kernels.
         allocated: bytes allocated, by place.
-        held: of what was allocated in the trace, bytes alive at the fullest moment, by place of the allocation.
-        waiting: time in collectives, that for other ranks to come to them included, and in waits for the device. A
-            collective may go on beside operators.
+        held: of what was allocated in the trace, bytes alive at the peak, by place of the allocation.
+        waiting: time in collectives, including the wait for other ranks, and in waits for the device. Collectives may
+            overlap with operators.
         between: time in which no operator ran: Python.
-        busy: of the GPU.
+        busy: time in which the GPU ran kernels.
         wall: of all phases together.
         in_steps: of the steps alone, without data, saving and evaluating.
     """
@@ -121,7 +121,7 @@ class Reader:
         self._launched_at: dict[int, Place] = {}
         """By external id."""
         self._times: dict[Any, tuple[list[float], list[Place]]] = {}
-        """By thread: from when on it is at which place."""
+        """By thread: times, and the place from each of them on."""
         self._walk(main, is_main=True)
         for thread in self._threads.keys() - {main}:
             if any(event["name"].startswith(_EVALUATE) for event in self._threads[thread]):
@@ -130,7 +130,7 @@ class Reader:
         self._sum_memory(main)
 
     def _walk(self, thread: Any, is_main: bool) -> None:
-        """Own time and place of everything on one thread."""
+        """Self time and place of everything on one thread."""
         events = sorted(self._threads[thread], key=lambda event: (event["ts"], -event["dur"]))
         outside = Place("", "", "") if is_main else Place(PHASES["training"], "backward", "")
         stack: list[_Open] = []
@@ -181,7 +181,7 @@ class Reader:
         return place
 
     def _count(self, opened: _Open, own: float, is_main: bool) -> None:
-        """Add an event's own time, microseconds."""
+        """Add an event's self time, microseconds."""
         event, place, sums = opened.event, opened.place, self.sums
         if not place.phase:
             return
@@ -211,7 +211,7 @@ class Reader:
             self.sums.waiting["collectives"] = _union(self._collectives)
 
     def _sum_memory(self, main: Any) -> None:
-        """Bytes allocated by place, and who holds what at the fullest moment."""
+        """Bytes allocated by place, and bytes held by place at the peak."""
         device = any(event["args"]["Device Type"] != 0 for event in self._memory)
         alive: dict[Any, tuple[int, Place]] = {}
         held: Sum[Place] = defaultdict(float)
@@ -241,7 +241,7 @@ class Reader:
 
 
 def _is_collective(event: dict[str, Any]) -> bool:
-    """Of gloo, which runs in threads of its own, or of NCCL, which runs as kernels."""
+    """Whether an event is a collective: of gloo, which runs in its own threads, or of NCCL, which runs as kernels."""
     if event.get("cat") in _KERNELS:
         return "nccl" in event["name"].lower()
     return event.get("cat") == "user_annotation" and event["name"].startswith("gloo:")

@@ -8,9 +8,9 @@
     python -m launch.slurm my.yaml --gpus-per-node 8 --after 4711
 
 CONFIG is of either stage. With --then, stage two tunes what the run before it trained (base.path is set) and starts
-when that has ended well. With --array every value has a run folder of its own, RUN-0, RUN-1 and so on, and what follows
-is done for each of them. With --prepare an array of --tasks jobs shares the preparation of CONFIG's data; with --after
-a run starts when that job, or any other, has ended well. What holds for every job of a cluster stands in
+when that has succeeded. With --array every value has its own run folder, RUN-0, RUN-1 and so on, and later stages run
+for each of them. With --prepare an array of --tasks jobs shares the preparation of CONFIG's data; with --after a run
+starts when that job, or any other, has succeeded. Settings for all jobs of a cluster are in
 ~/.config/hopscotch/slurm.yaml; see docs/clusters.md.
 
 Exit status: 0 when everything is submitted; 1 when nothing is, with a sentence that says why.
@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse_of_a_run(options: argparse.Namespace) -> None:
-    """A preparation has no ranks and no chain."""
+    """Refuse options of runs: a preparation has no ranks and no chain."""
     given = {
         "--nodes": options.nodes, "--spare-nodes": options.spare_nodes, "--gpus-per-node": options.gpus_per_node,
         "--tasks-per-node": options.tasks_per_node,
@@ -99,7 +99,7 @@ def _preparation(options: argparse.Namespace) -> list[PrepareJob]:
 
 def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[StageJob]:
     array = None if options.array is None else parse_array(options.array)
-    prepared = options.after is None  # by this job, in whole or in part
+    prepared = options.after is None  # otherwise that job may still have to prepare the data
     stages = [load_stage(options.config, options.overrides, site, array, prepared)]
     for file, *overrides in options.then:
         stages.append(load_next(Path(file), overrides, site, stages[-1], prepared))
@@ -112,12 +112,12 @@ def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[StageJob]:
 
 def _refuse_held(stages: Sequence[Stage]) -> None:
     for stage in stages:
-        if isinstance(stage, StageJob):  # a preparation goes on with what is there
+        if isinstance(stage, StageJob):  # a preparation continues with the parts that are there
             refuse_held(stage)
 
 
 def _note_held(stages: Sequence[Stage]) -> None:
-    """What a dry run prints is not submitted, so what would be refused then is only told."""
+    """A dry run submits nothing, so what submission would refuse is only reported."""
     try:
         _refuse_held(stages)
     except ValueError as error:
@@ -135,7 +135,7 @@ def _jobs(options: argparse.Namespace, stages: Sequence[Stage], site: SlurmConfi
             jobs.append(BatchJob(stage.module, "job.sbatch", script, stage))
     last = stages[-1]
     if options.export is not None and isinstance(last, StageJob):
-        export = str(Path(options.export))  # without a slash at its end
+        export = str(Path(options.export))  # without a trailing slash
         for out in (Path(f"{export}{task}") for task in last.tasks):
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise ValueError(

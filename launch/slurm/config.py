@@ -1,11 +1,11 @@
-"""What a job needs of the cluster, from the site file or from an option of the command.
+"""A job's resources on the cluster, from the site file or from the command's options.
 
     partition: gpu                     # ~/.config/hopscotch/slurm.yaml
     account: lm-2026
     gpus_per_node: 8
 
 Defaults < site file < options. The site file is the one that ``--site`` names, else ``~/.config/hopscotch/slurm.yaml``,
-else ``launch/slurm/site.yaml``, in which every field stands as a comment.
+else ``launch/slurm/site.yaml``, which lists every field as a comment.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from settings import PathText, Strict, load
 USER_FILE = "~/.config/hopscotch/slurm.yaml"
 SHIPPED_FILE = Path(__file__).with_name("site.yaml")
 SIGNAL_EARLY_S = 60
-"""SLURM looks at time limits once a minute, so the signal may come this much earlier than asked for, in seconds."""
+"""SLURM checks time limits once a minute, so the signal may come this many seconds early."""
 
 
 class SlurmConfig(Strict):
@@ -33,7 +33,7 @@ class SlurmConfig(Strict):
     nodes: int = Field(1, ge=1)
     """Nodes that ranks run on."""
     spare_nodes: int = Field(0, ge=0)
-    """Further nodes of the job, idle until one of the others fails: the run then goes on at once, in the same job."""
+    """Further nodes of the job, idle until one of the others fails: the run then resumes at once, in the same job."""
     gpus_per_node: int = Field(0, ge=0)
     """GPUs on each node, one rank each; 0 for a job on CPUs."""
     tasks_per_node: int | None = Field(None, ge=1)
@@ -42,12 +42,12 @@ class SlurmConfig(Strict):
     """CPU cores of each rank, and its number of threads; 4 for a rank with a GPU and 1 for one without unless given."""
     time: str | None = None
     """Time limit as SLURM writes it, in quotes ("24:00:00", "2-12:00:00", "90" minutes); the partition's unless given.
-    A run goes on in a further job where it is longer."""
+    A longer run continues in a further job."""
     save_before_s: int = Field(300, ge=1, le=65_535)
     """Seconds before the time limit at which the ranks are asked to save and stop; more than a save and a step take."""
     wait_s: int = Field(960, ge=1)
     """Seconds for which srun waits for the other ranks once one has ended, before it kills them; more than
-    ``train.stall_timeout_s``, so that ranks that hang say where."""
+    ``train.stall_timeout_s``, so that ranks that hang can report where."""
     partition: str | None = None
     """Partition; the cluster's default unless given."""
     account: str | None = None
@@ -61,7 +61,7 @@ class SlurmConfig(Strict):
     modules: list[str] = Field(default_factory=list)
     """Environment modules to load, in this order."""
     venv: PathText | None = None
-    """Folder of the virtual environment, on the nodes; that of the Python which submits unless given."""
+    """Folder of the virtual environment, on the nodes; that of the submitting Python unless given."""
     container: str | None = None
     """Command before ``python3`` on every rank: ``apptainer exec --nv /images/torch.sif``; none unless given."""
     interface: str | None = None
@@ -116,17 +116,17 @@ class SlurmConfig(Strict):
 
     @property
     def cores_per_rank(self) -> int:
-        """A rank with a GPU also reads data, hashes checkpoints and feeds the GPU, each in a thread of its own."""
+        """Cores of a rank; with a GPU it also reads data, hashes checkpoints and feeds the GPU, a thread for each."""
         return self.cpus_per_task or (4 if self.gpus_per_node else 1)
 
     @property
     def ranks_per_node(self) -> int:
-        """One a GPU, or as many as asked for on CPUs."""
+        """One per GPU, or as many as requested on CPUs."""
         return self.gpus_per_node or self.tasks_per_node or 1
 
     @property
     def runs_here(self) -> bool:
-        """Whether a rank has the packages, and of trackers the variables, of the Python that submits."""
+        """Whether a rank has the packages and the trackers' variables of the submitting Python."""
         options = (*self.sbatch, *self.srun, *self.environment)
         differs = any(option.startswith(("--export", "--container", "MLFLOW_", "WANDB_")) for option in options)
         exported = os.environ.get("SBATCH_EXPORT", "ALL").startswith("ALL")
@@ -139,7 +139,7 @@ class SlurmConfig(Strict):
 
 
 def seconds(time: str) -> int | None:
-    """A time limit in SLURM's notation in seconds; None if it is none.
+    """A time limit in SLURM's notation in seconds; None if it is invalid.
 
     ``90`` is minutes, ``1:30`` minutes and seconds, ``2:00:00`` hours, ``1-0``, ``1-12:30`` and ``1-12:30:00`` days.
     """
@@ -166,7 +166,7 @@ def load_site(path: Path | None, options: Mapping[str, Any]) -> SlurmConfig:
         ValueError: with one sentence for each mistake.
     """
     if path is None:
-        path = Path(os.path.expanduser(USER_FILE))  # as it is where there is no home
+        path = Path(os.path.expanduser(USER_FILE))  # unchanged if there is no home
         if not path.is_file():
             path = SHIPPED_FILE
     given = {field: value for field, value in options.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What is submitted: a run of either stage, or an array of them, read and checked as its training command will."""
+"""What is submitted: a run of either stage, or an array of them, read and checked as its training command will do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Array:
 
     Attributes:
         key: the field, ``train.seed``.
-        values: one a task, as on the command line.
+        values: one per task, as on the command line.
     """
 
     key: str
@@ -39,10 +39,10 @@ class StageJob:
         file: the config as written.
         overrides: ``key.sub=value``, the same for every task, without what the job sets itself.
         run: the run's folder, without its task's number.
-        tasks: what follows ``run`` in the names of the folders: nothing for a single run; -0, -1 ... in an array.
-        varied: the field that tells the tasks apart; None for a single run, and for what follows an array.
+        tasks: suffixes of ``run`` in the folders' names: empty for a single run; -0, -1 ... in an array.
+        varied: the field that differs between tasks; None for a single run, and for stages after an array.
         base: ``run`` of the stage before it in the chain; None for a chain's first.
-        configs: resolved, one a task.
+        configs: resolved, one per task.
     """
 
     file: Path
@@ -54,11 +54,11 @@ class StageJob:
     configs: tuple[PretrainConfig | TuneFile, ...]
 
     field = "train.run_dir"
-    """What says where ``run`` is."""
+    """The config field that gives ``run``."""
 
     @property
     def module(self) -> str:
-        """What trains it."""
+        """The module that trains it."""
         return "tune.train" if isinstance(self.configs[0], TuneFile) else "pretrain.train"
 
     @property
@@ -90,14 +90,14 @@ def load_stage(
     Args:
         file: a config of either stage; one with a ``base`` block is of stage two.
         overrides: ``key.sub=value``.
-        site: the resources, over whose ranks the global batch must divide.
+        site: the resources; the global batch must be divisible over their ranks.
         array: its tasks; a single run if None.
-        prepared: all that it reads is there already.
+        prepared: all its inputs exist already.
 
     Raises:
         ValueError: with one sentence for each mistake.
     """
-    run = str(Path(str(load_either(file, overrides).train.run_dir)))  # without a slash at its end
+    run = str(Path(str(load_either(file, overrides).train.run_dir)))  # without a trailing slash
     tasks: list[tuple[str, list[str]]] = [("", [])]
     if array is not None:
         tasks = [(f"-{number}", [f"{array.key}={value}"]) for number, value in enumerate(array.values)]
@@ -109,7 +109,9 @@ def load_stage(
 def load_next(
     file: Path, overrides: Sequence[str], site: SlurmConfig, before: StageJob, prepared: bool = True
 ) -> StageJob:
-    """A stage-two run of what the stage ``before`` trains, or one for each of its tasks; ``prepared`` as before.
+    """A stage-two run of what the stage ``before`` trains, or one for each of its tasks.
+
+    ``prepared`` as in :func:`load_stage`.
 
     Raises:
         ValueError: with one sentence for each mistake.
@@ -128,7 +130,7 @@ def load_next(
 
 
 def require_plain(field: str, folder: str) -> None:
-    """Raise ValueError if ``folder``, which ``field`` names, cannot stand in a batch script's options."""
+    """Raise ValueError if ``folder``, which ``field`` names, cannot be used in a batch script's options."""
     if re.search(r"[^\w./+=:@-]", folder):
         raise ValueError(
             f"{field} '{folder}' stands in SLURM's options, which read more into some characters; use letters and "
@@ -145,8 +147,8 @@ def _checked(stage: StageJob, site: SlurmConfig, prepared: bool = True) -> Stage
     """``stage``, if it could start.
 
     Raises:
-        ValueError: if the run would refuse to start, as far as one can tell here (of what it reads only if that is
-            ``prepared``), or ranks that hang would be killed before they could say so.
+        ValueError: if the run would refuse to start, as far as can be told here (its inputs are checked only if
+            ``prepared``), or ranks that hang would be killed before they could report it.
     """
     require_plain("train.run_dir", stage.run)
     for config in stage.configs:
@@ -168,7 +170,7 @@ def _checked(stage: StageJob, site: SlurmConfig, prepared: bool = True) -> Stage
 
 
 def _require_inputs(config: PretrainConfig | TuneFile, based: bool) -> None:
-    """Raise ValueError unless all that a start reads is there; its base only if ``based``."""
+    """Raise ValueError unless all inputs of a start exist; its base is checked only if ``based``."""
     require_questions(config.train)
     if isinstance(config, PretrainConfig):
         from data.batches import open_all
@@ -182,9 +184,9 @@ def _require_inputs(config: PretrainConfig | TuneFile, based: bool) -> None:
 
 
 def refuse_held(stage: StageJob) -> None:
-    """Raise ValueError if a run folder of ``stage`` holds another run, or nothing to go on from though it must.
+    """Raise ValueError if a run folder of ``stage`` holds another run, or nothing to resume from though it must resume.
 
-    Its mirror, too, where it may not be gone on with: the job's starts go on from what is there.
+    Also if its mirror holds checkpoints and ``resume`` is never: the job's starts would resume from them.
     """
     for config, folder in zip(stage.configs, stage.folders, strict=True):
         refuse_other_run(config.train, folder)
@@ -197,5 +199,5 @@ def refuse_held(stage: StageJob) -> None:
 
 
 def _passed_on(overrides: Sequence[str]) -> tuple[str, ...]:
-    """Those that the job does not set itself: its run folder and what a start goes on from."""
+    """Overrides that the job does not set itself: not its run folder, nor what a start resumes from."""
     return tuple(text for text in overrides if not text.startswith(("train.run_dir=", "train.checkpoint.resume=")))

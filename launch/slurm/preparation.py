@@ -13,20 +13,20 @@ from settings import Strict, load
 
 
 class DataFile(Strict):
-    """What a preparation reads of a config."""
+    """The part of a config that a preparation reads."""
 
     data: DataConfig
 
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """One array, every task of which prepares its share of the parts; see StageJob for what both have.
+    """One array whose tasks each prepare a share of the parts; see StageJob for the common attributes.
 
     Attributes:
         file: the config as written.
         overrides: ``key.sub=value``.
-        run: ``data.dir``, where logs and what is submitted go.
-        configs: resolved, one.
+        run: ``data.dir``, where logs and submitted files go.
+        configs: the resolved one.
         shares: tasks of the array.
     """
 

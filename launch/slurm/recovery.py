@@ -1,10 +1,10 @@
-"""What a job does once its ranks have failed: start them again on nodes that work, go back into the queue, or end.
+"""What a job does once its ranks have failed: restart them on working nodes, requeue itself, or end.
 
     python -m launch.slurm.recovery STATUS --messages FILE --run RUN --failed FILE --nodes A,B --job-nodes A,B,C ...
 
-``stage.sbatch`` calls it after every ``srun`` that did not end well. It prints one line, ``restart NODES``, ``requeue
-NODES`` (those to exclude, or none) or ``end``, and says why on stderr. Which node failed first is found in what
-``srun`` said, or else in the ranks' heartbeats. Each time is a line of ``--failed``; a node that has two is not used
+``stage.sbatch`` calls it after every ``srun`` that failed. It prints one line, ``restart NODES``, ``requeue NODES``
+(those to exclude, or none) or ``end``, and the reason on stderr. Which node failed first is found in ``srun``'s
+messages, or else in the ranks' heartbeats. Each failure is a line of ``--failed``; a node that has two is not used
 again.
 """
 
@@ -26,7 +26,7 @@ from trainer.exit_status import EXIT_MISTAKE, EXIT_PREEMPTED, EXIT_STALLED
 from trainer.heartbeat import Beat, behind, read_beats
 
 MOST_FAILURES = 2
-"""A node that failed first so many times in one allocation is broken, whatever SLURM says of it."""
+"""A node that failed first this many times in one allocation is broken, whatever SLURM reports about it."""
 _LOST = re.compile(r"Node failure on (\S+)|Task launch for \S+ failed on node (\S+?):")
 _ENDED = re.compile(r"^srun: error: (?P<nodes>\S+): tasks? (?P<tasks>\S+): (?P<how>.+)$", re.MULTILINE)
 _STATUS = re.compile(r"Exited with exit code (\d+)")
@@ -35,7 +35,7 @@ _WELL = ("idle", "allocated", "mixed", "completing", "reserved", "planned")
 
 @dataclass(frozen=True)
 class Job:
-    """Where a job's ranks ran, and where they may.
+    """Where a job's ranks ran, and where they may run.
 
     Attributes:
         nodes: of the job, in SLURM's order, spare ones included.
@@ -52,12 +52,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Next:
-    """What follows.
+    """What to do next.
 
     Attributes:
         what: ``restart``, ``requeue`` or ``end``.
         why: for the job's log.
-        nodes: those that ranks start on, or that a requeued job keeps off.
+        nodes: those to start ranks on, or those that a requeued job must avoid.
     """
 
     what: str
@@ -66,11 +66,11 @@ class Next:
 
 
 def first_failed(messages: str, beats: Sequence[Beat], job: Job) -> tuple[str, str] | None:
-    """The node that failed first and what it did; None where nothing accuses a single one.
+    """The node that failed first and how; None if no single one can be identified.
 
-    Ranks that lost another one end after it, with a status of their own. ``srun`` names several nodes in one message
-    where their ranks ended alike at the same moment, as from a fault in the program. Where all ranks hung and said so,
-    those that the others waited for are at an earlier place of the step.
+    Ranks that lost another one end after it, with a distinct status. ``srun`` names several nodes in one message if
+    their ranks ended alike at the same moment, as from a bug in the program. If all ranks hung and reported it, those
+    that the others waited for are at an earlier point of the step.
 
     Args:
         messages: what ``srun`` and the ranks have written to stderr.
@@ -91,7 +91,7 @@ def first_failed(messages: str, beats: Sequence[Beat], job: Job) -> tuple[str, s
 
 
 def is_mistake(status: int, messages: str) -> bool:
-    """Whether a rank said that a user's mistake ended it; another may have ended with a larger status since."""
+    """Whether a rank reported that a user's mistake ended it; another may have ended with a larger status since."""
     ends = (_STATUS.match(ended["how"]) for ended in _ENDED.finditer(messages))
     return status == EXIT_MISTAKE or any(end is not None and int(end[1]) == EXIT_MISTAKE for end in ends)
 
@@ -100,15 +100,15 @@ def working(states: str) -> set[str]:
     """The nodes that SLURM can start something on.
 
     Args:
-        states: lines of a node's name and its state, as of ``sinfo --Node --format="%N %T"``. ``*`` does not answer;
-            a job's own nodes are allocated, or draining if somebody wants to look at them once the job has ended.
+        states: lines of a node's name and its state, as of ``sinfo --Node --format="%N %T"``. ``*`` means that it does
+            not respond; a job's own nodes are allocated, or draining if an administrator wants them after the job.
     """
     named = (line.split() for line in states.splitlines() if line.strip())
     return {name for name, state in named if state.startswith(_WELL) and not state.endswith("*")}
 
 
 def choose(job: Job, well: set[str]) -> tuple[str, ...] | None:
-    """As many nodes as were used, of those that work: first those that failed least, then longest ago.
+    """As many working nodes as were used: first those that failed least often, then longest ago.
 
     None if there are too few.
     """
@@ -125,14 +125,14 @@ def choose(job: Job, well: set[str]) -> tuple[str, ...] | None:
 
 
 def decide(status: int, messages: str, job: Job, states: str, left_s: int | None, save_before_s: int) -> Next:
-    """What follows ranks that ended with ``status``.
+    """What to do after ranks ended with ``status``.
 
     Args:
         status: of ``srun``, the largest of any rank's.
         messages: as of :func:`first_failed`.
-        job: with the failure that has just been noted.
+        job: including the latest failure.
         states: as of :func:`working`, of the whole partition.
-        left_s: until the job's time limit; None without one.
+        left_s: seconds until the job's time limit; None without one.
         save_before_s: how long before it the ranks are asked to save.
     """
     if is_mistake(status, messages):
@@ -154,7 +154,7 @@ def decide(status: int, messages: str, job: Job, states: str, left_s: int | None
 
 
 def main() -> int:
-    """Look, note which node failed, and print what follows."""
+    """Find and record which node failed, and print what to do next."""
     given = _parser().parse_args()
     messages = given.messages.read_text(errors="replace") if given.messages.exists() else ""
     noted = given.failed.read_text().split() if given.failed.exists() else []
@@ -179,7 +179,7 @@ def main() -> int:
 
 
 def _ask(*command: str) -> str:
-    """What SLURM says; nothing if it does not answer."""
+    """Output of a SLURM command; empty if it does not respond."""
     with contextlib.suppress(subprocess.TimeoutExpired, OSError):
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
     return ""

@@ -1,4 +1,4 @@
-"""The scripts that SLURM gets: ``stage.sbatch``, ``export.sbatch`` and ``prepare.sbatch`` of this folder, filled in."""
+"""The scripts that SLURM gets: ``stage.sbatch``, ``export.sbatch`` and ``prepare.sbatch`` of this folder, rendered."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launch.slurm.jobs import StageJob
 from launch.slurm.preparation import PrepareJob
 
 STARTS_WITHOUT_PROGRESS = 3
-"""So many starts of one job may go on from the same checkpoint; the next one ends with a sentence."""
+"""This many starts of one job may resume from the same checkpoint; the next one ends with an error."""
 
 
 def stage_script(stage: StageJob, site: SlurmConfig, submission: str, job_name: str | None) -> str:
@@ -23,7 +23,7 @@ def stage_script(stage: StageJob, site: SlurmConfig, submission: str, job_name: 
 
     Args:
         site: resources and how a node becomes ready.
-        submission: name of the folder in ``RUN/submit`` that the code and config of this submission lie in.
+        submission: name of the folder in ``RUN/submit`` with the code and config of this submission.
         job_name: the run folder's name if None.
     """
     resume = stage.configs[0].train.checkpoint.resume
@@ -32,7 +32,7 @@ def stage_script(stage: StageJob, site: SlurmConfig, submission: str, job_name: 
         "overrides": stage.overrides,
         "varied": stage.varied,
         "base": stage.base,
-        # Every start after the first goes on from what is there; that nothing was is checked before submission.
+        # Every start after the first resumes; that there was nothing before it is checked at submission.
         "resume": "auto" if resume == "never" else resume,
         "starts": STARTS_WITHOUT_PROGRESS,
     }
@@ -83,7 +83,7 @@ def _directive(value: object) -> str:
     """A value of an option in a line that begins with #SBATCH, in which SLURM knows quotes but the shell does nothing.
 
     Raises:
-        ValueError: it has no safe spelling there.
+        ValueError: if it cannot be written there safely.
     """
     text = _one_line(value)
     if bad := re.search(r"[\"\\\\]", text):
@@ -105,7 +105,7 @@ def _one_line(value: object) -> str:
 
 
 def _python(site: SlurmConfig) -> str:
-    """The words that start Python on a rank."""
+    """The command that starts Python on a rank."""
     if site.container is not None:
         return f"{site.container} python3"
     return shlex.quote(sys.executable if site.venv is None else f"{site.venv}/bin/python")

@@ -1,14 +1,14 @@
-"""How a run is getting on, read from its folder: no server, from any machine that sees the folder.
+"""Status of a run, read from its folder: no server, from any machine that sees the folder.
 
     python -m launch.watch runs/my                              # on a terminal: a page that refreshes itself
     python -m launch.watch runs/my --interval 60 >> watch.log   # in a log: a line a minute, to the run's end
     python -m launch.watch runs/my --once                       # one report
 
-Exit status: 0 when the run has ended or, with --once, goes on; 75 when it was asked to stop and is saved; 76 when it
-stalled, lost a rank, or some of its ranks are silent; 1 when it failed, or all of its ranks are silent.
+Exit status: 0 when the run has ended or, with --once, is still running; 75 when it was asked to stop and is saved; 76
+when it stalled, lost a rank, or some of its ranks are silent; 1 when it failed, or all of its ranks are silent.
 
-A rank is alive if its heartbeat changes while one looks, by the watcher's own stopwatch: no clocks are compared, so one
-that jumps is neither a stall nor hides one.
+A rank is alive if its heartbeat changes while being watched, timed by the watcher alone: clocks are not compared, so a
+clock that jumps neither looks like a stall nor hides one.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, read_beats
 from trainer.monitor import metrics_file
 
 STATUS = {"ended": 0, "stopped": EXIT_PREEMPTED, "stalled": EXIT_STALLED, "lost": EXIT_STALLED, "failed": 1}
-"""Exit status by the state in which a run is over; of one that goes on it is 0."""
+"""Exit status by final state; 0 while the run goes on."""
 _GLANCE_S = 0.5
 _MISSED = 3
-"""Heartbeats that a rank may miss where it writes them more rarely than usual."""
+"""Heartbeats that a rank may miss if it writes them less often than usual."""
 _LAST_LINES = 20
 
 
 class Watch:
-    """Looks at a run folder again and again.
+    """Polls a run folder.
 
     Args:
         folder: of the run.
@@ -49,7 +49,7 @@ class Watch:
         self.steps = read_steps(folder)
         self._began_s = time.monotonic()
         self._heard: dict[int, tuple[tuple[int, int], float]] = {}
-        """By rank: process and beat last seen, and when that was new."""
+        """By rank: process and beat last seen, and when that changed."""
         self._moved: set[int] = set()
 
     def look(self) -> Report:
@@ -63,7 +63,7 @@ class Watch:
                 self._heard[beat.rank] = (seen, now_s)
                 self._moved |= set() if before is None else {beat.rank}
         heard_s = {beat.rank: now_s - self._heard[beat.rank][1] for beat in beats}
-        # Of thousands of ranks each writes more rarely.
+        # With thousands of ranks each writes less often.
         patience_s = max([self.patience_s, *(_MISSED * beat.every_s for beat in beats if beat.every_s > BEAT_EVERY_S)])
         silent = {b.rank for b in beats if b.phase not in FINAL and heard_s[b.rank] > patience_s}
         waited = now_s - self._began_s > patience_s
@@ -82,7 +82,7 @@ class Watch:
         )
 
     def settled(self, report: Report) -> bool:
-        """True if nothing about ``report`` would change by looking longer: every rank has ended, moved or is lost."""
+        """True if watching longer would not change the state: every rank has ended, moved or is lost."""
         if report.state in STATUS:
             return True
         waiting = {beat.rank for beat in report.beats if beat.phase not in FINAL} - self._moved - report.silent
@@ -94,8 +94,8 @@ def state_of(beats: list[Beat], silent: set[int], waited: bool) -> str:
 
     Args:
         beats: of all ranks.
-        silent: ranks that have not ended and are no longer heard of.
-        waited: whether the watcher has been patient for long enough to take silence for an answer.
+        silent: ranks that have not ended but whose heartbeats have stopped.
+        waited: whether the watcher has waited long enough to treat missing heartbeats as a failure.
     """
     phases = {beat.phase for beat in beats}
     if not beats:
@@ -113,7 +113,7 @@ def state_of(beats: list[Beat], silent: set[int], waited: bool) -> str:
 
 
 def time_left_s(steps: int, beats: list[Beat], figures: Figures) -> float | None:
-    """Seconds to the last step at the median pace of the last lines, without saving and evaluating."""
+    """Seconds to the last step at the median pace of the last log lines, without saving and evaluating."""
     if not beats or not figures.step_s:
         return None
     return (steps - min(beat.step for beat in beats)) * statistics.median(figures.step_s)

@@ -10,7 +10,7 @@ from settings.words import duration
 from trainer.heartbeat import FINAL, Beat, behind
 
 _LATE_S = 10.0
-"""A rank behind the others counts as late after this long without progress: heartbeats are of different moments."""
+"""A rank behind the others counts as late after this long without progress: heartbeats are not simultaneous."""
 _ROWS = 16
 _NAMED = 4
 _BAD = ("stalled", "failed", "lost")
@@ -18,7 +18,7 @@ _BAD = ("stalled", "failed", "lost")
 
 @dataclass(frozen=True)
 class Report:
-    """What was seen.
+    """State of a run.
 
     Attributes:
         run: its folder.
@@ -26,7 +26,7 @@ class Report:
         steps: optimiser steps of the whole run.
         beats: newest heartbeat of every rank, in rank order.
         heard_s: by rank, seconds since its heartbeat was last seen to change.
-        silent: ranks that are no longer heard of.
+        silent: ranks whose heartbeats have stopped.
         figures: newest figures.
         left_s: seconds to the last step; None if not known or over.
         checkpoint: name and age in seconds of the newest one.
@@ -102,7 +102,7 @@ def _facts(report: Report) -> list[str]:
 
 
 def _troubles(report: Report) -> list[str]:
-    """Who is late, silent or gone, as far as the heartbeats show."""
+    """Which ranks are late, silent or gone, as far as the heartbeats show."""
     troubles = []
     if not report.beats:
         troubles.append("no heartbeat yet: it starts, or died before its first step; see its terminal or job output")

@@ -1,4 +1,4 @@
-"""What a run folder says of its run: total steps, newest metrics, newest checkpoint. Reads, never writes."""
+"""Reads a run folder, without writing: total steps, newest metrics, newest checkpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _TAIL_BYTES = 1 << 18
 
 @dataclass(frozen=True)
 class Figures:
-    """The newest of ``metrics.jsonl``.
+    """The newest figures in ``metrics.jsonl``.
 
     Attributes:
-        training: the newest training line, by the names of docs/training.md; empty before the first.
+        training: the newest training line, names as in docs/training.md; empty before the first.
         validation: newest loss of each validation set, nats per token.
-        step_s: seconds a step took, of the last lines.
+        step_s: seconds per step, in the last lines.
     """
 
     training: dict[str, Any] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Figures:
 
 
 def read_steps(folder: Path) -> int:
-    """The step with which the run ends that is in ``folder``, of either stage.
+    """The last step of the run in ``folder``, of either stage.
 
     Raises:
         ValueError: if there is no run.
@@ -53,7 +53,7 @@ def read_figures(path: Path, last: int) -> Figures:
     """The newest figures, and the step times of the ``last`` training lines; empty where nothing is logged yet."""
     try:
         lines = metrics_file.read(path, _TAIL_BYTES)
-    except OSError:  # of a network file system, for the moment
+    except OSError:  # a passing one, of a network file system
         return Figures()
     training: list[dict[str, Any]] = []
     validation: dict[str, float] = {}
@@ -68,8 +68,8 @@ def read_figures(path: Path, last: int) -> Figures:
 def read_checkpoint(folder: Path, alive: bool) -> tuple[str, float] | None:
     """Name and age in seconds of the newest checkpoint; None before the first.
 
-    The age is against the newest heartbeat's file while the run is ``alive``, because the clock of the machine that
-    writes both may not be ours.
+    While the run is ``alive``, the age is relative to the newest heartbeat's file, because the clock of the machine
+    that writes both may differ from ours.
     """
     try:
         manifests = [path / manifest.NAME for path in newest_first(checkpoints_of(folder))]
@@ -79,5 +79,5 @@ def read_checkpoint(folder: Path, alive: bool) -> tuple[str, float] | None:
         beats = [path.stat().st_mtime for path in (folder / "heartbeat").glob("rank-*.json")]
         now = max(beats) if alive and beats else time.time()
         return newest.parent.name, max(now - newest.stat().st_mtime, 0.0)
-    except OSError:  # pruned, or written anew, between two looks
+    except OSError:  # pruned or rewritten meanwhile
         return None
