@@ -7,9 +7,9 @@
     routers    the skip routers                                       with ``routers: tuned``
     backbone   everything else                                        with ``kind: full``
 
-PEFT puts its layers in place of the decoder's projections, so the decoder itself stays the module to train:
+PEFT replaces the decoder's projections with its own layers, so the decoder itself stays the module to train:
 ``layers.0.mlp.up_proj.weight`` is ``layers.0.mlp.up_proj.base_layer.weight`` from then on, with
-``layers.0.mlp.up_proj.lora_A.default.weight`` beside it. :func:`merge` takes them out again.
+``layers.0.mlp.up_proj.lora_A.default.weight`` beside it. :func:`merge` removes them again.
 
 Dimension letters: I inputs and O outputs of a projection, R rank.
 """
@@ -31,26 +31,26 @@ from trainer.deepspeed_internals import whole_size
 from tune.config import AdapterConfig, layers_adapted
 
 _LEAST = 2.0**-24
-"""The least number above 0 that fp16 holds."""
+"""The smallest positive number in fp16."""
 Part = Literal["adapters", "ensemble", "norm", "routers", "backbone"]
 
 
 def prepare(
     decoder: Decoder, adapter: AdapterConfig, routers: Literal["frozen", "tuned"], seed: int
 ) -> PeftModel | None:
-    """Put in the adapters and set ``requires_grad`` of every parameter.
+    """Insert the adapters and set ``requires_grad`` of every parameter.
 
     Args:
         decoder: whole, not yet in an engine, and with its ensemble if it gets one.
         adapter: the config's block.
-        routers: of the skip routers: the config's ``base.routers``.
-        seed: of the adapters' first values, which are the same on every rank and at every start.
+        routers: the config's ``base.routers``, for the skip routers.
+        seed: of the adapters' initial values, which are the same on every rank and at every start.
 
     Returns:
         PEFT's wrapper around the decoder; None without adapters.
 
     Raises:
-        ValueError: if DoRA would divide by the length of a row that has none.
+        ValueError: if DoRA would divide by the zero norm of a row.
     """
     peft = None
     if adapter.kind in ("lora", "dora"):
@@ -83,7 +83,7 @@ def part_of(name: str) -> Part:
 
 
 def trainable_counts(decoder: Decoder) -> tuple[int, int]:
-    """Parameters that train, and all of them; right under ZeRO 3, too."""
+    """Number of trainable parameters and of all parameters; correct under ZeRO 3, too."""
     counts = counts_by_part(decoder).values()
     return sum(trainable for trainable, _ in counts), sum(total for _, total in counts)
 
@@ -99,24 +99,24 @@ def counts_by_part(decoder: Decoder) -> dict[Part, tuple[int, int]]:
 
 
 def merge(decoder: Decoder) -> None:
-    """Add every adapter to the weight that it sits on and take it out; names are as before :func:`prepare`.
+    """Merge every adapter into its weight and remove it; names are as before :func:`prepare`.
 
     Raises:
         ValueError: if a merged weight is not finite.
     """
-    # PEFT's own merge_and_unload asks the model's config for entries as of a dictionary.
+    # PEFT's own merge_and_unload reads the model's config like a dictionary.
     for layer in decoder.modules():
         if isinstance(layer, LoraLayer):
             base: Any = layer.get_base_layer()
             place = base.weight.data
             layer.merge(safe_merge=True)
-            place.copy_(base.weight.data)  # where it was: that may be a file
+            place.copy_(base.weight.data)  # in place: its storage may be a file
             base.weight.data = place
     take_out(decoder)
 
 
 def take_out(decoder: Decoder) -> None:
-    """Take every adapter out; what it sat on is as it was, and names are as before :func:`prepare`."""
+    """Remove every adapter without merging it; weights and names are as before :func:`prepare`."""
     for name, layer in list(decoder.named_modules()):
         if isinstance(layer, LoraLayer):
             decoder.set_submodule(name, layer.get_base_layer())
@@ -146,7 +146,7 @@ def _lora_config(decoder: Decoder, adapter: AdapterConfig) -> LoraConfig:
 
 
 def _refuse_zero_rows(decoder: nn.Module) -> None:
-    """DoRA divides every row of W + BA [O, I] by its length; W's rows are checked, because BA is zero at the start."""
+    """DoRA divides every row of W + BA [O, I] by its norm; W's rows are checked, because BA is zero at the start."""
     for name, layer in decoder.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -163,7 +163,7 @@ def _refuse_zero_rows(decoder: nn.Module) -> None:
 
 
 def _draw(decoder: nn.Module, seed: int) -> None:
-    """Draw each ``lora_A`` [R, I] from PEFT's distribution and a generator of its own; ``lora_B`` [O, R] is zero."""
+    """Draw each ``lora_A`` [R, I] from PEFT's distribution with its own generator; ``lora_B`` [O, R] is zero."""
     for name, parameter in decoder.named_parameters():
         if ".lora_A." in name:
             values = torch.empty(parameter.shape, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What stage two starts from: a stage-one checkpoint or a folder of weights, and its model as stage two runs it."""
+"""The base of stage two: a stage-one checkpoint or a folder of weights, and its model as stage two runs it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def load_base(path: str | Path, world: World = ALONE) -> Base:
     """The decoder that ``base.path`` names, the same on all ranks of ``world``; collective.
 
     Raises:
-        ValueError: if there is none, it is not whole, or it was tuned already.
+        ValueError: if there is none, it is incomplete, or it was tuned already.
     """
     folder = Path(path)
     require_base(folder)
@@ -59,12 +59,12 @@ def load_base(path: str | Path, world: World = ALONE) -> Base:
 
 
 def stage_two_model(model: ModelConfig, base: BaseConfig) -> ModelConfig:
-    """A base's config as stage two runs it: its schedules stand where they ended, and frozen routers have no budget.
+    """A base's config as stage two runs it: its schedules stay at their ends, and frozen routers have no budget.
 
-    Tuned ones are held at ``base.density``, reached by ``base.ramp``.
+    Tuned routers are held at ``base.density``, reached by ``base.ramp``.
 
     Raises:
-        ValueError: if the routers look at later tokens.
+        ValueError: if the routers are not causal.
     """
     router = model.router
     if router is None:
@@ -80,7 +80,7 @@ def stage_two_model(model: ModelConfig, base: BaseConfig) -> ModelConfig:
         "density": base.density or router.density,
     }
     if base.routers == "frozen":
-        # Greedy and complete, as in evaluation: nothing could adapt to noise, nor to tokens that find no room.
+        # Greedy and without a capacity, as in evaluation: nothing could adapt to noise or to dropped tokens.
         ended["explore"] = 0.0
         ended["noise"] = Ramp(start=0.0, end=0.0, until=1.0)
         ended["execution"] = "rounded" if router.execution == "capacity" else router.execution

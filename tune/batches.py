@@ -1,7 +1,7 @@
-"""Batches of examples: packed windows, attention confined to each example, loss on what is learned.
+"""Batches of examples: packed windows, attention confined to each example, loss only on learned tokens.
 
-A window of T inputs holds whole examples; an example of n ids gives n - 1 inputs, each with the id after it as its
-target. What is left is filled up with the end-of-document token, as a document of its own without targets::
+A window of T inputs holds whole examples; an example of n ids gives n - 1 inputs, each with the next id as its target.
+The rest is padded with the end-of-document token, as a separate document without targets::
 
     inputs     p p p r r | p p r r r r | eos eos
     targets    . . r r E | . r r r r E | .   .         p prompt, r response, E end of document, . none (-100)
@@ -31,21 +31,21 @@ from tune.packing import Windows, pack
 
 @dataclass(frozen=True)
 class ExampleSummary(SourceSummary):
-    """What one source has, and how much of the tuning it is."""
+    """Contents of one source, and its share of the tuning."""
 
     examples: int
-    """In windows; pieces of a text that was cut count each."""
+    """In windows; each piece of a cut text counts."""
     learned_tokens: int
     """Targets in one epoch."""
     fill: float
-    """Share of the windows' inputs that are examples'; the rest is padding."""
+    """Share of the windows' inputs that belong to examples; the rest is padding."""
     left_out: int
-    """Examples that do not fit into a window, and texts without text."""
+    """Examples that do not fit into a window, and empty texts."""
     cut_texts: int
     """Texts that were cut into windows."""
 
     def sentence(self) -> str:
-        """All of it."""
+        """All of it in one line."""
         left_out = f", {self.left_out:,} left out" if self.left_out else ""
         cut = f", {self.cut_texts:,} texts cut" if self.cut_texts else ""
         return (
@@ -88,20 +88,20 @@ class TuningData(MixedStream):
 
     @property
     def vocab_size(self) -> int:
-        """Every token id is below it."""
+        """Upper bound of the token ids, exclusive."""
         return self._tokenizer.vocab_size
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all that decides which tokens and targets sample i holds.
+        """SHA-256 of all that determines the tokens and targets of sample i.
 
-        A run resumes exactly only if it is the same. ``skip_ranges`` is left out: it is meant to be changed on the way.
+        A run resumes exactly only if it is the same. ``skip_ranges`` is left out: it is meant to be changed in a run.
         """
         sources = [{"windows": packed.sha256} for packed in self._sources]
         return self._fingerprint(sources, tokenizer=self._tokenizer.sha256, eos_id=self._tokenizer.eos_id)
 
     def summary(self, samples: int) -> list[ExampleSummary]:
-        """One entry a source, for a run of ``samples``."""
+        """One entry per source, for a run of ``samples``."""
         taken, shares = self._shares(samples)
         return [
             ExampleSummary(
@@ -122,9 +122,9 @@ class TuningData(MixedStream):
         ]
 
     def batch(self, consumed: Sequence[int] | range) -> Batch:
-        """The samples at these places of the run: ``consumed`` counts from 0 what the run took before each.
+        """The samples at these positions of the run: ``consumed`` is the number of samples taken before each.
 
-        With ``skip_ranges`` set, ``Batch.sample_ids`` runs ahead of ``consumed`` by the samples passed over.
+        With ``skip_ranges`` set, ``Batch.sample_ids`` runs ahead of ``consumed`` by the skipped samples.
         """
         sample_ids, sources, places = self._located(consumed)
         rows = [self._sources[source].row(window) for source, window in places]
@@ -143,7 +143,7 @@ class ExampleSet:
         self.name, self.source = source.name, source
         examples = read_examples(source, config, tokenizer, every_choice=True)
         self.examples = len(examples.right)
-        """X, how many."""
+        """X, number of examples."""
         self.choices = np.diff(examples.first)
         """int64 [X], responses that each example is scored with; 1 without choices."""
         self.right = examples.right
@@ -157,11 +157,11 @@ class ExampleSet:
 
     @property
     def most_choices(self) -> int:
-        """Of any example."""
+        """Largest number of choices of any example."""
         return int(self.choices.max())
 
     def sentence(self) -> str:
-        """What it holds, and what it does not."""
+        """What it holds, and what was left out or cut."""
         fewest, most = int(self.choices.min()), self.most_choices
         number = f"{most}" if fewest == most else f"{fewest} to {most}"
         choices = f" of {number} choices" if most > 1 else ""
@@ -190,7 +190,7 @@ class ExampleSet:
     def scored_batches(self, rank: int, world_size: int, batch_samples: int) -> Iterator[tuple[Batch, Scored]]:
         """This rank's batches of every example with each of its choices, and what their targets belong to.
 
-        Every rank gets the same number of batches, each of ``batch_samples`` rows, filled up as in :meth:`batches`.
+        Every rank gets the same number of batches, each of ``batch_samples`` rows, padded as in :meth:`batches`.
         """
         samples = len(self._all.windows)
         for places in batch_places(rank, world_size, batch_samples, samples):
@@ -217,7 +217,7 @@ class _PackedExamples:
 
     @property
     def sha256(self) -> str:
-        """Of every window's tokens and targets."""
+        """Hash of every window's tokens and targets."""
         digest = hashlib.sha256()
         examples, windows = self.examples, self.windows
         for array in (examples.ids, examples.learned, examples.starts, windows.members, windows.starts):
@@ -243,7 +243,7 @@ class _PackedExamples:
         return row
 
     def batch(self, windows: np.ndarray) -> Batch:
-        """The windows of these numbers, int64 [B], which are also their sample ids."""
+        """The windows with these numbers, int64 [B], which are also their sample ids."""
         return _batch([self.row(window) for window in windows.tolist()], windows)
 
     def entries(self, windows: np.ndarray, batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,7 @@
-"""Token classes, so that the late layers' weights can be told apart by what is being predicted.
+"""Token classes, to report the late layers' weights by what is being predicted.
 
-A class follows from the piece alone, so it knows no language: a word without a space before it, as at the start of a
-line or in a script that writes none, is a ``continuation``.
+A class depends on the piece alone, not on a language: a word without a space before it, as at the start of a line or in
+a script without spaces, is a ``continuation``.
 
 Dimension letters: V vocabulary.
 """
@@ -25,8 +25,8 @@ def token_classes(tokenizer: TextTokenizer) -> tuple[list[str], Tensor]:
     """Names of the classes, and the class of every id, int64 [V].
 
     ``word`` is letters after a space, ``continuation`` letters without one, ``number`` digits, ``punctuation`` marks
-    and symbols, ``space`` nothing but white space, ``byte`` a byte or several that are no whole character, ``end`` the
-    end of a document, and ``other`` any mixture.
+    and symbols, ``space`` only white space, ``byte`` one or more bytes that are no whole character, ``end`` the end of
+    a document, and ``other`` any mixture.
     """
     names = [_class_of(tokenizer.piece(number)) for number in range(tokenizer.vocab_size)]
     names[tokenizer.eos_id] = "end"
@@ -36,7 +36,7 @@ def token_classes(tokenizer: TextTokenizer) -> tuple[list[str], Tensor]:
 def _class_of(piece: str) -> str:
     text = piece.replace(WORD_START, " ").strip()
     if not text:
-        return "space" if piece else "other"  # an id that is not used has no text at all
+        return "space" if piece else "other"  # an unused id has no text at all
     if BYTE_PIECE.fullmatch(text) or REPLACEMENT_CHARACTER in text:
         return "byte"
     # General categories: L letters, M marks on them, N numbers, P punctuation, S symbols. The apostrophe of an

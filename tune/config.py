@@ -1,7 +1,7 @@
 """A stage-two run's config: ``base``, ``ensemble``, ``adapter``, ``data``, ``train`` and ``deepspeed`` in one YAML.
 
-The ``model`` block is the base's. It is filled in when the run starts, so that the saved config says all of it and can
-be run again as it is.
+The ``model`` block is the base's. It is filled in when the run starts, so that the saved config is complete and can be
+run again as it is.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ class BaseConfig(Strict):
     path: PathText
     """A stage-one run (its newest whole checkpoint), one of its checkpoints, or what ``convert.from_hf`` wrote."""
     routers: Literal["frozen", "tuned"] = "frozen"
-    """Skip routers stay as they are and decide greedily, or learn on under the budget, their schedules at the end."""
+    """Skip routers stay as they are and decide greedily, or keep learning under the budget, at their schedules' end."""
     density: float | None = Field(None, gt=0, le=1)
-    """What tuned routers are held at; the base's unless given."""
+    """Target density of tuned routers; the base's unless given."""
     ramp: DensityRamp = DensityRamp()
     """How the target density of tuned routers comes down from 1."""
     seed: int | None = Field(None, ge=0, lt=2**62)
-    """Of routers of kind ``random``, which decide by it; the base's unless given."""
+    """Seed of routers of kind ``random``; the base's unless given."""
     cache_states: PathText | None = None
-    """A folder in which what frozen first layers make of each window is kept, so that it is computed once; for methods
+    """Folder that caches the output of frozen first layers for each window, so that it is computed once; for methods
     that train none of them. A window takes sequence_tokens x width numbers, with ``adapter.kind: none`` times the
     ensemble's layers."""
     sha256: str | None = None
-    """Of the base's manifest: filled in when the run starts, so that another base is noticed."""
+    """Hash of the base's manifest: filled in when the run starts, so that a different base is detected."""
 
 
 class AdapterConfig(Strict):
@@ -53,13 +53,13 @@ class AdapterConfig(Strict):
     alpha: float = Field(16.0, gt=0)
     """lora, dora: an update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """lora, dora: share of an adapter's inputs that are dropped in training."""
+    """lora, dora: share of an adapter's inputs that is dropped in training."""
     targets: list[Projection] = Field(
         default=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
     )
     """lora, dora: the projections that carry an adapter."""
     final_norm: bool = False
-    """lora, dora, none: train the final norm too, as an ensemble does anyway; the control to tell the two apart."""
+    """lora, dora, none: train the final norm too, as an ensemble always does; a control to separate the two effects."""
     layers: Literal["all", "early", "late"] = "all"
     """lora, dora: in every layer, only in those before the ensemble's (the paper's parameter-saving variant), or only
     in the ensemble's."""
@@ -73,11 +73,11 @@ class ChatConfig(Strict):
     user: str = "User: "
     """Before a user's message."""
     assistant: str = "Assistant:"
-    """Before an assistant's message, of which the content is learned."""
+    """Before an assistant's message, whose content is learned."""
     before_response: str = " "
     """Before an assistant's content, learned with it."""
     end: str = "\n"
-    """After every message but the last, an assistant's, which the end-of-document token closes; not learned."""
+    """After every message except the last, an assistant's, which ends with the end-of-document token; not learned."""
 
 
 class ExampleSource(MixedSource):
@@ -86,9 +86,9 @@ class ExampleSource(MixedSource):
     files: list[File] = Field(min_length=1)
     """As in stage one: paths or glob patterns (``**`` allowed), read in sorted order."""
     format: Literal["response", "chat", "text", "question"] = "response"
-    """``response``: a prompt and a response a line. ``chat``: a list of messages a line, with ``role`` and ``content``.
-    ``text``: documents, all of which is learned; cut into windows where they are longer. ``question``: a question a
-    line, with choices of its own if it has any, as ``evals.harness`` and ``train.evaluation.tasks`` read them."""
+    """``response``: a prompt and a response per line. ``chat``: a list of messages per line, with ``role`` and
+    ``content``. ``text``: documents, learned as a whole; longer ones are cut into windows. ``question``: a question per
+    line, with its own choices if it has any, as ``evals.harness`` and ``train.evaluation.tasks`` read them."""
     prompt_field: str = "prompt"
     """response: the field with the prompt."""
     response_field: str = "response"
@@ -100,7 +100,7 @@ class ExampleSource(MixedSource):
     choices: list[str] = Field(default_factory=list)
     """response, in evaluation: the possible responses; the most likely one is compared with the right one."""
     choices_field: str = "choices"
-    """response: the field with a line's own ones, where ``choices`` are not given and the line has it."""
+    """response: the field with a line's own choices, used where ``choices`` are not given and the line has it."""
 
 
 class ExamplesConfig(StreamConfig):
@@ -111,15 +111,15 @@ class ExamplesConfig(StreamConfig):
     validation: list[ExampleSource] = Field(default_factory=list)
     """Named sets, evaluated at ``train.evaluation.every_steps``."""
     test: list[ExampleSource] = Field(default_factory=list)
-    """Named sets, evaluated after the last step only, all of each."""
+    """Named sets, evaluated in full after the last step only."""
     tokenizer: PathText | None = None
     """Folder of ``tokenizer.model`` or ``tokenizer.json``; the base's unless given."""
     pack: bool = True
-    """Several examples in one window; otherwise one, and the rest is padding."""
+    """Several examples per window; otherwise one, and the rest is padding."""
     too_long: Literal["refuse", "leave_out"] = "refuse"
-    """An example that does not fit into a window: end with an error, or leave it out and say how many were."""
+    """An example that does not fit into a window: end with an error, or leave it out and report how many were."""
     chat: ChatConfig = ChatConfig()
-    """How messages are written out."""
+    """How messages become text."""
 
     @model_validator(mode="after")
     def _unique_names(self) -> ExamplesConfig:
@@ -128,12 +128,12 @@ class ExamplesConfig(StreamConfig):
 
 
 class TuneFile(Strict):
-    """A stage-two run as written: :class:`TuneConfig`, but for the model, which may be left to the base."""
+    """A stage-two run as written: :class:`TuneConfig`, except that the model may be left to the base."""
 
     base: BaseConfig
     """What is tuned."""
     model: ModelConfig | None = None
-    """The base's, unless given; must be the same then."""
+    """The base's unless given; must equal it if given."""
     ensemble: EnsembleConfig | None = None
     """The late-layer ensemble; the final layer alone unless given."""
     adapter: AdapterConfig = AdapterConfig()
@@ -159,7 +159,7 @@ class TuneConfig(StageConfig):
     """Examples and their order."""
 
     def structure(self) -> dict[str, Any]:
-        """Base, adapter and what the ensemble computes."""
+        """Fields that determine base, adapter and what the ensemble computes."""
         chosen = {
             "base": self.base.model_dump(mode="json", include={"routers", "seed", "sha256"}),
             "adapter": self.adapter.model_dump(mode="json", exclude={"dropout"}),
@@ -171,12 +171,12 @@ class TuneConfig(StageConfig):
 
     @property
     def frozen_layers(self) -> int:
-        """How many of the first layers have no weight that is trained, skip routers left aside."""
+        """Number of first layers without any trained weight, not counting skip routers."""
         return layers_adapted(self.adapter, self.model.layers, self.ensemble).start
 
     @property
     def trained(self) -> Trained:
-        """What of the decoder gets gradients: adapters leave the matrices as they are."""
+        """Which parts of the decoder get gradients: with adapters the matrices get none."""
         first = self.frozen_layers
         if self.base.routers == "tuned":
             first = min(first, self.model.routed_layers[0])
@@ -232,7 +232,7 @@ class TuneConfig(StageConfig):
         return self
 
     def _why_no_states(self) -> list[str]:
-        """What forbids ``base.cache_states``, a sentence each."""
+        """Reasons that forbid ``base.cache_states``, a sentence each."""
         problems = []
         if not self.frozen_layers:
             others = "adapter.kind: none" + ("" if self.adapter.kind == "full" else " or adapter.layers: late")
@@ -261,7 +261,7 @@ class TuneConfig(StageConfig):
 
 
 def layers_adapted(adapter: AdapterConfig, layers: int, ensemble: EnsembleConfig | None) -> range:
-    """The layers, counted from 0, in which ``adapter`` trains; none behind the last one with ``kind: none``."""
+    """The layers, counted from 0, in which ``adapter`` trains; an empty range after the last with ``kind: none``."""
     if adapter.kind == "none":
         return range(layers, layers)
     if adapter.layers == "all" or adapter.kind == "full" or ensemble is None:

@@ -1,4 +1,4 @@
-"""What a stage-two run says of itself when it starts; its end is reported as stage one's is."""
+"""What a stage-two run reports at its start; its end is reported as in stage one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tune.config import TuneConfig
 def describe_start(
     config: TuneConfig, base: Base, data: TuningData, sets: Sequence[ExampleSet], decoder: Decoder, world: World
 ) -> str:
-    """Base, method, trainable parameters, data, sets to evaluate on and machine, a line each."""
+    """Base, method, trainable parameters, data, evaluation sets and machine, a line each."""
     train, ensemble = config.train, config.ensemble
     trained, total = trainable_counts(decoder)
     lines = [

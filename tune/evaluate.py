@@ -1,11 +1,11 @@
-"""Evaluation of stage two: what each late layer, the ensemble, and an oracle make of a set of examples.
+"""Evaluation of stage two: how each late layer, the ensemble, and an oracle do on a set of examples.
 
 Candidates are the late layers alone, each through its own norm, the final one last, then the ensemble; without an
 ensemble the final layer alone. The oracle is no model: on each token it takes the late layer that does best there. How
-far it lies below the best layer says how much the layers complement each other.
+far it is below the best layer shows how much the layers complement each other.
 
-Dimension letters: E examples, O most responses to choose from (1 where there is no choice), N scored tokens of a batch,
-C candidates and the oracle, k late layers, G token classes, V vocabulary.
+Dimension letters: E examples, O most responses to choose from (1 without choices), N scored tokens of a batch, C
+candidates and the oracle, k late layers, G token classes, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one candidate, or the oracle, makes of the examples.
+    """Results of one candidate, or of the oracle, on the examples.
 
     Attributes:
         name: ``layer-05``, ``ensemble`` or ``oracle``.
         loss: nats per token of the right responses.
-        exact_match: examples of which every token of the right response, its end included, is the likeliest: greedy
+        exact_match: examples where every token of the right response, its end included, is the most likely: greedy
             decoding gives exactly it. The oracle's: on every token some late layer has it.
-        choice_accuracy: examples of which the right response is the likeliest; None without choices. The oracle's:
+        choice_accuracy: examples where the right response is the most likely; None without choices. The oracle's:
             some late layer chooses it.
-        per_token_accuracy: the same where responses are compared by their nats a token, so that longer ones have no
+        per_token_accuracy: the same with responses compared by nats per token, so that longer ones have no
             disadvantage.
-        right: bool [E], by choice where there is one, otherwise by exact match.
+        right: bool [E], by choice if there are choices, otherwise by exact match.
         right_per_token: bool [E], by :attr:`per_token_accuracy`; None without choices.
-        alone: of the examples that the final layer gets wrong, those that this one gets right; 0 for the final layer.
+        alone: share of the final layer's wrong examples that this one gets right; 0 for the final layer.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Candidate:
 
     @property
     def accuracy(self) -> Accuracy:
-        """Of choices where there are any, otherwise exact match."""
+        """Choice accuracy if there are choices, otherwise exact match."""
         return self.exact_match if self.choice_accuracy is None else self.choice_accuracy
 
 
@@ -84,10 +84,10 @@ class VoteStatistics:
     Attributes:
         layers: names of the k late layers.
         classes: names of the G classes of predicted tokens that occur, then ``all``.
-        tokens: int64 [G + 1], how many there are of each.
+        tokens: int64 [G + 1], number of tokens of each class.
         weight: float64 [G + 1, k], mean weight.
         largest: float64 [G + 1, k], share of tokens on which the layer's weight is the largest.
-        entropy: float64 [G + 1], of the weights, nats, mean.
+        entropy: float64 [G + 1], mean entropy of the weights, nats.
     """
 
     layers: list[str]
@@ -106,13 +106,13 @@ class ExamplesEvaluation:
         name: of the set.
         examples: E.
         choices: O.
-        fewest_choices: that an example offers.
+        fewest_choices: least number of choices in an example.
         tokens: of all right responses.
         candidates: the late layers, the final one last, then ensemble and oracle; without an ensemble the final layer.
         agreement: of the late layers; None without an ensemble.
         votes: the router's weights; None without an ensemble.
-        not_finite: the first example with a response for which some candidate's logits are not finite, counted from 1;
-            0 if there is none. The figures of such a candidate are NaN, and that example is none of its right ones.
+        not_finite: number, from 1, of the first example with a response for which some candidate's logits are not
+            finite; 0 if there is none. Such a candidate's figures are NaN, and the example does not count as right.
     """
 
     name: str
@@ -127,11 +127,11 @@ class ExamplesEvaluation:
 
     @property
     def offered(self) -> str:
-        """``4``, or ``2 to 4`` where examples offer different numbers of choices."""
+        """``4``, or ``2 to 4`` if examples have different numbers of choices."""
         return f"{self.choices}" if self.choices == self.fewest_choices else f"{self.fewest_choices} to {self.choices}"
 
     def sentence(self) -> str:
-        """Loss and accuracy of the model in a line, and with an ensemble those of the final layer and the oracle."""
+        """Loss and accuracy of the model, and with an ensemble those of the final layer and the oracle, in one line."""
         kind = "exact match" if self.choices == 1 else "choice accuracy"
 
         def described(candidate: Candidate) -> str:
@@ -152,7 +152,7 @@ def evaluate_examples(
     config: TuneConfig,
     world: World,
 ) -> ExamplesEvaluation:
-    """Score every response of ``example_set`` with greedy routing; all ranks together, and the same result on each.
+    """Score every response of ``example_set`` with greedy routing; collective, with the same result on every rank.
 
     Args:
         engine: a decoder, or a DeepSpeed engine around one.
@@ -189,11 +189,11 @@ def evaluate_examples(
 
 
 class _Sums:
-    """Sums over tokens, on the device: float64, so that the number of ranks does not show.
+    """Sums over tokens, on the device: float64, so that the number of ranks does not affect the result.
 
     Attributes:
         nll: [C, E, O], of each response.
-        misses: [C, E, O], its tokens that are not the likeliest.
+        misses: [C, E, O], its tokens that are not the most likely.
         tokens: [E, O].
         votes: [G, 2 k + 2], over tokens of right responses: weights, whether they are the largest, entropy, and 1.
     """
@@ -206,7 +206,7 @@ class _Sums:
         self.votes = torch.zeros(classes, 2 * late + 2, dtype=torch.float64, device=device)
 
     def add(self, output: DecoderOutput, scored: Scored, class_of: Tensor) -> None:
-        """Take in one forward pass; ``class_of`` is int64 [V]."""
+        """Add one forward pass; ``class_of`` is int64 [V]."""
         assert output.scores is not None
         device, choices = self.nll.device, self.tokens.shape[1]
         nll, hit = output.scores.nll.double(), output.scores.hit
@@ -233,7 +233,7 @@ def _vote_row(weights: Tensor) -> Tensor:
 def _judge(
     sums: _Sums, right: Tensor, offered: Tensor, names: list[str], late: int
 ) -> tuple[list[Candidate], Agreement]:
-    """From sums over all ranks, the right responses and how many each example offers, int64 [E] each."""
+    """From sums over all ranks, and each example's right response and number of choices, int64 [E] each."""
     absent = torch.arange(sums.tokens.shape[1], device=offered.device) >= offered[:, None]
     assert torch.equal(sums.tokens == 0, absent), "a response was not scored"
     loss = _of(sums.nll, right).sum(-1) / _of(sums.tokens, right).sum()
@@ -266,7 +266,7 @@ def _judge(
 
 
 def _chosen(costs: Tensor, right: Tensor, names: list[str], late: int) -> Tensor:
-    """Whether the right response costs least, [C, E, O] -> bool [C, E]; the oracle asks the late layers."""
+    """Whether the right response costs least, [C, E, O] -> bool [C, E]; for the oracle, with any late layer."""
     chosen = costs.argmin(dim=-1) == right
     if names[-1] == ORACLE:
         chosen[-1] = chosen[:late].any(dim=0)
@@ -279,7 +279,7 @@ def _of(values: Tensor, right: Tensor) -> Tensor:
 
 
 def _accuracy(correct: Tensor, known: bool) -> Accuracy:
-    """Of bool [E]; NaN if not ``known``."""
+    """Share of bool [E] and its error; NaN if not ``known``."""
     share = float(correct.double().mean()) if known else math.nan
     return Accuracy(share, math.sqrt(share * (1 - share) / len(correct)))
 

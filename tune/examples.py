@@ -1,9 +1,9 @@
-"""Files of examples -> ids, and which of them are learned.
+"""Files of examples -> ids, and which of them are learned: have a loss.
 
 An example is the tokenizer's prefix, the prompt, the response and the end-of-document token; the response and that
-token are learned. In a chat every assistant message's content is a response, and the last one is closed by that token
-in place of ``chat.end``, so that a tuned model stops after its answer. In a text everything is learned. Of a question
-with choices (``data/questions.py``) the right one is.
+token are learned. In a chat every assistant message's content is a response, and the last one ends with that token
+instead of ``chat.end``, so that a tuned model stops after its answer. In a text everything is learned; of a question
+with choices (``data/questions.py``) the right one.
 
 E: entries (an example, or one of its choices, or a piece of a text), I: ids of all of them, X: examples.
 """
@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
     ids: list[int]
     learned: list[bool]
-    """Which ids are to be predicted; never the first, for which there is nothing to predict it from."""
+    """Which ids are to be predicted; never the first, which has nothing to be predicted from."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class Examples:
     starts: np.ndarray
     """int64 [E + 1], where each entry's ids begin."""
     first: np.ndarray
-    """int64 [X + 1], where each example's entries begin: one each unless every choice was asked for."""
+    """int64 [X + 1], where each example's entries begin: one each unless every choice was requested."""
     right: np.ndarray
     """int64 [X], which of an example's entries is the right response."""
     left_out: int
-    """Examples that do not fit into a window, and texts without text."""
+    """Examples that do not fit into a window, and empty texts."""
     cut_texts: int
     """Texts that were cut into windows."""
 
@@ -157,7 +157,7 @@ def _add_records(
 def _written_out(
     source: ExampleSource, chat: ChatConfig, tokenizer: TextTokenizer, all_choices: bool
 ) -> Iterator[tuple[str, list[Example], int]]:
-    """Where each example stands, its entries, and which of them is the right one."""
+    """Where each example is in the files, its entries, and which of them is the right one."""
     for path in files_of(source):
         place = str(path)
         try:
@@ -195,7 +195,7 @@ def _responses(
 
 
 def _own_choices(record: dict[str, Any], source: ExampleSource) -> list[str]:
-    """A line's own choices; none where it has no such field, or null."""
+    """A line's own choices; none if the field is missing or null."""
     choices = record.get(source.choices_field) or []
     if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices):
         raise ValueError(
@@ -292,7 +292,7 @@ def _check_choices(source: ExampleSource, tokenizer: TextTokenizer) -> None:
 
 
 def _refuse_alike(choices: list[str], tokenizer: TextTokenizer) -> None:
-    """Choices that nothing, or nothing but their place, tells apart."""
+    """Raise ValueError for choices that are not valid text, tokenize to nothing, or tokenize alike."""
     encoded: dict[tuple[int, ...], str] = {}
     for choice in choices:
         _require_unicode(choice, f"the choice {choice!r}")
@@ -341,7 +341,7 @@ def _text(record: dict[str, Any], field: str, setting: str = "") -> str:
 
 
 def _require_unicode(text: str, what: str) -> None:
-    """JSON can spell half a character, which no tokenizer takes; bytes of another encoding are read as such halves."""
+    """JSON can hold half a surrogate pair, which no tokenizer takes; other encodings' bytes are read as such halves."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,7 +1,7 @@
-"""Where an ensemble's norms begin: at the final layer's normed state, as near as a norm gets to it.
+"""Initialises an ensemble's norms: as near to the final layer's normed state as a norm can get.
 
 With ``x_i / rms(x_i)`` the state of late layer i and n_k the final one's normed state, the weights of norm i are the
-least-squares fit, dimension by dimension, over some hundred tokens whose successors are to be learned:
+least-squares fit, dimension by dimension, over the tokens with a target in the run's first windows:
 
     w_i = sum over tokens of (x_i / rms(x_i)) n_k  /  sum over tokens of (x_i / rms(x_i))^2
 
@@ -27,16 +27,16 @@ from trainer.distributed import World
 from trainer.loop import TrainingStream
 
 TOKENS = 4096
-"""At least so many are read by all ranks together, prompts and padding included; windows are whole."""
+"""Least number read by all ranks together, including prompts and padding; windows are whole."""
 _PASS_TOKENS = 1024
-"""At most so many go through the layers together, or one window."""
+"""Most tokens in one forward pass, unless one window has more."""
 
 
 def fit_norms(decoder: Decoder, data: TrainingStream, window_tokens: int, world: World) -> None:
     """Set the weights of ``decoder.ensemble.norms``, the same on every rank; collective.
 
     Args:
-        decoder: whole, on the CPU; it comes back as it was. One layer at a time is on the rank's device.
+        decoder: whole, on the CPU, where it is left as well. One layer at a time is on the rank's device.
         data: its first windows are read.
         window_tokens: T.
     """
@@ -59,7 +59,7 @@ def fit_norms(decoder: Decoder, data: TrainingStream, window_tokens: int, world:
 
 
 def _late_states(decoder: Decoder, batch: Batch, device: torch.device) -> list[Tensor]:
-    """Residual streams of the late layers where they will vote, [N, D] each: on the N tokens that have a target."""
+    """Residual streams of the late layers on the N tokens that have a target, [N, D] each."""
     more = {name: getattr(batch, name) for name in ("sample_ids", "documents", "positions")}
     more = {name: None if x is None else x.to(device) for name, x in more.items()}
     states, _ = decoder.late_states(batch.tokens.to(device), **more)
@@ -68,7 +68,7 @@ def _late_states(decoder: Decoder, batch: Batch, device: torch.device) -> list[T
 
 
 def _first(data: TrainingStream, window_tokens: int, world: World) -> Iterator[Batch]:
-    """This rank's share of the run's first windows, some at a time."""
+    """This rank's share of the run's first windows, a few at a time."""
     own = range(world.rank, -(-TOKENS // window_tokens), world.size)
     together = max(_PASS_TOKENS // window_tokens, 1)
     for first in range(0, len(own), together):
@@ -77,7 +77,7 @@ def _first(data: TrainingStream, window_tokens: int, world: World) -> Iterator[B
 
 @contextmanager
 def _a_layer_at_a_time(decoder: Decoder, device: torch.device) -> Iterator[None]:
-    """Inside, ``device`` holds the parts of the decoder while they run, and what is small all the time."""
+    """Inside, ``device`` holds each large part of the decoder only while it runs, and the final norm all the time."""
     home = decoder.norm.weight.device
     large: list[nn.Module] = [decoder.embed_tokens, *decoder.layers]
     hooks = [part.register_forward_pre_hook(lambda part, _: _move(part, device)) for part in large]

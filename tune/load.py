@@ -1,11 +1,11 @@
-"""A decoder out of whatever holds one: a run of either stage, one of its checkpoints, or a folder of weights.
+"""Load a decoder from a run of either stage, one of its checkpoints, or a folder of weights.
 
     loaded = load_model(Path("runs/demo-tuned"))
     loaded.decoder, loaded.config, loaded.source
 
-One process, no ranks, no engine, and no code from pickles is run; how the files are read is said in
-:mod:`trainer.checkpoints.read_weights` and :mod:`trainer.checkpoints.weights_folder`. With ``disk`` the weights are in
-a file, too (:mod:`trainer.checkpoints.empty_decoder`).
+One process, no ranks, no engine, and no code from pickles is run; how the files are read is described in
+:mod:`trainer.checkpoints.read_weights` and :mod:`trainer.checkpoints.weights_folder`. With ``disk`` the weights stay in
+a file (:mod:`trainer.checkpoints.empty_decoder`).
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ class Loaded(NamedTuple):
     decoder: Decoder
     """fp32, on the CPU, in evaluation mode; adapters merged unless asked otherwise, the ensemble on."""
     config: PretrainConfig | TuneConfig | WeightsConfig
-    """What stood beside the weights; by its type one knows what was read."""
+    """The config found beside the weights; its type tells what was read."""
     step: int | None
-    """Optimiser steps that the weights have had; None where no run says so."""
+    """Optimiser steps that the weights have had; None for a folder of weights."""
     source: Path
     """The checkpoint's folder or the folder of weights."""
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Should hold ``tokenizer.model`` or ``tokenizer.json``; whether it does is not looked at.
+        """Should hold ``tokenizer.model`` or ``tokenizer.json``; whether it does is not checked.
 
         Raises:
-            ValueError: it holds shards, too, that were made with another tokenizer.
+            ValueError: if it also holds shards that were made with another tokenizer.
         """
         if isinstance(self.config, WeightsConfig):
             return self.source
@@ -57,15 +57,15 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
     """The decoder that ``path`` holds.
 
     Args:
-        path: a run folder of stage one or two, of which the newest whole checkpoint is taken (torn ones are told on
-            stderr and passed over), one checkpoint's folder, or a folder of weights (what ``convert.from_hf``,
-            ``convert.average`` and ``tune.merge`` write).
-        merged: a tuned run's adapters are part of the weights that they sit on, and names are the base's.
-        disk: keep the weights in a file without a name in this folder; in memory unless given.
+        path: a run folder of stage one or two, for its newest whole checkpoint (torn ones are reported on stderr and
+            skipped), one checkpoint's folder, or a folder of weights (what ``convert.from_hf``, ``convert.average``
+            and ``tune.merge`` write).
+        merged: merge a tuned run's adapters into their weights, so that names are the base's.
+        disk: keep the weights in an unnamed file in this folder; in memory unless given.
 
     Raises:
-        ValueError: if it holds none, or not a whole one, or another model than its config says, or anything but tensors
-            and numbers.
+        ValueError: if it holds none, or an incomplete one, or another model than its config says, or anything but
+            tensors and numbers.
     """
     if is_weights_folder(path):
         decoder, weights_config = read_weights(path, disk)
@@ -85,9 +85,9 @@ def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loa
 
 
 def chosen(path: Path, world: World) -> Path:
-    """What every rank gives to :func:`load_model` for ``path``: of a run the checkpoint that rank 0 finds; collective.
+    """The path that every rank gives to :func:`load_model`: for a run the checkpoint that rank 0 finds; collective.
 
-    By itself a rank could take another one, of a run that goes on, or on a file system that shows it the newest late.
+    Otherwise a rank could find another one, if the run is still going on or its file system shows the newest late.
 
     Raises:
         ValueError: if the run has no whole one.
@@ -96,10 +96,10 @@ def chosen(path: Path, world: World) -> Path:
 
 
 def load_empty(path: Path) -> Loaded:
-    """:func:`load_model` without the weights: the decoder has no memory, and adapters as they were trained.
+    """:func:`load_model` without the weights: the decoder is without storage, its adapters are not merged.
 
     Raises:
-        ValueError: if ``path`` holds none, or not a whole one.
+        ValueError: if ``path`` holds none, or an incomplete one.
     """
     if is_weights_folder(path):
         decoder, weights_config = read_empty(path)

@@ -1,7 +1,7 @@
-"""Examples into windows, so that little of a window is padding.
+"""Packs examples into windows with little padding.
 
 Best fit decreasing: from the longest example to the shortest, each goes into the fullest window that still has room
-for it, or into a new one. The windows follow from the lengths alone, so every process makes the same ones.
+for it, or into a new one. The windows depend on the lengths alone, so every process makes the same ones.
 
 E: examples, W: windows.
 """
@@ -27,7 +27,7 @@ class Windows:
         return len(self.starts) - 1
 
     def __getitem__(self, window: int) -> np.ndarray:
-        """The numbers of a window's examples, rising: int64 [examples in it]."""
+        """The numbers of a window's examples, ascending: int64 [examples in it]."""
         return self.members[self.starts[window] : self.starts[window + 1]]
 
 
@@ -35,14 +35,14 @@ def pack(lengths: np.ndarray, room: int, together: bool = True) -> Windows:
     """Put examples of ``lengths`` inputs (int64 [E], each from 1 to ``room``) into windows of ``room`` inputs.
 
     An example of n ids has n - 1 inputs: its last id is only predicted. Every example is in one window; with
-    ``together`` false, each has a window of its own.
+    ``together`` false, each has its own window.
     """
     assert not len(lengths) or 1 <= lengths.min() <= lengths.max() <= room
     if not together:
         return Windows(np.arange(len(lengths)), np.arange(len(lengths) + 1))
     window_of = np.empty(len(lengths), np.int64)
     windows = 0
-    # Windows with room left, by how much, and these rooms in rising order: never more than `room` of them.
+    # Windows with room left, by how much, and these rooms in ascending order: never more than `room` of them.
     open_windows: dict[int, list[int]] = {}
     rooms: list[int] = []
     for example in np.argsort(-lengths, kind="stable").tolist():

@@ -1,4 +1,4 @@
-"""What stage two refuses by the folders that its config names, before torch is imported."""
+"""Checks of the folders named in stage two's config, before torch is imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def require_base(folder: Path) -> None:
     """Refuse a folder that stage two cannot start from, by its config alone.
 
     Raises:
-        ValueError: if it is none, or a stage-two run.
+        ValueError: if it is no folder, or a stage-two run.
     """
     if not folder.is_dir():
         raise ValueError(
@@ -28,10 +28,10 @@ def require_base(folder: Path) -> None:
 
 
 def require_apart(run_dir: Path, base: Path) -> None:
-    """Refuse a run that would write into its base, into the run whose checkpoint that is, or around it.
+    """Refuse a run whose folder is the base's, lies inside it, or contains it.
 
     Raises:
-        ValueError: if one folder is or holds the other.
+        ValueError: if it is.
     """
     run, folder = run_dir.resolve(), base.resolve()
     if run == folder or folder in run.parents or run in folder.parents:

@@ -1,4 +1,4 @@
-"""Stage two's evaluation for reading, as Markdown tables that are aligned in a terminal, and for the metrics.
+"""Stage two's evaluation as Markdown tables that are aligned in a terminal, and as metrics.
 
 Dimension letters: G token classes, k late layers.
 """
@@ -13,7 +13,7 @@ PER_TOKEN = "/per_token"
 
 
 def table(evaluation: ExamplesEvaluation) -> str:
-    """What every candidate reached, how far the layers agree, and how the router weighs them."""
+    """Results of every candidate, how far the layers agree, and how the router weighs them."""
     with_choices = evaluation.choices > 1
     voted = evaluation.agreement is not None
     rows = [
@@ -74,7 +74,7 @@ def scalars(evaluation: ExamplesEvaluation, prefix: str) -> dict[str, float]:
 def answers(evaluation: ExamplesEvaluation) -> dict[str, list[int]]:
     """Which examples every candidate gets right, 0 or 1 in the set's order, to compare runs example by example.
 
-    Where there are choices also by their nats a token, under the candidate's name with :data:`PER_TOKEN`.
+    With choices, also by nats per token, under the candidate's name with :data:`PER_TOKEN`.
     """
     found = {}
     for candidate in evaluation.candidates:

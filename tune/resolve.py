@@ -1,4 +1,4 @@
-"""From a stage-two config as written to one that says everything: the base's model block, the tokenizer's folder."""
+"""Completes a stage-two config: fills in the base's model block and the tokenizer's folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
     """``file`` with its base's model and tokenizer.
 
     Raises:
-        ValueError: if blocks and base do not fit together, or the file's own model block is another one.
+        ValueError: if blocks and base are incompatible, or the file's own model block differs from the base's.
     """
     from tune.base import stage_two_model
 
@@ -55,7 +55,7 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
     try:
         return TuneConfig.model_validate(blocks)
     except ValidationError as error:
-        # Every field was valid in the file; what is left are our own sentences on how blocks fit together.
+        # Every field was valid in the file; what is left are our own messages on incompatible blocks.
         raise ValueError("; ".join(str(e["ctx"]["error"]) for e in error.errors())) from None
 
 

@@ -1,9 +1,9 @@
-"""What frozen layers make of a window, computed once and read from disk from then on.
+"""Output of frozen layers for a window, computed once and read from disk from then on.
 
-Where no weight of the first layers is trained, what they hand on is the same in every epoch, with every seed and at
-every learning rate: ``base.cache_states`` names a folder for it. There is a file a window, found by the hash of what
-the layers read (tokens, documents, positions), in a folder by base, layers and dtype. So runs that tune the same base
-share them, at once too, and none reads what another base made.
+If no weight of the first layers is trained, their output is the same in every epoch, with every seed and at every
+learning rate: ``base.cache_states`` names a folder for it. There is one file per window, found by the hash of the
+layers' inputs (tokens, documents, positions), in a folder by base, layers and dtype. So runs that tune the same base
+share them, even concurrently, and none reads the states of another base.
 
 Dimension letters: B batch, T tokens, D width.
 """
@@ -27,7 +27,7 @@ class StateCache:
     """Residual streams after the last of the frozen layers, window by window.
 
     Args:
-        folder: the config's ``base.cache_states``; made if it is missing.
+        folder: the config's ``base.cache_states``; created if missing.
         fingerprint: of the base.
         layers: how many of the first layers are frozen.
 
@@ -45,10 +45,10 @@ class StateCache:
     def __call__(
         self, read: list[Tensor | None], states: int, dtype: torch.dtype, compute: Callable[[], list[Tensor]]
     ) -> list[Tensor]:
-        """See :class:`model.decoder.FrozenStates`; ``compute`` is called where a window of the batch has no file yet.
+        """See :class:`model.decoder.FrozenStates`; ``compute`` is called if a window of the batch has no file yet.
 
         Raises:
-            ValueError: for a file that does not hold what it should.
+            ValueError: for a file with unexpected content.
         """
         inputs = torch.stack([x for x in read if x is not None], dim=1).cpu()
         given = bytes(x is not None for x in read)
@@ -70,7 +70,7 @@ class StateCache:
         return list(windows.to(read[0].device, non_blocking=True))
 
     def _keep(self, path: Path, window: Tensor) -> None:
-        """Write a window's states; a disk that is full ends the keeping, not the run."""
+        """Write a window's states; if that fails, as on a full disk, caching stops, not the run."""
         if not self._writes:
             return
         try:

@@ -1,4 +1,4 @@
-"""What stage two adds to the trainer: every late layer evaluated beside the ensemble, and the adapter saved."""
+"""What stage two adds to the trainer: evaluation of every late layer beside the ensemble, and saving the adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tune.report import answers, scalars, table
 from tune.vote_figure import vote_figure
 
 ANSWERS = "answers-{}.json"
-"""What a test set's answers are called: by candidate, 1 for each example that it gets right and else 0."""
+"""File of a test set's answers: for each candidate, 1 for every example that it gets right and 0 otherwise."""
 
 
 class Tuner(Trainer):
@@ -53,9 +53,9 @@ class Tuner(Trainer):
         self._classes = token_classes(tokenizer)
 
     def validate(self) -> None:
-        """Each late layer, the ensemble and the oracle, then losses and densities as in stage one.
+        """Evaluate each late layer, the ensemble and the oracle, then losses and densities as in stage one.
 
-        In this order, because by the latter a resume knows that the step was evaluated.
+        In this order, because the latter tell a resume that the step was evaluated.
         """
         for example_set in self._sets:
             self._evaluate(example_set, "validation")
@@ -71,7 +71,7 @@ class Tuner(Trainer):
             self.log.info(f"test {example_set.name} after {self.step:,} steps\n{table(evaluation)}")
 
     def save_adapter(self, peft: PeftModel | None) -> None:
-        """Write what was trained beside the backbone to ``RUN/adapter``, in PEFT's format; collective."""
+        """Write the weights trained beside the backbone to ``RUN/adapter``, in PEFT's format; collective."""
         self.run.beat(self.step, "saving")
         folder = self.run.path / "adapter"
         if save_adapter(peft, self.engine.module, folder, self.world):

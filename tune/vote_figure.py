@@ -1,4 +1,4 @@
-"""The picture of an evaluation: how the router weighs the late layers, and what each candidate reaches.
+"""The picture of an evaluation: how the router weighs the late layers, and each candidate's results.
 
 Dimension letters: G token classes, k late layers.
 """
@@ -46,7 +46,7 @@ def vote_figure(evaluation: ExamplesEvaluation) -> Figure:
 
 
 def _draw_weights(axes: Any, votes: VoteStatistics) -> None:
-    """A heat map, classes downwards and layers to the right, with numbers."""
+    """A heat map with numbers, one row per class and one column per layer."""
     weight = votes.weight.numpy()
     axes.imshow(weight, aspect="auto", vmin=0, vmax=1, cmap="binary")
     for (row, column), value in np.ndenumerate(weight):
@@ -79,7 +79,7 @@ def _draw_accuracy(axes: Any, candidates: list[Candidate], evaluation: ExamplesE
         axes.errorbar([share], [row], xerr=[error], ecolor="0.4", capsize=3, **_marker(candidate.name))
         _label(axes, share, row, f"{share:.1f}")
     left, right = axes.get_xlim()
-    room = max(0.15 * (right - left), 4)  # for labels, and so that equal candidates do not get an axis of nothing
+    room = max(0.15 * (right - left), 4)  # for labels, and so that equal candidates do not get an empty axis
     left, right = max(left - room, -10), min(right + room, 110)
     axes.set_xlim(left, right)
     ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(left, right)
