@@ -8,7 +8,7 @@
 
 The contestants are described in ``bench/common/contestants.py``. Ours and the peer, which has our weights copied in,
 must compute the same loss before anything is timed. All take turns in one process, see ``bench/common/timing.py``. On
-CUDA our layers and the peer are compiled; on the CPU both run uncompiled, unless asked otherwise.
+CUDA our layers and the peer are compiled, on the CPU neither; ``--compile`` and ``--no-compile`` are for ours.
 
 Columns: ``FLOP bound`` is executed FLOPs over dense FLOPs, counted from what the routers really did: the ratio that a
 step would have if it cost nothing but matrix products at dense speed. ``MFU`` is executed FLOPs (3 x forward, without

@@ -2,8 +2,8 @@
 
 A ``tokenizer.json`` is copied unchanged, with the files that belong to it, and its ids are compared with transformers'.
 A SentencePiece ``tokenizer.model`` is converted to a ``tokenizer.json``, and the ids of both are compared on text. It
-puts before a text what training did: nothing (tools that add a begin-of-document token themselves would score it
-twice), or what an import's ``tokenizer_config.json`` asks for.
+prepends what training did: nothing (tools that add a begin-of-document token themselves would score it twice), or what
+an import's ``tokenizer_config.json`` asks for.
 """
 
 from __future__ import annotations

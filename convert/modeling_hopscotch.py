@@ -328,7 +328,7 @@ class HopscotchDecoderLayer(GradientCheckpointingLayer):
         return Rows(executed, (x.shape[0], x.shape[1]), gather)
 
     def _idle(self, rows: Rows) -> bool:
-        """Nothing to compute; with gradients enabled, modules run even on no rows, so that every weight has one."""
+        """Nothing to compute; with gradients enabled, modules run even on no rows, so that every weight gets one."""
         return rows.empty and not torch.is_grad_enabled()
 
 

@@ -1,4 +1,4 @@
-"""Initialises an ensemble's norms: as near to the final layer's normed state as a norm can get.
+"""Initialises an ensemble's norms to get as near to the final layer's normed state as a norm can.
 
 With ``x_i / rms(x_i)`` the state of late layer i and n_k the final one's normed state, the weights of norm i are the
 least-squares fit, dimension by dimension, over the tokens with a target in the run's first windows:

@@ -40,7 +40,7 @@ class Failures:
     write_s: float = 0.0
 
     def lost(self, interval_s: float) -> float:
-        """Share of the time that is lost with a save every ``interval_s``; capped at 1, no progress."""
+        """Share of the time that is lost with a save every ``interval_s``; capped at 1: no progress."""
         redone_s = interval_s / 2 + self.write_s
         return min(1.0, self.stall_s / interval_s + (redone_s + self.restart_s) / self.between_s)
 

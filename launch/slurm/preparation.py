@@ -1,4 +1,4 @@
-"""A job array that prepares a config's data: what is submitted for ``--prepare --tasks N``."""
+"""A job array that prepares a config's data, submitted for ``--prepare --tasks N``."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def _render(
 
 
 def _directive(value: object) -> str:
-    """A value of an option in a line that begins with #SBATCH, in which SLURM knows quotes but the shell does nothing.
+    """An option's value in an #SBATCH line, where SLURM understands quotes and no shell is involved.
 
     Raises:
         ValueError: if it cannot be written there safely.
