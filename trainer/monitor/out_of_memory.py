@@ -114,28 +114,37 @@ def _bytes(tensors: Iterable[Tensor], device: torch.device, counted: set[int]) -
 
 
 def _advice(part: str, config: StageConfig, world: World) -> str:
-    """Fields that make ``part`` smaller, those that cost least first."""
-    train, zero = config.train, config.deepspeed
-    ways = []
-    if part == "activations":
-        if train.micro_batch_samples > 1:
-            smaller = next(n for n in range(train.micro_batch_samples // 2, 0, -1) if not train.micro_batch_samples % n)
-            ways.append(f"train.micro_batch_samples={smaller}, which accumulates more")
-        if not train.activation_checkpointing:
-            ways.append("train.activation_checkpointing=true")
-        ranks = 2 * zero.sequence_parallel
-        if world.size % ranks == 0 and config.could_have(sequence_parallel=ranks):
-            ways.append(f"deepspeed.sequence_parallel={ranks}, ranks that share a window")
-        ways.append("shorter windows (data.sequence_tokens)")
-    else:
-        stage = {"optimiser": 1, "gradients": 2, "parameters": 3}[part]
-        if zero.zero_stage < stage and world.size > 1:
-            ways.append(f"deepspeed.zero_stage={stage}")
-        if zero.zero_stage >= stage or world.size == 1:
-            ways.append("more GPUs, over which ZeRO divides it")
-        if zero.offload == "none" and part != "gradients":
-            ways.append(f"deepspeed.offload={'all' if part == 'parameters' else 'optimizer'}")
-    return f"take {' or '.join(ways)}"
+    """Fields that make ``part`` smaller, those that cost least first; none that the config would refuse."""
+    ways = _smaller_steps(config, world) if part == "activations" else _divided_or_moved(part, config, world)
+    return f"take {' or '.join(ways or ['a device with more memory, or a smaller model'])}"
+
+
+def _smaller_steps(config: StageConfig, world: World) -> list[str]:
+    """What makes activations smaller."""
+    train, ways = config.train, []
+    if train.micro_batch_samples > 1:
+        smaller = next(n for n in range(train.micro_batch_samples // 2, 0, -1) if not train.micro_batch_samples % n)
+        ways.append(f"train.micro_batch_samples={smaller}, which accumulates more")
+    recomputing = train.model_copy(update={"activation_checkpointing": True})
+    if recomputing != train and config.model_copy(update={"train": recomputing}).could_have():
+        ways.append("train.activation_checkpointing=true")
+    ranks = 2 * config.deepspeed.sequence_parallel
+    if world.size % ranks == 0 and config.could_have(sequence_parallel=ranks):
+        ways.append(f"deepspeed.sequence_parallel={ranks}, ranks that share a window")
+    return [*ways, "shorter windows (data.sequence_tokens)"]
+
+
+def _divided_or_moved(part: str, config: StageConfig, world: World) -> list[str]:
+    """What divides ``part`` over the ranks, or moves it to CPU memory."""
+    zero, ways = config.deepspeed, []
+    stage = max(zero.zero_stage, {"optimiser": 1, "gradients": 2, "parameters": 3}[part])
+    field = "" if stage == zero.zero_stage else f"deepspeed.zero_stage={stage}"
+    if config.could_have(zero_stage=stage):
+        ways.append(field if field and world.size > 1 else f"more GPUs, over which {field or 'ZeRO'} divides it")
+    offload = {"optimiser": "optimizer", "parameters": "all"}.get(part, zero.offload)
+    if zero.offload not in (offload, "all") and config.could_have(zero_stage=stage, offload=offload):
+        ways.append(f"{field} deepspeed.offload={offload}".strip())
+    return ways
 
 
 def _snapshot(run: Path, world: World) -> str:

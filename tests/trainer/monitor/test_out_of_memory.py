@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,16 @@ import torch
 from model.block import FeedForward
 from tests.trainer.one_rank import engine_for, take_steps
 from trainer import trainer as module
-from trainer.config import PretrainConfig
+from trainer.config import PretrainConfig, StageConfig, load_run
 from trainer.distributed import World
 from trainer.exit_status import EXIT_MISTAKE
 from trainer.monitor.out_of_memory import Parts, measured, out_of_memory
+from tune.config import TuneConfig
 
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1 GiB is free."
+ADAFACTOR = ["train.optimizer.kind=adafactor"]
+MUON = ["train.optimizer.kind=muon", "train.clip_norm=0"]
+LEAST = ["train.micro_batch_samples=1", "train.activation_checkpointing=true"]
 
 
 def _run_out(*_: Any) -> torch.Tensor:
@@ -69,27 +74,60 @@ def test_what_a_rank_holds_is_counted_at_every_stage(
 
 
 @pytest.mark.parametrize(
-    ("largest", "overrides", "advice"),
+    ("largest", "ranks", "overrides", "advice"),
     [
-        ("optimiser", ["deepspeed.zero_stage=0"], "take deepspeed.zero_stage=1 or deepspeed.offload=optimizer;"),
-        ("optimiser", [], "take more GPUs, over which ZeRO divides it or deepspeed.offload=optimizer;"),
-        ("gradients", ["deepspeed.zero_stage=1"], "take deepspeed.zero_stage=2;"),
-        ("parameters", [], "take deepspeed.zero_stage=3 or deepspeed.offload=all;"),
-        ("activations", ["train.micro_batch_samples=1", "train.activation_checkpointing=true"],
+        ("optimiser", 2, ["deepspeed.zero_stage=0"],
+         "take deepspeed.zero_stage=1 or deepspeed.zero_stage=1 deepspeed.offload=optimizer;"),
+        ("optimiser", 1, ["deepspeed.zero_stage=0"],
+         "take more GPUs, over which deepspeed.zero_stage=1 divides it or "
+         "deepspeed.zero_stage=1 deepspeed.offload=optimizer;"),
+        ("optimiser", 2, [], "take more GPUs, over which ZeRO divides it or deepspeed.offload=optimizer;"),
+        ("optimiser", 2, ["deepspeed.zero_stage=0", *ADAFACTOR], "take a device with more memory, or a smaller model;"),
+        ("optimiser", 2, ["deepspeed.zero_stage=0", *MUON], "take deepspeed.zero_stage=1;"),
+        ("optimiser", 2, MUON, "take more GPUs, over which ZeRO divides it;"),
+        ("gradients", 2, ["deepspeed.zero_stage=1"], "take deepspeed.zero_stage=2;"),
+        ("gradients", 1, ["deepspeed.zero_stage=1"], "take more GPUs, over which deepspeed.zero_stage=2 divides it;"),
+        ("parameters", 2, [], "take deepspeed.zero_stage=3 or deepspeed.zero_stage=3 deepspeed.offload=all;"),
+        ("parameters", 2, ["deepspeed.zero_stage=3", "deepspeed.offload=optimizer"],
+         "take more GPUs, over which ZeRO divides it or deepspeed.offload=all;"),
+        ("parameters", 2, ["deepspeed.zero_stage=3", "deepspeed.offload=all"],
+         "take more GPUs, over which ZeRO divides it;"),
+        ("parameters", 2, ["train.compile=true"], "take a device with more memory, or a smaller model;"),
+        ("activations", 1, [], "take train.micro_batch_samples=1, which accumulates more or "
+         "train.activation_checkpointing=true or shorter windows (data.sequence_tokens);"),
+        ("activations", 2, LEAST,
          "take deepspeed.sequence_parallel=2, ranks that share a window or shorter windows (data.sequence_tokens);"),
-        ("activations", ["train.micro_batch_samples=1", "train.activation_checkpointing=true",
-                         "deepspeed.sequence_parallel=2"], "take shorter windows (data.sequence_tokens);"),
-        ("activations", ["train.micro_batch_samples=1", "train.activation_checkpointing=true",
-                         "data.sequence_tokens=30"], "take shorter windows (data.sequence_tokens);"),
+        ("activations", 2, [*LEAST, "deepspeed.sequence_parallel=2"], "take shorter windows (data.sequence_tokens);"),
+        ("activations", 2, [*LEAST, "data.sequence_tokens=30"], "take shorter windows (data.sequence_tokens);"),
     ],
 )  # fmt: skip
-def test_the_advice_is_for_the_largest_part(
-    largest: str, overrides: list[str], advice: str, configure: Callable[..., PretrainConfig], world: World,
+def test_the_advice_is_for_the_largest_part_and_taken_by_the_config(
+    largest: str, ranks: int, overrides: list[str], advice: str, tiny: dict[str, Any],
+    configure: Callable[..., PretrainConfig], write_config: Callable[..., str], world: World,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    sizes = dict.fromkeys(("parameters", "gradients", "optimiser", "activations"), 1e9) | {largest: 40e9}
-    monkeypatch.setattr("trainer.monitor.out_of_memory.measured", lambda *_: Parts(**sizes))
-    config, two = configure(*overrides), replace(world, size=2)
-    told = out_of_memory(MemoryError(), object(), config, two, "in step 7 (training)", Path("runs/my"))
+    told = _told(largest, configure(*overrides), replace(world, size=ranks), monkeypatch)
     assert told.startswith("rank 0 ran out of memory in step 7 (training): of 43 GB at most, the largest part is ")
     assert "(40 GB; 1 GB " in told and advice in told
+    for way in advice.removesuffix(";").split(" or "):
+        load_run(write_config(tiny), re.findall(r"(?:train|deepspeed)\.\w+=\w+", way))
+
+
+def test_dropout_of_adapters_is_not_told_to_recompute(
+    tiny: dict[str, Any], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = {"base": {"path": "base"}, "model": tiny["model"], "train": tiny["train"]}
+    data = {"sequence_tokens": 32, "sources": [{"name": "toy", "files": ["toy.jsonl"]}]}
+    for dropout, recomputed in ((0.0, True), (0.1, False)):
+        adapter = {"kind": "lora", "dropout": dropout}
+        config = TuneConfig.model_validate(blocks | {"data": data, "adapter": adapter})
+        told = _told("activations", config, world, monkeypatch)
+        assert "train.micro_batch_samples=1" in told
+        assert ("train.activation_checkpointing=true" in told) == recomputed
+
+
+def _told(largest: str, config: StageConfig, world: World, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The sentence where ``largest`` takes 40 GB of 43."""
+    sizes = dict.fromkeys(("parameters", "gradients", "optimiser", "activations"), 1e9) | {largest: 40e9}
+    monkeypatch.setattr("trainer.monitor.out_of_memory.measured", lambda *_: Parts(**sizes))
+    return out_of_memory(MemoryError(), object(), config, world, "in step 7 (training)", Path("runs/my"))
