@@ -13,8 +13,11 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,36 +62,61 @@ def submit(jobs: Sequence[BatchJob], submission: str, after: str | None = None) 
         submission: name of the new folder in every ``RUN/submit``.
 
     Raises:
-        ValueError: if SLURM is not there or refuses one of them; nothing of the chain stays in the queue then.
+        ValueError: if SLURM is not there or refuses one of them; nothing of the chain stays in the queue then, nor
+            after Ctrl-C.
     """
     if shutil.which("sbatch") is None:
         raise ValueError(
             "there is no sbatch here; submit on a machine of the cluster, or look at the script with --dry-run"
         )
     _refuse_queued([job.stage for job in jobs])
-    for job in jobs:
-        for number, folder in enumerate(job.stage.folders):
-            _write(job, number, folder / "submit" / submission)
     ids: list[str] = []
     try:
+        for job in jobs:
+            for number, folder in enumerate(job.stage.folders):
+                _write(job, number, folder / "submit" / submission)
         for number, job in enumerate(jobs):
             script = job.stage.folders[0] / "submit" / submission / job.file
             # Task i of an array waits for task i of the array before it; anything else for all of what is before it.
             kind = "aftercorr" if number and len(job.stage.tasks) > 1 else "afterok"
             before = ids[-1] if ids else after
-            ids.append(_sbatch(job, script, None if before is None else f"{kind}:{before}"))
-    except ValueError:
-        if ids:
-            subprocess.run(["scancel", *ids], check=False)
-        for job in jobs:
-            for folder in job.stage.folders:
-                shutil.rmtree(folder / "submit" / submission, ignore_errors=True)
+            with _interrupted_after():
+                ids.append(_sbatch(job, script, None if before is None else f"{kind}:{before}"))
+                for folder in job.stage.folders:
+                    with (folder / "submit" / submission / "jobs").open("a") as file:
+                        file.write(f"{ids[-1]}\n")
+    except BaseException:
+        with _interrupted_after():
+            _withdraw(ids, [folder / "submit" / submission for job in jobs for folder in job.stage.folders])
         raise
-    for job, id_ in zip(jobs, ids, strict=True):
-        for folder in job.stage.folders:
-            with (folder / "submit" / submission / "jobs").open("a") as file:
-                file.write(f"{id_}\n")
     return ids
+
+
+@contextmanager
+def _interrupted_after() -> Iterator[None]:
+    """Ctrl-C takes effect at the end: ``sbatch`` would end with the job in the queue and its id not told.
+
+    What is run inside has to be in a process group of its own, to which the terminal sends nothing.
+    """
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
+
+
+def _withdraw(ids: Sequence[str], folders: Sequence[Path]) -> None:
+    """Take a chain back: its jobs out of the queue, then the submission's ``folders``, by which others know of them."""
+    if ids and subprocess.run(["scancel", *ids], check=False, process_group=0).returncode:
+        print(
+            f"note: {' '.join(ids)} may still be in the queue; take them out: scancel {' '.join(ids)}", file=sys.stderr
+        )
+        return
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sbatch(job: BatchJob, script: Path, dependency: str | None) -> str:
@@ -98,7 +126,9 @@ def _sbatch(job: BatchJob, script: Path, dependency: str | None) -> str:
         # A job whose predecessor failed is cancelled, not left in the queue.
         command += [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"]
     own = {name: value for name, value in os.environ.items() if name in _KEPT or not name.startswith(_OF_A_JOB)}
-    done = subprocess.run([*command, str(script)], env=own, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*command, str(script)], env=own, capture_output=True, text=True, check=False, process_group=0
+    )
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
         raise ValueError(
