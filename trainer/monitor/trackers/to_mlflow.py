@@ -46,13 +46,15 @@ class ToMLflow:
 
     name = "mlflow"
 
+    def __init__(self) -> None:
+        self._id = ""
+
     def open(self, opening: Opening) -> None:
         with _reached():
             self._client = MlflowClient()
-            known = self._goes_on(opening.kept_id(self.name))
-            if known is None:
-                known = self._id = self._new_run(opening)
-                opening.keep_id(self.name, known)
+            if not self._id:  # all of this is called again where the server did not answer to a part of it
+                self._id = self._goes_on(opening.kept_id(self.name)) or self._new_run(opening)
+                opening.keep_id(self.name, self._id)
             self._describe(opening)
             experiment = self._client.get_run(self._id).info.experiment_id
             address = os.environ.get("MLFLOW_TRACKING_URI", "").rstrip("/")
@@ -95,7 +97,6 @@ class ToMLflow:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return None
-        self._id = kept
         return kept
 
     def _new_run(self, opening: Opening) -> str:

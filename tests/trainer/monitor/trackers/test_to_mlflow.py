@@ -21,6 +21,7 @@ from trainer.distributed import World
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.trackers import all as trackers
 from trainer.monitor.trackers import sender
+from trainer.monitor.trackers.interface import Opening, UnreachableError
 from trainer.run_folder import RunFolder
 
 
@@ -138,6 +139,34 @@ def test_a_server_that_is_killed_and_comes_back_has_every_figure(
         f"tracker mlflow does not answer ({server.address}); reports wait for it, and the run goes on",
         "tracker mlflow answers again",
     ]
+
+
+def test_a_run_that_is_made_as_the_server_goes_away_is_made_once(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sender opens a tracker again until it is open."""
+    from mlflow import MlflowClient
+    from requests import ConnectionError as NoConnectionError
+
+    from trainer.monitor.trackers.to_mlflow import ToMLflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.address)
+    describe, failures = ToMLflow._describe, iter([NoConnectionError("gone")])
+
+    def fail_once(tracker: ToMLflow, opening: Opening) -> None:
+        for failure in failures:
+            raise failure
+        describe(tracker, opening)
+
+    monkeypatch.setattr(ToMLflow, "_describe", fail_once)
+    tracker, opening = ToMLflow(), Opening(tmp_path, "once", {"train": {"seed": 5}}, None, None)
+    with pytest.raises(UnreachableError):
+        tracker.open(opening)
+    tracker.open(opening)
+    client = MlflowClient()
+    (found,) = client.search_runs([client.get_experiment_by_name("once").experiment_id])
+    assert found.info.run_id == json.loads((tmp_path / "trackers.json").read_text())["mlflow"]
+    assert found.data.params == {"train.seed": "5"}
 
 
 def _soon(look: Callable[[], Any], patience_s: float = 60.0) -> Any:
