@@ -44,7 +44,8 @@ class TrackerSender:
     def __init__(self, tracker: Tracker, tell: Callable[[str], None], room: int = ROOM):
         self.tracker, self.tell = tracker, tell
         self.lost = 0
-        self._waiting: queue.Queue[_Report] = queue.Queue(room)
+        self._room = room
+        self._waiting: queue.SimpleQueue[_Report] = queue.SimpleQueue()
         self._counting = threading.Lock()
         self._closing, self._done = threading.Event(), threading.Event()
         self._failing = self._reported_loss = self._off = False
@@ -53,20 +54,20 @@ class TrackerSender:
 
     def send(self, method: str, *arguments: Any) -> None:
         """Have the tracker's ``method`` called; never waits."""
-        try:
-            self._waiting.put_nowait(_Report(method, arguments))
-        except queue.Full:
-            self._lose(1)
-            if not self._reported_loss:
-                self._reported_loss = True
-                self.tell(
-                    f"{self._name} takes no reports: {self._waiting.maxsize:,} wait, and further ones are dropped; the "
-                    "run goes on, and metrics.jsonl has all figures"
-                )
+        if self._waiting.qsize() < self._room:
+            self._waiting.put(_Report(method, arguments))
+            return
+        self._lose(1)
+        if not self._reported_loss:
+            self._reported_loss = True
+            self.tell(
+                f"{self._name} takes no reports: {self._room:,} wait, and further ones are dropped; the run goes on, "
+                "and metrics.jsonl has all figures"
+            )
 
     def begin_close(self, phase: str) -> None:
         """Nothing is sent after this; :meth:`end_close` waits."""
-        self.send("close", phase)
+        self._waiting.put(_Report("close", (phase,)))  # there is always room for it: it ends the thread
         self._closing.set()
 
     def end_close(self, deadline_s: float) -> None:

@@ -94,6 +94,27 @@ def test_one_that_comes_back_gets_what_has_waited(monkeypatch: pytest.MonkeyPatc
     ]
 
 
+def test_one_that_comes_back_at_the_end_is_closed_though_its_queue_was_full() -> None:
+    said: list[str] = []
+    asked, back = threading.Event(), threading.Event()
+
+    def before(method: str) -> None:
+        asked.set()
+        if not back.is_set():
+            raise UnreachableError("http://somewhere:5000")
+
+    tracker = Fake(before)
+    sender = TrackerSender(tracker, said.append, room=3)
+    sender.send("scalars", 0)
+    assert asked.wait(60)
+    for step in range(1, 6):  # the first waits to be tried again, three find room
+        sender.send("scalars", step)
+    back.set()
+    assert _close(sender, within_s=60) < 5
+    assert tracker.taken == [*(("scalars", step) for step in range(4)), ("close", "ended")]
+    assert sender.lost == 2 and said[-1].startswith("2 reports did not reach tracker fake;")
+
+
 def test_the_end_does_not_wait_for_one_that_is_gone() -> None:
     said: list[str] = []
 
