@@ -60,12 +60,18 @@ def import_deepspeed() -> Any:
 
     logger = logging.getLogger("DeepSpeed")
     logger.setLevel(logging.WARNING)
-    # ZeRO 3 looks for tensors in what a module returns, to place its hooks, and does not look into our dataclasses.
-    # It does not have to: losses and weights agree with the other stages (tests/trainer/test_ranks.py).
-    logger.addFilter(lambda record: "unknown inputs or outputs type" not in record.getMessage())
+    logger.addFilter(_is_news)
     if on_cpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """ZeRO 3 looks for tensors in what a module returns, to place its hooks, and does not look into our dataclasses.
+
+    It does not have to: losses and weights agree with the other stages (tests/trainer/test_ranks.py).
+    """
+    return "unknown inputs or outputs type" not in record.getMessage()
 
 
 @contextmanager
