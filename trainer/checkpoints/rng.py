@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from trainer.deepspeed_internals import uses_cuda
+
 
 def rng_state() -> dict[str, Any]:
     """Generators of torch (CPU and this rank's GPU), Python and NumPy."""
@@ -21,7 +23,7 @@ def rng_state() -> dict[str, Any]:
         "python": [version, list(words), gauss],
         "numpy": [str(kind), torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
     }
-    if torch.cuda.is_available():
+    if uses_cuda():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -33,5 +35,5 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and uses_cuda():
         torch.cuda.set_rng_state(state["cuda"])

@@ -46,7 +46,7 @@ from trainer.checkpoints.mirror import Mirror
 from trainer.checkpoints.retention import check_room, checkpoint_bytes, prune, remove
 from trainer.checkpoints.rng import rng_state
 from trainer.config import StageConfig
-from trainer.deepspeed_internals import writing_through
+from trainer.deepspeed_internals import uses_cuda, writing_through
 from trainer.distributed import World
 from trainer.log import logger_of_run
 
@@ -128,7 +128,7 @@ class Saver:
         if self.world.is_main:
             files[partial / STATE] = _on_host(state, {})
             files[partial / CONFIG] = to_yaml(self.config)
-        if torch.cuda.is_available():
+        if uses_cuda():
             torch.cuda.synchronize()  # the copies to pinned memory are under way
         facts = {
             "step": step,
