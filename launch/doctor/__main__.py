@@ -45,6 +45,8 @@ from trainer.config import PretrainConfig
 from tune.config import TuneFile
 
 if TYPE_CHECKING:
+    import torch
+
     from trainer.distributed import World
 
 _MEET_S = 60.0
@@ -72,8 +74,9 @@ def diagnose(config: PretrainConfig | TuneFile | None, hostfile: Path | None, wo
     """All findings of all ranks, the same list on each; collective."""
     from launch.doctor import inputs
 
-    workload, sized = _sized(config, world)
-    own = run(machine_checks(config, workload, world))
+    ranks, device = _run_on(world)
+    workload, sized = _sized(config, world, ranks, device)
+    own = run(machine_checks(config, workload, world, ranks))
     found = merge(world.all_gather_objects((socket.gethostname(), own)))
     if config is not None:
         data = (
@@ -93,20 +96,16 @@ def diagnose(config: PretrainConfig | TuneFile | None, hostfile: Path | None, wo
 
 
 def machine_checks(
-    config: PretrainConfig | TuneFile | None, workload: Workload | None, world: World
+    config: PretrainConfig | TuneFile | None, workload: Workload | None, world: World, ranks: int
 ) -> dict[str, Check]:
-    """What each rank looks at: its GPU; the first of a machine at all else."""
-    import torch
-
+    """What each rank looks at: its GPU, for a run on so many ``ranks``; the first of a machine at all else."""
     from launch.doctor import machine, storage
 
     train = None if config is None else config.train
     needed = size = None
     if workload is not None:
         stage = workload.config.deepspeed.zero_stage
-        # Started alone on a machine of several GPUs, it stands for a run on all of them.
-        expected = world.size if world.size > 1 else max(torch.cuda.device_count(), 1)
-        needed = memory(workload, stage, expected).peak - CONTEXT_BYTES
+        needed = memory(workload, stage, ranks).peak - CONTEXT_BYTES
         size = checkpoint_bytes(workload, stage)
     checks: dict[str, Check] = {"gpus": partial(machine.gpus, needed, world.device.index)}
     if world.local_rank:
@@ -150,23 +149,31 @@ def between_ranks(workload: Workload | None, world: World) -> list[Finding]:
     return world.broadcast_object(run(checks))
 
 
-def _sized(config: PretrainConfig | TuneFile | None, world: World) -> tuple[Workload | None, list[Finding]]:
-    """Parameters and memory of the config; without them where stage two's base is not there."""
-    if config is None:
-        return None, []
+def _run_on(world: World) -> tuple[int, torch.device]:
+    """How many ranks the run will have, and where they compute: alone the doctor stands for all GPUs of the machine."""
     import torch
 
     from trainer.deepspeed_internals import uses_cuda
+
+    if world.size > 1 or not uses_cuda():
+        return world.size, world.device
+    return torch.cuda.device_count(), torch.device("cuda")
+
+
+def _sized(
+    config: PretrainConfig | TuneFile | None, world: World, ranks: int, device: torch.device
+) -> tuple[Workload | None, list[Finding]]:
+    """Parameters of the config and memory of a rank; without them where stage two's base is not there; collective."""
+    if config is None:
+        return None, []
     from trainer.precision import CPU_WIDTH, auto_precision, fast_bf16
 
     sized: list[Workload] = []
-    # Alone the doctor has joined nothing, and stands for a run on the machine's GPUs.
-    devices = dataclasses.replace(world, device=torch.device("cuda")) if uses_cuda() else world
-    everywhere = auto_precision(devices, CPU_WIDTH)
+    everywhere = auto_precision(dataclasses.replace(world, device=device), CPU_WIDTH)
 
     def count() -> Iterator[Finding]:
         resolved, decoder = without_storage(config)
-        fast, reason = fast_bf16(devices.device, resolved.model.width)
+        fast, reason = fast_bf16(device, resolved.model.width)
         precision, why = everywhere if fast else ("fp32", reason)
         if resolved.train.precision == "auto":
             resolved = resolved.in_precision(precision)
@@ -176,10 +183,10 @@ def _sized(config: PretrainConfig | TuneFile | None, world: World) -> tuple[Work
         workload = Workload(resolved, count_weights(decoder, resolved))
         sized.append(workload)
         weights, stage = workload.weights, resolved.deepspeed.zero_stage
-        held = memory(workload, stage, world.size)
-        size, place = (held.peak, "GPU") if world.device.type == "cuda" else (held.on_cpu, "process on this CPU")
+        held = memory(workload, stage, ranks)
+        size, place = (held.peak, "GPU") if device.type == "cuda" else (held.on_cpu, "process on this CPU")
         summary = f"{weights.total:,} parameters, {weights.trained:,} trained; about {size / GIB:,.1f} GiB a {place}"
-        yield Finding("model", "ok", f"{summary} at ZeRO {stage} on {counted(world.size, 'rank')}")
+        yield Finding("model", "ok", f"{summary} at ZeRO {stage} on {counted(ranks, 'rank')}")
 
     findings = run({"model": count})
     return (sized[0] if sized else None), findings
