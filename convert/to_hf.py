@@ -16,7 +16,6 @@ then our fp32 weights are in an unnamed file on OUT's disk: one shard is in memo
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from convert.model_card import Exported, model_card
 from data.files import nearest_folder, require_new_folder, temporary_name, write_atomically, write_json
 from data.urls import copy_folder, require_empty
 from model.config import ModelConfig
-from settings import command_parser, counted, path_argument, user_errors
+from settings import command_parser, counted, path_argument, positive_number, user_errors
 from trainer import git_state, preflight
 
 if TYPE_CHECKING:
@@ -316,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "--shard-gb",
-        type=float,
+        type=positive_number(),
         default=SHARD_BYTES / 1e9,
         help="largest file of weights, in GB (default: %(default)g)",
     )
@@ -336,8 +335,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with user_errors():
         if options.copy_to is not None:
             require_empty(options.copy_to, "--copy-to")
-        if not 0 < options.shard_gb < math.inf:
-            raise ValueError(f"--shard-gb must be a number above 0, got {options.shard_gb}; leave it out for 5")
         require_new_folder(options.out)
         preflight.open_model(options.path)
         lines = export(

@@ -1,6 +1,6 @@
 """YAML file + command-line overrides -> a strict typed object, or one clear sentence saying why not."""
 
-from settings.arguments import command_parser, parse_arguments, whole_number
+from settings.arguments import command_parser, parse_arguments, positive_number, whole_number
 from settings.load import flatten, load, peek, to_yaml
 from settings.paths import PathText, path_argument, require_writable, shown
 from settings.strict import Strict
@@ -21,6 +21,7 @@ __all__ = [
     "parse_arguments",
     "path_argument",
     "peek",
+    "positive_number",
     "rank_by_environment",
     "ranks_by_environment",
     "require_writable",

@@ -60,3 +60,18 @@ def whole_number(least: int = 1) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def positive_number(most: float = 1e12) -> Callable[[str], float]:
+    """``type`` of an argument that is a size, a time, a rate or a share: a number above 0, ``most`` or less."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = 0.0
+        if not 0 < value <= most:  # nor NaN
+            raise argparse.ArgumentTypeError(f"must be a number above 0, at most {most:g}, got '{text}'")
+        return value
+
+    return number

@@ -55,8 +55,8 @@ def run(options: argparse.Namespace, folder: Path, installed: Sequence[str], dea
     from settings.project import ROOT
     from trainer.git_state import commit
 
-    if options.minutes <= 0:
-        raise ValueError(f"--minutes must be larger than 0, got {options.minutes:g}")
+    if not 0 < options.minutes < float("inf"):  # settings.positive_number may need what has to be installed first
+        raise ValueError(f"--minutes must be a number above 0, got {options.minutes:g}")
     out: Path = options.out.absolute()
     todo = chosen(parts(options.device, out), options.only)
     _make_room(out)

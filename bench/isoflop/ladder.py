@@ -32,7 +32,7 @@ from bench.common.options import parser
 from bench.common.paired import by_signs
 from bench.isoflop.report import CSV, TOLERANCE, spread
 from data.files import write_atomically
-from settings import path_argument, peek, user_errors
+from settings import path_argument, peek, positive_number, user_errors
 from settings.tables import aligned_markdown
 
 if TYPE_CHECKING:
@@ -87,8 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read, fit, draw."""
     options = _parser().parse_args(arguments)
     with user_errors():
-        if options.at <= 0:
-            raise ValueError(f"--at must be a number of parameters, above 0, got {options.at:g}")
         rungs = gather(options.folders, options.variant)
         found = fit(rungs)
         table = report(rungs, found, options.at)
@@ -238,7 +236,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("folders", nargs="+", type=path_argument, metavar="FOLDER", help="--out of bench.isoflop, a size")
     made.add_argument("--variant", default="skip-8", help="compared with the reference (default: %(default)s)")
     made.add_argument(
-        "--at", type=float, default=160e6, help="what does the line say about so many parameters (default: %(default)g)"
+        "--at",
+        type=positive_number(1e15),
+        default=160e6,
+        help="what does the line say about so many parameters (default: %(default)g)",
     )
     made.add_argument(
         "--out", type=path_argument, default=Path("runs/ladder"), help="for table and picture (default: %(default)s)"

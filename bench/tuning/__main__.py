@@ -34,7 +34,7 @@ from data.placeholders import texts
 from data.tokenization import load_text_tokenizer
 from model.config import EnsembleConfig
 from model.schedules import Progress
-from settings import path_argument, user_errors, whole_number
+from settings import path_argument, positive_number, user_errors, whole_number
 from tune.preflight import require_base
 from tune.resolve import load_file, resolve
 
@@ -82,7 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:8])
     made.add_argument("--tasks", nargs="+", metavar="TASK", default=list(CHOICES))
     made.add_argument(
-        "--rates", nargs="+", type=float, default=[], help="learning rates to choose from, times the config's"
+        "--rates",
+        nargs="+",
+        type=positive_number(),
+        default=[],
+        help="learning rates to choose from, times the config's",
     )
     made.add_argument("--seeds", nargs="+", type=whole_number(0), default=[0, 1, 2])
     made.add_argument("--jobs", type=int, default=2, help="runs side by side (default: %(default)s)")
@@ -106,8 +110,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = made.parse_intermixed_args(arguments)
     with user_errors():
         refuse(options, {"repeats": 0, "jobs": 1, "threads": 1})
-        if any(rate <= 0 for rate in options.rates):
-            raise ValueError(f"--rates must lie above 0, got {min(options.rates):g}")
         require_base(Path(options.base))
         for task in options.tasks:
             files_of(task, options.data, options.out)

@@ -22,7 +22,15 @@ from launch.plan.gpus import GPUS
 from launch.plan.imbalance import sentence
 from launch.plan.memory_model import GIB, Memory, activation_bytes, checkpoint_bytes, memory
 from launch.plan.workload import Workload, read_workload
-from settings import command_parser, counted, parse_arguments, tables, user_errors
+from settings import (
+    command_parser,
+    counted,
+    parse_arguments,
+    positive_number,
+    tables,
+    user_errors,
+    whole_number,
+)
 from settings.words import duration
 from trainer.checkpoints.retention import most_at_once
 
@@ -35,7 +43,6 @@ def main() -> int:
     """Print the plan."""
     arguments = parse_arguments(_parser())
     with user_errors():
-        _refuse_nonsense(arguments)
         workload = read_workload(arguments.config, arguments.overrides)
         print(describe(workload, arguments))
     return 0
@@ -281,46 +288,38 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser("launch.plan", __doc__)
     parser.add_argument("config", help="YAML of a run of either stage, for example configs/skip_1b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the whole run")
+    parser.add_argument("--gpus", type=whole_number(), required=True, help="GPUs of the whole run")
     parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="which; figures in launch/plan/gpus.py")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs in a node (default 8)")
+    parser.add_argument("--gpus-per-node", type=whole_number(), default=8, help="GPUs in a node (default 8)")
     parser.add_argument(
-        "--network-gbps", type=float, help="network of a node, Gbit/s in one direction; the vendor's reference system's"
+        "--network-gbps",
+        type=positive_number(),
+        help="network of a node, Gbit/s in one direction; the vendor's reference system's",
     )
-    parser.add_argument("--mfu", type=float, help="speed/mfu_executed of a run of yours, a share; a range unless given")
+    parser.add_argument(
+        "--mfu", type=positive_number(1), help="speed/mfu_executed of a run of yours, a share; a range unless given"
+    )
     parser.add_argument(
         "--node-mtbf-days",
-        type=float,
+        type=positive_number(),
         default=NODE_MTBF_DAYS,
         help=f"days between failures of a node (default {NODE_MTBF_DAYS:g}, Llama 3's)",
     )
     parser.add_argument(
-        "--restart-s", type=float, default=RESTART_S, help=f"seconds to the next step (default {RESTART_S:g})"
+        "--restart-s",
+        type=positive_number(),
+        default=RESTART_S,
+        help=f"seconds to the next step (default {RESTART_S:g})",
     )
     parser.add_argument(
-        "--save-stall-s", type=float, help="seconds that training waits at a save, as a run's log says; estimated else"
+        "--save-stall-s",
+        type=positive_number(),
+        help="seconds that training waits at a save, as a run's log says; estimated else",
     )
-    parser.add_argument("--disk-gbs", type=float, default=1.0, help="write speed of the run folder, GB/s (default 1)")
+    parser.add_argument(
+        "--disk-gbs", type=positive_number(), default=1.0, help="write speed of the run folder, GB/s (default 1)"
+    )
     return parser
-
-
-def _refuse_nonsense(arguments: argparse.Namespace) -> None:
-    positive = (
-        "gpus",
-        "gpus_per_node",
-        "network_gbps",
-        "mfu",
-        "disk_gbs",
-        "node_mtbf_days",
-        "restart_s",
-        "save_stall_s",
-    )
-    for name in positive:
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be larger than 0, got {value:g}")
-    if arguments.mfu is not None and not arguments.mfu <= 1:
-        raise ValueError(f"--mfu is a share of the peak, at most 1, got {arguments.mfu:g}; 40 % is 0.4")
 
 
 def _gib(count: float) -> str:

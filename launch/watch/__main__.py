@@ -20,14 +20,14 @@ from pathlib import Path
 
 from launch.watch.report import Report, line, page
 from launch.watch.sources import Figures, read_checkpoint, read_figures, read_steps
-from settings import command_parser, path_argument, user_errors
+from settings import command_parser, path_argument, positive_number, user_errors
 from trainer.exit_status import EXIT_PREEMPTED, EXIT_STALLED
 from trainer.heartbeat import BEAT_EVERY_S, FINAL, Beat, read_beats
 from trainer.monitor import metrics_file
 
 STATUS = {"ended": 0, "stopped": EXIT_PREEMPTED, "stalled": EXIT_STALLED, "lost": EXIT_STALLED, "failed": 1}
 """Exit status by final state; 0 while the run goes on."""
-_GLANCE_S = 0.5
+_GLANCE_S, _DAY_S = 0.5, 86_400.0
 _MISSED = 3
 """Heartbeats that a rank may miss if it writes them less often than usual."""
 _LAST_LINES = 20
@@ -123,11 +123,13 @@ def main() -> int:
     """Report until the run is over, or once."""
     parser = command_parser("launch.watch", __doc__)
     parser.add_argument("run", type=path_argument, help="run folder: train.run_dir, for example runs/demo")
-    parser.add_argument("--interval", type=float, default=5.0, metavar="S", help="seconds between reports (5)")
+    parser.add_argument(
+        "--interval", type=positive_number(_DAY_S), default=5.0, metavar="S", help="seconds between reports (5)"
+    )
     parser.add_argument("--once", action="store_true", help="report once and exit")
     parser.add_argument(
         "--patience",
-        type=float,
+        type=positive_number(_DAY_S),
         default=60.0,
         metavar="S",
         help="seconds without a new heartbeat after which a rank counts as lost (60); ranks write one every two, "
@@ -135,11 +137,6 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     with user_errors():
-        for name in ("interval", "patience"):
-            if getattr(arguments, name) <= 0:
-                raise ValueError(
-                    f"--{name} must be above 0 s, got {getattr(arguments, name):g}; leave it out for its default"
-                )
         watch = Watch(arguments.run, arguments.patience)
         report = _once(watch) if arguments.once else _follow(watch, arguments.interval)
     return STATUS.get(report.state, 0)

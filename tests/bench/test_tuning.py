@@ -197,4 +197,4 @@ def test_a_task_that_is_nowhere_is_one_sentence(
     assert "there is no folder" in capsys.readouterr().err and not (tmp_path / "runs").exists()
     with pytest.raises(SystemExit):
         main([base_run, "--rates", "0", "--out", str(tmp_path / "runs")])
-    assert "--rates must lie above 0, got 0" in capsys.readouterr().err
+    assert "argument --rates: must be a number above 0, at most 1e+12, got '0'" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import parse_arguments, whole_number
+from settings import parse_arguments, positive_number, whole_number
 
 
 def parser(nargs: str | None = None) -> argparse.ArgumentParser:
@@ -74,3 +74,16 @@ def test_a_count_below_its_least_is_one_sentence(least: int, text: str, capsys: 
     told = capsys.readouterr().err
     assert f"error: argument --rounds: must be a whole number, at least {least}, got '{text}'\n" in told
     assert made.parse_args([f"--rounds={least}"]).rounds == least
+
+
+@pytest.mark.parametrize("text", ["0", "-0.5", "nan", "inf", "-inf", "2.1", "two", ""])
+def test_a_number_that_is_not_above_zero_or_beyond_its_most_is_one_sentence(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = argparse.ArgumentParser()
+    made.add_argument("--share", type=positive_number(2))
+    with pytest.raises(SystemExit):
+        made.parse_args([f"--share={text}"])
+    told = capsys.readouterr().err
+    assert f"error: argument --share: must be a number above 0, at most 2, got '{text}'\n" in told
+    assert [made.parse_args([f"--share={text}"]).share for text in ("1e-9", "2")] == [1e-9, 2.0]

@@ -53,7 +53,8 @@ def _main(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--minutes", "0"], "--minutes must be larger than 0, got 0"),
+        (["--minutes", "0"], "--minutes must be a number above 0, got 0"),
+        (["--minutes", "nan"], "--minutes must be a number above 0, got nan"),
         (["--only", "decoding"], "--only decoding: there is no such part; the parts are facts, tests, training, step-"),
         (["--out", "{folder}/file"], "must be a folder and is a file; give another name"),
         (["--out", "{folder}"], "holds something else than an earlier summary; give another folder"),

@@ -75,7 +75,6 @@ def test_a_seed_that_two_folders_have_counts_once(tmp_path: Path, capsys: pytest
     [
         ("no tables", "give the --out folders of bench.isoflop"),
         ("other variant", "give --variant one of its others: random-8"),
-        ("no parameters", "--at must be a number of parameters, above 0, got 0"),
         ("one size", "needs two sizes and three runs of the variant, got 1 and 3"),
     ],
 )
@@ -85,9 +84,15 @@ def test_mistakes(change: str, sentence: str, tmp_path: Path, capsys: pytest.Cap
     if change == "no tables":
         (place / "results.csv").unlink()
     with pytest.raises(SystemExit) as stopped:
-        main([str(place), "--out", str(tmp_path / "out"), "--at", "0" if change == "no parameters" else "1e8"])
+        main([str(place), "--out", str(tmp_path / "out"), "--at", "1e8"])
     assert stopped.value.code == 1 and sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_number_of_parameters_is_above_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(tmp_path), "--at", "0"])
+    assert "argument --at: must be a number above 0, at most 1e+15, got '0'" in capsys.readouterr().err
 
 
 def test_without_a_lead_of_two_seeds_no_test_is_made() -> None:

@@ -214,18 +214,21 @@ def test_what_it_does_is_its_state(phase: str, state: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "options", "sentence"),
+    ("spoil", "sentence"),
     [
-        (lambda run: run.rename(run.with_name("moved")), [], "is no run (there is no such folder); give the folder"),
-        (lambda run: (run / "config.yaml").unlink(), [], "is no run (it has no config.yaml); give the folder"),
-        (lambda run: (run / "config.yaml").write_text("train: 3"), [], "names no train.steps, so it is not the config"),
-        (lambda run: None, ["--interval", "0"], "--interval must be above 0 s, got 0"),
-        (lambda run: None, ["--patience", "-1"], "--patience must be above 0 s, got -1"),
+        (lambda run: run.rename(run.with_name("moved")), "is no run (there is no such folder); give the folder"),
+        (lambda run: (run / "config.yaml").unlink(), "is no run (it has no config.yaml); give the folder"),
+        (lambda run: (run / "config.yaml").write_text("train: 3"), "names no train.steps, so it is not the config"),
     ],
 )
-def test_a_mistake_is_one_sentence(
-    run: Path, watched: Watch, spoil: Callable[[Path], object], options: list[str], sentence: str
-) -> None:
+def test_a_mistake_is_one_sentence(run: Path, watched: Watch, spoil: Callable[[Path], object], sentence: str) -> None:
     spoil(run)
-    status, told = watched(run, *options)
+    status, told = watched(run)
     assert status == 1 and told.startswith("error: ") and sentence in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--interval", "--patience"])
+@pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan"])
+def test_a_time_is_above_zero_and_at_most_a_day(option: str, seconds: str, run: Path, watched: Watch) -> None:
+    status, told = watched(run, f"{option}={seconds}")
+    assert status == 2 and f"argument {option}: must be a number above 0, at most 86400, got '{seconds}'" in told
