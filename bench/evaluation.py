@@ -21,7 +21,7 @@ from bench.common.report import check, spread
 from bench.common.timing import ratios, take_turns
 from model.config import ModelConfig
 from settings import user_errors, whole_number
-from settings.project import install_command
+from trainer.preflight import require_harness
 
 WINDOW = 512
 KINDS = {"choices": (4, (16, 120), (2, 12)), "yes or no": (2, (60, 300), (1, 1))}
@@ -125,12 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = made.parse_args(arguments)
     with user_errors():
         refuse(options, {"questions": 1, "peer_batches": 1})
-        try:
-            import lm_eval  # noqa: F401
-        except ImportError:
-            raise ValueError(
-                f"lm_eval is not installed; install it with: {install_command('requirements-dev.txt')}"
-            ) from None
+        require_harness()
         resolve(options, {**CPU_SIZES, "batch_tokens": 1024}, {**CUDA_SIZES, "batch_tokens": 32_768})
         found = measure(options)
         if options.json is not None:

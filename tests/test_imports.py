@@ -41,7 +41,7 @@ MAY_IMPORT_WITHIN = {
     }
     | {"trainer.distributed", "trainer.evaluate", "trainer.exit_status", "trainer.flight_recorder"}
     | {"trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.tally"},
-    "trainer.tasks": {"trainer.config", "trainer.distributed"},
+    "trainer.tasks": {"trainer.config", "trainer.distributed", "trainer.preflight"},
     "data.prepare": {"data.config", "data.discovery", "data.files", "data.shards", "data.sources"}
     | {"data.store", "data.token_files", "data.tokenization", "data.tokenizer", "data.tokenizer_json"},
     "bench.common": set(),

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from data.hub_cache import ensure_hub_cache
 from data.questions import find_tasks, read_questions
 from data.urls import require_reachable
 from settings import looks_first, rank_by_environment
+from settings.project import install_command
 from trainer.checkpoints.layout import checkpoints_of, newest_first
 from trainer.checkpoints.retention import refuse_taken
 from trainer.config import PretrainConfig
@@ -81,6 +83,21 @@ def require_questions(train: TrainConfig) -> None:
     """
     for path in find_tasks(train.evaluation.tasks)[0]:
         read_questions(path)
+
+
+def require_harness() -> None:
+    """Let the Hub's libraries write somewhere, and refuse a machine without lm-evaluation-harness.
+
+    Raises:
+        ValueError: if it is not installed.
+    """
+    ensure_hub_cache()
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            f"lm_eval is not installed; install it with: {install_command('requirements-dev.txt')}"
+        ) from None
 
 
 def require_initial(config: PretrainConfig) -> None:

@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data.files import write_atomically
-from data.hub_cache import ensure_hub_cache
 from evals.harness.questions import ONE_SHOT, QUESTIONS
 from evals.harness.tasks import BLIMP, CLASSIFY, HUB_ONE_SHOT, PERPLEXITY, TEXT, local_tasks
 from evals.placement import IN_FP32, add_batch, add_placement, check_placement, placed
@@ -45,7 +44,6 @@ from settings import (
     require_writable,
     user_errors,
 )
-from settings.project import install_command
 from trainer import preflight
 
 if TYPE_CHECKING:
@@ -54,7 +52,6 @@ if TYPE_CHECKING:
     from evals.scoring import Opened
     from trainer.tasks.harness import CountsCuts
 
-_INSTALL = f"lm_eval is not installed; install it with: {install_command('requirements-dev.txt')}"
 _EXPORT_BATCH = 16  # windows, of the harness's own loader
 
 
@@ -102,11 +99,7 @@ def _check(options: argparse.Namespace) -> None:
     check_placement(options, ranks=True)
     if options.against and ranks_by_environment() > 1:
         raise ValueError("--against runs the harness's own loader, in one process; start it with python")
-    ensure_hub_cache()
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ValueError(_INSTALL) from None
+    preflight.require_harness()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

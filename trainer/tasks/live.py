@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data.hub_cache import ensure_hub_cache
 from data.questions import find_tasks
 from data.tokenization import load_text_tokenizer
-from settings.project import install_command
 from trainer.config import StageConfig
 from trainer.distributed import World
+from trainer.preflight import require_harness
 from trainer.tasks.answers import answer
 from trainer.tasks.files import FileTask, Score
 from trainer.tasks.scorer import NO_LIKELIHOOD, Scorer
@@ -118,17 +117,6 @@ class LiveTasks:
         if self._harness is not None:
             found |= self._harness.run(scorer, self.tokenizer, data.sequence_tokens, lockstep)
         return found
-
-
-def require_harness() -> None:
-    """Raise ValueError if lm-evaluation-harness is not there; and let the Hub's libraries write somewhere."""
-    ensure_hub_cache()
-    try:
-        import lm_eval  # noqa: F401
-    except ImportError:
-        raise ValueError(
-            f"lm_eval is not installed; install it with: {install_command('requirements-dev.txt')}"
-        ) from None
 
 
 def _cut(task: FileTask) -> str:
