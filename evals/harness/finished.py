@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from data.append_only import Lines
 from data.discovery import fingerprint
-from trainer.monitor.append_only import Lines
 from trainer.tasks.harness import TaskScores
 
 Key = dict[str, Any]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
+from data.append_only import Lines
 from data.files import write_atomically
 from data.stages import describe_shares, stage_after
 from model.budget import Budget
@@ -32,7 +33,6 @@ from trainer.distributed import World
 from trainer.evaluate import Evaluation
 from trainer.log import logger_of_run
 from trainer.monitor import metrics_file
-from trainer.monitor.append_only import Lines
 from trainer.monitor.scalars import (
     density_scalars,
     imbalance_scalars,

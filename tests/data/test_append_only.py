@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer.monitor.append_only import Lines
+from data.append_only import Lines
 
 
 class Disk:
