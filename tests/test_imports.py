@@ -48,7 +48,7 @@ MAY_IMPORT_WITHIN = {
     "bench.gpu": {"bench.common"},
     "bench.isoflop": {"bench.common"},
     "bench.loop": {"bench.common", "bench.loader"},
-    "bench.tuning": {"bench.common", "bench.isoflop"},
+    "bench.tuning": {"bench.common"},
     "evals.dial": {"evals.placement", "evals.windows"},
     "evals.harness": {"evals.perplexity", "evals.placement", "evals.scoring", "evals.texts"},
     "evals.play": {"evals.dial", "evals.generate", "evals.placement", "evals.scoring"},

@@ -23,10 +23,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.common.jobs import side_by_side
 from bench.common.options import parser, refuse
 from bench.isoflop.report import CSV, MARKDOWN, TOLERANCE, as_csv, compare, main_table, rows, time_table, whole_report
 from bench.isoflop.results import collect
-from bench.isoflop.runs import dial, downstream, is_done, prepare, side_by_side, submit, trained_in, training
+from bench.isoflop.runs import dial, downstream, is_done, prepare, submit, trained_in, training
 from bench.isoflop.suite import Run, Suite, load_suite, plan
 from data.files import only_writer, write_atomically
 from data.placeholders import TEXTS_VARIABLE

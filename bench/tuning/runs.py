@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.isoflop.runs import Job, refuse_other, side_by_side
+from bench.common.jobs import Job, side_by_side
+from bench.common.run_folders import refuse_other
 from data.files import write_atomically
 from settings.project import resolve_shipped
 from trainer.checkpoints.layout import CONFIG

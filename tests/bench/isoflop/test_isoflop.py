@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from bench.common import jobs
 from bench.isoflop import runs as suite_runs
 from bench.isoflop.__main__ import main
-from bench.isoflop.runs import device_sets
 from launch.slurm.__main__ import main as submit
 from tests.bench.commands import in_place_of_commands
 from tests.bench.isoflop.suites import DENSE, finish, planned, write_dial, write_suite
@@ -199,21 +199,8 @@ def test_ranks_start_under_deepspeed_with_ports_of_their_own(suite: Path, calls:
     assert all(int(port) >= 1024 for port in ports) and measurement[1:3] == ["-m", "evals.dial"]
 
 
-def test_jobs_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert device_sets(2, 3) == [None, None] or torch.cuda.is_available()
-    monkeypatch.setattr("trainer.deepspeed_internals.uses_cuda", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert device_sets(2, 2) == ["0,1", "2,3"]
-    assert device_sets(3, 2) == ["0,1", "2,3", "0,1"]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
-    assert device_sets(4, 1) == ["4", "5", "6", "7"]
-    with pytest.raises(ValueError, match="--ranks 5 needs as many GPUs, and there are 4"):
-        device_sets(1, 5)
-
-
 def test_a_job_sees_its_gpus_only(suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite_runs, "device_sets", lambda at_once, ranks: ["6,7" if ranks > 1 else "3"])
+    monkeypatch.setattr(jobs, "device_sets", lambda at_once, ranks: ["6,7" if ranks > 1 else "3"])
     seen: list[tuple[list[str], str | None]] = []
 
     def run(command: list[str], env: dict[str, str], **_: Any) -> Any:
