@@ -10,8 +10,8 @@ from data.questions import find_tasks, read_questions
 from data.urls import require_reachable
 from settings import looks_first, rank_by_environment
 from settings.project import install_command
+from trainer.checkpoints.compatibility import refuse_taken
 from trainer.checkpoints.layout import checkpoints_of, newest_first
-from trainer.checkpoints.retention import refuse_taken
 from trainer.config import PretrainConfig
 from trainer.config_blocks import TrainConfig
 from trainer.monitor.trackers.check import refuse_unusable

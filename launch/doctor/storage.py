@@ -12,10 +12,11 @@ from pathlib import Path
 from data.urls import require_reachable
 from launch.doctor.findings import Finding
 from settings import counted
-from trainer.checkpoints import resume, retention
+from trainer.checkpoints import resume
 from trainer.checkpoints.bucket import Bucket, unreachable
+from trainer.checkpoints.compatibility import refuse_taken
 from trainer.checkpoints.fetch import mirrored_names
-from trainer.checkpoints.layout import checkpoints_of, newest_first
+from trainer.checkpoints.layout import checkpoints_of, newest_first, newest_name
 from trainer.checkpoints.ownership import of_another_run
 from trainer.config_blocks import TrainConfig
 from trainer.distributed import ALONE
@@ -36,7 +37,7 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
         resume.find_checkpoint(folder, "never", ALONE)
         yield Finding("run folder", "ok", f"{train.run_dir} holds no checkpoints; the run starts afresh")
         return
-    there = retention.newest_name(folder)
+    there = newest_name(folder)
     if train.checkpoint.mirror is not None and not newest_first(folder):
         yield Finding("run folder", "ok", f"{train.run_dir}: {there}; the mirror is looked at")
         return
@@ -67,7 +68,7 @@ def mirror(train: TrainConfig) -> Iterator[Finding]:
     require_reachable(url, "train.checkpoint.mirror")
     names = mirrored_names(url, ALONE)
     if not newest_first(folder):
-        retention.refuse_taken(url, names, train.checkpoint.resume, "train.checkpoint.mirror")
+        refuse_taken(url, names, train.checkpoint.resume, "train.checkpoint.mirror")
     elif problem := of_another_run(Bucket(url), folder.parent):
         raise ValueError(problem)
     started = time.perf_counter()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launch.configs import load_either
 from launch.slurm.config import SlurmConfig
-from trainer.checkpoints.retention import refuse_taken
+from trainer.checkpoints.compatibility import refuse_taken
 from trainer.config import PretrainConfig, is_stage_two
 from trainer.preflight import refuse_other_run, require_initial, require_libraries, require_questions
 from tune.config import TuneFile

@@ -1,10 +1,50 @@
-"""Whether the weights of one model are weights of another: sizes, and what routers there are."""
+"""What has to agree between a run and the checkpoints that are there: ``resume``, conditions, sizes, routers."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from model.config import ModelConfig, RouterConfig
+
+if TYPE_CHECKING:
+    from trainer.config import StageConfig
+    from trainer.distributed import World
+
+
+def refuse_taken(folder: Path | str, there: Sequence[str], resume: str, setting: str = "train.run_dir") -> None:
+    """Raise ValueError if a start with ``resume`` must not be made where ``folder`` holds the checkpoints ``there``.
+
+    Where it may resume, whether one of them is whole is what :func:`trainer.checkpoints.resume.find_checkpoint` finds.
+
+    Args:
+        folder: of the checkpoints, or the URL of their mirror.
+        there: their names, newest first.
+        resume: as in the config.
+        setting: the field that says where ``folder`` is.
+    """
+    if there and resume == "never":
+        raise ValueError(
+            f"{folder} already holds {there[0]}; set train.checkpoint.resume=auto to go on with that run, or "
+            f"give another {setting}"
+        )
+    if not there and resume == "required":
+        raise ValueError(
+            f"cannot resume from {folder}: there is no checkpoint; check {setting}, or remove that folder and "
+            "start from scratch with train.checkpoint.resume=never"
+        )
+
+
+def conditions(config: StageConfig, world: World) -> dict[str, Any]:
+    """What decides how a checkpoint's state is laid out and computed, besides the data and the model."""
+    return {
+        "world_size": world.size,
+        "zero_stage": config.deepspeed.zero_stage,
+        "precision": config.train.precision,
+        "optimizer": config.train.optimizer.kind,
+        "seed": config.train.seed,
+    }
 
 
 def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:

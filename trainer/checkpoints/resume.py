@@ -13,13 +13,11 @@ import torch
 from model.init import generator_of
 from settings import flatten, peek
 from trainer.checkpoints import manifest
-from trainer.checkpoints.compatibility import differences
+from trainer.checkpoints.compatibility import conditions, differences, refuse_taken
 from trainer.checkpoints.fetch import fetch, mirrored_names
 from trainer.checkpoints.layout import CONFIG, ENGINE, STATE, newest_first, rng_name
 from trainer.checkpoints.reshard import reshard
-from trainer.checkpoints.retention import refuse_taken
 from trainer.checkpoints.rng import set_rng_state
-from trainer.checkpoints.save import conditions
 from trainer.checkpoints.zero_files import only_tensors
 from trainer.config import StageConfig
 from trainer.distributed import World

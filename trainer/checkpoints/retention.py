@@ -25,29 +25,6 @@ if TYPE_CHECKING:
     from trainer.distributed import World
 
 
-def refuse_taken(folder: Path | str, there: Sequence[str], resume: str, setting: str = "train.run_dir") -> None:
-    """Raise ValueError if a start with ``resume`` must not be made where ``folder`` holds the checkpoints ``there``.
-
-    Where it may resume, whether one of them is whole is what :func:`trainer.checkpoints.resume.find_checkpoint` finds.
-
-    Args:
-        folder: of the checkpoints, or the URL of their mirror.
-        there: their names, newest first.
-        resume: as in the config.
-        setting: the field that says where ``folder`` is.
-    """
-    if there and resume == "never":
-        raise ValueError(
-            f"{folder} already holds {there[0]}; set train.checkpoint.resume=auto to go on with that run, or "
-            f"give another {setting}"
-        )
-    if not there and resume == "required":
-        raise ValueError(
-            f"cannot resume from {folder}: there is no checkpoint; check {setting}, or remove that folder and "
-            "start from scratch with train.checkpoint.resume=never"
-        )
-
-
 def prune(
     folder: Path, newest: Path, config: CheckpointConfig, held: str | None = None, torn: Collection[str] = ()
 ) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from settings import to_yaml
 from trainer import git_state
 from trainer.checkpoints import manifest, receipts
+from trainer.checkpoints.compatibility import conditions
 from trainer.checkpoints.layout import (
     CONFIG,
     ENGINE,
@@ -55,17 +56,6 @@ _QUIET_S = 60.0
 """How long nothing new may come into a checkpoint before a rank that waits for it stops saying that all is well."""
 _FIRST_ERROR_S = 5.0
 """The same where an error has ended this rank, and probably others."""
-
-
-def conditions(config: StageConfig, world: World) -> dict[str, Any]:
-    """What decides how a checkpoint's state is laid out and computed, besides the data and the model."""
-    return {
-        "world_size": world.size,
-        "zero_stage": config.deepspeed.zero_stage,
-        "precision": config.train.precision,
-        "optimizer": config.train.optimizer.kind,
-        "seed": config.train.seed,
-    }
 
 
 class Saver:
