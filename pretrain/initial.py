@@ -1,11 +1,11 @@
-"""What the ``init`` block names: found, checked against the config, and described, before anything is built.
+"""Find what the ``init`` block names, check it against the config and describe it, before anything is built.
 
-    a run, a checkpoint     of stage one; the fp32 masters, whatever ranks and ZeRO stage wrote them
-    a folder of weights     of ``convert.from_hf``, ``convert.average`` or ``tune.merge``
-    a Hugging Face folder   of the Llama family, or an export of ours
+    a run, a checkpoint     of stage one; the fp32 masters, written with any number of ranks and ZeRO stage
+    a folder of weights     written by ``convert.from_hf``, ``convert.average`` or ``tune.merge``
+    a Hugging Face folder   of the Llama family, or one of our exports
 
-Every rank maps the files and reads what it keeps of one parameter after the other. Whether they are whole is looked at
-by all ranks together, a share each.
+Every rank memory-maps the files and reads its part of one parameter at a time. The ranks verify the files together,
+each a share of them.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from trainer.preflight import WHAT_INIT_TAKES
 
 
 def open_initial(init: InitConfig, model: ModelConfig, tokenizer: Path, world: World) -> Initial:
-    """What ``init`` names, for a run of ``model`` on tokens of the ``tokenizer`` in that folder; collective.
+    """Open what ``init`` names, for a run of ``model`` on tokens of the one in the folder ``tokenizer``; collective.
 
     Raises:
-        ValueError: if it is not there, not whole, of stage two, or of another model or tokenizer; for a fork, if it has
-            no optimiser state. On every rank.
+        ValueError: if it is missing, torn, from stage two, or of another model or tokenizer; for a fork, if it has no
+            optimiser state. On every rank.
     """
     folder = Path(init.path)
     if not folder.is_dir():
@@ -128,7 +128,7 @@ def _refuse_ensemble(folder: Path, has_one: bool) -> None:
 
 
 def _refuse_another_model(given: GivenWeights, model: ModelConfig) -> None:
-    """Refuse sizes that differ, routers that would be lost, and noise by which new ones would skip at once."""
+    """Refuse other sizes, routers that would be lost, and noise that would make new routers skip from the start."""
     added = given.model.router is None and model.router is not None
     there = _weights_alone(given.model)
     here = _weights_alone(model.model_copy(update={"router": None}) if added else model)
@@ -142,7 +142,7 @@ def _refuse_another_model(given: GivenWeights, model: ModelConfig) -> None:
 
 
 def _another_tokenizer(theirs: Path, ours: Path) -> str | None:
-    """Why tokens of ``ours`` mean nothing to weights of ``theirs``; None where they do, or nobody knows.
+    """Why tokens of ``ours`` do not fit weights trained with ``theirs``; None if they do, or if that is unknown.
 
     A copied run has no tokenizer beside it, and a Hugging Face folder may have none.
     """
@@ -151,12 +151,12 @@ def _another_tokenizer(theirs: Path, ours: Path) -> str | None:
     except ValueError:
         return None
     if shas[0] == shas[1]:
-        return None  # before any is loaded
+        return None  # without loading either
     there, here = load_text_tokenizer(theirs), load_text_tokenizer(ours)
     common = range(min(there.vocab_size, here.vocab_size))
     differs = next((i for i in common if there.piece(i) != here.piece(i)), None)
     if differs is None and there.vocab_size == here.vocab_size:
-        return None  # one tokenizer, written in two ways
+        return None  # the same tokenizer, stored in two ways
     what = (
         f"{there.vocab_size} pieces there, {here.vocab_size} here"
         if differs is None
@@ -169,7 +169,7 @@ def _another_tokenizer(theirs: Path, ours: Path) -> str | None:
 
 
 def _weights_alone(model: ModelConfig) -> ModelConfig:
-    """Without what weights do not depend on, and with what may be left out."""
+    """The config without what weights do not depend on, and with optional fields filled in."""
     return model.model_copy(update={"max_positions": 1, "init_std": 1.0, "head_width": model.head_dim})
 
 

@@ -34,7 +34,7 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     """Run to the last step, or until asked to stop; return the exit status.
 
     Raises:
-        ValueError: for anything that the user can fix; what was saved stays.
+        ValueError: for anything that the user can fix; saved checkpoints stay.
     """
     from pretrain.initial import open_initial
     from trainer.loop import train_loop
@@ -58,10 +58,10 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
 
 
 def open_data(config: PretrainConfig, world: World) -> tuple[TrainingData, list[ValidationSet]]:
-    """Training and validation data; rank 0 looks at every shard's files, for all; collective.
+    """Open training and validation data; rank 0 checks every shard's files for all ranks; collective.
 
     Raises:
-        ValueError: if they are missing, damaged or do not go with the config; on every rank.
+        ValueError: if they are missing, damaged or do not match the config; on every rank.
     """
     from data.batches import open_all
 
@@ -77,10 +77,10 @@ def open_data(config: PretrainConfig, world: World) -> tuple[TrainingData, list[
 
 
 def load_prepared(path: Path, overrides: Sequence[str]) -> PretrainConfig:
-    """The config; on rank 0 also a look for its prepared data and what it starts from, before torch is loaded.
+    """Load the config; on rank 0 also check for its prepared data and what it starts from, before torch is loaded.
 
     Raises:
-        ValueError: for each mistake in it; if it has no tokenizer or a source that is not prepared, or init.path is no
+        ValueError: for each mistake in it; if the tokenizer or a prepared source is missing, or init.path is not a
             folder.
     """
     from data.shards import MANIFEST_NAME, Manifest, read_model
