@@ -1,4 +1,4 @@
-"""A file that grows line by line, and loses no line to a disk that is full for a while."""
+"""An append-only file of lines that loses none while the disk is temporarily full."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class Lines:
 
     Args:
         path: the file, which need not exist.
-        tell: takes a sentence when writing fails, works again, or is given up with lines left.
+        tell: called with a sentence when writing fails, works again, or is given up with lines left.
     """
 
     def __init__(self, path: Path, tell: Callable[[str], None]):
         self.path, self.tell = path, tell
-        # No buffer: of what a full disk refuses nothing must be written later, or twice, by anybody else.
+        # Unbuffered: what a full disk refuses must not be written later, or twice, by a buffer.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed in close()
         self._waiting = b""
         self._cut_to: int | None = None
@@ -26,8 +26,8 @@ class Lines:
         """Append ``line``, after those that still wait.
 
         Args:
-            line: without its end.
-            in_place_of_bytes_from: cut the file there before, for a line that is written anew.
+            line: without the newline.
+            in_place_of_bytes_from: first truncate the file there, for a line that is rewritten.
         """
         if in_place_of_bytes_from is not None:
             self._cut_to = in_place_of_bytes_from
@@ -36,7 +36,7 @@ class Lines:
             if self._cut_to is not None:
                 self._file.truncate(self._cut_to)
                 self._cut_to = None
-            while self._waiting:  # a disk may take a part of a line and be full then; the rest follows where it stopped
+            while self._waiting:  # a disk may fill up within a line; the rest is written from there later
                 self._waiting = self._waiting[self._file.write(self._waiting) :]
         except OSError as error:
             if not self._failed:

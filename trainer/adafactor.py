@@ -20,9 +20,9 @@ class Adafactor(torch.optim.Optimizer):
         params: parameters or groups.
         lr: relative step: an update moves a parameter by ``lr`` times the parameter's own RMS.
         beta2: decay of the second moment.
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
         epsilon: added to squared gradients.
-        smallest_scale: least RMS that a parameter is taken to have, so that zeros can leave zero.
+        smallest_scale: lower bound on a parameter's RMS in the step size, so that zeros can move.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The command of either stage: parse, name the run, meet the other ranks, train, leave."""
+"""The command line of both stages: parse arguments, check the run, join the other ranks, train, leave."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def run_stage(
     """Run the command ``module`` and return its exit status.
 
     Args:
-        module: its name.
-        description: its help.
-        example: a config.
-        load: reads a config and the overrides.
+        module: the command's module name.
+        description: the help text.
+        example: path of an example config, for the help text.
+        load: loads a config with its overrides.
         train: trains, and returns the exit status.
     """
     parser = command_parser(module, description)
@@ -47,7 +47,7 @@ def run_stage(
         grow_segments(os.environ)
         from trainer.distributed import join, leave
 
-        with user_errors():  # a host that does not answer now may be another one, or well, at the next start
+        with user_errors():  # the next start may get another host, or this one may have recovered
             world = join(config.train.timeout_s, Path(str(config.train.run_dir)))
         world = world.sharing_windows(config.deepspeed, config.train.timeout_s)
         status = train(config, arguments.config, world)
@@ -57,7 +57,7 @@ def run_stage(
 
 
 def _require_stage(module: str, path: Path) -> None:
-    """Refuse a config of the other stage, of which every block would be an unknown key."""
+    """Refuse a config of the other stage early: it would only yield errors about unknown keys."""
     blocks = peek(path)
     if blocks.keys() & {"base", "model"} and ("base" in blocks) != (module == "tune.train"):
         stage, block, command = ("two", "base", "tune") if "base" in blocks else ("one", "model", "pretrain")
@@ -68,10 +68,11 @@ def _require_stage(module: str, path: Path) -> None:
 
 
 def grow_segments(environment: MutableMapping[str, str]) -> None:
-    """Let the segments of torch's CUDA allocator grow, unless the user's variable says how to allocate.
+    """Turn on expandable segments in torch's CUDA allocator, unless the user has configured it.
 
-    Before torch is imported, which reads it. The number of executed tokens differs from step to step, so blocks of ever
-    other sizes are asked for; in segments of fixed size they leave gaps (torch's notes on CUDA, "Memory management").
+    Call before torch is imported, which reads the variable. The number of executed tokens differs from step to step, so
+    the requested block sizes keep changing, which fragments fixed-size segments (torch's notes on CUDA, "Memory
+    management").
     """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys():
         environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

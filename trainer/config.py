@@ -15,11 +15,11 @@ from settings import PathText, Strict, load, peek
 from trainer.config_blocks import DeepSpeedSettings, TrainConfig
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-"""Of a weight in the step, by ``train.precision``."""
+"""Bytes per weight during a step, by ``train.precision``."""
 
 
 class StageConfig(Strict):
-    """What the configs of both stages have, and how its blocks must fit together."""
+    """Blocks that the configs of both stages share, and the checks across blocks."""
 
     model: ModelConfig
     """The decoder."""
@@ -31,21 +31,21 @@ class StageConfig(Strict):
     """ZeRO."""
 
     def structure(self) -> dict[str, Any]:
-        """Fields besides the model's that decide what is trained, by ``block.field``: the same in every resume."""
+        """Fields outside ``model`` that decide what is trained, by ``block.field``; the same in every resume."""
         return {}
 
     def in_precision(self, precision: str) -> Self:
         """The same config with ``train.precision`` decided.
 
         Raises:
-            ValueError: if that does not go with the rest.
+            ValueError: if that conflicts with the rest of the config.
         """
         decided = self.model_copy(update={"train": self.train.model_copy(update={"precision": precision})})
         decided._check()
         return decided
 
     def could_have(self, **settings: Any) -> bool:
-        """Whether its ``deepspeed`` block could have these values."""
+        """Whether the config would be valid with these values in its ``deepspeed`` block."""
         blocks = self.model_dump(mode="json")
         try:
             type(self).model_validate({**blocks, "deepspeed": {**blocks["deepspeed"], **settings}})
@@ -154,7 +154,7 @@ class StageConfig(Strict):
 
     @property
     def trained(self) -> Trained:
-        """What of the decoder gets gradients, by which FLOPs are counted."""
+        """Which parts of the decoder are trained, for counting FLOPs."""
         return EVERYTHING
 
     def accumulation(self, world_size: int) -> int:
@@ -162,12 +162,13 @@ class StageConfig(Strict):
         return self.train.accumulation(world_size, self.deepspeed)
 
     def checkpoint_bytes(self, total: int, trained: int, moment_bytes: float, stage: int | None = None) -> float:
-        """Size of one checkpoint: weights of the step (at stage 3 only frozen ones), fp32 master weights, moments.
+        """Bytes of one checkpoint: forward-pass weights (at stage 3 only frozen ones), fp32 master weights, moments.
 
         Args:
-            total, trained: parameters, and those with a gradient.
-            moment_bytes: of all of them: see :meth:`trainer.config_blocks.OptimizerConfig.moment_bytes`.
-            stage: another ZeRO stage than the config's.
+            total, trained: numbers of all parameters and of those with a gradient.
+            moment_bytes: optimiser state of all trained ones: see
+                :meth:`trainer.config_blocks.OptimizerConfig.moment_bytes`.
+            stage: ZeRO stage; the config's unless given.
         """
         stage = self.deepspeed.zero_stage if stage is None else stage
         width = WEIGHT_BYTES[self.train.precision]
@@ -176,22 +177,22 @@ class StageConfig(Strict):
 
 
 class InitConfig(Strict):
-    """What a fresh run starts from; a run that is resumed goes on from its own checkpoint and does not look."""
+    """What a fresh run starts from; a resumed run continues from its own checkpoint and ignores this block."""
 
     path: PathText
     """A stage-one run (its newest whole checkpoint), one of its checkpoints, a folder of weights, or a Hugging Face
-    folder that ``convert.from_hf`` can import, an export among them."""
+    folder that ``convert.from_hf`` can import, exports included."""
     kind: Literal["weights", "fork"] = "weights"
-    """``weights``: they alone, at step 0 of this run's schedules; routers that are not there execute everything at
-    first. ``fork``: goes on from a checkpoint of the same model and optimiser in a run folder of its own, with the
-    optimiser's state, at its step, and with this config's data, schedules and budget."""
+    """``weights``: the weights alone, at step 0 of this run's schedules; routers missing there execute everything at
+    first. ``fork``: continues a checkpoint of the same model and optimiser in a new run folder, with its optimiser
+    state and step, and with this config's data, schedules and budget."""
 
 
 class PretrainConfig(StageConfig):
     """A stage-one run."""
 
     init: InitConfig | None = None
-    """What it starts from; freshly drawn weights unless given."""
+    """What the run starts from; randomly initialised weights unless given."""
     data: DataConfig
     """Text, tokenizer, shards, order."""
 
@@ -208,16 +209,16 @@ class PretrainConfig(StageConfig):
 
 
 class WeightsConfig(Strict):
-    """What stands beside weights that no run is said to have trained: see trainer/checkpoints/weights_folder.py."""
+    """The config stored beside weights that do not belong to a run: see trainer/checkpoints/weights_folder.py."""
 
     model: ModelConfig
     """The decoder's sizes and routers."""
     ensemble: EnsembleConfig | None = None
     """The late-layer ensemble; the final layer alone unless given."""
     seed: int = Field(0, ge=0, lt=2**62)
-    """Of the routing noise, by which routers of kind ``random`` decide in evaluation too."""
+    """Seed of the routing noise, which routers of kind ``random`` use in evaluation too."""
     thresholds: list[float | None] | None = None
-    """What the margins of learned routers are compared with, by site, null for minus infinity; 0 unless given."""
+    """Thresholds on the margins of learned routers, one per site, null for minus infinity; 0 unless given."""
 
 
 def is_stage_two(path: str | Path) -> bool:
@@ -237,7 +238,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> PretrainConfig:
 
 
 def name_run(train: TrainConfig, path: str | Path) -> TrainConfig:
-    """``train`` with its run folder: ``runs/`` and the config file's name unless it has one."""
+    """``train`` with ``run_dir`` filled in: ``runs/`` and the config file's name unless given."""
     if train.run_dir is not None:
         return train
     return train.model_copy(update={"run_dir": f"runs/{Path(path).stem}"})

@@ -1,6 +1,6 @@
 """The blocks ``train`` and ``deepspeed`` of a run's config, the same in both stages.
 
-Every quantity is said once. The DeepSpeed JSON (batch sizes, precision, clipping, ZeRO) is generated from these
+Every quantity is specified once. The DeepSpeed JSON (batch sizes, precision, clipping, ZeRO) is generated from these
 fields by ``trainer/deepspeed_config.py``.
 """
 
@@ -24,7 +24,8 @@ class OptimizerConfig(Strict):
     """The optimiser and its parameter groups: matrices (decayed), norms (not decayed), routers (own rate)."""
 
     kind: Literal["adamw", "adafactor", "muon"] = "adamw"
-    """``adafactor`` has the settings of Zeng et al. 2023; ``muon`` is DeepSpeed's, AdamW for embedding, head, norms."""
+    """``adafactor`` has the settings of Zeng et al. 2023; ``muon`` is DeepSpeed's, with AdamW for embedding, head and
+    norms."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
@@ -37,7 +38,7 @@ class OptimizerConfig(Strict):
     """Learning rate of the skip routers and of the ensemble's router, relative to ``lr``; for the ensemble router's
     matrix it is also divided by the width."""
     router_weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay of the same."""
+    """Decoupled weight decay of the skip routers and of the ensemble's router."""
     adafactor_beta2: float = Field(0.99, gt=0, lt=1)
     """adafactor: decay of the factored second moment."""
     muon_momentum: float = Field(0.95, ge=0, lt=1)
@@ -46,7 +47,7 @@ class OptimizerConfig(Strict):
     """muon: learning rate of the orthogonalised updates, relative to ``lr``."""
 
     def moment_bytes(self, name: str, shape: Sequence[int]) -> float:
-        """fp32 optimiser state of the parameter ``name`` of ``shape``, its master copy left out."""
+        """Bytes of fp32 optimiser state of the parameter ``name`` of ``shape``, without its master copy."""
         matrix = len(shape) >= 2
         if self.kind == "adafactor" and matrix:
             return 4.0 * sum(shape)
@@ -64,12 +65,12 @@ class ScheduleConfig(Strict):
     final_ratio: float = Field(0.1, ge=0, le=1)
     """cosine, warmup_stable_decay: rate at the last step, relative to the peak."""
     decay_share: float = Field(0.2, gt=0, le=1)
-    """warmup_stable_decay: the last share of all steps in which the rate falls, in a straight line."""
+    """warmup_stable_decay: share of all steps, at the end, over which the rate falls linearly."""
     decay_steps: int | None = Field(None, gt=0)
     """warmup_stable_decay: the same in steps; ``decay_share`` unless given."""
     end_step: int | None = Field(None, gt=0)
-    """cosine, warmup_stable_decay: the step with which the decay ends, after which the rate stays; the run's last
-    unless given. A longer or shorter run does not move it."""
+    """cosine, warmup_stable_decay: the step at which the decay ends; after it the rate is constant. The run's last step
+    unless given; changing ``steps`` does not move it."""
     inverse_sqrt_from: int = Field(10_000, gt=0)
     """inverse_sqrt: the step at which the rate starts to fall."""
 
@@ -80,21 +81,22 @@ class EvaluationConfig(Strict):
     every_steps: int = Field(500, gt=0)
     """Evaluate after every this many steps, and after the last."""
     before_first: bool = True
-    """Before the first step, too: what the run starts from."""
+    """Also evaluate before the first step, to measure what the run starts from."""
     samples: int = Field(64, gt=0)
     """Windows of each validation set to use: evenly spread over it, always the same."""
     with_noise: bool = True
-    """Also measure the loss with the routers' training noise; how far greedy routing is from trained routing."""
+    """Also measure the loss with the routers' training noise, to see how far greedy routing is from routing in
+    training."""
     tasks: list[File] = Field(default_factory=list)
     """Downstream tasks to run on all ranks: files of questions (names or patterns that end in ``.jsonl``, ``{texts}``
     as in ``data``; docs/evaluation.md), and names or task files (``.yaml``) of lm-evaluation-harness."""
     task_limit: int | None = Field(200, gt=0)
-    """The first questions of each task only; null for all."""
+    """Use only this many questions of each task, the first ones; null for all."""
     task_shots: int = Field(0, ge=0)
     """Few-shot examples before each question; for a task of the harness 0 keeps the task's own number."""
     task_every_steps: int | None = Field(None, gt=0)
-    """Run the tasks with the evaluations after every this many steps, and after the last; with all of them unless
-    given."""
+    """Run the tasks only with the evaluations at multiples of this many steps, and after the last; with every
+    evaluation unless given."""
 
     @model_validator(mode="after")
     def _tasks_with_evaluations(self) -> EvaluationConfig:
@@ -112,37 +114,39 @@ class EvaluationConfig(Strict):
 
 
 class CheckpointConfig(Strict):
-    """What is saved, when, and what a start picks up."""
+    """What is saved and when, and what a start resumes from."""
 
     every_steps: int = Field(1000, gt=0)
     """Save after every this many steps, and after the last."""
     every_minutes: float | None = Field(None, ge=0.1, allow_inf_nan=False)
-    """Save also after the step in which so many minutes have passed since the last save began, by rank 0's clock;
-    none by the clock unless given. ``launch.plan`` estimates what failures cost at any value."""
+    """Also save after a step that begins this many minutes or more after the last save began, by rank 0's clock; no
+    timed saves unless given. ``launch.plan`` estimates what failures cost at any value."""
     keep: int = Field(2, ge=1)
     """How many of the newest whole checkpoints stay; older ones are removed once a newer one is whole."""
     keep_every_steps: int = Field(0, ge=0)
     """Checkpoints at multiples of this stay forever; 0 keeps none forever."""
     background: bool = True
-    """Write while training goes on; takes host memory for a copy of this rank's state. False: training waits."""
+    """Write while training continues; takes host memory for a copy of each rank's state. False: training waits."""
     max_gb: float | None = Field(None, gt=0)
-    """Most that the run's checkpoints may take together, in GB (10^9 bytes), for disks that do not report a quota as
-    free space; the disk alone is the limit unless given."""
+    """Limit on the total size of the run's checkpoints, in GB (10^9 bytes), for disks whose quota does not show as free
+    space; only the disk limits it unless given."""
     resume: Literal["never", "auto", "required"] = "never"
-    """``never`` refuses a run folder that holds checkpoints, ``auto`` resumes if it does, ``required`` must."""
+    """``never`` refuses a run folder that holds checkpoints, ``auto`` resumes if it does, ``required`` fails if it does
+    not."""
     mirror: PathText | None = None
-    """A URL such as ``s3://bucket/run``, of any kind that fsspec reaches: whole checkpoints are copied there in the
-    background, and where ``run_dir`` has none, a resume takes the newest from there. A run's own; none unless given."""
+    """A URL such as ``s3://bucket/run``, of any kind that fsspec supports: whole checkpoints are copied there in the
+    background, and if ``run_dir`` has none, a resume takes the newest from there. Each run needs its own; none unless
+    given."""
     mirror_keep: int = Field(2, ge=1)
     """How many of the newest whole checkpoints stay in the mirror."""
     mirror_keep_every_steps: int = Field(0, ge=0)
     """Checkpoints at multiples of this stay in the mirror forever; 0 keeps none forever."""
     mirror_wait_s: float = Field(120.0, ge=0)
-    """How long the run waits at its end for copies that are not finished; what is missing then is reported, and copied
-    by the next start."""
+    """How long the run waits at its end for unfinished copies; what is still missing is reported, and copied by the
+    next start."""
     accept_data: str | None = Field(None, pattern=r"^[0-9a-f]{12}$")
-    """The first 12 digits of the data fingerprint of a checkpoint to go on from with other data all the same: another
-    seed, other shards or weights; the error that refuses it gives them."""
+    """The first 12 digits of a checkpoint's data fingerprint, to resume from it although the data differ: another seed,
+    other shards or weights. The error that refuses such a resume names them."""
 
     @field_validator("resume", mode="before")
     @classmethod
@@ -157,41 +161,43 @@ class CheckpointConfig(Strict):
 
 
 class SpikeConfig(Strict):
-    """What is a spike of the loss or of the gradient norm, and what happens then."""
+    """What counts as a spike of the loss or of the gradient norm, and what happens then."""
 
     window_steps: int = Field(200, ge=2)
-    """Steps whose mean and standard deviation a step is compared with; before as many are done, nothing is a spike."""
+    """Number of preceding steps whose mean and standard deviation a step is compared with; until there are as many,
+    nothing counts as a spike."""
     threshold: float = Field(7.0, gt=0)
     """How many standard deviations above the mean a spike begins."""
     action: Literal["warn", "stop"] = "warn"
-    """``stop`` ends the run after ``train.max_bad_steps`` steps of a spike in a row."""
+    """``stop`` ends the run once a spike has lasted for ``train.max_bad_steps`` steps."""
 
 
 class LogConfig(Strict):
     """Metrics: ``metrics.jsonl``, trackers and the progress line."""
 
     every_steps: int = Field(10, gt=0)
-    """Steps between two metric lines; figures are means over them."""
+    """Steps between two lines of metrics; values are means over them."""
     peak_tflops: float | None = Field(None, gt=0)
     """Peak of one device in TFLOP/s, for MFU; the fastest matrix product measured at the start unless given."""
     images: bool = True
     """Draw the routing heat map at every evaluation."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"])
-    """Where figures, pictures, config and code state go besides the run folder; none of them slows or stops a run.
-    Addresses and keys are the trackers' own variables: ``MLFLOW_TRACKING_URI``, ``WANDB_API_KEY``, ``WANDB_MODE``."""
+    """Where metrics, images, config and code state go besides the run folder; no tracker slows or stops a run.
+    Addresses and keys come from the trackers' own environment variables: ``MLFLOW_TRACKING_URI``, ``WANDB_API_KEY``,
+    ``WANDB_MODE``."""
     project: str = Field("hopscotch", min_length=1)
-    """wandb, mlflow: the project or experiment that the run belongs to; its name there is its folder's."""
+    """wandb, mlflow: the project or experiment that the run belongs to; the run is named after its folder."""
 
 
 class ProfileConfig(Strict):
-    """A trace of a few steps from every rank, in ``RUN/profile``; ``launch.profile`` sums it up."""
+    """A trace of a few steps from every rank, in ``RUN/profile``; ``launch.profile`` summarises it."""
 
     steps: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-    """The first and the last step of the trace, as the log counts them; two to ten are enough, and not the first ones
-    of a start, which are slower than the rest."""
+    """The first and the last step of the trace, numbered as in the log; two to ten steps are enough. Avoid the first
+    steps of a start, which are slower than the rest."""
     memory: bool = False
-    """On a GPU also a snapshot of its memory with the stack of every allocation, for pytorch.org/memory_viz; recorded
-    from the start on, so that an out-of-memory error has it, too."""
+    """On a GPU also a memory snapshot with the stacks of allocations, for pytorch.org/memory_viz; these are recorded
+    from the start of the run, so that the snapshot of an out-of-memory error has them too."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -207,7 +213,7 @@ class TrainConfig(Strict):
     run_dir: PathText | None = None
     """Folder of this run: configs, metrics, logs, checkpoints; ``runs/`` and the config file's name unless given."""
     seed: int = Field(0, ge=0, lt=2**62)
-    """Of the weights and the routing noise. The data's order has its own."""
+    """Seed of the weights and the routing noise; the data order has its own."""
     steps: int = Field(gt=0)
     """Optimiser steps of the whole run."""
     stop_at_step: int | None = Field(None, gt=0)
@@ -219,28 +225,29 @@ class TrainConfig(Strict):
     """Windows in one forward pass of one rank, or of one group of ranks that share them."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Of weights and activations in the step; master weights and optimiser state are fp32. ``auto``: bf16 where all
-    devices multiply it fast, else fp32; a resume goes on in its checkpoint's. Decided when the run starts."""
+    devices have fast bf16 matrix products, else fp32; decided when the run starts, and a resume keeps its
+    checkpoint's."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning rate over the run."""
     clip_norm: float = Field(1.0, ge=0)
-    """Largest norm of the gradient over all parameters; 0 does not clip."""
+    """Gradient clipping: largest norm over all parameters; 0 for no clipping."""
     z_loss: float = Field(0.0, ge=0)
-    """Weight of the squared log-partition (PaLM uses 1e-4)."""
+    """Weight of the z-loss, the squared log-partition function (PaLM uses 1e-4)."""
     activation_checkpointing: bool = False
-    """Recompute each layer's inside in the backward pass instead of holding it."""
+    """Recompute each layer's activations in the backward pass instead of storing them."""
     compile: bool = False
-    """Compile each layer with torch.compile (needs a C++ compiler on the CPU, Triton on a GPU). Stages 0 to 2."""
+    """Compile each layer with torch.compile (needs a C++ compiler on the CPU, Triton on a GPU). ZeRO stages 0 to 2."""
     max_bad_steps: int = Field(5, gt=0)
     """Stop the run after this many steps in a row with a loss or gradient that is not finite."""
     spike: SpikeConfig = SpikeConfig()
-    """Steps with a loss or gradient that is finite and far too large."""
+    """Steps whose loss or gradient norm is finite but far too large."""
     timeout_s: float = Field(1800.0, gt=0)
     """How long a collective may wait for the other ranks."""
     stall_timeout_s: float = Field(900.0, gt=0)
-    """Longest time without progress (a micro-batch, a checkpoint that no longer grows, a compilation); then stacks are
-    written and the run ends."""
+    """Longest time without progress (a micro-batch, a compilation, a checkpoint that no longer grows); after it the
+    stacks of all threads are logged and the run ends."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -248,11 +255,11 @@ class TrainConfig(Strict):
     log: LogConfig = LogConfig()
     """Metrics."""
     profile: ProfileConfig | None = None
-    """Where the time and memory of some steps go; nothing is profiled unless given."""
+    """Profile of the time and memory of some steps; nothing is profiled unless given."""
 
     @property
     def last_step(self) -> int:
-        """After which a start of the run ends."""
+        """The step after which this start of the run ends."""
         return self.steps if self.stop_at_step is None else min(self.stop_at_step, self.steps)
 
     def is_logged(self, step: int) -> bool:
@@ -269,11 +276,11 @@ class TrainConfig(Strict):
         return self.steps * self.global_batch_samples
 
     def refuse_to_start(self) -> None:
-        """Refuse what no run should start with, though the config of one that is finished may hold it.
+        """Refuse settings that no run should start with, although the config of a finished run may hold them.
 
         Raises:
-            ValueError: a schedule never reaches its peak, a spike would never stop the run, a profile is of steps that
-                the run does not have, or a timeout is longer than the system can wait.
+            ValueError: if the schedule never reaches its peak, a spike would never stop the run, the profiled steps
+                come after the run's last, or a timeout is longer than the system can wait.
         """
         schedule, problems = self.schedule, []
         decays = schedule.kind in ("cosine", "warmup_stable_decay")
@@ -310,8 +317,8 @@ class TrainConfig(Strict):
         """Micro-batches of one rank in one optimiser step.
 
         Raises:
-            ValueError: if the global batch does not divide over ``ranks`` that share windows as ``settings`` say, or
-                the ranks into groups that do.
+            ValueError: if the global batch cannot be divided among ``ranks`` that share windows as ``settings`` say, or
+                the ranks cannot be divided into such groups.
         """
         groups = settings.groups(ranks)
         what = "ranks" if groups == ranks else "groups that share windows"
@@ -334,24 +341,24 @@ class DeepSpeedSettings(Strict):
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What is partitioned over the ranks: nothing, optimiser state, + gradients, + parameters."""
     sequence_parallel: int = Field(1, gt=0)
-    """Neighbouring ranks that share every window, each with a part of its tokens: for windows whose activations one
-    device does not hold. The number of ranks must be a multiple of it, and ``sequence_tokens`` one of
-    twice it. Any number goes on from any other's checkpoint."""
+    """How many neighbouring ranks share every window, each with a part of its tokens: for windows whose activations do
+    not fit on one device. The number of ranks must be a multiple of it, and ``sequence_tokens`` a multiple of twice it.
+    A run can be resumed with any other value."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """What lives in CPU memory: optimiser state (stages 1 to 3), and parameters too (stage 3)."""
     persistence_threshold: int = Field(100_000, ge=0)
     """stage 3: parameters with fewer elements stay whole on every rank."""
     extra: dict[str, Any] = Field(default_factory=dict)
-    """Merged into the generated DeepSpeed JSON; must not contradict what is generated. Only what is known to train, to
-    be saved and to resume here: ``KNOWN_EXTRA`` in ``trainer/deepspeed_config.py``."""
+    """Merged into the generated DeepSpeed JSON, which it must not contradict. Only keys that are known to work here
+    with training, saving and resuming: ``KNOWN_EXTRA`` in ``trainer/deepspeed_config.py``."""
     allow_untested: bool = False
-    """Let ``extra`` hold anything else, too: nobody has looked whether saving and resuming know of it."""
+    """Let ``extra`` hold other keys too, which are not tested with saving and resuming."""
 
     def groups(self, ranks: int) -> int:
-        """How many have windows of their own: ranks, or groups of ranks that share theirs.
+        """Number of data-parallel workers: ranks, or groups of ranks that share their windows.
 
         Raises:
-            ValueError: ``ranks`` do not divide into such groups.
+            ValueError: if ``ranks`` cannot be divided into such groups.
         """
         if ranks % self.sequence_parallel:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON, generated: every quantity in it is said once, in the run's config."""
+"""Generates the DeepSpeed JSON: every quantity in it is specified once, in the run's config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from model.flops import layer_elements
 from trainer.config import StageConfig
 
 PREFETCH = 50_000_000
-"""DeepSpeed's default, in elements."""
+"""DeepSpeed's default prefetch size, in elements."""
 KNOWN_EXTRA: dict[str, Any] = {
     "communication_data_type": None,
     "zero_optimization": {
@@ -24,38 +24,40 @@ KNOWN_EXTRA: dict[str, Any] = {
         "zero_hpz_partition_size": None,
     },
 }
-"""What ``deepspeed.extra`` may hold: each has a test that trains, saves and resumes with it."""
+"""Keys that ``deepspeed.extra`` may hold: each has a test that trains, saves and resumes with it."""
 
 
 def deepspeed_config(config: StageConfig, world_size: int) -> dict[str, Any]:
     """The dictionary for ``deepspeed.initialize`` on ``world_size`` ranks.
 
     Raises:
-        ValueError: where ``deepspeed.extra`` contradicts a generated key or holds one that is not known, or the batch
-            does not divide.
+        ValueError: if ``deepspeed.extra`` contradicts a generated key or holds an unknown one, or the batch cannot be
+            divided among the ranks.
     """
     train, zero = config.train, config.deepspeed
     assert train.precision != "auto", "decided before: see trainer/precision.py"
     accumulation = config.accumulation(world_size)
     generated: dict[str, Any] = {
-        # For DeepSpeed every rank has windows of its own; it only checks that these three numbers are consistent.
+        # DeepSpeed assumes that every rank has its own windows; it only checks that these three numbers are consistent.
         "train_batch_size": train.global_batch_samples * zero.sequence_parallel,
         "train_micro_batch_size_per_gpu": train.micro_batch_samples,
         "gradient_accumulation_steps": accumulation,
-        # Stage 0 in fp32 clips without reporting the norm and steps on NaN; trainer/step.py does both there itself.
+        # Stage 0 in fp32 clips without reporting the norm, and steps on NaN; there trainer/step.py clips and skips
+        # itself.
         "gradient_clipping": 0.0 if owns_clipping(config) else train.clip_norm,
         "zero_optimization": _zero(config),
         "zero_allow_untested_optimizer": True,
-        # With offloading DeepSpeed insists on its own Adam, which needs a compiler; PyTorch's fused one is at hand.
+        # With offloading DeepSpeed otherwise requires its own Adam, which needs a compiler; PyTorch's fused one does
+        # not.
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    generated["bf16"] = generated["fp16"] = {"enabled": False}  # said, so that extra cannot turn them on unseen
+    generated["bf16"] = generated["fp16"] = {"enabled": False}  # explicit, so that extra cannot turn them on unnoticed
     if train.precision == "bf16":
         generated["bf16"] = {"enabled": True, "check_grad_overflow": True}
         if zero.zero_stage > 1 and accumulation > 1:
-            # By default bf16 gradients are summed over micro-batches in bf16, which loses the small ones. Stage 1
-            # would switch to another optimiser class and file format for it, stage 0 cannot.
+            # By default bf16 gradients are summed over micro-batches in bf16, which loses the small ones. Stage 1 would
+            # switch to another optimiser class and file format for fp32, and stage 0 cannot do it.
             generated["data_types"] = {"grad_accum_dtype": "fp32"}
     if train.precision == "fp16":
         generated["fp16"] = {"enabled": True, "initial_scale_power": 12}
@@ -68,7 +70,7 @@ def deepspeed_config(config: StageConfig, world_size: int) -> dict[str, Any]:
 
 
 def prefetch_elements(model: ModelConfig) -> int:
-    """What ZeRO 3 gathers ahead: DeepSpeed's default, or a whole layer where that is more."""
+    """Elements that ZeRO 3 prefetches: DeepSpeed's default, or a whole layer where that is more."""
     return max(PREFETCH, layer_elements(model))
 
 
@@ -81,8 +83,8 @@ def _zero(config: StageConfig) -> dict[str, Any]:
     settings = config.deepspeed
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.zero_stage == 2 and config.train.precision != "fp16":
-        # DeepSpeed's "scatter" is an all-reduce too, of a copy of the bucket, and copies its result back. Without it
-        # the bucket itself is reduced, and divided by the ranks after the sum, for which fp16 may not have the range.
+        # DeepSpeed's "scatter" is an all-reduce too, on a copy of the bucket whose result is copied back. Without it
+        # the bucket itself is reduced, and divided by the number of ranks after the sum, which may overflow in fp16.
         zero["reduce_scatter"] = False
     if settings.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = settings.persistence_threshold
@@ -114,7 +116,7 @@ def _muon(config: StageConfig) -> dict[str, Any]:
 
 
 def _refuse_unknown(extra: dict[str, Any], generated: dict[str, Any], known: dict[str, Any], path: str) -> None:
-    """Raise for what is neither generated nor known; DeepSpeed itself passes over some names that it does not know."""
+    """Raise for keys that are neither generated nor known; DeepSpeed itself ignores some unknown ones."""
     for key, value in extra.items():
         if isinstance(value, dict) and (isinstance(known.get(key), dict) or isinstance(generated.get(key), dict)):
             _refuse_unknown(value, generated.get(key) or {}, known.get(key) or {}, f"{path}.{key}")
@@ -127,7 +129,7 @@ def _refuse_unknown(extra: dict[str, Any], generated: dict[str, Any], known: dic
 
 
 def _merge(generated: dict[str, Any], extra: dict[str, Any], path: str) -> dict[str, Any]:
-    """``extra`` laid over ``generated``; a key that both set to different values is an error."""
+    """``extra`` merged over ``generated``; a key that both set to different values is an error."""
     merged = dict(generated)
     for key, value in extra.items():
         here = merged.get(key)

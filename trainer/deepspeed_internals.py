@@ -1,11 +1,13 @@
-"""What this project knows of DeepSpeed 0.19 beyond its documented interface: the file to read at an upgrade.
+"""What this project relies on in DeepSpeed 0.19 beyond its documented interface: the file to check on an upgrade.
 
-Attributes of engines, optimisers and parameters that begin with an underscore or have no page in DeepSpeed's manual are
-named here and nowhere else (a test says so). The layout of its checkpoint files is in ``checkpoints/zero_files.py``.
+Attributes of engines, optimisers and parameters that begin with an underscore or are undocumented are used here and
+nowhere else (enforced by a test). The layout of its checkpoint files is in ``checkpoints/zero_files.py``.
 
-    stage 0      the parameter, and in bf16 and fp16 its master, one tensor each
-    stage 1, 2   the parameter, and of its group's flat master the part that lies in this rank's partition
-    stage 3      this rank's equal part of the parameter and of its master
+What a rank holds of a parameter:
+
+    stage 0      all of it and, in bf16 and fp16, of its master, one tensor each
+    stage 1, 2   all of it, and the part of its group's flat master that lies in this rank's partition
+    stage 3      an equal part of it and of its master
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ class Place(NamedTuple):
         flat: the tensor that the optimiser updates.
         start: the part's first entry in it.
         offset: the same entry in the whole, flat parameter.
-        size: entries of the part.
+        size: number of entries in the part.
     """
 
     flat: Tensor
@@ -45,9 +47,9 @@ def uses_cuda() -> bool:
 
 
 def import_deepspeed() -> Any:
-    """Import DeepSpeed quietly, without the op that it would compile on a CPU for nothing.
+    """Import DeepSpeed quietly, without an op that it would compile needlessly on a CPU.
 
-    On a CPU ``init_distributed`` compiles a shared-memory op for over a minute, which only inference uses.
+    On a CPU ``init_distributed`` would spend over a minute compiling a shared-memory op that only inference uses.
     """
     on_cpu = not uses_cuda()
     if on_cpu:
@@ -76,7 +78,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextmanager
 def _no_mlflow() -> Iterator[None]:
-    """Inside, MLflow cannot be imported unless it is already: DeepSpeed's autotuner would, a second of every start."""
+    """Block the import of MLflow unless already imported: DeepSpeed's autotuner would import it, a second per start."""
     if {"mlflow", "deepspeed"} & sys.modules.keys():
         yield
         return
@@ -88,7 +90,7 @@ def _no_mlflow() -> Iterator[None]:
 
 
 def types_in_files() -> list[Any]:
-    """The types other than tensors and containers that its checkpoint files hold."""
+    """The types other than tensors and containers in DeepSpeed's checkpoint files."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.utils.tensor_fragment import fragment_address
 
@@ -101,29 +103,29 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 
 def local_part(parameter: Tensor) -> Tensor:
-    """What this rank keeps of a parameter: of a partitioned one its partition."""
+    """What this rank holds of a parameter: its partition if it is partitioned, else all of it."""
     return parameter.ds_tensor if is_partitioned(parameter) else parameter  # type: ignore[attr-defined]
 
 
 def whole_shape(parameter: Tensor) -> torch.Size:
-    """Of all of a parameter, partitioned or not."""
+    """Shape of the full parameter, partitioned or not."""
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def whole_size(parameter: Tensor) -> int:
-    """Entries of all of a parameter, partitioned or not."""
+    """Number of entries of the full parameter, partitioned or not."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def gathered(parameter: Tensor, modifier_rank: int | None = None) -> AbstractContextManager[Any]:
-    """Within it a partitioned parameter is whole; what ``modifier_rank`` changed is everybody's afterwards."""
+    """Context in which a partitioned parameter is whole; changes made by ``modifier_rank`` then reach all ranks."""
     if not is_partitioned(parameter):
         return nullcontext()
     return import_deepspeed().zero.GatheredParameters([parameter], modifier_rank=modifier_rank)
 
 
 def whole_weight(parameter: Tensor) -> Tensor:
-    """All of a parameter, its fp32 master where one is within reach (ZeRO 1 to 3); collective inside an engine."""
+    """The full parameter, from its fp32 master where that is accessible (ZeRO 1 to 3); collective inside an engine."""
     if not is_partitioned(parameter) and not hasattr(parameter, "_hp_mapping"):
         return parameter.detach()
     with gathered(parameter):
@@ -138,16 +140,16 @@ def whole_weight(parameter: Tensor) -> Tensor:
 
 
 def set_weight(engine: Any, parameter: Tensor, read: Callable[[int, int], Tensor], rank: int, size: int) -> None:
-    """Put what this rank keeps of a weight into what its forward pass uses, in its own precision.
+    """Write this rank's part of a weight into the tensor of the forward pass, in that tensor's precision.
 
-    Where the masters of all ranks together are the weight, or their parts of it, nothing more is asked for:
-    :func:`share_weights` then does the rest.
+    Of a trained weight at stages 1 and 2 nothing is read, and at stage 3 only this rank's partition of any weight:
+    :func:`share_weights` fills in the rest from all ranks.
 
     Args:
-        engine: DeepSpeed's.
-        parameter: of its module.
-        read: gives entries of the whole, flat weight: the first, and how many.
-        rank, size: of this process, and how many there are.
+        engine: the DeepSpeed engine.
+        parameter: one of its module's.
+        read: returns entries of the full, flattened weight, given the first index and the count.
+        rank, size: this process's rank and the number of ranks.
     """
     entries = whole_size(parameter)
     if hasattr(parameter, "ds_tensor"):
@@ -161,9 +163,9 @@ def set_weight(engine: Any, parameter: Tensor, read: Callable[[int, int], Tensor
 
 
 def share_weights(engine: Any, gather: Callable[[Tensor], Tensor]) -> None:
-    """After every rank has its masters and parts: what the forward pass wants whole, from all of them; collective.
+    """Assemble what the forward pass needs whole, once every rank has its masters and partitions; collective.
 
-    ``gather`` gives the flat values of every rank, one after the other.
+    ``gather`` concatenates the flat values of all ranks.
     """
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer.update_lp_params()
@@ -174,14 +176,14 @@ def share_weights(engine: Any, gather: Callable[[Tensor], Tensor]) -> None:
 
 
 def torch_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The optimiser that DeepSpeed's own one wraps, or itself where nothing is wrapped."""
+    """The torch optimiser that DeepSpeed's wraps, or the engine's optimiser itself if it wraps none."""
     return getattr(engine.optimizer, "optimizer", engine.optimizer)
 
 
 def optimizer_tensors(engine: Any) -> list[Tensor]:
-    """What the optimiser keeps beside the weights: what it steps, master weights where there are some, and its states.
+    """Tensors that the optimiser holds: those it steps, master weights where there are some, and its states.
 
-    At stage 0 in fp32 that is the weights themselves.
+    At stage 0 in fp32 those it steps are the weights themselves.
     """
     optimizer = torch_optimizer(engine)
     stepped = [p for group in optimizer.param_groups for p in group["params"]]
@@ -191,12 +193,12 @@ def optimizer_tensors(engine: Any) -> list[Tensor]:
 
 
 def master_places(engine: Any, rank: int, size: int) -> Iterator[tuple[str, Place]]:
-    """Of every parameter that trains and of which this rank has a part: its name, and where the master is."""
+    """Name and place of the master of every trained parameter of which this rank holds a part."""
     return _PLACES[engine.zero_optimization_stage()](engine, rank, size)
 
 
 def starts(group: dict[str, torch.Size], gaps: Sequence[int]) -> Iterator[int]:
-    """Where each parameter of a group begins, stages 1 and 2."""
+    """Stages 1 and 2: offset of each parameter in its group."""
     start = 0
     for shape, gap in zip(group.values(), gaps, strict=True):
         yield start
@@ -204,13 +206,13 @@ def starts(group: dict[str, torch.Size], gaps: Sequence[int]) -> Iterator[int]:
 
 
 def undo_first_step(engine: Any, before: Sequence[Tensor]) -> None:
-    """At stage 0 in bf16 and fp16 DeepSpeed takes one step on zero gradients at construction: take it back.
+    """Undo the step on zero gradients that DeepSpeed takes at construction at stage 0 in bf16 and fp16.
 
-    It has decayed the weights, and leaves an optimiser that believes one step is behind it.
+    That step applies weight decay and advances the optimiser's step count.
 
     Args:
         engine: just built.
-        before: the weights of its model before that.
+        before: the weights of its model before that step.
     """
     shadow = dict(zip(engine.module.parameters(), before, strict=True))
     for parameter, master in _pairs(engine.optimizer):
@@ -220,14 +222,14 @@ def undo_first_step(engine: Any, before: Sequence[Tensor]) -> None:
 
 
 def skip_step(engine: Any) -> None:
-    """In place of ``engine.step()``, where the update must not be made; what that would have counted is counted."""
+    """Skip an update: called instead of ``engine.step()``, clears the gradients and advances the micro-step count."""
     engine.zero_grad()
     engine.micro_steps += 1
 
 
 @contextmanager
 def writing_through(engine: Any, save: Callable[[Any, str], None]) -> Iterator[None]:
-    """Let ``engine.save_checkpoint`` hand what it would write, and the path, to ``save``."""
+    """Make ``engine.save_checkpoint`` pass what it would write, and the path, to ``save``."""
 
     def called_by_name(state_dict: Any, path: str) -> None:
         save(state_dict, path)

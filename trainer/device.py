@@ -8,16 +8,16 @@ DEVICES = r"cpu|cuda(:\d+)?"
 
 
 def check_device(asked: str | None) -> None:
-    """Raise ValueError for what is no device, before torch is loaded; None is fine."""
+    """Raise ValueError if ``asked`` is not a device name, before torch is loaded; None is allowed."""
     if asked is not None and not re.fullmatch(DEVICES, asked):
         raise ValueError(f"--device must be cpu or cuda (or cuda:N), got {asked}")
 
 
 def find_device(asked: str | None) -> str:
-    """The device ``asked`` for; without one, cuda if there is one.
+    """The device ``asked`` for; if None, cuda where available, else cpu.
 
     Raises:
-        ValueError: for a device that is none or not there.
+        ValueError: if it is not a device name, or not available.
     """
     import torch
 

@@ -1,7 +1,7 @@
-"""This process among all ranks: joining and leaving them, and the few collectives that the trainer calls itself.
+"""The process group: joining and leaving it, and the few collectives that the trainer calls itself.
 
 Works under the ``deepspeed`` launcher, ``torchrun``, ``srun python -m`` and plain ``python`` (one process). SLURM sets
-none of the variables that the rendezvous needs, so they are derived from its own here.
+none of the variables that the rendezvous needs, so they are derived here from those it does set.
 """
 
 from __future__ import annotations
@@ -29,19 +29,18 @@ from trainer.rendezvous import meet, rank_numbers
 
 _OPEN_FILES = 65_536
 _SETTLE_S = 0.1
-"""How long gloo's threads get to let go of the tensors of collectives that are over."""
+"""How long gloo's threads get to release the tensors of finished collectives."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all.
+    """This process's place among all ranks.
 
     Attributes:
-        rank, size: number of this process and how many there are.
+        rank, size: this process's rank and the number of ranks.
         local_rank, local_size: the same within this machine.
         device: where this rank computes.
-        sequence: the ranks that share their windows with this one, itself among them; None where every rank has whole
-            ones.
+        sequence: this rank's sequence-parallel group, itself included; None where every rank has whole windows.
     """
 
     rank: int
@@ -63,23 +62,23 @@ class World:
 
     @property
     def data_rank(self) -> int:
-        """Number among all those of which each has windows of its own: single ranks, or groups that share them."""
+        """Data-parallel rank: the index of this rank, or of its sequence-parallel group."""
         return self.rank // self.ranks_a_window
 
     @property
     def data_size(self) -> int:
-        """How many have windows of their own."""
+        """Data-parallel size: how many ranks, or groups, have windows of their own."""
         return self.size // self.ranks_a_window
 
     def sharing_windows(self, settings: DeepSpeedSettings, timeout_s: float) -> World:
-        """The same, where neighbouring ranks share their windows as ``settings`` say; collective.
+        """This world with the sequence-parallel groups of neighbouring ranks that ``settings`` ask for; collective.
 
         Args:
-            settings: of the run.
-            timeout_s: how long a collective among them may wait.
+            settings: the run's ``deepspeed`` block.
+            timeout_s: timeout of collectives within a group.
 
         Raises:
-            ValueError: the ranks do not divide into such groups.
+            ValueError: if the ranks cannot be divided into such groups.
         """
         settings.groups(self.size)
         ranks = settings.sequence_parallel
@@ -101,13 +100,13 @@ class World:
         return values
 
     def all_reduce_max(self, values: Tensor) -> Tensor:
-        """Elementwise largest over all ranks, in place."""
+        """Elementwise maximum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
     def broadcast(self, values: Tensor, source: int) -> Tensor:
-        """The values that rank ``source`` has, on every rank, in place."""
+        """Broadcast rank ``source``'s values to every rank, in place."""
         if self.size > 1:
             there = values.to(self.device)
             dist.broadcast(there, src=source)
@@ -115,7 +114,7 @@ class World:
         return values
 
     def all_gather(self, values: Tensor) -> Tensor:
-        """The flat ``values`` of every rank, one after the other, on every rank."""
+        """The flat ``values`` of all ranks, concatenated in rank order, on every rank."""
         if self.size == 1:
             return values
         parts = [torch.empty_like(values) for _ in range(self.size)]
@@ -144,18 +143,18 @@ class World:
 
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
-"""One process on a CPU: for what reads and writes without ranks."""
+"""A single process on a CPU, for code that reads and writes without ranks."""
 
 
 def join(timeout_s: float, run: Path | None = None) -> World:
-    """Meet the other ranks and bind this one to its device.
+    """Join the process group and bind this rank to its device.
 
     Args:
-        timeout_s: how long a collective may wait.
-        run: the run folder, for what NCCL writes when one has waited longer.
+        timeout_s: timeout of collectives.
+        run: the run folder, for what NCCL writes when a collective times out.
 
     Raises:
-        ValueError: they cannot meet.
+        ValueError: if the ranks cannot meet.
     """
     _from_slurm()
     _raise_open_files()
@@ -167,7 +166,7 @@ def join(timeout_s: float, run: Path | None = None) -> World:
     os.environ.setdefault("LOCAL_SIZE", str(local_size))
     deepspeed = import_deepspeed()
     if uses_cuda():
-        # With one GPU visible to each task, every task's GPU is its number 0.
+        # Where each task sees one GPU only, that GPU has index 0.
         if local_rank >= torch.cuda.device_count():
             local_rank %= torch.cuda.device_count()
             os.environ["LOCAL_RANK"] = str(local_rank)
@@ -176,7 +175,7 @@ def join(timeout_s: float, run: Path | None = None) -> World:
     else:
         device = torch.device("cpu")
         if "OMP_NUM_THREADS" not in os.environ:
-            # Without this every rank takes all cores and they fight over them.
+            # Otherwise every rank uses all cores, and they compete for them.
             torch.set_num_threads(max((os.cpu_count() or 1) // local_size, 1))
     backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl":
@@ -187,12 +186,12 @@ def join(timeout_s: float, run: Path | None = None) -> World:
 
 
 def leave() -> None:
-    """Tear all process groups down, so that a finished run ends without warnings; all ranks together.
+    """Destroy all process groups, so that a finished run exits without warnings; collective.
 
-    One that leaves first would close connections that the others may still use. DeepSpeed's own function also drops the
-    group of all ranks that DeepSpeed keeps. A group to which something still refers lives on with gloo's threads, and
-    one of these that lets go of a tensor in the moment in which the interpreter begins to end aborts the process
-    ("terminate called without an active exception"); they have done their last collective and get time to let go.
+    A rank that leaves first would close connections that others may still use. DeepSpeed's own function also drops
+    DeepSpeed's reference to the group of all ranks. A group that is still referenced keeps gloo's threads alive, and a
+    thread that releases a tensor just as the interpreter shuts down aborts the process ("terminate called without an
+    active exception"). Their last collective is done, so they get a moment to release it.
     """
     if dist.is_initialized():
         from deepspeed import comm
@@ -200,11 +199,11 @@ def leave() -> None:
         dist.barrier()
         comm.destroy_process_group()
         gc.collect()
-        threading.Event().wait(_SETTLE_S)  # without the interpreter lock, for which such a thread waits
+        threading.Event().wait(_SETTLE_S)  # releases the GIL, which such a thread waits for
 
 
 def _from_slurm() -> None:
-    """Under ``srun`` fill in RANK and its kin from the step's own variables; what a launcher has set already stays.
+    """Under ``srun`` set RANK and related variables from the step's own; what a launcher has already set is kept.
 
     Only ``srun`` sets the step's task count: a script or shell inside an allocation is one process, whatever the job's
     size, and a step may have fewer tasks and hosts than its job.
@@ -220,7 +219,7 @@ def _from_slurm() -> None:
 
 
 def _raise_open_files() -> None:
-    """Sockets to every rank, files of a checkpoint: more than the 1,024 that many systems allow unless asked."""
+    """Raise the open-file limit: sockets to every rank and checkpoint files exceed the usual default of 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:

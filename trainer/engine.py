@@ -27,16 +27,16 @@ def build_engine(
     decoder: Decoder | None = None,
     drawn: Callable[[str], bool] = lambda name: True,
 ) -> Any:
-    """A ``DeepSpeedEngine`` around a decoder; those of its parameters that require a gradient are trained.
+    """Build a ``DeepSpeedEngine`` around a decoder; it trains the parameters that require a gradient.
 
     Args:
         config: the run's config.
-        world: this process among all.
-        decoder: whole on every rank; a freshly initialised one unless given. That one is built partitioned under ZeRO
-            3, so that no rank ever holds all of it; its weights are the same at every stage and world size (see
-            ``model/init.py``).
-        drawn: by its name, whether a fresh weight must be: not one that is about to be read from a file, which is
-            undefined until then.
+        world: this process among all ranks.
+        decoder: whole on every rank; a freshly initialised one unless given. Under ZeRO 3 a fresh one is built
+            partitioned, so that no rank ever holds all of it; its weights are the same at every stage and world size
+            (see ``model/init.py``).
+        drawn: whether the fresh weight of this name must be initialised; one that is about to be read from a file is
+            left undefined until then.
 
     Raises:
         ValueError: for a config that DeepSpeed cannot run here.
@@ -47,8 +47,8 @@ def build_engine(
     json = deepspeed_config(config, world.size)
     model = _new_decoder(config, json, world, drawn) if decoder is None else decoder
     if config.deepspeed.zero_stage == 3 and all(parameter.requires_grad for parameter in model.parameters()):
-        # A layer is gathered and released as one: a seventh of the collectives, and two thirds of the host's time. Not
-        # one that is partly frozen: its backward pass fails in DeepSpeed 0.19.8, on a weight that is not gathered.
+        # Gather and release each layer as one unit: a seventh of the collectives, and two thirds of the host time. Not
+        # for partly frozen layers: their backward pass fails in DeepSpeed 0.19.8, on a weight that is not gathered.
         deepspeed.utils.set_z3_leaf_modules(model, [Block])
     model.recompute = config.train.activation_checkpointing
     model.lockstep = config.deepspeed.zero_stage == 3
@@ -91,7 +91,7 @@ def _new_decoder(config: StageConfig, json: dict[str, Any], world: World, drawn:
 
 @contextmanager
 def _nothing_drawn() -> Iterator[None]:
-    """Within it torch's own modules leave their weights as the memory was: they are about to be drawn, or read."""
+    """Context in which torch's modules leave their weights uninitialised: they are about to be drawn, or read."""
     kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding)
     own = [kind.reset_parameters for kind in kinds]
     try:
@@ -104,10 +104,10 @@ def _nothing_drawn() -> Iterator[None]:
 
 
 def _draw(model: Decoder, config: StageConfig, world: World, names: Sequence[str]) -> None:
-    """Draw each of these weights once in the whole job; collective.
+    """Draw each of these weights on one rank of the job only; collective.
 
-    The ranks draw one each, all at a time, and then give them to each other, so a rank holds one weight besides what it
-    keeps.
+    The ranks draw one weight each in parallel and then broadcast them, so a rank holds one weight besides its own
+    parts.
     """
     for first in range(0, len(names), world.size):
         together = names[first : first + world.size]
@@ -134,10 +134,10 @@ def set_learning_rate(engine: Any, ratio: float) -> None:
 def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """Matrices, norms and routers, each with its rate and weight decay; empty groups are left out.
 
-    DoRA's magnitudes are in the norms' group. The ensemble's router maps the whole width to one logit a layer, and one
-    step of Adam moves a logit by the rate times the sum of its inputs; so its rate is divided by the width (as for
+    DoRA's magnitudes are in the norms' group. The ensemble's router maps the whole width to one logit per layer, and
+    one step of Adam moves a logit by the rate times the sum of its inputs; so its rate is divided by the width (as for
     outputs in Yang et al. 2022, arXiv:2203.03466). At the full rate the vote collapses in its first steps, while the
-    late layers do not read well yet, and a layer with weight zero gets no gradient to recover.
+    late layers do not yet predict well, and a layer with weight zero gets no gradient to recover.
     """
 
     def of(*roles: Role) -> list[nn.Parameter]:
@@ -164,7 +164,7 @@ def parameter_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[
 
 
 def optimizer_order(model: nn.Module) -> list[str]:
-    """Names of the parameters that train, in the order of the optimiser's groups."""
+    """Names of the trained parameters, in the order of the optimiser's groups."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in parameter_groups(model, OptimizerConfig()) for parameter in group["params"]]
 

@@ -1,4 +1,4 @@
-"""Losses and densities on the named validation sets, the same windows every time, on every rank equally many."""
+"""Losses and densities on the named validation sets: the same windows every time, equally many on every rank."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ValidationStream(Protocol):
     def batches(
         self, rank: int, world_size: int, batch_samples: int, limit_samples: int | None = None
     ) -> Iterator[Batch]:
-        """This rank's batches, equally many on every rank; rows that only fill up have sample id -1."""
+        """This rank's batches, equally many on every rank; padding rows have sample id -1."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Evaluation:
     Attributes:
         name: of the validation set.
         greedy: counts with greedy routing, as in generation.
-        noisy: counts with the routers' training noise; None where there is no learned router or it was not asked for.
+        noisy: counts with the routers' training noise; None without a learned router, without noise, or if not asked
+            for.
         executed: bool [S, T], greedy decisions on the set's first window, for the heat map; None without routers.
     """
 
@@ -66,7 +67,7 @@ def _pass(
     engine: Any, validation_set: ValidationStream, config: StageConfig, world: World, step: int, training: bool
 ) -> tuple[Tally, torch.Tensor | None]:
     engine.eval()
-    if training:  # the routers alone: an adapter's dropout is no routing noise
+    if training:  # only the routers: an adapter's dropout is not routing noise
         for module in engine.module.modules():
             module.train(isinstance(module, Router))
     counter = Counter(len(config.model.sites), world.device, late_layers(engine))
@@ -74,8 +75,8 @@ def _pass(
     train = config.train
     ranks, samples = (world.data_rank, world.data_size), (train.micro_batch_samples, train.evaluation.samples)
     for batch in validation_set.batches(*ranks, *samples):
-        # Rows that only fill up are left out; where all are, one still runs, because under ZeRO every rank must.
-        # (What they lack are targets, so the number of scored ones stays.)
+        # Padding rows are left out; if all rows are padding, one still runs, because under ZeRO every rank must.
+        # (Padding rows have no targets, so the number of scored ones does not change.)
         real = int((batch.sample_ids >= 0).sum())
         batch = to_device(world.local_part(_first_rows(batch, max(real, 1))), world.device)
         output = forward_at(engine, batch, config, train.progress(step), sequence=world.sequence)

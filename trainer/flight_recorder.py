@@ -1,9 +1,9 @@
-"""NCCL's flight recorder: the last collectives of every rank, written into the run folder where a run hangs.
+"""NCCL's flight recorder: the last collectives of every rank, written into the run folder when a run hangs.
 
-    RUN/flight/rank-N        at a stall, by the watchdog; or by NCCL itself when a collective times out
-    torchfrtrace --prefix rank- RUN/flight       compares them: which rank has not come to which collective
+    RUN/flight/rank-N        written by the watchdog at a stall, or by NCCL itself when a collective times out
+    torchfrtrace --prefix rank- RUN/flight       compares them: which rank did not reach which collective
 
-Recording takes a ring of entries in host memory, and nothing that shows in a step. gloo has no recorder.
+Recording takes a ring buffer in host memory, and no measurable step time. gloo has no recorder.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch.distributed as dist
 
 FOLDER = "flight"
 _ENTRIES = "2000"
-"""Collectives that are remembered: of a step at ZeRO 3 there are some hundreds."""
+"""Collectives kept in the ring buffer; one step at ZeRO 3 has some hundreds."""
 _PATIENCE_S = 3.0
 
 
 def enable(run: Path | None, environment: MutableMapping[str, str] = os.environ) -> None:
-    """Have NCCL record, unless the user's variables say otherwise; before the process group is made.
+    """Have NCCL record, unless the user's variables say otherwise; call before the process group is created.
 
-    The names are torch 2.13's. It reads older ones where these are not set: ``TORCH_NCCL_TRACE_BUFFER_SIZE`` and
+    The names are those of torch 2.13, which falls back to the older ``TORCH_NCCL_TRACE_BUFFER_SIZE`` and
     ``TORCH_NCCL_DEBUG_INFO_TEMP_FILE``.
     """
     wanted = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
@@ -34,14 +34,14 @@ def enable(run: Path | None, environment: MutableMapping[str, str] = os.environ)
     if run is not None:
         if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in environment:
             wanted["TORCH_FR_DUMP_TEMP_FILE"] = str(run.absolute() / FOLDER / "rank-")
-        with contextlib.suppress(OSError):  # a folder that cannot be written is told of when the run is opened
+        with contextlib.suppress(OSError):  # an unwritable folder is reported when the run is opened
             (run / FOLDER).mkdir(parents=True, exist_ok=True)
     for name, value in wanted.items():
         environment.setdefault(name, value)
 
 
 def dump(run: Path, rank: int) -> Path | None:
-    """Write what this rank's recorder has; None where there is none, or where it does not answer within seconds."""
+    """Write this rank's recorded collectives, return the path; None without a recorder or a prompt answer."""
     if not (dist.is_initialized() and dist.get_backend() == "nccl"):
         return None
     path = run / FOLDER / f"rank-{rank}"
@@ -54,7 +54,7 @@ def dump(run: Path, rank: int) -> Path | None:
             path.write_bytes(content)
             written.set()
 
-    thread = threading.Thread(target=write, name="flight-recorder", daemon=True)  # a driver that hangs may hang it, too
+    thread = threading.Thread(target=write, name="flight-recorder", daemon=True)  # a hung driver may hang it too
     thread.start()
     thread.join(_PATIENCE_S)
     return path if written.is_set() else None

@@ -1,7 +1,7 @@
-"""Which code a run was trained with: the commit, and what was changed since.
+"""Which code a run was trained with: the commit, and uncommitted changes.
 
-Both are read once a process, so they are those of the code that the process started with, or soon after. A copy of the
-code that ``launch.slurm`` has made brings its own, as it is no working tree: ``commit.txt`` and ``changes.diff``.
+Both are read once per process, so they describe the code at its start, or soon after. A copy of the code made by
+``launch.slurm`` is not a working tree, so it carries its own: ``commit.txt`` and ``changes.diff``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def packages() -> list[Path]:
 
 @cache
 def commit() -> str | None:
-    """The commit that is checked out, with ``-dirty`` after it where tracked files differ from it.
+    """The commit that is checked out, with ``-dirty`` appended if tracked files differ from it.
 
     None outside a repository, and without git.
     """
@@ -36,16 +36,16 @@ def commit() -> str | None:
 
 @cache
 def diff() -> str:
-    """What ``git apply`` needs on top of the commit, of tracked files; nothing where :func:`commit` is None."""
+    """Uncommitted changes to tracked files, for ``git apply`` on the commit; empty where :func:`commit` is None."""
     if (ROOT / COMMIT).is_file():
         return (ROOT / CHANGES).read_text(encoding="utf-8")
-    # Whatever the user's own settings make of a diff for reading.
+    # These options override the user's settings for displaying diffs.
     return _git("diff", "HEAD", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--relative") or ""
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says in this project's folder; None where it refuses, or is not there."""
-    # A refreshed index would be a write, which other commands there might trip over.
+    """Output of git in this project's folder; None if it fails or is not installed."""
+    # Refreshing the index would write to it, which could disturb other commands there.
     environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, env=environment, capture_output=True, check=False)

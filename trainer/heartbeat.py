@@ -1,12 +1,12 @@
-"""What every rank says of itself while it runs: ``RUN/heartbeat/rank-N.json``, rewritten every two seconds, or as often
-as all ranks together may write.
+"""What every rank reports about itself while it runs: ``RUN/heartbeat/rank-N.json``, rewritten every two seconds, or
+less often with many ranks.
 
 Two different things stop when a run goes wrong, so both are reported: ``beat`` counts up as long as the process can run
 at all, ``still_s`` grows while it makes no progress. A rank that waits for another still beats; one that was killed or
 frozen does not.
 
-No clock of one host is compared with another's: ``still_s`` is measured by the rank's own monotonic clock, and a reader
-finds that a rank is alive by looking twice.
+Clocks of different hosts are never compared: ``still_s`` is measured by the rank's own monotonic clock, and a reader
+sees that a rank is alive by reading its heartbeat twice.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from pathlib import Path
 BEAT_EVERY_S = 2.0
 """Seconds between two writes, at least."""
 _BEATS_PER_S = 128
-"""Of all ranks together, at most: what a file of each node of 8 GPUs every two seconds would be at 2,048 ranks. Each is
-a file made and a file renamed, in one folder of a shared file system."""
+"""Most writes per second by all ranks together: as many as one file per node of 8 GPUs every two seconds at 2,048
+ranks. Each write creates and renames a file in one folder of a shared file system."""
 FINAL = ("ended", "stopped", "stalled", "failed", "lost")
 """Phases after which a rank is silent: all steps done, asked to stop and saved, no progress, an error, and the error of
-a rank that has lost another one."""
+a rank that lost another one."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Beat:
         beat: how many times this process has written it.
         step: optimiser steps done.
         phase: starting, loading (waiting for data), training, saving, evaluating, or one of ``FINAL``.
-        before: the phase before that: what a rank was at when it stalled or failed.
+        before: the phase before that: what a rank was doing when it stalled or failed.
         still_s: seconds without progress.
-        time: of the rank's own clock, seconds since 1970; for people.
-        every_s: seconds between two writes of a rank that is well.
+        time: by the rank's own clock, seconds since 1970; for human readers.
+        every_s: seconds between two writes of a healthy rank.
     """
 
     rank: int
@@ -62,7 +62,7 @@ class Beat:
 
 
 class Heartbeat:
-    """This rank's heartbeat. Progress is noted without touching a file, so a slow file system costs no step."""
+    """This rank's heartbeat. Progress is noted without touching a file, so a slow file system delays no step."""
 
     def __init__(self, folder: Path, rank: int):
         self.path = folder / f"rank-{rank}.json"
@@ -77,25 +77,25 @@ class Heartbeat:
         return time.monotonic() - self._progress_s
 
     def note(self, step: int, phase: str) -> None:
-        """Progress: this rank now does ``phase`` at ``step``."""
+        """Record progress: this rank is now in ``phase`` at ``step``."""
         if phase != self.phase:
             self.before = self.phase
         self.step, self.phase = step, phase
         self.tick()
 
     def tick(self) -> None:
-        """Progress within a phase: a micro-batch of training or evaluation."""
+        """Record progress within a phase: a micro-batch of training or evaluation."""
         self._progress_s = time.monotonic()
 
     def write(self) -> None:
-        """Write it; a full disk is the checkpoint's business, not the heartbeat's."""
+        """Write the heartbeat file; errors are ignored, as the checkpoint reports a full disk."""
         self._written += 1
         still_s, host = round(self.still_s, 1), socket.gethostname()
         beat = Beat(
             self.rank, host, os.getpid(), self._written, self.step, self.phase, self.before, still_s, time.time(),
             self.every_s,
         )  # fmt: skip
-        # No fsync: a heartbeat that a power cut loses says nothing wrong.
+        # No fsync: a heartbeat lost in a power cut does no harm.
         temporary = self.path.with_suffix(".tmp")
         with contextlib.suppress(OSError):
             temporary.write_text(json.dumps(asdict(beat)))
@@ -119,9 +119,9 @@ def read_beats(folder: Path) -> list[Beat]:
 
 
 def behind(beats: list[Beat]) -> list[Beat]:
-    """The ranks that the others wait for, as far as steps show: all that have not come to the furthest step and phase.
+    """The ranks that the others wait for, judged by their steps: all that have not reached the furthest step and phase.
 
-    Ranks load, then train: of two at the same step the one that still loads is behind.
+    Ranks load, then train: of two at the same step the one still loading is behind.
     """
     order = {"starting": 0, "loading": 1}
     places = {beat.rank: (beat.step, order.get(beat.doing, 2)) for beat in beats}

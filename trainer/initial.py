@@ -1,4 +1,4 @@
-"""What a fresh run starts from, besides freshly drawn weights. Who reads what: ``pretrain/initial.py``."""
+"""What a fresh run starts from, other than randomly initialised weights; opened by ``pretrain/initial.py``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from trainer.distributed import World
 
 @dataclass(frozen=True)
 class Fork:
-    """A checkpoint to go on from in another run folder.
+    """A checkpoint to continue in another run folder.
 
     Attributes:
-        checkpoint: the folder, whole.
+        checkpoint: the folder of a whole checkpoint.
         description: a line for the log and the checkpoints' manifests.
     """
 
@@ -35,12 +35,12 @@ class GivenWeights:
     """Weights without an optimiser's state.
 
     Attributes:
-        model: theirs.
-        folder: where they lie.
-        tokenizer: a folder with the tokenizer of what they were trained on, as far as it is there.
-        stored: reads them, a parameter at a time; called once, on every rank.
+        model: the config of their model.
+        folder: where they are stored.
+        tokenizer: a folder with the tokenizer of their training data, if it still exists.
+        stored: yields them, one parameter at a time; called once, on every rank.
         description: a line for the log and the checkpoints' manifests.
-        thresholds: what their routers' margins are compared with, fp32 [S]; None for 0.
+        thresholds: on their routers' margins, fp32 [S]; None for 0.
     """
 
     model: ModelConfig
@@ -51,10 +51,10 @@ class GivenWeights:
     thresholds: Tensor | None = None
 
     def put_into(self, engine: Any, world: World) -> None:
-        """Give the weights to an engine that has not trained yet; collective.
+        """Load the weights into an engine that has not trained yet; collective.
 
-        Learned routers that are not among them get weights of zero: margins are 0, a tie executes, and what they come
-        to prefer is what they have learned, nothing drawn. What other kinds have stays as it was drawn.
+        Learned routers that are not among them get zero weights: margins are 0, a tie executes, and any preference is
+        learned, not drawn. Routers of other kinds keep their initial values.
 
         Raises:
             ValueError: if the files hold another model than their config says.

@@ -1,4 +1,4 @@
-"""Start ranks on this machine: the words before ``--module``, their environment, a port for them to meet at."""
+"""Start ranks on this machine: the launcher command before ``--module``, the environment, a rendezvous port."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ def deepspeed_launcher(ranks: int, port: int, devices: str | None = None) -> lis
     """The ``deepspeed`` command of this Python.
 
     Args:
-        ranks: how many, one a GPU where there are any.
-        port: where they meet.
-        devices: the GPUs to take, ``2,3``; the first ones unless given: CUDA_VISIBLE_DEVICES is passed over.
+        ranks: number of ranks, one per GPU if there are GPUs.
+        port: of the rendezvous.
+        devices: the GPUs to use, such as ``2,3``; the first ones unless given, as the command ignores
+            CUDA_VISIBLE_DEVICES.
 
     Raises:
-        ValueError: if GPUs are named otherwise than by their numbers, which is all that the command takes.
+        ValueError: if GPUs are not named by number, the only form that the command accepts.
     """
     if devices is not None and not all(name.strip().isdigit() for name in devices.split(",")):
         raise ValueError(
@@ -32,15 +33,15 @@ def deepspeed_launcher(ranks: int, port: int, devices: str | None = None) -> lis
 
 
 def visible_gpus(ranks: int) -> str | None:
-    """The first ``ranks`` GPUs that CUDA_VISIBLE_DEVICES names, for :func:`deepspeed_launcher`; None if it does not."""
+    """The first ``ranks`` GPUs that CUDA_VISIBLE_DEVICES names, for :func:`deepspeed_launcher`; None if unset."""
     names = os.environ.get("CUDA_VISIBLE_DEVICES")
     return ",".join(names.split(",")[:ranks]) if names else None
 
 
 def environment_alone(threads: int) -> dict[str, str]:
-    """This process's environment for a run of its own with ``threads`` threads: without ranks and a place to meet.
+    """This process's environment for a separate run with ``threads`` threads, without rank and rendezvous variables.
 
-    DeepSpeed leaves those in the environment of a process that it has run in; two runs would meet at one port.
+    DeepSpeed leaves those in the environment of a process that it has run in, so two runs would meet at one port.
     """
     ours = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     return ours | {"OMP_NUM_THREADS": str(threads)}

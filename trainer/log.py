@@ -20,13 +20,13 @@ class _Terminal(logging.Handler):
     """Prints lines above the progress bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # a terminal or launcher that is gone must not take the run with it
+        with contextlib.suppress(OSError):  # a closed terminal or a dead launcher must not end the run
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
 class _File(logging.FileHandler):
-    """A log whose disk may be full: the checkpoints' and metrics' sentences tell that, on the terminal."""
+    """A log file that ignores write errors: checkpoints and metrics report a full disk on the terminal."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Say nothing, where logging would print a traceback for every line."""
@@ -50,9 +50,9 @@ def open_log(path: Path, to_terminal: bool) -> logging.Logger:
 
 
 def _tell_of_thread(died: threading.ExceptHookArgs) -> None:
-    """Keep the traceback of a thread that a disk has ended for the log; any other is Python's to print.
+    """Log the traceback of a thread that ended on a disk error; Python prints that of any other.
 
-    TensorBoard's thread dies of a full disk, and then ``Metrics`` says so in a sentence.
+    TensorBoard's thread dies when the disk is full; ``Metrics`` then reports it in a sentence.
     """
     if isinstance(died.exc_value, OSError):
         logger_of_run().debug("a thread has died", exc_info=died.exc_value)

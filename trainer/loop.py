@@ -1,4 +1,4 @@
-"""The training loop of both stages: step, save, evaluate, until all steps are done or somebody asks to stop."""
+"""The training loop of both stages: step, save, evaluate, until all steps are done or a stop is requested."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class TrainingStream(Protocol):
 
 
 def train_loop(trainer: Trainer, data: TrainingStream) -> bool:
-    """Go on to the last step; False if the run was asked to stop before it, and saved.
+    """Train to the last step; False if the run was asked to stop before it, and saved.
 
     Raises:
-        ValueError: for anything that the user can fix; what was saved stays.
+        ValueError: for anything that the user can fix; saved checkpoints stay.
     """
     config: StageConfig = trainer.config
     train = config.train

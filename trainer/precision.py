@@ -1,8 +1,8 @@
-"""What ``train.precision: auto`` is on the devices of a run: bf16 where all multiply it fast, else fp32.
+"""Resolves ``train.precision: auto`` on the devices of a run: bf16 if all have fast bf16 products, else fp32.
 
-Decided by what a device can do and how wide the model is, not by a measurement, so that the same machine always gives
-the same answer; once, by all ranks together, before anything reads it. The run folder's config and the checkpoints hold
-what was decided, and a resume goes on in the precision of its checkpoint.
+The decision follows from device capabilities and the model's width, not from a measurement, so that the same machine
+always gives the same answer. All ranks make it together, once, before anything reads the precision. The run folder's
+config and the checkpoints record it, and a resume keeps the precision of its checkpoint.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from trainer.monitor.peak_flops import DTYPES, PeakFlops
 
 Config = TypeVar("Config", bound=StageConfig)
 CPU_WIDTH = 256
-"""On a CPU with AVX512-BF16 a forward and backward pass takes 1.07, 0.65 and 0.49 of the time in fp32 at widths of 128,
-384 and 768 (two cores, LOG.md); a whole step at 128, with DeepSpeed's conversions, takes longer still."""
+"""Smallest width for bf16 on a CPU. With AVX512-BF16 a forward and backward pass takes 1.07, 0.65 and 0.49 of the time
+in fp32 at widths of 128, 384 and 768 (two cores, LOG.md); a whole step at 128, with DeepSpeed's conversions, takes
+longer still."""
 _INSTRUCTIONS = {"amx_bf16": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "Arm's BF16"}
-"""By the names that torch gives a CPU's capabilities."""
+"""Instruction sets with bf16 products, by torch's names of CPU capabilities."""
 
 
 def resolve_precision(config: Config, world: World, checkpoint: Path | None = None) -> tuple[Config, str | None]:
@@ -30,11 +31,11 @@ def resolve_precision(config: Config, world: World, checkpoint: Path | None = No
 
     Args:
         config: the run's config.
-        world: this process among all.
-        checkpoint: which the run goes on from.
+        world: this process among all ranks.
+        checkpoint: the one that the run continues from, if any.
 
     Raises:
-        ValueError: if the checkpoint's precision does not go with the rest of the config.
+        ValueError: if the checkpoint's precision conflicts with the rest of the config.
     """
     if config.train.precision != "auto":
         return config, None
@@ -49,8 +50,8 @@ def auto_precision(world: World, width: int) -> tuple[str, str]:
     """What ``auto`` is for a fresh run of these ranks, and why: fp32 if one of them is slow in bf16; collective.
 
     Args:
-        world: this process among all.
-        width: of the model.
+        world: this process among all ranks.
+        width: the model's.
     """
     everyone = world.all_gather_objects(fast_bf16(world.device, width))
     for rank, (fast, why) in enumerate(everyone):
@@ -62,8 +63,8 @@ def auto_precision(world: World, width: int) -> tuple[str, str]:
 def fast_bf16(device: torch.device, width: int) -> tuple[bool, str]:
     """Whether a model of ``width`` trains faster in bf16 than in fp32 on ``device``, and why.
 
-    A CPU needs the instructions, a oneDNN that uses them, which ``ONEDNN_MAX_CPU_ISA`` may keep from it, and layers so
-    wide that products outweigh the conversions around them.
+    A CPU needs the instructions, a oneDNN that uses them (``ONEDNN_MAX_CPU_ISA`` may prevent that), and layers so wide
+    that matrix products outweigh the conversions around them.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -81,7 +82,7 @@ def fast_bf16(device: torch.device, width: int) -> tuple[bool, str]:
 
 
 def slow_bf16_warning(config: StageConfig, world: World) -> str | None:
-    """A sentence with the measured ratio where a run in bf16 would be faster in fp32; collective."""
+    """A warning with the measured ratio if a run in bf16 would be faster in fp32, else None; collective."""
     if config.train.precision != "bf16":
         return None
     precision, why = auto_precision(world, config.model.width)

@@ -1,4 +1,4 @@
-"""What a command says and refuses before torch and DeepSpeed are imported, which takes seconds."""
+"""What a command prints and checks before torch and DeepSpeed are imported, which takes seconds."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WHAT_INIT_TAKES = "give init.path a stage-one run, one of its checkpoints, a fol
 
 
 def open_model(path: Path) -> None:
-    """Refuse a path where no model can be, and name what a command reads to whoever waits at a terminal.
+    """Refuse a path that cannot hold a model, and on a terminal print what is being read.
 
     Raises:
-        ValueError: if ``path`` is no folder.
+        ValueError: if ``path`` is not a folder.
     """
     if not path.is_dir():
         raise ValueError(f"there is no folder {path}; give a run, a checkpoint or a folder of weights")
@@ -32,16 +32,16 @@ def open_model(path: Path) -> None:
 
 
 def open_run(train: TrainConfig) -> None:
-    """On rank 0 name the run, refuse a run folder that it must not start in, and look at the files of its tasks.
+    """On rank 0 print the run folder, refuse one that the run must not start in, and check the files of its tasks.
 
-    A launcher ends the other ranks where it is refused; under ``srun`` all look: see :func:`settings.looks_first`.
+    After a refusal the launcher ends the other ranks; under ``srun`` all ranks check: see :func:`settings.looks_first`.
 
-    :func:`trainer.checkpoints.resume.find_checkpoint` looks again, at whole checkpoints and for all ranks.
+    :func:`trainer.checkpoints.resume.find_checkpoint` checks again, with the contents of checkpoints and for all ranks.
 
     Raises:
         ValueError: if the folder holds another run, or nothing to resume where ``resume`` is ``required``; if a tracker
-            cannot be used; if nothing here can reach the mirror's kind of place; or if a file of questions is missing
-            or wrong.
+            cannot be used; if nothing installed supports the mirror's protocol; or if a file of questions is missing or
+            invalid.
     """
     if not looks_first():
         return
@@ -53,10 +53,10 @@ def open_run(train: TrainConfig) -> None:
 
 
 def require_libraries(train: TrainConfig) -> None:
-    """Look for what this machine needs to speak to the run's mirror and trackers.
+    """Check for the libraries that the run's mirror and trackers need.
 
     Raises:
-        ValueError: if a tracker cannot be used, or nothing here can reach the mirror's kind of place.
+        ValueError: if a tracker cannot be used, or nothing installed supports the mirror's protocol.
     """
     if train.checkpoint.mirror is not None:
         require_reachable(train.checkpoint.mirror, "train.checkpoint.mirror")
@@ -64,7 +64,7 @@ def require_libraries(train: TrainConfig) -> None:
 
 
 def refuse_other_run(train: TrainConfig, run: Path) -> None:
-    """Refuse the folder ``run`` if a run must not start there; its mirror is not asked.
+    """Refuse the folder ``run`` if a run must not start there; its mirror is not contacted.
 
     Raises:
         ValueError: if it holds another run, or nothing to resume where ``resume`` is ``required``.
@@ -79,7 +79,7 @@ def require_questions(train: TrainConfig) -> None:
     """Read the files of questions among ``train.evaluation.tasks``.
 
     Raises:
-        ValueError: if one is missing or wrong.
+        ValueError: if one is missing or invalid.
     """
     for path in find_tasks(train.evaluation.tasks)[0]:
         read_questions(path)
@@ -101,10 +101,10 @@ def require_harness() -> None:
 
 
 def require_initial(config: PretrainConfig) -> None:
-    """Refuse a run that would start from a folder that is not there; one that goes on from a checkpoint needs none.
+    """Refuse a run whose ``init.path`` does not exist, unless it resumes from a checkpoint.
 
     Raises:
-        ValueError: if ``init.path`` is no folder.
+        ValueError: if ``init.path`` is not a folder.
     """
     resumes = config.train.checkpoint.mirror is not None or newest_first(checkpoints_of(str(config.train.run_dir)))
     if config.init is not None and not resumes and not Path(config.init.path).is_dir():

@@ -1,13 +1,13 @@
-"""How ranks meet: one store, in which each says that it is there, and then the process group.
+"""Rendezvous: all ranks register in one store, then create the process group.
 
-    rank 0     listens at MASTER_ADDR:MASTER_PORT (under torchrun its agent does) and counts who comes
-    others     connect, and compare their set-up (WORLD_SIZE, torch) with that of the first one
-    the last   looks at the devices of all
+    rank 0     listens at MASTER_ADDR:MASTER_PORT (under torchrun its agent does) and counts arrivals
+    others     connect, and compare their set-up (WORLD_SIZE, torch) with that of the first rank to arrive
+    the last   checks the devices of all ranks
     all        wait for one message: that everyone is present, or why they cannot meet
 
-Whatever fails on the way is a mistake in the set-up (an address, an interface, a port, a count, a name, a version, a
-GPU), so it ends in one sentence and status 1 on every rank, never in "start again". After ten seconds rank 0 reports
-who is awaited.
+Any failure on the way is a mistake in the set-up (an address, an interface, a port, a count, a name, a version, a GPU),
+so every rank ends with one sentence and status 1, never with "start again". After ten seconds rank 0 reports which
+ranks are missing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 
 QUIET_S = 10.0
-"""Seconds until a rank that waits reports for whom."""
+"""Seconds until a waiting rank reports what it waits for."""
 _POLLED_S = 0.5
 _NAMED = 8
 _COME = "start as many processes as WORLD_SIZE says, and see that their hosts reach that address"
@@ -35,10 +35,10 @@ _NO_GPU = "none"
 
 
 def rank_numbers() -> tuple[int, int, int]:
-    """Rank, number of ranks, and rank on this machine, as the launcher has put them into the environment.
+    """Rank, number of ranks, and rank on this machine, as set by the launcher in the environment.
 
     Raises:
-        ValueError: they are no numbers, or do not fit together.
+        ValueError: if they are not numbers, or are inconsistent.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     try:
@@ -57,16 +57,16 @@ def rank_numbers() -> tuple[int, int, int]:
 
 
 def meet(rank: int, size: int, backend: str, timeout_s: float, device: torch.device) -> None:
-    """Make the process group of all ranks.
+    """Create the process group of all ranks.
 
     Args:
-        rank, size: number of this process and how many there are.
+        rank, size: this process's rank and the number of ranks.
         backend: ``gloo`` or ``nccl``.
         timeout_s: seconds that ranks wait for each other, here and in every collective.
-        device: where this rank computes.
+        device: this rank's.
 
     Raises:
-        ValueError: they cannot meet.
+        ValueError: if the ranks cannot meet.
     """
     _require_interface()
     address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
@@ -100,14 +100,14 @@ def _require_interface() -> None:
 
 
 def _port(text: str, size: int) -> int:
-    least = 1 if size > 1 else 0  # one rank may take any port that is free
+    least = 1 if size > 1 else 0  # a single rank may use any free port
     if not text.isdigit() or not least <= int(text) < 65_536:
         raise ValueError(f"MASTER_PORT={text} must be a number from 1 to 65535; correct it")
     return int(text)
 
 
 def _store(rank: int, size: int, address: str, port: int, timeout_s: float) -> dist.Store:
-    """The store that all ranks share; this one is connected to it."""
+    """Connect to the store that all ranks share."""
     _require_name(address, port, timeout_s)
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     with _reported_after(f"rank {rank} of {size} on {platform.node()}: still connecting to rank 0 at {address}:{port}"):
@@ -117,7 +117,7 @@ def _store(rank: int, size: int, address: str, port: int, timeout_s: float) -> d
 
 
 def _require_name(address: str, port: int, timeout_s: float) -> None:
-    """A name server may know a new host only after a while."""
+    """Wait until the address resolves: a name server may take a while to know a new host."""
     until = time.monotonic() + min(timeout_s, QUIET_S)
     while True:
         try:
@@ -133,7 +133,7 @@ def _require_name(address: str, port: int, timeout_s: float) -> None:
 
 
 def _wait_for_all(store: dist.Store, rank: int, size: int, place: str, timeout_s: float) -> None:
-    """Until every rank is here, or one of them says why they cannot meet."""
+    """Wait until every rank is here, or one of them says why they cannot meet."""
     problem = _problem(store, rank, size)
     here = store.add("here", 1)
     if problem is not None:
@@ -156,7 +156,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int, place: str, timeout_s
 
 
 def _comes(store: dist.Store, key: str, until_s: float) -> bool:
-    """True once ``key`` is there; False after ``until_s`` on the monotonic clock."""
+    """Wait for ``key``: True once it is set, False after ``until_s`` on the monotonic clock."""
     pause_s = 0.01
     while not store.check([key]):
         if time.monotonic() > until_s:
@@ -167,7 +167,7 @@ def _comes(store: dist.Store, key: str, until_s: float) -> bool:
 
 
 def _let_others_read(store: dist.Store, rank: int) -> None:
-    """The store ends with rank 0, which therefore stays until all that are here know why."""
+    """Keep rank 0, and with it the store, alive until all ranks that are here have read the reason."""
     read = store.add("read", 1)
     until = time.monotonic() + 4 * _POLLED_S
     while rank == 0 and read < store.add("here", 0) and time.monotonic() < until:
@@ -176,7 +176,7 @@ def _let_others_read(store: dist.Store, rank: int) -> None:
 
 
 def _problem(store: dist.Store, rank: int, size: int) -> str | None:
-    """How this rank's set-up differs from what the first one to come has; and leave word that it is here."""
+    """Register this rank; return how its set-up differs from that of the first rank to arrive, if it does."""
     host = platform.node()
     other = store.compare_set(f"host/{rank}", "", host).decode()
     if store.add(f"times/{rank}", 1) > 1:
@@ -189,18 +189,18 @@ def _problem(store: dist.Store, rank: int, size: int) -> str | None:
 
 
 def gpu_of(device: torch.device) -> str:
-    """What tells a GPU from all others in the world; ``none`` of a CPU."""
+    """An id that is unique among all GPUs; ``none`` for a CPU."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else _NO_GPU
 
 
 def _places(store: dist.Store, size: int) -> list[tuple[str, str]]:
-    """Host and GPU of every rank, all of which are there."""
+    """Host and GPU of every rank, once all are there."""
     hosts, gpus = (store.multi_get([f"{what}/{rank}" for rank in range(size)]) for what in ("host", "gpu"))
     return [(host.decode(), gpu.decode()) for host, gpu in zip(hosts, gpus, strict=True)]
 
 
 def _unlike_devices(places: Sequence[tuple[str, str]]) -> str | None:
-    """Why ranks with these hosts and GPUs cannot compute together: NCCL would hang, or end with an error of its own."""
+    """Why ranks on these hosts and GPUs cannot work together (NCCL would hang or raise its own error), or None."""
     ranks_at: dict[tuple[str, str], list[int]] = {}
     for rank, place in enumerate(places):
         ranks_at.setdefault(place, []).append(rank)

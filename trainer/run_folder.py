@@ -3,14 +3,14 @@
 runs/NAME/
   config.yaml             as resolved: can be run again as it is
   config.original.yaml    as written, with its comments
-  code.commit, code.diff  commit of the code, and what tracked files had on top of it, if anything, at the last start
-  metrics.jsonl           one line a logged step
-  tensorboard/            the same, to look at
-  starts.txt              where there is a mirror, ids of the starts: see trainer/checkpoints/ownership.py
-  trackers.json           which runs of other trackers are this one: see trainer/monitor/trackers/; wandb/ is wandb's
-  routing.png             densities so far, and which layers the tokens of one text took
+  code.commit, code.diff  commit of the code, and uncommitted changes to tracked files, if any, at the last start
+  metrics.jsonl           one line per logged step
+  tensorboard/            the same, for TensorBoard
+  starts.txt              if there is a mirror, ids of the starts: see trainer/checkpoints/ownership.py
+  trackers.json           this run's ids in other trackers: see trainer/monitor/trackers/; wandb/ is wandb's
+  routing.png             densities so far, and which layers the tokens of one text executed
   heartbeat/rank-N.json   step and phase of every rank: see trainer/heartbeat.py
-  logs/rank-N.log         what every rank had to say
+  logs/rank-N.log         the log of every rank
   profile/                traces of profiled steps: see trainer/monitor/profiler.py
   flight/                 NCCL's last collectives, after a stall: see trainer/flight_recorder.py
   checkpoints/            see trainer/checkpoints/layout.py
@@ -47,9 +47,9 @@ class RunFolder:
         self.log = self.path / "logs" / f"rank-{rank}.log"
 
     def lock(self, hold: ExitStack) -> str | None:
-        """Keep other commands from writing to a folder that is there until ``hold`` is closed; why it cannot, if so.
+        """Lock an existing folder against other commands until ``hold`` is closed; return why it cannot, if so.
 
-        Before a checkpoint is chosen, so that launch.rewind does not move it away while it is read.
+        Called before a checkpoint is chosen, so that launch.rewind does not move it away while it is read.
         """
         if not self.path.is_dir():
             return None
@@ -61,7 +61,7 @@ class RunFolder:
         return None
 
     def claim(self, config: StageConfig, original: str | Path, hold: ExitStack) -> str | None:
-        """Make the run folder, locked as by :meth:`lock`; why that is not possible, if so."""
+        """Create the run folder, locked as by :meth:`lock`; return why that is not possible, if so."""
         try:
             with self.writing():
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -74,10 +74,10 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Say of which folder an error of the disk is; of a full one Python does not.
+        """Name the folder in a disk error; Python omits it when the disk is full.
 
         Raises:
-            ValueError: in its place.
+            ValueError: in place of an OSError.
         """
         try:
             yield
@@ -85,7 +85,7 @@ class RunFolder:
             raise ValueError(unwritable(self.path, error)) from error
 
     def create(self, config: StageConfig, original: str | Path) -> None:
-        """Make the folders; write the configs and which code this is (rank 0 only)."""
+        """Create the folders; write the configs and the state of the code (rank 0 only)."""
         beats = self.heartbeat.path.parent
         for folder in (self.checkpoints, self.tensorboard, beats, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -102,14 +102,14 @@ class RunFolder:
 
     @property
     def description(self) -> list[Path]:
-        """The files that say what the run is; some may not be there."""
+        """The files that describe the run; some may be missing."""
         return [self.path / name for name in (CONFIG, "config.original.yaml", "code.commit", "code.diff")]
 
     @property
     def record(self) -> list[Path]:
-        """The files that say how it went."""
+        """The files that record how it went."""
         return [self.metrics, self.log]
 
     def beat(self, step: int, phase: str) -> None:
-        """Say what this rank does now, and at which step: progress."""
+        """Record progress: what this rank does now, and at which step."""
         self.heartbeat.note(step, phase)

@@ -1,8 +1,8 @@
-"""Ending on a signal: this process is asked to, and it ends a session of processes, a command and all that it started.
+"""Ending a session of processes (a command and everything it started) when this process is asked to end.
 
-Ranks save the step that they are at when they are asked with SIGTERM; everything else just ends. The ``deepspeed``
-command and its launcher are left to see that their ranks have ended, because either would end before them, and say so
-at length.
+On SIGTERM ranks save their current step; everything else just ends. The ``deepspeed`` command and its launcher are not
+signalled but left to see that their ranks have ended: signalled, either would end before them, with many lines of
+output.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import psutil
 
 _LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch", "torch.distributed.run"}
 _SAME_SIGNAL_S = 2.0
-"""Signals within this time of the first are the same one: make and timeout pass a SIGTERM on that their process group
-has had."""
+"""Signals within this time of the first count as the same one: make and timeout forward a SIGTERM that their process
+group has already received."""
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -27,7 +27,7 @@ class SignalLog:
     """Remembers the signals that ask this process to end.
 
     Attributes:
-        numbers: of those that came, those that are the same one counted once.
+        numbers: the signals received, repeats of the same one counted once.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class SignalLog:
 
 
 class Ending:
-    """Ends the session ``session``, also what has lost its parent.
+    """Ends the session ``session``, orphaned processes included.
 
     Args:
-        session: id of the process that leads it.
-        patience_s: what has not ended this long after it was asked to is killed.
+        session: process id of the session leader.
+        patience_s: how long after the first request what is left is killed.
     """
 
     def __init__(self, session: int, patience_s: float):
@@ -57,7 +57,7 @@ class Ending:
         self._first_s = 0.0
 
     def go_on(self, at_once: bool) -> bool:
-        """Ask those who were not asked yet; kill them ``at_once``, or if they were given time enough.
+        """Ask processes to end that were not asked yet; kill them if ``at_once``, or if they have had enough time.
 
         True the first time.
         """
@@ -68,7 +68,7 @@ class Ending:
             return first
         members = self.members()
         workers = [process for process in members if not _is_launcher(process)]
-        # A launcher without ranks has none yet, or, if some were asked, is about to see that they have ended.
+        # A launcher without ranks has not started any or, if some were asked, is about to see that they have ended.
         for process in workers or ([] if self._asked else members):
             if process.pid not in self._asked:
                 with suppress(psutil.NoSuchProcess):

@@ -3,8 +3,8 @@
 The loss is (sum over valid targets) / (number of valid targets), both over all ranks and micro-batches, plus the
 budget's price per routed site times its density. So it does not depend on how the batch is split.
 
-Nothing that is not finite reaches the weights. A loss that is not finite turns its own gradient into NaN, which every
-ZeRO stage then sees in its norm and skips; stage 0 in fp32, where DeepSpeed has no such check, is checked here.
+No non-finite value reaches the weights. A loss that is not finite makes its own gradient NaN, which every ZeRO stage
+detects in the norm and skips; stage 0 in fp32, where DeepSpeed has no such check, is checked here.
 
 Dimension letters: B windows of a micro-batch, T tokens, S routed sites, k late layers.
 """
@@ -35,7 +35,7 @@ from trainer.tally import BusiestRank, Counter, StepResult
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``; copies from pinned memory do not wait."""
+    """The batch with its tensors on ``device``; copies from pinned memory are asynchronous."""
     return batch.map(lambda tensor: tensor.to(device, non_blocking=True))
 
 
@@ -79,10 +79,10 @@ def forward_at(
 
 
 def set_schedules(engine: Any, budget: Budget, progress: Progress) -> None:
-    """From now on, in training and evaluation, routers decide by the budget's thresholds and late layers vote as far as
-    they do at this step.
+    """Set what routers and late layers do at ``progress``: the budget's thresholds, and how far late layers vote.
 
-    Until the budget has seen margins, given thresholds stay, and soft gates are centred on them.
+    It holds for training and evaluation alike. Until the budget has seen margins, thresholds that came with the weights
+    stay, and soft gates are centred on them.
     """
     if engine.module.ensemble is not None:
         engine.module.ensemble.open(progress)
@@ -118,7 +118,7 @@ def train_step(
     prices = budget.prices()
     set_schedules(engine, budget, progress)
     targets = torch.tensor(_count_targets(micro_batches), dtype=torch.float64, device=world.device)
-    # DeepSpeed averages gradients over ranks; times the number of ranks it is their sum.
+    # DeepSpeed averages gradients over ranks; multiplying by the number of ranks gives their sum.
     per_target = world.size / world.all_reduce_sum(targets).clamp(min=1)
     sources = len(config.data.sources)
     width = config.model.width if budget.follows_margins else 0
@@ -141,7 +141,7 @@ def train_step(
             engine.step()
     if stop_requested:
         counter.ask_to_stop()
-    own = counter.counts.clone()  # before the sum makes it everybody's; read only if the step is logged or went bad
+    own = counter.counts.clone()  # this rank's, before the all-reduce; read only if the step is logged or went bad
     if save_due:
         counter.ask_to_save()
     world.all_reduce_sum(counter.vector)
@@ -161,14 +161,14 @@ def train_step(
 
 
 def _largest(counter: Counter, own: Tensor, config: StageConfig, world: World) -> BusiestRank:
-    """What the busiest ranks did, from this rank's ``own`` sums; collective: a sum cannot tell."""
+    """What the busiest ranks did, from this rank's ``own`` sums; collective, as sums over ranks do not show it."""
     flops = training_flops(config.model, counter.tally(own).routed, config.trained)
     most = world.all_reduce_max(torch.cat((own, own.new_tensor([flops]))))
     return BusiestRank(float(most[-1]), counter.tally(most[:-1]).routed)
 
 
 def _update(engine: Any, config: StageConfig) -> tuple[float | None, bool]:
-    """Clip and step, unless the gradient is not finite; the norm before clipping and whether it was applied."""
+    """Clip and step, unless the gradient is not finite; return the norm before clipping, and whether it stepped."""
     if owns_clipping(config):
         limit = config.train.clip_norm or float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), limit))

@@ -26,13 +26,13 @@ class Tally:
         nll, z: summed over valid targets, in nats.
         targets: number of valid targets.
         stop: ranks that were asked to stop.
-        routed: what ran.
+        routed: what was executed.
         bad_micro_batches: forward passes whose loss was not finite.
-        overflow_tokens: per routed site, tokens whose gate said execute and for which the capacity had no room.
+        overflow_tokens: per routed site, tokens whose gate chose to execute but which exceeded the capacity.
         distillation: KL divergences of the late layers from the final one, summed over layers and valid targets, nats.
         vote_entropy: of the ensemble's weights, summed over valid targets, nats.
         vote_weights, vote_largest: per late layer, its weight and whether that is the largest, over valid targets.
-        source_nll, source_targets: nll and targets of each source, in training on several; they add up to the whole.
+        source_nll, source_targets: nll and targets of each source, in training on several; they add up to the totals.
         save_due: 1 if rank 0's clock says that a checkpoint is due.
     """
 
@@ -63,7 +63,7 @@ class Tally:
 
     @property
     def overflow(self) -> float:
-        """Share of all decisions that were to execute and for which the capacity had no room."""
+        """Share of all decisions that were to execute but exceeded the capacity."""
         return sum(self.overflow_tokens) / max(self.routed.tokens * len(self.overflow_tokens), 1)
 
 
@@ -72,8 +72,8 @@ class BusiestRank:
     """The most that one rank did in a step, over its micro-batches.
 
     Attributes:
-        flops: forward and backward, of the rank that had most.
-        routed: every count's largest; they may be of different ranks.
+        flops: forward and backward, of the rank with the most.
+        routed: the largest of every count; these may come from different ranks.
     """
 
     flops: float
@@ -88,9 +88,9 @@ class StepResult:
         tally: counts over the whole batch.
         penalty: the budget regulariser's value, nats.
         grad_norm: norm of the gradient before clipping; None where DeepSpeed does not report it.
-        applied: False where the update was left out because something was not finite.
-        bad_ranks: then, the ranks whose loss was not finite, with their sample ids.
-        largest: what the ranks that the others wait for did; None for a step that is not logged.
+        applied: False if the update was skipped because something was not finite.
+        bad_ranks: in that case, the ranks whose loss was not finite, with their sample ids.
+        largest: work of the ranks that the others wait for; None for a step that is not logged.
     """
 
     tally: Tally
@@ -102,7 +102,7 @@ class StepResult:
 
 
 class _StepSums(NamedTuple):
-    """Views of one fp64 vector, so that one all-reduce and one copy take all of them; see :func:`_sizes`."""
+    """Views of one fp64 vector, so that one all-reduce and one copy cover all of them; see :func:`_sizes`."""
 
     nll: Tensor
     z: Tensor
@@ -159,11 +159,11 @@ class Counter:
         sums: the same by name.
 
     Args:
-        sites: routed ones.
+        sites: number of routed sites.
         device: where the sums are.
-        late_layers: that vote.
-        sources: counted apart; 0 for not at all.
-        width: of what routers read, where thresholds follow their margins; else 0.
+        late_layers: number of late layers that vote.
+        sources: number of sources counted separately; 0 for no separate counts.
+        width: of the routers' input, where thresholds follow their margins; else 0.
     """
 
     def __init__(self, sites: int, device: torch.device, late_layers: int = 0, sources: int = 0, width: int = 0):
@@ -178,12 +178,12 @@ class Counter:
     ) -> None:
         """Count one forward pass over ``targets`` [B, T], of which ``scored_targets`` (all unless given) had logits.
 
-        ``sources`` [B] are the windows' sources, needed where they are counted apart.
+        ``sources`` [B] are the windows' sources, needed where they are counted separately.
         """
         assert output.loss is not None
         sums, loss, routing, vote = self.sums, output.loss, output.routing, output.vote_sums
         valid, nll = targets != IGNORE_INDEX, _window_nll(output.loss, targets, scored_targets)
-        sums.tokens.add_(targets.numel())  # a number of the host: no copy, no wait
+        sums.tokens.add_(targets.numel())  # a Python number: no copy, no synchronisation
         sums.head_tokens.add_(targets.numel() if scored_targets is None else scored_targets)
         sums.nll.add_(nll.sum())
         sums.z.add_(loss.z)
@@ -200,13 +200,13 @@ class Counter:
             parts |= zip(_OF_LATE_LAYERS, (vote.weights.detach(), vote.largest), strict=True)
         if self._sources:
             assert sources is not None
-            # Sums of rows, not scattered: scattering adds in another order every time on a GPU.
+            # Sums over rows, not a scatter: on a GPU a scatter adds in a different order every time.
             own = sources == torch.arange(self._sources, device=sources.device)[:, None]
             for name, each in zip(_OF_SOURCES, (nll, valid.sum(dim=1)), strict=True):
                 parts[name] = torch.where(own, each, 0).sum(dim=1)
         vectors = [parts[name] for name, size in self._sizes.items() if size and name not in _SCALARS]
         if vectors:
-            self.vector[len(_SCALARS) :] += torch.cat(vectors)  # at once
+            self.vector[len(_SCALARS) :] += torch.cat(vectors)  # in one addition
 
     def ask_to_stop(self) -> None:
         """Count this rank among those that were asked to stop."""
@@ -217,21 +217,21 @@ class Counter:
         self.sums.save_due.add_(1)
 
     def wanted_density(self) -> Tensor:
-        """Share of tokens that each site's router wanted to execute, room or not, fp32 [S], on the device."""
+        """Share of tokens that each site's router wanted to execute, capacity aside, fp32 [S], on the device."""
         return ((self.sums.executed_tokens + self.sums.overflow_tokens) / self.sums.tokens).float()
 
     def seen(self) -> MarginStatistics:
-        """What thresholds follow, on the device."""
+        """The statistics that thresholds follow, on the device."""
         moments = torch.stack((self.sums.margins, self.sums.squared_margins)) / self.sums.tokens
         return MarginStatistics(moments, self.sums.inputs.view(len(self.sums.margins), -1) / self.sums.tokens)
 
     @property
     def counts(self) -> Tensor:
-        """The vector without what routers read, which stays on the device."""
+        """The vector without the sums of router inputs, which stay on the device."""
         return self.vector[: len(self.vector) - self._sizes[_INPUTS]]
 
     def tally(self, counts: Tensor | None = None) -> Tally:
-        """The sums on the host; or those of ``counts``, which has the order of :attr:`counts`."""
+        """The sums, or those in ``counts`` (in the order of :attr:`counts`), as Python numbers."""
         numbers = iter((self.counts if counts is None else counts).tolist())  # one copy, one wait
         found: dict[str, Any] = {
             name: [next(numbers) for _ in range(size)] for name, size in self._sizes.items() if name != _INPUTS
@@ -246,6 +246,6 @@ class Counter:
 def _window_nll(loss: LossSums, targets: Tensor, scored_targets: int | None) -> Tensor:
     """Each window's sum of negative log-likelihoods, fp64 [B]."""
     nll = loss.token_nll
-    if scored_targets is not None:  # the head saw those tokens alone, in this order
+    if scored_targets is not None:  # the head saw only those tokens, in this order
         nll = nll.new_zeros(targets.shape).masked_scatter(targets != IGNORE_INDEX, nll)
     return nll.view(targets.shape).sum(dim=1, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""What both stages hold while they train: engine, budget, run folder, metrics, and what to do with them.
+"""The state of a training run in either stage (engine, budget, run folder, metrics), and operations on it.
 
-A trainer is opened on a config, resumes from a checkpoint if the config says so, and then knows how to save, to
-validate and to take in a step. The loop around it is ``loop.py``, the same for both stages.
+A trainer is opened on a config, resumes from a checkpoint if the config says so, and then provides methods to take a
+step, to save and to validate. The loop around it is ``loop.py``, the same for both stages.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from trainer.tally import StepResult
 from trainer.tasks.live import LiveTasks
 
 _PATIENCE_AFTER_ERROR_S = 10.0
-"""How long a run that an error has ended waits for its mirror; a launcher ends it soon."""
+"""How long a run that failed waits for its mirror; a launcher would end it soon."""
 
 
 class Trainer:
@@ -52,21 +52,21 @@ class Trainer:
     Args:
         config: the run's config.
         config_path: the file it was read from, copied into the run folder.
-        fingerprint: of all that decides which tokens a sample holds; a run resumes only if it is the same.
+        fingerprint: of everything that decides which tokens a sample holds; a run resumes only if it is the same.
         validation_sets: to evaluate on.
-        world: this process among all.
+        world: this process among all ranks.
         decoder: the model to train; a freshly initialised one unless given.
-        initial: finds what a fresh run starts from; not called for a run that is resumed. Freshly drawn weights, or
-            ``decoder``'s, unless it is given and finds something.
-        tasks: to run beside the evaluations; none unless given.
+        initial: returns what a fresh run starts from; not called on a resume. Without it, or if it returns None, a
+            fresh run starts from randomly initialised weights, or those of ``decoder``.
+        tasks: downstream tasks to run with the evaluations; none unless given.
 
     Attributes:
         config: the run's, with its precision decided.
         step, samples: optimiser steps done and windows consumed.
-        evaluations: what :meth:`validate` found in this start of the run at step 0 and at last, by step.
+        evaluations: results of :meth:`validate` in this start of the run, by step: those at step 0 and the latest.
 
     Raises:
-        ValueError: if the run folder or a checkpoint do not fit the config.
+        ValueError: if the run folder or a checkpoint does not fit the config.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Trainer:
     def _choose(
         self, config: StageConfig, initial: Callable[[], Initial | None] | None
     ) -> tuple[Path | None, Initial | None, str | None]:
-        """The checkpoint to go on from, own or forked, what is given instead, and the sentence on the precision."""
+        """The checkpoint to continue (own or forked), what ``initial`` returned, and the sentence on the precision."""
         world, checkpoints = self.world, config.train.checkpoint
         if world.is_main:  # or later, in claim: a rank of an earlier start, or its file server, may let go until then
             self.run.lock(self._hold)
@@ -119,7 +119,7 @@ class Trainer:
     def _open(
         self, config_path: Path, source: Path | None, given: Initial | None, precision_message: str | None
     ) -> None:
-        """Go on from the checkpoint ``source``, own or forked, or start; set up everything around the engine."""
+        """Restore the checkpoint ``source`` (own or forked), or start afresh; set up everything around the engine."""
         config, world = self.config, self.world
         self.budget = Budget(config.model, config.data.sequence_tokens, world.device)
         ensemble = self.engine.module.ensemble
@@ -152,7 +152,7 @@ class Trainer:
         self.watchdog.start()
 
     def _restore(self, source: Path | None, given: Initial | None) -> tuple[dict[str, Any] | None, str | None]:
-        """Load what the run starts from; the state of the checkpoint's metrics, and a sentence for the log."""
+        """Load what the run starts from; return the checkpoint's metrics state, and a sentence for the log."""
         if source is None:
             if isinstance(given, GivenWeights):
                 given.put_into(self.engine, self.world)
@@ -167,7 +167,7 @@ class Trainer:
         return state["metrics"], message
 
     def _log_set_up(self, precision_message: str | None) -> None:
-        """Log how this machine trains the run, and what may go wrong."""
+        """Log how the run is set up on this machine, and warnings."""
         if precision_message:
             self.log.info(precision_message)
         if self.tasks is not None:
@@ -179,7 +179,7 @@ class Trainer:
             self.log.warning(warning)
 
     def _open_metrics(self, state: dict[str, Any] | None) -> None:
-        """Open the metrics, of a checkpoint's ``state`` if there is one."""
+        """Open the metrics, restored from a checkpoint's ``state`` if there is one."""
         config, sets = self.config, self.validation_sets
         peak_tflops = config.train.log.peak_tflops
         peak_flops = peak_tflops * 1e12 if peak_tflops else measure_peak(self.world, config.train.precision)
@@ -196,10 +196,10 @@ class Trainer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
-        """Flush the metrics and say how this rank has ended.
+        """Flush the metrics and record how this rank has ended.
 
         Raises:
-            ValueError: in the place of an error for lack of memory: who holds it, and what helps.
+            ValueError: in place of an out-of-memory error: what holds the memory, and what helps.
         """
         if self._profiler is not None:
             self._profiler.close()
@@ -222,15 +222,15 @@ class Trainer:
             raise ValueError(sentence) from error
 
     def _lack_of_memory(self, error: BaseException | None, where: str) -> str | None:
-        """Who holds the memory that ``error`` has not got; None for another error."""
+        """What holds the memory if ``error`` is an out-of-memory error; None for any other."""
         if error is None or not is_out_of_memory(error):
             return None
         return out_of_memory(error, getattr(self, "engine", None), self.config, self.world, where, self.run.path)
 
     def _let_go(self, error: BaseException | None) -> None:
-        """Of the run folder, and of the engine, whose hooks another one in this process would meet.
+        """Release the run folder, and the engine, whose hooks would affect another one in this process.
 
-        Where a rank is lost the engine stays: it would wait for the device, and so for that rank's collectives.
+        If a rank is lost the engine stays: destroying it would wait for the device, and so for that rank's collectives.
         """
         if error is None or not is_lost_rank(error):
             self.engine.destroy()
@@ -240,7 +240,7 @@ class Trainer:
         """One optimiser step on this rank's micro-batches; counted and logged.
 
         Args:
-            batches: of the step that is due.
+            batches: this rank's micro-batches of the step.
             waited_s: seconds that training has waited for data since its start.
 
         Raises:
@@ -256,14 +256,14 @@ class Trainer:
         return result
 
     def begin_loading(self) -> None:
-        """Between two steps: the next one's data is asked for."""
+        """Called between two steps, before the next one's data are loaded."""
         if self._profiler is not None:
             with self.metrics.paused():
                 self._profiler.between_steps(self.step, self.engine, self.run.heartbeat, self.metrics)
         self.run.beat(self.step, "loading")
 
     def begin_step(self) -> float:
-        """Heartbeat and learning rate of the step to come; returns the rate."""
+        """Set heartbeat and learning rate for the next step; returns the rate."""
         self.metrics.write_line()
         self.run.beat(self.step, "training")
         ratio = lr_ratio(self.config.train.schedule, self.step, self.config.train.steps)
@@ -271,10 +271,11 @@ class Trainer:
         return self.config.train.optimizer.lr * ratio
 
     def end_step(self, result: StepResult, lr: float, waited_s: float) -> None:
-        """Count the step, log it, and end the run where its checks say so.
+        """Count the step, log it, and end the run if its checks say so.
 
         Raises:
-            ValueError: after ``train.max_bad_steps`` bad steps in a row, or of a spike if it is to stop the run.
+            ValueError: after ``train.max_bad_steps`` bad steps in a row, or as many steps of a spike if spikes stop the
+                run.
         """
         self.step += 1
         self.samples += self.config.train.global_batch_samples
@@ -293,11 +294,11 @@ class Trainer:
         """Write a checkpoint, then remove those that are no longer kept.
 
         Args:
-            wait: until that is done, even where the config would have training go on meanwhile.
+            wait: for that to finish, even if the config lets training continue meanwhile.
 
         Raises:
-            ValueError: if it could not be written. The one before may have failed: its state is in memory still, only
-                later, and the reason may have passed.
+            ValueError: if it could not be written. A failure of the save before only logs a warning: the state, by now
+                a later one, is still in memory, and the reason may be gone.
         """
         self.run.beat(self.step, "saving")
         self.save_timer.restart()
@@ -321,14 +322,14 @@ class Trainer:
                 self.saver.wait()
 
     def _finish_saving(self) -> None:
-        """Before an error that all ranks raise alike: what is being written is still good."""
+        """Finish the save under way before an error that all ranks raise: what is being written is still good."""
         try:
             self.saver.wait()
         except ValueError as error:
             self.log.warning(str(error))
 
     def was_asked_to_stop(self) -> bool:
-        """True if some rank was; False if only a save had failed, which has now worked; collective."""
+        """True if some rank was; False if only a save had failed that has now succeeded; collective."""
         return any(self.world.all_gather_objects(self.stop.requested))
 
     def validate(self) -> None:
@@ -346,7 +347,7 @@ class Trainer:
         set_rng_state(before)
 
     def _run_tasks(self) -> None:
-        """Downstream tasks, where they are due; first, because by the losses a resume knows that all was evaluated."""
+        """Run downstream tasks if due; before the losses, whose presence tells a resume that all was evaluated."""
         evaluation = self.config.train.evaluation
         if self.tasks is None or not evaluation.has_tasks(self.step, self.config.train.last_step):
             return
@@ -355,7 +356,7 @@ class Trainer:
         self.log.info(f"step {self.step:>6,}  tasks: {outcome.sentence()}")
 
     def _take_back(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint's state says."""
+        """Restore the trainer's part of a checkpoint's state."""
         self.step, self.samples = state["step"], state["samples"]
         self.budget.load_state_dict(state["budget"])
         self.engine.module.thresholds = state.get("thresholds")
@@ -368,7 +369,7 @@ class Trainer:
 
 
 def _drawn(checkpoint: Path | None, given: Initial | None) -> Callable[[str], bool]:
-    """Which weights are drawn: those that nothing is read for."""
+    """Which weights are initialised randomly: those that are not read from files."""
     if isinstance(given, GivenWeights):
         return lambda name: role_of(name) == "router"  # theirs may have none
     return lambda name: checkpoint is None

@@ -1,13 +1,13 @@
-"""A run's checkpoints in a bucket, or wherever a URL leads: what is there, one put in, one taken out.
+"""A run's checkpoints in a bucket, or at any other URL: list them, copy them there and back.
 
 URL/
   config.yaml             the run's config
   metrics.jsonl           as it was when the newest checkpoint was copied
   starts.txt              ids of the starts of the run that have written here: see ownership.py
   step-00001000/...       as in the run folder (layout.py), manifest.json copied last
-  step-00002000/          without a manifest: not whole, or set aside because the run was taken back before it
+  step-00002000/          without a manifest: not whole, or set aside because the run was rewound to before it
 
-There are no renames in a bucket, so the manifest alone makes a checkpoint whole: it is written last and removed first.
+Buckets have no renames, so the manifest alone makes a checkpoint whole: it is written last and removed first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.checkpoints.layout import CONFIG, STARTS, finished_names, step_of
 from trainer.checkpoints.retention import no_longer_kept
 
 _AT_ONCE = 8
-"""Files that are copied together, where the service's library can."""
+"""Files that are copied concurrently, where the service's library can."""
 _TRIED = "tried-by-doctor"
 _ASIDE = "manifest.set-aside.json"
 
@@ -34,7 +34,7 @@ class TornCheckpointError(Exception):
 
 
 class Bucket:
-    """The checkpoints at a URL. Every method may raise whatever the service's library does."""
+    """The checkpoints at a URL. Every method may raise any error of the service's library."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -45,18 +45,18 @@ class Bucket:
         return [name for name in self._names() if self._system.exists(self._at(name, manifest.NAME))]
 
     def write_config(self, config: str) -> None:
-        """Put the run's config there, which also tells whether one may write."""
+        """Write the run's config there, which also shows whether writing is allowed."""
         self._system.pipe_file(f"{self._place}/{CONFIG}", config.encode())
 
     def starts(self) -> list[str]:
-        """Ids of the starts that have written there, the last one last."""
+        """Ids of the starts that have written there, newest last."""
         try:
             return str(self._system.cat_file(f"{self._place}/{STARTS}").decode()).split()
         except FileNotFoundError:
             return []
 
     def write_starts(self, content: bytes) -> None:
-        """Put the run folder's file of all starts there."""
+        """Write the run folder's file of all starts there."""
         self._system.pipe_file(f"{self._place}/{STARTS}", content)
 
     def try_writing(self) -> None:
@@ -70,31 +70,31 @@ class Bucket:
             self._system.put_file(str(path), f"{self._place}/{path.name}")
 
     def get_beside(self, path: Path) -> None:
-        """Copy it back, if it is there and not here."""
+        """Copy it back, if it exists there and not locally."""
         if not path.exists() and self._system.exists(f"{self._place}/{path.name}"):
             self._system.get_file(f"{self._place}/{path.name}", str(path))
 
     def manifest_bytes(self, name: str) -> bytes | None:
-        """The manifest of checkpoint ``name`` as it lies there; None if it has none."""
+        """The manifest of checkpoint ``name`` as stored there; None if it has none."""
         try:
             return bytes(self._system.cat_file(self._at(name, manifest.NAME)))
         except FileNotFoundError:
             return None
 
     def has(self, checkpoint: Path) -> bool:
-        """Whether this very checkpoint is there, and whole."""
+        """Whether exactly this checkpoint is there, and whole."""
         return self.manifest_bytes(checkpoint.name) == _own_files(checkpoint)[0]
 
     def put(self, checkpoint: Path, done: set[str], given_up: Callable[[], bool]) -> bool:
         """Copy a checkpoint there, its manifest last; False if given up on the way.
 
         Args:
-            checkpoint: the folder of a whole one.
-            done: files that an earlier attempt has copied, which are not copied again; grows.
-            given_up: asked between files.
+            checkpoint: the folder of a whole checkpoint.
+            done: files that an earlier attempt has copied, which are skipped; new ones are added.
+            given_up: whether to give up; called between files.
 
         Raises:
-            TornCheckpointError: if the checkpoint's files are not, or no longer, what its manifest says.
+            TornCheckpointError: if the checkpoint's files do not, or no longer, match its manifest.
         """
         name = checkpoint.name
         content, files = _own_files(checkpoint)
@@ -107,7 +107,7 @@ class Bucket:
             try:
                 self._system.put([str(checkpoint / file) for file in some], [self._at(name, file) for file in some])
             except FileNotFoundError:
-                _own_files(checkpoint)  # it may have been removed before anyone knew that it is read
+                _own_files(checkpoint)  # raises if the checkpoint was pruned before it was marked as held
                 raise
             for file in some:
                 size = self._system.size(self._at(name, file))
@@ -123,9 +123,9 @@ class Bucket:
         self._system.get_file(self._at(name, file), str(target))
 
     def set_aside(self, newest: int, own: Collection[str]) -> None:
-        """Have nobody resume from what has a higher step than ``newest``, to which the run was taken back.
+        """Hide checkpoints with a higher step than ``newest``, to which the run was rewound, from resumes.
 
-        Except those named in ``own``, which it has written since. What is set aside is left for its owner to remove.
+        Those named in ``own``, which it has written since, stay. What is set aside is left for its owner to remove.
         """
         for name in self._names():
             if name not in own and step_of(Path(name)) > newest and (content := self.manifest_bytes(name)) is not None:
@@ -133,9 +133,9 @@ class Bucket:
                 self._system.rm_file(self._at(name, manifest.NAME))
 
     def prune(self, keep: int, keep_every_steps: int, torn: Collection[str] = ()) -> None:
-        """Remove what is beyond the ``keep`` newest and no multiple of ``keep_every_steps``, nor was set aside.
+        """Remove all but the ``keep`` newest, multiples of ``keep_every_steps`` and what was set aside.
 
-        Those named in ``torn``, which are so in the run folder, do not count: nobody knows what was copied of them.
+        Those named in ``torn``, torn in the run folder, do not count: what was copied of them is unknown.
         """
         names = self._names()
         cut_off = {name for name in names if not self._system.exists(self._at(name, manifest.NAME))}
@@ -156,7 +156,7 @@ class Bucket:
 
 
 def _own_files(checkpoint: Path) -> tuple[bytes, dict[str, Any]]:
-    """The manifest of a checkpoint of the run folder, and what it says of the files, looked at here."""
+    """The manifest of a checkpoint in the run folder, and its entries of the files, whose sizes are verified."""
     try:
         content = (checkpoint / manifest.NAME).read_bytes()
         files = facts_of(content)["files"]
@@ -175,10 +175,10 @@ def _groups(files: list[str]) -> Iterator[list[str]]:
 
 
 def facts_of(content: bytes) -> dict[str, Any]:
-    """What a manifest says.
+    """Parse a manifest.
 
     Raises:
-        ValueError: it is none of this version.
+        ValueError: if it is not a manifest of this version.
     """
     try:
         found = json.loads(content)
@@ -190,5 +190,5 @@ def facts_of(content: bytes) -> dict[str, Any]:
 
 
 def unreachable(url: str, error: Exception) -> str:
-    """The sentence for a mirror that does not answer, or not as it should."""
+    """The error for a mirror that does not answer, or not as it should."""
     return f"train.checkpoint.mirror {url} cannot be used ({urls.reason(error)}); {urls.remedy(error)}, or leave it out"

@@ -1,4 +1,4 @@
-"""What has to agree between a run and the checkpoints that are there: ``resume``, conditions, sizes, routers."""
+"""What must agree between a run and existing checkpoints: ``resume``, conditions, sizes, routers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def refuse_taken(folder: Path | str, there: Sequence[str], resume: str, setting: str = "train.run_dir") -> None:
-    """Raise ValueError if a start with ``resume`` must not be made where ``folder`` holds the checkpoints ``there``.
+    """Raise ValueError if ``resume`` does not allow a start where ``folder`` holds the checkpoints ``there``.
 
-    Where it may resume, whether one of them is whole is what :func:`trainer.checkpoints.resume.find_checkpoint` finds.
+    If it may resume, :func:`trainer.checkpoints.resume.find_checkpoint` checks whether one of them is whole.
 
     Args:
         folder: of the checkpoints, or the URL of their mirror.
@@ -48,9 +48,9 @@ def conditions(config: StageConfig, world: World) -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
-    """In words, where the model of a checkpoint is not the one of this config; none where its weights fit.
+    """How the model of a checkpoint differs from this config's, in words; empty if its weights fit.
 
-    Densities, budgets, noise and the like may differ: they change on the way, the weights stay what they are.
+    Densities, budgets, noise and the like may differ: they may change during a run without changing the weights.
 
     Args:
         there: the ``model`` block of the checkpoint's ``config.yaml``.
@@ -64,7 +64,7 @@ def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
     ]
     routers = there["router"] or {}, sizes["router"] or {}
     for key in ("granularity", "kind", "input", "always_on_first", "always_on_last", "layers"):
-        default = RouterConfig.model_fields[key].default  # of a field that is younger than the checkpoint
+        default = RouterConfig.model_fields[key].default  # for a field that is newer than the checkpoint
         then, now = (router.get(key, default) if router else None for router in routers)
         if then != now:
             changed.append(f"router {key} {then} there, {now} here")

@@ -1,11 +1,11 @@
-"""Decoders whose weights are about to be read: built without drawing any, then given memory, or room on a disk.
+"""Decoders whose weights are about to be read: built without initialising any, then given memory, or space on a disk.
 
     decoder = without_memory(config)
     allocate(decoder, Path("/scratch"))     # or allocate(decoder)
     read_into(decoder)
 
-On a disk the weights are a file that the process maps: the system keeps as much of it in memory as there is room for,
-and writes the rest back. The file has no name, so that nothing of it is left, however the process ends.
+On a disk the weights are a memory-mapped file: the system keeps as much of it in memory as fits, and writes the rest
+back. The file has no name, so nothing of it is left, however the process ends.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from model.config import EnsembleConfig, ModelConfig
 from model.decoder import Decoder
 from model.router import Router
 
-_ALIGNED = 16  # entries; 64 bytes, as torch's own allocator has it
+_ALIGNED = 16  # entries; 64 bytes, as in torch's own allocator
 
 
 def without_memory(config: ModelConfig, seed: int = 0, ensemble: EnsembleConfig | None = None) -> Decoder:
@@ -42,16 +42,16 @@ def without_memory(config: ModelConfig, seed: int = 0, ensemble: EnsembleConfig 
             decoder.add_ensemble(ensemble)
     routers = [module for module in decoder.modules() if isinstance(module, Router)]
     for site, router in enumerate(routers):  # in their order
-        router.site = torch.tensor(site)  # a buffer that no file holds
+        router.site = torch.tensor(site)  # a buffer that is not in any file
     return decoder
 
 
 def allocate(module: nn.Module, disk: Path | None = None) -> None:
-    """Give every parameter fp32 room on the CPU, with nothing defined in it; tied ones stay tied.
+    """Allocate every parameter in fp32 on the CPU, uninitialised; tied ones stay tied.
 
     Args:
         module: what :func:`without_memory` returned, perhaps with adapters.
-        disk: an existing folder, on whose disk the room is; in memory unless given.
+        disk: an existing folder on the disk to use; in memory unless given.
 
     Raises:
         OSError: if the disk is too full.
@@ -64,12 +64,12 @@ def allocate(module: nn.Module, disk: Path | None = None) -> None:
 
 
 def _on_disk(shapes: list[torch.Size], folder: Path) -> list[Tensor]:
-    """Tensors one after the other in one file."""
+    """Tensors laid out one after the other in one file."""
     counts = [-(-shape.numel() // _ALIGNED) * _ALIGNED for shape in shapes]
     size = sum(counts) * torch.float32.itemsize
     with tempfile.TemporaryFile(dir=folder) as file:
         try:
-            # Now, and not by a signal when a page turns out to have no place on the disk.
+            # Fail now, not with a signal when a page turns out to have no space on the disk.
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise OSError(

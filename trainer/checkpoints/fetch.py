@@ -1,9 +1,9 @@
-"""Taking the newest whole checkpoint out of a run's bucket, where the run folder has none.
+"""Fetching the newest whole checkpoint from a run's bucket, if the run folder has none.
 
-The ranks share the files out, biggest first, and look at one another after each: so no rank waits longer for the others
-than a file takes, and all know at once of what went wrong. Every file's size and SHA-256 is compared with the manifest
-as it comes; the folder gets its name last, as when a checkpoint is saved. An error of the run's own disk is reported as
-one of the run folder, not of the mirror.
+The ranks divide the files among themselves, biggest first, and synchronise after each: so no rank waits longer for the
+others than one file takes, and all learn of a failure at once. Every file's size and SHA-256 are compared with the
+manifest once it is copied; the folder is renamed last, as when a checkpoint is saved. An error of the run's own disk is
+reported as one of the run folder, not of the mirror.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def mirrored_names(url: str, world: World) -> list[str]:
     if world.is_main:
         try:
             names = urls.with_retries(lambda: Bucket(url).whole())
-        except Exception as error:  # each service has classes of its own
+        except Exception as error:  # each service has its own exception classes
             problem = unreachable(url, error)
     names, problem = world.broadcast_object((names, problem))
     if problem:
@@ -43,12 +43,13 @@ def mirrored_names(url: str, world: World) -> list[str]:
 
 
 def fetch(url: str, name: str, folder: Path, metrics: Path, world: World) -> str | None:
-    """Copy checkpoint ``name`` from ``url`` into ``folder``; why it is not whole there, or None; collective.
+    """Copy checkpoint ``name`` from ``url`` into ``folder``; return why it is not whole there, or None; collective.
 
-    With it comes the run's file of ``metrics``, if there is none here, and the mirror itself, as this run's.
+    Also copies the run's file of ``metrics``, if there is none here, and the ids of the starts, by which the mirror is
+    this run's.
 
     Raises:
-        ValueError: if it cannot be reached, or the run folder not be written.
+        ValueError: if the mirror cannot be reached, or the run folder cannot be written.
     """
     final = folder / name
     files, content, torn = _begin(url, final, world)
@@ -63,7 +64,7 @@ def fetch(url: str, name: str, folder: Path, metrics: Path, world: World) -> str
 
 
 class _Outcome(NamedTuple):
-    """Why a checkpoint is not whole there, or why that is not known."""
+    """Why a checkpoint is not whole in the mirror, or why that is not known."""
 
     torn: str | None = None
     problem: str | None = None
@@ -73,7 +74,7 @@ _WELL = _Outcome()
 
 
 def _begin(url: str, final: Path, world: World) -> tuple[dict[str, Any], bytes, str | None]:
-    """Files and manifest of the checkpoint, with an empty folder for it; or why it is none."""
+    """The checkpoint's file entries and manifest, after creating an empty folder for it; or why it is not whole."""
     files, content, outcome = {}, b"", _WELL
     if world.is_main:
         try:
@@ -82,7 +83,7 @@ def _begin(url: str, final: Path, world: World) -> tuple[dict[str, Any], bytes, 
             _make_room(files, final)
         except ValueError as error:
             outcome = _Outcome(None, str(error)) if files else _Outcome(str(error))
-        except Exception as error:  # each service has classes of its own
+        except Exception as error:  # each service has its own exception classes
             outcome = _Outcome(None, unreachable(url, error))
     files, content, outcome = world.broadcast_object((files, content, outcome))
     if outcome == _WELL and not appears(partial_of(final)):
@@ -102,14 +103,14 @@ def _make_room(files: dict[str, Any], final: Path) -> None:
 
 
 def _copied(url: str, final: Path, file: str, entry: dict[str, Any]) -> _Outcome:
-    """Copy one file; a second time if it came otherwise than its manifest says."""
+    """Copy one file; once more if it does not match the manifest."""
     target = partial_of(final) / file
     for _ in range(2):
         try:
             urls.with_retries(lambda: Bucket(url).get(final.name, file, target))
         except FileNotFoundError:
             return _Outcome(f"{file} is missing")
-        except Exception as error:  # each service has classes of its own
+        except Exception as error:  # each service has its own exception classes
             return _Outcome(None, _blamed(url, final.parent.parent, error))
         try:
             with target.open("rb") as written:
@@ -126,7 +127,7 @@ def _finished(url: str, final: Path, content: bytes, metrics: Path) -> _Outcome:
     try:
         urls.with_retries(lambda: Bucket(url).get_beside(metrics))
         starts = urls.with_retries(lambda: Bucket(url).starts())
-    except Exception as error:  # each service has classes of its own
+    except Exception as error:  # each service has its own exception classes
         return _Outcome(None, _blamed(url, final.parent.parent, error))
     try:
         (partial_of(final) / manifest.NAME).write_bytes(content)
@@ -140,7 +141,7 @@ def _finished(url: str, final: Path, content: bytes, metrics: Path) -> _Outcome:
 
 
 def _blamed(url: str, run: Path, error: Exception) -> str:
-    """The sentence for a file that could not be copied: the disk's of ``run``, or the mirror's."""
+    """The error for a file that could not be copied: that of the disk of ``run``, or that of the mirror."""
     if isinstance(error, OSError):
         names = [os.path.abspath(name) for name in (error.filename, error.filename2) if isinstance(name, str)]
         if error.errno in NOT_WRITABLE or any(Path(name).is_relative_to(run.absolute()) for name in names):
@@ -149,7 +150,7 @@ def _blamed(url: str, run: Path, error: Exception) -> str:
 
 
 def _agreed(own: _Outcome, world: World) -> str | None:
-    """Why the checkpoint is torn, by any rank; None if it is not.
+    """Why the checkpoint is torn, as found by any rank; None if it is not.
 
     Raises:
         ValueError: if that is not known.

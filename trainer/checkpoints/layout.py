@@ -1,16 +1,16 @@
-"""What a run and a checkpoint are, and where everything of a checkpoint lies; no other module has these names.
+"""The layout of a run and of its checkpoints; no other module has these names.
 
 RUN/                        a run: a folder with checkpoints/ in it; the rest of it is in trainer/run_folder.py
   checkpoints/
-    step-00001000/          a checkpoint that was finished; whether it still is whole, manifest.py finds out
+    step-00001000/          a finished checkpoint; manifest.py checks whether it is still whole
       deepspeed/            the engine's own files: weights, optimiser state, per rank under ZeRO
-      trainer.pt            step, samples consumed, budget prices, and what else the trainer must get back
+      trainer.pt            step, samples consumed, budget prices, and the rest of the trainer's state
       rng-00000.pt          random-number generators of rank 0, and so on
       config.yaml           the run's config
       manifest.json         written last
     step-00002000.partial/  being written, or never finished
     step-00000500.removed/  no longer kept
-    abandoned-1/            what launch.rewind has taken out of the way
+    abandoned-1/            what launch.rewind has moved out of the way
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 CONFIG = "config.yaml"
-"""Of a run, a checkpoint and a folder of weights alike."""
+"""The config's file name in a run, a checkpoint and a folder of weights."""
 STARTS = "starts.txt"
-"""In a run folder and its mirror: whose the mirror is."""
+"""In a run folder and its mirror: which run and start own the mirror."""
 ENGINE, STATE = "deepspeed", "trainer.pt"
 _CHECKPOINTS, _STEP, _PARTIAL, _REMOVED, _ABANDONED = "checkpoints", "step-", ".partial", ".removed", "abandoned-"
 
@@ -45,12 +45,12 @@ def run_of(path: Path) -> Path | None:
 
 
 def checkpoint_at(folder: Path, step: int) -> Path:
-    """The checkpoint after ``step`` optimiser steps, there or not; ``folder`` as :func:`checkpoints_of` gives it."""
+    """Path of the checkpoint after ``step`` steps, existing or not; ``folder`` as :func:`checkpoints_of` gives it."""
     return folder / f"{_STEP}{step:08d}"
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """All that have a finished checkpoint's name."""
+    """All folders with a finished checkpoint's name."""
     names = finished_names(found.name for found in folder.glob(f"{_STEP}*") if found.is_dir())
     return [folder / name for name in names]
 
@@ -64,7 +64,7 @@ def finished_names(names: Iterable[str]) -> list[str]:
 def names_after(checkpoint: Path | None) -> set[str]:
     """Names of the finished checkpoints beside ``checkpoint`` with a higher step; empty without one.
 
-    A start that goes on from ``checkpoint`` has found those torn.
+    A start that resumes from ``checkpoint`` has found those torn.
     """
     if checkpoint is None:
         return set()
@@ -72,13 +72,13 @@ def names_after(checkpoint: Path | None) -> set[str]:
 
 
 def newest_name(folder: Path) -> str:
-    """Which checkpoint a run could go on from, as half a sentence."""
+    """Which checkpoint a run could resume from, as half a sentence."""
     names = [p.name for p in newest_first(folder)]
     return f"the newest checkpoint is {names[0]}" if names else "no earlier checkpoint was written"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimiser steps done, by its name."""
+    """Optimiser steps done, according to its name."""
     return int(checkpoint.name.removeprefix(_STEP))
 
 
@@ -98,7 +98,7 @@ def removed_of(checkpoint: Path) -> Path:
 
 
 def unfinished(folder: Path) -> list[Path]:
-    """What is being written, or was never finished."""
+    """Checkpoints that are being written, or were never finished."""
     return sorted(folder.glob(f"*{_PARTIAL}"))
 
 
@@ -108,6 +108,6 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def next_abandoned(folder: Path) -> Path:
-    """A folder for what a run did and is to be forgotten, with a number that none has had yet."""
+    """A new folder for a run's abandoned checkpoints, with the next free number."""
     names = [path.name.removeprefix(_ABANDONED) for path in folder.glob(f"{_ABANDONED}*")]
     return folder / f"{_ABANDONED}{max((int(name) for name in names if name.isdigit()), default=0) + 1}"

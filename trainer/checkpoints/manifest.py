@@ -1,6 +1,6 @@
 """What makes a checkpoint whole: a manifest with the size and SHA-256 of every file, written last.
 
-Reading is collective: the files are shared out over the ranks, and all ranks get the same answer. Only rank 0 reads the
+Reading is collective: the files are divided among the ranks, and all ranks get the same answer. Only rank 0 reads the
 manifest itself, because on a shared file system others may see it late.
 """
 
@@ -25,9 +25,9 @@ def write(folder: Path, facts: dict[str, Any], files: dict[str, Any] | None = No
     """Write the manifest of ``folder``; not collective.
 
     Args:
-        folder: in which everything else is on the disk by now.
+        folder: everything else in it is already on the disk.
         facts: further entries.
-        files: :func:`entry_of` each file, by its name below ``folder``; taken here unless given.
+        files: :func:`entry_of` each file, by its name below ``folder``; computed here unless given.
     """
     if files is None:
         names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -67,9 +67,9 @@ def problem_of(folder: Path, world: World) -> str | None:
 
 
 def newest_whole(folder: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint in ``folder`` or None, and a sentence for each torn one passed over; collective.
+    """The newest whole checkpoint in ``folder`` or None, and a sentence for each torn one skipped; collective.
 
-    Every file's size and SHA-256 is compared with the manifest; the files are shared out over the ranks.
+    Every file's size and SHA-256 are compared with the manifest; the files are divided among the ranks.
     """
     found, torn = newest_whole_ones(folder, world, 1)
     return (found[0] if found else None), torn
@@ -93,7 +93,7 @@ def newest_whole_ones(folder: Path, world: World, most: int) -> tuple[list[Path]
 
 
 def report_torn(sentences: Sequence[str], world: World) -> None:
-    """Say on stderr, once for all ranks, what was passed over."""
+    """Report on stderr, once for all ranks, what was skipped."""
     for sentence in sentences if world.is_main else ():
         print(f"passed over: {sentence}", file=sys.stderr, flush=True)
 

@@ -1,12 +1,12 @@
-"""Copying whole checkpoints to a bucket while training goes on.
+"""Copying whole checkpoints to a bucket while training continues.
 
-A thread of rank 0 looks which of the run's whole checkpoints should be in the bucket and are not, the newest first, and
-copies them (``bucket.py``). It is woken by every checkpoint that becomes whole. So what could not be copied before the
-last end of the run is copied at the next start, and while a bucket fails only the newest is tried: later ones take the
-place of earlier ones. Nothing here can fail, stop or slow the run; what fails is reported, tried again with pauses that
-double, and reported again at the end. The local checkpoint that is being copied is not removed meanwhile. Torn ones are
-not copied and not counted until the run has written them again: those that the start passed over, and of the others
-from before it what does not match its manifest, compared before it is copied.
+A thread on rank 0 finds which of the run's whole checkpoints should be in the bucket and are not, and copies them,
+newest first (``bucket.py``). Every checkpoint that becomes whole wakes it. So what could not be copied before the run
+last ended is copied at the next start, and while the bucket fails only the newest is tried: newer ones replace older
+ones. Nothing here can fail, stop or slow the run; a failure is reported, retried with exponential backoff, and reported
+again at the end. The local checkpoint that is being copied is not removed meanwhile. Torn ones are neither copied nor
+counted until the run has written them again: those that the start skipped, and other ones from before it that do not
+match their manifest, which is checked before they are copied.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from trainer.distributed import ALONE, World
 _LONGEST_PAUSE_S = 60.0
 _TOLD_EVERY_S = 600.0
 _METRICS_WAIT_S = 10.0
-"""How long a run's end waits for the last lines of its metrics, where all checkpoints are there."""
+"""How long a run waits at its end for its last metrics to be copied, if all checkpoints are already there."""
 
 
 class Mirror:
-    """The thread, and what it has done.
+    """The thread, and its state.
 
     Args:
         folder: the run's ``checkpoints``.
-        metrics: the run's file of metrics, which goes with each.
-        config: of checkpoints; ``mirror`` is given.
-        tell: takes a sentence, from the thread.
-        warn: the same, for what went wrong.
-        resumed: the checkpoint in ``folder`` that the run goes on from, if any; known to be whole.
-        start: this one, once the bucket was another's nothing there is touched.
+        metrics: the run's file of metrics, copied with each checkpoint.
+        config: the ``checkpoint`` block; its ``mirror`` is set.
+        tell: called with a sentence for the log, from the thread.
+        warn: the same, for failures.
+        resumed: the checkpoint in ``folder`` that the run resumes from, if any; known to be whole.
+        start: this start; once another start has taken over the bucket, nothing there is touched.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class Mirror:
 
     @property
     def held(self) -> str | None:
-        """Name of the checkpoint that is being copied, which must stay."""
+        """Name of the checkpoint that is being copied, which must be kept."""
         return self._held
 
     def wake(self, name: str) -> None:
-        """Say that the run has written checkpoint ``name``."""
+        """Notify the thread that the run has written checkpoint ``name``."""
         with self._changed:
             self._whole.add(name)
             self._torn.discard(name)
@@ -88,7 +88,7 @@ class Mirror:
             self._changed.notify_all()
 
     def close(self, wait_s: float) -> list[str]:
-        """Wait until all is copied, ``wait_s`` at most; names of what is not, told too."""
+        """Wait until all is copied, ``wait_s`` at most; report and return the names of what is not."""
         with self._changed:
             patience_s = min(wait_s, _METRICS_WAIT_S) if self._idle else wait_s
             self._ending, self._idle = True, False  # the metrics are to be copied once more
@@ -121,14 +121,14 @@ class Mirror:
                 pause_s = self._pause(pause_s)
 
     def _pause(self, pause_s: float) -> float:
-        """Wait before the next attempt, at the end of the run not that long; the pause after it."""
+        """Wait before the next attempt, less long at the end of the run; return the next pause."""
         with self._changed:
             ending, self._news = self._ending, True
             self._changed.wait_for(lambda: self._given_up.is_set() or self._ending != ending, pause_s)
             return urls.FIRST_PAUSE_S if self._ending != ending else min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _rest(self) -> bool:
-        """Say that nothing is left to do, if so; whether the thread is to end."""
+        """Mark the thread idle if nothing is left to do; return whether it is to end."""
         with self._changed:
             if self._news:
                 return False
@@ -137,7 +137,7 @@ class Mirror:
             return self._ending
 
     def _copy_all(self, done: dict[str, set[str]]) -> bool:
-        """Copy what is wanted, the newest first; False if given up, True also where there is news to look at first."""
+        """Copy what is missing, newest first; False if given up, True also if a new checkpoint comes first."""
         bucket = Bucket(self.url)
         if self._start is not None and (problem := self._start.problem(bucket)):
             self._warn(f"nothing more is mirrored: {problem}")
@@ -174,20 +174,20 @@ class Mirror:
         return True
 
     def _refuse_torn(self, checkpoint: Path) -> None:
-        """Compare one from before the start with its manifest, once; raises TornCheckpointError."""
+        """Compare a checkpoint from before the start with its manifest, once; raises TornCheckpointError."""
         if checkpoint.name not in self._whole:
             if problem := manifest.problem_of(checkpoint, ALONE):
                 raise TornCheckpointError(problem)
             self._whole.add(checkpoint.name)
 
     def _set_aside(self, bucket: Bucket) -> None:
-        """Set aside, once, what the run has been taken back from: before newer ones lie beyond it."""
+        """Set aside, once, the checkpoints that the run was rewound past, before new ones reach their steps."""
         if self._newest_at_start is not None:
             bucket.set_aside(self._newest_at_start, self._there)
             self._newest_at_start = None
 
     def _prune(self, bucket: Bucket) -> None:
-        """Remove what is no longer kept there; told once where one may not, as some buckets are only added to."""
+        """Remove what is no longer kept there; if that is not allowed, as in append-only buckets, report it once."""
         try:
             self._set_aside(bucket)  # else it would count
             bucket.prune(self._config.mirror_keep, self._config.mirror_keep_every_steps, self._torn)
@@ -197,7 +197,7 @@ class Mirror:
             self._reported_prune = True
 
     def _missing(self, bucket: Bucket) -> list[Path]:
-        """Of what is wanted, what the bucket does not have, newest first."""
+        """The wanted checkpoints that the bucket does not have, newest first."""
         missing = []
         for checkpoint in self._wanted():
             if checkpoint.name not in self._there:
@@ -209,7 +209,7 @@ class Mirror:
         return missing
 
     def _wanted(self) -> list[Path]:
-        """Of the checkpoints here, those that belong in the bucket, newest first."""
+        """The local checkpoints that belong in the bucket, newest first."""
         there = (found for found in newest_first(self._folder) if found.name not in self._torn)
         here = [found for found in there if (found / manifest.NAME).is_file()]
         every = self._config.mirror_keep_every_steps
@@ -235,13 +235,14 @@ def open_mirror(
     Args:
         folder: the run's ``checkpoints``.
         metrics: the run's file of metrics.
-        config: the run's config, which is put there, too.
-        world: this process among all.
-        log: takes what the thread has to say.
-        resumed: the checkpoint that the run goes on from, if any: then a bucket that does not answer may wait.
+        config: the run's config, which is written there too.
+        world: this process among all ranks.
+        log: for the thread's messages.
+        resumed: the checkpoint that the run resumes from, if any; with one, a bucket that does not answer is retried
+            later.
 
     Raises:
-        ValueError: if one may not write there, or with ``resumed`` if it is another run's; without, also if it does not
+        ValueError: if writing there is not allowed; with ``resumed``, if it is another run's; without, if it does not
             answer.
     """
     url, problem, start = config.train.checkpoint.mirror, None, None

@@ -1,8 +1,8 @@
-"""Whose a mirror is: of the run, and of its start, that was the last to write there.
+"""Which run owns a mirror, and which start of it: the last one to write there.
 
 Each start of a run has an id. The run folder and its mirror both hold the ids of the starts that have used the mirror,
-one a line, the last one last. Where the mirror's last one is none of the run folder's, another run writes there, or the
-run went on from the mirror elsewhere. A start that is no longer the last one leaves the mirror alone.
+one per line, newest last. If the mirror's newest id is not among the run folder's, another run writes there, or the run
+was resumed from the mirror elsewhere. A start that is no longer the newest one leaves the mirror alone.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def starts_of(run: Path) -> list[str]:
 
 
 def write_starts(run: Path, ids: Sequence[str]) -> None:
-    """Put the ``ids`` of all starts into the run folder."""
+    """Write the ``ids`` of all starts to the run folder."""
     write_atomically(run / STARTS, "".join(f"{id_}\n" for id_ in ids).encode())
 
 
 def of_another_run(bucket: Bucket, run: Path) -> str | None:
-    """The sentence for a bucket to which another run than the one in ``run`` was the last to write; None if it was not.
+    """The error for a bucket that a run other than the one in ``run`` was the last to write to; None if it was not.
 
-    Of a run without checkpoints nobody can tell: its disk may be lost.
+    Not meaningful for a run without checkpoints, whose disk may have been lost.
     """
     there = bucket.starts()
     if not there or there[-1] in starts_of(run):
@@ -47,17 +47,17 @@ class Start:
 
     Args:
         run: the run folder.
-        config: the run's, as YAML, to put into the mirror.
+        config: the run's, as YAML, to write to the mirror.
         resumed: whether the run folder has a checkpoint of its own.
     """
 
     def __init__(self, run: Path, config: str, resumed: bool) -> None:
         self._run, self._config, self._resumed = run, config, resumed
         self._id, self._taken = uuid4().hex, False
-        write_starts(run, [*starts_of(run), self._id])  # first, so that whatever ends it, the run knows its mirror
+        write_starts(run, [*starts_of(run), self._id])  # first: however this start ends, the run recognises its mirror
 
     def take(self, bucket: Bucket) -> str | None:
-        """Make the bucket this start's; why it cannot be, if it is another run's."""
+        """Claim the bucket for this start; return why that is not possible, if it is another run's."""
         if self._resumed and (problem := of_another_run(bucket, self._run)):
             return problem
         bucket.write_config(self._config)
@@ -66,7 +66,7 @@ class Start:
         return None
 
     def problem(self, bucket: Bucket) -> str | None:
-        """Why this start must leave the bucket alone, if it must; takes it first where that did not work before."""
+        """Why this start must leave the bucket alone, if it must; claims it first if that has failed so far."""
         if not self._taken:
             return self.take(bucket)
         if bucket.starts()[-1:] == [self._id]:

@@ -1,7 +1,7 @@
-"""Weights out of a checkpoint into a module, in one process: no ranks, no engine, and no code from pickles is run.
+"""Reading a checkpoint's weights into a module, in one process: no ranks, no engine, and no pickled code is run.
 
-The weights are the fp32 masters wherever there are any; ``zero_files.py`` knows where they lie. In memory is the fp32
-model, and of the files, which are mapped, what the system likes to keep. Decoders are read by :mod:`tune.load`.
+The weights are the fp32 masters wherever there are any; ``zero_files.py`` knows where to find them. Memory holds the
+fp32 model, and what the system caches of the memory-mapped files. Decoders are read by :mod:`tune.load`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
         module: as in the engine that wrote the checkpoint: the same names and shapes, and the same ``requires_grad``;
             fp32 on the CPU.
         folder: the checkpoint's, as :func:`checkpoint_of` returns it.
-        zero_stage: that it was written at.
+        zero_stage: the stage it was written at.
 
     Returns:
-        The optimiser steps that the weights have had.
+        The number of optimiser steps that the weights have had.
 
     Raises:
         ValueError: if the files hold another model, or anything but tensors and numbers.
@@ -46,7 +46,7 @@ def fill(module: nn.Module, folder: Path, zero_stage: int) -> int:
 
 
 def weights_of(module: nn.Module, folder: Path, zero_stage: int) -> Iterator[StoredParameter]:
-    """What a checkpoint holds of a module's parameters, mapped and not read.
+    """A checkpoint's values of a module's parameters, memory-mapped and not yet read.
 
     Args:
         module, folder, zero_stage: as for :func:`fill`; the module may be without memory.
@@ -61,7 +61,7 @@ def weights_of(module: nn.Module, folder: Path, zero_stage: int) -> Iterator[Sto
 
 
 def matched(module: nn.Module, folder: Path, zero_stage: int) -> dict[str, StoredParameter]:
-    """The same by name, where the checkpoint holds every parameter of the module once, in its shape.
+    """The same by name; the checkpoint must hold every parameter of the module once, in its shape.
 
     Raises:
         ValueError: if it does not, or the files hold anything but tensors and numbers.
@@ -76,26 +76,26 @@ def matched(module: nn.Module, folder: Path, zero_stage: int) -> dict[str, Store
 
 
 def without_second_names(module: nn.Module, entries: Iterable[StoredParameter]) -> Iterator[StoredParameter]:
-    """``entries`` without those under a parameter's second name, a tied head's, which some files have as well."""
+    """``entries`` without those under a parameter's second name (a tied head's), which some files also have."""
     names = {name for name, _ in module.named_parameters()}
     again = {name for name, _ in module.named_parameters(remove_duplicate=False)} - names
     return (entry for entry in entries if entry.name not in again)
 
 
 def thresholds_in(checkpoint: Path) -> Tensor | None:
-    """What the routers' margins are compared with, fp32 [S]; None for 0."""
+    """The thresholds on the routers' margins, fp32 [S]; None for 0."""
     with only_tensors(checkpoint):
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
     return state.get("thresholds")
 
 
 def checkpoint_of(path: Path, world: World = ALONE, what: str = _WHAT) -> Path:
-    """The checkpoint that ``path`` names, every file of it as its manifest says; collective.
+    """The checkpoint that ``path`` names, with every file verified against its manifest; collective.
 
     Args:
-        path: a run folder, of which the newest whole checkpoint is taken, or one checkpoint's folder.
-        world: the ranks that ask; each looks at a share of the files.
-        what: what to give instead, where the folder is neither.
+        path: a run folder, for its newest whole checkpoint, or one checkpoint's folder.
+        world: the calling ranks; each verifies a share of the files.
+        what: for the error, what to give if the folder is neither.
 
     Raises:
         ValueError: if there is none, or it is torn. On every rank.

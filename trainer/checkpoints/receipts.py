@@ -3,10 +3,11 @@
     receipts/
       receipt-00003.json   what rank 3 has written, with sizes and hashes
       failed-00003         rank 3 cannot write its part
-      growing              written anew as long as the checkpoint grows; gone when that is over, well or not
+      growing              rewritten as long as the checkpoint grows; removed when that is over, successful or not
 
-Rank 0 alone looks around: a look is three listings and the sizes of a few files, and each receipt is read once. The
-others ask for the time of one file. So what a rank asks of a shared file system does not grow with the number of ranks.
+Only rank 0 polls the folder: one poll is three listings and the sizes of a few files, and each receipt is read once.
+The others poll the modification time of one file. So the cost of a poll on a shared file system does not grow with the
+number of ranks.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from trainer.checkpoints.layout import ENGINE
 _FOLDER, _GROWING, _RECEIPT, _FAILED = "receipts", "growing", "receipt-", "failed-"
 _POLL_S = 0.05
 _SHARED_DISK_S = 30.0
-"""How long a folder that rank 0 has made may take to show on other machines."""
+"""How long a folder that rank 0 has created may take to appear on other machines."""
 _SAMPLED = 8
-"""Files being written whose sizes show that those who write them get on."""
+"""How many unfinished files are sampled to see whether writing makes progress."""
 
 
 def begin(partial: Path) -> Path:
-    """Make the empty checkpoint ``partial``, rank 0; return the file that shows when another rank sees it."""
+    """Create the empty checkpoint ``partial`` on rank 0; return a file that shows whether another rank sees it."""
     (partial / _FOLDER).mkdir(parents=True)
     (partial / _FOLDER / _GROWING).touch()
     return partial / _FOLDER / _GROWING
@@ -47,18 +48,18 @@ def appears(path: Path) -> bool:
 
 
 def leave(partial: Path, rank: int, written: dict[str, Any]) -> None:
-    """Say that ``rank`` has written its files: entries of the manifest, by name."""
+    """Report that ``rank`` has written its files; ``written``: their entries of the manifest, by name."""
     write_json(partial / _FOLDER / f"{_RECEIPT}{rank:05d}.json", written)
 
 
 def leave_failure(partial: Path, rank: int) -> None:
-    """Say that ``rank`` cannot write its part, if it can say that."""
-    with suppress(OSError):  # an empty file may find room where nothing else does
+    """Report that ``rank`` cannot write its part, if even that can be written."""
+    with suppress(OSError):  # an empty file may fit on a disk where nothing else does
         (partial / _FOLDER / f"{_FAILED}{rank:05d}").touch()
 
 
 def last_growth(partial: Path) -> int | None:
-    """When ``partial`` was last seen to grow, in the file system's ns; None if it is whole, or given up."""
+    """When ``partial`` last grew, in ns by the file system's clock; None if it is whole, or given up."""
     try:
         return (partial / _FOLDER / _GROWING).stat().st_mtime_ns
     except FileNotFoundError:
@@ -66,25 +67,25 @@ def last_growth(partial: Path) -> int | None:
 
 
 def end(partial: Path) -> None:
-    """Tell all who wait that nothing more will come."""
+    """Tell the waiting ranks that nothing more will be written."""
     with suppress(OSError):
         (partial / _FOLDER / _GROWING).unlink()
 
 
 def remove(partial: Path) -> None:
-    """Take all of this out of a checkpoint that every rank has written."""
+    """Remove these files from a checkpoint that every rank has written."""
     shutil.rmtree(partial / _FOLDER)
 
 
 class Collection:
-    """Rank 0's: the receipts so far.
+    """The receipts so far, on rank 0.
 
     Args:
         partial: the checkpoint.
         ranks: how many write.
 
     Attributes:
-        files: entries of the manifest, of the ranks that are done.
+        files: entries of the manifest, from the ranks that are done.
     """
 
     def __init__(self, partial: Path, ranks: int):
@@ -94,7 +95,7 @@ class Collection:
         self._seen: tuple[int, int] | None = None
 
     def look(self) -> bool | None:
-        """True when all have written; False when one cannot; None before, and tell the others if there is more."""
+        """True once all ranks have written, False if one cannot, else None; tells the others if more was written."""
         folder = self._partial / _FOLDER
         names = os.listdir(folder)
         if any(name.startswith(_FAILED) for name in names):
@@ -108,12 +109,12 @@ class Collection:
         seen = len(self._read), self._sampled_bytes()
         if seen != self._seen:
             self._seen = seen
-            with suppress(OSError):  # a full disk is the business of those who write
+            with suppress(OSError):  # the writers report a full disk
                 (folder / _GROWING).write_text(f"{seen[0]} of {self._ranks} ranks have written\n")
         return None
 
     def _sampled_bytes(self) -> int:
-        """Of the first few files that no receipt names yet."""
+        """Total size of the first few files that no receipt names yet."""
         below = [name for name in os.listdir(self._partial) if name not in (_FOLDER, ENGINE)]
         with suppress(FileNotFoundError):
             below += [f"{ENGINE}/{name}" for name in os.listdir(self._partial / ENGINE)]

@@ -1,11 +1,11 @@
-"""Going on from a checkpoint that other ranks, another ZeRO stage or another precision wrote.
+"""Resuming from a checkpoint written with another number of ranks, ZeRO stage or precision.
 
-The files give any entries of every parameter's fp32 master and optimiser state (``zero_files.py``); each rank reads of
-them what its own engine holds, one parameter at a time (``trainer/deepspeed_internals.py``). What a forward pass wants
-whole is then put together from all ranks' parts, so nothing is read twice.
+Any entries of every parameter's fp32 master and optimiser state can be read from the files (``zero_files.py``); each
+rank reads what its own engine holds, one parameter at a time (``trainer/deepspeed_internals.py``). What a forward pass
+needs whole is then assembled from all ranks' parts, so nothing is read twice.
 
-DeepSpeed's own universal checkpoints do not know stage 0 nor a change between 3 and the others, and give every group
-the first one's settings under stage 3.
+DeepSpeed's own universal checkpoints support neither stage 0 nor a change between stage 3 and the others, and under
+stage 3 give every parameter group the first one's settings.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from trainer.engine import optimizer_order
 
 
 def reshard(engine: Any, folder: Path, written: dict[str, Any], world: World) -> None:
-    """Put the weights and the optimiser's state of a checkpoint into a fresh engine; collective.
+    """Load the weights and the optimiser's state of a checkpoint into a fresh engine; collective.
 
     Args:
         engine: the DeepSpeed engine, of the same model.
         folder: DeepSpeed's files.
         written: the checkpoint's manifest.
-        world: this process among all.
+        world: this process among all ranks.
 
     Raises:
         ValueError: if the files hold another model.
@@ -51,20 +51,20 @@ def reshard(engine: Any, folder: Path, written: dict[str, Any], world: World) ->
 
 
 def put(engine: Any, entries: Iterable[StoredParameter], folder: Path, world: World) -> list[str]:
-    """Put weights, and what else ``entries`` hold, into an engine that has not trained yet; collective.
+    """Load weights, and optimiser state if ``entries`` hold it, into an engine that has not trained yet; collective.
 
     Args:
         engine: the DeepSpeed engine.
-        entries: a parameter each, in any order.
+        entries: one per parameter, in any order.
         folder: where they come from, for messages.
-        world: this process among all.
+        world: this process among all ranks.
 
     Returns:
-        Names of the parameters that were not among them, and are as they were.
+        Names of the parameters that were not among them, which are left unchanged.
 
     Raises:
-        ValueError: for one that the model does not have, or has in another shape, or whose files are not as they were
-            written; on every rank, though only one may have read there.
+        ValueError: for a parameter that the model does not have, or has in another shape, or whose files were changed;
+            on every rank, even if only one has read it.
     """
     left: list[str] = []
     error = None
@@ -85,7 +85,7 @@ def put(engine: Any, entries: Iterable[StoredParameter], folder: Path, world: Wo
 
 
 def _put_own(engine: Any, entries: Iterable[StoredParameter], folder: Path, rank: int, size: int) -> list[str]:
-    """What a rank keeps, one parameter at a time; not collective."""
+    """Load what this rank holds, one parameter at a time; not collective."""
     parameters = dict(engine.module.named_parameters())
     places = dict(master_places(engine, rank, size))
     optimizer = torch_optimizer(engine)
@@ -104,7 +104,7 @@ def _put_own(engine: Any, entries: Iterable[StoredParameter], folder: Path, rank
 def _set_state(
     optimizer: torch.optim.Optimizer, place: Place, entry: StoredParameter, read: Callable[[int, int], Tensor]
 ) -> None:
-    """The master and, where it is there, the optimiser's state, as far as this rank has them."""
+    """Set the master and, if stored, the optimiser's state, for the part that this rank holds."""
     flat = place.flat
     state = optimizer.state[flat] if entry.updates is not None or len(entry.values) > 1 else {}
     if entry.updates is not None:

@@ -1,6 +1,6 @@
-"""Going on from a checkpoint: which one, whether it fits, and everything put back.
+"""Resuming from a checkpoint: choose it, check that it fits, and restore everything.
 
-Resume takes the newest folder whose files match its manifest (``manifest.py``). How it was written: ``save.py``.
+Resume takes the newest folder whose files match its manifest (``manifest.py``). ``save.py`` writes them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from trainer.distributed import World
 def find_checkpoint(
     folder: Path, resume: str, world: World, mirror: str | None = None, metrics: Path | None = None
 ) -> Path | None:
-    """The checkpoint to start from, or None for a fresh start; torn ones are reported and passed over; collective.
+    """The checkpoint to start from, or None for a fresh start; torn ones are reported and skipped; collective.
 
     Where ``folder`` has no whole one, the newest whole one of the mirror is copied there first.
 
     Args:
         folder: the run's ``checkpoints``.
         resume: ``never``, ``auto`` or ``required``, as in the config.
-        world: this process among all.
+        world: this process among all ranks.
         mirror: URL of the run's mirror, if it has one.
-        metrics: the run's file of metrics, which comes from there, too.
+        metrics: the run's file of metrics, which is copied from there too.
 
     Raises:
         ValueError: where a silent start from step 0 would throw away or overwrite work.
@@ -63,7 +63,7 @@ def find_checkpoint(
 
 
 def _fetched(mirror: str, names: list[str], folder: Path, metrics: Path, world: World) -> Path | None:
-    """The newest of the mirror's checkpoints that is whole, in ``folder``."""
+    """Copy the newest whole one of the mirror's checkpoints into ``folder``; None if none is whole."""
     for name in names:
         if world.is_main:
             print(f"{folder} has no whole checkpoint; copying {name} from {mirror}", flush=True)
@@ -75,19 +75,19 @@ def _fetched(mirror: str, names: list[str], folder: Path, metrics: Path, world: 
 
 
 def origin_of(checkpoint: Path | None, world: World) -> str | None:
-    """What the run of ``checkpoint`` started from, in words; None for freshly drawn weights; collective."""
+    """What the run of ``checkpoint`` started from, in words; None for randomly initialised weights; collective."""
     return None if checkpoint is None else manifest.read(checkpoint, world).get("init")
 
 
 def load(
     engine: Any, checkpoint: Path, fingerprint: str | None, config: StageConfig, world: World
 ) -> tuple[dict[str, Any], str]:
-    """Put everything back; return the trainer's ``state``, and how it is laid out otherwise here; collective.
+    """Restore everything; return the trainer's ``state``, and how its layout differs here, in words; collective.
 
     ``fingerprint`` is that of the run's data; None for a fork, which may have other data.
 
-    Written by as many ranks, at the same ZeRO stage and precision, it comes back bit by bit. Otherwise weights and
-    optimiser state are resharded, and the run goes on to float tolerance; see ``reshard.py``.
+    With the same number of ranks, ZeRO stage and precision the state is restored bit for bit. Otherwise weights and
+    optimiser state are resharded, and the run continues to float tolerance; see ``reshard.py``.
 
     Raises:
         ValueError: if the run's config or data do not fit the checkpoint.
@@ -126,14 +126,14 @@ def changed_settings(checkpoint: Path, config: StageConfig) -> list[str]:
 
 
 def _sharing_change(blocks: dict[str, Any], config: StageConfig) -> str:
-    """How windows are shared otherwise than where a checkpoint was written, in words; its state is laid out alike."""
+    """How the sharing of windows differs from a checkpoint's, in words; the layout of its state is the same."""
     there = (blocks["deepspeed"] or {}).get("sequence_parallel", 1)
     here = config.deepspeed.sequence_parallel
     return "" if there == here else f"ranks that share a window {there} there and {here} here"
 
 
 def _layout_change(written: dict[str, Any], blocks: dict[str, Any], config: StageConfig, world: World) -> str:
-    """How a checkpoint's state is laid out otherwise than here, in words; empty if it is not."""
+    """How the layout of a checkpoint's state differs from this run's, in words; empty if it does not."""
     here = conditions(config, world)
     names = {"world_size": "ranks", "zero_stage": "ZeRO stage", "precision": "precision"}
     if written["zero_stage"] == here["zero_stage"] == 0:
@@ -163,7 +163,7 @@ def _check_fit(
     config: StageConfig,
     world: World,
 ) -> str:
-    """Refuse what cannot be gone on from; return how its state is laid out otherwise than here."""
+    """Refuse a checkpoint that cannot be resumed; return how the layout of its state differs from this run's."""
     if ("base" in blocks) != hasattr(config, "base"):
         writer, reader = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
         raise ValueError(f"{checkpoint} was written by {writer}, this is {reader}; give each its own train.run_dir")

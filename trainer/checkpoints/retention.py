@@ -1,8 +1,8 @@
-"""Which checkpoints stay, and whether the disk holds them.
+"""Which checkpoints are kept, and whether the disk has room for them.
 
-The ``keep`` newest whole ones stay, and those at multiples of ``keep_every_steps``; one more is there while it is
-written. A run says at its start if the disk has no room for as many, long before the save that would fail; and no save
-begins for which there is no room. ``max_gb`` is for disks whose quota the system does not report as free space.
+The ``keep`` newest whole ones are kept, and those at multiples of ``keep_every_steps``; one more exists while it is
+written. A run warns at its start if the disk has no room for that many, long before the save that would fail; and no
+save begins without room for it. ``max_gb`` is for disks whose quota does not show as free space.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def prune(
     """Remove checkpoints older than ``newest`` (just written, so whole) beyond the ``keep`` newest whole ones.
 
     Those at multiples of ``keep_every_steps`` stay. Those named in ``torn`` do not count, nor do others with a higher
-    step: a run that went back behind them must not lose what it went back to. The one with the name ``held``, which is
-    being read, stays.
+    step: a run that was rewound past them must not lose what it was rewound to. The one named ``held``, which is being
+    read, stays.
     """
     mine = [found.name for found in newest_first(folder) if step_of(found) <= step_of(newest)]
     for name in no_longer_kept(mine, config.keep, config.keep_every_steps, torn):
@@ -43,7 +43,7 @@ def prune(
 def no_longer_kept(names: Sequence[str], keep: int, keep_every_steps: int, uncounted: Collection[str]) -> list[str]:
     """Of the checkpoints ``names``, newest first, those older than the ``keep`` newest that count.
 
-    Those at multiples of ``keep_every_steps`` are none of them; nor is any while fewer than ``keep`` count.
+    Without those at multiples of ``keep_every_steps``; empty while fewer than ``keep`` count.
     """
     counted = [name for name in names if name not in uncounted]
     older = names[names.index(counted[keep - 1]) + 1 :] if len(counted) >= keep else []
@@ -51,12 +51,12 @@ def no_longer_kept(names: Sequence[str], keep: int, keep_every_steps: int, uncou
 
 
 def check_plan(size: float, folder: Path, train: TrainConfig, world: World) -> str | None:
-    """A sentence if the disk of ``folder`` has no room for all that the run will keep at once; collective.
+    """A warning if the disk of ``folder`` has no room for all that the run will keep at once; collective.
 
     ``size`` is in bytes: see :func:`checkpoint_bytes`.
 
     Raises:
-        ValueError: if ``max_gb`` has none.
+        ValueError: if ``max_gb`` is too small for it.
     """
     warning, problem = None, None
     if world.is_main:
@@ -111,7 +111,7 @@ def check_room(needed: float, folder: Path, name: str, max_gb: float | None) -> 
 
 
 def unwritable(run: Path, error: OSError) -> str:
-    """The sentence for a run folder in which ``error`` came up."""
+    """The error for a run folder whose disk raised ``error``."""
     return (
         f"train.run_dir {run} cannot be written ({error.strerror}); make room there and make it writable, or give "
         "another folder"
@@ -119,9 +119,9 @@ def unwritable(run: Path, error: OSError) -> str:
 
 
 def remove(checkpoint: Path) -> None:
-    """Renamed first: a kill during the removal leaves a name that nobody takes for a checkpoint.
+    """Rename a checkpoint, then delete it: a kill in between leaves a name that is not taken for a checkpoint.
 
-    What cannot be deleted now, such as files on NFS that somebody reads, stays under that name until a later save.
+    What cannot be deleted now, such as files on NFS that are being read, stays under that name until a later save.
     """
     doomed = removed_of(checkpoint)
     if doomed.exists():
@@ -131,9 +131,9 @@ def remove(checkpoint: Path) -> None:
 
 
 def most_at_once(train: TrainConfig) -> int:
-    """Most checkpoints of the run that are there at the same time: while the last one is being written.
+    """The most checkpoints of the run that exist at the same time: while the last one is being written.
 
-    One that is being mirrored may be there longer than it is kept.
+    One that is being mirrored may exist for longer than it is kept.
     """
     config = train.checkpoint
     every = config.every_steps if config.every_minutes is None else 1  # by the clock it may be any step
@@ -145,7 +145,7 @@ def most_at_once(train: TrainConfig) -> int:
 
 
 def checkpoint_bytes(module: nn.Module, config: StageConfig) -> float:
-    """About what a checkpoint takes of a model inside an engine."""
+    """Approximate size in bytes of a checkpoint of a model inside an engine."""
     from trainer.deepspeed_internals import whole_shape  # torch
 
     total, trained, moments = 0, 0, 0.0
@@ -159,7 +159,7 @@ def checkpoint_bytes(module: nn.Module, config: StageConfig) -> float:
 
 
 def bytes_below(folder: Path) -> int:
-    """Of all files below ``folder``, as far as they stay while one looks."""
+    """Total size of all files below ``folder``, without those that are removed meanwhile."""
     total = 0
     for inside, _, names in os.walk(folder):
         for name in names:

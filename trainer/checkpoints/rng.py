@@ -1,6 +1,7 @@
 """The state of the random-number generators, as tensors and numbers that a safe unpickler can read.
 
-Routing noise needs none of it (it is a hash, see ``model/noise.py``); dropout in adapters and users' own code do.
+Routing noise needs none of it (it is a hash, see ``model/noise.py``); dropout in adapters and users' own code do need
+it.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Writing a checkpoint while training goes on.
+"""Writing a checkpoint while training continues.
 
-    copy     every rank copies its state to host memory; only for this does training wait
+    copy     every rank copies its state to host memory; training waits only for this
     write    a thread of each rank writes its own files, syncs and hashes them, and leaves a receipt (``receipts.py``)
     finish   rank 0's thread, once all receipts are there, writes the manifest and renames the folder
 
-DeepSpeed writes in place and names a checkpoint ``latest`` before every rank has finished, so a kill leaves a torn one
-that looks whole. Here everything goes to ``step-N.partial`` (``layout.py``), and the manifest is written last.
+DeepSpeed writes in place and names a checkpoint ``latest`` before every rank has finished, so a kill leaves a torn
+checkpoint that looks whole. Here everything goes to ``step-N.partial`` (``layout.py``), and the manifest is written
+last.
 
 A save begins only after the one before has ended, so at most one copy of a rank's state is held. The threads use no
-collectives, which would cross those of the training step: what they agree on are files. A thread that fails makes its
-rank ask to stop; at the next step all ranks end together with its reason.
+collectives, which would interfere with those of the training step: they communicate by files. A thread that fails makes
+its rank ask to stop; at the next step all ranks end together, with its reason.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ from trainer.log import logger_of_run
 
 _POLL_S, _SLOWEST_POLL_S = 0.05, 1.0
 _QUIET_S = 60.0
-"""How long nothing new may come into a checkpoint before a rank that waits for it stops saying that all is well."""
+"""How long a checkpoint may go without growing before a waiting rank no longer reports progress."""
 _FIRST_ERROR_S = 5.0
-"""The same where an error has ended this rank, and probably others."""
+"""The same after an error has ended this rank, and probably others."""
 
 
 class Saver:
@@ -65,12 +66,12 @@ class Saver:
         folder: the run's ``checkpoints``.
         fingerprint: of the data and its order.
         config: the run's config.
-        world: this process among all; :meth:`save` and :meth:`wait` are collective.
-        tell: takes a sentence for each checkpoint that is whole; called on rank 0, from the thread.
-        tick: called while one waits for a checkpoint that grows, so that a long save is not taken for a hang.
-        origin: what the run started from, in words; None for freshly drawn weights.
-        mirror: on rank 0, what copies whole checkpoints elsewhere, if anything.
-        resumed: the checkpoint in ``folder`` that the run goes on from, if any.
+        world: this process among all ranks; :meth:`save` and :meth:`wait` are collective.
+        tell: called with a sentence for each whole checkpoint, on rank 0, from the thread.
+        tick: called while a rank waits and the checkpoint grows, so that a long save is not taken for a hang.
+        origin: what the run started from, in words; None for randomly initialised weights.
+        mirror: on rank 0, the thread that copies whole checkpoints elsewhere, if any.
+        resumed: the checkpoint in ``folder`` that the run resumes from, if any.
     """
 
     def __init__(
@@ -98,15 +99,15 @@ class Saver:
         return self._problem is not None
 
     def save(self, engine: Any, step: int, state: dict[str, Any]) -> Path:
-        """Copy everything, start to write it, and return the folder that it will have.
+        """Copy everything, start writing it, and return the checkpoint's final folder.
 
         Args:
             engine: the DeepSpeed engine, at an accumulation boundary.
             step: optimiser steps done.
-            state: what the trainer must get back, the same on every rank; tensors, numbers, strings, lists and dicts.
+            state: the trainer's state to restore, the same on every rank; tensors, numbers, strings, lists and dicts.
 
         Raises:
-            ValueError: if the save before failed, or this one has no room or no folder; older ones are untouched.
+            ValueError: if the save before failed, or there is no room or folder for this one; older ones are untouched.
         """
         self.wait()
         start = time.perf_counter()
@@ -156,14 +157,14 @@ class Saver:
             )
 
     def end(self) -> None:
-        """After an error: finish what this rank has begun to write; of the others wait for nobody who has stopped."""
+        """After an error: finish what this rank has begun to write, without waiting for ranks that have stopped."""
         if self._thread is not None:
             self._watch(_FIRST_ERROR_S)
             self._given_up.set()
             self._thread.join()
 
     def _watch(self, quiet_s: float) -> None:
-        """Tick as long as rank 0 says that the checkpoint grows; return when it is over, or has been quiet for long."""
+        """Tick as long as rank 0 sees the checkpoint grow; return once it is over, or has not grown for ``quiet_s``."""
         before, since, pause_s = 0, time.monotonic(), _POLL_S
         while not (self._written.is_set() and self.failed):
             grown = receipts.last_growth(self._partial)
@@ -183,7 +184,7 @@ class Saver:
         self._written, self._given_up = threading.Event(), threading.Event()
 
     def _make_room(self, engine: Any, partial: Path) -> None:
-        """An empty folder that all ranks see, on a disk with room for the checkpoint."""
+        """Create an empty folder that all ranks see, on a disk with room for the checkpoint."""
         problem, shows = None, None
         if self.world.is_main:
             try:
@@ -213,7 +214,7 @@ class Saver:
             raise ValueError(problem)
 
     def _run(self, files: dict[Path, Any], partial: Path, facts: dict[str, Any], start: float) -> None:
-        """The thread: nothing that it raises may be lost, and nothing else of it may wait forever."""
+        """The thread: whatever it raises is recorded, and no rank is left waiting for it."""
         try:
             receipt = {}
             while files:  # each file's copy is let go once it is on the disk
@@ -240,7 +241,7 @@ class Saver:
             receipts.end(partial)
 
     def _finish(self, partial: Path, facts: dict[str, Any]) -> bool:
-        """Rank 0, when all have written: manifest, name, and away with what is no longer kept; False if given up."""
+        """On rank 0, once all have written: write the manifest, rename, prune; False if given up."""
         collected, patience_s = receipts.Collection(partial, self.world.size), self.config.train.timeout_s
         start, pause_s = time.monotonic(), _POLL_S
         while not (whole := collected.look()):
@@ -264,7 +265,7 @@ class Saver:
 
 
 def _captured(engine: Any, partial: Path) -> dict[Path, Any]:
-    """What DeepSpeed would write, by its path, as copies on the host."""
+    """What DeepSpeed would write, by path, as copies on the host."""
     taken: dict[Path, Any] = {}
 
     def take(state: Any, path: str) -> None:
@@ -276,7 +277,7 @@ def _captured(engine: Any, partial: Path) -> dict[Path, Any]:
 
 
 def _on_host(value: Any, seen: dict[tuple[Any, ...], Tensor]) -> Any:
-    """A copy in host memory that shares nothing with ``value``; tensors that are the same one stay so."""
+    """A copy in host memory that shares nothing with ``value``; aliased tensors stay aliased."""
     if isinstance(value, Tensor):
         place = (value.data_ptr(), value.storage_offset(), value.dtype, value.shape, value.stride())
         if place not in seen:

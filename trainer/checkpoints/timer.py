@@ -10,7 +10,7 @@ class SaveTimer:
     """Rank 0 asks it before every step; the others learn the answer from the step's all-reduce.
 
     Args:
-        every_minutes: between the beginnings of two saves; None for never.
+        every_minutes: minutes between the beginnings of two saves; None for never.
         clock: seconds, monotonic.
     """
 
@@ -21,9 +21,9 @@ class SaveTimer:
 
     @property
     def due(self) -> bool:
-        """Whether so much time has passed since the last save began, or since the start."""
+        """Whether that much time has passed since the last save began, or since the start."""
         return self._clock() - self._since_s >= self._every_s
 
     def restart(self) -> None:
-        """A save begins, for whatever reason."""
+        """Called when a save begins, for whatever reason."""
         self._since_s = self._clock()

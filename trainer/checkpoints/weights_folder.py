@@ -47,12 +47,12 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
 
     Args:
         decoder: on the CPU, in any dtypes; they are kept.
-        out: the new folder; an empty one may be there.
+        out: the new folder; may exist if it is empty.
         tokenizer_folder: holds a ``tokenizer.json`` or a ``tokenizer.model``.
         facts: further entries of the manifest; ``source`` says in words where the weights came from.
 
     Raises:
-        ValueError: if ``out`` holds something, or there is no tokenizer.
+        ValueError: if ``out`` is not empty, or there is no tokenizer.
         OSError: if it cannot be written; nothing is left then.
     """
     require_new_folder(out)
@@ -61,7 +61,7 @@ def write_weights(decoder: Decoder, out: Path, tokenizer_folder: Path, facts: di
     thresholds = None if decoder.thresholds is None else numbers_of(decoder.thresholds)
     config = WeightsConfig(model=decoder.config, ensemble=ensemble, seed=decoder.seed, thresholds=thresholds)
     partial = temporary_name(out)
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed command
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed command
     partial.mkdir(parents=True)
     try:
         copy_tokenizer(tokenizer_folder, partial)
@@ -79,7 +79,7 @@ def read_weights(folder: Path, disk: Path | None = None) -> tuple[Decoder, Weigh
 
     Args:
         folder: as :func:`write_weights` makes it.
-        disk: keep the weights in a file without a name in this folder; in memory unless given.
+        disk: keep the weights in an unnamed file in this folder; in memory unless given.
 
     Raises:
         ValueError: if a file is missing or was changed, or the weights are those of another model.
@@ -105,7 +105,7 @@ def read_empty(folder: Path) -> tuple[Decoder, WeightsConfig]:
 
 
 def read_config(folder: Path, world: World) -> WeightsConfig:
-    """The config of a whole folder; collective.
+    """The config of a folder of weights, once its files are verified; collective.
 
     Raises:
         ValueError: if a file is missing or was changed; on every rank.
@@ -147,14 +147,14 @@ def mismatch(wanted: Mapping[str, Tensor], found: Mapping[str, Sequence[int]]) -
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file, readable for those whom the umask lets.
+    """Write a safetensors file, readable by whom the umask allows.
 
     Raises:
         OSError: if it cannot be written.
     """
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # of a disk that is full, too
+    except SafetensorError as error:  # also for a full disk
         raise OSError(f"{path} could not be written ({error}); free some space, or give another folder") from None
     open_to_others(path)
 

@@ -1,24 +1,24 @@
-"""DeepSpeed's checkpoint files, parameter by parameter: fp32 masters and optimiser state, whole, whatever wrote them.
+"""Reads DeepSpeed's checkpoint files of any ZeRO stage by parameter: whole fp32 masters and optimiser state.
 
-What the files hold depends on the ZeRO stage and the precision (0.19; W ranks, groups of parameters):
+What the files hold depends on the ZeRO stage and the precision (DeepSpeed 0.19; W ranks, parameters in groups):
 
     stage 0, 1, 2   fp32         whole weights, which are the fp32 master weights
     stage 0         bf16         whole bf16 weights; fp32 masters, one tensor a parameter, without names
-    stage 1, 2      bf16, fp16   whole weights; each group's masters joined end to end and cut into W partitions
-    stage 3         any          no weights; each parameter's master cut into W equal partitions, the last one padded
+    stage 1, 2      bf16, fp16   whole weights; each group's masters concatenated and split into W partitions
+    stage 3         any          no weights; each parameter's master split into W equal partitions, the last one padded
 
-The optimiser's moments lie as the masters do, at stages 1 and 2 in fp32 too. A parameter that does not train has no
-master. Its weight is whole at stages 0 to 2 and cut like a master at stage 3, in the precision of the forward pass,
-which is what the others were trained with.
+The optimiser's moments are laid out like the masters, at stages 1 and 2 in fp32 too. A frozen parameter has no master.
+Its weight is whole at stages 0 to 2 and split like a master at stage 3, in the precision of the forward pass, which is
+what the other parameters were trained with.
 
-Masters are read wherever there are any. A bf16 weight is its master rounded, so at stages 0 to 2 every weight says
-whether its master was found in the right place. DeepSpeed's own converter does not know stage 0 and asks for
-unrestricted unpickling; the table of fragments beside the partitions is wrong under ``round_robin_gradients``. So the
-order of the parameters in ``param_shapes`` is what counts here.
+Masters are read wherever there are any. A bf16 weight is its master rounded, so at stages 0 to 2 every weight shows
+whether its master was found in the right place. DeepSpeed's own converter does not support stage 0 and requires
+unrestricted unpickling; the table of fragments beside the partitions is wrong under ``round_robin_gradients``. So only
+the order of the parameters in ``param_shapes`` is used here.
 
-Files are mapped, not read: a parameter's values are copied when it is their turn. What a rank has written is opened
-when entries that lie there are asked for, so a rank that keeps a part of everything opens few files and reads few
-entries of them, however many ranks wrote.
+Files are memory-mapped: a parameter's values are copied only when needed. A rank's files are opened when entries in
+them are requested, so a rank that holds a part of everything opens few files and reads few of their entries, however
+many ranks wrote them.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ from torch import Tensor
 from trainer.deepspeed_internals import starts, types_in_files
 
 MASTER = "master"
-"""The name of the weights among the values of a parameter; the others are the optimiser's, as ``exp_avg``."""
+"""The name of the weights among the values of a parameter; the others are the optimiser's, such as ``exp_avg``."""
 Pieces = Callable[[int, int], list[Tensor]]
-"""Gives entries of a flat tensor: the first, and how many. One after the other the pieces, which are views, are them;
-fewer where the files have fewer."""
+"""Returns entries of a flat tensor, given the first index and the count, as views that concatenate to them; fewer where
+the files have fewer."""
 
 
 class StoredParameter(NamedTuple):
@@ -51,9 +51,8 @@ class StoredParameter(NamedTuple):
     Attributes:
         name: as in the model.
         shape: of the whole parameter.
-        values: by name, what gives them. ``MASTER`` is always among them, what the optimiser keeps of every entry only
-            for parameters that train.
-        rounded: the weight in the precision of the forward pass, where the files hold it too.
+        values: accessors by name: always ``MASTER``, and for trained parameters the optimiser's state per entry.
+        rounded: the weight in the precision of the forward pass, if the files hold it too.
         updates: the optimiser's own count of steps; None where it keeps none.
     """
 
@@ -64,7 +63,7 @@ class StoredParameter(NamedTuple):
     updates: float | None = None
 
     def part(self, name: str, start: int = 0, size: int | None = None) -> Tensor:
-        """``size`` entries of one of ``values`` (all unless given) from ``start`` on, copied out of the file: fp32."""
+        """``size`` entries of one of ``values`` (all unless given) from ``start`` on, copied from the file: fp32."""
         pieces = self.values[name](start, self.shape.numel() - start if size is None else size)
         return torch.cat([piece.float() for piece in pieces]) if pieces else torch.empty(0)
 
@@ -75,11 +74,11 @@ class StoredParameter(NamedTuple):
         return found
 
     def check(self, folder: Path, master: Tensor, start: int = 0, size: int | None = None) -> None:
-        """Refuse a master that is not as long as its parameter, or does not round to its weight.
+        """Refuse a master that does not have the expected length, or does not round to its weight.
 
         Args:
-            folder: where the files lie, for the message.
-            master: what was read of it.
+            folder: where the files are, for the message.
+            master: the entries that were read.
             start, size: what was asked for, as in :meth:`part`.
 
         Raises:
@@ -100,11 +99,11 @@ def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: 
     """All parameters of a checkpoint, in an order that is the same on every rank.
 
     Args:
-        folder: DeepSpeed's own.
-        stage, ranks: that it was written at.
+        folder: DeepSpeed's, in the checkpoint.
+        stage, ranks: ZeRO stage and number of ranks that it was written with.
         trained: names of the parameters that the optimiser has, in its order; needed at stage 0, whose files do not
-            say.
-        state: of the optimiser is wanted too, not the masters alone.
+            hold them.
+        state: whether to read the optimiser's state too, not only the masters.
     """
     if stage == 3:
         yield from _partitioned(folder, ranks, state)
@@ -131,7 +130,7 @@ def stored(folder: Path, stage: int, ranks: int, trained: Sequence[str], state: 
 
 
 class Joined:
-    """Flat tensors as if they were one, without a copy."""
+    """Flat tensors accessed as one, without a copy."""
 
     def __init__(self, parts: Sequence[Tensor]):
         self.parts = parts
@@ -148,7 +147,7 @@ class Joined:
 
 
 def by_value(weights: dict[str, Tensor], masters: list[Tensor], state: dict[int, Any]) -> Iterator[StoredParameter]:
-    """Masters without names: a weight's is the first of its shape that rounds to it (equal shapes keep their order)."""
+    """Match unnamed masters: a weight's is the first of its shape that rounds to it (equal shapes keep their order)."""
     left = dict(enumerate(masters))
     for name, weight in weights.items():
         for place, master in left.items():
@@ -158,7 +157,7 @@ def by_value(weights: dict[str, Tensor], masters: list[Tensor], state: dict[int,
 
 
 def _like(state: dict[str, Any], like: torch.Size) -> dict[str, Tensor]:
-    """What an optimiser keeps of every entry of a parameter."""
+    """Optimiser state with one value per entry of a parameter."""
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and value.shape == like}
 
 
@@ -168,12 +167,12 @@ def _one_tensor(name: str, master: Tensor, weight: Tensor, state: dict[str, Any]
 
 
 def pieces_of(whole: Tensor) -> Pieces:
-    """Of a tensor that is there as a whole."""
+    """The accessor for a tensor in one piece."""
     return Joined([whole.reshape(-1)]).pieces
 
 
 def whole_weights(weights: dict[str, Tensor], but: Collection[str] = ()) -> Iterator[StoredParameter]:
-    """Whole weights, all ``but`` those."""
+    """Whole weights, except those named in ``but``."""
     for name, weight in weights.items():
         if name not in but:
             yield StoredParameter(name, weight.shape, {MASTER: pieces_of(weight)})
@@ -182,10 +181,10 @@ def whole_weights(weights: dict[str, Tensor], but: Collection[str] = ()) -> Iter
 def _in_order(
     weights: dict[str, Tensor], shapes: list[dict[str, torch.Size]], folder: Path, state: bool
 ) -> Iterator[StoredParameter]:
-    """Stages 1 and 2: a group is its parameters end to end (with gaps, if DeepSpeed aligned them) over all ranks.
+    """Stages 1 and 2: a group is its parameters concatenated (with gaps, if DeepSpeed aligned them) over all ranks.
 
-    All partitions of a group are as long as the first. The last one is saved without the padding behind the last
-    parameter, its moments with it.
+    All partitions of a group are as long as the first. The last one is saved without the padding after the last
+    parameter, as are its moments.
     """
 
     optimizer_of = cache(partial(_optimizer_state, folder))
@@ -212,9 +211,9 @@ def _in_order(
 def _across(
     within: Callable[[int, int, int], list[Tensor]], length: int, offset: int, start: int, count: int
 ) -> list[Tensor]:
-    """``count`` entries from ``offset + start`` on of what lies cut into equal lengths, one a rank.
+    """``count`` entries from ``offset + start`` on of what is split into equal lengths, one per rank.
 
-    ``within`` gives entries of a rank's length: the rank, the first, and how many.
+    ``within`` returns entries of one rank's part, given the rank, the first index and the count.
     """
     found: list[Tensor] = []
     place, end = offset + start, offset + start + count
@@ -227,7 +226,7 @@ def _across(
 
 
 def _partitioned(folder: Path, ranks: int, state: bool) -> Iterator[StoredParameter]:
-    """Stage 3: what trains is in the optimisers' files, what does not in the models'."""
+    """Stage 3: trained parameters are in the optimiser files, frozen ones in the model files."""
 
     model_of, optimizer_of = cache(partial(_model_states, folder)), cache(partial(_optimizer_state, folder))
 
@@ -266,7 +265,7 @@ def _whole_from_equal_parts(
 
 
 def _partition(masters: list[Tensor], state: dict[int, Any]) -> dict[str, Joined]:
-    """Stage 3: one rank's flat tensors, one a sub-group, by name of the values."""
+    """Stage 3: one rank's flat tensors, one per sub-group, by name of the values."""
     states = [state.get(number, {}) for number in range(len(masters))]
     names = _like(states[0], masters[0].shape)
     return {MASTER: Joined(masters)} | {name: Joined([group[name] for group in states]) for name in names}
@@ -278,7 +277,7 @@ def _updates(states: Sequence[dict[str, Any]]) -> float | None:
 
 
 def _optimizer_state(folder: Path, rank: int) -> dict[str, Any]:
-    """What a rank's optimiser wrote; the name begins with ``bf16_`` or does not."""
+    """What a rank's optimiser wrote; the file's name may begin with ``bf16_``."""
     name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
     return _load(folder, name if (folder / name).exists() else f"bf16_{name}")["optimizer_state_dict"]
 

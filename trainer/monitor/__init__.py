@@ -1,1 +1,1 @@
-"""What watches a run and reports on it: metrics, spikes, hangs, launchers that are gone, requests to stop."""
+"""What watches a run and reports on it: metrics, spikes, hangs, dead launchers, requests to stop."""

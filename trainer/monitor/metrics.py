@@ -1,9 +1,9 @@
-"""Metrics: one line of JSON a logged step, the same values to the run's trackers, a progress line for people.
+"""Metrics: one line of JSON per logged step, the same values to the run's trackers, a progress line on the terminal.
 
-Names are ``group/name``; docs/training.md has the table with units. Only rank 0 writes; every metric is already one
-of all ranks. ``metrics.jsonl`` has each step once: what is found after the same step goes into the same line, which is
-written when the next step begins. A resumed run drops the lines after its checkpoint, which holds what was not written
-yet; so a stop moves no mean.
+Names are ``group/name``; docs/training.md has the table with units. Only rank 0 writes; every metric is already reduced
+over all ranks. ``metrics.jsonl`` has each step once: all metrics found after a step go into one line, which is written
+when the next step begins. A resumed run drops the lines after its checkpoint, which holds what was not written yet; so
+a stop changes no mean.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LONG_S = 60.0
-"""From the second step to the first line; where it is longer, how fast it goes is said before."""
+"""If the first line takes longer than this, the pace is logged after the second step."""
 
 
 class Metrics:
-    """Collects a run's figures and writes them.
+    """Collects a run's metrics and writes them.
 
     Args:
         config: the run's config.
         run: its folder.
         world: this process; only rank 0 writes.
         resumed_at: optimiser steps done before this start; None for a fresh one.
-        peak_flops: FLOP/s that one device reaches, for MFU; raised where steps turn out to reach more.
+        peak_flops: peak FLOP/s of one device, for MFU; raised if steps turn out to reach more.
         history_of: name of the validation set whose densities the routing picture shows.
         late_layers: how many last layers vote; 0 without an ensemble.
     """
@@ -110,15 +110,15 @@ class Metrics:
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, leave=False, file=sys.stdout)
 
     def close_bar(self) -> None:
-        """Take the progress bar away."""
+        """Remove the progress bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
     def log_step(self, step: int, samples: int, result: StepResult, lr: float, budget: Budget, waited_s: float) -> None:
-        """Take in the step that made it ``step`` steps and ``samples`` windows.
+        """Record a step; ``step`` and ``samples`` are the steps and windows done, this one included.
 
-        Every ``log.every_steps`` and at the last step, log the means since the last time.
+        Every ``log.every_steps`` and at the last step, log the means since the last line.
         """
         self._since_log.append(result)
         self._waited_so_far_s = waited_s
@@ -139,7 +139,7 @@ class Metrics:
         self._tell(step, line)
 
     def _estimate_end(self, step: int) -> None:
-        """After the second step of this start, where the first line is a minute away or more: how fast it is."""
+        """After the second step of this start, log the pace if the first line is more than a minute away."""
         if step != self._first_step + 2:
             return
         every = self.config.train.log.every_steps
@@ -181,8 +181,7 @@ class Metrics:
         self._add(step, dict(scalars))
 
     def draw(self, name: str, step: int, figure: Callable[[], Figure]) -> None:
-        """Send a stage's own picture to the trackers and put it, its name's slashes replaced, beside
-        ``metrics.jsonl``."""
+        """Send a stage's own picture to the trackers; save it beside ``metrics.jsonl``, with ``-`` for ``/``."""
         if self._trackers is None or not self.config.train.log.images:
             return
         content = io.BytesIO()
@@ -196,25 +195,25 @@ class Metrics:
             self._reported_images = True
 
     def has_evaluation(self, step: int) -> bool:
-        """True if ``step`` was evaluated before a resume; known on every rank."""
+        """True if ``step`` was evaluated before a resume; the same on every rank."""
         return bool(self.world.broadcast_object(step in self._evaluated_at))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave what happens inside (saving, evaluating) out of the step time."""
+        """Exclude what happens inside (saving, evaluating) from the step time."""
         start = time.perf_counter()
         yield
         self._clock += time.perf_counter() - start
 
     def write_line(self) -> None:
-        """Write what was found after the last step as its line, if anything was."""
+        """Write the metrics of the last step as its line, if there are any."""
         if self._trackers is not None and self._line:
             self._lines.add(metrics_file.text_of(self._line), self._reopened_at)
             self._reopened_at = None
         self._line = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that a resume goes on in the middle of a line: see :meth:`load_state_dict`."""
+        """What a checkpoint must hold for a resume to continue in the middle of a line: see :meth:`load_state_dict`."""
         return {
             "line": self._line,
             "sources": self.sources,
@@ -224,9 +223,9 @@ class Metrics:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the steps since the last line, and with the last step's line, if a kill kept it back.
+        """Restore the steps since the last line, and the last step's line if a kill kept it from being written.
 
-        Not with steps on other sources, which a fork may have: their losses are told by source.
+        Steps on other sources, which a fork may have, are dropped, because losses are logged by source.
         """
         self._line = state["line"] | self._line
         if state.get("sources", self.sources) != self.sources:
@@ -247,7 +246,7 @@ class Metrics:
     def _training_line(self, step: int, lr: float, budget: Budget, elapsed_s: float, waited_s: float) -> dict[str, Any]:
         results, config = self._since_log, self.config
         line = {"optimizer/lr": lr, **loss_scalars(results), **speed_scalars(config, results, elapsed_s, waited_s)}
-        # Of one device: both products are FLOP/s of all.
+        # Per device: ``speed/tokens_per_s`` is that of all ranks.
         speed = line["speed/tokens_per_s"] / self.world.size
         self._raise_peak(speed * line["flops/executed_per_token"])
         line["speed/mfu_executed"] = speed * line["flops/executed_per_token"] / self.peak_flops
@@ -263,7 +262,7 @@ class Metrics:
         return line
 
     def _raise_peak(self, reached: float) -> None:
-        """What a device has done, FLOP/s, it can do: a peak below that was measured on a busy machine, or was wrong."""
+        """Raise the peak to what a device has reached, FLOP/s: a lower one was measured on a busy machine, or wrong."""
         if reached <= self.peak_flops:
             return
         if not self._reported_peak:
@@ -281,7 +280,7 @@ class Metrics:
         """Put ``scalars`` into the line of ``step``, and send them to the trackers."""
         if self._trackers is None or not scalars:
             return
-        # JSON has no NaN: a figure that is not one is null.
+        # JSON has no NaN: values that are not finite become null.
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in scalars.items()}
         if self._line.get("step", step) != step:
             self.write_line()
@@ -311,10 +310,10 @@ class Metrics:
         self.draw("routing", step, lambda: routing_figure(self.sites, steps, densities, executed, router.density))
 
     def _keep_lines_up_to(self, step: int) -> None:
-        """Drop what a run that was killed logged after the checkpoint it resumes from; read the densities back.
+        """Drop what a killed run logged after the checkpoint it resumes from; read the densities back.
 
-        The line of the step itself is open again, and stays in the file until it is written anew: a start that is
-        refused later must not lose it.
+        The line of the step itself is reopened, and stays in the file until it is rewritten: a start that is refused
+        later must not lose it.
         """
         if not self.run.metrics.exists():
             return
@@ -353,7 +352,7 @@ def _step_result(fields: dict[str, Any]) -> StepResult:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most memory that this process has held so far: of ``device``, or all of it on a CPU."""
+    """Peak memory of this process so far, in bytes: on ``device``, or its resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,7 +1,7 @@
-"""``metrics.jsonl``: one line of JSON a logged step, each step once.
+"""``metrics.jsonl``: one line of JSON per logged step, each step once.
 
-Written by ``metrics.py``, read here by all others. The last line of a run that goes on, or was killed, may be cut in
-half; it is passed over.
+Written by ``metrics.py``; all other code reads it through this module. The last line of a run that is in progress, or
+was killed, may be incomplete; it is skipped.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ Line = dict[str, Any]
 
 
 def read(path: Path, tail_bytes: int | None = None) -> list[Line]:
-    """All whole lines, in their order; none where there is no file.
+    """All complete lines, in order; none if there is no file.
 
     Args:
-        path: of the file.
-        tail_bytes: read only as much of its end, with what is whole there.
+        path: the file.
+        tail_bytes: read only this much of its end, and the complete lines there.
     """
     lines: list[Line] = []
     try:
@@ -42,7 +42,7 @@ def read(path: Path, tail_bytes: int | None = None) -> list[Line]:
 
 
 def latest(path: Path, step: int | None = None) -> Line:
-    """Of every metric the last value, up to ``step`` if that is given."""
+    """The last value of every metric, up to ``step`` if that is given."""
     found: Line = {}
     for line in read(path):
         if step is None or line["step"] <= step:
@@ -56,13 +56,13 @@ def losses_of(line: Line) -> Line:
 
 
 def under(prefix: str, line: Line, suffix: str = "") -> Line:
-    """The figures whose names begin with ``prefix`` and end with ``suffix``, by what stands between."""
+    """The metrics whose names begin with ``prefix`` and end with ``suffix``, by what is between."""
     found = {name: value for name, value in line.items() if name.startswith(prefix) and name.endswith(suffix)}
     return {name.removeprefix(prefix).removesuffix(suffix): value for name, value in found.items()}
 
 
 def text_of(line: Line) -> str:
-    """As it stands in the file, without the line's end."""
+    """The line as it is in the file, without the newline."""
     return json.dumps(line)
 
 

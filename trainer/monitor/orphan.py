@@ -1,16 +1,16 @@
-"""Is the launcher that started this rank still there?
+"""Detects whether the launcher that started this rank is gone.
 
-A launcher that is killed cannot end its ranks: they would keep their GPUs with nobody left to stop them. SIGTERM to the
-``deepspeed`` command ends only that command (DeepSpeed 0.19 does not pass it on), SIGKILL to any launcher ends only it.
-Linux gives an orphan another parent, and that is what is looked for, in every link from the rank up to the process that
-a person can kill:
+A launcher that is killed cannot end its ranks: they would keep their GPUs with nothing left to stop them. SIGTERM to
+the ``deepspeed`` command ends only that command (DeepSpeed 0.19 does not forward it), SIGKILL to any launcher ends only
+it. Linux gives an orphan another parent, which is checked for every link from the rank up to the process that a user
+would kill:
 
     rank <- deepspeed.launcher.launch <- deepspeed                 one host
     rank <- deepspeed.launcher.launch [<- shell] <- sshd           a host of a hostfile, reached by pdsh
     rank <- torchrun
 
-What is above is not looked at, and other parents are not either: ``nohup``, ``setsid``, tmux, a container's first
-process or a shell that is closed may all leave a run behind on purpose.
+Processes above it are not checked, nor are other parents: ``nohup``, ``setsid``, tmux, a container's first process or
+a closed shell may all leave a run behind on purpose.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def is_gone(chain: list[int]) -> bool:
 
 
 def started_as(chain: list[int]) -> list[str] | None:
-    """The words that this run was started with, as a person types them; None where only a scheduler knows them.
+    """The command that this run was started with, as typed by a user; None where only a scheduler knows it.
 
     Args:
         chain: see :func:`launcher_above`.
@@ -69,7 +69,7 @@ def started_as(chain: list[int]) -> list[str] | None:
 
 
 def command_again(override: str) -> str:
-    """The command that starts this run once more, to be typed as it stands, with ``override`` (``key=value``)."""
+    """The command that starts this run again with ``override`` (``key=value``), ready to be pasted into a shell."""
     if STARTED_AS is None:
         return f"the same command and {override}"
     key = f"{override.partition('=')[0]}="

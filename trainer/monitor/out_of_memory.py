@@ -1,7 +1,7 @@
-"""What a run says when memory has run out: who holds most of it, and which fields change that.
+"""What a run reports when memory has run out: what holds most of it, and which config fields change that.
 
-Parameters, gradients and optimiser states are counted on the live engine; what they do not explain of the peak is
-activations and what a step works with, buckets and other buffers among it. ``launch.plan`` computes the same ahead.
+Parameters, gradients and optimiser states are counted on the live engine; the rest of the peak is activations and a
+step's working memory, such as buckets and other buffers. ``launch.plan`` computes the same in advance.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes of one rank's device."""
+    """Bytes on one rank's device."""
 
     parameters: float
     gradients: float
@@ -41,7 +41,7 @@ class Parts:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of the parts."""
         return float(sum(asdict(self).values()))
 
 
@@ -61,7 +61,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def out_of_memory(error: BaseException, engine: Any, config: StageConfig, world: World, where: str, run: Path) -> str:
-    """The sentence for the user; on a GPU it leaves a snapshot of the allocator, too.
+    """The error for the user; on a GPU also writes a snapshot of the allocator.
 
     Args:
         error: what torch raised.
@@ -90,7 +90,7 @@ def out_of_memory(error: BaseException, engine: Any, config: StageConfig, world:
 
 
 def measured(engine: Any, device: torch.device) -> Parts:
-    """What a rank holds now, and as activations what is missing to the most that it has held."""
+    """What a rank holds now, with the rest of its peak memory as activations."""
     module = engine.module
     kept = optimizer_tensors(engine)
     parameters = [local_part(p) for p in module.parameters()]
@@ -103,7 +103,7 @@ def measured(engine: Any, device: torch.device) -> Parts:
 
 
 def _bytes(tensors: Iterable[Tensor], device: torch.device, counted: set[int]) -> float:
-    """Of the storages on ``device`` that are not among ``counted``, which they then are."""
+    """Size of the storages on ``device`` that are not yet in ``counted``; adds them to it."""
     total = 0
     for tensor in tensors:
         storage = tensor.untyped_storage()
@@ -114,7 +114,7 @@ def _bytes(tensors: Iterable[Tensor], device: torch.device, counted: set[int]) -
 
 
 def _advice(part: str, config: StageConfig, world: World) -> str:
-    """Fields that make ``part`` smaller, those that cost least first; none that the config would refuse."""
+    """Settings that make ``part`` smaller, cheapest first; none that the config would refuse."""
     ways = _smaller_steps(config, world) if part == "activations" else _divided_or_moved(part, config, world)
     return f"take {' or '.join(ways or ['a device with more memory, or a smaller model'])}"
 

@@ -1,12 +1,12 @@
-"""The peak that MFU is a share of: the fastest matrix product that a device is seen to make in a dtype.
+"""The peak for MFU: the fastest matrix product measured on a device in a dtype.
 
-A linear layer makes three products, and each has its own memory layout, which a library may be good or bad at:
+A linear layer computes three products, each with its own memory layout, which a library may handle well or badly:
 
     y = x w^T        dx = dy w        dw = dy^T x
 
-On a CPU without bf16 instructions they are up to twenty times apart. All three are tried at several sizes, small ones
-first; what is far slower than the fastest, or would take too long, is not tried at the larger ones. Training and
-benchmarks use the same peak; a layer consists of these products and more, so that it cannot be faster.
+On a CPU without bf16 instructions their speeds differ by up to a factor of twenty. All three are tried at several
+sizes, small ones first; those far slower than the fastest, or that would take too long, are not tried at larger sizes.
+Training and benchmarks use the same peak; a layer consists of these products and more, so it cannot be faster.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn import functional
 from trainer.distributed import World
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By the names that configs and command lines give them."""
+"""Dtypes by their names in configs and on command lines."""
 _PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "y": functional.linear,
     "dx": torch.mm,
@@ -32,7 +32,7 @@ _PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 _BLOCK = 256
 _SIZES = (256, 512, 1024, 2048, 4096, 8192)
-"""Edges of the square matrices: multiples of ``_BLOCK``."""
+"""Side lengths of the square matrices: multiples of ``_BLOCK``."""
 _SURVEY_S = 0.25
 _FAR_SLOWER = 0.5
 _LEADERS = 3
@@ -46,7 +46,7 @@ class Product(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of one call."""
+        """FLOPs of one call."""
         return 2.0 * self.size**3
 
 
@@ -54,11 +54,11 @@ class PeakFlops:
     """Measures on construction, for about a quarter of a second, and the fastest products again at every call.
 
     Args:
-        device: where.
+        device: the device to measure.
         dtype: of the operands.
 
     Attributes:
-        seconds: of the fastest call of each product that was tried.
+        seconds: time of the fastest call of each product that was tried.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -68,7 +68,7 @@ class PeakFlops:
         own = torch.Generator(device).manual_seed(0)
         self._blocks = [torch.randn(_BLOCK, _BLOCK, device=device, generator=own).to(dtype) for _ in range(2)]
         self._operands: dict[int, list[Tensor]] = {}
-        for multiply in _PRODUCTS.values():  # not by the clock: a device's libraries are loaded in the first call
+        for multiply in _PRODUCTS.values():  # untimed: the first call loads the device's libraries
             seconds_of(partial(multiply, *self._blocks), device)
         end_s = time.perf_counter() + _SURVEY_S
         for size in _SIZES:
@@ -88,12 +88,12 @@ class PeakFlops:
 
     @property
     def flops_per_s(self) -> float:
-        """Of the fastest product so far."""
+        """FLOP/s of the fastest product so far."""
         return max(map(self._rate, self.seconds))
 
     @property
     def layer_flops_per_s(self) -> float:
-        """Of the three products of a small layer one after the other, which a slow one of them holds up."""
+        """FLOP/s of the three products of a small layer in sequence, which one slow product holds up."""
         layer = [Product(name, _SIZES[0]) for name in _PRODUCTS]
         return sum(product.flops for product in layer) / sum(self.seconds[product] for product in layer)
 
@@ -101,11 +101,11 @@ class PeakFlops:
         return product.flops / self.seconds[product]
 
     def _try(self, product: Product, left_s: float) -> None:
-        """Measure it twice, the first call being slow, unless it is hopeless or would take longer than ``left_s``."""
+        """Measure it twice, the first call being slow, unless it is far too slow or would exceed ``left_s``."""
         if product.size > _SIZES[0]:
             tried = [p for p in self.seconds if p.name == product.name]
             last = max(p.size for p in tried)
-            beside = max(self._rate(p) for p in self.seconds if p.size == last)  # of launches, small ones are alike
+            beside = max(self._rate(p) for p in self.seconds if p.size == last)  # small ones are all launch-bound
             rate = self._rate(Product(product.name, last))
             if rate < _FAR_SLOWER * beside or 2 * product.flops / rate > left_s:
                 return
@@ -122,13 +122,13 @@ class PeakFlops:
 
 
 def measure_peak(world: World, precision: str) -> float:
-    """FLOP/s of one device so measured, the mean over ranks measuring at once; collective."""
+    """Peak FLOP/s of one device, the mean over ranks that measure at the same time; collective."""
     own = PeakFlops(world.device, DTYPES[precision]).flops_per_s
     return sum(world.all_gather_objects(own)) / world.size
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds that ``call`` takes, until ``device`` has done what it was given."""
+    """Seconds that ``call`` takes, until ``device`` has finished."""
     _wait(device)
     start_s = time.perf_counter()
     call()

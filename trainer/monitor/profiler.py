@@ -1,11 +1,11 @@
 """Where time and memory go: a trace of a few steps from every rank, with our phases and the model's sites as ranges.
 
     RUN/profile/rank-N.pt.trace.json.gz     for Perfetto, TensorBoard and ``python -m launch.profile RUN``
-    RUN/profile/rank-N.memory.pickle        with ``train.profile.memory``, of a GPU's allocator
+    RUN/profile/rank-N.memory.pickle        with ``train.profile.memory``, from a GPU's allocator
 
-Off, it costs nothing: ranges are put around methods and modules when the first step to profile comes, and taken away
-behind the last. A phase begins where the heartbeat's does; within a step, ``forward``, ``backward`` and ``optimiser``
-are the engine's calls, ``tracker`` is the handing over of a line. Sites are named after layers, as in the metrics.
+When off it costs nothing: ranges are put around methods and modules before the first step to profile, and removed after
+the last. A phase begins where the heartbeat's does; within a step, ``forward``, ``backward`` and ``optimiser`` are the
+engine's calls, ``tracker`` is the logging of metrics. Sites are named after layers, as in the metrics.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from trainer.monitor.phase_names import FOLDER, PHASES, TRACE
 
 SNAPSHOT = ".memory.pickle"
 _MOST_EVENTS = 200_000
-"""Allocations that a memory snapshot remembers with their stacks."""
+"""Most allocations that a memory snapshot records with their stacks."""
 _Undo = Callable[[], None]
 
 
 class StepProfiler:
-    """Profiles the steps from the first to the last that the config names, as far as this start takes them.
+    """Profiles the steps that the config names, as far as this start of the run takes them.
 
     Args:
-        config: which.
-        folder: of the run.
-        rank: of this process.
+        config: which steps.
+        folder: the run's.
+        rank: this process's.
         device: where it computes.
     """
 
@@ -60,13 +60,13 @@ class StepProfiler:
             )
 
     def between_steps(self, done: int, engine: Any, heartbeat: Heartbeat, tracking: Any) -> None:
-        """Before the data of step ``done + 1``: begin, note the border of a step, or end and write.
+        """Called before the data of step ``done + 1`` are loaded: begin, mark a step boundary, or end and write.
 
         Args:
             done: optimiser steps done.
             engine: around a decoder.
-            heartbeat: whose phases are ranges.
-            tracking: what a line of metrics is given to by ``log_step``.
+            heartbeat: its phases become ranges.
+            tracking: the object whose ``log_step`` logs metrics.
         """
         if self._profile is not None and done < self.last:
             self._profile.step()
@@ -76,7 +76,7 @@ class StepProfiler:
             self._begin(engine, heartbeat, tracking)
 
     def close(self) -> None:
-        """End, if it has begun, and write what there is; a disk that is full costs the trace, not the run."""
+        """End, if it has begun, and write the trace; a full disk loses the trace, not the run."""
         if self._profile is None:
             return
         profiled, self._profile = self._profile, None
@@ -176,7 +176,7 @@ class StepProfiler:
         for layer in decoder.layers:
             assert isinstance(layer, Block)
             name = f"layer-{layer.layer:02d}"
-            if layer._compiled_call_impl is not None:  # one graph, whose inside no hook sees
+            if layer._compiled_call_impl is not None:  # one graph; hooks see nothing inside it
                 self._range_around(layer, "_compiled_call_impl", name)
                 continue
             self._range_over(layer, name)
@@ -193,7 +193,7 @@ class StepProfiler:
 
 
 def write_snapshot(folder: Path, rank: int) -> Path:
-    """What the GPU's allocator holds, and since when if it was asked to remember; for pytorch.org/memory_viz."""
+    """Write what the GPU's allocator holds, with its history if that was recorded; for pytorch.org/memory_viz."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"rank-{rank}{SNAPSHOT}"
     torch.cuda.memory._dump_snapshot(str(path))

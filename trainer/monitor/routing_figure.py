@@ -1,4 +1,4 @@
-"""Pictures of the routing: densities over training, and which layers the tokens of one text took."""
+"""Pictures of the routing: densities over training, and which layers the tokens of one text executed."""
 
 from __future__ import annotations
 

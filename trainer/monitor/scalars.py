@@ -28,7 +28,7 @@ def loss_scalars(results: Sequence[StepResult]) -> dict[str, float]:
 def speed_scalars(
     config: StageConfig, results: Sequence[StepResult], elapsed_s: float, waited_s: float
 ) -> dict[str, float]:
-    """FLOPs a token, executed and of the same tokens without routers; speed of all ranks."""
+    """FLOPs per token, as executed and for the same tokens without routers; speed of all ranks together."""
     routed = _sum([r.tally.routed for r in results])
     everything = Routed(routed.tokens, routed.visible_keys, [], [], routed.head_tokens)
     dense = training_flops(without_routers(config.model), everything, config.trained)
@@ -42,7 +42,7 @@ def speed_scalars(
 
 
 def imbalance_scalars(config: StageConfig, result: StepResult, ranks: int) -> dict[str, float]:
-    """How much more the busiest rank did in a step than the mean of all: 1 where they did the same."""
+    """Work of the busiest rank in a step, relative to the mean over ranks; 1 if all did the same."""
     largest, routed, model = result.largest, result.tally.routed, config.model
     if largest is None:
         return {}
@@ -85,7 +85,7 @@ def source_scalars(sources: Sequence[str], results: Sequence[StepResult]) -> dic
 
 
 def vote_scalars(layers: Sequence[str], results: Sequence[StepResult]) -> dict[str, float]:
-    """What the ensemble's router gives each late layer, and its distillation."""
+    """The weights that the ensemble's router gives the late layers, their entropy, and the distillation loss."""
     tallies = [r.tally for r in results if r.applied]
     targets = sum(t.targets for t in tallies)
     if not targets:
@@ -101,7 +101,7 @@ def vote_scalars(layers: Sequence[str], results: Sequence[StepResult]) -> dict[s
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of at least one."""
+    """The mean of at least one value."""
     return sum(values) / len(values)
 
 

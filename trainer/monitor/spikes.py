@@ -1,13 +1,13 @@
-"""Loss spikes: steps whose loss or gradient norm stands far above those before.
+"""Loss spikes: steps whose loss or gradient norm is far above those before.
 
-The rule is that of OLMo 2's spike score (arXiv:2501.00656): a value so many standard deviations from the rolling mean,
-here of ``train.spike.window_steps`` steps and only above it. By Cantelli's inequality at most one value in
-1 + threshold^2 of any distribution is that high, so batches that are easy and hard by turns are no spikes; nor is the
-fast fall at the start, which lies below its mean, or a slow rise, which takes the mean with it. Of the gradient norm,
-whose distribution has a long tail, the logarithm is taken.
+The rule is that of OLMo 2's spike score (arXiv:2501.00656): a value a number of standard deviations from the rolling
+mean, here over ``train.spike.window_steps`` steps and only above it. By Cantelli's inequality at most one value in
+1 + threshold^2 of any distribution is that high, so alternating easy and hard batches are no spikes; nor is the fast
+fall at the start, which lies below its mean, or a slow rise, which the mean follows. The gradient norm's logarithm is
+used, as its distribution has a long tail.
 
-Steps of a spike stay out of the mean, or it would soon pass for normal. One that lasts as long as the window is the
-new normal, and the window begins again; it does where a stage of the mixture begins, too.
+Steps of a spike are left out of the mean, or the spike would soon look normal. One that lasts as long as the window is
+the new normal, and the window starts over, as it does where a stage of the mixture begins.
 
 Everything here is computed from metrics that are the same on every rank, so every rank comes to the same verdict.
 """
@@ -34,10 +34,10 @@ class Spike:
 
     Attributes:
         first_step, last_step: numbers of the first one and of the last one so far.
-        steps: how many they are, those left out for what was not finite not counted.
+        steps: their number, without skipped steps, which were not finite.
         consumed_before, consumed: samples that the run had consumed before the first one and after the last one.
-        what: the figure of the first one, beside the range expected of it.
-        end: how it ended; None while it goes on.
+        what: the value of the first one, and the range expected of it.
+        end: how it ended; None while it lasts.
     """
 
     first_step: int
@@ -79,7 +79,7 @@ class SpikeDetector:
             grad_norm: before clipping, finite; None where it is not known.
 
         Returns:
-            The spike that this step began, went on with or ended, if any.
+            The spike that this step began, continued or ended, if any.
         """
         log_norm = math.log(grad_norm) if grad_norm else None
         what = self._excess("loss", loss, self._losses, lambda value: f"{value:.4f}")
@@ -102,7 +102,7 @@ class SpikeDetector:
         return spike
 
     def forget(self) -> None:
-        """Begin the window again, because the data are others from here on."""
+        """Start the window over, as where the data change."""
         self._losses.clear()
         self._log_norms.clear()
         self._spike = None
@@ -113,14 +113,14 @@ class SpikeDetector:
         return {"losses": list(self._losses), "log_norms": list(self._log_norms), "spike": spike}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` returned; of a longer window the newest values."""
+        """Restore what :meth:`state_dict` returned; of a longer window the newest values."""
         for values, saved in ((self._losses, state["losses"]), (self._log_norms, state["log_norms"])):
             values.clear()
             values.extend(saved)
         self._spike = None if state["spike"] is None else Spike(**state["spike"])
 
     def _excess(self, name: str, value: float, window: deque[float], show: Callable[[float], str]) -> str | None:
-        """What is to be said of ``value`` if it is out of range; never before the window is full."""
+        """A description of ``value`` if it is out of range; None until the window is full."""
         if len(window) < self.config.window_steps:
             return None
         mean = math.fsum(window) / len(window)
@@ -135,7 +135,7 @@ class SpikeDetector:
 
 
 def how_to_go_back(run: Path, spike: Spike, skip_ranges: Ranges) -> str:
-    """The commands, as half a sentence, that take ``run`` back before ``spike`` and have it pass over its samples."""
+    """The commands, as half a sentence, that rewind ``run`` to before ``spike`` and skip its samples."""
     before = next((found for found in newest_first(checkpoints_of(run)) if step_of(found) < spike.first_step), None)
     if before is None:
         return (

@@ -1,4 +1,4 @@
-"""What is looked at after every step: whether it went bad, whether it is part of a spike, whether a stage begins."""
+"""The checks after every step: whether it went bad, whether it is part of a spike, whether a stage begins."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from trainer.tally import StepResult
 
 
 class Verdict(NamedTuple):
-    """What is to be said after a step, if anything.
+    """The result of the checks after a step.
 
     Attributes:
         warning: for the log.
-        error: gives the sentence that ends the run; it names checkpoints, so ask when none is being written any more.
+        error: returns the sentence that ends the run; it names checkpoints, so call it once none is being written.
     """
 
     warning: str | None = None
@@ -29,7 +29,7 @@ class Verdict(NamedTuple):
 
 
 class StepChecks:
-    """Judges one step after the other, by figures that are the same on every rank; its state is part of a checkpoint.
+    """Judges one step after the other, by metrics that are the same on every rank; its state is part of a checkpoint.
 
     Args:
         config: the run's.
@@ -42,15 +42,15 @@ class StepChecks:
         self._bad_in_a_row = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """What an exact resume needs; bad steps are counted anew after one."""
+        """What an exact resume needs; the count of bad steps restarts at 0."""
         return self._spikes.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned."""
         self._spikes.load_state_dict(state)
 
     def stage_begun(self, samples: int) -> int | None:
-        """Number of the stage that the step first took samples of, if any; other losses are no spike from there on.
+        """Number of the stage that begins with this step, if any; the window of spikes then starts over.
 
         Args:
             samples: consumed, this step's included.
@@ -82,7 +82,7 @@ class StepChecks:
         return Verdict(warning, partial(too_many_bad_steps, self._bad_in_a_row, step, checkpoints_of(self._run)))
 
     def _judge_spike(self, step: int, samples: int, result: StepResult) -> Verdict:
-        """When a spike begins or ends, with the way back; an error where it is to end the run."""
+        """A warning when a spike begins or ends, with how to rewind; an error if it is to end the run."""
         train, ranges = self._config.train, self._config.data.skip_ranges
         spike = self._spikes.observe(step, self._before(samples), samples, result.tally.loss, result.grad_norm)
         if spike is None:

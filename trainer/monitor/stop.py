@@ -1,4 +1,4 @@
-"""What stops a run besides its end: signals, ranks that are lost, and steps that went bad."""
+"""What stops a run before its last step: signals, lost ranks, and bad steps."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from trainer.monitor.orphan import LAUNCHER
 
 _LOST = re.compile("gloo/transport|ncclRemoteError|remote process exited")
 _FIRST_ERROR_S = 5.0
-"""How long a rank that lost another one waits, so that a launcher sees the status of the one that went first."""
+"""How long a rank that lost another one waits, so that a launcher sees the exit status of the one that ended first."""
 
 
 _NAMED = 8
-"""Ranks and samples that are named one by one; there may be thousands."""
+"""Most ranks and samples that are named one by one; there may be thousands."""
 _CTRL_C = "Ctrl-C: this step is finished and saved, then the run ends; once more ends it at once, unsaved"
 _LAUNCHERS_OWN = (
     "\n(the deepspeed command ends before that: what it prints now, KeyboardInterrupt, is how it stops; wait for "
@@ -35,8 +35,8 @@ _LAUNCHERS_OWN = (
 class StopRequest:
     """Remembers SIGTERM, SIGUSR1, SIGHUP and Ctrl-C until the ranks can agree on them; a second Ctrl-C ends at once.
 
-    SIGHUP comes when the terminal is closed or its connection is lost; under ``nohup`` it is ignored, and stays so.
-    What is printed after it goes nowhere, where it would have gone to that terminal; the run's log has it.
+    SIGHUP comes when the terminal is closed or its connection is lost; under ``nohup`` it stays ignored. After it,
+    output to that terminal is discarded; the run's log has it.
 
     The handler only sets a flag: launchers deliver the signal to one rank after the other, so a collective inside a
     handler would wait for ranks that never got it. The flag travels in the step's own all-reduce.
@@ -54,7 +54,7 @@ class StopRequest:
             signal.signal(signal.SIGHUP, self._note)
 
     def request(self) -> bool:
-        """Ask to stop, as a signal does; from any thread. Whether nobody had before."""
+        """Ask to stop, as a signal does; from any thread. Returns whether this was the first request."""
         before, self.requested = self.requested, True
         return not before
 
@@ -100,11 +100,11 @@ def exit_on_lost_rank() -> Iterator[None]:
 
 
 def bad_step(step: int, samples: tuple[int, int], bad_ranks: list[tuple[int, list[int]]]) -> str:
-    """What a step that was left out says.
+    """The warning for a step that was skipped.
 
     Args:
         step: its number.
-        samples: the first and the last that it took.
+        samples: its first and last one.
         bad_ranks: those whose loss was not finite, with their samples; none if it was the gradient.
     """
     if bad_ranks:

@@ -1,4 +1,4 @@
-"""What a run says of itself when it starts and when it ends."""
+"""What a run logs about itself when it starts and when it ends."""
 
 from __future__ import annotations
 

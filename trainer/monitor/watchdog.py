@@ -1,19 +1,19 @@
-"""A thread beside the training loop that sees what the loop cannot: that it hangs, or that nobody waits for it.
+"""A thread beside the training loop that detects what the loop cannot: that it hangs, or that its launcher is gone.
 
 * It writes the heartbeat (``trainer/heartbeat.py``).
 * No progress for ``train.stall_timeout_s``: it writes the Python stack of every thread to this rank's log and ends the
   process with status 76, so that a launcher ends the others and a scheduler can start the run again. One rank that
   hangs makes all others wait in a collective, so all of them notice, and the one whose stack is elsewhere is the
-  culprit. The first of them reads all heartbeats and says which ranks are behind. It is a thread because Python runs
+  culprit. The first of them reads all heartbeats and reports which ranks are behind. It is a thread because Python runs
   no signal handler while the main thread waits in a collective.
-* The launcher is gone (``orphan.py``), or somebody removed the run folder: it asks the run to stop, as a
-  signal would. The weights are in memory still, so they are saved in a new folder.
-* Native code crashes, as for a file that was cut while it is mapped: the stacks go to this rank's log.
+* The launcher is gone (``orphan.py``), or the run folder was removed: it asks the run to stop, as a signal would. The
+  weights are still in memory, so they are saved in a new folder.
+* Native code crashes, such as when a memory-mapped file is truncated: the stacks go to this rank's log.
 
-A process that cannot run Python at all, not even this thread (native code that hangs and holds the interpreter lock, a
-file system that hangs under the heartbeat), is ended by a timer of ``faulthandler``'s, with the stacks on stderr.
+A process that cannot run Python at all, not even this thread (native code that hangs and holds the GIL, a file system
+that hangs under the heartbeat), is ended by a ``faulthandler`` timer, with the stacks on stderr.
 
-    kill -USR2 PID        # the stacks into RUN/logs/rank-N.log, and the run goes on
+    kill -USR2 PID        # writes the stacks to RUN/logs/rank-N.log; the run continues
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from trainer.monitor.orphan import LAUNCHER, is_gone
 from trainer.run_folder import RunFolder
 
 _LINGER_S = 6.0
-"""Between a rank's dump and its end, at least. If one left at once, the others' collectives would fail before they
-could say where they hang; and who is alive writes another heartbeat meanwhile.
+"""Least time between a rank's dump and its exit. If it exited at once, the others' collectives would fail before they
+could report where they hang; and live ranks write another heartbeat meanwhile.
 
-``faulthandler`` acts as long again later: after the other ranks have ended, whose status says more, and before launcher
-or scheduler, which give a rank 30 seconds, kill the one that hangs."""
+``faulthandler`` fires after the same time again: after the other ranks, whose exit status says more, have ended, and
+before launcher or scheduler, which give a rank 30 seconds, kill the one that hangs."""
 _SPOKESMAN = "stall"
-"""The file in the heartbeats' folder that the rank has made which tells of all of them."""
+"""File in the heartbeats' folder, created by the one rank that reports on all."""
 _NAMED = 8
-"""Ranks that a sentence names at most."""
+"""Most ranks that a sentence names."""
 
 
 class Watchdog:
@@ -52,8 +52,8 @@ class Watchdog:
     Args:
         run: its run folder.
         stall_timeout_s: longest time without progress.
-        ask_to_stop: called once if the launcher is gone; whether that is news.
-        ranks: how many write heartbeats.
+        ask_to_stop: called once if launcher or run folder is gone; returns whether this was the first request.
+        ranks: number of ranks that write heartbeats.
     """
 
     def __init__(self, run: RunFolder, stall_timeout_s: float, ask_to_stop: Callable[[], bool], ranks: int = 1):
@@ -68,14 +68,14 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Begin to watch; what came before, such as loading a checkpoint, is not counted."""
+        """Start watching; what came before, such as loading a checkpoint, is not counted."""
         self.run.heartbeat.tick()
         faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
         faulthandler.enable(self._file)
         self._thread.start()
 
     def stop(self) -> None:
-        """No longer watch, as after the last step."""
+        """Stop watching, as after the last step."""
         self._over.set()
         self._thread.join(_LINGER_S)
         faulthandler.cancel_dump_traceback_later()
@@ -97,7 +97,7 @@ class Watchdog:
                 return
 
     def _is_due(self) -> bool:
-        """Whether to ask something of the run folder's file system again; among many ranks each does so more rarely."""
+        """Whether to access the run folder's file system again; with many ranks each does so less often."""
         now_s = time.monotonic()
         if now_s < self._next_s:
             return False
@@ -105,14 +105,14 @@ class Watchdog:
         return True
 
     def _reason_to_stop(self, look: bool) -> str | None:
-        """Why this rank should ask to stop; whether the run folder is there is only asked where it may ``look``."""
+        """Why this rank should ask to stop, if so; the run folder is only checked if it may ``look``."""
         if LAUNCHER and is_gone(LAUNCHER):
             return "the launcher is gone"
         if not look:
             return None
-        with contextlib.suppress(OSError):  # a file system that does not answer is not one that lost the folder
+        with contextlib.suppress(OSError):  # a file system that does not answer has not lost the folder
             beats = self.run.heartbeat.path.parent
-            # Asked twice: a network file system may say no for a moment.
+            # Checked twice: on a network file system it may be missing for a moment.
             if not beats.is_dir() and (self._over.wait(1.0) or not beats.is_dir()):
                 return (
                     f"the run folder {self.run.path} is gone, with what it held; a checkpoint of now is written there "
@@ -142,28 +142,28 @@ class Watchdog:
     def _say(self, sentence: str) -> None:
         """Write to the log and stderr."""
         self._write(sentence)
-        with contextlib.suppress(OSError):  # nobody may be left to read it
+        with contextlib.suppress(OSError):  # stderr may be closed
             os.write(2, f"rank {self.run.rank}: {sentence}\n".encode())
 
     def _write(self, sentence: str) -> None:
-        """Write to the log, past the logger: a main thread that hangs in a write holds the logger's lock."""
+        """Write to the log without the logger, whose lock a main thread that hangs in a write holds."""
         with contextlib.suppress(OSError):
             self._file.write(f"{time.strftime('%F %T')} WARNING {sentence}\n".encode())
 
 
 def _is_first(folder: Path) -> bool:
-    """Whether no other rank has taken it upon itself to read all heartbeats; the folder is emptied at every start."""
+    """Whether this rank is the first that wants to read all heartbeats; the folder is emptied at every start."""
     try:
         (folder / _SPOKESMAN).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # a disk that cannot be written can perhaps be read
+    except OSError:  # a disk that cannot be written may still be readable
         pass
     return True
 
 
 def stall_sentence(earlier: list[Beat], now: list[Beat], stall_timeout_s: float) -> str:
-    """What a stalled rank says of all ranks, from their heartbeats at two moments at least two beats apart."""
+    """What a stalled rank reports about all ranks, from their heartbeats at two moments more than one beat apart."""
     counts = {beat.rank: beat.beat for beat in earlier}
     silent = [b for b in now if b.phase not in FINAL and b.beat == counts.get(b.rank)]
     late = [beat for beat in behind(now) if beat not in silent]

@@ -1,7 +1,7 @@
-"""Answers that a model writes to prompts, by one rank or many.
+"""Generating a model's answers to prompts, on one rank or many.
 
-Greedy ones of about one length together, a batch a rank and round. With ``lockstep`` (ZeRO 3, where a pass needs all
-ranks) every rank goes on until the longest answer of its round is whole.
+Greedy prompts of similar length are batched; each rank takes one batch per round. With ``lockstep`` (ZeRO 3, where a
+pass needs all ranks) every rank continues until the longest answer of the round is finished.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from model.generate import passes
 from trainer.distributed import World
 
 BATCH = 16
-"""Most prompts that are answered together."""
+"""Most prompts in a batch."""
 SHORTEST = 0.5
-"""Of the longest prompt of a batch, what the others have at least."""
+"""Least length of a prompt in a batch, relative to the longest one."""
 
 
 class Prompt(NamedTuple):
-    """What to answer, and for how long."""
+    """What to answer, and how."""
 
     ids: list[int]
-    """At least one."""
+    """Token ids, at least one."""
     new_tokens: int
-    """Most of them."""
+    """Most tokens to generate."""
     stops: Sequence[str] = ()
     """The answer ends before the first of these."""
     temperature: float = 0.0
@@ -43,17 +43,17 @@ def answer(
     lockstep: bool = False,
     progress: Callable[[int], object] = lambda prompts: None,
 ) -> list[str | None]:
-    """The answers, in the prompts' order, up to their stops; None for logits that are not finite; on every rank.
+    """The answers, in the prompts' order, up to their stops; None if logits were not finite; on every rank.
 
     Collective.
 
     Args:
         engine: a decoder in evaluation mode, or an engine around one.
-        tokenizer: of the model.
+        tokenizer: the model's.
         prompts: the same on every rank.
         world: ranks that share the work.
-        lockstep: run equally many passes on every rank.
-        progress: called with the number of prompts that all ranks together have answered since.
+        lockstep: run the same number of passes on every rank.
+        progress: called with the number of prompts that all ranks have answered since the last call.
     """
     batches = _batches(prompts)
     own: dict[int, str | None] = {}
@@ -72,10 +72,10 @@ def answer(
 
 
 def _batches(prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Places of prompts that are answered together, those with the most to write first.
+    """Batches of prompt indices, those with the most tokens to generate first.
 
-    At most ``BATCH`` of about one length, because padding runs through every layer; sampled ones are alone, so that an
-    answer does not depend on its neighbours.
+    At most ``BATCH`` of similar length, because padding runs through every layer; sampled prompts have a batch each, so
+    that an answer does not depend on its neighbours.
     """
     order = sorted(range(len(prompts)), key=lambda place: (-prompts[place].new_tokens, -len(prompts[place].ids)))
     batches: list[list[int]] = []
@@ -95,7 +95,7 @@ def _batches(prompts: Sequence[Prompt]) -> list[list[int]]:
 
 
 class _Answer:
-    """An answer as it comes."""
+    """An answer while it is generated."""
 
     def __init__(self, prompt: Prompt, tokenizer: TextTokenizer) -> None:
         self._prompt, self._eos_id = prompt, tokenizer.eos_id
@@ -103,7 +103,7 @@ class _Answer:
         self._text, self._tokens, self.ended, self._finite = "", 0, False, True
 
     def add(self, token: int, finite: bool) -> None:
-        """Take in the next token, and whether its logits were finite; none after the end."""
+        """Add the next token, and whether its logits were finite; ignored after the end."""
         if self.ended:
             return
         self._finite &= finite
@@ -116,7 +116,7 @@ class _Answer:
 
     @property
     def text(self) -> str | None:
-        """Up to the first stop; None where logits were not finite."""
+        """The answer up to the first stop; None if logits were not finite."""
         if not self._finite:
             return None
         ends = [self._text.find(stop) for stop in self._prompt.stops if stop and stop in self._text]

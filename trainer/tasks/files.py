@@ -1,12 +1,12 @@
 """Files of questions (``data/questions.py``) as tasks, without lm-evaluation-harness: the same requests and metrics.
 
-    choices                    acc, acc_norm (a character's likelihood)
+    choices                    acc, acc_norm (log-likelihood per character)
     contexts to choose from    acc
     a continuation             acc, perplexity
-    an answer                  exact_match, by letters and digits alone
+    an answer                  exact_match, ignoring case and punctuation
 
-Contexts that do not fit into the window lose their start, as the harness has it, and are counted. Logits that are not
-finite choose nothing: with any of them the metrics of their task are NaN.
+Contexts that do not fit into the window are truncated at the start, as in the harness, and counted. If any logits are
+not finite, the metrics of their task are NaN.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Score(NamedTuple):
-    """One task's figures."""
+    """One task's metrics."""
 
     metrics: dict[str, float]
-    """The first one is what is shown where there is room for one."""
+    """By name; the first one is shown where there is room for only one."""
     errors: dict[str, float]
     """Standard errors, of the metrics that are means."""
     questions: int
 
     def unknown(self) -> Score:
-        """The same figures, each NaN."""
+        """The same metrics, each NaN."""
         return Score(dict.fromkeys(self.metrics, math.nan), dict.fromkeys(self.errors, math.nan), self.questions)
 
 
@@ -53,17 +53,17 @@ class FileTask:
     """A file of questions, read and encoded.
 
     Args:
-        path: of the file.
-        tokenizer: of the model.
-        window_tokens: most that the model reads at once.
-        limit: the first questions only.
-        shots: others of the file, with their answers, before each question.
+        path: the file.
+        tokenizer: the model's.
+        window_tokens: most tokens that the model reads at once.
+        limit: use only this many questions, the first ones.
+        shots: number of few-shot examples, from the same file, before each question.
 
     Attributes:
         name: the file's, without its ending.
         windows: to score, in the questions' order.
         prompts: to answer, of files whose answers are generated.
-        cut: questions that lost the start of their context.
+        cut: number of questions whose context was truncated.
 
     Raises:
         ValueError: if the file cannot be read, or something in it does not fit.
@@ -89,7 +89,7 @@ class FileTask:
             self._ends.append(len(self.windows))
 
     def _add(self, fields: Fields, before: str, tokenizer: TextTokenizer, window_tokens: int) -> int:
-        """Encode one question; tokens that are left for its context, negative if there is no room."""
+        """Encode one question; return the tokens left for its context, negative if there is no room."""
         asked = [before + context for context in contexts(self.shape, fields)]
         if self.shape == ANSWER:
             ids = tokenizer.prefix + tokenizer.encode(asked[0]) or [tokenizer.eos_id]
@@ -105,7 +105,7 @@ class FileTask:
         return window_tokens - max(len(row.targets) for row, _ in rows)
 
     def judge(self, scores: Sequence[WindowScore], answers: Sequence[str | None]) -> Score:
-        """What the model made of it, from the scores of ``windows`` and the answers to ``prompts``."""
+        """The task's metrics, from the scores of ``windows`` and the answers to ``prompts``."""
         likely = [score.loglikelihood for score in scores]
         found = self._judged(scores, likely, [answer or "" for answer in answers])
         return found if all(map(math.isfinite, likely)) and None not in answers else found.unknown()
@@ -128,7 +128,7 @@ class FileTask:
 
 
 def _window(tokenizer: TextTokenizer, context: str, continuation: str, window_tokens: int) -> tuple[Window, bool]:
-    """A continuation after its context, and whether that lost its start."""
+    """A continuation after its context, and whether the context was truncated."""
     if not context:
         first, whole = tokenizer.prefix or [tokenizer.eos_id], tokenizer.encode(continuation)
         ids = first + whole
@@ -144,7 +144,7 @@ def _is_right(given: str, fields: Fields) -> bool:
 
 
 def _means(right: dict[str, list[bool]]) -> Score:
-    """Shares, and standard errors as the harness has them: of a sample."""
+    """Means, and their standard errors as in the harness, with n - 1."""
     count = len(next(iter(right.values())))
     shares = {name: sum(found) / count for name, found in right.items()}
     errors = {name: math.sqrt(s * (1 - s) / (count - 1)) if count > 1 else 0.0 for name, s in shares.items()}

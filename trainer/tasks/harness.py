@@ -1,17 +1,17 @@
-"""What lm-evaluation-harness sees of a decoder of ours, and its tasks in the course of training.
+"""An adapter of our decoders for lm-evaluation-harness, and its tasks during training.
 
-Importing this file imports ``lm_eval``, which takes a second; who needs it does so late.
+Importing this file imports ``lm_eval``, which takes a second, so import it late.
 
-A request is a context and a continuation. An empty context is replaced by the token that every document begins with,
-and a text that is scored whole begins after it too, never after two of them.
+A request is a context and a continuation. An empty context is replaced by the token that every document begins with; a
+text that is scored whole is preceded by one such token too, never by two.
 
-A context that does not fit into the window loses its start, as the harness has it: of several examples before a
-question the first go. That is another question than the one that was asked, so it is counted how often it happens.
+A context that does not fit into the window is truncated at the start, as in the harness: of several few-shot examples
+the first are dropped. This changes the question, so truncations are counted.
 
-A likelihood that is not finite compares as false with every other, so that some choice would win. The metrics of a task
-with one are NaN instead.
+A NaN likelihood compares as false with every other, so that an arbitrary choice would win. A task with a likelihood
+that is not finite gets NaN metrics instead.
 
-Every rank makes all requests and gets all answers; the work between is shared (``scorer.py``, ``answers.py``).
+Every rank makes all requests and gets all answers; the work in between is shared (``scorer.py``, ``answers.py``).
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from trainer.tasks.answers import Prompt, answer
 from trainer.tasks.files import Score
 from trainer.tasks.scorer import Scorer, Window
 
-# A config that reads its documents itself is told of options that another command of the harness has.
+# For a config that reads its documents itself the harness logs a hint about another of its commands.
 logging.getLogger("lm_eval.api.task").addFilter(lambda record: "Custom kwargs" not in record.getMessage())
 _STDERR = "_stderr"
 _FEW = 100  # task names in an error; the harness has thousands
 _FEWSHOT_SEED = 1234  # the harness's own
-_BOOTSTRAPS = 100  # of the few metrics whose standard error has no formula
+_BOOTSTRAPS = 100  # for the few metrics whose standard error has no formula
 
 
 class CountsCuts:
-    """Knows how many requests of each task a window was too small for, and which had no finite likelihood."""
+    """Counts the requests of each task that were truncated, and notes those without a finite likelihood."""
 
     max_length: int
     tok_encode: Any
@@ -58,13 +58,13 @@ class CountsCuts:
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.cut: Counter[str] = Counter()
-        """Requests that lost the start of their context, by task."""
+        """Requests whose context was truncated, by task."""
         self.not_finite: dict[str, int] = {}
-        """By task, the first document with logits that are not finite, counted from 0; none for other tasks."""
+        """By task, the first document with logits that are not finite, counted from 0; other tasks are absent."""
         self._tasks: list[str] = []
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> Any:
-        """As the harness does, counting."""
+        """As in the harness, counting truncations."""
         self._tasks = [request.task_name for request in requests]
         try:
             found = super().loglikelihood(requests, disable_tqdm)  # type: ignore[misc]
@@ -74,13 +74,13 @@ class CountsCuts:
         return found
 
     def note_finite(self, requests: Sequence[Any], finite: Sequence[bool]) -> None:
-        """Remember the first document of a task that got something else."""
+        """Remember the first document of each task whose result is not finite."""
         for request, is_finite in zip(requests, finite, strict=True):
             if not is_finite:
                 self.not_finite.setdefault(request.task_name, request.doc_id)
 
     def count_scored(self, requests: Sequence[tuple[Any, list[int], list[int]]]) -> None:
-        """Count contexts and continuations; those of whole texts, which are cut into windows of their own, are not.
+        """Count truncated contexts; those of whole texts, which are split into windows of their own, are not counted.
 
         Raises:
             ValueError: if a continuation alone does not fit.
@@ -113,13 +113,13 @@ class CountsCuts:
 
 
 class OurModel(CountsCuts, TemplateLM):
-    """A decoder of ours, in process.
+    """One of our decoders, in this process.
 
     Args:
-        scorer: of the decoder, with the ranks that share the work.
-        tokenizer: of the model.
+        scorer: the decoder's, with the ranks that share the work.
+        tokenizer: the model's.
         window_tokens: most tokens that the model reads at once.
-        lockstep: every rank runs equally many passes, as ZeRO 3 needs it.
+        lockstep: run the same number of passes on every rank, as ZeRO 3 requires.
         quiet: show no progress.
     """
 
@@ -138,16 +138,16 @@ class OurModel(CountsCuts, TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """What closes a document."""
+        """The token that ends a document."""
         return self.tokenizer.eos_id
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands for an empty context."""
+        """The token that stands for an empty context."""
         return (self.tokenizer.prefix or [self.tokenizer.eos_id])[-1]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Ids of ``string``; after a begin-of-document token, if the model has one and it is not forbidden."""
+        """Ids of ``string``, after a begin-of-document token if the model has one and the caller allows it."""
         ids = self.tokenizer.encode(string)
         return ids if add_special_tokens is False else self.tokenizer.prefix + ids
 
@@ -204,7 +204,7 @@ class OurModel(CountsCuts, TemplateLM):
 
 
 class TaskScores(NamedTuple):
-    """What one model did on some tasks."""
+    """One model's results on some tasks."""
 
     metrics: dict[str, dict[str, float]]
     """By task, then by metric; by ``METRIC/FILTER`` where a task judges each answer in several ways."""
@@ -215,19 +215,19 @@ class TaskScores(NamedTuple):
     errors: dict[str, dict[str, float]]
     """Standard errors of the metrics that have one, by task and metric."""
     cut: dict[str, int]
-    """Requests that lost the start of their context, as they did not fit into the window; by task, where there are."""
+    """Requests whose context was truncated to fit into the window, by task; tasks without any are absent."""
 
 
 def evaluate(
     model: Any, tasks: Sequence[Any], limit: int | None = None, shots: int | None = None, world: World = ALONE
 ) -> TaskScores:
-    """Run ``tasks`` on ``model``, a model of the harness; on every rank alike, collective.
+    """Run ``tasks`` on ``model``, a model of the harness; the same on every rank, collective.
 
     Args:
-        model: one that counts cuts: :class:`OurModel`, or an export.
+        model: one that counts truncations: :class:`OurModel`, or an export.
         tasks: configs, or tasks of :func:`load`.
-        limit: the first documents of each task only.
-        shots: for loaded tasks; what they say themselves unless given.
+        limit: use only this many documents of each task, the first ones.
+        shots: few-shot examples, for loaded tasks; each task's own number unless given.
         world: ranks that run the model.
     """
     model.cut.clear()
@@ -235,19 +235,19 @@ def evaluate(
     loaded = TaskManager(include_defaults=False).load(list(tasks))
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
-        if own is None or (shots is not None and own != 0):  # none by a task's own word means that
+        if own is None or (shots is not None and own != 0):  # a task's own 0 is kept
             task.set_config(key="num_fewshot", value=shots or 0)
         task.set_fewshot_seed(seed=_FEWSHOT_SEED)
     # Not simple_evaluate, which seeds every generator of the process, and runs pip and a compiler to describe the
     # machine: a second or more for each call.
     done = lm_eval.evaluate(model, loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS)
-    # One rank's word, as what the ranks sum differs in the last digit.
+    # Rank 0's result, as sums differ between ranks in the last digit.
     scores: TaskScores = world.broadcast_object(_scores(done, model) if world.is_main else None)
     return scores
 
 
 def _scores(done: Any, model: CountsCuts) -> TaskScores:
-    """A metric keeps its name where the task judges answers in one way; else that of the filter follows it."""
+    """A metric keeps its name if the task has one filter; else the filter's name is appended."""
     metrics: dict[str, dict[str, float]] = {}
     errors: dict[str, dict[str, float]] = {}
     documents, loglikelihoods = {}, {}
@@ -269,14 +269,14 @@ def _scores(done: Any, model: CountsCuts) -> TaskScores:
 
 
 def load(name: str, manager: TaskManager) -> list[Any]:
-    """The tasks that ``name`` stands for: one, or those of a group or a tag; their data, too.
+    """Load the tasks that ``name`` stands for (one, or those of a group or a tag), with their data.
 
     Raises:
-        ValueError: if a library or the Hub does not give one of them.
+        ValueError: if one of them cannot be loaded.
     """
     try:
         return list(manager.load([name])["tasks"].values())
-    except Exception as error:  # network, permission, a package of the task's own: all mean that it cannot be had
+    except Exception as error:  # network, permission, a package of the task's own: all mean that it cannot be loaded
         raise ValueError(
             f"task '{name}' cannot be loaded ({type(error).__name__}: {one_line(error)}); its data come from the Hub, "
             "so see that it can be reached, or leave the task out, or take files of questions (docs/evaluation.md)"
@@ -284,20 +284,20 @@ def load(name: str, manager: TaskManager) -> list[Any]:
 
 
 def known_tasks(include: Path | None = None, hub: bool = False) -> TaskManager:
-    """What knows the tasks in the folder ``include``, and with ``hub`` the harness's own, which takes seconds."""
+    """A manager of the tasks in the folder ``include`` and, with ``hub``, of the harness's own, which takes seconds."""
     return TaskManager(include_path=None if include is None else str(include), include_defaults=hub)
 
 
 class HarnessTasks:
-    """Tasks of the harness in the course of training, loaded once.
+    """Tasks of the harness during training, loaded once.
 
     Args:
-        names: of the harness, or files of its own format (YAML).
-        limit: the first documents of each only.
-        shots: examples before each question; what the tasks say themselves if 0.
+        names: of tasks of the harness, or task files in its format (YAML).
+        limit: use only this many documents of each, the first ones.
+        shots: few-shot examples before each question; each task's own number if 0.
 
     Raises:
-        ValueError: if there is no such task, or it cannot be had.
+        ValueError: if there is no such task, or it cannot be loaded.
     """
 
     def __init__(self, names: Sequence[str], limit: int | None, shots: int) -> None:
@@ -320,7 +320,7 @@ class HarnessTasks:
 
 
 def no_such_task(name: str, manager: TaskManager, others: Sequence[str] = ()) -> str:
-    """Says so, with the nearest name; ``others`` are known besides. All are named only where they are few."""
+    """The error for an unknown task, with the nearest name; ``others`` are further known names. Lists all if few."""
     known = [*manager.all_tasks, *others]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     shown = known if len(known) < _FEW else near
@@ -329,12 +329,12 @@ def no_such_task(name: str, manager: TaskManager, others: Sequence[str] = ()) ->
 
 
 def is_file(name: str) -> bool:
-    """Whether ``name`` is of a file of the harness's own format."""
+    """Whether ``name`` is that of a task file in the harness's format."""
     return name.endswith((".yaml", ".yml"))
 
 
 def _numbers(answers: Any) -> list[float]:
-    """The log-likelihoods in a sample's answers, which come in lists, with whether they are greedy or without."""
+    """The log-likelihoods in a sample's answers, which are nested lists, with or without an is-greedy flag."""
     if isinstance(answers, float):
         return [answers]
     if isinstance(answers, (list, tuple)):

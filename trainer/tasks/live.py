@@ -1,4 +1,4 @@
-"""Tasks in the course of training: read before the run starts, run by all ranks on the live engine.
+"""Downstream tasks during training: read before the run starts, run by all ranks on the live engine.
 
 Local files need nothing but the tokenizer; other names are lm-evaluation-harness's, which is imported only for them.
 """
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 class Outcome:
-    """What one evaluation of all tasks found.
+    """The result of one evaluation of all tasks.
 
     Attributes:
         scores: by task.
-        seconds: that it took.
-        share: seconds of all evaluations of tasks, of all since this start of the run.
+        seconds: how long it took.
+        share: share of the time since this start of the run that went into tasks.
     """
 
     def __init__(self, scores: dict[str, Score], seconds: float, share: float) -> None:
@@ -41,7 +41,7 @@ class Outcome:
         return found | {"tasks/seconds": self.seconds, "tasks/share_of_time": self.share}
 
     def sentence(self) -> str:
-        """One metric of each task with its standard error, and what it all took."""
+        """One metric of each task with its standard error, and the time that all took."""
         parts = []
         for task, score in self.scores.items():
             name, value = next(iter(score.metrics.items()))
@@ -59,12 +59,12 @@ class LiveTasks:
     """The tasks of ``train.evaluation.tasks``.
 
     Args:
-        config: of the run.
+        config: the run's.
         tokenizer_folder: holds the model's tokenizer.
-        world: this process among all.
+        world: this process among all ranks.
 
     Raises:
-        ValueError: if a task, the tokenizer or the model does not allow it; on every rank.
+        ValueError: if a task or the tokenizer cannot be loaded, or the model is not causal; on every rank.
     """
 
     def __init__(self, config: StageConfig, tokenizer_folder: Path, world: World) -> None:
@@ -85,7 +85,7 @@ class LiveTasks:
         self._spent_s, self._opened_s = 0.0, time.perf_counter()
 
     def sentence(self) -> str:
-        """What will be run, and what does not fit."""
+        """Which tasks will be run, and how many of their contexts are truncated."""
         parts = [f"{task.name} ({len(task.lines):,} questions{_cut(task)})" for task in self.files]
         return f"tasks beside evaluations: {', '.join([*parts, *self._names])}"
 

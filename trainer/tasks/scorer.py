@@ -1,18 +1,18 @@
-"""Windows of tokens in, log-likelihoods out: what perplexity, the harness and tasks in training share.
+"""Log-likelihoods of windows of tokens, for perplexity, the harness and tasks during training.
 
-What rows have in common is computed once: all of it, or what neighbours begin with, as the choices of a question do:
+What rows share is computed once: identical rows, and common prefixes, such as a question before its choices:
 
     a question           choice 1             first the questions of a batch, up to the length of the shortest, into a
                          choice 2             cache; then, from there on, all their choices
     another question ..  ..  choice 1         .. is left of a question for the second pass
                          ..  choice 2
 
-Sorted by length, rows are cut into batches of a number of tokens, padding included. The batches are dealt out to the
-ranks after they are cut, so every row is computed in the same company whatever the number of ranks, and all ranks get
-all scores. In an engine every rank runs equally many passes, as ZeRO 3 needs it, and beginnings are not shared.
+Sorted by length, rows are split into batches of a number of tokens, padding included. Batches are formed before they
+are distributed over the ranks, so a row's batch does not depend on the number of ranks, and all ranks get all scores.
+In an engine every rank runs the same number of passes, as ZeRO 3 requires, and prefixes are not shared.
 
-Routing is greedy, as in generation. Dimension letters: G groups of rows with a common beginning, B rows, P tokens of a
-beginning, T tokens, S routed sites, n scored tokens of a row, N of a batch.
+Routing is greedy, as in generation. Dimension letters: G groups of rows with a common prefix, B rows, P tokens of a
+prefix, T tokens, S routed sites, n scored tokens of a row, N of a batch.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Window(NamedTuple):
     """One row for the model: the last ``len(targets)`` of its predictions are scored."""
 
     inputs: list[int]
-    """At least as many as ``targets``."""
+    """Token ids, at least as many as ``targets``."""
     targets: list[int]
 
 
@@ -53,21 +53,21 @@ class WindowScore(NamedTuple):
 
 
 class _Batch(NamedTuple):
-    """Groups of rows that run together; a row is the places of all windows with its inputs."""
+    """Groups of rows that run together; a row is the list of the indices of all windows with the same inputs."""
 
     groups: list[list[list[int]]]
     shared: int
-    """P, tokens that the rows of every group begin with and that run once for all of it; 0 for none."""
+    """P, length of the prefix that the rows of each group share and that runs once per group; 0 for none."""
 
 
 NO_LIKELIHOOD = "it gives no likelihood of a next token"
 """Why a model that looks at later tokens is not scored."""
 _LEAST_SHARED = 16
-"""Tokens of a beginning that are worth a pass of their own."""
+"""Shortest prefix, in tokens, that is worth a pass of its own."""
 
 
 class Scorer:
-    """Scores windows and counts what ran for them.
+    """Scores windows and counts what was executed for them.
 
     Args:
         engine: a decoder in evaluation mode, or a DeepSpeed engine around one.
@@ -88,7 +88,7 @@ class Scorer:
 
         Args:
             rows: the same on every rank.
-            progress: called with the number of rows that all ranks together have done since.
+            progress: called with the number of rows that all ranks have scored since the last call.
         """
         batches, size = self._batches(rows), self.world.size
         own: list[tuple[int, WindowScore]] = []
@@ -99,7 +99,7 @@ class Scorer:
                 found, counted = self._score_batch(rows, dealt[self.world.rank])
                 own += found
                 counts += counted
-            elif self.engine is not self.decoder:  # every rank must run as many passes
+            elif self.engine is not self.decoder:  # every rank must run the same number of passes
                 self._score_batch(rows, _Batch([dealt[-1].groups[-1][-1:]], 0))
             progress(sum(len(same) for batch in dealt for group in batch.groups for same in group))
         scores: dict[int, WindowScore] = {}
@@ -109,7 +109,7 @@ class Scorer:
         return [scores[place] for place in range(len(rows))]
 
     def _batches(self, rows: Sequence[Window]) -> list[_Batch]:
-        """Everything, longest first of what shares and of what does not."""
+        """All rows: first groups with a shared prefix, the longest prefix first, then the others, the longest first."""
         batches: list[_Batch] = []
         longest = 0
         for shared, group in sorted(self._groups(rows), key=lambda g: (-g[0], -len(rows[g[1][0][0]].inputs))):
@@ -118,7 +118,7 @@ class Scorer:
             before = batches[-1] if batches else _Batch([], 0)
             count = len(group) + sum(map(len, before.groups))
             tokens = (len(before.groups) + 1) * shared + count * (together - shared)
-            # A batch of some size ends where padding, or what is left of a beginning, would be a quarter of it.
+            # Once a quarter full, a batch ends where padding, or the rest of a cut prefix, would be over a quarter.
             uneven = 4 * (shared or length) < 3 * (before.shared if shared else longest)
             full = tokens > self.batch_tokens or (uneven and 4 * tokens >= self.batch_tokens)
             if full or not before.groups or bool(shared) != bool(before.shared):
@@ -130,7 +130,7 @@ class Scorer:
         return batches
 
     def _groups(self, rows: Sequence[Window]) -> list[tuple[int, list[list[int]]]]:
-        """Rows that begin alike, and for how many tokens before anything is scored; 0 for a row by itself."""
+        """Groups of rows with a common prefix, and its length before anything is scored; 0 for a row by itself."""
         same: dict[tuple[int, ...], list[int]] = {}
         for place, row in enumerate(rows):
             same.setdefault(tuple(row.inputs), []).append(place)
@@ -148,7 +148,7 @@ class Scorer:
 
     @torch.no_grad()
     def _score_batch(self, rows: Sequence[Window], batch: _Batch) -> tuple[list[tuple[int, WindowScore]], Tensor]:
-        """Scores by place, and what was counted."""
+        """Scores by the window's index, and what was counted."""
         shared = batch.shared
         same = [places for group in batch.groups for places in group]
         inputs = [rows[places[0]].inputs for places in same]
@@ -158,7 +158,7 @@ class Scorer:
             cache, counts = self._begin(beginnings, [len(group) for group in batch.groups], max(map(len, inputs)))
         lengths = torch.tensor([len(row) - shared for row in inputs])
         longest = int(lengths.max())
-        tokens = torch.zeros(len(inputs), longest, dtype=torch.int64)  # padding comes last: nothing sees it
+        tokens = torch.zeros(len(inputs), longest, dtype=torch.int64)  # padding comes last: no token attends to it
         for number, row in enumerate(inputs):
             tokens[number, : len(row) - shared] = torch.tensor(row[shared:])
         windows = [(number, place) for number, places in enumerate(same) for place in places]
@@ -174,7 +174,7 @@ class Scorer:
         return [(place, WindowScore(*found)) for (_, place), *found in parts], counts
 
     def _begin(self, beginnings: list[list[int]], times: list[int], longest: int) -> tuple[KVCache, Tensor]:
-        """Run G beginnings of P tokens; a cache in which each is there ``times`` times, with room for ``longest``."""
+        """Run G prefixes of P tokens; return a cache with each repeated ``times`` times and room for ``longest``."""
         config, device, dtype = self.decoder.config, self.world.device, self.decoder.embed_tokens.weight.dtype
         once = KVCache(config, len(beginnings), len(beginnings[0]), device, dtype)
         nothing = torch.zeros(0, dtype=torch.int64)
@@ -192,7 +192,7 @@ class Scorer:
         """Counts of rows of ``lengths`` [B] after ``past`` tokens; ``executed`` [S, B, T] may be longer."""
         _, rows, longest = executed.shape
         steps = torch.arange(1, longest + 1)
-        real, seen = steps <= lengths[:, None], steps + past  # as many keys are seen at each place
+        real, seen = steps <= lengths[:, None], steps + past  # how many keys each position sees
         weights = torch.stack([real.double(), (real * seen).double()]).to(executed.device)
         sites = torch.einsum("sbt,kbt->ks", executed.double(), weights).flatten().cpu()
         whole = [int(lengths.sum()), int((real * seen).sum()), scored, rows * longest]
@@ -207,7 +207,7 @@ class Scorer:
 
     @property
     def padding(self) -> float:
-        """Share of all computed tokens that only filled batches up."""
+        """Share of padding among all computed tokens."""
         tokens, _, _, computed = self._counts[:4].tolist()
         return 1 - tokens / computed if computed else 0.0
 

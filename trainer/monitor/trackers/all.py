@@ -1,4 +1,4 @@
-"""All trackers of a run: each report goes to every one of them, by a sender of its own."""
+"""All trackers of a run: each report goes to every one of them, through its own sender."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def make(name: str) -> Tracker:
 
 
 class Trackers:
-    """Sends a run's reports to its trackers; no method waits but :meth:`close`, and that one for a bounded time.
+    """Sends a run's reports to its trackers; only :meth:`close` waits, for a bounded time.
 
     Args:
         names: of ``train.log.trackers``.
-        opening: what they are told of the run.
-        at_start: files that say what the run is.
+        opening: what they are told about the run.
+        at_start: files that describe the run.
         at_end: files that it leaves behind.
-        tell: takes a sentence for the user.
+        tell: called with a sentence for the user.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Trackers:
         self._send("files", self._folder, [path for path in at_start if path.exists()])
 
     def scalars(self, step: int, scalars: dict[str, float]) -> None:
-        """Figures after ``step`` steps; all of them finite."""
+        """Metrics after ``step`` steps; all of them finite."""
         if scalars:
             self._send("scalars", step, time.time(), scalars)
 

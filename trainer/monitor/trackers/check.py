@@ -1,4 +1,4 @@
-"""Whether a run's trackers can be used: asked before anything heavy is imported, and by ``launch.doctor``."""
+"""Whether a run's trackers can be used: checked before anything heavy is imported, and by ``launch.doctor``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 
 
 def refuse_unusable(trackers: Sequence[str]) -> None:
-    """Look for the libraries of ``trackers``, an address and a key; no server is asked.
+    """Check for the libraries of ``trackers``, an address and a key; no server is contacted.
 
     Raises:
         ValueError: with the command or the variable that helps.

@@ -19,23 +19,23 @@ from data.files import write_atomically
 from settings import flatten
 
 IDS = "trackers.json"
-"""In a run folder: which run of a tracker is this one's, so that a resume goes on in the same."""
+"""In a run folder: this run's id in each tracker, so that a resume continues the same run there."""
 _IDS_LOCK = threading.Lock()
 
 
 class UnreachableError(Exception):
-    """A tracker's server did not answer, or not now: the same report may be taken later.
+    """A tracker's server did not answer, or is busy: the same report may be accepted later.
 
-    Whatever else a tracker raises loses the report.
+    With any other exception of a tracker the report is lost.
     """
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a tracker is told of a run.
+    """What a tracker is told about a run.
 
     Attributes:
-        folder: of the run; its name is the run's.
+        folder: the run's; its name is that of the run.
         project: what runs are grouped under.
         config: as resolved, nested.
         commit: of the code, None if it is not known.
@@ -54,7 +54,7 @@ class Opening:
         return flatten(self.config)
 
     def kept_id(self, tracker: str) -> str | None:
-        """The tracker's own id of this run from an earlier start, if the run goes on from one."""
+        """The tracker's own id of this run from an earlier start, if the run resumes from one."""
         path = self.folder / IDS
         if self.resumed_at is None or not path.exists():
             return None
@@ -70,16 +70,16 @@ class Opening:
 
 
 class Tracker(Protocol):
-    """Takes in one run's reports. Any method may take its time, and may raise: see :class:`UnreachableError`."""
+    """Receives one run's reports. Any method may block, and may raise: see :class:`UnreachableError`."""
 
     name: str
     """As in ``train.log.trackers``."""
 
     def open(self, opening: Opening) -> None:
-        """Begin, or go on with the run of an earlier start."""
+        """Begin a run, or continue that of an earlier start."""
 
     def scalars(self, step: int, at_s: float, scalars: dict[str, float]) -> None:
-        """Finite figures after ``step`` steps, of the time ``at_s`` in seconds since 1970."""
+        """Finite metrics after ``step`` steps, logged at time ``at_s`` in seconds since 1970."""
 
     def text(self, step: int, name: str, text: str) -> None:
         """A sentence."""
@@ -88,7 +88,7 @@ class Tracker(Protocol):
         """A picture, as the content of a PNG file."""
 
     def files(self, folder: Path, paths: Sequence[Path]) -> None:
-        """Files of the run's ``folder``, each under its place in there; those sent before are replaced."""
+        """Files of the run's ``folder``, each under its path in it; those sent before are replaced."""
 
     def close(self, phase: str) -> None:
         """Write everything out. ``phase``: how this rank ended, one of ``trainer.heartbeat.FINAL``."""

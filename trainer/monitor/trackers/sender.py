@@ -1,9 +1,9 @@
-"""Brings reports to one tracker, in a thread, so that training never waits for it.
+"""Delivers reports to one tracker, in a thread, so that training never waits for it.
 
-* The queue is bounded: where a tracker does not answer, what no longer fits is dropped and counted.
-* A server that is gone is tried again, ever more rarely; when it comes back it gets what has waited.
-* The end of a run waits for the rest, for a bounded time; the thread is a daemon, so a call that hangs holds up
-  nothing.
+* The queue is bounded: if a tracker does not answer, what no longer fits is dropped and counted.
+* A server that is gone is retried at growing intervals; when it is back it gets the waiting reports.
+* The end of a run waits for the rest, for a bounded time; the thread is a daemon, so a call that hangs does not block
+  the exit.
 
 Each failure is reported once.
 """
@@ -20,7 +20,8 @@ from trainer.log import logger_of_run
 from trainer.monitor.trackers.interface import Tracker, UnreachableError
 
 ROOM = 1000
-"""Reports that may wait. One is a logged step, an evaluation or a picture: hours of a run that logs every ten steps."""
+"""Most reports that may wait. One is a logged step, an evaluation or a picture, so this is hours of a run that logs
+every ten steps."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 60.0
 
 
@@ -33,12 +34,12 @@ class TrackerSender:
     """Hands reports to ``tracker``, in their order.
 
     Args:
-        tracker: whose methods are called, from the sender's thread alone.
-        tell: takes a sentence for the user.
-        room: reports that may wait.
+        tracker: its methods are called, only from the sender's thread.
+        tell: called with a sentence for the user.
+        room: most reports that may wait.
 
     Attributes:
-        lost: reports that did not arrive so far.
+        lost: number of reports lost so far.
     """
 
     def __init__(self, tracker: Tracker, tell: Callable[[str], None], room: int = ROOM):
@@ -53,7 +54,7 @@ class TrackerSender:
         self._thread.start()
 
     def send(self, method: str, *arguments: Any) -> None:
-        """Have the tracker's ``method`` called; never waits."""
+        """Queue a call of the tracker's ``method``; never waits."""
         if self._waiting.qsize() < self._room:
             self._waiting.put(_Report(method, arguments))
             return
@@ -66,12 +67,12 @@ class TrackerSender:
             )
 
     def begin_close(self, phase: str) -> None:
-        """Nothing is sent after this; :meth:`end_close` waits."""
-        self._waiting.put(_Report("close", (phase,)))  # there is always room for it: it ends the thread
+        """Queue the last call; :meth:`end_close` waits for it."""
+        self._waiting.put(_Report("close", (phase,)))  # beyond the bound, because it ends the thread
         self._closing.set()
 
     def end_close(self, deadline_s: float) -> None:
-        """Wait until all is delivered, at most until ``deadline_s`` of the monotonic clock, and say what is lost."""
+        """Wait until all is delivered, at most until ``deadline_s`` of the monotonic clock, and report what is lost."""
         self._done.wait(max(deadline_s - time.monotonic(), 0.0))
         left = 0 if self._done.is_set() else self._waiting.qsize() + 1
         self._done.set()
@@ -96,7 +97,7 @@ class TrackerSender:
                 self._done.set()
 
     def _deliver(self, report: _Report) -> bool:
-        """Call the method until it is taken; False if the report is lost."""
+        """Call the method until it succeeds; False if the report is lost."""
         pause_s = _FIRST_PAUSE_S
         while True:
             last = self._closing.is_set()

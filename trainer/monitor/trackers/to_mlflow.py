@@ -1,6 +1,6 @@
 """MLflow: a tracking server, or whatever else ``MLFLOW_TRACKING_URI`` names.
 
-The library's other variables are its own, too: ``MLFLOW_TRACKING_TOKEN``, ``MLFLOW_EXPERIMENT_NAME`` (instead of
+The library's other variables work too: ``MLFLOW_TRACKING_TOKEN``, ``MLFLOW_EXPERIMENT_NAME`` (instead of
 ``train.log.project``). Only the client is needed (``mlflow-skinny``).
 """
 
@@ -33,9 +33,9 @@ from trainer.log import logger_of_run  # noqa: E402
 from trainer.monitor.trackers.interface import Opening, UnreachableError  # noqa: E402
 
 _AT_ONCE = 100
-"""Metrics, parameters or tags of one request: what the server takes of the last two."""
+"""Most metrics, parameters or tags in one request: the server's limit for the last two."""
 _LONGEST_VALUE = 6000
-"""Characters of a parameter's value."""
+"""Most characters in a parameter's value."""
 _STATUS = {"ended": "FINISHED", "stopped": "KILLED"}
 _BUSY = ("TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED")
 Item = TypeVar("Item")
@@ -88,7 +88,7 @@ class ToMLflow:
             self._client.set_terminated(self._id, _STATUS.get(phase, "FAILED"))
 
     def _goes_on(self, kept: str | None) -> str | None:
-        """``kept`` if the server has such a run, which then runs again."""
+        """``kept`` if the server has such a run, which is then marked as running again."""
         if kept is None:
             return None
         try:
@@ -111,7 +111,7 @@ class ToMLflow:
         return str(run.info.run_id)
 
     def _describe(self, opening: Opening) -> None:
-        """The config as parameters. The server keeps a parameter for ever: what a resume changed becomes a tag."""
+        """Log the config as parameters. These cannot be changed later, so what a resume changed becomes a tag."""
         before = self._client.get_run(self._id).data.params
         now = {name: str(value)[:_LONGEST_VALUE] for name, value in opening.flat_config.items()}
         params = [Param(name, value) for name, value in now.items() if name not in before]
@@ -123,7 +123,7 @@ class ToMLflow:
 
 
 def _user() -> str:
-    """Who trains; in a container there may be no name."""
+    """Name of the user, or the id where there is no name, as in a container."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -137,7 +137,7 @@ def _parts(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
 
 @contextmanager
 def _reached() -> Iterator[None]:
-    """Tell a server that is gone or busy, which may be tried again, from one that says no."""
+    """Turn the errors of a server that is gone or busy into UnreachableError; others pass."""
     address = os.environ.get("MLFLOW_TRACKING_URI", "no address")
     try:
         yield

@@ -14,12 +14,12 @@ FOLDER = "tensorboard"
 
 
 class ToTensorBoard:
-    """A tracker, see :class:`trainer.monitor.trackers.interface.Tracker`; configs and files lie beside it already."""
+    """A tracker, see :class:`trainer.monitor.trackers.interface.Tracker`; configs and files are beside it already."""
 
     name = "tensorboard"
 
     def open(self, opening: Opening) -> None:
-        """Events of steps after ``resumed_at``, of a run that was killed, are hidden."""
+        """Begin; events of a killed run from steps after ``resumed_at`` are hidden."""
         self._writer = SummaryWriter(str(opening.folder / FOLDER), purge_step=(opening.resumed_at or 0) + 1)
 
     def scalars(self, step: int, at_s: float, scalars: dict[str, float]) -> None:

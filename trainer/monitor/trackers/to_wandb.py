@@ -1,8 +1,8 @@
 """Weights & Biases: online, or into ``RUN/wandb`` with ``WANDB_MODE=offline``, which ``wandb sync`` sends later.
 
-Its own variables say where to and as whom: ``WANDB_API_KEY``, ``WANDB_ENTITY``, ``WANDB_BASE_URL``. A process of its
-own, which the library starts, does the sending; a server that goes away is that one's business. Of one that cannot be
-reached at the start, or takes no such key, the run is kept offline.
+Its own variables set server and account: ``WANDB_API_KEY``, ``WANDB_ENTITY``, ``WANDB_BASE_URL``. The library starts a
+process of its own for sending, which also handles a server that goes away. If the server cannot be reached at the
+start, or rejects the key, the run is kept offline.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _INIT_TIMEOUT_S, _FINISH_TIMEOUT_S = 30.0, 45.0
 class ToWandb:
     """A tracker, see :class:`trainer.monitor.trackers.interface.Tracker`.
 
-    Figures are drawn over ``step``, not over the number of calls, which may not go back: a resumed run begins at its
-    checkpoint's step.
+    Metrics are plotted over ``step``, not over wandb's count of calls, which cannot go back: a resumed run begins at
+    its checkpoint's step.
     """
 
     name = "wandb"
@@ -57,7 +57,7 @@ class ToWandb:
         self._run.log({"step": step, name: wandb.Image(Image.open(io.BytesIO(png)))})
 
     def files(self, folder: Path, paths: Sequence[Path]) -> None:
-        """Under the run's name: ``config.yaml`` at the top is the library's own."""
+        """Saved under the run's name, because ``config.yaml`` at the top is the library's own."""
         for path in paths:
             self._run.save(str(path), base_path=str(folder.parent), policy="now", glob=False)
 
@@ -66,7 +66,7 @@ class ToWandb:
 
 
 def _start(opening: Opening, own: str, **options: Any) -> Any:
-    """Begin, or go on with, the run whose id is ``own``."""
+    """Begin or continue the run with the id ``own``."""
     return wandb.init(
         project=opening.project,
         name=opening.folder.name,
