@@ -1,10 +1,10 @@
 """Loss spikes: steps whose loss or gradient norm is far above those before.
 
-The rule is that of OLMo 2's spike score (arXiv:2501.00656): a value a number of standard deviations from the rolling
-mean, here over ``train.spike.window_steps`` steps and only above it. By Cantelli's inequality at most one value in
-1 + threshold^2 of any distribution is that high, so alternating easy and hard batches are no spikes; nor is the fast
-fall at the start, which lies below its mean, or a slow rise, which the mean follows. The gradient norm's logarithm is
-used, as its distribution has a long tail.
+The rule is that of OLMo 2's spike score (arXiv:2501.00656): a value more than a set number of standard deviations from
+the rolling mean, here over ``train.spike.window_steps`` steps and only above it. By Cantelli's inequality at most one
+value in 1 + threshold^2 of any distribution is that high, so alternating easy and hard batches are no spikes; nor is
+the fast fall at the start, which lies below its mean, or a slow rise, which the mean follows. The gradient norm's
+logarithm is used, as its distribution has a long tail.
 
 Steps of a spike are left out of the mean, or the spike would soon look normal. One that lasts as long as the window is
 the new normal, and the window starts over, as it does where a stage of the mixture begins.
