@@ -18,7 +18,6 @@ runs/NAME/
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,6 +30,9 @@ from trainer.checkpoints.retention import unwritable
 from trainer.config import StageConfig
 from trainer.heartbeat import Heartbeat
 from trainer.monitor import metrics_file
+
+ORIGINAL = "config.original.yaml"
+"""The config as the user wrote it."""
 
 
 class RunFolder:
@@ -91,19 +93,23 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
         for old in beats.iterdir():
             old.unlink()  # of an earlier start, which may have had more ranks
+        copy = self.path / ORIGINAL
+        if not (copy.exists() and self._is_own(Path(original))):
+            write_atomically(copy, Path(original).read_bytes())  # before config.yaml, which may be what was written
         write_atomically(self.path / CONFIG, to_yaml(config).encode())
-        copy = self.path / "config.original.yaml"
-        if not (copy.exists() and copy.samefile(original)):
-            shutil.copyfile(original, copy)
         for name, content in (("code.commit", git_state.commit()), ("code.diff", git_state.diff())):
             (self.path / name).unlink(missing_ok=True)  # of an earlier start
             if content:
                 write_atomically(self.path / name, content.encode())
 
+    def _is_own(self, config: Path) -> bool:
+        """Whether this run wrote ``config``, here or into a checkpoint, and is resumed from it."""
+        return config.name in (CONFIG, ORIGINAL) and config.resolve().is_relative_to(self.path.resolve())
+
     @property
     def description(self) -> list[Path]:
         """The files that describe the run; some may be missing."""
-        return [self.path / name for name in (CONFIG, "config.original.yaml", "code.commit", "code.diff")]
+        return [self.path / name for name in (CONFIG, ORIGINAL, "code.commit", "code.diff")]
 
     @property
     def record(self) -> list[Path]:

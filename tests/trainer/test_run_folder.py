@@ -44,11 +44,37 @@ def test_the_saved_config_is_the_run_and_can_be_started_from(
 ) -> None:
     assert (run.path / "config.original.yaml").read_text() == Path(write_config(tiny)).read_text()
     assert load_run(run.path / "config.yaml") == configure()
-    for name in ("config.yaml", "config.original.yaml"):  # resumed from its own folder
-        run.create(load_run(run.path / name), run.path / name)
-        assert load_run(run.path / name) == configure()
     folders = {p.name for p in run.path.iterdir() if p.is_dir()}
     assert folders == {"checkpoints", "heartbeat", "logs", "tensorboard"}
+
+
+def test_a_run_resumed_from_its_own_config_keeps_what_the_user_wrote(
+    run: RunFolder, configure: Configure, write_config: Write, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    original, saved = run.path / "config.original.yaml", run.path / "checkpoints/step-00000004/config.yaml"
+    written = original.read_text()
+    saved.parent.mkdir()
+    saved.write_bytes((run.path / "config.yaml").read_bytes())
+    (tmp_path / "link").symlink_to(run.path)
+    for config in (run.path / "config.yaml", original, saved, tmp_path / "link" / "config.yaml"):
+        run.create(load_run(config), config)
+        assert original.read_text() == written != (run.path / "config.yaml").read_text()
+    for config in (tmp_path / "other.yaml", run.path / "mine.yaml"):  # the user's, wherever it lies
+        config.write_text(f"# of {config.name}\n{written}")
+        run.create(load_run(config), config)
+        assert original.read_text() == config.read_text()
+
+
+def test_a_config_that_the_user_wrote_into_the_run_folder_is_kept(
+    configure: Configure, write_config: Write, tiny: dict[str, Any], tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "new", 0)
+    run.path.mkdir()
+    written = f"# why\n{Path(write_config(tiny)).read_text()}"
+    (run.path / "config.yaml").write_text(written)
+    run.create(configure(), run.path / "config.yaml")
+    assert (run.path / "config.original.yaml").read_text() == written
+    assert load_run(run.path / "config.yaml") == configure()
 
 
 def test_a_start_keeps_other_commands_out_before_it_reads_anything(
