@@ -142,7 +142,9 @@ class Mirror:
         if self._start is not None and (problem := self._start.problem(bucket)):
             self._warn(f"nothing more is mirrored: {problem}")
             self._problem = "it is no longer this start's"
-            self._given_up.set()
+            with self._changed:
+                self._given_up.set()
+                self._changed.notify_all()  # the run's end may wait already
             return False
         with suppress(Exception):  # told by _prune, once something could be copied
             self._set_aside(bucket)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.trainer.checkpoints.test_resume import fake
 from trainer.checkpoints import resume
 from trainer.checkpoints.bucket import Bucket
 from trainer.checkpoints.mirror import Mirror, open_mirror
+from trainer.checkpoints.ownership import Start
 from trainer.config import PretrainConfig
 from trainer.distributed import ALONE
 
@@ -84,6 +86,25 @@ def test_of_two_runs_that_live_only_the_later_one_writes(
     started = time.monotonic()
     assert living.close(20.0) == [NAMES[1]] and time.monotonic() - started < 10
     assert "it is no longer this start's" in caplog.text and Bucket(first.url).whole() == []
+
+
+def test_the_end_does_not_wait_for_a_mirror_that_gives_up_meanwhile(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, asked, answer = Run(tiny, tmp_path, "run"), threading.Event(), threading.Event()
+
+    def problem(start: Start, bucket: Bucket) -> str:
+        asked.set()
+        assert answer.wait(20)
+        return "another start writes there"
+
+    monkeypatch.setattr(Start, "problem", problem)
+    name = fake(run.folder / "checkpoints", 1).name
+    living = run.start()
+    assert asked.wait(20)
+    threading.Timer(0.5, answer.set).start()  # once close() waits
+    started = time.monotonic()
+    assert living.close(20.0) == [name] and time.monotonic() - started < 10
 
 
 def test_a_mirror_that_answers_late_is_taken_then(
