@@ -58,7 +58,7 @@ def build(options: argparse.Namespace) -> tuple[Callable[[Any], list[Any]], dict
     llama, _ = held_llama(config, decoder.state_dict(), device, dtype)
     scorer = Scorer(decoder, options.batch_tokens, World(0, 1, 0, 1, device))
     tokenizer = _tokenizer(options.vocab)
-    ours = OurModel(scorer, tokenizer, WINDOW, quiet=True)
+    ours = OurModel(scorer, tokenizer, WINDOW)
     peers = {
         batch: HFLM(pretrained=llama.eval(), tokenizer=tokenizer, batch_size=batch, max_length=WINDOW)
         for batch in options.peer_batches

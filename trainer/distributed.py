@@ -105,6 +105,10 @@ class World:
             dist.all_reduce(values, dist.ReduceOp.MAX)
         return values
 
+    def any(self, value: bool) -> bool:
+        """Whether ``value`` is true on some rank; on every rank."""
+        return bool(self.all_reduce_max(torch.tensor(float(value), device=self.device)))
+
     def broadcast(self, values: Tensor, source: int) -> Tensor:
         """Broadcast rank ``source``'s values to every rank, in place."""
         if self.size > 1:

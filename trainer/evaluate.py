@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,7 +46,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: Any, sets: Sequence[ValidationStream], config: StageConfig, world: World, step: int
+    engine: Any, sets: Iterable[ValidationStream], config: StageConfig, world: World, step: int
 ) -> list[Evaluation]:
     """Evaluate after ``step`` optimiser steps."""
     router = config.model.router

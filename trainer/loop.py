@@ -9,7 +9,6 @@ from data.batches import Batch, step_sample_ids
 from data.prefetch import prefetch
 from trainer.config import StageConfig
 from trainer.distributed import World
-from trainer.monitor.orphan import command_again
 from trainer.trainer import Trainer
 
 
@@ -21,7 +20,7 @@ class TrainingStream(Protocol):
 
 
 def train_loop(trainer: Trainer, data: TrainingStream) -> bool:
-    """Train to the last step; False if the run was asked to stop before it, and saved.
+    """Train to the last step and its evaluation; False if the run was asked to stop before that, and saved.
 
     Raises:
         ValueError: for anything that the user can fix; saved checkpoints stay.
@@ -30,11 +29,12 @@ def train_loop(trainer: Trainer, data: TrainingStream) -> bool:
     train = config.train
     last_step, save_every, evaluate_every = train.last_step, train.checkpoint.every_steps, train.evaluation.every_steps
     resumed_at = trainer.step
-    # The starting point, or what a kill between save and evaluation left undone.
+    # The starting point, or what a stop or a kill between save and evaluation left undone.
     due = trainer.step % evaluate_every == 0 if trainer.step else train.evaluation.before_first
     due = due or trainer.step >= last_step
-    if due and not trainer.metrics.has_evaluation(trainer.step):
-        trainer.validate()
+    if due and not trainer.metrics.has_evaluation(trainer.step) and not trainer.validate():
+        trainer.stop_here()
+        return False
     trainer.metrics.begin()
     trainer.begin_loading()
     with prefetch(micro_batches(data, config, trainer.world, trainer.step, trainer.samples), 2) as loader:
@@ -46,13 +46,14 @@ def train_loop(trainer: Trainer, data: TrainingStream) -> bool:
             stopping = result.tally.stop > 0 and not last
             if last or stopping or result.tally.save_due or trainer.step % save_every == 0:
                 trainer.save(wait=last or stopping)
-            if stopping and trainer.was_asked_to_stop():
-                again = command_again("train.checkpoint.resume=auto")
-                trainer.log.info(f"asked to stop: step {trainer.step:,} is saved; go on with: {again}")
+            asked = stopping and trainer.stop.agreed(trainer.world)  # else a save had failed, which has now worked
+            if not asked and (last or trainer.step % evaluate_every == 0):
+                asked = not trainer.validate() or (not last and trainer.stop.agreed(trainer.world))
+            if asked:
+                trainer.stop_here()
                 return False
-            if last or trainer.step % evaluate_every == 0:
-                trainer.validate()
             trainer.begin_loading()
+    trainer.stop.all_saved = True
     trainer.metrics.close_bar()
     if resumed_at >= last_step:
         field = "train.steps" if last_step == train.steps else "train.stop_at_step"

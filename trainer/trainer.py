@@ -18,6 +18,7 @@ from model.decoder import Decoder
 from model.ensemble import Balance
 from model.roles import role_of
 from trainer.checkpoints import resume, retention
+from trainer.checkpoints.layout import checkpoint_at
 from trainer.checkpoints.mirror import open_mirror
 from trainer.checkpoints.rng import rng_state, set_rng_state
 from trainer.checkpoints.save import Saver
@@ -29,11 +30,12 @@ from trainer.evaluate import Evaluation, ValidationStream, evaluate
 from trainer.initial import Fork, GivenWeights, Initial
 from trainer.log import open_log
 from trainer.monitor.metrics import Metrics
+from trainer.monitor.orphan import command_again
 from trainer.monitor.out_of_memory import is_out_of_memory, out_of_memory
 from trainer.monitor.peak_flops import measure_peak
 from trainer.monitor.profiler import StepProfiler
 from trainer.monitor.step_checks import StepChecks
-from trainer.monitor.stop import StopRequest, is_lost_rank
+from trainer.monitor.stop import AskedToStop, StopRequest, is_lost_rank
 from trainer.monitor.watchdog import Watchdog
 from trainer.precision import resolve_precision, slow_bf16_warning
 from trainer.run_folder import RunFolder
@@ -84,8 +86,8 @@ class Trainer:
         self.world, self.fingerprint, self.validation_sets = world, fingerprint, validation_sets
         self.run = RunFolder(str(config.train.run_dir), world.rank)
         self.config = config
-        self.step = 0
-        self.samples = 0
+        self.step = self.samples = 0
+        self._is_stopped = False
         self._hold = ExitStack()  # until the end no other command may write here
         try:
             source, given, precision_message = self._choose(config, initial)
@@ -126,6 +128,7 @@ class Trainer:
         self.balance = Balance(None if ensemble is None else ensemble.config, world.device)
         self.checks = StepChecks(config, self.run.path)
         metrics_state, origin_message = self._restore(source, given)
+        self._saved_step = self.step  # what this start began from
         problem = self.run.claim(config, config_path, self._hold) if world.is_main else None
         if problem := world.broadcast_object(problem):
             raise ValueError(problem)
@@ -204,7 +207,7 @@ class Trainer:
         if self._profiler is not None:
             self._profiler.close()
         doing = self.run.heartbeat.phase
-        phase = "ended" if self.step >= self.config.train.last_step else "stopped"
+        phase = "stopped" if self._is_stopped else "ended"
         if error is not None:
             self.saver.end()
             phase = "lost" if is_lost_rank(error) else "failed"
@@ -291,7 +294,7 @@ class Trainer:
             raise ValueError(verdict.error())
 
     def save(self, wait: bool) -> None:
-        """Write a checkpoint, then remove those that are no longer kept.
+        """Write a checkpoint, unless this step's is there; then remove those that are no longer kept.
 
         Args:
             wait: for that to finish, even if the config lets training continue meanwhile.
@@ -314,12 +317,23 @@ class Trainer:
         with self.metrics.paused():
             try:
                 self.saver.wait()
+                if self._is_saved():
+                    return
             except ValueError as error:
                 self.log.warning(f"{error}; trying once more, with step {self.step:,}")
                 wait = True
             self.saver.save(self.engine, self.step, state)
+            self._saved_step = self.step
             if wait or not self.config.train.checkpoint.background:
                 self.saver.wait()
+
+    def _is_saved(self) -> bool:
+        """Whether a start would resume from this step: it is the last one saved, or the first; collective."""
+        if self._saved_step != self.step:
+            return False
+        # Else the run folder may be gone. Step 0 needs no checkpoint: every fresh start begins there.
+        there = self.step == 0 or checkpoint_at(self.run.checkpoints, self.step).is_dir()
+        return bool(self.world.broadcast_object(there))
 
     def _finish_saving(self) -> None:
         """Finish the save under way before an error that all ranks raise: what is being written is still good."""
@@ -328,30 +342,51 @@ class Trainer:
         except ValueError as error:
             self.log.warning(str(error))
 
-    def was_asked_to_stop(self) -> bool:
-        """True if some rank was; False if only a save had failed that has now succeeded; collective."""
-        return any(self.world.all_gather_objects(self.stop.requested))
+    def stop_here(self) -> None:
+        """End the run with this step saved, because some rank was asked to, and log how to resume; collective."""
+        self.save(wait=True)
+        self._is_stopped = True
+        saved = f": step {self.step:,} is saved" if self.step else " before the first step"
+        self.log.info(f"asked to stop{saved}; go on with: {command_again('train.checkpoint.resume=auto')}")
 
-    def validate(self) -> None:
-        """Evaluate every validation set and log it."""
+    def validate(self) -> bool:
+        """Evaluate every validation set and log it; False if asked to stop before all was done.
+
+        Then what is logged is whole, but the losses, by which a resume knows that the step was evaluated, are missing:
+        the resume evaluates it again, all of it.
+        """
         self.run.beat(self.step, "evaluating")
         # A resume after the save of this step does not evaluate again, so no generator may move in here.
         before = rng_state()
         set_schedules(self.engine, self.budget, self.config.train.progress(self.step))
-        with self.metrics.paused():
-            self._run_tasks()
-            results = evaluate(self.engine, self.validation_sets, self.config, self.world, self.step)
-            self.metrics.log_evaluation(self.step, results)
+        try:
+            with self.metrics.paused():
+                self.evaluate_all()
+        except AskedToStop:
+            return False
+        finally:
+            set_rng_state(before)
+        return True
+
+    def evaluate_all(self) -> None:
+        """Run all that :meth:`validate` does, the losses last.
+
+        Raises:
+            AskedToStop: between two parts, on every rank.
+        """
+        self._run_tasks()
+        sets = self.stop.between(self.validation_sets, self.world)
+        results = evaluate(self.engine, sets, self.config, self.world, self.step)
+        self.metrics.log_evaluation(self.step, results)
         self.evaluations = {step: found for step, found in self.evaluations.items() if step == 0}
         self.evaluations[self.step] = results
-        set_rng_state(before)
 
     def _run_tasks(self) -> None:
-        """Run downstream tasks if due; before the losses, whose presence tells a resume that all was evaluated."""
+        """Run downstream tasks if due."""
         evaluation = self.config.train.evaluation
         if self.tasks is None or not evaluation.has_tasks(self.step, self.config.train.last_step):
             return
-        outcome = self.tasks.run(self.engine)
+        outcome = self.tasks.run(self.engine, lambda _: self.stop.raise_if_agreed(self.world))
         self.metrics.log_scalars(self.step, outcome.scalars)
         self.log.info(f"step {self.step:>6,}  tasks: {outcome.sentence()}")
 

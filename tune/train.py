@@ -69,7 +69,8 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
         if not train_loop(trainer, data):
             return EXIT_PREEMPTED
         trainer.save_adapter(peft)
-        trainer.test(tests)
+        if not trainer.test(tests):
+            return EXIT_PREEMPTED
         trainer.log.info(describe_end(config, trainer.evaluations))
     return 0
 

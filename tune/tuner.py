@@ -52,23 +52,30 @@ class Tuner(Trainer):
         self._sets = sets
         self._classes = token_classes(tokenizer)
 
-    def validate(self) -> None:
-        """Evaluate each late layer, the ensemble and the oracle, then losses and densities as in stage one.
-
-        In this order, because the latter tell a resume that the step was evaluated.
-        """
+    def evaluate_all(self) -> None:
+        """Each late layer, the ensemble and the oracle, then losses and densities as in stage one."""
         for example_set in self._sets:
             self._evaluate(example_set, "validation")
-        super().validate()
+            self.stop.raise_if_agreed(self.world)
+        super().evaluate_all()
 
-    def test(self, sets: Sequence[ExampleSet]) -> None:
-        """Evaluate ``sets`` as ``test``, with the whole table in the log and answers by example in a file."""
+    def test(self, sets: Sequence[ExampleSet]) -> bool:
+        """Evaluate ``sets`` as ``test``, with the whole table in the log and answers by example in a file.
+
+        False if asked to stop before all was done: the next start tests again.
+        """
         for example_set in sets:
+            if self.stop.agreed(self.world):
+                self.stop_here()
+                return False
+            self.run.beat(self.step, "evaluating")
+            set_schedules(self.engine, self.budget, self.config.train.progress(self.step))
             evaluation = self._evaluate(example_set, "test")
             if self.world.is_main:
                 content = json.dumps(answers(evaluation)).encode()
                 write_atomically(self.run.path / ANSWERS.format(example_set.name), content)
             self.log.info(f"test {example_set.name} after {self.step:,} steps\n{table(evaluation)}")
+        return True
 
     def save_adapter(self, peft: PeftModel | None) -> None:
         """Write the weights trained beside the backbone to ``RUN/adapter``, in PEFT's format; collective."""
@@ -78,12 +85,9 @@ class Tuner(Trainer):
             self.log.info(f"adapter saved in {folder}")
 
     def _evaluate(self, example_set: ExampleSet, group: str) -> ExamplesEvaluation:
-        self.run.beat(self.step, "evaluating")
-        set_schedules(self.engine, self.budget, self.config.train.progress(self.step))
-        with self.metrics.paused():
-            evaluation = evaluate_examples(self.engine, example_set, self._classes, self.config, self.world)
-            self.metrics.log_scalars(self.step, scalars(evaluation, group))
-            if self.config.ensemble is not None:
-                self.metrics.draw(f"vote/{group}/{example_set.name}", self.step, lambda: vote_figure(evaluation))
+        evaluation = evaluate_examples(self.engine, example_set, self._classes, self.config, self.world)
+        self.metrics.log_scalars(self.step, scalars(evaluation, group))
+        if self.config.ensemble is not None:
+            self.metrics.draw(f"vote/{group}/{example_set.name}", self.step, lambda: vote_figure(evaluation))
         self.log.info(f"step {self.step:>6,}  {group} {example_set.name}: {evaluation.sentence()}")
         return evaluation

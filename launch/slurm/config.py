@@ -44,7 +44,8 @@ class SlurmConfig(Strict):
     """Time limit as SLURM writes it, in quotes ("24:00:00", "2-12:00:00", "90" minutes); the partition's unless given.
     A longer run continues in a further job."""
     save_before_s: int = Field(300, ge=1, le=65_535)
-    """Seconds before the time limit at which the ranks are asked to save and stop; more than a save and a step take."""
+    """Seconds before the time limit at which the ranks are asked to save and stop; more than a step, or a
+    validation set, and a save take."""
     wait_s: int = Field(960, ge=1)
     """Seconds for which srun waits for the other ranks once one has ended, before it kills them; more than
     ``train.stall_timeout_s``, so that ranks that hang can report where."""

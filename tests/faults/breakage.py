@@ -21,6 +21,7 @@ from pretrain.train import main
 from trainer import trainer as trainers
 from trainer.checkpoints import save as saving
 from trainer.checkpoints import timer
+from trainer.tasks import live
 
 
 def bad_loss_on_rank_1() -> None:
@@ -49,6 +50,20 @@ def signal_in_evaluation() -> None:
         return evaluate(*arguments)
 
     trainers.evaluate = interrupted
+
+
+def signal_in_tasks() -> None:
+    """SIGTERM to rank 1 while it runs the first batch of the tasks after step 3."""
+    run = live.LiveTasks.run
+
+    def interrupted(self: live.LiveTasks, engine: Any, progress: Any) -> Any:
+        calls[0] += 1
+        if os.environ["RANK"] == "1" and calls[0] == 2:  # the first was at step 0
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run(self, engine, progress)
+
+    calls = [0]
+    live.LiveTasks.run = interrupted  # type: ignore[method-assign]
 
 
 def signal_in_save() -> None:

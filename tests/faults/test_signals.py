@@ -18,11 +18,11 @@ from trainer.heartbeat import BEAT_EVERY_S, read_beats
 
 
 def test_sigterm_in_an_evaluation_and_in_a_save(tiny, write_config) -> None:
-    """Agreed on at the next step, saved once, gone on from: the run ends as one that nobody disturbed."""
+    """Agreed on after the evaluation or the next step, saved once, gone on from: it ends as an undisturbed run."""
     tiny["train"] |= {"steps": 16, "evaluation": {"every_steps": 4, "samples": 2}}
     tiny["train"]["checkpoint"] |= {"every_steps": 4, "keep": 9}
     config, run = write_config(tiny), Path(tiny["train"]["run_dir"])
-    for first, reached in ((signal_in_evaluation, (5,)), (signal_in_save, range(8, 14))):
+    for first, reached in ((signal_in_evaluation, (4,)), (signal_in_save, range(8, 14))):
         with Ranks(config, first=first) as ranks:
             assert ranks.end() == [EXIT_PREEMPTED] * 2, ranks.output
             step = max(line["step"] for line in lines(run))

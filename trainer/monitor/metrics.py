@@ -202,8 +202,10 @@ class Metrics:
     def paused(self) -> Iterator[None]:
         """Exclude what happens inside (saving, evaluating) from the step time."""
         start = time.perf_counter()
-        yield
-        self._clock += time.perf_counter() - start
+        try:
+            yield
+        finally:  # an evaluation may be cut short
+            self._clock += time.perf_counter() - start
 
     def write_line(self) -> None:
         """Write the metrics of the last step as its line, if there are any."""

@@ -9,15 +9,20 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
 from trainer.checkpoints.layout import newest_name
 from trainer.exit_status import EXIT_STALLED
 from trainer.monitor.orphan import LAUNCHER
 
+if TYPE_CHECKING:
+    from trainer.distributed import World
+
+Part = TypeVar("Part")
 _LOST = re.compile("gloo/transport|ncclRemoteError|remote process exited")
 _FIRST_ERROR_S = 5.0
 """How long a rank that lost another one waits, so that a launcher sees the exit status of the one that ended first."""
@@ -26,10 +31,17 @@ _FIRST_ERROR_S = 5.0
 _NAMED = 8
 """Most ranks and samples that are named one by one; there may be thousands."""
 _CTRL_C = "Ctrl-C: this step is finished and saved, then the run ends; once more ends it at once, unsaved"
+_CTRL_C_AT_THE_END = (
+    "Ctrl-C: all steps are saved; what runs now is finished, then the run ends; once more ends it at once"
+)
 _LAUNCHERS_OWN = (
     "\n(the deepspeed command ends before that: what it prints now, KeyboardInterrupt, is how it stops; wait for "
     "'asked to stop')"
 )
+
+
+class AskedToStop(Exception):
+    """Raised on every rank alike between two parts of an evaluation, once the ranks have agreed that some was."""
 
 
 class StopRequest:
@@ -39,14 +51,19 @@ class StopRequest:
     output to that terminal is discarded; the run's log has it.
 
     The handler only sets a flag: launchers deliver the signal to one rank after the other, so a collective inside a
-    handler would wait for ranks that never got it. The flag travels in the step's own all-reduce.
+    handler would wait for ranks that never got it. The flag travels in the step's own all-reduce; between the parts of
+    an evaluation the ranks agree on it, too.
 
     Args:
         tell: answer Ctrl-C with a line on stderr; for one of the ranks.
+
+    Attributes:
+        requested: whether somebody has asked.
+        all_saved: to be set once all steps are done and saved; what Ctrl-C is answered depends on it.
     """
 
     def __init__(self, tell: bool = False) -> None:
-        self.requested, self._tell = False, tell
+        self.requested, self.all_saved, self._tell = False, False, tell
         self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._note)
@@ -58,6 +75,26 @@ class StopRequest:
         before, self.requested = self.requested, True
         return not before
 
+    def agreed(self, world: World) -> bool:
+        """Whether some rank was asked; collective."""
+        return world.any(self.requested)
+
+    def raise_if_agreed(self, world: World) -> None:
+        """Between two parts of an evaluation; collective.
+
+        Raises:
+            AskedToStop: some rank was asked.
+        """
+        if self.agreed(world):
+            raise AskedToStop
+
+    def between(self, parts: Iterable[Part], world: World) -> Iterator[Part]:
+        """The ``parts`` of an evaluation, with :meth:`raise_if_agreed` between two of them."""
+        for number, part in enumerate(parts):
+            if number:
+                self.raise_if_agreed(world)
+            yield part
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.request()
         if number == signal.SIGHUP:
@@ -66,8 +103,9 @@ class StopRequest:
                     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         if number == signal.SIGINT:
             if self._tell:
+                answer = _CTRL_C_AT_THE_END if self.all_saved else _CTRL_C
                 with contextlib.suppress(OSError):  # past sys.stderr, whose lock the interrupted code may hold
-                    os.write(2, f"\n{_CTRL_C}{_LAUNCHERS_OWN if len(LAUNCHER) > 1 else ''}\n".encode())
+                    os.write(2, f"\n{answer}{_LAUNCHERS_OWN if len(LAUNCHER) > 1 else ''}\n".encode())
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -120,7 +120,7 @@ class OurModel(CountsCuts, TemplateLM):
         tokenizer: the model's.
         window_tokens: most tokens that the model reads at once.
         lockstep: run the same number of passes on every rank, as ZeRO 3 requires.
-        quiet: show no progress.
+        progress: called after each batch, with its number of rows, instead of a bar.
     """
 
     def __init__(
@@ -129,11 +129,11 @@ class OurModel(CountsCuts, TemplateLM):
         tokenizer: TextTokenizer,
         window_tokens: int,
         lockstep: bool = False,
-        quiet: bool = False,
+        progress: Callable[[int], object] | None = None,
     ) -> None:
         super().__init__()
         self.scorer, self.tokenizer, self.lockstep = scorer, tokenizer, lockstep
-        self._quiet = quiet or not scorer.world.is_main
+        self._told = progress
         self.max_length = window_tokens
 
     @property
@@ -199,8 +199,9 @@ class OurModel(CountsCuts, TemplateLM):
 
     @contextmanager
     def _progress(self, total: int, what: str, disabled: bool) -> Iterator[Callable[[int], object]]:
-        with tqdm(total=total, desc=what, disable=disabled or self._quiet or None, leave=False) as bar:
-            yield bar.update
+        quiet = disabled or self._told is not None or not self.scorer.world.is_main
+        with tqdm(total=total, desc=what, disable=quiet or None, leave=False) as bar:
+            yield self._told or bar.update
 
 
 class TaskScores(NamedTuple):
@@ -311,9 +312,16 @@ class HarnessTasks:
         self._tasks = [task for name in names for task in load(name, manager)]
         self._limit, self._shots = limit, shots or None
 
-    def run(self, scorer: Scorer, tokenizer: TextTokenizer, window_tokens: int, lockstep: bool) -> dict[str, Score]:
-        """Scores by task, the same on every rank; collective."""
-        model = OurModel(scorer, tokenizer, window_tokens, lockstep, quiet=True)
+    def run(
+        self,
+        scorer: Scorer,
+        tokenizer: TextTokenizer,
+        window_tokens: int,
+        lockstep: bool,
+        progress: Callable[[int], object],
+    ) -> dict[str, Score]:
+        """Scores by task, the same on every rank; ``progress`` as of :class:`OurModel`; collective."""
+        model = OurModel(scorer, tokenizer, window_tokens, lockstep, progress)
         model.widen = "raise data.sequence_tokens"
         found = evaluate(model, self._tasks, self._limit, self._shots, scorer.world)
         return {task: Score(own, found.errors[task], found.documents[task]) for task, own in found.metrics.items()}

@@ -6,6 +6,7 @@ Local files need nothing but the tokenizer; other names are lm-evaluation-harnes
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,33 +90,36 @@ class LiveTasks:
         parts = [f"{task.name} ({len(task.lines):,} questions{_cut(task)})" for task in self.files]
         return f"tasks beside evaluations: {', '.join([*parts, *self._names])}"
 
-    def run(self, engine: Any) -> Outcome:
-        """Run all tasks; collective, and the same outcome on every rank. The engine is left in training mode."""
+    def run(self, engine: Any, progress: Callable[[int], object] = lambda rows: None) -> Outcome:
+        """Run all tasks; collective, and the same outcome on every rank. The engine is left in training mode.
+
+        ``progress`` is called on every rank alike after each batch that all have done, with its number of rows.
+        """
         start_s = time.perf_counter()
         engine.eval()
         try:
-            scores = self._scores(engine)
+            scores = self._scores(engine, progress)
         finally:
             engine.train()
         seconds = time.perf_counter() - start_s
         self._spent_s += seconds
         return Outcome(scores, seconds, self._spent_s / (time.perf_counter() - self._opened_s))
 
-    def _scores(self, engine: Any) -> dict[str, Score]:
+    def _scores(self, engine: Any, progress: Callable[[int], object]) -> dict[str, Score]:
         data, train = self.config.data, self.config.train
         lockstep = self.config.deepspeed.zero_stage == 3  # a pass needs all ranks, and the engine
         model = engine if lockstep else engine.module
         scorer = Scorer(model, train.micro_batch_samples * data.sequence_tokens, self.world)
         windows = [window for task in self.files for window in task.windows]
         prompts = [prompt for task in self.files for prompt in task.prompts]
-        scored = iter(scorer.score(windows))
-        answered = iter(answer(model, self.tokenizer, prompts, self.world, lockstep))
+        scored = iter(scorer.score(windows, progress))
+        answered = iter(answer(model, self.tokenizer, prompts, self.world, lockstep, progress))
         found = {}
         for task in self.files:
             own = [next(scored) for _ in task.windows], [next(answered) for _ in task.prompts]
             found[task.name] = task.judge(*own)
         if self._harness is not None:
-            found |= self._harness.run(scorer, self.tokenizer, data.sequence_tokens, lockstep)
+            found |= self._harness.run(scorer, self.tokenizer, data.sequence_tokens, lockstep, progress)
         return found
 
 
