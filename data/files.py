@@ -68,28 +68,37 @@ def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path, shared: bool = False) -> Iterator[None]:
+def only_writer(folder: Path, shared: bool = False, wait_s: float = 0.0) -> Iterator[None]:
     """Hold the exclusive right to write below ``folder``; it ends with the process, however that ends.
 
     Args:
         folder: to lock.
         shared: others may hold it at the same time, if they share it too.
+        wait_s: how long to wait for another process to release it.
 
     Raises:
         ValueError: another process holds it.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle, end_s = os.open(folder, os.O_RDONLY), time.monotonic() + wait_s
     try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise ValueError(f"another command is writing to {folder}; wait for its end, or start only one") from None
-    except OSError:
-        pass  # some network file systems cannot lock a folder; a single command needs no lock
-    try:
+        while not _is_locked(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+            if time.monotonic() >= end_s:
+                raise ValueError(f"another command is writing to {folder}; wait for its end, or start only one")
+            time.sleep(0.1)
         yield
     finally:
         os.close(handle)
+
+
+def _is_locked(handle: int, how: int) -> bool:
+    """Lock a folder, unless another process holds it."""
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # some network file systems cannot lock a folder; a single command needs no lock
+    return True
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ from trainer.monitor import metrics_file
 
 ORIGINAL = "config.original.yaml"
 """The config as the user wrote it."""
+_LET_GO_S = 15.0
+"""How long rank 0 of an earlier start, killed a moment ago, may hold the folder: its memory is given back first."""
 
 
 class RunFolder:
@@ -51,12 +53,13 @@ class RunFolder:
     def lock(self, hold: ExitStack) -> str | None:
         """Lock an existing folder against other commands until ``hold`` is closed; return why it cannot, if so.
 
-        Called before a checkpoint is chosen, so that launch.rewind does not move it away while it is read.
+        Called before a checkpoint is chosen, so that launch.rewind does not move it away while it is read, and before
+        anything is loaded, because a run that is still active here may leave no memory for it.
         """
         if not self.path.is_dir():
             return None
         try:
-            hold.enter_context(only_writer(self.path))
+            hold.enter_context(only_writer(self.path, wait_s=_LET_GO_S))
         except ValueError as error:
             return str(error)
         self._is_locked = True

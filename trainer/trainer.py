@@ -108,8 +108,8 @@ class Trainer:
     ) -> tuple[Path | None, Initial | None, str | None]:
         """The checkpoint to continue (own or forked), what ``initial`` returned, and the sentence on the precision."""
         world, checkpoints = self.world, config.train.checkpoint
-        if world.is_main:  # or later, in claim: a rank of an earlier start, or its file server, may let go until then
-            self.run.lock(self._hold)
+        if problem := world.broadcast_object(self.run.lock(self._hold) if world.is_main else None):
+            raise ValueError(problem)
         found = resume.find_checkpoint(
             self.run.checkpoints, checkpoints.resume, world, checkpoints.mirror, self.run.metrics
         )

@@ -78,8 +78,14 @@ def test_a_config_that_the_user_wrote_into_the_run_folder_is_kept(
 
 
 def test_a_start_keeps_other_commands_out_before_it_reads_anything(
-    run: RunFolder, configure: Configure, write_config: Write, tiny: dict[str, Any], tmp_path: Path
+    run: RunFolder,
+    configure: Configure,
+    write_config: Write,
+    tiny: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("trainer.run_folder._LET_GO_S", 0.2)
     with ExitStack() as hold, ExitStack() as other:
         assert run.lock(hold) is None
         assert run.claim(configure(), write_config(tiny), hold) is None  # by the same start

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from enum import IntEnum
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from data.files import only_writer
 from tests.trainer.one_rank import engine_for, save_now, take_steps
+from trainer import run_folder
+from trainer import trainer as trainers
 from trainer.checkpoints import manifest, receipts, resume
 from trainer.checkpoints import save as saving
 from trainer.checkpoints.save import Saver, _on_host
@@ -137,15 +140,26 @@ def test_an_error_of_the_run_itself_waits_for_the_checkpoint_that_is_being_writt
 
 
 def test_two_runs_do_not_write_to_one_folder(
-    tiny: dict[str, Any], train_here: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    tiny: dict[str, Any],
+    train_here: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The second one is refused before it builds an engine, for which the first may have left no memory."""
     folder = Path(tiny["train"]["run_dir"])
     folder.mkdir()
-    with only_writer(folder):
+    monkeypatch.setattr(run_folder, "_LET_GO_S", 0.2)
+    with only_writer(folder), monkeypatch.context() as busy:
+        busy.setattr(trainers, "build_engine", lambda *_: pytest.fail("an engine was built"))
         assert train_here(tiny) == EXIT_MISTAKE
     assert f"error: another command is writing to {folder}; wait for its end" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
-    assert train_here(tiny) == 0
+
+    monkeypatch.setattr(run_folder, "_LET_GO_S", 20.0)
+    with ExitStack() as killed:
+        killed.enter_context(only_writer(folder))
+        threading.Timer(2.0, killed.close).start()
+        assert train_here(tiny) == 0
 
 
 @pytest.mark.parametrize(("quiet_s", "expected"), [(0.2, 1), (60.0, 2)])
