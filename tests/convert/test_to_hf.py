@@ -354,9 +354,10 @@ def test_a_full_disk(
     def full(*_: Any, **__: Any) -> None:
         raise SafetensorError("No space left on device")
 
+    folder = str(exported("layer")[0])
     monkeypatch.setattr(weights_folder, "save_file", full)
     with pytest.raises(SystemExit):
-        main([str(exported("layer")[0]), str(tmp_path / "out")])
+        main([folder, str(tmp_path / "out")])
     assert "could not be written (No space left on device); free some space" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
