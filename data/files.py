@@ -60,11 +60,16 @@ def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
         Path(file.name).unlink(missing_ok=True)
         raise
     # The rename is stored in the folder: unless that is synced, a power failure can bring the old name back.
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 @contextlib.contextmanager

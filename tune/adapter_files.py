@@ -22,8 +22,9 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from data.files import write_json
+from data.files import sync, write_atomically, write_json
 from model.decoder import Decoder
+from trainer.checkpoints.layout import partial_of, removed_of
 from trainer.deepspeed_internals import whole_weight
 from trainer.distributed import World
 from tune.adapters import part_of
@@ -58,7 +59,7 @@ def save_adapter(peft: PeftModel | None, decoder: Decoder, folder: Path, world: 
         elif world.is_main:
             others[name] = weight.cpu()
     if world.is_main:
-        partial = folder.with_name(f"{folder.name}.partial")
+        partial = partial_of(folder)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if peft is not None:
@@ -67,11 +68,20 @@ def save_adapter(peft: PeftModel | None, decoder: Decoder, folder: Path, world: 
             ensemble = None if decoder.ensemble is None else decoder.ensemble.config.model_dump(mode="json")
             write_json(partial / ENSEMBLE[0], {"ensemble": ensemble})
             _write(partial / ENSEMBLE[1], others)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
+        _replace(folder, partial)
     world.barrier()
     return True
+
+
+def _replace(folder: Path, partial: Path) -> None:
+    """Give ``partial`` the name ``folder``. What has it is renamed first: a kill finds the one or the other whole."""
+    removed = removed_of(folder)
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        folder.rename(removed)
+    partial.rename(folder)
+    sync(folder.parent)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def export_adapter(decoder: Decoder, folder: Path) -> None:
@@ -97,9 +107,11 @@ def _write_peft(config: PeftConfig, tensors: dict[str, Tensor], folder: Path, ta
     config = copy.copy(config)
     config.inference_mode, config.task_type = True, task_type
     config.save_pretrained(str(folder))
+    sync(folder / ADAPTER[0])
     _write(folder / ADAPTER[1], tensors)
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     """As bytes: safetensors' own files can be read by nobody else."""
-    path.write_bytes(to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"}))
+    content = to_bytes({name: tensor.contiguous() for name, tensor in tensors.items()}, {"format": "pt"})
+    write_atomically(path, content)

@@ -6,6 +6,7 @@ What engines hand over is in tests/tune/test_load.py.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from model.decoder import Decoder
 from tests.model import tiny
 from tests.tune.put_back import put_back
 from trainer.distributed import ALONE
+from tune import adapter_files
 from tune.adapter_files import save_adapter
 from tune.adapters import prepare
 from tune.config import AdapterConfig
@@ -80,6 +82,49 @@ def test_a_second_save_replaces_the_first_with_what_a_killed_one_left(tmp_path: 
     saved(folder, "none")
     assert {path.name for path in folder.iterdir()} == {"ensemble.json", "ensemble.safetensors"}
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "whole"), [(1, "adapter"), (2, "adapter"), (3, "adapter.removed"), (4, "adapter")]
+)
+def test_a_kill_at_any_moment_leaves_one_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int, whole: str
+) -> None:
+    """While it is written; before, between and after the two names are given."""
+    saved(tmp_path / "adapter", "lora")
+    calls = [0]
+
+    def killed(call: Any) -> Any:
+        def one_of_them(*arguments: Any) -> Any:
+            calls[0] += 1
+            if calls[0] == killed_at:
+                raise KeyboardInterrupt
+            return call(*arguments)
+
+        return one_of_them
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(adapter_files, "_write", killed(adapter_files._write))
+        patched.setattr(Path, "rename", killed(Path.rename))
+        patched.setattr(adapter_files, "sync", killed(adapter_files.sync))
+        saved(tmp_path / "adapter", "none")
+    there = {path.name for path in (tmp_path / whole).iterdir()}  # the first with adapters, the second without
+    assert there == {*adapter_files.ENSEMBLE, *(adapter_files.ADAPTER if killed_at < 4 else ())}
+    assert load_file(tmp_path / whole / "ensemble.safetensors")
+    saved(tmp_path / "adapter", "none")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced, fsync = list[str](), os.fsync
+
+    def noted(handle: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name.removesuffix(".tmp"))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    saved(tmp_path / "adapter", "lora")
+    assert {*adapter_files.ADAPTER, *adapter_files.ENSEMBLE} <= set(synced[:-1]) and synced[-1] == tmp_path.name
 
 
 def test_full_tuning_is_not_saved_as_an_adapter(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ its rank ask to stop; at the next step all ranks end together, with its reason.
 from __future__ import annotations
 
 import copy
-import os
 import re
 import shutil
 import threading
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.files import sync
 from settings import to_yaml
 from trainer import git_state
 from trainer.checkpoints import manifest, receipts
@@ -255,7 +255,7 @@ class Saver:
         if self._final.exists():  # a torn one, or a run that was rewound and came here again
             remove(self._final)
         partial.rename(self._final)
-        _sync(self.folder)
+        sync(self.folder)
         self._torn.discard(self._final.name)
         held = None if self.mirror is None else self.mirror.held
         prune(self.folder, self._final, self.config.train.checkpoint, held, self._torn)
@@ -298,15 +298,7 @@ def _write(path: Path, content: Any) -> None:
         path.write_text(content, encoding="utf-8")
     else:
         torch.save(content, path)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path)
 
 
 def _reason(error: Exception) -> str:
