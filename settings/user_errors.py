@@ -34,8 +34,12 @@ _NOT_OURS = (f"{os.sep}site-packages{os.sep}", f"{os.sep}.venv{os.sep}")
 _RAISE = dis.opmap["RAISE_VARARGS"]
 NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 """Of a disk that is full, over a quota, or read-only."""
-_BROKEN = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENODEV, errno.ENXIO, errno.ENOTCONN)
-"""Of a disk or a mount that fails, which is nobody's mistake, and which another start or machine may not meet."""
+_MISTAKES = {
+    *NOT_WRITABLE, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY, errno.EACCES, errno.EPERM,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.EFBIG,
+}  # fmt: skip
+"""Of a name that is wrong, or that this user may not use, and of disks without room. All others, such as EIO, ESTALE
+and EMFILE, are of a disk, a mount or a machine that fails: nobody's mistake, and another start may not meet it."""
 _REPORT = (
     "this is a fault of Hopscotch or of a library that it uses, not of yours; please report it with what stands above "
     "and what `python -m launch.doctor` prints"
@@ -98,7 +102,8 @@ def user_errors(mistake: int = 1) -> Iterator[None]:
         if rank:
             time.sleep(_OTHER_RANKS_WAIT_S)
         print(f"error: {error}" if not rank else f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1 if isinstance(error, OSError) and error.errno in _BROKEN else mistake) from None
+        broken = isinstance(error, OSError) and error.errno is not None and error.errno not in _MISTAKES
+        raise SystemExit(1 if broken else mistake) from None
 
 
 def is_users(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -38,11 +39,19 @@ def test_one_sentence_and_status_one(kind: type[Exception], capsys: pytest.Captu
     [
         (ValueError("no"), 78),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data"), 78),
+        (FileNotFoundError("there is no /data; mount it"), 78),
+        (PermissionError(errno.EACCES, "Permission denied", "/data"), 78),
+        (OSError(errno.ENOSPC, "No space left on device"), 78),
         (OSError(errno.EIO, "Input/output error", "/data"), 1),
         (OSError(errno.ESTALE, "Stale file handle", "/data"), 1),
+        (OSError(errno.EMFILE, "Too many open files", "/data"), 1),
+        (OSError(errno.ENFILE, "Too many open files in system", "/data"), 1),
+        (OSError(errno.ENOMEM, "Cannot allocate memory", "/data"), 1),
+        (OSError(errno.EHOSTDOWN, "Host is down", "/data"), 1),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out", "/data"), 1),
     ],
 )
-def test_a_mistakes_own_status_is_not_that_of_a_disk_that_fails(error: Exception, status: int) -> None:
+def test_a_mistakes_own_status_is_not_that_of_a_machine_that_fails(error: Exception, status: int) -> None:
     with pytest.raises(SystemExit) as caught, user_errors(78):
         raise error
     assert caught.value.code == status
@@ -64,6 +73,18 @@ def _of_json() -> None:
 def test_the_same_classes_raised_by_others_are_faults(fault: Callable[[], None]) -> None:
     with pytest.raises(ValueError), user_errors():
         fault()
+
+
+def test_too_many_open_files_are_no_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as caught, user_errors(78):
+            os.open("/dev/null", os.O_RDONLY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == "error: [Errno 24] Too many open files: '/dev/null'\n"
 
 
 def test_a_file_that_cannot_be_opened_and_a_full_disk_are_no_faults(capsys: pytest.CaptureFixture[str]) -> None:
