@@ -164,9 +164,27 @@ def _check_fit(
     world: World,
 ) -> str:
     """Refuse a checkpoint that cannot be resumed; return how the layout of its state differs from this run's."""
+    _refuse_other_stage(blocks, checkpoint, config)
+    _refuse_other_conditions(written, checkpoint, config, world)
+    change = _layout_change(written, blocks, config, world)
+    if change and written["optimizer"] != "adamw":
+        raise ValueError(
+            f"{checkpoint} has the state of {written['optimizer']}, which cannot be resharded ({change}); resume it "
+            "with the same number of ranks, ZeRO stage and precision"
+        )
+    if fingerprint is not None:
+        _refuse_other_data(written["data_fingerprint"], fingerprint, checkpoint, config)
+    _refuse_other_model(blocks, checkpoint, config)
+    return change
+
+
+def _refuse_other_stage(blocks: dict[str, Any], checkpoint: Path, config: StageConfig) -> None:
     if ("base" in blocks) != hasattr(config, "base"):
         writer, reader = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
         raise ValueError(f"{checkpoint} was written by {writer}, this is {reader}; give each its own train.run_dir")
+
+
+def _refuse_other_conditions(written: dict[str, Any], checkpoint: Path, config: StageConfig, world: World) -> None:
     here = conditions(config, world)
     differ = [f"{n} {written.get(n)} there, {here[n]} here" for n in ("optimizer", "seed") if written.get(n) != here[n]]
     if differ:
@@ -174,35 +192,35 @@ def _check_fit(
             f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same optimizer "
             "and seed"
         )
-    change = _layout_change(written, blocks, config, world)
-    if change and here["optimizer"] != "adamw":
-        raise ValueError(
-            f"{checkpoint} has the state of {here['optimizer']}, which cannot be resharded ({change}); resume it "
-            "with the same number of ranks, ZeRO stage and precision"
-        )
-    there = written["data_fingerprint"]
-    if fingerprint not in (None, there) and there[:12] != config.train.checkpoint.accept_data:
-        raise ValueError(
-            f"{checkpoint} was trained on other data or another order (its data fingerprint is {there[:12]}, this "
-            f"config's is {str(fingerprint)[:12]}); resume with the same shards, data.seed, sequence_tokens, weights "
-            "and data.stages (where they begin at shares of the run, another train.steps moves them: take the run "
-            f"folder's config.yaml), start a new run_dir, or set train.checkpoint.accept_data={there[:12]} to go on "
-            "with the other data; where weights change, no text is repeated if the new ones are a stage of their own, "
-            "added to data.stages from the checkpoint's token on"
-        )
+
+
+def _refuse_other_data(trained_on: str, fingerprint: str, checkpoint: Path, config: StageConfig) -> None:
+    """Both are fingerprints; ``train.checkpoint.accept_data`` may name the checkpoint's."""
+    if fingerprint == trained_on or trained_on[:12] == config.train.checkpoint.accept_data:
+        return
+    raise ValueError(
+        f"{checkpoint} was trained on other data or another order (its data fingerprint is {trained_on[:12]}, this "
+        f"config's is {fingerprint[:12]}); resume with the same shards, data.seed, sequence_tokens, weights and "
+        "data.stages (where they begin at shares of the run, another train.steps moves them: take the run folder's "
+        f"config.yaml), start a new run_dir, or set train.checkpoint.accept_data={trained_on[:12]} to go on with the "
+        "other data; where weights change, no text is repeated if the new ones are a stage of their own, added to "
+        "data.stages from the checkpoint's token on"
+    )
+
+
+def _refuse_other_model(blocks: dict[str, Any], checkpoint: Path, config: StageConfig) -> None:
     changed = differences(blocks["model"], config.model)
     for name, value in config.structure().items():
         block, _, field = name.partition(".")
-        there = (blocks.get(block) or {}).get(field)
-        if there != value and name == "base.sha256":
+        before = (blocks.get(block) or {}).get(field)
+        if before != value and name == "base.sha256":
             changed.append(
                 f"another base: that of the run was base.path {blocks['base']['path']}, now it has other weights"
             )
-        elif there != value:
-            changed.append(f"{name} {there} there, {value} here")
+        elif before != value:
+            changed.append(f"{name} {before} there, {value} here")
     if changed:
         raise ValueError(
             f"{checkpoint} holds another model ({'; '.join(changed)}); resume with the blocks that the run was started "
             "with, or start a new run_dir"
         )
-    return change
