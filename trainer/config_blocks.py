@@ -283,10 +283,9 @@ class TrainConfig(Strict):
                 come after the run's last, or a timeout is longer than the system can wait.
         """
         schedule, problems = self.schedule, []
-        decays = schedule.kind in ("cosine", "warmup_stable_decay")
-        end = (schedule.end_step if decays else None) or self.steps
-        name = "train.schedule.end_step" if decays and schedule.end_step else "train.steps"
-        if schedule.warmup_steps > end:
+        end_step = schedule.end_step if schedule.kind in ("cosine", "warmup_stable_decay") else None
+        end, name = (end_step, "train.schedule.end_step") if end_step else (self.steps, "train.steps")
+        if end_step and schedule.warmup_steps > end_step:
             problems.append(
                 f"train.schedule.warmup_steps ({schedule.warmup_steps}) must not exceed {name} ({end}); set both"
             )
