@@ -318,7 +318,7 @@ class HarnessTasks:
         tokenizer: TextTokenizer,
         window_tokens: int,
         lockstep: bool,
-        progress: Callable[[int], object],
+        progress: Callable[[int], object] = lambda rows: None,
     ) -> dict[str, Score]:
         """Scores by task, the same on every rank; ``progress`` as of :class:`OurModel`; collective."""
         model = OurModel(scorer, tokenizer, window_tokens, lockstep, progress)
