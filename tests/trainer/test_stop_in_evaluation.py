@@ -17,6 +17,7 @@ from tests.faults.breakage import signal_in_tasks
 from tests.faults.test_kills import exact, lines
 from tests.ranks import Ranks
 from tests.trainer.tasks.questions import write_questions
+from tests.trainer.tasks.test_live import OWN_TASK
 from trainer import trainer as trainers
 from trainer.exit_status import EXIT_PREEMPTED
 
@@ -28,12 +29,17 @@ def _figures(run: Path) -> dict[int, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "harness"), [(2, False), (3, False), (3, True)])
 def test_between_two_batches_of_tasks(
-    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, stage: int
+    tiny: dict[str, Any], write_config: Callable[..., str], tmp_path: Path, stage: int, harness: bool
 ) -> None:
     """Evaluated more often than saved: what was trained since the last save is saved before the run ends."""
-    questions = [str(path) for path in write_questions(tmp_path / "tasks").values()]
+    files = write_questions(tmp_path / "tasks")
+    questions = [str(path) for path in files.values()]
+    if harness:
+        pytest.importorskip("lm_eval")
+        (tmp_path / "own.yaml").write_text(OWN_TASK.format(data=files["go_on"]))
+        questions = [str(tmp_path / "own.yaml")]
     tiny["train"]["evaluation"] = {"every_steps": 3, "samples": 2, "tasks": questions}
     tiny["train"] |= {"steps": 6, "checkpoint": {"every_steps": 100, "resume": "auto"}}
     tiny["deepspeed"]["zero_stage"] = stage
