@@ -163,9 +163,9 @@ class TrainingData(MixedStream):
         """Raise ValueError unless ``vocab_size``, the config's, is the one that the shards were made with."""
         if self.vocab_size != vocab_size:
             raise ValueError(
-                f"the shards in {self._config.dir} have a vocabulary of {self.vocab_size}, data.tokenizer.vocab_size "
-                f"is {vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to {self.vocab_size}, or prepare "
-                "the data again"
+                f"the shards in {self._config.dir} have a vocabulary of {self.vocab_size}, but "
+                f"data.tokenizer.vocab_size is {vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to "
+                f"{self.vocab_size}, or prepare the data again"
             )
 
     @property
@@ -304,8 +304,9 @@ def _require_one_vocabulary(stores: Sequence[TokenStore]) -> None:
         if differ := [key for key in sorted(vocabulary.keys() & first[1].keys()) if vocabulary[key] != first[1][key]]:
             one, other = (", ".join(f"{key} {of[key]}" for key in differ) for of in (first[1], vocabulary))
             raise ValueError(
-                f"the tokenizer's {one} went into {first[0]}, {other} into {folder}: the files beside the tokenizer "
-                "changed in between; restore them, remove the folder that was made with others, and prepare again"
+                f"{first[0]} was prepared with the tokenizer's {one}, but {folder} with {other}: the files beside the "
+                "tokenizer changed in between; restore them, remove the folder made with the wrong ones, and prepare "
+                "again"
             )
 
 

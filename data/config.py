@@ -34,8 +34,8 @@ class TokenizerConfig(Strict):
     def _type_of_its_kind(self) -> TokenizerConfig:
         if self.kind == "huggingface" and self.model_type != "bpe":
             raise ValueError(
-                f"data.tokenizer.model_type {self.model_type} is a SentencePiece type, and kind is huggingface, which "
-                "is bpe; leave model_type out, or set kind to sentencepiece"
+                f"data.tokenizer.model_type {self.model_type} is a SentencePiece type, but kind is huggingface, which "
+                "is always bpe; leave model_type out, or set kind to sentencepiece"
             )
         return self
 
@@ -84,11 +84,11 @@ class SourceConfig(MixedSource):
     @model_validator(mode="after")
     def _one_origin(self) -> SourceConfig:
         if bool(self.files) == bool(self.hub):
-            raise ValueError(f"source '{self.name}' must give files or hub, exactly one of them")
+            raise ValueError(f"source '{self.name}' must give exactly one of files and hub")
         if self.tokens is not None and self.format not in (None, "json", "parquet"):
             raise ValueError(
-                f"source '{self.name}' has tokens, which are no {self.format}; leave its format out, or set it to json "
-                "or parquet"
+                f"source '{self.name}' has tokens, which cannot be read from {self.format}; leave its format out, or "
+                "set it to json or parquet"
             )
         return self
 
@@ -111,8 +111,8 @@ class StreamConfig(Strict):
         for first, end in self.skip_ranges:
             if not last_end <= first < end:
                 raise ValueError(
-                    f"data.skip_ranges: [{first}, {end}) is empty, negative or begins before the end of the one before "
-                    f"it ({last_end}); give ascending ranges [first, end) that do not overlap"
+                    f"data.skip_ranges: [{first}, {end}) is empty, negative or begins before the previous range ends "
+                    f"({last_end}); give ascending ranges [first, end) that do not overlap"
                 )
             last_end = end
         return self
@@ -128,7 +128,9 @@ def refuse_names_twice(**groups: Sequence[MixedSource]) -> None:
         names = [source.name for source in sources]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"data.{group}: the names {', '.join(twice)} stand twice; every name must be unique")
+            raise ValueError(
+                f"data.{group}: the names {', '.join(twice)} are used more than once; every name must be unique"
+            )
 
 
 class DataConfig(StreamConfig):

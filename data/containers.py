@@ -33,12 +33,15 @@ MARKS = (  # UTF-32's first: one of them begins with one of UTF-16's
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
 OTHERS = (
-    (b"\x1f\x8b", "compressed by gzip: give it a name that ends in .gz"),
-    (b"\xfd7zXZ\0", "compressed by xz: give it a name that ends in .xz"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd: give it a name that ends in .zst"),
-    (b"BZh91AY&SY", "compressed by bzip2, which is not read: compress it by .gz, .xz or .zst"),
+    (b"\x1f\x8b", "compressed with gzip: give it a name that ends in .gz"),
+    (b"\xfd7zXZ\0", "compressed with xz: give it a name that ends in .xz"),
+    (b"\x28\xb5\x2f\xfd", "compressed with zstd: give it a name that ends in .zst"),
+    (b"BZh91AY&SY", "compressed with bzip2, which is not supported: compress it as .gz, .xz or .zst"),
     (b"PK\x03\x04", "a zip archive: unpack it"),
-    (b"version https://git-lfs.github.com/spec/", "a pointer of Git LFS to a file that is not here: git lfs pull"),
+    (
+        b"version https://git-lfs.github.com/spec/",
+        "a Git LFS pointer to a file that was not downloaded: run git lfs pull",
+    ),
 )
 """How files that are not text begin, whatever their names say."""
 UNREADABLE = (ValueError, OSError, EOFError, RecursionError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
@@ -135,8 +138,8 @@ def _require_text(start: bytes) -> None:
         raise ValueError(f"it is {other}")
     if start.count(0) > len(start) // _TEXT_BYTES_A_NUL:
         raise ValueError(
-            "it is no text, or UTF-16 or UTF-32 without a mark at its start: its first "
-            f"{len(start):,} bytes hold {start.count(0):,} NULs; convert it to UTF-8, or leave it out"
+            f"it is not text, or it is UTF-16 or UTF-32 without a byte order mark: its first {len(start):,} bytes hold "
+            f"{start.count(0):,} NULs; convert it to UTF-8, or leave it out"
         )
 
 
@@ -225,7 +228,8 @@ def csv_values(path: Path, column: str) -> Iterator[bytes]:
     for number, row in enumerate(rows, start=1):
         if any(field.strip() for field in row[len(header) :]):
             raise ValueError(
-                f"row {number} has {len(row)} fields, the header {len(header)}; put quotes around texts with commas"
+                f"row {number} has {len(row)} fields, but the header has {len(header)}; put quotes around texts with "
+                "commas"
             )
         yield row[place].encode(errors="surrogateescape") if place < len(row) else b""
 
@@ -245,7 +249,7 @@ def _csv_rows(path: Path) -> Iterator[list[str]]:
         text = io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="")
         for number, row in enumerate(csv.reader(lines(text))):
             if ended:  # in the middle of a row
-                raise ValueError(f"row {number} opens a quote that nothing closes; close it, or restore the file")
+                raise ValueError(f"row {number} opens a quote that is never closed; close it, or restore the file")
             if row and not (len(row) == 1 and row[0].isspace()):
                 yield row
 

@@ -88,12 +88,13 @@ def _matches(pattern: str) -> list[str]:
 def _require_readable(name: str) -> None:
     if not os.path.exists(name):
         raise ValueError(
-            f"{shown(name)} is a link to {shown(os.readlink(name))}, which is not there; restore it, or remove the link"
+            f"{shown(name)} is a link to {shown(os.readlink(name))}, which does not exist; restore it, or remove the "
+            "link"
         )
     if not os.path.isfile(name):
-        raise ValueError(f"{shown(name)} is no regular file, so it cannot be read twice; copy what it gives into one")
+        raise ValueError(f"{shown(name)} is not a regular file, so it cannot be read twice; copy its contents into one")
     if not os.access(name, os.R_OK):
-        raise ValueError(f"{shown(name)} may not be read by this user; change its mode, or leave it out")
+        raise ValueError(f"{shown(name)} is not readable by this user; change its mode, or leave it out")
 
 
 def format_of(path: Path) -> str | None:

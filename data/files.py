@@ -43,7 +43,9 @@ def require_new_folder(out: Path) -> None:
     if ".." in out.parts or not out.name:
         raise ValueError(f"OUT must name a folder without '..', got {out}; give its path in full")
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already and is no empty folder, and nothing is written over; give another one")
+        raise ValueError(
+            f"{out} already exists and is not an empty folder; nothing is overwritten, so give another one"
+        )
 
 
 def publish(file: BinaryIO, path: Path, content: bytes = b"") -> None:
@@ -88,7 +90,7 @@ def only_writer(folder: Path, shared: bool = False, wait_s: float = 0.0) -> Iter
     try:
         while not _is_locked(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             if time.monotonic() >= end_s:
-                raise ValueError(f"another command is writing to {folder}; wait for its end, or start only one")
+                raise ValueError(f"another command is writing to {folder}; wait until it ends, or start only one")
             time.sleep(0.1)
         yield
     finally:
@@ -119,7 +121,9 @@ def only_holder(path: Path, refusal: str) -> Iterator[None]:
     """
     with holding(path, _GRACE_S) as holder:
         if holder is not None:
-            raise ValueError(f"{refusal} ({holder}); wait for its end, or give each task parts of its own: --part I/N")
+            raise ValueError(
+                f"{refusal} ({holder}); wait until it ends, or give each task parts of its own: --part I/N"
+            )
         yield
 
 

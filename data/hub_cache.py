@@ -27,14 +27,14 @@ def ensure_hub_cache() -> None:
         reason = error.strerror
     if given:
         raise ValueError(
-            f"HF_HOME={given} cannot be written ({reason}), where the Hub's libraries keep what they read; set it to a "
-            "folder of yours"
+            f"HF_HOME={given}, the cache of the Hub's libraries, is not writable ({reason}); set it to a folder of "
+            "yours"
         )
     made = tempfile.mkdtemp(prefix="hopscotch-hub-")
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     os.environ["HF_HOME"] = made
     print(
-        f"note: {folder} cannot be written ({reason}), so what the Hub's libraries keep goes to {made} until this "
+        f"note: {folder} is not writable ({reason}), so the Hub's libraries use {made} as their cache until this "
         "command ends; set HF_HOME to keep it",
         file=sys.stderr,
         flush=True,

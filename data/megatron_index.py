@@ -43,20 +43,22 @@ class MegatronIndex:
         if content.startswith(OLD_MAGIC):
             raise ValueError(f"{path.name} is an index of the lazy or cached kind; write the pair again as mmap")
         if len(content) < _HEAD.size or not content.startswith(MAGIC):
-            raise ValueError(f"{path.name} is no index of Megatron (it does not begin with {MAGIC!r}); restore it")
+            raise ValueError(f"{path.name} is not a Megatron index (it does not begin with {MAGIC!r}); restore it")
         _, version, code, sequences, borders = _HEAD.unpack_from(content)
         if version != 1:
             said = "big-endian" if version == 1 << 56 else f"of version {version}"
             raise ValueError(
-                f"{path.name} is {said}, and what is read is little-endian, version 1; write the pair again"
+                f"{path.name} is {said}, but only little-endian version 1 can be read; write the pair again"
             )
         if code not in DTYPES:
-            raise ValueError(f"{path.name} gives its ids the dtype code {code}, which is none of integers; restore it")
+            raise ValueError(
+                f"{path.name} gives its ids the dtype code {code}, which is not an integer type; restore it"
+            )
         needed = _HEAD.size + 12 * sequences + 8 * borders
         if len(content) not in (needed, needed + sequences) or not borders:
             raise ValueError(
-                f"{path.name} has {len(content):,} bytes, and its {sequences:,} sequences in {borders - 1:,} documents "
-                f"take {needed:,}; restore it"
+                f"{path.name} has {len(content):,} bytes, but its {sequences:,} sequences in {borders - 1:,} documents "
+                f"need {needed:,}; restore it"
             )
         self._lengths = np.frombuffer(content, "<i4", sequences, _HEAD.size)
         self._starts = np.frombuffer(content, "<i8", sequences, _HEAD.size + 4 * sequences)
@@ -84,24 +86,32 @@ class MegatronIndex:
     def _require_whole(self, name: str, tokens: Path, dtype: np.dtype[Any]) -> None:
         size, width = tokens.stat().st_size, dtype.itemsize
         if size % width:
-            raise ValueError(f"{tokens.name} has {size:,} bytes, which is no whole number of {dtype.name}; restore it")
+            raise ValueError(
+                f"{tokens.name} has {size:,} bytes, which is not a multiple of the {width} bytes of {dtype.name}; "
+                "restore it"
+            )
         if len(self._starts) and (
             int(self._lengths.min()) < 0 or int(self._starts.min()) < 0 or any(self._starts % width)
         ):
-            raise ValueError(f"{name} has a negative or crooked length or place; restore it")
+            raise ValueError(
+                f"{name} has a negative length or offset, or an offset that is not a multiple of {width} bytes; "
+                "restore it"
+            )
         ends = self._starts + self._lengths.astype(np.int64) * width
         last = int(ends.max()) if len(ends) else 0
         if last > size:
             number = int(np.argmax(ends > size))
             raise ValueError(
-                f"{name} points behind the end of {tokens.name}: sequence {number} ends at byte "
-                f"{int(ends[number]):,} of {size:,}; one of the two is cut off, or of another pair"
+                f"{name} points past the end of {tokens.name}: sequence {number} ends at byte {int(ends[number]):,} of "
+                f"{size:,}; one of the two is truncated, or belongs to another pair"
             )
         if last < size:
             raise ValueError(
-                f"{name} ends at byte {last:,} of {tokens.name}, which has {size:,}: they are not of one pair, or its "
-                "writing was cut off"
+                f"{name} ends at byte {last:,} of {tokens.name}, which has {size:,}: they do not belong together, or "
+                "writing was interrupted"
             )
         borders = self._borders
         if borders[0] != 0 or borders[-1] != len(self._starts) or any(np.diff(borders) < 0):
-            raise ValueError(f"{name} has documents that do not follow each other from the first sequence to the last")
+            raise ValueError(
+                f"{name} has documents that do not cover the sequences in order, from the first to the last"
+            )

@@ -49,7 +49,7 @@ class QuestionFile(NamedTuple):
         """Raise ValueError, with ``fix``, if a question cannot have ``shots`` others before it."""
         if self.different <= shots:
             raise ValueError(
-                f"{self.path} has {self.different} different lines, and each question takes {shots} of the others for "
+                f"{self.path} has {self.different} different lines, but each question takes {shots} of the others as "
                 f"examples; {fix}"
             )
 
@@ -79,7 +79,9 @@ def read_questions(path: Path) -> QuestionFile:
         if shape is None:
             shapes = "; ".join(", ".join(each) for each in SHAPES)
             raise ValueError(f"{path}, {place} has the fields {', '.join(fields)}; a question has {shapes}")
-        problem = SHAPES[shape](fields) if all(field in fields for field in shape) else "is of another kind"
+        problem = (
+            SHAPES[shape](fields) if all(field in fields for field in shape) else "has other fields than the first line"
+        )
         if problem:
             raise ValueError(f"{path}, {place} {problem}; all lines of a file have {', '.join(shape)}")
         found.append({field: fields[field] for field in shape})
@@ -115,7 +117,7 @@ def _objects(path: Path) -> Iterator[tuple[str, Fields]]:
         raise ValueError(f"{path}: {error}") from None
     for place, fields in records:
         if not isinstance(fields, dict):
-            raise ValueError(f"{path}, {place} is no JSON object; every line is one")
+            raise ValueError(f"{path}, {place} is not a JSON object; every line must be one")
         try:
             json.dumps(fields, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -137,7 +139,9 @@ def find_tasks(names: Sequence[str]) -> tuple[list[Path], list[str]]:
     others = [name for name in names if name not in files]
     tasks = [path.stem for path in found] + [Path(name).stem for name in others]
     if twice := next((task for task in tasks if tasks.count(task) > 1), None):
-        raise ValueError(f"two tasks are called '{twice}', the name of their figures; leave one out, or rename it")
+        raise ValueError(
+            f"two tasks are called '{twice}', so their metrics would have one name; leave one out, or rename it"
+        )
     return found, others
 
 
@@ -175,9 +179,9 @@ def _choices_problem(options: str) -> Callable[[Fields], str]:
         if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
             return f"has no list of two or more texts in {options}"
         if not isinstance(gold, int) or isinstance(gold, bool) or not 0 <= gold < len(texts):
-            return f"has gold {gold!r}, which is not one of its {len(texts)} {options}, counted from 0"
+            return f"has gold {gold!r}, which is not the index of one of its {len(texts)} {options}, counted from 0"
         if texts.count(texts[gold]) > 1:
-            return f"has its right one of {options} twice, and nothing tells them apart"
+            return f"has its right answer twice in {options}, so it has no single right one"
         other = "query" if options == "choices" else "continuation"
         return "" if isinstance(fields[other], str) and fields[other].strip() else f"has no text in {other}"
 

@@ -41,7 +41,7 @@ class RemoteFile(PosixPath):
         system, place = urls.open_filesystem(str(self), remember=True)
         size = system.size(place)
         if size is None:
-            raise OSError(f"{self}: the service does not say how large it is; copy it to a disk")
+            raise OSError(f"{self}: the service does not report its size; copy it to a disk")
         number = int(hashlib.sha256(str(self).encode()).hexdigest()[:15], 16)
         return os.stat_result((stat.S_IFREG | 0o444, number, 0, 1, 0, 0, int(size), 0, 0, 0))
 

@@ -56,8 +56,8 @@ def refuse_changed_text(proto: Any, file: Path) -> None:
         changes.append("treat_whitespace_as_suffix True")
     if changes:
         raise ValueError(
-            f"{file} changes text before it is cut into pieces ({', '.join(changes)}), which would be lost in training "
-            "and which transformers would do otherwise; take the model's tokenizer.json, or train one with "
+            f"{file} changes text before splitting it into pieces ({', '.join(changes)}), so training would not see "
+            "the original and transformers would give other ids; take the model's tokenizer.json, or train one with "
             "data.tokenizer"
         )
 

@@ -40,8 +40,8 @@ def refuse_other_past(then: Ranges, now: Ranges, consumed: int) -> None:
     past_then, past_now = ([list(r) for r in ranges if r[0] < reached] for ranges in (then, now))
     if past_then != past_now:
         raise ValueError(
-            f"before sample {reached}, up to which the checkpoint was trained, it has passed over {past_then}, and "
-            f"data.skip_ranges says {past_now}; keep what is there and add ranges from {reached} on "
+            f"the checkpoint was trained up to sample {reached} and skipped {past_then} before it, but "
+            f"data.skip_ranges now says {past_now}; keep those ranges and only add ones from {reached} on "
             f"(data.skip_ranges={json.dumps(past_then, separators=(',', ':'))}), or go back to an earlier step with "
             "launch.rewind"
         )

@@ -59,8 +59,7 @@ class Document(NamedTuple):
             line = self.text.decode().partition("\ufffd")[0].count("\n") + 1
             raise ValueError(
                 f"document {number} is not valid Unicode in its line {line} (bytes of another encoding, or half a "
-                "surrogate pair), and what is put in its place would be another text; correct it, or convert the file "
-                "with iconv"
+                "surrogate pair), and replacing it would change the text; correct it, or convert the file with iconv"
             )
 
     def left_out(self) -> Document:

@@ -48,7 +48,7 @@ class MixtureStage(Strict):
     @model_validator(mode="after")
     def _one_beginning(self) -> MixtureStage:
         if (self.from_tokens is None) == (self.from_share is None):
-            raise ValueError(f"stage '{self.name}' must give from_tokens or from_share, exactly one of them")
+            raise ValueError(f"stage '{self.name}' must give exactly one of from_tokens and from_share")
         return self
 
     @property
@@ -66,7 +66,7 @@ class MixtureStage(Strict):
         """
         if self.from_tokens is None:
             raise ValueError(
-                f"data.stages: '{self.name}' begins {self.beginning}, and there is no run here to know its length by; "
+                f"data.stages: '{self.name}' begins {self.beginning}, but this command knows no run, and so no length; "
                 "give from_tokens"
             )
         return -(-self.from_tokens // sequence_tokens)
@@ -109,12 +109,14 @@ def require_known_sources(stages: Sequence[MixtureStage], sources: Sequence[str]
     """Raise ValueError unless stages have unique names, draw only from ``sources``, and each is used by some stage."""
     names = [stage.name for stage in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"data.stages: the names {', '.join(twice)} stand twice; every name must be unique")
+        raise ValueError(
+            f"data.stages: the names {', '.join(twice)} are used more than once; every name must be unique"
+        )
     for stage in stages:
         for name in stage.weights:
             if name not in sources:
                 raise ValueError(
-                    f"data.stages: '{stage.name}' has a weight for '{name}', which is none of data.sources; "
+                    f"data.stages: '{stage.name}' has a weight for '{name}', which is not in data.sources; "
                     f"{did_you_mean(name, sources)}"
                 )
     if unused := [name for name in sources if not any(name in stage.weights for stage in stages)]:

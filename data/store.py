@@ -79,8 +79,8 @@ def require_configured(manifest: Manifest, folder: Path, config: DataConfig, sou
     if keys:
         changes = ", ".join(f"{key} {before.get(key, 'none')} -> {now.get(key, 'none')}" for key in keys)
         raise ValueError(
-            f"{folder} was prepared with other settings than the config's now ({changes}); undo the change, or choose "
-            "another data.dir and prepare again"
+            f"{folder} was prepared with settings that differ from the config's ({changes}); undo the change, or "
+            "choose another data.dir and prepare again"
         )
 
 
@@ -135,7 +135,7 @@ class TokenStore:
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         if self._starts[-1] != self.manifest.tokens:
             raise ValueError(
-                f"{path} is damaged: it counts {self.manifest.tokens} tokens, its shards hold {self._starts[-1]}; "
+                f"{path} is damaged: it counts {self.manifest.tokens} tokens, but its shards hold {self._starts[-1]}; "
                 "restore it or prepare again"
             )
         self._columns: list[tuple[Column, Column] | None] = [None] * len(counts)
@@ -174,8 +174,8 @@ class TokenStore:
             if len(part) and int(part.max()) >= self.manifest.vocab_size:
                 # On a GPU, an id without an embedding would crash without a useful message.
                 raise ValueError(
-                    f"{self._paths[shard][0]} is damaged: it holds the token id {int(part.max())}, the "
-                    f"vocabulary has {self.manifest.vocab_size}; {self._again()}"
+                    f"{self._paths[shard][0]} is damaged: it holds the token id {int(part.max())}, but the vocabulary "
+                    f"has {self.manifest.vocab_size}; {self._again()}"
                 )
             tokens[offset + a - first : offset + b - first] = part
             # Ends strictly after the window's first position and at most T after it.
@@ -210,7 +210,7 @@ class TokenStore:
                 except FileNotFoundError:
                     raise ValueError(f"{path} is missing; {again}") from None
                 if there != size or name not in shard.files or shard.files[name].bytes != size:
-                    raise ValueError(f"{path} has {there} bytes, the manifest counts {size}; {again}")
+                    raise ValueError(f"{path} has {there} bytes, but the manifest says {size}; {again}")
 
     def _shard(self, number: int) -> tuple[Column, Column]:
         """Token ids [N] and document ends [D] of one shard."""
@@ -238,8 +238,8 @@ class TokenStore:
     def _compare(self, shard: Shard) -> None:
         """Refuse a shard whose bytes are not those of the manifest."""
         logging.getLogger("hopscotch").info(
-            f"comparing {self.folder / shard.name} with its SHA-256, because it is newer than when it was prepared or "
-            f"opened; after a copy that is meant, touch {self.folder / MANIFEST_NAME} spares this"
+            f"comparing {self.folder / shard.name} with its SHA-256, because it was modified after it was prepared or "
+            f"opened; if that was an intended copy, touch {self.folder / MANIFEST_NAME} to skip this"
         )
         for name, file in shard.files.items():
             if sha256_of(self.folder / name) != file.sha256:

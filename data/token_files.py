@@ -61,7 +61,7 @@ def with_indexes(files: list[Path]) -> list[Path]:
     remote = [path for path in files if isinstance(path, RemoteFile) and format_of(path) not in ("json", "parquet")]
     if remote:
         raise ValueError(
-            f"{remote[0]} is a file of token ids, which is mapped into memory, so it must lie on a disk; copy it to one"
+            f"{remote[0]} is a file of token ids, which is mapped into memory, so it must be on a disk; copy it to one"
         )
     pairs = [path.with_suffix(suffix) for path in files for suffix in (".bin", INDEX_SUFFIX) if _is_half(path)]
     if missing := [path for path in pairs if not path.is_file()]:
@@ -127,7 +127,7 @@ def closed(ids: Any, settings: TokensConfig, vocabulary: Vocabulary, place: str)
         given = np.empty((0, 0))
     if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise ValueError(
-            f"{place} is no list of token ids, but {str(ids)[:60]!r}; name the field that holds them: tokens.field"
+            f"{place} is not a list of token ids, but {str(ids)[:60]!r}; name the field that holds them: tokens.field"
         )
     if not given.size:
         return np.empty(0, np.uint32)
@@ -152,9 +152,8 @@ def _require_ids(ids: np.ndarray, vocabulary: Vocabulary, place: str) -> None:
         return
     where = int(np.argmax((ids < 0) | (ids >= vocabulary.size)))
     raise ValueError(
-        f"{place} holds the id {int(ids[where])} at its place {where}, and the tokenizer has {vocabulary.size:,} "
-        "tokens: they are ids of another tokenizer, or of another dtype or byte order; correct data.tokenizer or the "
-        "source"
+        f"{place} holds the id {int(ids[where])} at index {where}, but the tokenizer has {vocabulary.size:,} tokens: "
+        "the ids are from another tokenizer, or have another dtype or byte order; correct data.tokenizer or the source"
     )
 
 
@@ -171,7 +170,7 @@ def _flat(path: Path, settings: TokensConfig) -> np.ndarray:
         _require_dtype(settings, name)
         return _mapped(path, name, len(start), tokens)
     if settings.dtype is None:
-        raise ValueError("it says nothing of its dtype; set the source's tokens.dtype to uint16 or uint32")
+        raise ValueError("it does not state its dtype; set the source's tokens.dtype to uint16 or uint32")
     return _mapped(path, settings.dtype, 0, None)
 
 
@@ -182,7 +181,7 @@ def _llm_c(start: bytes) -> tuple[str, int] | None:
     for order in "<>":
         magic, version, tokens = np.frombuffer(start, f"{order}i4", 3).tolist()
         if magic == LLM_C_EVALUATION:
-            raise ValueError("it holds an evaluation of llm.c, not documents; leave it out")
+            raise ValueError("it is an llm.c evaluation set, not documents; leave it out")
         if (dtype := LLM_C.get((magic, version))) is not None:
             if order == ">":
                 raise ValueError("its header (llm.c's) is big-endian; swap the bytes of the whole file")
@@ -194,11 +193,12 @@ def _mapped(path: Path, name: str, header_bytes: int, tokens: int | None) -> np.
     dtype, there = np.dtype(name).newbyteorder("<"), path.stat().st_size - header_bytes
     if tokens is not None and there != tokens * dtype.itemsize:
         raise ValueError(
-            f"its header (llm.c's) counts {tokens:,} tokens of {name}, and {there:,} bytes follow it; restore the file"
+            f"its header (llm.c's) counts {tokens:,} tokens of {name}, but {there:,} bytes follow it; restore the file"
         )
     if there % dtype.itemsize:
         raise ValueError(
-            f"it has {there:,} bytes, which is no whole number of {name}; correct tokens.dtype, or restore the file"
+            f"it has {there:,} bytes, which is not a multiple of the size of {name}; correct tokens.dtype, or restore "
+            "the file"
         )
     # As a plain array, which is cheaper to slice.
     return np.asarray(np.memmap(path, dtype, "r", header_bytes)) if there else np.empty(0, dtype)
@@ -208,9 +208,12 @@ def _numpys(path: Path, settings: TokensConfig) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"it begins as numpy's format, and is not whole ({error}); restore it") from None
+        raise ValueError(f"it begins like a .npy file, but is not a complete one ({error}); restore it") from None
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ValueError(f"it is an array of {array.dtype.name} {list(array.shape)}; token ids are one row of integers")
+        raise ValueError(
+            f"it is an array of {array.dtype.name} {list(array.shape)}; token ids must be a one-dimensional array of "
+            "integers"
+        )
     if array.dtype.kind == "u":
         _require_dtype(settings, array.dtype.name)
     return array
@@ -218,7 +221,7 @@ def _numpys(path: Path, settings: TokensConfig) -> np.ndarray:
 
 def _require_dtype(settings: TokensConfig, dtype: str) -> None:
     if settings.dtype not in (None, dtype):
-        raise ValueError(f"its header says {dtype}, and tokens.dtype is {settings.dtype}; leave tokens.dtype out")
+        raise ValueError(f"its header says {dtype}, but tokens.dtype is {settings.dtype}; leave tokens.dtype out")
 
 
 def _require_plausible(stream: np.ndarray, vocabulary: Vocabulary) -> None:
@@ -228,14 +231,14 @@ def _require_plausible(stream: np.ndarray, vocabulary: Vocabulary) -> None:
         return
     if int(start.max()) >= vocabulary.size or int(start.min()) < 0:
         others = [name for name, seen in _read_otherwise(start) if int(seen.max()) < vocabulary.size]
-        hint = f"; read as {' or '.join(others)} all of them would be below it" if others else ""
+        hint = f"; read as {' or '.join(others)} all of them would be valid" if others else ""
         _raise_with(hint, start, vocabulary)
     if start.dtype.itemsize == 2 and len(start) >= 2:
         zeros_low, zeros_high = (float(np.mean(start[place::2] == 0)) for place in (0, 1))
         if zeros_high > 0.5 > zeros_low:
             raise ValueError(
-                f"every second of its ids is 0 ({zeros_high:.0%}), so it holds uint32 that are read as uint16; set "
-                "tokens.dtype to uint32"
+                f"every second id is 0 ({zeros_high:.0%}), so it holds uint32 read as uint16; set tokens.dtype to "
+                "uint32"
             )
 
 
@@ -269,8 +272,8 @@ def _split(stream: np.ndarray, end_id: int) -> Iterator[np.ndarray]:
             begun, ended = place + 1, True
     if len(stream) and not ended:
         raise ValueError(
-            f"none of its {len(stream):,} ids is {end_id}, the end of documents: they are ids of another tokenizer or "
-            "byte order, or another id ends them; set the source's tokens.end_id to it"
+            f"none of its {len(stream):,} ids is {end_id}, the end-of-document id: the ids are from another tokenizer "
+            "or byte order, or documents end with another id; set the source's tokens.end_id to it"
         )
     if begun < len(stream):
         yield stream[begun:]

@@ -137,11 +137,11 @@ def tokenizer_file(folder: str | Path) -> Path:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
     fix = (
-        "copy the one there that the model or the shards were made with, train one with: python -m data.tokenizer "
+        "copy the one that the model or the shards were made with there, train one with: python -m data.tokenizer "
         "CONFIG, or name a folder with one of them: data.dir in stage one, data.tokenizer in stage two"
     )
     if any((Path(folder) / name).is_file() for name in ("vocab.json", "vocab.txt", "spiece.model", "tekken.json")):
-        fix = f"let transformers write the first one: AutoTokenizer.from_pretrained(F).save_pretrained(F), F {folder}"
+        fix = f"let transformers write {JSON_NAME}: AutoTokenizer.from_pretrained(F).save_pretrained(F), F {folder}"
     raise ValueError(f"{folder} has no tokenizer: it holds neither {JSON_NAME} nor {MODEL_NAME}; {fix}")
 
 
@@ -183,8 +183,8 @@ def require_vocabulary(
     if tokenizer.vocab_size > vocab_size:
         beyond = next(i for i in range(vocab_size, tokenizer.vocab_size) if tokenizer.piece(i))
         raise ValueError(
-            f"the tokenizer in {tokenizer.file.parent} has {tokenizer.vocab_size} pieces, the model's vocabulary is "
-            f"{vocab_size}: there is no embedding for {tokenizer.piece(beyond)!r}, whose id is {beyond}; {fix}"
+            f"the tokenizer in {tokenizer.file.parent} has {tokenizer.vocab_size} pieces, but the model's vocabulary "
+            f"is {vocab_size}: there is no embedding for {tokenizer.piece(beyond)!r}, whose id is {beyond}; {fix}"
         )
 
 
@@ -293,7 +293,7 @@ class HuggingFace(TextTokenizer):
         before, after = encoded.ids[: text[0]], encoded.ids[text[-1] + 1 :]
         if after not in ([], [eos_id]):
             raise ValueError(
-                f"{file} puts {[self._tokenizer.id_to_token(token) for token in after]} after every text, and here "
+                f"{file} puts {[self._tokenizer.id_to_token(token) for token in after]} after every text, but here "
                 f"documents end with {self._tokenizer.id_to_token(eos_id)!r}; correct its post_processor, or eos_token"
             )
         return before
@@ -321,8 +321,8 @@ class HuggingFace(TextTokenizer):
 
 def _cannot_encode(file: Path, text: str, reason: object) -> str:
     return (
-        f"{file} cannot encode a text, such as {text!r} ({reason}); give it tokens for whatever is in no other, the "
-        "bytes or an unk_token, or take another tokenizer"
+        f"{file} cannot encode some texts, such as {text!r} ({reason}); add tokens for all bytes or an unk_token, or "
+        "take another tokenizer"
     )
 
 
@@ -357,9 +357,9 @@ def _refuse_unknown_tokens(processor: SentencePieceProcessor, beside: dict[str, 
         piece = fields["content"]
         if token >= processor.vocab_size() or processor.id_to_piece(token) != piece:
             raise ValueError(
-                f"files beside {file} add the token {piece!r} ({token}), which it does not hold and only a {JSON_NAME} "
-                f"can; write one there with transformers: AutoTokenizer.from_pretrained({str(file.parent)!r})"
-                f".save_pretrained({str(file.parent)!r})"
+                f"files beside {file} add the token {piece!r} ({token}), which it lacks and only a {JSON_NAME} can "
+                "add; write one there with transformers: "
+                f"AutoTokenizer.from_pretrained({str(file.parent)!r}).save_pretrained({str(file.parent)!r})"
             )
 
 
@@ -373,7 +373,7 @@ def _bos_id(processor: SentencePieceProcessor, beside: dict[str, Any], file: Pat
     token = processor.bos_id() if piece is None else processor.piece_to_id(piece)
     if token < 0 or token == processor.unk_id():
         raise ValueError(
-            f"{file.parent / CONFIG_NAME} asks for add_bos_token, and bos_token {piece!r} is no piece of {file}; "
+            f"{file.parent / CONFIG_NAME} asks for add_bos_token, but bos_token {piece!r} is not a piece of {file}; "
             "correct it"
         )
     return token
@@ -391,6 +391,6 @@ def _given_eos_id(file: Path, token_id: Any, vocab_size: int) -> int | None:
             continue
         token = token_id(given) if isinstance(given, str) else given
         if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise ValueError(f"{path}: {field} is {given!r}, which is no token of {file}; correct it")
+            raise ValueError(f"{path}: {field} is {given!r}, which is not a token of {file}; correct it")
         return token
     return None

@@ -63,12 +63,12 @@ def require_configured(wanted: TokenizerConfig, tokenizer: TextTokenizer) -> Non
     """
     if tokenizer.kind != wanted.kind:
         raise ValueError(
-            f"{tokenizer.file} is of kind {tokenizer.kind}, and data.tokenizer.kind is {wanted.kind}; set it to "
+            f"{tokenizer.file} is of kind {tokenizer.kind}, but data.tokenizer.kind is {wanted.kind}; set it to "
             f"{tokenizer.kind}, or choose another data.dir"
         )
     if tokenizer.vocab_size != wanted.vocab_size:
         raise ValueError(
-            f"{tokenizer.file} has {tokenizer.vocab_size:,} tokens, and data.tokenizer.vocab_size is "
+            f"{tokenizer.file} has {tokenizer.vocab_size:,} tokens, but data.tokenizer.vocab_size is "
             f"{wanted.vocab_size:,}; set it (and model.vocab_size) to the same number, or choose another data.dir"
         )
     # Once it is copied the folder may be deleted: shards are tied to the copy.
@@ -96,7 +96,7 @@ def _take(source: Path, folder: Path, wanted: TokenizerConfig) -> str:
     if differing := sorted(name for name in there if there[name] != contents.get(name)):
         raise ValueError(_another(folder, source, ", ".join(differing)))
     if there == contents:
-        return f"{folder / given.file.name} is that of {source} already ({given.vocab_size:,} tokens); nothing to do"
+        return f"{folder / given.file.name} is already that of {source} ({given.vocab_size:,} tokens); nothing to do"
     folder.mkdir(parents=True, exist_ok=True)
     copied = ", ".join(copy_tokenizer(source, folder))
     return f"{folder / given.file.name}: {given.vocab_size:,} tokens, taken from {source} as it is ({copied})"
@@ -104,8 +104,8 @@ def _take(source: Path, folder: Path, wanted: TokenizerConfig) -> str:
 
 def _another(folder: Path, source: str | Path, names: str) -> str:
     return (
-        f"{folder} holds another tokenizer than data.tokenizer.path {source} (differing: {names}); set data.tokenizer "
-        "back, choose another data.dir, or remove the tokenizer there and the shards made with it"
+        f"{folder} holds a tokenizer that differs from data.tokenizer.path {source} (in {names}); undo the change of "
+        "data.tokenizer, choose another data.dir, or remove the tokenizer there and the shards made with it"
     )
 
 
@@ -121,16 +121,16 @@ def _require_same_settings(wanted: TokenizerConfig, path: Path) -> None:
     ]
     if changed:
         raise ValueError(
-            f"{path} was trained with other settings ({', '.join(changed)}); set data.tokenizer back, "
-            "choose another data.dir, or remove the tokenizer and the shards made with it"
+            f"{path} was trained with other settings ({', '.join(changed)}); undo the change of data.tokenizer, choose "
+            "another data.dir, or remove the tokenizer and the shards made with it"
         )
 
 
 def _train(config: DataConfig, folder: Path) -> str:
     if config.tokenizer.vocab_size < _LEAST_PIECES:
         raise ValueError(
-            f"data.tokenizer.vocab_size={config.tokenizer.vocab_size} leaves no room beside the bytes for pieces to "
-            f"train; set it to {_LEAST_PIECES} or more, or take a tokenizer of that size: data.tokenizer.path"
+            f"data.tokenizer.vocab_size={config.tokenizer.vocab_size} leaves no room for trained pieces besides the "
+            f"bytes; set it to {_LEAST_PIECES} or more, or take a tokenizer of that size: data.tokenizer.path"
         )
     _require_no_leftovers(folder, config.tokenizer.kind)
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,8 +165,8 @@ def _require_no_leftovers(folder: Path, kind: str) -> None:
         names.remove(CONFIG_NAME)  # from a training that was killed
     if names:
         raise ValueError(
-            f"{folder} holds no tokenizer, but {', '.join(sorted(names))} of one, which would change the one that is "
-            "trained; remove them"
+            f"{folder} has no tokenizer, but files of one ({', '.join(sorted(names))}) that would change the trained "
+            "one; remove them"
         )
 
 

@@ -40,11 +40,11 @@ def require_same_ids(tokenizer: SentencePiece) -> tuple[Tokenizer, str]:
     if len(different) > (UNIGRAM_TIES * len(lines) if unigram else 0):
         raise ValueError(
             f"transformers would give other ids than {tokenizer.file} for {len(different)} of {len(lines):,} lines, "
-            f"{different[0][:60]!r} for one; train one with data.tokenizer (model_type bpe), whose ids are the same"
+            f"such as {different[0][:60]!r}; train one with data.tokenizer (model_type bpe), whose ids are the same"
         )
     done = f"ids are the same on {len(lines) - len(different):,} of {len(lines):,} lines"
     if unigram:
-        done += ", and it is a unigram model, of which ids can differ where two ways to cut a text score the same"
+        done += "; it is a unigram model, whose ids can differ where two segmentations of a text score the same"
     return converted, done
 
 

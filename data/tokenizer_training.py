@@ -134,7 +134,7 @@ def _keeping(lines: Iterator[bytes], raised: list[BaseException]) -> Iterator[by
 
 def _too_large(vocab_size: int, most: int | str) -> str:
     return (
-        f"data.tokenizer.vocab_size={vocab_size} is too large for the text, which gives {most} pieces at most; lower "
+        f"data.tokenizer.vocab_size={vocab_size} is too large for the text, which yields at most {most} pieces; lower "
         "it, or give more text (data.sources, data.tokenizer.train_bytes)"
     )
 
@@ -144,8 +144,8 @@ def _size_problem(vocab_size: int, reason: str) -> str:
     given = f"data.tokenizer.vocab_size={vocab_size}"
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
         return (
-            f"{given} is too small for the text, whose characters and the special pieces are {needed[1]}, each a piece "
-            "of its own; set it to more than that"
+            f"{given} is too small for the text, whose characters alone, with the special pieces, make {needed[1]} "
+            "pieces; set it higher"
         )
     if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", reason):
         return _too_large(vocab_size, most[1])

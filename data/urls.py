@@ -51,8 +51,8 @@ def require_reachable(url: str, what: str) -> None:
         raise ValueError(f"{what} must be a URL such as s3://bucket/folder, got '{url}'; correct it")
     if "::" in rest:
         raise ValueError(
-            f"{what} {url} holds '::', by which fsspec chains several places, and would take "
-            f"{url.partition('::')[0]}; give one without it"
+            f"{what} {url} contains '::', which chains file systems in fsspec, so {url.partition('::')[0]} would be "
+            "used; give one without it"
         )
     try:
         get_filesystem_class(protocol)
@@ -126,7 +126,7 @@ def require_empty(url: str, what: str) -> None:
     except Exception as error:  # each service has classes of its own
         raise ValueError(f"{what} {url} cannot be used ({reason(error)}); {remedy(error)}") from error
     if there:
-        raise ValueError(f"{what} {url} holds {there[0]} already; give an empty place, or remove what is there")
+        raise ValueError(f"{what} {url} already holds {there[0]}; give an empty place, or remove what is there")
 
 
 def copy_folder(folder: Path, url: str, last: str) -> None:
@@ -143,10 +143,10 @@ def copy_folder(folder: Path, url: str, last: str) -> None:
             with_retries(partial(system.put_file, str(path), target))
     except Exception as error:  # each service has classes of its own
         raise ValueError(
-            f"{folder} is written, and not whole at {url} ({reason(error)}); {remedy(error)}, and copy it there"
+            f"{folder} is complete, but its copy at {url} is not ({reason(error)}); {remedy(error)}, and copy it there"
         ) from error
 
 
 def remedy(error: BaseException) -> str:
     """What a user can do about ``error``."""
-    return "give it the rights or correct the name" if is_refusal(error) else "look at the network and the service"
+    return "grant access to it or correct the name" if is_refusal(error) else "check the network and the service"

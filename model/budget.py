@@ -182,8 +182,8 @@ class Budget:
         for name in ("error", "integral"):
             if state[name].shape != (self.sites,):
                 raise ValueError(
-                    f"the checkpoint's budget has {state[name].numel()} routed sites, this model has {self.sites}; "
-                    "resume with the router block the run was started with"
+                    f"the checkpoint's budget has {state[name].numel()} routed sites, but this model has {self.sites}; "
+                    "resume with the router block that the run was started with"
                 )
         self._error = state["error"].to(self._error.device)
         own = None if self.router is None else self.router.budget.controller
@@ -194,9 +194,9 @@ class Budget:
         if self.follows_margins and "moments" in state:
             if missing := [name for name in MarginStatistics._fields if name not in state]:
                 raise ValueError(
-                    f"the checkpoint's budget has no {', '.join(missing)}, which thresholds follow here: an older "
-                    "version saved it; go on with the commit that its manifest names, or start anew from its weights "
-                    "with init"
+                    f"the checkpoint's budget state lacks {', '.join(missing)}, from which this version sets the "
+                    "thresholds: an older version saved it; continue with the commit named in its manifest, or start a "
+                    "new run from its weights with init"
                 )
             self._gain = state["gain"].to(self._error.device)
             self._seen = MarginStatistics(*(state[name].to(self._error.device) for name in MarginStatistics._fields))

@@ -67,7 +67,7 @@ class KVCache:
         """Refuse, before anything is written, a step that would not fit."""
         if self.length + tokens > self.capacity_tokens:
             raise ValueError(
-                f"the KV cache holds {self.capacity_tokens} tokens, {self.length} are taken and {tokens} more do not "
+                f"the KV cache holds {self.capacity_tokens} tokens, {self.length} are used and {tokens} more do not "
                 "fit; make the cache larger or the prompt shorter"
             )
 

@@ -85,7 +85,7 @@ class BudgetConfig(DensityRamp):
     def _one_density(self) -> BudgetConfig:
         if self.controller == "quantile" and self.kind == "global":
             raise ValueError(
-                "budget.controller 'quantile' holds every site at the target, and budget.kind 'global' lets sites "
+                "budget.controller 'quantile' holds every site at the target, but budget.kind 'global' lets sites "
                 "differ; set kind: per_layer, or controller: adaptive"
             )
         return self
@@ -144,7 +144,7 @@ class RouterConfig(Strict):
     def _consistent(self) -> RouterConfig:
         if self.execution == "capacity" and self.budget.kind == "global":
             raise ValueError(
-                "router.execution 'capacity' gives every site the same room, and router.budget.kind 'global' lets "
+                "router.execution 'capacity' gives every site the same capacity, but router.budget.kind 'global' lets "
                 "sites differ; set execution: rounded, or budget.kind: per_layer"
             )
         for name in ("noise", "temperature"):
@@ -194,8 +194,8 @@ def _layout_problems(router: RouterConfig, layers: int, routed: Sequence[int]) -
     between = range(router.always_on_first, layers - router.always_on_last)
     if list(routed) != sorted(set(routed)) or not all(layer in between for layer in routed):
         return [
-            f"router.layers {list(routed)} must be rising numbers of layers that may have a router, "
-            f"{between.start} to {between.stop - 1} of this model's {layers}"
+            f"router.layers {list(routed)} must be ascending numbers of layers that may have a router: {between.start} "
+            f"to {between.stop - 1} of this model's {layers}"
         ]
     return []
 
@@ -322,7 +322,9 @@ class ModelConfig(Strict):
                 f"model.width ({self.width}) must be divisible by model.heads ({self.heads}), or give model.head_width"
             )
         elif self.head_dim % 2:
-            problems.append(f"the head width ({self.head_dim}) must be even, rotary turns pairs of its entries")
+            problems.append(
+                f"the head width ({self.head_dim}) must be even, because rotary embeddings rotate pairs of entries"
+            )
         if self.heads % self.kv_heads:
             problems.append(f"model.heads ({self.heads}) must be divisible by model.kv_heads ({self.kv_heads})")
         if self.router is not None:

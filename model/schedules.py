@@ -38,8 +38,8 @@ class Ramp(Strict):
     def _one_end(self) -> Ramp:
         if (self.until is None) == (self.until_step is None):
             raise ValueError(
-                f"a ramp ends at until, a share of the run, or at until_step; got {self.until} and {self.until_step}, "
-                "so give exactly one of them"
+                f"a ramp must end at exactly one of until, a share of the run, and until_step, got {self.until} and "
+                f"{self.until_step}; give one"
             )
         return self
 
@@ -81,12 +81,12 @@ class DensityRamp(Strict):
         if in_steps and (self.dense_until or self.reach_by):
             raise ValueError(
                 "the density's ramp is given both in shares of the run (dense_until, reach_by) and in steps "
-                "(dense_until_step, reach_by_step); give one kind"
+                "(dense_until_step, reach_by_step); use only one of the two"
             )
         ends = (self.dense_until_step or 0, self.reach_by_step or 0) if in_steps else (self.dense_until, self.reach_by)
         if ends[1] < ends[0]:
             unit = "_step" if in_steps else ""
             raise ValueError(
-                f"budget.reach_by{unit} ({ends[1]}) must not lie before budget.dense_until{unit} ({ends[0]})"
+                f"budget.reach_by{unit} ({ends[1]}) must not be less than budget.dense_until{unit} ({ends[0]})"
             )
         return self

@@ -37,7 +37,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
         return _load(Path(path), overrides, schema, block)
     except RecursionError:  # in the parser, or in formatting the value
         raise ValueError(
-            f"{path}, or an override, holds lists or mappings too deep within each other; correct or quote it"
+            f"{path}, or an override, holds lists or mappings nested too deeply; correct or quote it"
         ) from None
 
 
@@ -132,7 +132,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             here[name] = {}
         here = here[name]
         if not isinstance(here, dict):
-            raise ValueError(f"override '{override}': '{'.'.join(parents[: depth + 1])}' holds no keys")
+            raise ValueError(
+                f"override '{override}': '{'.'.join(parents[: depth + 1])}' is a value, not a block of keys"
+            )
     here[last] = value
 
 
@@ -145,9 +147,7 @@ def _value(text: str) -> Any:
         return yaml.load(text, Loader=Loader)
     if isinstance(node, yaml.ScalarNode) and not node.style:
         return text
-    raise ValueError(
-        "what follows the value after # would be lost as a comment; leave it out, or quote the whole value"
-    )
+    raise ValueError("# begins a comment, so what follows it would be lost; leave it out, or quote the whole value")
 
 
 def key_paths(schema: type[BaseModel]) -> list[str]:

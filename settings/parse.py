@@ -28,7 +28,7 @@ class Loader(SafeLoader):
             key = str(self.construct_object(key_node, deep=True))
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise ValueError(f"key '{key}' is written twice, again in line {line}; keep one of the two")
+                raise ValueError(f"key '{key}' is given twice, the second time in line {line}; keep one")
             seen.add(key)
         return super().construct_mapping(node, deep)
 

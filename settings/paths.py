@@ -45,11 +45,13 @@ def require_writable(path: Path, option: str) -> None:
         ValueError: its folder does not exist or is read-only, or it is a folder itself.
     """
     if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} to write {path.name} in; make it, or give another {option}")
+        raise ValueError(
+            f"there is no folder {path.parent} to write {path.name} in; create it, or give another {option}"
+        )
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; give the name of a file in it")
     if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"the folder {path.parent} is read-only for you; give another {option}")
+        raise ValueError(f"you may not write to the folder {path.parent}; give another {option}")
 
 
 def shown(path: str | Path) -> str:

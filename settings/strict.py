@@ -23,7 +23,9 @@ class Strict(BaseModel):
         if any(isinstance(item, bool) for item in items):
             kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
             if bool not in kinds and kinds & {int, float}:
-                raise ValueError(f"must be a number, got {value!r}, as YAML reads true, yes and on (false, no and off)")
+                raise ValueError(
+                    f"must be a number, got {value!r} (YAML reads true, yes and on as True; false, no and off as False)"
+                )
         return value
 
 

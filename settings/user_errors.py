@@ -41,8 +41,8 @@ _MISTAKES = {
 """Of a name that is wrong, or that this user may not use, and of disks without room. All others, such as EIO, ESTALE
 and EMFILE, are of a disk, a mount or a machine that fails: nobody's mistake, and another start may not meet it."""
 _REPORT = (
-    "this is a fault of Hopscotch or of a library that it uses, not of yours; please report it with what stands above "
-    "and what `python -m launch.doctor` prints"
+    "this is a bug in Hopscotch or a library that it uses, not a mistake of yours; please report it with the output "
+    "above and that of `python -m launch.doctor`"
 )
 _OTHER_RANKS_WAIT_S = 5.0
 _LOSSLESS = ("surrogateescape", "utf-8")

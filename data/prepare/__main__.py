@@ -25,7 +25,7 @@ def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
         text = f"{manifest.text_bytes:,} bytes of text ({manifest.text_bytes / manifest.tokens:.2f} bytes/token)"
         lines.append(
             f"{name}: {manifest.tokens:,} tokens, {manifest.documents:,} documents, "
-            f"{text if manifest.text_bytes else 'which came as tokens'}, {counted(len(manifest.shards), 'shard')}, "
+            f"{text if manifest.text_bytes else 'read as token ids'}, {counted(len(manifest.shards), 'shard')}, "
             f"{(manifest.tokens - 1) // sequence_tokens:,} windows of {sequence_tokens:,} tokens"
         )
         for number, what in (

@@ -52,8 +52,8 @@ def prepare(config: DataConfig, workers: int, task: Task = ONLY_TASK) -> list[tu
             if left := missing(parts):
                 numbers = ", ".join(map(str, left[:10])) + (", ..." if len(left) > 10 else "")
                 print(
-                    f"{folder}: {counted(len(left), 'part')} of {len(parts)} not prepared yet ({numbers}); who "
-                    "prepares the last one joins them",
+                    f"{folder}: {counted(len(left), 'part')} of {len(parts)} not prepared yet ({numbers}); the task "
+                    "that prepares the last one joins them",
                     flush=True,
                 )
                 continue

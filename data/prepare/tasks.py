@@ -56,7 +56,7 @@ def _array(environment: Mapping[str, str]) -> tuple[int, int]:
     number, count, first, last, step = (int(given[name]) for name in names)
     if (last - first) // step + 1 != count:
         raise ValueError(
-            f"the job array has {count} tasks with gaps between {first} and {last}, so none knows its share; submit "
-            "--array=0-N, or give each task --part I/N"
+            f"the job array has {count} tasks with gaps between {first} and {last}, so tasks cannot tell their shares; "
+            "submit --array=0-N, or give each task --part I/N"
         )
     return (number - first) // step, count

@@ -74,7 +74,7 @@ def test_a_space_before_every_text(train: Train) -> None:
 def test_unigram_is_told(train: Train) -> None:
     folder = train(model_type="unigram")
     _, done = write_tokenizer(folder, folder.parent / "out", 400, 128)
-    assert "it is a unigram model, of which ids can differ where two ways to cut a text score the same" in done
+    assert "it is a unigram model, whose ids can differ where two segmentations of a text score the same" in done
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -104,7 +104,7 @@ def test_an_imports_begin_token_and_chat_template_are_exported(train: Train, bef
 def test_other_ids_are_refused(corpus: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     merges = tokenizer_json._merges
     monkeypatch.setattr(tokenizer_json, "_merges", lambda proto: merges(proto)[::-1])
-    with pytest.raises(ValueError, match=r"would give other ids than .* for \d+ of 4,000 lines, .* for one; train one"):
+    with pytest.raises(ValueError, match=r"would give other ids than .* for \d+ of 4,000 lines, such as .*; train one"):
         write_tokenizer(Path(corpus["dir"]), tmp_path, 400, 128)
 
 
@@ -125,7 +125,7 @@ def test_a_tokenizer_json_is_copied_as_it_is(corpus: dict[str, Any], tmp_path: P
 def test_a_tokenizer_that_does_not_fit(corpus: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"has 400 pieces, the model's vocabulary is 300: there is no embedding for .*, whose id is 300; give",
+        match=r"has 400 pieces, but the model's vocabulary is 300: there is no embedding for .*, whose id is 300; give",
     ):
         write_tokenizer(Path(corpus["dir"]), tmp_path, 300, 128)
     assert not list(tmp_path.iterdir())

@@ -77,7 +77,9 @@ def test_half_a_character_at_the_end_of_another_encoding_is_replaced(tmp_path: P
 def test_another_encoding_without_a_mark_is_refused(tmp_path: Path, encoding: str, name: str) -> None:
     raw = 'text\n{"text": "hello"}\n'.encode(encoding)
     (tmp_path / name).write_bytes(lzma.compress(raw) if name.endswith(".xz") else raw)
-    with pytest.raises(ValueError, match=rf"cannot read .*{name}: it is no text, or UTF-16 or UTF-32 without a mark"):
+    with pytest.raises(
+        ValueError, match=rf"cannot read .*{name}: it is not text, or it is UTF-16 or UTF-32 without a byte order mark"
+    ):
         read(tmp_path / name)
 
 
@@ -95,7 +97,7 @@ def test_a_stray_nul_is_text(tmp_path: Path) -> None:
         (gzip.compress(b"text"), "gzip: give it a name that ends in .gz"),
         (lzma.compress(b"text"), "xz: give it a name"),
         (zstandard.compress(b"text"), "zstd: give it a name"),
-        (bz2.compress(b"text"), "bzip2, which is not read"),
+        (bz2.compress(b"text"), "bzip2, which is not supported"),
         (b"PK\x03\x04", "a zip archive: unpack it"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
     ],
@@ -156,9 +158,9 @@ def test_a_comma_at_the_end_of_rows_moves_no_column(tmp_path: Path, rows: str) -
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ("1,Hello, world, this is lost\n2,fine\n", "row 1 has 4 fields, the header 2; put quotes around texts"),
+        ("1,Hello, world, this is lost\n2,fine\n", "row 1 has 4 fields, but the header has 2; put quotes around texts"),
         ('1,"one, two"\n\n2,hello,x\n', "row 2 has 3 fields"),
-        ('1,"the start\n2,of it\n', "row 1 opens a quote that nothing closes"),
+        ('1,"the start\n2,of it\n', "row 1 opens a quote that is never closed"),
     ],
 )
 def test_rows_of_a_table_that_would_lose_text(tmp_path: Path, rows: str, said: str) -> None:

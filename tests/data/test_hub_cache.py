@@ -39,10 +39,13 @@ def test_one_that_cannot_gets_a_cache_for_this_command(name: str) -> None:
         check=True,
     )
     assert "hopscotch-hub-" in done.stdout and not Path(done.stdout.strip()).exists()
-    assert "cannot be written (Not a directory)" in done.stderr and "set HF_HOME to keep it" in done.stderr
+    assert "is not writable (Not a directory)" in done.stderr and "set HF_HOME to keep it" in done.stderr
 
 
 def test_one_that_was_given_must_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", "/dev/null/cache")
-    with pytest.raises(ValueError, match=r"HF_HOME=/dev/null/cache cannot be written \(Not a directory\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"HF_HOME=/dev/null/cache, the cache of the Hub's libraries, is not writable \(Not a directory\)",
+    ):
         ensure_hub_cache()

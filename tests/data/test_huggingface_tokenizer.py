@@ -89,7 +89,10 @@ def test_sources_with_two_ends_of_documents_are_not_mixed(tmp_path: Path) -> Non
     more = SourceConfig(name="more", files=[str(tmp_path / "more.jsonl")])
     end_with(config, "<|padding|>")
     prepare(config.model_copy(update={"sources": [more]}), 1)
-    with pytest.raises(ValueError, match=r"eos_id 0 went into .*train/main, eos_id 1 into .*train/more: the files"):
+    with pytest.raises(
+        ValueError,
+        match=r"train/main was prepared with the tokenizer's eos_id 0, but .*train/more with eos_id 1: the files",
+    ):
         TrainingData(config.model_copy(update={"sources": [*config.sources, more]}))
     TrainingData(config)
 
@@ -124,7 +127,7 @@ def test_other_settings_another_kind_and_leftovers_are_refused(trained: Path, tm
     with pytest.raises(ValueError, match=r"trained with other settings .*kind huggingface -> sentencepiece"):
         train_tokenizer(config_of(tmp_path, tokenizer={"vocab_size": 320, "train_bytes": 20_000}))
     with pytest.raises(
-        ValueError, match=r"kind huggingface, and data\.tokenizer\.kind is sentencepiece; set it to hugg"
+        ValueError, match=r"kind huggingface, but data\.tokenizer\.kind is sentencepiece; set it to hugg"
     ):
         prepare(config_of(tmp_path, tokenizer={"vocab_size": 320}), workers=1)
     for path in sorted((tmp_path / "data").iterdir()):
@@ -136,7 +139,7 @@ def test_other_settings_another_kind_and_leftovers_are_refused(trained: Path, tm
     (tmp_path / "data/generation_config.json").write_text('{"eos_token_id": 7}')
     for tokenizer in (TRAINED, {"vocab_size": 330}):
         with pytest.raises(
-            ValueError, match=r"holds no tokenizer, but generation_config\.json.* of one, .*; remove them"
+            ValueError, match=r"has no tokenizer, but files of one \(generation_config\.json.*\) .*; remove them"
         ):
             train_tokenizer(config_of(tmp_path, tokenizer=tokenizer))
 
@@ -144,11 +147,11 @@ def test_other_settings_another_kind_and_leftovers_are_refused(trained: Path, tm
 def test_settings_that_do_not_suit(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "raw.jsonl", documents(20))
     with pytest.raises(
-        ValueError, match=r"vocab_size=30000 is too large for the text, which gives \d+ pieces at most; lower it"
+        ValueError, match=r"vocab_size=30000 is too large for the text, which yields at most \d+ pieces; lower it"
     ):
         train_tokenizer(config_of(tmp_path, tokenizer={**TRAINED, "vocab_size": 30_000}))
     assert not (tmp_path / "data/tokenizer.json").exists()
-    with pytest.raises(ValueError, match="model_type unigram is a SentencePiece type, and kind is huggingface"):
+    with pytest.raises(ValueError, match="model_type unigram is a SentencePiece type, but kind is huggingface"):
         config_of(tmp_path, tokenizer={**TRAINED, "model_type": "unigram"})
 
 
@@ -173,7 +176,7 @@ def test_a_folders_tokenizer_is_taken_with_what_lies_beside_it(tmp_path: Path) -
     manifest = prepare(config, workers=1)[0][1]
     assert manifest.tokenizer_sha256 == tokenizer_sha256(source) and manifest.eos_id == 1
     other = write_byte_level(tmp_path / "other", begin=False)
-    with pytest.raises(ValueError, match=r"holds another tokenizer than data\.tokenizer\.path .*other"):
+    with pytest.raises(ValueError, match=r"holds a tokenizer that differs from data\.tokenizer\.path .*other"):
         prepare(config.model_copy(update={"tokenizer": config.tokenizer.model_copy(update={"path": str(other)})}), 1)
     shutil.rmtree(source)
     prepare(config, workers=1)  # the copy is enough
@@ -196,14 +199,14 @@ def test_what_cannot_be_taken(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=sentence):
             take(tmp_path, path, vocab_size=size)
-    with pytest.raises(ValueError, match=rf"has {size} tokens, and data\.tokenizer\.vocab_size is 500; set it"):
+    with pytest.raises(ValueError, match=rf"has {size} tokens, but data\.tokenizer\.vocab_size is 500; set it"):
         take(tmp_path, source, vocab_size=500)
-    with pytest.raises(ValueError, match=r"of kind huggingface, and data\.tokenizer\.kind is sentencepiece"):
+    with pytest.raises(ValueError, match=r"of kind huggingface, but data\.tokenizer\.kind is sentencepiece"):
         take(tmp_path, source, vocab_size=size, kind="sentencepiece")
     assert not (tmp_path / "data").exists()
     write_sentencepiece(tmp_path / "data")
     before = contents(tmp_path / "data")
-    with pytest.raises(ValueError, match=r"holds another tokenizer than .*differing: tokenizer\.model"):
+    with pytest.raises(ValueError, match=r"holds a tokenizer that differs from .*\(in tokenizer\.model"):
         take(tmp_path, source, vocab_size=size)
     assert contents(tmp_path / "data") == before
 
@@ -347,7 +350,9 @@ def test_a_tokenizer_without_tokens_for_all_text_is_refused(tmp_path: Path, mode
     made.add_special_tokens(["<eos>"])
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    with pytest.raises(ValueError, match=rf"tokenizer\.json cannot encode a text, such as 'a' \({reason}.*; give it"):
+    with pytest.raises(
+        ValueError, match=rf"tokenizer\.json cannot encode some texts, such as 'a' \({reason}.*; add tokens"
+    ):
         load_text_tokenizer(tmp_path)
 
 
@@ -356,7 +361,7 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_told(tmp_path: Path, texts: li
     made = Tokenizer(models.WordLevel({"a": 0, "<eos>": 1}, unk_token="[UNK]"))
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
-    with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode a text, such as '[ab]' \(WordLevel error"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot encode some texts, such as '[ab]' \(WordLevel error"):
         load_text_tokenizer(tmp_path).encode_documents(texts)
 
 

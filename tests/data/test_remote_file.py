@@ -110,7 +110,7 @@ def test_what_cannot_be_had_is_told(s3: S3, both: tuple[Path, str], monkeypatch:
     with monkeypatch.context() as closed:  # moto lists all the same
         closed.setattr(urls.open_filesystem("s3://closed", remember=True)[0], "ls", denied)
         with pytest.raises(
-            ValueError, match=r"files: s3://closed/b\* cannot be listed \(PermissionError: .*give it the"
+            ValueError, match=r"files: s3://closed/b\* cannot be listed \(PermissionError: .*grant access"
         ):
             find_files(["s3://closed/b*"])
     with pytest.raises(ValueError, match="the protocol 's33' is not known; did you mean 's3'"):

@@ -108,7 +108,7 @@ def test_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
-    with pytest.raises(ValueError, match="does not give dataset 'nobody/nothing': offline"):
+    with pytest.raises(ValueError, match="dataset 'nobody/nothing' cannot be had from the Hub: offline"):
         Source(SourceConfig(name="s", hub="nobody/nothing"))
 
 

@@ -221,10 +221,10 @@ def part(name: str = "later", **fields: Any) -> dict[str, Any]:
             [part("one", from_tokens=0), part("two", from_share=0.5), part(from_share=0.5)],
             "'two' begins at 0.5 of the run and 'later', the next one, at 0.5 of the run, so they overlap",
         ),
-        ([part(from_tokens=0, from_share=0)], "'later' must give from_tokens or from_share, exactly one of them"),
-        ([part()], "'later' must give from_tokens or from_share, exactly one of them"),
-        ([part(from_tokens=0), part(from_tokens=640)], "the names later stand twice"),
-        ([part(from_tokens=0, weights={"mian": 1})], "has a weight for 'mian', which is none of data.sources; did you"),
+        ([part(from_tokens=0, from_share=0)], "'later' must give exactly one of from_tokens and from_share"),
+        ([part()], "'later' must give exactly one of from_tokens and from_share"),
+        ([part(from_tokens=0), part(from_tokens=640)], "the names later are used more than once"),
+        ([part(from_tokens=0, weights={"mian": 1})], "has a weight for 'mian', which is not in data.sources; did you"),
         ([part(from_tokens=0, weights={"main": 1})], "no stage has a weight for second, third of data.sources; give"),
         ([part(from_tokens=0, weights={})], "at least 1 item"),
         ([part(from_tokens=0, weights={"main": 0})], "greater than 0"),
@@ -246,7 +246,7 @@ def test_a_weight_too_small_names_its_stage(folder: Path) -> None:
 def test_a_share_needs_a_run(folder: Path) -> None:
     config = staged(folder, [MAIN, {"name": "last", "from_share": 0.9, "weights": {"third": 1}}], sequence_tokens=16)
     with pytest.raises(
-        ValueError, match=r"'last' begins at 0\.9 of the run, and there is no run here to know its leng"
+        ValueError, match=r"'last' begins at 0\.9 of the run, but this command knows no run, and so no leng"
     ):
         TrainingData(config)
     resolved = config.in_tokens(run_samples=1000)

@@ -72,7 +72,7 @@ def cut(name: str, keep: int) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut("shard-00001.bin", 10), r"shard-00001\.bin has 10 bytes, the manifest counts"),
+        (cut("shard-00001.bin", 10), r"shard-00001\.bin has 10 bytes, but the manifest says"),
         (cut("shard-00000.ends", 0), r"shard-00000\.ends has 0 bytes"),
         (lambda folder: (folder / "shard-00001.bin").unlink(), r"shard-00001\.bin is missing"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json does not exist; prepare"),
@@ -83,7 +83,7 @@ def cut(name: str, keep: int) -> Callable[[Path], object]:
         (edit_manifest(lambda m: m.update(dtype="int8")), r"manifest\.json is damaged: dtype"),
         (edit_manifest(lambda m: m.pop("shards")), r"manifest\.json is damaged: shards"),
         (edit_manifest(lambda m: m.update(tokens=5)), r"manifest\.json is damaged: it counts 5 tokens"),
-        (edit_manifest(lambda m: m["shards"][0].update(tokens=5)), r"shard-00000\.bin has .* the manifest counts 10"),
+        (edit_manifest(lambda m: m["shards"][0].update(tokens=5)), r"shard-00000\.bin has .* the manifest says 10"),
         (edit_manifest(lambda m: m["shards"].pop(0)), r"manifest\.json is damaged: it counts"),
         (edit_manifest(lambda m: m["shards"][0]["files"].clear()), r"shard-00000\.bin has"),
     ],
@@ -147,7 +147,7 @@ def test_a_shard_newer_than_its_manifest_is_compared_at_first_use(
     store = TokenStore(folder)
     for _ in range(2):
         store.window(0, 10)
-    assert len(said) == 1 and f"touch {folder / 'manifest.json'} spares this" in said[0]
+    assert len(said) == 1 and f"touch {folder / 'manifest.json'} to skip this" in said[0]
     shard.write_bytes(content[2:] + content[:2])
     with pytest.raises(ValueError, match=f"{shard} was changed after it was prepared"):
         TokenStore(folder).window(0, 10)
@@ -198,7 +198,7 @@ def without_sources(tmp_path: Path) -> DataConfig:
 def test_shards_of_other_settings_than_the_configs_are_refused(
     without_sources: DataConfig, changes: dict[str, Any], said: str
 ) -> None:
-    said = rf"main was prepared with other settings than the config's now \({said}.*\); undo the change, or choose"
+    said = rf"main was prepared with settings that differ from the config's \({said}.*\); undo the change, or choose"
     changed = SourceConfig.model_validate(without_sources.sources[0].model_dump() | changes)
     with pytest.raises(ValueError, match=f"train/{said}"):
         TrainingData(without_sources.model_copy(update={"sources": [changed]}))

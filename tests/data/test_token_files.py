@@ -165,4 +165,4 @@ def test_text_and_tokens_in_one_mixture(
     monkeypatch.setattr("sys.argv", ["data.prepare", str(tmp_path / "run.yaml"), "--workers", "1"])
     main()
     said = capsys.readouterr().out
-    assert "train/ids: 300 tokens, 100 documents, which came as tokens, 1 shard" in said
+    assert "train/ids: 300 tokens, 100 documents, read as token ids, 1 shard" in said

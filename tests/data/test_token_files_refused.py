@@ -24,7 +24,7 @@ from tests.data.token_files import PREFIXED, flat, given, write_pair
 
 @pytest.mark.parametrize("ids", ["text", [1.5], [True], [[1], [2]], [[1], [2, 3]], [None, 1], 7, {"a": 1}], ids=str)
 def test_what_is_no_list_of_ids(ids: Any) -> None:
-    with pytest.raises(ValueError, match=r"it is no list of token ids, but .*; name the field .*: tokens\.field"):
+    with pytest.raises(ValueError, match=r"it is not a list of token ids, but .*; name the field .*: tokens\.field"):
         closed(ids, TokensConfig(), PREFIXED, "it")
 
 
@@ -61,19 +61,19 @@ def header(*numbers: int, order: str = "<") -> bytes:
 @pytest.mark.parametrize(
     ("content", "tokens", "sentence"),
     [
-        (stored("<u2"), {}, r"says nothing of its dtype; set .*tokens\.dtype to uint16 or uint32"),
-        (stored("<u2") + b"x", {"dtype": "uint16"}, r"901 bytes, .* no whole number of uint16"),
-        (stored("<u4"), {"dtype": "uint16"}, r"every second of its ids is 0 .*dtype to uint32"),
+        (stored("<u2"), {}, r"it does not state its dtype; set .*tokens\.dtype to uint16 or uint32"),
+        (stored("<u2") + b"x", {"dtype": "uint16"}, r"901 bytes, .* not a multiple of the size of uint16"),
+        (stored("<u4"), {"dtype": "uint16"}, r"every second id is 0 .*dtype to uint32"),
         (stored("<u2"), {"dtype": "uint32"}, r"holds the id \d+ .*; read as uint16 all of them"),
         (stored(">u2"), {"dtype": "uint16"}, "read as uint16 of the other byte order all of them"),
         (stored(">u4"), {"dtype": "uint32"}, "read as .*uint32 of the other byte order all of"),
-        (stored("<u2", [*IDS, [999, 1]]), {"dtype": "uint16"}, r"the id 999 at its place 450, .* tokens: t"),
-        (stored("<u2"), {"dtype": "uint16", "end_id": 9}, r"none of its 450 ids is 9, the end of"),
-        (header(20240520, 1, 9) + b"\1\0" * 8, {}, "counts 9 tokens of uint16, and 16 bytes foll"),
-        (header(20240520, 1, 1) + b"\1\0", {"dtype": "uint32"}, "says uint16, and .*uint32; leave"),
+        (stored("<u2", [*IDS, [999, 1]]), {"dtype": "uint16"}, r"the id 999 at index 450, .* tokens: t"),
+        (stored("<u2"), {"dtype": "uint16", "end_id": 9}, r"none of its 450 ids is 9, the end-of"),
+        (header(20240520, 1, 9) + b"\1\0" * 8, {}, "counts 9 tokens of uint16, but 16 bytes foll"),
+        (header(20240520, 1, 1) + b"\1\0", {"dtype": "uint32"}, "says uint16, but .*uint32; leave"),
         (header(20240801, 7, 1, order=">") + b"\1\0\0\0", {}, r"header \(llm\.c's\) is big-endian; swap"),
-        (header(20240522, 1, 1) + b"\1\0", {}, "holds an evaluation of llm.c, not documents"),
-        (b"\x93NUMPY\1\0broken", {}, "begins as numpy's format, and is not whole"),
+        (header(20240522, 1, 1) + b"\1\0", {}, "it is an llm.c evaluation set, not documents"),
+        (b"\x93NUMPY\1\0broken", {}, r"begins like a \.npy file, but is not a complete one"),
     ],
     ids=lambda value: None if isinstance(value, bytes) else str(value)[:40],
 )  # fmt: skip
@@ -86,11 +86,11 @@ def test_flat_files_that_are_refused(
 
 def test_arrays_that_are_no_row_of_ids(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     np.save(tmp_path / "x.npy", np.zeros((3, 4), np.uint16))
-    refused(tmp_path, tokenizer, "x.npy", {}, r"an array of uint16 \[3, 4\]; token ids are one row of integers")
+    refused(tmp_path, tokenizer, "x.npy", {}, r"an array of uint16 \[3, 4\]; token ids must be a one-dimensional array")
     np.save(tmp_path / "x.npy", np.zeros(3, np.float32))
     refused(tmp_path, tokenizer, "x.npy", {}, r"an array of float32 \[3\]")
     np.save(tmp_path / "x.npy", np.array([5, -1, 1], np.int32))
-    refused(tmp_path, tokenizer, "x.npy", {}, r"it holds the id -1 at its place 1")
+    refused(tmp_path, tokenizer, "x.npy", {}, r"it holds the id -1 at index 1")
     (tmp_path / "x.bin.gz").write_bytes(b"")
     refused(tmp_path, tokenizer, "x.bin.gz", {"dtype": "uint16"}, "mapped into memory as they are; decompress it")
 
@@ -112,22 +112,22 @@ BORDERS = STARTS + 8 * len(IDS)
     ("change", "sentence"),
     [
         (_changed(0, "<9s", b"TNTIDX\0\0"), r"index of the lazy or cached kind; write the pair again as mmap"),
-        (_changed(0, "<9s", b"SOMETHING"), r"no index of Megatron \(it does not begin with .*; restore it"),
-        (_changed(9, ">Q", 1), r"is big-endian, and what is read is little-endian, version 1"),
-        (_changed(9, "<Q", 2), r"is of version 2, and what is read"),
-        (_changed(17, "<B", 7), r"the dtype code 7, which is none of integers"),
-        (_changed(18, "<Q", 101), r"bytes, and its 101 sequences in 100 documents take"),
-        (_changed(17, "<B", 4), r"negative or crooked|points behind the end|holds the id"),
-        (_changed(STARTS + 8 * 99, "<q", 2**40), r"points behind the end of my_text_document\.bin: sequence 99"),
-        (_changed(LENGTHS, "<i", -1), r"negative or crooked length or place"),
-        (_changed(STARTS, "<q", 1), r"negative or crooked length or place"),
-        (_changed(BORDERS + 8, "<q", 99), r"documents that do not follow each other"),
-        (lambda index: index.write_bytes(index.read_bytes()[:-1]), r"100 documents take 2,042; restore it"),
-        (lambda index: index.write_bytes(b""), r"no index of Megatron"),
-        (lambda index: index.with_suffix(".bin").write_bytes(b"\1\0" * 449), "points behind the end of"),
+        (_changed(0, "<9s", b"SOMETHING"), r"not a Megatron index \(it does not begin with .*; restore it"),
+        (_changed(9, ">Q", 1), r"is big-endian, but only little-endian version 1"),
+        (_changed(9, "<Q", 2), r"is of version 2, but only"),
+        (_changed(17, "<B", 7), r"the dtype code 7, which is not an integer type"),
+        (_changed(18, "<Q", 101), r"bytes, but its 101 sequences in 100 documents need"),
+        (_changed(17, "<B", 4), r"multiple of \d bytes|points past the end|holds the id"),
+        (_changed(STARTS + 8 * 99, "<q", 2**40), r"points past the end of my_text_document\.bin: sequence 99"),
+        (_changed(LENGTHS, "<i", -1), r"negative length or offset, or an offset that is not a multiple of 2 bytes"),
+        (_changed(STARTS, "<q", 1), r"negative length or offset, or an offset that is not a multiple of 2 bytes"),
+        (_changed(BORDERS + 8, "<q", 99), r"documents that do not cover the sequences"),
+        (lambda index: index.write_bytes(index.read_bytes()[:-1]), r"100 documents need 2,042; restore it"),
+        (lambda index: index.write_bytes(b""), r"not a Megatron index"),
+        (lambda index: index.with_suffix(".bin").write_bytes(b"\1\0" * 449), "points past the end of"),
         (lambda index: index.with_suffix(".bin").write_bytes(b"\1\0" * 460), "ends at byte 900 of .*which has 920"),
-        (lambda index: index.with_suffix(".bin").write_bytes(b"\1" * 901), "901 bytes, which is no whole"),
-        (lambda index: write_pair(index.parent, [[5, 999]], [0, 1]), r"document 0 holds the id 999 at its place 1"),
+        (lambda index: index.with_suffix(".bin").write_bytes(b"\1" * 901), "901 bytes, which is not a multiple"),
+        (lambda index: write_pair(index.parent, [[5, 999]], [0, 1]), r"document 0 holds the id 999 at index 1"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )  # fmt: skip
@@ -150,14 +150,16 @@ def test_half_a_pair(tmp_path: Path) -> None:
 
 def test_lists_that_are_refused(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     (tmp_path / "x.jsonl").write_text('{"input_ids": [5, 1]}\n{"input_ids": [5, 999]}\n')
-    refused(tmp_path, tokenizer, "x.jsonl", {}, r"document 1 holds the id 999 at its place 1")
+    refused(tmp_path, tokenizer, "x.jsonl", {}, r"document 1 holds the id 999 at index 1")
     (tmp_path / "x.jsonl").write_text('{"input_ids": "a text"}\n')
-    refused(tmp_path, tokenizer, "x.jsonl", {}, r"document 0 is no list of token ids, but 'a text'")
+    refused(tmp_path, tokenizer, "x.jsonl", {}, r"document 0 is not a list of token ids, but 'a text'")
     refused(tmp_path, tokenizer, "x.jsonl", {"field": "ids"}, r"line 1 has no field 'ids' .*tokens\.field")
 
 
 def test_settings_that_contradict(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"source 'main' has tokens, which are no csv; leave its format out"):
+    with pytest.raises(
+        ValueError, match=r"source 'main' has tokens, which cannot be read from csv; leave its format out"
+    ):
         config_of(tmp_path, sources=[{"name": "main", "files": ["x.csv"], "format": "csv", "tokens": {}}])
     config = config_of(tmp_path, sources=[{"name": "main", "files": ["x.bin"], "tokens": {}}])
     with pytest.raises(ValueError, match=r"no source holds text to train a tokenizer on; .*tokenizer\.path"):

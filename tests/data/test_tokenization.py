@@ -174,9 +174,9 @@ def test_the_end_of_document_token_is_found(tmp_path: Path, beside: dict[str, An
     [
         ({"config": {"model_type": "llama"}}, "no end-of-document token"),
         ({"generation_config": {"eos_token_id": []}}, "no end-of-document token"),
-        ({"tokenizer_config": {"eos_token": "<end>"}}, "eos_token is '<end>', which is no token of"),
-        ({"generation_config": {"eos_token_id": 4000}}, "eos_token_id is 4000, which is no token of"),
-        ({"generation_config": {"eos_token_id": -1}}, "eos_token_id is -1, which is no token of"),
+        ({"tokenizer_config": {"eos_token": "<end>"}}, "eos_token is '<end>', which is not a token of"),
+        ({"generation_config": {"eos_token_id": 4000}}, "eos_token_id is 4000, which is not a token of"),
+        ({"generation_config": {"eos_token_id": -1}}, "eos_token_id is -1, which is not a token of"),
     ],
 )
 def test_a_missing_or_wrong_end_of_document_token(tmp_path: Path, beside: dict[str, Any], expected: str) -> None:
@@ -186,7 +186,7 @@ def test_a_missing_or_wrong_end_of_document_token(tmp_path: Path, beside: dict[s
 
 def test_no_tokenizer_and_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"neither tokenizer\.json nor tokenizer\.model; copy the one there .* or name a folder with"
+        ValueError, match=r"neither tokenizer\.json nor tokenizer\.model; copy the one that .* or name a folder with"
     ):
         load_text_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -194,7 +194,9 @@ def test_no_tokenizer_and_a_damaged_one(tmp_path: Path) -> None:
         load_text_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").touch()
-    with pytest.raises(ValueError, match=r"let transformers write the first one: AutoTokenizer\.from_pretrained\(F\)"):
+    with pytest.raises(
+        ValueError, match=r"let transformers write tokenizer\.json: AutoTokenizer\.from_pretrained\(F\)"
+    ):
         load_text_tokenizer(tmp_path)
 
 
@@ -229,8 +231,8 @@ def sample_lines_of(count: int) -> list[str]:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"normalization_rule_name": "nmt_nfkc"}, r"changes text before it is cut .*\(normalisation nmt_nfkc\)"),
-        ({"normalization_rule_name": "nfkc_cf"}, r"\(normalisation nfkc_cf\), which would be lost in training"),
+        ({"normalization_rule_name": "nmt_nfkc"}, r"changes text before splitting .*\(normalisation nmt_nfkc\)"),
+        ({"normalization_rule_name": "nfkc_cf"}, r"\(normalisation nfkc_cf\), so training would not see the original"),
         ({"remove_extra_whitespaces": True}, r"\(remove_extra_whitespaces True\).*train one with data.tokenizer"),
         ({"treat_whitespace_as_suffix": True}, r"\(treat_whitespace_as_suffix True\)"),
         ({"model_type": "char", "vocab_size": 300}, r"must be of type bpe or unigram, the kinds that can be exported"),
@@ -280,7 +282,7 @@ def test_what_stands_before_a_text_is_what_transformers_puts_there(
 def test_a_begin_token_that_is_no_piece(tmp_path: Path) -> None:
     config = {"add_bos_token": True, "bos_token": "<begin>"}
     (write_sentencepiece(tmp_path) / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"add_bos_token, and bos_token '<begin>' is no piece of .*; correct it"):
+    with pytest.raises(ValueError, match=r"add_bos_token, but bos_token '<begin>' is not a piece of .*; correct it"):
         load_text_tokenizer(tmp_path)
 
 
@@ -297,9 +299,7 @@ def test_tokens_that_a_sentencepiece_model_does_not_hold(tmp_path: Path, beside:
     write_sentencepiece(tmp_path)
     for name, content in beside.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    with pytest.raises(
-        ValueError, match=r"add the token '<\|chat\|>' \(\d+\), which it does not hold and only a tokeniz"
-    ):
+    with pytest.raises(ValueError, match=r"add the token '<\|chat\|>' \(\d+\), which it lacks and only a tokeniz"):
         load_text_tokenizer(tmp_path)
 
 
@@ -348,7 +348,7 @@ def test_marks_behind_every_text(tmp_path: Path) -> None:
             assert 1 not in tokenizer.encode("the")
         else:
             with pytest.raises(
-                ValueError, match=r"puts \['<s>'\] after every text, and here documents end with '</s>'"
+                ValueError, match=r"puts \['<s>'\] after every text, but here documents end with '</s>'"
             ):
                 load_text_tokenizer(folder)
 
@@ -362,7 +362,7 @@ def test_stage_one_reads_a_tokenizer_json_and_puts_what_it_puts(tmp_path: Path) 
     tokenizer = load_text_tokenizer(tmp_path / "data")
     config = config_of(tmp_path, tokenizer={"kind": "huggingface", "vocab_size": tokenizer.vocab_size})
     assert "tokenizer.json is taken as it is" in train_tokenizer(config)
-    with pytest.raises(ValueError, match=r"tokens, and data.tokenizer.vocab_size is 320; set it"):
+    with pytest.raises(ValueError, match=r"tokens, but data.tokenizer.vocab_size is 320; set it"):
         train_tokenizer(config_of(tmp_path, tokenizer={"kind": "huggingface", "vocab_size": 320}))
     manifest = prepare(config, workers=1)[0][1]
     assert manifest.vocab_size == tokenizer.vocab_size and manifest.eos_id == 1

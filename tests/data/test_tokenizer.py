@@ -113,7 +113,7 @@ def test_existing_tokenizer_is_kept_or_refused(tmp_path: Path) -> None:
     manifest = tmp_path / "data" / "tokenizer.manifest.json"
     manifest.unlink()  # as if brought from elsewhere: its size still counts
     assert "nothing to do" in train_tokenizer(config_of(tmp_path))
-    with pytest.raises(ValueError, match=r"has 320 tokens, and data\.tokenizer\.vocab_size is 330; set it"):
+    with pytest.raises(ValueError, match=r"has 320 tokens, but data\.tokenizer\.vocab_size is 330; set it"):
         train_tokenizer(other)
     manifest.write_text('{"sha256": "0", "settings": {}}')
     with pytest.raises(ValueError, match="is not the file that"):
@@ -126,7 +126,7 @@ def test_vocabulary_that_does_not_suit_the_text(tmp_path: Path, model_type: str)
     write_jsonl(tmp_path / "raw.jsonl", documents(20))
     config = config_of(tmp_path, tokenizer={"vocab_size": 30_000, "model_type": model_type})
     with pytest.raises(
-        ValueError, match=r"vocab_size=30000 is too large for the text, which gives \d+ pieces at most; lower it"
+        ValueError, match=r"vocab_size=30000 is too large for the text, which yields at most \d+ pieces; lower it"
     ):
         train_tokenizer(config)
     assert not (tmp_path / "data" / "tokenizer.model").exists()
@@ -137,7 +137,7 @@ def test_many_characters_in_a_small_vocabulary(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "raw.jsonl", ["".join(chr(0x4E00 + n) for n in range(3000)) * 3])
     config = config_of(tmp_path)
     with pytest.raises(
-        ValueError, match=r"vocab_size=320 is too small for the text, .* are 3\d{3}, each a piece"
+        ValueError, match=r"vocab_size=320 is too small for the text, .* make 3\d{3} pieces; set it higher"
     ) as told:
         train_tokenizer(config)
     assert "coverage" not in str(told.value)

@@ -17,8 +17,8 @@ from data import urls
         ("s3://", "FIELD must be a URL such as s3://bucket/folder, got 's3://'; correct it"),
         (
             "s3://bucket/run::old",
-            "FIELD s3://bucket/run::old holds '::', by which fsspec chains several places, and would take "
-            "s3://bucket/run; give one without it",
+            "FIELD s3://bucket/run::old contains '::', which chains file systems in fsspec, so "
+            "s3://bucket/run would be used; give one without it",
         ),
         ("s33://bucket/run", "FIELD s33://bucket/run: the protocol 's33' is not known; did you mean 's3'?"),
     ],
@@ -92,16 +92,18 @@ def test_a_folder_is_copied_and_one_file_of_it_last(tmp_path: Path, monkeypatch:
     assert (tmp_path / "away/weights/b.bin").read_text() == "weights/b.bin"
     with pytest.raises(ValueError) as taken:
         urls.require_empty(url, "--copy-to")
-    assert str(taken.value).startswith(f"--copy-to {url} holds ") and "give an empty place" in str(taken.value)
+    assert str(taken.value).startswith(f"--copy-to {url} already holds ") and "give an empty place" in str(taken.value)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("Forbidden")
 
     monkeypatch.setattr(LocalFileSystem, "put_file", refuse)
     with pytest.raises(
-        ValueError, match=r"out is written, and not whole at .*other .PermissionError: Forbidden.; give it"
+        ValueError, match=r"out is complete, but its copy at .*other is not .PermissionError: Forbidden.; grant access"
     ):
         urls.copy_folder(tmp_path / "out", f"file://{tmp_path}/other", "config.json")
     monkeypatch.setattr(LocalFileSystem, "ls", refuse)
-    with pytest.raises(ValueError, match=r"--copy-to .*other cannot be used .PermissionError: Forbidden.; give it the"):
+    with pytest.raises(
+        ValueError, match=r"--copy-to .*other cannot be used .PermissionError: Forbidden.; grant access"
+    ):
         urls.require_empty(f"file://{tmp_path}/other", "--copy-to")

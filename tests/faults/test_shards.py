@@ -54,4 +54,4 @@ def test_a_shard_that_is_changed_ends_the_run_and_the_next_start(
         ranks.wait_until(lambda: f"at step {int(newest.name[5:])}" in ranks.output)
         ranks.processes[0].terminate()
         ranks.end()
-        assert "with its SHA-256, because it is newer" in ranks.output
+        assert "with its SHA-256, because it was modified" in ranks.output

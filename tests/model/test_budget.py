@@ -105,7 +105,7 @@ def test_state_round_trip(kind: str, controller: str) -> None:
 
 def test_wrong_number_of_sites_is_refused() -> None:
     other = Budget(config(), 33)
-    with pytest.raises(ValueError, match=r"has 6 routed sites, this model has 3; resume with the router block"):
+    with pytest.raises(ValueError, match=r"has 6 routed sites, but this model has 3; resume with the router block"):
         other.load_state_dict(budget().state_dict())
     assert torch.equal(other.prices(), torch.zeros(3))
 
@@ -197,7 +197,7 @@ def test_a_quantile_goes_on_where_it_was_saved() -> None:
     assert torch.equal(one_centres.input, other_centres.input)
     older = {name: value for name, value in first.state_dict().items() if name != "input_mean"}
     with pytest.raises(
-        ValueError, match=r"budget has no input_mean, .*: an older version saved it; go on with the commit"
+        ValueError, match=r"budget state lacks input_mean, .*: an older version saved it; continue with the commit"
     ):
         second.load_state_dict(older)
 
@@ -208,15 +208,15 @@ def test_a_ramp_in_steps_does_not_move_with_the_run() -> None:
         asked = [held.target(Progress(step, steps)) for step in (0, 9, 20, 30, 50)]
         assert asked == pytest.approx([1.0, 1.0, 0.7, TARGET, TARGET])
     for wrong, sentence in (
-        ({"dense_until": 0.1, "reach_by_step": 5}, "both in shares of the run .* and in steps .*; give one kind"),
+        ({"dense_until": 0.1, "reach_by_step": 5}, "both in shares of the run .* and in steps .*; use only one"),
         (
             {"dense_until_step": 5, "reach_by_step": 4},
-            r"reach_by_step \(4\) must not lie before budget.dense_until_step \(5",
+            r"reach_by_step \(4\) must not be less than budget.dense_until_step \(5",
         ),
     ):
         with pytest.raises(ValidationError, match=sentence):
             BudgetConfig.model_validate(wrong)
     with pytest.raises(
-        ValidationError, match=r"'quantile' holds every site at the target, and budget.kind 'global' lets"
+        ValidationError, match=r"'quantile' holds every site at the target, but budget.kind 'global' lets"
     ):
         BudgetConfig(controller="quantile", kind="global")

@@ -151,7 +151,7 @@ def test_full_cache_is_refused_before_anything_is_written() -> None:
     with torch.no_grad():
         model(random_tokens(length=8), cache=cache)
         kept = cache.keys.clone()
-        with pytest.raises(ValueError, match="holds 10 tokens, 8 are taken and 3 more do not fit"):
+        with pytest.raises(ValueError, match="holds 10 tokens, 8 are used and 3 more do not fit"):
             model(random_tokens(length=3), cache=cache)
     assert cache.length == 8 and torch.equal(cache.keys, kept)
 

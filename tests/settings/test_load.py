@@ -130,10 +130,13 @@ def test_override_with_bad_value(write) -> None:
     assert sentence(write(GOOD), "train.steps=[1") == (
         "override 'train.steps=[1': the value is not valid YAML; quote it"
     )
-    assert "override 'train={steps: 1, steps: 2}': key 'steps' is written twice" in sentence(
+    assert "override 'train={steps: 1, steps: 2}': key 'steps' is given twice" in sentence(
         write(GOOD), "train={steps: 1, steps: 2}"
     )
-    assert sentence(write(GOOD), "train.steps.x=3") == "override 'train.steps.x=3': 'train.steps' holds no keys"
+    assert (
+        sentence(write(GOOD), "train.steps.x=3")
+        == "override 'train.steps.x=3': 'train.steps' is a value, not a block of keys"
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,7 +177,7 @@ def test_every_unknown_key_is_told(write) -> None:
         ("train: {rate: 1}", "key 'train.steps' is required but missing"),
         ("train: {steps: many}", "train.steps: must be a whole number, got 'many'"),
         ("train: {steps: 0}", "train.steps: input should be greater than 0, got 0"),
-        ("train: {steps: yes}", "train.steps: must be a number, got True, as YAML reads true, yes and on"),
+        ("train: {steps: yes}", "train.steps: must be a number, got True (YAML reads true, yes and on as True"),
         ("train: {steps: 1, rate: off}", "train.rate: must be a number, got False"),
         ("train: {steps: 1, betas: [on, 0.9]}", "train.betas: must be a number, got [True, 0.9]"),
         ("train: {steps: 1, stage: yes}", "train.stage: must be a number, got True"),
@@ -201,7 +204,7 @@ def test_every_bad_value_is_told(write) -> None:
 def test_a_key_written_twice(write, text: str) -> None:
     path = write(text)
     key = "train" if text.startswith("train: {") else "rate"
-    assert sentence(path) == f"{path}: key '{key}' is written twice, again in line 3; keep one of the two"
+    assert sentence(path) == f"{path}: key '{key}' is given twice, the second time in line 3; keep one"
 
 
 def test_merged_mappings_may_be_overridden(write) -> None:
@@ -237,7 +240,7 @@ def usual_recursion_limit() -> Iterator[None]:
 
 @pytest.mark.parametrize("depth", [1000, 2000, 5000])
 def test_what_is_nested_too_deeply(write, depth: int, usual_recursion_limit: None) -> None:
-    value, told = "[" * depth + "]" * depth, "or an override, holds lists or mappings too deep within each other"
+    value, told = "[" * depth + "]" * depth, "or an override, holds lists or mappings nested too deeply"
     assert told in sentence(write(GOOD), f"train.steps={value}")
     path = write(f"train: {value}\n")
     assert told in sentence(path) and peek(path).keys() <= {"train"}
@@ -329,7 +332,9 @@ def test_there_are_no_comments_on_a_command_line(write) -> None:
     path = write(GOOD)
     assert load(path, ["name=runs/exp #3"], Run).name == "runs/exp #3"
     assert load(path, ["name=#3"], Run).name == "#3" and load(path, ['name="a #3"'], Run).name == "a #3"
-    with pytest.raises(ValueError, match=r"override 'name=\[a\] #3': what follows the value after # would be lost"):
+    with pytest.raises(
+        ValueError, match=r"override 'name=\[a\] #3': # begins a comment, so what follows it would be lost"
+    ):
         load(path, ["name=[a] #3"], Run)
 
 

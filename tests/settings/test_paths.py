@@ -36,13 +36,13 @@ def test_what_cannot_be_expanded_is_refused(path: str) -> None:
 def test_a_file_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     require_writable(tmp_path / "x.json", "--json")
     with pytest.raises(
-        ValueError, match=r"there is no folder .*/none to write x.json in; make it, or give another --o"
+        ValueError, match=r"there is no folder .*/none to write x.json in; create it, or give another --o"
     ):
         require_writable(tmp_path / "none" / "x.json", "--out")
     with pytest.raises(ValueError, match=r"--json .* is a folder; give the name of a file in it"):
         require_writable(tmp_path, "--json")
     monkeypatch.setattr("settings.paths.os.access", lambda path, mode: False)  # a superuser may write everywhere
-    with pytest.raises(ValueError, match=r"is read-only for you; give another --json"):
+    with pytest.raises(ValueError, match=r"you may not write to the folder .*; give another --json"):
         require_writable(tmp_path / "x.json", "--json")
 
 

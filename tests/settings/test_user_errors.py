@@ -103,7 +103,7 @@ def test_a_fault_keeps_its_traceback_and_says_where_to_report_it() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_FAULT == 70
     assert "Traceback" in done.stderr and "invalid literal for int()" in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("this is a fault of Hopscotch or of a library that it uses")
+    assert done.stderr.splitlines()[-1].startswith("this is a bug in Hopscotch or a library that it uses")
 
 
 def test_a_fault_among_ranks_is_shown_and_logged(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ with user_errors():
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == EXIT_FAULT
     assert done.stderr.count("invalid literal for int()") == 1 and done.stdout == ""
-    assert done.stderr.splitlines()[-1].startswith("this is a fault of Hopscotch or of a library that it uses")
+    assert done.stderr.splitlines()[-1].startswith("this is a bug in Hopscotch or a library that it uses")
     assert "invalid literal for int()" in (tmp_path / "rank-0.log").read_text()
 
 

@@ -204,7 +204,9 @@ def test_questions_bring_their_own_choices(shape: str, tmp_path: Path, ours: Tex
 
 def test_a_question_that_is_none_is_named(tmp_path: Path, ours: TextTokenizer) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"query": "the fox", "choices": ["jumps", "sleeps"], "gold": 2}])
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 1 has gold 2, which is not one of its 2 choices"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl, line 1 has gold 2, which is not the index of one of its 2 choices"
+    ):
         read(path, ours, format="question")
 
 

@@ -68,7 +68,7 @@ def test_a_device_that_is_none(device: str) -> None:
 def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert _resolved().device == "cpu"
-    with pytest.raises(ValueError, match="asks for a CUDA device and there is none; use --device cpu"):
+    with pytest.raises(ValueError, match="asks for a CUDA device, but there is none; use --device cpu"):
         _resolved("--device=cuda")
 
 
@@ -85,7 +85,7 @@ def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"densities": [float("nan")]}, "--densities must lie above 0 and not above 1, got nan"),
         (
             {"json": Path("no/such/folder/rows.json")},
-            "there is no folder no/such/folder to write rows.json in; make it, or give another --json",
+            "there is no folder no/such/folder to write rows.json in; create it, or give another --json",
         ),
         ({"markdown": Path("no/such/folder/table.md")}, "there is no folder no/such/folder to write table.md in"),
         ({"json": Path(".")}, r"--json \. is a folder; give the name of a file"),

@@ -193,7 +193,7 @@ def test_two_tasks_with_one_part_are_refused(fresh: DataConfig, monkeypatch: pyt
         pytest.raises(
             ValueError,
             match=rf"part-00001 is being prepared by another command \(process {os.getpid()} on .*\); "
-            r"wait for its end, or give each task parts of its own: --part I/N",
+            r"wait until it ends, or give each task parts of its own: --part I/N",
         ),
     ):
         prepare(fresh, workers=1)

@@ -38,22 +38,28 @@ def weights(tmp_path_factory: pytest.TempPathFactory, corpus: dict[str, Any]) ->
         (['{"query": "a", "choices": ["b"], "gold": 0}'], "has no list of two or more texts in choices"),
         (
             ['{"query": "a", "choices": ["b", "c"], "gold": 2}'],
-            "has gold 2, which is not one of its 2 choices, counted",
+            "has gold 2, which is not the index of one of its 2 choices, counted",
         ),
-        (['{"query": "a", "choices": ["b", "b"], "gold": 1}'], "has its right one of choices twice, and nothing"),
+        (['{"query": "a", "choices": ["b", "b"], "gold": 1}'], "has its right answer twice in choices"),
         (['{"query": "a", "choices": ["b", 3], "gold": 0}'], "has no list of two or more texts in choices"),
         (['{"query": "a", "choices": "bc", "gold": 0}'], "has no list of two or more texts in choices"),
         (['{"query": "a", "choices": ["b", ""], "gold": 0}'], "has no list of two or more texts in choices"),
-        (['{"query": "a", "choices": ["b", "c"], "gold": "0"}'], "has gold '0', which is not one of its 2 choices"),
+        (
+            ['{"query": "a", "choices": ["b", "c"], "gold": "0"}'],
+            "has gold '0', which is not the index of one of its 2 choices",
+        ),
         (['{"query": 3, "choices": ["b", "c"], "gold": 0}'], "bad.jsonl, line 1 has no text in query"),
         (['{"context_options": ["a"], "continuation": "b", "gold": 0}'], "two or more texts in context_options"),
         (['{"context": null, "continuation": "b"}'], "bad.jsonl, line 1 has no text in context"),
         (["[]"], "is empty; a file of questions has one on every line"),
-        (["3"], "bad.jsonl, line 1 is no JSON object"),
+        (["3"], "bad.jsonl, line 1 is not a JSON object"),
         (['{"context": "a", "answer": "\\ud800"}'], "bad.jsonl, line 1 is not valid Unicode"),
         (['{"context": "a", "answer": ""}'], "has no text in answer; all lines of a file have context, answer"),
-        (['{"context": "a", "answer": "b"}'] * 2, "has 1 different lines, and each question takes 1 of the others for"),
-        (['{"context": "a", "answer": "b"}', '{"query": "a"}'], "bad.jsonl, line 2 is of another kind; all lines"),
+        (['{"context": "a", "answer": "b"}'] * 2, "has 1 different lines, but each question takes 1 of the others as"),
+        (
+            ['{"context": "a", "answer": "b"}', '{"query": "a"}'],
+            "bad.jsonl, line 2 has other fields than the first line; all lines",
+        ),
     ],
 )
 def test_questions_that_cannot_be(
@@ -125,7 +131,7 @@ def test_what_looks_like_a_number_a_time_or_a_list_is_a_text(weights: Path, tmp_
     [
         ("blimp/bad.jsonl", b"{", "bad.jsonl: line 1 is not JSON"),
         ("blimp/bad.jsonl", b"", "bad.jsonl is empty; every line has sentence_good and sentence_bad"),
-        ("blimp/bad.jsonl", b"3", "bad.jsonl, line 1 is no JSON object; every line is one"),
+        ("blimp/bad.jsonl", b"3", "bad.jsonl, line 1 is not a JSON object; every line must be one"),
         (
             "blimp/bad.jsonl",
             b'{"sentence_good": "a", "sentence_bad": "b"}\n\n{"sentence_good": "a", "sentence_bad": 3}',

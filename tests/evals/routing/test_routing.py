@@ -359,7 +359,10 @@ def test_what_the_command_refuses(
         ([model, str(short), *out], "tokens, and a report needs at least 64 to say anything; give longer files"),
         ([model, str(tmp_path / "broken.jsonl"), *out], "broken.jsonl cannot be read: document 0: field 'text' must"),
         ([model, text, "--tokens", "3", *out], "--tokens must be at least 64 to say anything, got 3; raise it"),
-        ([model, text, "--out", str(tmp_path / "no/report.html")], "to write report.html in; make it, or give another"),
+        (
+            [model, text, "--out", str(tmp_path / "no/report.html")],
+            "to write report.html in; create it, or give another",
+        ),
         ([model, text, "--out", str(tmp_path / "model.safetensors")], "--out must end in .html, got "),
         (
             [model, text, "--out", str(tmp_path / "folder.html")],

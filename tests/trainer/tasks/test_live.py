@@ -88,7 +88,10 @@ def test_files_are_looked_at_before_anything_heavy(
     Path(files[0]).write_text('{"query": "a", "choices": ["b", "c"], "gold": 2}\n')
     lists = [[write_config(tiny), f"train.evaluation.tasks=[{name}]"] for name in (files[0], "no/such.jsonl")]
     wrong, missing = run_light("pretrain.train", *lists)
-    assert wrong[0] == EXIT_MISTAKE and "choose.jsonl, line 1 has gold 2, which is not one of its 2 choices" in wrong[1]
+    assert (
+        wrong[0] == EXIT_MISTAKE
+        and "choose.jsonl, line 1 has gold 2, which is not the index of one of its 2 choices" in wrong[1]
+    )
     assert missing[0] == EXIT_MISTAKE and "no file matches 'no/such.jsonl'" in missing[1]
 
 
@@ -97,7 +100,7 @@ def test_files_are_looked_at_before_anything_heavy(
     [
         ("model.router.kind=expert_choice", "router.kind expert_choice picks tokens by looking at later ones"),
         ("data.dir=no-such", "no-such has no tokenizer"),
-        ("train.evaluation.task_shots=2", "has 2 different lines, and each question takes 2 of the others"),
+        ("train.evaluation.task_shots=2", "has 2 different lines, but each question takes 2 of the others"),
     ],
 )
 def test_runs_that_cannot_have_them(
