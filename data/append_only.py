@@ -47,7 +47,7 @@ class Lines:
             self._failed = True
         else:
             if self._failed:
-                self.tell(f"{self.path} is written again, and no line is missing")
+                self.tell(f"{self.path} can be written again; no line is missing")
             self._failed = False
 
     def close(self) -> None:

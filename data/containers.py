@@ -311,8 +311,8 @@ def _for_arrow(path: Path) -> Any:
 def _require_column(column: str, there: list[str]) -> None:
     if column not in there:
         raise ValueError(
-            f"there is no column '{column}' (there: {', '.join(there) or 'none'}); name the one with the text: the "
-            "source's text_field (of tokens: tokens.field) in a config, --text-field on a command line"
+            f"there is no column '{column}' (found: {', '.join(there) or 'none'}); name the one with the text: "
+            "text_field of the source (for token ids: tokens.field) in a config, --text-field on a command line"
         )
 
 

@@ -82,5 +82,5 @@ def _newest_revision(config: SourceConfig) -> str | None:
         return huggingface_hub.HfApi().dataset_info(config.hub).sha
     except Exception as error:  # network, name, permission: in any case the dataset is unavailable
         raise ValueError(
-            f"source '{config.name}': dataset '{config.hub}' cannot be had from the Hub: {one_line(error)}"
+            f"source '{config.name}': dataset '{config.hub}' cannot be read from the Hub: {one_line(error)}"
         ) from error

@@ -259,7 +259,7 @@ def _field(record: Any, field: str, place: str) -> Any:
     if not isinstance(record, dict) or field not in record:
         there = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise ValueError(
-            f"{place} has no field '{field}' (there: {there}); name the one with the text: the source's text_field (of "
-            "tokens: tokens.field) in a config, --text-field on a command line"
+            f"{place} has no field '{field}' (found: {there}); name the one with the text: text_field of the source "
+            "(for token ids: tokens.field) in a config, --text-field on a command line"
         )
     return record[field]

@@ -137,7 +137,7 @@ def tokenizer_file(folder: str | Path) -> Path:
         if (Path(folder) / name).is_file():
             return Path(folder) / name
     fix = (
-        "copy the one that the model or the shards were made with there, train one with: python -m data.tokenizer "
+        "copy there the one that the model or the shards were made with, train one with: python -m data.tokenizer "
         "CONFIG, or name a folder with one of them: data.dir in stage one, data.tokenizer in stage two"
     )
     if any((Path(folder) / name).is_file() for name in ("vocab.json", "vocab.txt", "spiece.model", "tekken.json")):

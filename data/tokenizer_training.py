@@ -144,8 +144,8 @@ def _size_problem(vocab_size: int, reason: str) -> str:
     given = f"data.tokenizer.vocab_size={vocab_size}"
     if needed := re.search(r"smaller than required_chars\. \d+ vs (\d+)", reason):
         return (
-            f"{given} is too small for the text, whose characters alone, with the special pieces, make {needed[1]} "
-            "pieces; set it higher"
+            f"{given} is too small: the characters of the text and the special pieces alone take {needed[1]} pieces; "
+            "set it higher"
         )
     if most := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", reason):
         return _too_large(vocab_size, most[1])

@@ -62,7 +62,7 @@ def open_initial(init: InitConfig, model: ModelConfig, tokenizer: Path, world: W
 def _fork(folder: Path, world: World) -> Fork:
     if is_weights_folder(folder) or (folder / "config.json").is_file():
         raise ValueError(
-            f"{folder} holds weights and no optimiser's state, which init.kind fork goes on with; set init.kind: "
+            f"{folder} has weights but no optimiser state, from which init.kind fork continues; set init.kind: "
             "weights, or give a run or one of its checkpoints"
         )
     checkpoint = _of_stage_one(folder, world)
@@ -75,8 +75,8 @@ def _of_stage_one(folder: Path, world: World) -> Path:
     found = checkpoint_of(folder, world, WHAT_INIT_TAKES)
     if is_stage_two(found / CONFIG):
         raise ValueError(
-            f"{found} is of stage two, whose weights lie on top of a base; merge them first with: python -m tune.merge "
-            f"{folder} OUT, and give init.path that folder"
+            f"{found} is a stage-two checkpoint, whose weights apply on top of a base; merge them first with: python "
+            f"-m tune.merge {folder} OUT, and give init.path that folder"
         )
     return found
 
@@ -134,8 +134,8 @@ def _refuse_another_model(given: GivenWeights, model: ModelConfig) -> None:
     here = _weights_alone(model.model_copy(update={"router": None}) if added else model)
     if differ := differences(there.model_dump(mode="json"), here):
         raise ValueError(
-            f"{given.folder} holds another model ({'; '.join(differ)}); give the model block its values, or init.path "
-            "another folder"
+            f"{given.folder} has a model that differs from the model block ({'; '.join(differ)}); set the model block "
+            "to its values, or give init.path another folder"
         )
     if added:
         _refuse_noise(given.folder, model.router)
@@ -163,7 +163,7 @@ def _another_tokenizer(theirs: Path, ours: Path) -> str | None:
         else f"id {differs} is {there.piece(differs)!r} there, {here.piece(differs)!r} here"
     )
     return (
-        f"the weights in init.path were trained with the tokenizer in {theirs}, and data.dir {ours} holds another one "
+        f"the weights in init.path were trained with the tokenizer in {theirs}, but data.dir {ours} has another one "
         f"({what}); prepare the data with theirs: data.tokenizer.path: {theirs}, and another data.dir"
     )
 
@@ -176,7 +176,6 @@ def _weights_alone(model: ModelConfig) -> ModelConfig:
 def _refuse_noise(folder: Path, router: RouterConfig | None) -> None:
     if router is not None and router.learned and router.noise.start > 0 and router.budget.controller != "quantile":
         raise ValueError(
-            f"{folder} has no routers, and new ones must execute everything at first, which noise of scale "
-            f"{router.noise.start:g} would not let them: set model.router.budget.controller: quantile, or "
-            "router.noise.start: 0"
+            f"{folder} has no routers, and new ones must execute every token at first, which noise of scale "
+            f"{router.noise.start:g} prevents; set model.router.budget.controller: quantile, or router.noise.start: 0"
         )

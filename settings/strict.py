@@ -24,7 +24,8 @@ class Strict(BaseModel):
             kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
             if bool not in kinds and kinds & {int, float}:
                 raise ValueError(
-                    f"must be a number, got {value!r} (YAML reads true, yes and on as True; false, no and off as False)"
+                    f"must be a number, got {value!r} (YAML reads true, yes and on as True, and false, no and off as "
+                    "False)"
                 )
         return value
 

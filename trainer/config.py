@@ -132,8 +132,8 @@ class StageConfig(Strict):
         if train.stall_timeout_s >= train.timeout_s:
             problems.append(
                 f"train.stall_timeout_s ({train.stall_timeout_s:g}) must be below train.timeout_s "
-                f"({train.timeout_s:g}), because a collective that times out ends the ranks before they have said "
-                "where they hang; raise timeout_s or lower stall_timeout_s"
+                f"({train.timeout_s:g}), because a collective that times out ends the ranks before they report where "
+                "they hang; raise timeout_s or lower stall_timeout_s"
             )
         if train.checkpoint.mirror is not None and train.checkpoint.mirror_wait_s >= train.timeout_s:
             problems.append(

@@ -296,13 +296,13 @@ class TrainConfig(Strict):
         if self.spike.action == "stop" and self.max_bad_steps >= self.spike.window_steps:
             problems.append(
                 f"train.max_bad_steps ({self.max_bad_steps}) must be below train.spike.window_steps "
-                f"({self.spike.window_steps}), after which a spike passes for normal and no longer stops the run; "
+                f"({self.spike.window_steps}), after which a spike counts as normal and no longer stops the run; "
                 "change one of them"
             )
         if self.profile is not None and self.profile.steps[0] > self.steps:
             problems.append(
-                f"train.profile.steps {list(self.profile.steps)} must begin by the run's last step ({self.steps}); "
-                "name earlier ones"
+                f"train.profile.steps {list(self.profile.steps)} must not begin after the run's last step "
+                f"({self.steps}); give earlier ones"
             )
         if max(self.timeout_s, self.stall_timeout_s) > _LONGEST_WAIT_S:
             problems.append(
@@ -362,6 +362,6 @@ class DeepSpeedSettings(Strict):
         if ranks % self.sequence_parallel:
             raise ValueError(
                 f"deepspeed.sequence_parallel ({self.sequence_parallel}) must divide the number of ranks ({ranks}), "
-                "because each group of so many shares its windows; change one of them"
+                "because each group of that many ranks shares its windows; change one of them"
             )
         return ranks // self.sequence_parallel

@@ -122,9 +122,9 @@ def _refuse_unknown(extra: dict[str, Any], generated: dict[str, Any], known: dic
             _refuse_unknown(value, generated.get(key) or {}, known.get(key) or {}, f"{path}.{key}")
         elif key not in known and key not in generated:
             raise ValueError(
-                f"{path}.{key} is not among what is known to train, to be saved and to resume here "
+                f"{path}.{key} is not among the settings known to work here in training, saving and resuming "
                 f"({', '.join(sorted(known)) or 'nothing in this block'}); leave it out, or set "
-                "deepspeed.allow_untested: true and look yourself"
+                "deepspeed.allow_untested: true and check it yourself"
             )
 
 

@@ -25,7 +25,7 @@ def find_device(asked: str | None) -> str:
     check_device(device)
     on_cuda = device != "cpu"
     if on_cuda and not torch.cuda.is_available():
-        raise ValueError(f"--device {device} asks for a CUDA device and there is none; use --device cpu")
+        raise ValueError(f"--device {device} asks for a CUDA device, but there is none; use --device cpu")
     if on_cuda and (torch.device(device).index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device} is not there; this machine has {torch.cuda.device_count()}")
     return device

@@ -63,7 +63,7 @@ class GivenWeights:
         left = put(engine, self.stored(), self.folder, world)
         routers = {f"{name}.weight": m for name, m in engine.module.named_modules() if isinstance(m, Router)}
         if missing := [name for name in left if name not in routers]:
-            raise ValueError(f"{self.folder} has no {missing[0]}; its files do not belong together, so copy it again")
+            raise ValueError(f"{self.folder} has no {missing[0]}, so its files do not belong together; copy it again")
         shape = (2, self.model.width)
         closed = [name for name in left if isinstance(routers[name], LearnedRouter)]
         put(engine, whole_weights({name: torch.zeros(shape) for name in closed}), self.folder, world)

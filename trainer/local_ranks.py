@@ -24,7 +24,7 @@ def deepspeed_launcher(ranks: int, port: int, devices: str | None = None) -> lis
     """
     if devices is not None and not all(name.strip().isdigit() for name in devices.split(",")):
         raise ValueError(
-            f"CUDA_VISIBLE_DEVICES names GPUs as {devices}, and the deepspeed launcher takes numbers only; give those "
+            f"CUDA_VISIBLE_DEVICES names GPUs as {devices}, but the deepspeed launcher takes only numbers; give those "
             "of nvidia-smi"
         )
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "error"]

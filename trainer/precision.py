@@ -94,6 +94,6 @@ def slow_bf16_warning(config: StageConfig, world: World) -> str | None:
     if lowest >= 1:
         return None
     return (
-        f"train.precision bf16 is slow here ({why}): a linear layer's products run at {lowest:.2f} of the speed "
-        "that they have in fp32, as measured now; set train.precision=fp32"
+        f"train.precision bf16 is slow here ({why}): a linear layer's products run at {lowest:.2f} of their fp32 "
+        "speed, as measured now; set train.precision=fp32"
     )

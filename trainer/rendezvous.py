@@ -29,7 +29,7 @@ QUIET_S = 10.0
 """Seconds until a waiting rank reports what it waits for."""
 _POLLED_S = 0.5
 _NAMED = 8
-_COME = "start as many processes as WORLD_SIZE says, and see that their hosts reach that address"
+_COME = "start as many processes as WORLD_SIZE says, and check that their hosts reach that address"
 _TOGETHER = "all"
 _NO_GPU = "none"
 
@@ -81,7 +81,9 @@ def meet(rank: int, size: int, backend: str, timeout_s: float, device: torch.dev
         )
     except (dist.DistError, RuntimeError) as error:
         if rank and "Failed to recv" in str(error):
-            raise ValueError(f"rank 0 at {place} has ended before all ranks had met; its last words say why") from error
+            raise ValueError(
+                f"rank 0 at {place} has ended before all ranks had met; its last output says why"
+            ) from error
         reason = str(error).splitlines()[0].split(". ")[0]
         raise ValueError(
             f"the ranks cannot meet at {place} ({reason}); if another job uses that port, give the launcher another "
@@ -94,7 +96,7 @@ def _require_interface() -> None:
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         if name not in there:
             raise ValueError(
-                f"GLOO_SOCKET_IFNAME={name} is no network interface of {platform.node()}, which has "
+                f"GLOO_SOCKET_IFNAME={name} is not a network interface of {platform.node()}, which has "
                 f"{', '.join(there)}; name one of them, or unset the variable"
             )
 
@@ -145,7 +147,7 @@ def _wait_for_all(store: dist.Store, rank: int, size: int, place: str, timeout_s
     while not _comes(store, "word", start + (timeout_s if reported or rank else min(QUIET_S, timeout_s))):
         awaited = f"{_awaited(store, size)} of {size} awaited at {place}"
         if reported or timeout_s <= QUIET_S:
-            store.compare_set("word", "", f"{awaited}, and not there within {timeout_s:g} s; {_COME}")
+            store.compare_set("word", "", f"{awaited}, but missing after {timeout_s:g} s; {_COME}")
         else:
             print(f"waiting: {awaited}, for up to {timeout_s:g} s", file=sys.stderr, flush=True)
             reported = True
@@ -184,7 +186,9 @@ def _problem(store: dist.Store, rank: int, size: int) -> str | None:
     for what, own in (("WORLD_SIZE", str(size)), ("torch", torch.__version__)):
         first = store.compare_set(what, "", own).decode()
         if first != own:
-            return f"rank {rank} on {host} has {what} {own}, another rank has {first}; make them the same on all hosts"
+            return (
+                f"rank {rank} on {host} has {what} {own}, but another rank has {first}; make them the same on all hosts"
+            )
     return None
 
 
@@ -214,8 +218,8 @@ def _unlike_devices(places: Sequence[tuple[str, str]]) -> str | None:
     if not shared:
         return None
     return (
-        f"{_on_hosts(shared)} on one and the same GPU, and NCCL takes one rank a GPU; start as many ranks on a host as "
-        "it has GPUs (deepspeed --num_gpus, torchrun --nproc-per-node, srun --ntasks-per-node), and see that "
+        f"{_on_hosts(shared)} on the same GPU, but NCCL takes one rank per GPU; start as many ranks on a host as it "
+        "has GPUs (deepspeed --num_gpus, torchrun --nproc-per-node, srun --ntasks-per-node), and see that "
         "CUDA_VISIBLE_DEVICES names each once"
     )
 

@@ -188,6 +188,10 @@ def files_twice(config: DataConfig) -> list[str]:
             shared.setdefault((first[0], name), []).append(path)
     return [
         f"{one} and {other} share {counted(len(paths), 'file')}, such as {shown(paths[0])}"
-        + ("; that validation loss says nothing of other text" if one.split("/")[0] != other.split("/")[0] else "")
+        + (
+            "; the validation loss then measures text that was trained on"
+            if one.split("/")[0] != other.split("/")[0]
+            else ""
+        )
         for (one, other), paths in shared.items()
     ]

@@ -37,7 +37,7 @@ def test_a_line_cut_by_a_full_disk_is_finished_later(tmp_path: Path) -> None:
     disk.room = 100
     lines.add("fourth")
     assert (tmp_path / "lines").read_text() == "one\nsecond\nthird\nfourth\n"
-    assert said[1:] == [f"{tmp_path / 'lines'} is written again, and no line is missing"]
+    assert said[1:] == [f"{tmp_path / 'lines'} can be written again; no line is missing"]
     disk.room = 0
     lines.add("fifth")
     lines.close()

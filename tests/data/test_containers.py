@@ -179,11 +179,11 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("n,body\n1,x\n")
     pyarrow.parquet.write_table(pyarrow.table({"n": [1]}), tmp_path / "a.parquet")
     pyarrow.parquet.write_table(pyarrow.table({}), tmp_path / "none.parquet")
-    with pytest.raises(ValueError, match=r"no column 'text' \(there: n, body\)"):
+    with pytest.raises(ValueError, match=r"no column 'text' \(found: n, body\)"):
         list(csv_values(tmp_path / "a.csv", "text"))
-    with pytest.raises(ValueError, match=r"no column 'text' \(there: n\)"):
+    with pytest.raises(ValueError, match=r"no column 'text' \(found: n\)"):
         list(parquet_values(tmp_path / "a.parquet", "text"))
-    with pytest.raises(ValueError, match=r"no column 'text' \(there: none\)"):
+    with pytest.raises(ValueError, match=r"no column 'text' \(found: none\)"):
         list(parquet_values(tmp_path / "none.parquet", "text"))
 
 

@@ -99,7 +99,7 @@ def test_hub_dataset_in_a_local_folder(tmp_path: Path) -> None:
     assert texts(opened, Cursor(0, 150)) == [f"t{n}" for n in range(150, 200)]
     assert opened.identity()["hub"]["name"] == str(tmp_path / "set")
     assert opened.label(Cursor(0, 5)) == str(tmp_path / "set")
-    with pytest.raises(ValueError, match=r"no field 'text' \(there: body\)"):
+    with pytest.raises(ValueError, match=r"no field 'text' \(found: body\)"):
         texts(Source(SourceConfig(name="s", hub=str(tmp_path / "set"))))
 
 
@@ -108,7 +108,7 @@ def test_hub_dataset_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None
         raise OSError("offline")
 
     monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
-    with pytest.raises(ValueError, match="dataset 'nobody/nothing' cannot be had from the Hub: offline"):
+    with pytest.raises(ValueError, match="dataset 'nobody/nothing' cannot be read from the Hub: offline"):
         Source(SourceConfig(name="s", hub="nobody/nothing"))
 
 
@@ -134,8 +134,8 @@ def test_invalid_unicode_is_replaced_and_reported(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl: line 2 is not JSON"),
-        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl: line 2 has no field 'text' \(there: body\)"),
-        ("a.jsonl", b'"x"\n', r"a\.jsonl: line 1 has no field 'text' \(there: str\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', r"a\.jsonl: line 2 has no field 'text' \(found: body\)"),
+        ("a.jsonl", b'"x"\n', r"a\.jsonl: line 1 has no field 'text' \(found: str\)"),
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl: document 0: field 'text' must hold text, got int"),
         ("a.json", b'[{"text": "x"}, 5]', r"a\.json: item 1 has no field"),
         ("a.csv", b"body\nx\n", r"a\.csv: .*text"),

@@ -186,7 +186,7 @@ def test_a_missing_or_wrong_end_of_document_token(tmp_path: Path, beside: dict[s
 
 def test_no_tokenizer_and_a_damaged_one(tmp_path: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"neither tokenizer\.json nor tokenizer\.model; copy the one that .* or name a folder with"
+        ValueError, match=r"neither tokenizer\.json nor tokenizer\.model; copy there the one .* or name a folder with"
     ):
         load_text_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -71,7 +71,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(tiny, write_config, disk)
         disk.fill()
         ranks.wait_until(lambda: "cannot be written (No space left on device); its lines wait" in ranks.output)
         disk.ballast.unlink()
-        ranks.wait_until(lambda: "is written again, and no line is missing" in ranks.output)
+        ranks.wait_until(lambda: "can be written again; no line is missing" in ranks.output)
         ranks.processes[1].terminate()
         assert ranks.end() == [EXIT_PREEMPTED] * 2
         assert "Traceback" not in ranks.output and "Logging error" not in ranks.output
@@ -131,7 +131,10 @@ def test_a_run_folder_that_is_removed_is_written_again_with_the_state_in_memory(
                 remove(run)
                 break
         assert ranks.end() == [EXIT_PREEMPTED] * 2, ranks.output
-        assert f"the run folder {run} is gone, with what it held; a checkpoint of now is written" in ranks.output
+        assert (
+            f"the run folder {run} is gone, with its contents; a checkpoint of the current state is written"
+            in ranks.output
+        )
         assert "Traceback" not in ranks.output and "Logging error" not in ranks.output, ranks.output
         (step,) = re.findall("asked to stop: step ([0-9,]+) is saved", ranks.output)
     newest, torn = manifest.newest_whole(run / "checkpoints", ALONE)

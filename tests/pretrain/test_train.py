@@ -145,7 +145,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_nothing(tiny, write_config):
     assert (checkpoints / "step-00000004.partial").exists() and not (checkpoints / "step-00000004").exists()
     resumed = run(TRAIN, config, "train.checkpoint.resume=auto")
     assert resumed.returncode == 0, resumed.stdout[-2000:]
-    assert "passed over: step-00000004.partial was never finished" in resumed.stdout
+    assert "skipped: step-00000004.partial was never finished" in resumed.stdout
     assert "step-00000002 at step 2" in resumed.stdout
     assert sorted(p.name for p in checkpoints.iterdir()) == ["step-00000006", "step-00000008"]
 
@@ -182,7 +182,7 @@ def test_a_torn_checkpoint_is_passed_over_and_nothing_whole_is_an_error(tiny, wr
         (["data.dir=nowhere"], "nowhere"),
         (
             ["model.vocab_size=500", "data.tokenizer.vocab_size=500"],
-            "have a vocabulary of 400, data.tokenizer.vocab_size is 500",
+            "have a vocabulary of 400, but data.tokenizer.vocab_size is 500",
         ),
     ],
 )

@@ -82,9 +82,12 @@ NOT_TO_START = [
     ),
     (
         ["train.spike={action: stop, window_steps: 5}"],
-        "train.max_bad_steps (5) must be below train.spike.window_steps (5), after which a spike passes for normal",
+        "train.max_bad_steps (5) must be below train.spike.window_steps (5), after which a spike counts as normal",
     ),
-    (["train.profile.steps=[5,6]"], "train.profile.steps [5, 6] must begin by the run's last step (4); name earlier"),
+    (
+        ["train.profile.steps=[5,6]"],
+        "train.profile.steps [5, 6] must not begin after the run's last step (4); give earlier",
+    ),
     (
         ["train.stall_timeout_s=1e10", "train.timeout_s=1e11"],
         "train.timeout_s (1e+11) and train.stall_timeout_s (1e+10) must not exceed 1e+09 seconds",

@@ -113,7 +113,7 @@ def test_extra_is_merged_into_every_depth(configure: Configure) -> None:
             "{zero_optimization: {zero_quantized_weights: true}}",
             r"zero_quantized_weights is not .*allow_untested: true",
         ),
-        ("{compile: {deepcompile: true}}", r"deepspeed\.extra\.compile is not among what is known"),
+        ("{compile: {deepcompile: true}}", r"deepspeed\.extra\.compile is not among the settings known"),
         ("{bf16: {immediate_grad_update: true}}", r"extra\.bf16\.immediate_grad_update .*\(nothing in this block\)"),
     ],
 )

@@ -161,7 +161,7 @@ def test_routers_with_a_price_begin_at_a_tie(
     init = InitConfig(path=str(tmp_path / "weights"))
     noisy = configure("model.router={density: 0.5}")
     with pytest.raises(
-        ValueError, match=r"new ones must execute everything at first, which noise of scale 1 would not"
+        ValueError, match=r"new ones must execute every token at first, which noise of scale 1 prevents"
     ):
         open_initial(init, noisy.model, Path(noisy.data.dir), world)
     config = configure("model.router={density: 0.5, noise: {start: 0, end: 0, until: 1}}")
@@ -174,7 +174,7 @@ def test_routers_with_a_price_begin_at_a_tie(
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "vocabulary": ({"vocab_size": 401}, r"model.vocab_size 400 there, 401 here\); give the model block its values"),
+    "vocabulary": ({"vocab_size": 401}, r"model.vocab_size 400 there, 401 here\); set the model block to its values"),
     "head size": ({"head_width": 8}, r"model.head_width 6 there, 8 here"),
     "rotation": ({"rope_theta": 5000.0}, r"model.rope_theta 10000.0 there, 5000.0 here"),
     "routers lost": ({"router": None}, r"router granularity layer there, None here; router kind learned there"),
@@ -208,10 +208,8 @@ def test_what_is_nothing_to_start_from(
 
     refused(tmp_path / "nowhere", "there is no folder .*; give init.path a stage-one run")
     refused(tmp_path, "is neither a run folder nor a whole checkpoint: it has no manifest.json; give init.path")
-    refused(
-        sources["weights"], "holds weights and no optimiser's state, which init.kind fork goes on with", kind="fork"
-    )
-    refused(sources["hf"], "holds weights and no optimiser's state", kind="fork")
+    refused(sources["weights"], "has weights but no optimiser state, from which init.kind fork continues", kind="fork")
+    refused(sources["hf"], "has weights but no optimiser state", kind="fork")
 
     copy = Path(shutil.copytree(sources["hf"], tmp_path / "hf"))
     config = json.loads((copy / "config.json").read_text())
@@ -226,7 +224,7 @@ def test_what_is_nothing_to_start_from(
     save_file(tensors, copy / "model.safetensors")
     torn = Path(shutil.copytree(sources["weights"], tmp_path / "torn"))
     (torn / "config.yaml").write_text((torn / "config.yaml").read_text() + "\n")
-    refused(torn, "is not a whole folder of weights: config.yaml has .*; write it again")
+    refused(torn, "is not a complete folder of weights: config.yaml has .*; write or copy it again")
     loaded.decoder.add_ensemble(EnsembleConfig(layers=2))
     write_weights(loaded.decoder, tmp_path / "voting", Path(corpus["dir"]), {"source": "a test"})
     refused(
@@ -248,9 +246,7 @@ def test_tokens_of_another_tokenizer(
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     shutil.copytree(sources["hf"], tmp_path / "other")
     (tmp_path / "other/tokenizer.json").write_text(json.dumps(other))
-    with pytest.raises(
-        ValueError, match=r"holds another one \(id 398 is .* there, .* here\); prepare the data with th"
-    ):
+    with pytest.raises(ValueError, match=r"has another one \(id 398 is .* there, .* here\); prepare the data with th"):
         open_initial(init, model, tmp_path / "other", world)
 
 
@@ -260,7 +256,9 @@ def test_a_run_of_stage_two_is_merged_first(sources: dict[str, Path], world: Wor
     (checkpoint / "config.yaml").write_text((checkpoint / "config.yaml").read_text() + "base: {path: x}\n")
     rehash(checkpoint, "config.yaml")
     for path in (tuned, checkpoint):
-        with pytest.raises(ValueError, match=r"is of stage two, .*; merge them first with: python -m tune.merge"):
+        with pytest.raises(
+            ValueError, match=r"is a stage-two checkpoint, .*; merge them first with: python -m tune.merge"
+        ):
             open_initial(InitConfig(path=str(path)), load_model(sources["fp32"]).decoder.config, path, world)
 
 
@@ -277,7 +275,7 @@ def test_files_that_do_not_belong_together(
     with engine_for(config, world) as engine:
         given = open_initial(InitConfig(path=str(copy)), config.model, sources["weights"], world)
         assert isinstance(given, GivenWeights)
-        with pytest.raises(ValueError, match=r"has no norm.weight; its files do not belong together, so copy it again"):
+        with pytest.raises(ValueError, match=r"has no norm.weight, so its files do not belong together; copy it again"):
             given.put_into(engine, world)
 
 

@@ -18,7 +18,9 @@ def test_the_gpus_that_are_visible_are_taken(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     assert deepspeed_launcher(2, 1, visible_gpus(2))[3:5] == ["--num_gpus", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1a2b,GPU-3c4d")
-    with pytest.raises(ValueError, match="names GPUs as GPU-1a2b,GPU-3c4d, and the deepspeed launcher takes numbers"):
+    with pytest.raises(
+        ValueError, match="names GPUs as GPU-1a2b,GPU-3c4d, but the deepspeed launcher takes only numbers"
+    ):
         deepspeed_launcher(2, 1, visible_gpus(2))
 
 

@@ -76,7 +76,7 @@ def test_the_rank_that_does_not_come_is_named_within_seconds() -> None:
     (alone,) = meet([{"RANK": "0"}], MASTER_PORT=port, WORLD_SIZE="3", timeout_s=3)
     assert f"waiting: ranks 1, 2 of 3 awaited at 127.0.0.1:{port}, for up to 3 s" in alone.stderr
     (sentence,) = errors([alone])
-    assert sentence.startswith(f"the ranks cannot meet: ranks 1, 2 of 3 awaited at 127.0.0.1:{port}, and not there")
+    assert sentence.startswith(f"the ranks cannot meet: ranks 1, 2 of 3 awaited at 127.0.0.1:{port}, but missing")
     assert "start as many processes as WORLD_SIZE says" in sentence and "start again" not in sentence
 
 
@@ -91,7 +91,7 @@ def test_a_rank_without_a_gpu_and_two_on_one_are_named() -> None:
     (sentence,) = errors(meet([{"RANK": "0", "GPU": "a"}, {"RANK": "1", "GPU": "none"}], timeout_s=60))
     assert sentence.startswith(f"the ranks cannot meet: rank 1 on {platform.node()} is without a GPU that can be used")
     (sentence,) = errors(meet([{"RANK": "0"}, {"RANK": "1"}], GPU="a", timeout_s=60))
-    assert sentence.startswith(f"the ranks cannot meet: ranks 0, 1 on {platform.node()} are on one and the same GPU")
+    assert sentence.startswith(f"the ranks cannot meet: ranks 0, 1 on {platform.node()} are on the same GPU")
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_rank_without_a_gpu_and_two_on_one_are_named() -> None:
         ([("a", "x"), ("a", "y"), ("b", "z")], None),
         ([("a", "x"), ("b", "x")], None),  # two containers: slow, and launch.doctor says so
         ([("a", "x"), ("b", "none"), ("b", "none"), ("c", "none")], "ranks 1, 2 on b and others on another host are"),
-        ([("a", "x"), ("b", "y"), ("b", "z"), ("b", "y")], "ranks 1, 3 on b are on one and the same GPU, and NCCL"),
-        ([(host, "x") for host in "aabbcc"], "ranks 0, 1 on a and others on 2 more hosts are on one and the same"),
+        ([("a", "x"), ("b", "y"), ("b", "z"), ("b", "y")], "ranks 1, 3 on b are on the same GPU, but NCCL"),
+        ([(host, "x") for host in "aabbcc"], "ranks 0, 1 on a and others on 2 more hosts are on the same"),
     ],
 )
 def test_devices_that_do_not_go_together(places: list[tuple[str, str]], sentence: str | None) -> None:
@@ -116,7 +116,7 @@ def test_devices_that_do_not_go_together(places: list[tuple[str, str]], sentence
         ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 must be a number from 1 to 65535"),
         ({"MASTER_PORT": "x"}, "MASTER_PORT=x must be a number"),
         ({"MASTER_ADDR": "no-such-host.invalid"}, "MASTER_ADDR=no-such-host.invalid is a name that "),
-        ({"GLOO_SOCKET_IFNAME": "nope0"}, "GLOO_SOCKET_IFNAME=nope0 is no network interface of "),
+        ({"GLOO_SOCKET_IFNAME": "nope0"}, "GLOO_SOCKET_IFNAME=nope0 is not a network interface of "),
     ],
 )
 def test_a_place_that_is_none(variables: dict[str, str], sentence: str) -> None:

@@ -83,7 +83,7 @@ def test_a_spike_ends_the_run_which_goes_back_and_is_as_if_it_had_never_met_thos
     (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert re.match(r"error: spike at steps 18 to 20: the (loss|gradient norm) rose to ", error)
     assert f"its samples are {POISON[0]} to {POISON[1] - 1};" in error
-    assert error.endswith("; the run was ended by train.spike.action stop")
+    assert error.endswith("; train.spike.action stop ended the run")
     assert _steps(run / "checkpoints") == [3, 6, 9, 12, 15, 18] and _metrics(run)[-1]["step"] == 20
     assert json.loads((run / "heartbeat/rank-0.json").read_text())["phase"] == "failed"
     before = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -114,9 +114,12 @@ def test_a_spike_ends_the_run_which_goes_back_and_is_as_if_it_had_never_met_thos
     forgets = ["train.steps=26", "train.checkpoint.resume=auto"]
     capsys.readouterr()
     assert train_here(long_run, *forgets) == EXIT_MISTAKE
-    assert f"it has passed over [[{POISON[0]}, {POISON[1]}]], and data.skip_ranges says []" in capsys.readouterr().err
+    assert (
+        f"and skipped [[{POISON[0]}, {POISON[1]}]] before it, but data.skip_ranges now says []"
+        in capsys.readouterr().err
+    )
     assert train_here(long_run, *forgets, f"data.skip_ranges=[[0,8],[{POISON[0]},{POISON[1]}]]") == EXIT_MISTAKE
-    assert f"keep what is there and add ranges from {24 * 8 + 24} on" in capsys.readouterr().err
+    assert f"keep those ranges and only add ones from {24 * 8 + 24} on" in capsys.readouterr().err
     assert train_here(long_run, *forgets, f"data.skip_ranges=[[{POISON[0]},{POISON[1]}],[216,224]]") == 0
 
 
@@ -180,7 +183,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("step", "damage", "sentence"),
     [
-        (5, None, "has no checkpoint of step 5; give one of the steps that are there: 2, 4, 6"),
+        (5, None, "has no checkpoint of step 5; give one of the steps found there: 2, 4, 6"),
         (4, "deepspeed/weights.pt", "step-00000004 is torn: deepspeed/weights.pt is missing; give another"),
     ],
 )
@@ -202,7 +205,7 @@ def test_another_folder_than_the_runs_is_refused(
 ) -> None:
     with pytest.raises(SystemExit) as end:
         rewind.main([str(run / given), "4"])
-    sentence = f"{run / given} is no run folder: it has no checkpoints; give the folder that train.run_dir names"
+    sentence = f"{run / given} is not a run folder: it has no checkpoints; give the folder that train.run_dir names"
     error = capsys.readouterr().err
     assert end.value.code == 1 and sentence in error and hint.replace("RUN", str(run)) in error
 
@@ -214,7 +217,7 @@ def test_a_run_that_is_going_on_is_refused(run: Path, monkeypatch: pytest.Monkey
     heartbeat.write()
     monkeypatch.setattr(time, "sleep", lambda seconds: heartbeat.write())
     with pytest.raises(
-        ValueError, match=rf"going on: rank 0 \(process {os.getpid()} on .* is training at step 6; stop"
+        ValueError, match=rf"still running: rank 0 \(process {os.getpid()} on .* is training at step 6; stop"
     ):
         go_back(run, 2)
     (run / "heartbeat/rank-1.json").write_text("")  # cut by a full disk: says nothing
@@ -311,5 +314,5 @@ def test_what_lies_behind_must_stay_as_it_was(then: Any, now: Any, consumed: int
     if fine:
         refuse_other_past(then, now, consumed)
         return
-    with pytest.raises(ValueError, match=r"keep what is there and add ranges from \d on"):
+    with pytest.raises(ValueError, match=r"keep those ranges and only add ones from \d on"):
         refuse_other_past(then, now, consumed)

@@ -164,7 +164,7 @@ def _own_files(checkpoint: Path) -> tuple[bytes, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise TornCheckpointError(str(error)) from None
     if wrong:
-        raise TornCheckpointError(f"{wrong[0]} has another size than its manifest says")
+        raise TornCheckpointError(f"{wrong[0]} does not have the size that the manifest says")
     return content, files
 
 
@@ -186,7 +186,7 @@ def facts_of(content: bytes) -> dict[str, Any]:
             return dict(found)
     except (ValueError, KeyError, TypeError):
         pass
-    raise ValueError("its manifest is none of this version")
+    raise ValueError("its manifest is not of this version")
 
 
 def unreachable(url: str, error: Exception) -> str:

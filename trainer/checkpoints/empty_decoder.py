@@ -73,7 +73,7 @@ def _on_disk(shapes: list[torch.Size], folder: Path) -> list[Tensor]:
             os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             raise OSError(
-                f"the weights need {size / 1e9:.3f} GB in {folder} while they are read, which cannot be had there "
+                f"reading the weights takes {size / 1e9:.3f} GB in {folder}, which are not available there "
                 f"({error.strerror}); free some space, or give another folder"
             ) from None
         room = torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.float32)

@@ -38,7 +38,7 @@ def mirrored_names(url: str, world: World) -> list[str]:
             problem = unreachable(url, error)
     names, problem = world.broadcast_object((names, problem))
     if problem:
-        raise ValueError(f"{problem}, so nobody knows whether there is a checkpoint to go on from")
+        raise ValueError(f"{problem}, so it is not known whether there is a checkpoint to resume from")
     return list(names)
 
 
@@ -87,7 +87,7 @@ def _begin(url: str, final: Path, world: World) -> tuple[dict[str, Any], bytes, 
             outcome = _Outcome(None, unreachable(url, error))
     files, content, outcome = world.broadcast_object((files, content, outcome))
     if outcome == _WELL and not appears(partial_of(final)):
-        outcome = _Outcome(None, f"rank {world.rank} does not see {partial_of(final)}, which rank 0 has made")
+        outcome = _Outcome(None, f"rank {world.rank} does not see {partial_of(final)}, which rank 0 has created")
     return files, content, _agreed(outcome, world)
 
 

@@ -95,7 +95,7 @@ def newest_whole_ones(folder: Path, world: World, most: int) -> tuple[list[Path]
 def report_torn(sentences: Sequence[str], world: World) -> None:
     """Report on stderr, once for all ranks, what was skipped."""
     for sentence in sentences if world.is_main else ():
-        print(f"passed over: {sentence}", file=sys.stderr, flush=True)
+        print(f"skipped: {sentence}", file=sys.stderr, flush=True)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -107,7 +107,7 @@ def _read(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     except (OSError, ValueError, KeyError) as error:
         return None, f"its {NAME} cannot be read ({error})"
     if not known:
-        return None, f"its format is {manifest['format']}, this version reads {FORMAT}"
+        return None, f"its format is {manifest['format']}, but this version reads {FORMAT}"
     return manifest, None
 
 

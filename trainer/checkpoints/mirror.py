@@ -98,10 +98,10 @@ class Mirror:
             self._changed.notify_all()
         missing = [checkpoint.name for checkpoint in self._wanted() if checkpoint.name not in self._there]
         if missing:
-            why = self._problem or f"train.checkpoint.mirror_wait_s ({wait_s:g}) was over"
+            why = self._problem or f"train.checkpoint.mirror_wait_s ({wait_s:g}) has passed"
             self._warn(
-                f"not known to be mirrored to {self.url}: {', '.join(missing)} ({why}); whole in {self._folder}, and "
-                "the next start with this mirror copies what is still wanted there"
+                f"may not be in the mirror {self.url}: {', '.join(missing)} ({why}); they are whole in {self._folder}, "
+                "and the next start with this mirror copies those to be kept there"
             )
         return missing
 
@@ -141,7 +141,7 @@ class Mirror:
         bucket = Bucket(self.url)
         if self._start is not None and (problem := self._start.problem(bucket)):
             self._warn(f"nothing more is mirrored: {problem}")
-            self._problem = "it is no longer this start's"
+            self._problem = "another start has taken it over"
             with self._changed:
                 self._given_up.set()
                 self._changed.notify_all()  # the run's end may wait already
@@ -195,7 +195,7 @@ class Mirror:
             bucket.prune(self._config.mirror_keep, self._config.mirror_keep_every_steps, self._torn)
         except Exception as error:  # whatever the service's library raises
             if not self._reported_prune:
-                self._warn(f"{self.url}: what is no longer kept there cannot be removed ({urls.reason(error)})")
+                self._warn(f"{self.url}: checkpoints no longer kept there cannot be removed ({urls.reason(error)})")
             self._reported_prune = True
 
     def _missing(self, bucket: Bucket) -> list[Path]:
@@ -223,7 +223,7 @@ class Mirror:
         if problem != self._problem or now - self._told_at > _TOLD_EVERY_S:
             self._warn(
                 f"checkpoints cannot be mirrored to {self.url} ({problem}); training goes on, they stay in "
-                f"{self._folder}, and it is tried again"
+                f"{self._folder}, and copying is retried"
             )
             self._told_at = now
         self._problem = problem
@@ -257,7 +257,9 @@ def open_mirror(
         except Exception as error:  # each service has classes of its own
             problem = unreachable(url, error)
             if resumed is not None and not urls.is_refusal(error):
-                log.warning(f"{problem}; the run goes on from {resumed}, and it is tried again with every checkpoint")
+                log.warning(
+                    f"{problem}; the run goes on from {resumed}, and mirroring is retried with every checkpoint"
+                )
                 problem = None
     problem = world.broadcast_object(problem)
     if problem:

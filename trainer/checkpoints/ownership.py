@@ -36,8 +36,8 @@ def of_another_run(bucket: Bucket, run: Path) -> str | None:
     if not there or there[-1] in starts_of(run):
         return None
     return (
-        f"train.checkpoint.mirror {bucket.url} is another run's, or this one went on from there on another disk, and "
-        f"the checkpoints in {run} would be mixed with those; give this run a mirror of its own, or an empty "
+        f"train.checkpoint.mirror {bucket.url} belongs to another run, or this run has resumed from it on another "
+        f"disk, so the checkpoints in {run} would be mixed with others; give this run a mirror of its own, or an empty "
         "train.run_dir to go on from the mirror"
     )
 
@@ -71,4 +71,4 @@ class Start:
             return self.take(bucket)
         if bucket.starts()[-1:] == [self._id]:
             return None
-        return f"another start writes to train.checkpoint.mirror {bucket.url} since; give each run a mirror of its own"
+        return f"another start now writes to train.checkpoint.mirror {bucket.url}; give each run a mirror of its own"

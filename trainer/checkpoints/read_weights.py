@@ -69,8 +69,8 @@ def matched(module: nn.Module, folder: Path, zero_stage: int) -> dict[str, Store
     found = {entry.name: entry for entry in without_second_names(module, weights_of(module, folder, zero_stage))}
     if problem := mismatch(dict(module.named_parameters()), {name: entry.shape for name, entry in found.items()}):
         raise ValueError(
-            f"the weights in {folder} do not match its config.yaml ({problem}); one of them was changed since, so take "
-            "another checkpoint"
+            f"the weights in {folder} do not match its config.yaml ({problem}); one of them was changed after it was "
+            "written, so take another checkpoint"
         )
     return found
 

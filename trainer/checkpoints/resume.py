@@ -181,7 +181,7 @@ def _check_fit(
 def _refuse_other_stage(blocks: dict[str, Any], checkpoint: Path, config: StageConfig) -> None:
     if ("base" in blocks) != hasattr(config, "base"):
         writer, reader = ("tune.train", "pretrain.train") if "base" in blocks else ("pretrain.train", "tune.train")
-        raise ValueError(f"{checkpoint} was written by {writer}, this is {reader}; give each its own train.run_dir")
+        raise ValueError(f"{checkpoint} was written by {writer}, but this is {reader}; give each its own train.run_dir")
 
 
 def _refuse_other_conditions(written: dict[str, Any], checkpoint: Path, config: StageConfig, world: World) -> None:
@@ -189,7 +189,7 @@ def _refuse_other_conditions(written: dict[str, Any], checkpoint: Path, config: 
     differ = [f"{n} {written.get(n)} there, {here[n]} here" for n in ("optimizer", "seed") if written.get(n) != here[n]]
     if differ:
         raise ValueError(
-            f"{checkpoint} was written under other conditions ({'; '.join(differ)}); resume it with the same optimizer "
+            f"{checkpoint} was written with other settings ({'; '.join(differ)}); resume it with the same optimizer "
             "and seed"
         )
 
@@ -215,12 +215,12 @@ def _refuse_other_model(blocks: dict[str, Any], checkpoint: Path, config: StageC
         before = (blocks.get(block) or {}).get(field)
         if before != value and name == "base.sha256":
             changed.append(
-                f"another base: that of the run was base.path {blocks['base']['path']}, now it has other weights"
+                f"another base: the run was tuned from base.path {blocks['base']['path']}, whose weights differ now"
             )
         elif before != value:
             changed.append(f"{name} {before} there, {value} here")
     if changed:
         raise ValueError(
-            f"{checkpoint} holds another model ({'; '.join(changed)}); resume with the blocks that the run was started "
-            "with, or start a new run_dir"
+            f"{checkpoint} holds a different model ({'; '.join(changed)}); resume with the blocks that the run was "
+            "started with, or start a new run_dir"
         )

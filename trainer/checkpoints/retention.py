@@ -73,13 +73,13 @@ def check_plan(size: float, folder: Path, train: TrainConfig, world: World) -> s
         if max_gb is not None and others + count * size > max_gb * 1e9:
             beside = f" beside {others / 1e9:.3f} GB of other files" if others else ""
             problem = (
-                f"train.checkpoint.max_gb ({max_gb:g}) is too little for {what}{beside} in {folder}; raise it to "
+                f"train.checkpoint.max_gb ({max_gb:g}) is too small for {what}{beside} in {folder}; raise it to "
                 f"{(others + count * size) / 1e9:.3f}, or keep fewer"
             )
         elif count * size > room:
             warning = (
-                f"this run will have {what}, and {folder} has {room / 1e9:.3f} GB for them; make room there before "
-                "it is full, or keep fewer"
+                f"this run will keep {what}, but {folder} has only {room / 1e9:.3f} GB for them; make room there "
+                "before it is full, or keep fewer"
             )
     warning, problem = world.broadcast_object((warning, problem))
     if problem:
@@ -100,8 +100,8 @@ def check_room(needed: float, folder: Path, name: str, max_gb: float | None) -> 
         shortage = f"where {free / 1e9:.3f} GB are free; make room there"
     elif left < needed:
         shortage = (
-            f"where train.checkpoint.max_gb ({max_gb:g}) leaves {max(left, 0) / 1e9:.3f} GB; raise it or remove what "
-            "is no longer wanted there"
+            f"where train.checkpoint.max_gb ({max_gb:g}) leaves {max(left, 0) / 1e9:.3f} GB; raise it, or remove files "
+            "there that are no longer needed"
         )
     if shortage:
         raise ValueError(

@@ -207,8 +207,8 @@ class Saver:
             unseen = [r for r, seen in enumerate(self.world.all_gather_objects(receipts.appears(shows))) if not seen]
             if unseen:
                 problem = (
-                    f"rank {unseen[0]} does not see {partial}, which rank 0 has made; put train.run_dir on a disk that "
-                    "all machines share"
+                    f"rank {unseen[0]} does not see {partial}, which rank 0 has created; put train.run_dir on a disk "
+                    "that all machines share"
                 )
         if problem:
             raise ValueError(problem)
@@ -308,4 +308,4 @@ def _reason(error: Exception) -> str:
     if isinstance(error, OSError) or re.search("write|iostream|inline_container", what):
         return f"({what}); make room there and resume"
     logger_of_run().error("saving failed", exc_info=error)
-    return f"({type(error).__name__}: {what}), an error of this program; report it with logs/rank-N.log, and resume"
+    return f"({type(error).__name__}: {what}), a bug in Hopscotch; report it with logs/rank-N.log, and resume"

@@ -112,7 +112,7 @@ def read_config(folder: Path, world: World) -> WeightsConfig:
     """
     problem = manifest.problem_of(folder, world)
     if problem is not None:
-        raise ValueError(f"{folder} is not a whole folder of weights: {problem}; write it again, or copy it again")
+        raise ValueError(f"{folder} is not a complete folder of weights: {problem}; write or copy it again")
     return load(folder / CONFIG, [], WeightsConfig)
 
 
@@ -127,9 +127,7 @@ def weights_in(folder: Path, decoder: Decoder) -> Iterator[Any]:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         difference = mismatch(dict(decoder.named_parameters()), shapes)
         if difference is not None:
-            raise ValueError(
-                f"{folder} is a checkpoint of another shape than its {CONFIG}: {difference}; write it again"
-            )
+            raise ValueError(f"{folder} has weights that do not fit its {CONFIG}: {difference}; write it again")
         yield file
 
 

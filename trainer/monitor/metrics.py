@@ -191,7 +191,10 @@ class Metrics:
             (self.run.path / f"{name.replace('/', '-')}.png").write_bytes(content.getvalue())
         except OSError as error:
             if not self._reported_images:
-                self.log.warning(f"pictures in {self.run.path} cannot be written ({error.strerror}); they stay behind")
+                self.log.warning(
+                    f"pictures in {self.run.path} cannot be written ({error.strerror}) and are skipped; the trackers "
+                    "get them"
+                )
             self._reported_images = True
 
     def has_evaluation(self, step: int) -> bool:
@@ -269,9 +272,9 @@ class Metrics:
             return
         if not self._reported_peak:
             self.log.warning(
-                f"the peak that MFU is measured against was {self.peak_flops / 1e12:.3g} TFLOP/s a device, and steps "
-                f"have reached {reached / 1e12:.3g}, which takes its place from here on; set train.log.peak_tflops to "
-                "what the device can do, or leave it out where it is set"
+                f"steps have reached {reached / 1e12:.3g} TFLOP/s a device, above the peak of "
+                f"{self.peak_flops / 1e12:.3g} that MFU is measured against, which is raised to that; set "
+                "train.log.peak_tflops to the device's peak, or leave it out if it is set"
             )
         self.peak_flops, self._reported_peak = reached, True
 

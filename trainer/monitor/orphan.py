@@ -71,7 +71,7 @@ def started_as(chain: list[int]) -> list[str] | None:
 def command_again(override: str) -> str:
     """The command that starts this run again with ``override`` (``key=value``), ready to be pasted into a shell."""
     if STARTED_AS is None:
-        return f"the same command and {override}"
+        return f"the same command with {override}"
     key = f"{override.partition('=')[0]}="
     return shlex.join([*(word for word in STARTED_AS if not word.startswith(key)), override])
 

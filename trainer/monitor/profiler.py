@@ -55,7 +55,7 @@ class StepProfiler:
             torch.cuda.memory._record_memory_history(max_entries=_MOST_EVENTS)
         elif self.wants_memory and rank == 0:
             self._log.warning(
-                "train.profile.memory: a snapshot is of a GPU's allocator, and this run is on a CPU; bytes by phase "
+                "train.profile.memory: a snapshot shows a GPU's allocator, but this run is on a CPU; bytes by phase "
                 "and site are in the trace, for launch.profile"
             )
 

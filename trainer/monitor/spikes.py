@@ -97,7 +97,7 @@ class SpikeDetector:
             spike = replace(before, last_step=step, steps=before.steps + 1, consumed=consumed)
         if spike.steps >= self.config.window_steps:
             self.forget()
-            return replace(spike, end="has lasted for train.spike.window_steps and passes for normal from now on")
+            return replace(spike, end="has lasted for train.spike.window_steps and counts as normal from now on")
         self._spike = spike
         return spike
 
@@ -129,8 +129,8 @@ class SpikeDetector:
         if value <= limit:
             return None
         return (
-            f"the {name} rose to {show(value)} from a mean of {show(mean)} over {len(window)} steps; expected was at "
-            f"most {show(limit)} ({self.config.threshold:g} standard deviations above it)"
+            f"the {name} rose to {show(value)} from a mean of {show(mean)} over {len(window)} steps, above the limit "
+            f"of {show(limit)} ({self.config.threshold:g} standard deviations above the mean)"
         )
 
 

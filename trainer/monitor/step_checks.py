@@ -96,7 +96,7 @@ class StepChecks:
             return f"{spike}; its samples are {first} to {last}; {how_to_go_back(self._run, spike, ranges)}"
 
         if ends:
-            return Verdict(error=lambda: f"{sentence()}; the run was ended by train.spike.action stop")
+            return Verdict(error=lambda: f"{sentence()}; train.spike.action stop ended the run")
         return Verdict(sentence())
 
     def _before(self, samples: int) -> int:

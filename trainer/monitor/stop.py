@@ -30,13 +30,12 @@ _FIRST_ERROR_S = 5.0
 
 _NAMED = 8
 """Most ranks and samples that are named one by one; there may be thousands."""
-_CTRL_C = "Ctrl-C: this step is finished and saved, then the run ends; once more ends it at once, unsaved"
+_CTRL_C = "Ctrl-C: the run finishes this step, saves and ends; press it again to end at once, unsaved"
 _CTRL_C_AT_THE_END = (
-    "Ctrl-C: all steps are saved; what runs now is finished, then the run ends; once more ends it at once"
+    "Ctrl-C: all steps are saved; the run ends after the current test set; press it again to end at once"
 )
 _LAUNCHERS_OWN = (
-    "\n(the deepspeed command ends before that: what it prints now, KeyboardInterrupt, is how it stops; wait for "
-    "'asked to stop')"
+    "\n(the deepspeed command ends before that, with a KeyboardInterrupt that is harmless; wait for 'asked to stop')"
 )
 
 
@@ -160,8 +159,7 @@ def _span(ids: list[int]) -> str:
 def too_many_bad_steps(count: int, step: int, checkpoints: Path) -> str:
     """The sentence that a run ends with after ``count`` bad steps in a row."""
     return (
-        f"{count} steps in a row up to step {step} had a loss or gradient that is not finite "
-        "(train.max_bad_steps); lower train.optimizer.lr, pass over the samples named above with data.skip_ranges, or "
-        f"look for a broken device if it is always the same rank; resume with train.checkpoint.resume=required: "
-        f"{newest_name(checkpoints)}"
+        f"{count} steps in a row up to step {step} had a loss or gradient that is not finite (train.max_bad_steps); "
+        "lower train.optimizer.lr, skip the samples named above with data.skip_ranges, or look for a broken device if "
+        f"it is always the same rank; resume with train.checkpoint.resume=required: {newest_name(checkpoints)}"
     )

@@ -115,8 +115,8 @@ class Watchdog:
             # Checked twice: on a network file system it may be missing for a moment.
             if not beats.is_dir() and (self._over.wait(1.0) or not beats.is_dir()):
                 return (
-                    f"the run folder {self.run.path} is gone, with what it held; a checkpoint of now is written there "
-                    "again"
+                    f"the run folder {self.run.path} is gone, with its contents; a checkpoint of the current state is "
+                    "written there"
                 )
         return None
 
@@ -171,7 +171,7 @@ def stall_sentence(earlier: list[Beat], now: list[Beat], stall_timeout_s: float)
     if late:
         parts.append(f"behind: {_names(late)}")
     if silent:
-        parts.append(f"not heard of any more, so frozen, killed or cut off: {_names(silent)}")
+        parts.append(f"no longer heard from, so frozen, killed or cut off: {_names(silent)}")
     if not late and not silent and len(now) > 1:
         parts.append(f"all {len(now)} ranks are at step {now[0].step:,}; the culprit's stack is the one that differs")
     return "; ".join(parts)

@@ -83,8 +83,8 @@ class FileTask:
             room = self._add(fields, before, tokenizer, window_tokens)
             if room < 0:
                 raise ValueError(
-                    f"{path}: what question {number + 1} asks for takes {-room} tokens more than a window of "
-                    f"{window_tokens} has; raise data.sequence_tokens, or leave the task out"
+                    f"{path}: the answer to question {number + 1} takes {-room} tokens more than a window of "
+                    f"{window_tokens} holds; raise data.sequence_tokens, or leave the task out"
                 )
             self._ends.append(len(self.windows))
 

@@ -279,8 +279,8 @@ def load(name: str, manager: TaskManager) -> list[Any]:
         return list(manager.load([name])["tasks"].values())
     except Exception as error:  # network, permission, a package of the task's own: all mean that it cannot be loaded
         raise ValueError(
-            f"task '{name}' cannot be loaded ({type(error).__name__}: {one_line(error)}); its data come from the Hub, "
-            "so see that it can be reached, or leave the task out, or take files of questions (docs/evaluation.md)"
+            f"task '{name}' cannot be loaded ({type(error).__name__}: {one_line(error)}); its data comes from the Hub, "
+            "so check that it can be reached, or leave the task out, or take files of questions (docs/evaluation.md)"
         ) from error
 
 

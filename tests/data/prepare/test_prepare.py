@@ -73,7 +73,7 @@ def test_a_file_that_two_sets_read_is_told(tmp_path: Path) -> None:
     assert files_twice(config_of(tmp_path, sources=sources, validation=link)) == [
         f"train/a and train/b share 1 file, such as {files['same']}",
         f"train/a and validation/a share 1 file, such as {files['link']}; "
-        "that validation loss says nothing of other text",
+        "the validation loss then measures text that was trained on",
     ]
 
 

@@ -238,7 +238,7 @@ def test_what_an_error_tells_to_change_may_be_changed(tmp_path: Path, deduplicat
     config = config_of(tmp_path, **changes)
     train_tokenizer(config)
     wrong = config_of(tmp_path, **changes | {"sources": [{**source, "text_field": "body"}]})
-    with pytest.raises(ValueError, match=r"line 1 has no field 'body' \(there: text\); name the one with the text"):
+    with pytest.raises(ValueError, match=r"line 1 has no field 'body' \(found: text\); name the one with the text"):
         prepare(wrong, 1)
     assert len(prepare(config, 1)) == 1
     with pytest.raises(ValueError, match="train/main was prepared from something else"):

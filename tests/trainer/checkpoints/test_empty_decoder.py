@@ -64,7 +64,7 @@ def small_files() -> Iterator[None]:
 def test_a_disk_without_room(tmp_path: Path) -> None:
     made = outline()
     with pytest.raises(
-        OSError, match=r"the weights need 0\.000 GB in .* cannot be had there \(.*\); free some space, or"
+        OSError, match=r"reading the weights takes 0\.000 GB in .* not available there \(.*\); free some space, or"
     ):
         allocate(made, tmp_path)
     assert not os.listdir(tmp_path)

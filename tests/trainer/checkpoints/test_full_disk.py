@@ -70,7 +70,7 @@ def test_a_save_without_room_is_refused_before_it_writes(
     folder = mount(needed // 2)
     assert train_here(tiny) == EXIT_MISTAKE
     told = capsys.readouterr()
-    assert "this run will have 2 checkpoints at once" in told.out
+    assert "this run will keep 2 checkpoints at once" in told.out
     error = _one_error(told.err)
     assert f"checkpoint step-00000002 needs about {needed / 1e9:.3f} GB in {folder}" in error
     assert "GB are free; make room there and resume: no earlier checkpoint was written" in error

@@ -118,7 +118,7 @@ def test_a_bucket_that_fails_is_tried_again_and_told_once(place: Place, failing:
     assert len(tried) == 4
     assert place.warned == [
         f"checkpoints cannot be mirrored to {place.url} (ConnectionError: gone); training goes on, they stay in "
-        f"{place.checkpoints}, and it is tried again"
+        f"{place.checkpoints}, and copying is retried"
     ]
     assert len(place.told) == 1 and place.told[0].endswith("; it works again")
 
@@ -146,8 +146,8 @@ def test_half_a_copy_is_not_whole(place: Place, failing: Any) -> None:
     assert place.start().close(0.2) == [NAMES[2]]
     assert place.whole == [NAMES[1]]
     assert place.warned[-1] == (
-        f"not known to be mirrored to {place.url}: {NAMES[2]} (ConnectionError: gone); whole in {place.checkpoints}, "
-        "and the next start with this mirror copies what is still wanted there"
+        f"may not be in the mirror {place.url}: {NAMES[2]} (ConnectionError: gone); they are whole in "
+        f"{place.checkpoints}, and the next start with this mirror copies those to be kept there"
     )
     shutil.rmtree(place.checkpoints)
     assert place.resume() == place.checkpoints / NAMES[1]
@@ -274,7 +274,7 @@ def test_an_empty_run_folder_goes_on_from_the_mirror(place: Place, capsys: pytes
     assert (place.run / "metrics.jsonl").read_text() == "mine\n"
     out, err = capsys.readouterr()
     assert f"has no whole checkpoint; copying {NAMES[3]} from {place.url}" in out
-    assert f"passed over: {NAMES[3]} of {place.url} is torn: deepspeed/weights.pt does not have the size" in err
+    assert f"skipped: {NAMES[3]} of {place.url} is torn: deepspeed/weights.pt does not have the size" in err
 
 
 def test_what_is_whole_here_is_taken_without_asking(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,8 +312,8 @@ def test_a_mirror_that_does_not_answer_is_no_start_from_scratch(place: Place, mo
         with pytest.raises(ValueError) as refused:
             place.resume()
     assert str(refused.value) == (
-        f"train.checkpoint.mirror {place.url} cannot be used (ConnectionError: gone); look at the network and the "
-        "service, or leave it out, so nobody knows whether there is a checkpoint to go on from"
+        f"train.checkpoint.mirror {place.url} cannot be used (ConnectionError: gone); check the network and the "
+        "service, or leave it out, so it is not known whether there is a checkpoint to resume from"
     )
     fake(place.checkpoints, 1)
     fake(place.checkpoints, 2)

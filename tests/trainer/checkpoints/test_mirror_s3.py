@@ -79,9 +79,9 @@ def test_a_server_that_is_gone_stops_nothing(s3: S3, tiny: dict[str, Any], run: 
     assert "s3://gone/run cannot be used (EndpointConnectionError: Could not connect" in told
     assert f"; the run goes on from {run}/checkpoints/step-00000002" in told
     assert "checkpoints cannot be mirrored to s3://gone/run (EndpointConnectionError" in told
-    assert "not known to be mirrored to s3://gone/run: step-00000004, step-00000002 (EndpointConnectionError" in told
+    assert "may not be in the mirror s3://gone/run: step-00000004, step-00000002 (EndpointConnectionError" in told
     assert manifest.newest_whole(run / "checkpoints", ALONE) == (run / "checkpoints/step-00000004", [])
-    assert "so nobody knows whether there is a checkpoint to go on from" in refused  # and no start from scratch
+    assert "so it is not known whether there is a checkpoint to resume from" in refused  # and no start from scratch
     assert s3.keys("gone") == before
     with start(config, s3, mirror) as fourth:  # all steps are done; what was left is copied
         assert fourth.end() == [0] and "mirrored step-00000004 to s3://gone/run" in fourth.output, fourth.output
@@ -96,8 +96,8 @@ def test_rights_that_are_not_there(s3: S3, tiny: dict[str, Any], run: Path, writ
     s3.deny("locked", "PutObject")
     with start(config, s3, "train.checkpoint.mirror=s3://locked/run") as locked:
         assert locked.error() == (
-            "error: train.checkpoint.mirror s3://locked/run cannot be used (PermissionError: Forbidden); give it the "
-            "rights or correct the name, or leave it out"
+            "error: train.checkpoint.mirror s3://locked/run cannot be used (PermissionError: Forbidden); grant access "
+            "to it or correct the name, or leave it out"
         )
     assert not (run / "checkpoints").exists() or not any((run / "checkpoints").iterdir())
 
@@ -109,7 +109,7 @@ def test_half_a_copy_is_not_gone_on_from(s3: S3, tiny: dict[str, Any], run: Path
     with start(config, s3, mirror, "train.checkpoint.mirror_wait_s=0.5") as first:
         assert first.end() == [0], first.output
     assert "checkpoints cannot be mirrored to s3://half/run (PermissionError: Forbidden)" in first.output
-    assert "not known to be mirrored to s3://half/run: step-00000004 (PermissionError: Forbidden)" in first.output
+    assert "may not be in the mirror s3://half/run: step-00000004 (PermissionError: Forbidden)" in first.output
     there = {key.removeprefix("run/step-00000004/") for key in s3.keys("half") if "step-00000004" in key}
     assert there and not there & {"trainer.pt", "manifest.json"}
     shutil.rmtree(run)

@@ -53,10 +53,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_with_checkpoints_is_not_mixed_with_another_run_s(tiny: dict[str, Any], tmp_path: Path) -> None:
     one, other = Run(tiny, tmp_path, "one", 1, 2), Run(tiny, tmp_path, "other", 1)
     assert one.start().close(20.0) == []
-    with pytest.raises(ValueError, match=rf"{one.url} is another run's, .* give this run a mirror of its own"):
+    with pytest.raises(ValueError, match=rf"{one.url} belongs to another run, .* give this run a mirror of its own"):
         other.start()
     finding = findings_of({"mirror": lambda: storage.mirror(other.config.train)})[0]
-    assert finding.level == "error" and "is another run's" in finding.found
+    assert finding.level == "error" and "belongs to another run" in finding.found
     assert Bucket(one.url).whole() == [NAMES[2], NAMES[1]]  # nothing is set aside, nor written over
     assert one.start().close(20.0) == []  # a later start of the same run
 
@@ -68,7 +68,7 @@ def test_a_run_that_went_on_elsewhere_is_not_taken_back(
     assert here.start().close(20.0) == []
     assert there.start().close(20.0) == [] and "copying step-00000001" in capsys.readouterr().out
     assert there.start().close(20.0) == []
-    with pytest.raises(ValueError, match="or this one went on from there on another disk"):
+    with pytest.raises(ValueError, match="or this run has resumed from it on another disk"):
         here.start()
     shutil.rmtree(here.folder)
     assert here.start().close(20.0) == []
@@ -82,10 +82,10 @@ def test_of_two_runs_that_live_only_the_later_one_writes(
     living = first.start()
     assert Run(tiny, tmp_path, "second").start().close(20.0) == []
     living.wake(fake(first.folder / "checkpoints", 1).name)
-    until(lambda: "nothing more is mirrored: another start writes to" in caplog.text)
+    until(lambda: "nothing more is mirrored: another start now writes to" in caplog.text)
     started = time.monotonic()
     assert living.close(20.0) == [NAMES[1]] and time.monotonic() - started < 10
-    assert "it is no longer this start's" in caplog.text and Bucket(first.url).whole() == []
+    assert "another start has taken it over" in caplog.text and Bucket(first.url).whole() == []
 
 
 def test_the_end_does_not_wait_for_a_mirror_that_gives_up_meanwhile(

@@ -64,7 +64,7 @@ TEARS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no format": (lambda p: (p / "manifest.json").write_text('{"files": {}}'), "cannot be read ('format')"),
     "other format": (
         lambda p: (p / "manifest.json").write_text('{"format": 99, "files": {}}'),
-        "its format is 99, this version reads 1",
+        "its format is 99, but this version reads 1",
     ),
 }
 
@@ -112,7 +112,7 @@ def test_what_a_start_does_with_what_is_there(
             start()
         return
     assert start() == whole
-    assert "passed over: step-00000004.partial was never finished" in capsys.readouterr().err
+    assert "skipped: step-00000004.partial was never finished" in capsys.readouterr().err
     (whole / "deepspeed/weights.pt").unlink()
     with pytest.raises(ValueError, match="none of step-00000003 is whole"):
         start()
@@ -237,7 +237,7 @@ MISFITS = [
     (["train.seed=3"], {}, "seed 0 there, 3 here); resume it with the same optimizer and seed"),
     (["train.optimizer.kind=muon", "train.clip_norm=0"], {}, "optimizer adamw there, muon here"),
     ([], {"fingerprint": "0" * 64}, "its data fingerprint is ffffffffffff, this config's is 000000000000"),
-    (["model.ffn_width=64"], {}, "holds another model (model.ffn_width 48 there, 64 here)"),
+    (["model.ffn_width=64"], {}, "holds a different model (model.ffn_width 48 there, 64 here)"),
     (["model.layers=2", "model.tied_head=true"], {}, "model.layers 3 there, 2 here; model.tied_head False there, True"),
     (["model.router.granularity=module"], {}, "router granularity layer there, module here"),
     (["model.router=null"], {}, "router granularity layer there, None here"),
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
 def test_a_run_of_the_other_stage_is_told_apart(configure: Configure, world: World, saved: Path) -> None:
     path = saved / "config.yaml"
     path.write_text(path.read_text() + "base: {path: runs/base}\n")
-    with pytest.raises(ValueError, match=r"was written by tune.train, this is pretrain.train; give each"):
+    with pytest.raises(ValueError, match=r"was written by tune.train, but this is pretrain.train; give each"):
         resume.load(None, saved, "0" * 64, configure(), world)
 
 

@@ -127,8 +127,9 @@ def test_a_disk_that_will_not_hold_the_run_is_told_at_its_start(
     assert retention.check_plan(SIZE, tmp_path, train, world) is None
     disk(79)
     assert retention.check_plan(SIZE, tmp_path, train, world) == (
-        "this run will have 5 checkpoints at once (train.checkpoint.keep, keep_every_steps and the one being written), "
-        f"about 16.000 GB each, and {tmp_path} has 79.000 GB for them; make room there before it is full, or keep fewer"
+        "this run will keep 5 checkpoints at once (train.checkpoint.keep, keep_every_steps and the one being written), "
+        f"about 16.000 GB each, but {tmp_path} has only 79.000 GB for them; make room there before it is full, or keep "
+        "fewer"
     )
     big = fake(tmp_path, 30) / "deepspeed" / "weights.pt"  # a resumed run: what it has saved is part of the five
     with open(big, "wb") as file:
@@ -144,7 +145,7 @@ def test_a_quota_too_small_for_the_run_does_not_let_it_start(
     assert retention.check_plan(SIZE, tmp_path, training(**checkpoints, max_gb=80.001), world) is None
     with pytest.raises(ValueError) as told:
         retention.check_plan(SIZE, tmp_path, training(**checkpoints, max_gb=79.5), world)
-    assert str(told.value).startswith("train.checkpoint.max_gb (79.5) is too little for 5 checkpoints at once")
+    assert str(told.value).startswith("train.checkpoint.max_gb (79.5) is too small for 5 checkpoints at once")
     assert str(told.value).endswith(f"in {tmp_path}; raise it to 80.000, or keep fewer")
     for name in ("abandoned-1", "step-00000020.partial"):  # the second is gone with the next save
         (tmp_path / name).mkdir()
@@ -166,7 +167,7 @@ def test_a_save_that_the_quota_has_no_room_for_is_refused(
         retention.check_room(SIZE, tmp_path, "step-00000008", 30.0)
     assert str(told.value) == (
         f"checkpoint step-00000008 needs about 16.000 GB in {tmp_path}, where train.checkpoint.max_gb (30) leaves "
-        "15.000 GB; raise it or remove what is no longer wanted there and resume: the newest checkpoint is "
+        "15.000 GB; raise it, or remove files there that are no longer needed and resume: the newest checkpoint is "
         "step-00000007"
     )
 
@@ -178,7 +179,7 @@ def test_a_run_with_a_quota_ends_before_it_begins_or_with_the_older_checkpoint_w
     folder = Path(tiny["train"]["run_dir"]) / "checkpoints"
     tiny["train"]["log"]["images"] = False
     assert train_here(tiny, "train.checkpoint.max_gb=0.001") == EXIT_MISTAKE
-    assert "error: train.checkpoint.max_gb (0.001) is too little for 2 checkpoints at once" in capsys.readouterr().err
+    assert "error: train.checkpoint.max_gb (0.001) is too small for 2 checkpoints at once" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
     assert train_here(tiny, "train.steps=2", "train.checkpoint.max_gb=0.01") == 0
     save = saving.check_room

@@ -152,7 +152,7 @@ def test_two_runs_do_not_write_to_one_folder(
     with only_writer(folder), monkeypatch.context() as busy:
         busy.setattr(trainers, "build_engine", lambda *_: pytest.fail("an engine was built"))
         assert train_here(tiny) == EXIT_MISTAKE
-    assert f"error: another command is writing to {folder}; wait for its end" in capsys.readouterr().err
+    assert f"error: another command is writing to {folder}; wait until it ends" in capsys.readouterr().err
     assert list(folder.iterdir()) == []
 
     monkeypatch.setattr(run_folder, "_LET_GO_S", 20.0)
@@ -203,7 +203,7 @@ def test_an_error_of_ours_is_told_apart_from_one_of_the_disk(
     with engine_for(config, world) as engine:
         saver = Saver(tmp_path, "f", config, world)
         saver.save(engine, 1, {"step": 1})
-        with pytest.raises(ValueError, match=r"\(KeyError: 'exp_avg'\), an error of this program; report it with"):
+        with pytest.raises(ValueError, match=r"\(KeyError: 'exp_avg'\), a bug in Hopscotch; report it with"):
             saver.wait()
         assert not saver.failed  # reported once
         saver.wait()
@@ -245,7 +245,7 @@ def test_a_disk_that_is_not_shared_is_told_before_anything_is_written(
     TwoRanks.said = False
     with (
         engine_for(config, world) as engine,
-        pytest.raises(ValueError, match=r"rank 1 does not see .*partial, which rank 0 has made; put train.run_dir"),
+        pytest.raises(ValueError, match=r"rank 1 does not see .*partial, which rank 0 has created; put train.run_dir"),
     ):
         Saver(tmp_path, "f", config, two).save(engine, 1, {"step": 1})
 

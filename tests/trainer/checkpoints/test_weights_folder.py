@@ -90,7 +90,7 @@ def test_the_files(tmp_path: Path, tokenizer: Path) -> None:
 
 def test_nothing_is_written_over_and_a_tokenizer_is_needed(tmp_path: Path, tokenizer: Path, written: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"written exists already and is no empty folder, and nothing is written over; give another"
+        ValueError, match=r"written already exists and is not an empty folder; nothing is overwritten, so give another"
     ):
         write_weights(decoder(config()), written, tokenizer, {})
     with pytest.raises(
@@ -124,17 +124,17 @@ def test_files_that_were_changed_or_are_missing(written: Path) -> None:
     content = (written / "model.safetensors").read_bytes()
     (written / "model.safetensors").write_bytes(content[:-1] + b"\0")
     with pytest.raises(
-        ValueError, match=r"not a whole folder of weights: the contents of model.safetensors do not match"
+        ValueError, match=r"not a complete folder of weights: the contents of model.safetensors do not match"
     ):
         read_weights(written)
     (written / "model.safetensors").write_bytes(content)
     (written / "tokenizer.model").unlink()
     with pytest.raises(
-        ValueError, match=r"written is not a whole folder of weights: tokenizer.model is missing; write"
+        ValueError, match=r"written is not a complete folder of weights: tokenizer.model is missing; write"
     ):
         read_weights(written)
     shutil.rmtree(written)
-    with pytest.raises(ValueError, match=r"not a whole folder of weights: it has no manifest.json"):
+    with pytest.raises(ValueError, match=r"not a complete folder of weights: it has no manifest.json"):
         read_weights(written)
 
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_of_another_shape(written: Path, change: dict[str, Any], se
     parsed = json.loads((written / "manifest.json").read_text())
     parsed["files"]["config.yaml"] = entry_of(written / "config.yaml")
     (written / "manifest.json").write_text(json.dumps(parsed))
-    with pytest.raises(ValueError, match=rf"is a checkpoint of another shape than its config.yaml: .*{sentence}"):
+    with pytest.raises(ValueError, match=rf"has weights that do not fit its config.yaml: .*{sentence}"):
         read_weights(written)
 
 

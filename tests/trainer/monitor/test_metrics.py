@@ -166,7 +166,7 @@ def test_mfu_is_a_share_of_the_measured_peak(
     tiny["train"] |= {"precision": precision, "log": {"every_steps": 1, "images": False}}
     assert train_here(tiny) == 0
     assert all(0 < line["speed/mfu_executed"] < 1 for line in steps_of(tiny["train"]["run_dir"]).values())
-    assert "the peak that MFU is measured against" not in capsys.readouterr().out
+    assert "that MFU is measured against" not in capsys.readouterr().out
 
 
 def test_a_peak_below_what_steps_reach_is_raised_and_told_once(
@@ -177,6 +177,6 @@ def test_a_peak_below_what_steps_reach_is_raised_and_told_once(
     shares = [line["speed/mfu_executed"] for line in steps_of(tiny["train"]["run_dir"]).values()]
     assert shares[0] == pytest.approx(1) and all(0 < share < 1 + 1e-12 for share in shares)  # divided and multiplied
     told = [
-        line for line in capsys.readouterr().out.splitlines() if "MFU is measured against was 1e-09 TFLOP/s" in line
+        line for line in capsys.readouterr().out.splitlines() if "peak of 1e-09 that MFU is measured against" in line
     ]
-    assert len(told) == 1 and "set train.log.peak_tflops to what the device can do" in told[0]
+    assert len(told) == 1 and "set train.log.peak_tflops to the device's peak" in told[0]

@@ -160,7 +160,7 @@ def _beat(run_dir: Path, rank: int) -> dict:
             ["/v/bin/python", "-m", "torch.distributed.run", "-m", "pretrain.train", "my.yaml"],
             "python -m torch.distributed.run -m pretrain.train my.yaml train.checkpoint.resume=auto",
         ),
-        (["sshd: me@notty"], "the same command and train.checkpoint.resume=auto"),
+        (["sshd: me@notty"], "the same command with train.checkpoint.resume=auto"),
     ],
 )
 def test_the_command_that_goes_on(tmp_path: Path, monkeypatch, line: list[str], typed: str) -> None:
@@ -201,7 +201,7 @@ def test_ctrl_c_on_a_terminal(tiny, write_config) -> None:
     _, status = os.waitpid(pid, 0)
     assert os.WTERMSIG(status) == signal.SIGINT, told.decode()
     text = told.decode().replace("\r\n", "\n")
-    assert text.index("Ctrl-C: this step is finished and saved") < text.index("asked to stop: step")
+    assert text.index("Ctrl-C: the run finishes this step, saves and ends") < text.index("asked to stop: step")
     (again,) = re.findall(r"is saved; go on with: (.*)\n", text)
     assert again == shlex.join([*words, "train.checkpoint.resume=auto"])
     _until_gone(

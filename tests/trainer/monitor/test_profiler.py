@@ -43,7 +43,7 @@ def test_a_trace_has_our_phases_and_sites_and_changes_no_loss(
     out = capsys.readouterr().out
     trace = run / "profile/rank-0.pt.trace.json.gz"
     assert f"profile of steps 2 to 3 written to {trace}; for a summary: python -m launch.profile {run}" in out
-    assert "train.profile.memory: a snapshot is of a GPU's allocator, and this run is on a CPU" in out
+    assert "train.profile.memory: a snapshot shows a GPU's allocator, but this run is on a CPU" in out
     ranges = _ranges(trace)
     count = {name: sum(r["name"] == name for r in ranges) for name in {r["name"] for r in ranges}}
     assert (count["step"], count["backward"], count["optimiser"], count["tracker"]) == (2, 8, 8, 2)

@@ -69,8 +69,8 @@ def test_a_spike_is_told_when_it_begins_and_when_it_ends() -> None:
     )  # fmt: skip
     window = losses[400:600]
     expected = (
-        f"the loss rose to {losses[600]:.4f} from a mean of {window.mean():.4f} over 200 steps; expected was at most "
-        f"{window.mean() + 7 * window.std():.4f} (7 standard deviations above it)"
+        f"the loss rose to {losses[600]:.4f} from a mean of {window.mean():.4f} over 200 steps, above the limit of "
+        f"{window.mean() + 7 * window.std():.4f} (7 standard deviations above the mean)"
     )
     assert str(begun) == f"spike at step 601: {expected}"
     assert (over.last_step, over.steps, over.consumed_before, over.consumed) == (607, 7, 2400, 2428)
@@ -131,7 +131,7 @@ def test_a_spike_that_is_longer_than_a_window_that_was_made_shorter_passes() -> 
     second = SpikeDetector(SpikeConfig(window_steps=100))
     second.load_state_dict(first.state_dict())
     told = watch(losses[450:], first=450, detector=second)
-    assert list(told) == [451] and "passes for normal from now on" in str(told[451].end)
+    assert list(told) == [451] and "counts as normal from now on" in str(told[451].end)
 
 
 @pytest.mark.parametrize(("window", "told"), [(50, [301, 302]), (400, [])])

@@ -123,7 +123,7 @@ def test_ctrl_c_is_answered_at_once_and_the_second_ends(capfd: pytest.CaptureFix
         stop = StopRequest(tell=True)
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
-        assert capfd.readouterr().err.startswith("\nCtrl-C: this step is finished and saved, then the run ends")
+        assert capfd.readouterr().err.startswith("\nCtrl-C: the run finishes this step, saves and ends")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             signal.pause()

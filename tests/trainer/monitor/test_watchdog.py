@@ -37,7 +37,7 @@ def test_the_sentence_names_who_is_behind_and_who_is_silent() -> None:
     now = [beat(0, 7, "stalled"), beat(1, 6, "stalled", "loading"), beat(2, 7, "training")]
     assert stall_sentence(earlier, now, 900) == (
         "no progress for train.stall_timeout_s (900 s); behind: rank 1 on node1 (step 6, loading); "
-        "not heard of any more, so frozen, killed or cut off: rank 2 on node2 (step 7, training)"
+        "no longer heard from, so frozen, killed or cut off: rank 2 on node2 (step 7, training)"
     )
     alike = [beat(0, 1234, "stalled"), beat(1, 1234, "training", count=3)]
     assert stall_sentence(alike, [alike[0], beat(1, 1234, "training", count=6)], 900).endswith(
@@ -127,7 +127,7 @@ def test_of_thousands_of_ranks_one_reads_all_heartbeats_when_they_stall(
         assert asked.total() <= (2 * (512 + 3) if rank == 3 else 3) + 4
         watchdog._file.close()
     assert opened[0] >= 2 * 512 and opened[1] == opened[2] == 2
-    assert "not heard of any more" in said[0] and "another rank says which are behind" in said[1] == said[2].replace(
+    assert "no longer heard from" in said[0] and "another rank says which are behind" in said[1] == said[2].replace(
         "rank-511", "rank-0"
     )
 
@@ -157,7 +157,7 @@ def test_native_code_that_holds_the_interpreter_is_ended_too(tiny, write_config)
     done = _run_and_hang(tiny, write_config, "native", 2)
     assert done.returncode == EXIT_STALLED, done.stdout[-3000:]
     assert "Timeout (0:00:20)!" in done.stdout and "in _hang" in done.stdout
-    assert re.search(r"rank 0: no progress .* not heard of any more, .*: rank 1 on", done.stdout)
+    assert re.search(r"rank 0: no progress .* no longer heard from, .*: rank 1 on", done.stdout)
     alone = _run_and_hang(tiny, write_config, "native", 1, "train.checkpoint.resume=auto")
     assert alone.returncode == 1 and "in _hang" in alone.stdout
 
@@ -177,10 +177,10 @@ def test_a_frozen_rank_is_named_and_killed_by_the_launcher(tiny, write_config) -
     watched = subprocess.run(once, check=False, capture_output=True, text=True)
     assert watched.returncode == EXIT_STALLED
     # Before the other rank has ended for it, or after.
-    assert re.search(r"(cut off|without a last word): rank 1 on", watched.stdout), watched.stdout
+    assert re.search(r"(cut off|without reporting it): rank 1 on", watched.stdout), watched.stdout
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_STALLED, output[-2000:]
-    assert "not heard of any more, so frozen, killed or cut off: rank 1 on" in output
+    assert "no longer heard from, so frozen, killed or cut off: rank 1 on" in output
     assert has_ended(frozen)  # killed
 
 

@@ -98,13 +98,11 @@ def test_a_limit_and_what_does_not_fit(weights: Path, files: dict[str, Path], tm
     task = FileTask(long, tokenizer, POSITIONS)
     assert task.cut == 1 and len(task.windows[0].inputs) == POSITIONS
     long.write_text(json.dumps({"context": "a", "continuation": "return " * 80}) + "\n")
-    with pytest.raises(
-        ValueError, match=r"question 1 asks for takes \d+ tokens more than a window of 64 has; raise data."
-    ):
+    with pytest.raises(ValueError, match=r"question 1 takes \d+ tokens more than a window of 64 holds; raise data."):
         FileTask(long, tokenizer, POSITIONS)
-    with pytest.raises(ValueError, match=r"2 different lines, and each question takes 2 of the others .*task_shots"):
+    with pytest.raises(ValueError, match=r"2 different lines, but each question takes 2 of the others .*task_shots"):
         FileTask(files["say"], tokenizer, POSITIONS, shots=2)
-    with pytest.raises(ValueError, match=r"say.jsonl: what question 1 asks for takes 10 tokens more"):
+    with pytest.raises(ValueError, match=r"say.jsonl: the answer to question 1 takes 10 tokens more"):
         FileTask(files["say"], tokenizer, 15)
 
 

@@ -28,12 +28,12 @@ def refuse_unusable(trackers: Sequence[str]) -> None:
             )
     if "mlflow" in trackers and not os.environ.get("MLFLOW_TRACKING_URI"):
         raise ValueError(
-            "train.log.trackers has mlflow, whose server must be named; export MLFLOW_TRACKING_URI=http://HOST:5000, "
-            "which `mlflow server` has by default"
+            "train.log.trackers has mlflow, but its server is not set; export MLFLOW_TRACKING_URI=http://HOST:5000 "
+            "(5000 is the default port of `mlflow server`)"
         )
     if "wandb" in trackers and _needs_a_key() and not _has_a_key():
         raise ValueError(
-            f"train.log.trackers has wandb, without a key here; log in once with `{program_path('wandb')} login`, "
+            f"train.log.trackers has wandb, but there is no API key; log in once with `{program_path('wandb')} login`, "
             "export WANDB_API_KEY=..., or export WANDB_MODE=offline and send the run later with `wandb sync`"
         )
 

@@ -62,8 +62,8 @@ class TrackerSender:
         if not self._reported_loss:
             self._reported_loss = True
             self.tell(
-                f"{self._name} takes no reports: {self._room:,} wait, and further ones are dropped; the run goes on, "
-                "and metrics.jsonl has all figures"
+                f"{self._name} accepts no reports: {self._room:,} are queued and further ones are dropped; the run goes "
+                "on, and metrics.jsonl has all metrics"
             )
 
     def begin_close(self, phase: str) -> None:
@@ -104,7 +104,7 @@ class TrackerSender:
             try:
                 getattr(self.tracker, report.method)(*report.arguments)
             except UnreachableError as error:
-                self._say_failing(f"does not answer ({error}); reports wait for it, and the run goes on")
+                self._say_failing(f"does not answer ({error}); reports are queued, and the run goes on")
                 if last or self._done.is_set():  # at the end only a server that answers is waited for
                     self._off = True
                     return False

@@ -35,7 +35,7 @@ def test_a_library_that_is_missing_is_told_with_its_command(
 def test_wandb_needs_a_key_unless_it_is_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     wandb.teardown()  # the library keeps what it has read of the environment
-    with pytest.raises(ValueError, match=r"without a key here; log in once with `.*wandb login`, export WANDB"):
+    with pytest.raises(ValueError, match=r"there is no API key; log in once with `.*wandb login`, export WANDB"):
         refuse_unusable(["wandb"])
     monkeypatch.setenv("WANDB_MODE", "offline")
     refuse_unusable(["wandb"])
@@ -43,7 +43,7 @@ def test_wandb_needs_a_key_unless_it_is_offline(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password " + 40 * "a")
     refuse_unusable(["wandb"])
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    with pytest.raises(ValueError, match="without a key"):
+    with pytest.raises(ValueError, match="there is no API key"):
         refuse_unusable(["wandb"])
     monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
     refuse_unusable(["wandb"])

@@ -62,7 +62,9 @@ def test_one_that_accepts_and_never_answers_neither_slows_nor_holds_up_the_run()
     assert time.monotonic() - began_s < 10  # one that waited would never come back
     assert 0.2 < _close(sender, within_s=0.3) < 10
     full, end = said
-    assert full.startswith("tracker fake takes no reports: 10 wait, and further ones are dropped; the run goes on")
+    assert full.startswith(
+        "tracker fake accepts no reports: 10 are queued and further ones are dropped; the run goes on"
+    )
     assert end.startswith("1,001 reports did not reach tracker fake; metrics.jsonl")  # the last is that it has ended
     assert sender._thread.daemon
     never.set()
@@ -89,7 +91,7 @@ def test_one_that_comes_back_gets_what_has_waited(monkeypatch: pytest.MonkeyPatc
     _close(sender)
     assert [taken[1] for taken in tracker.taken[:3]] == [0, 1, 2] and sender.lost == 0
     assert said == [
-        "tracker fake does not answer (http://somewhere:5000); reports wait for it, and the run goes on",
+        "tracker fake does not answer (http://somewhere:5000); reports are queued, and the run goes on",
         "tracker fake answers again",
     ]
 

@@ -136,7 +136,7 @@ def test_a_server_that_is_killed_and_comes_back_has_every_figure(
     there = {metric.step: metric.value for metric in client.get_metric_history(own, "train/loss")}
     assert there == {step: 5.0 / step for step in range(1, 30)}
     assert said == [
-        f"tracker mlflow does not answer ({server.address}); reports wait for it, and the run goes on",
+        f"tracker mlflow does not answer ({server.address}); reports are queued, and the run goes on",
         "tracker mlflow answers again",
     ]
 
