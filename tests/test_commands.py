@@ -148,8 +148,8 @@ def test_a_base_or_examples_that_are_not_there_are_told_before_anything_heavy(tm
     own = ["configs/tune_demo.yaml", f"base.path={base}", "data.test=[{name: x, files: [no.jsonl]}]"]
     mistakes = [
         (["configs/tune_demo.yaml", "base.path=nowhere"], "there is no folder nowhere; give base.path a stage-one run"),
-        (["configs/tune_demo.yaml", f"base.path={tuned}"], "is a stage-two run, whose weights lie on top of its own"),
-        ([*own, f"train.run_dir={base}/run"], "are the same, or one lies in the other; give the tuned run a folder"),
+        (["configs/tune_demo.yaml", f"base.path={tuned}"], "is a stage-two run, whose weights apply on top of its own"),
+        ([*own, f"train.run_dir={base}/run"], "are the same, or one contains the other; give the tuned run a folder"),
         (
             [*own, "data.sources=[{name: x, files: [README.md]}]", "data.validation=[]"],
             "source 'x': no file matches 'no.jsonl' in",

@@ -156,9 +156,9 @@ def _refuse_zero_rows(decoder: nn.Module) -> None:
         zero = (weight.abs().amax(dim=1) < _LEAST).nonzero().flatten()
         if len(zero):
             raise ValueError(
-                f"adapter.kind dora divides each row of a weight by its length, and {name}.weight has {len(zero)} of "
-                f"{len(weight)} rows that are zero, row {int(zero[0])} for one; set "
-                f"adapter.kind to lora, or leave {name.rpartition('.')[2]} out of adapter.targets"
+                f"adapter.kind dora divides each row of a weight by its norm, but {len(zero)} of the {len(weight)} "
+                f"rows of {name}.weight are zero, such as row {int(zero[0])}; set adapter.kind to lora, or leave "
+                f"{name.rpartition('.')[2]} out of adapter.targets"
             )
 
 

@@ -43,8 +43,8 @@ def load_base(path: str | Path, world: World = ALONE) -> Base:
     decoder, model = loaded.decoder, loaded.decoder.config
     if decoder.ensemble is not None:
         raise ValueError(
-            f"{folder} was tuned already: it has an ensemble of its last {decoder.ensemble.config.layers} layers, and "
-            "no second one goes on top; give base.path what it was tuned from"
+            f"{folder} was already tuned: it has an ensemble of its last {decoder.ensemble.config.layers} layers, and "
+            "a second one cannot be added; give base.path the model that it was tuned from"
         )
     if loaded.step is None:
         what = f"{manifest.read(folder, ALONE).get('source', 'weights')} in {folder}"

@@ -205,7 +205,7 @@ class TuneConfig(StageConfig):
             )
         if adapter.kind in ("full", "none") and adapter.layers != "all":
             problems.append(
-                f"adapter.layers {adapter.layers} is of lora and dora, and adapter.kind is {adapter.kind}; leave "
+                f"adapter.layers {adapter.layers} applies to lora and dora, but adapter.kind is {adapter.kind}; leave "
                 "adapter.layers out, or set adapter.kind to lora or dora"
             )
         if self.base.cache_states is not None:
@@ -222,11 +222,11 @@ class TuneConfig(StageConfig):
             )
         if self.base.routers == "frozen" and (self.base.density is not None or self.base.ramp != DensityRamp()):
             problems.append(
-                "base.density and base.ramp are of tuned routers, and base.routers is frozen; set it to tuned, or "
+                "base.density and base.ramp apply to tuned routers, but base.routers is frozen; set it to tuned, or "
                 "leave them out"
             )
         if self.base.routers == "tuned" and not self.model.sites:
-            problems.append("base.routers tuned needs skip routers, and the base is a dense model; set it to frozen")
+            problems.append("base.routers tuned needs skip routers, but the base is a dense model; set it to frozen")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -237,13 +237,13 @@ class TuneConfig(StageConfig):
         if not self.frozen_layers:
             others = "adapter.kind: none" + ("" if self.adapter.kind == "full" else " or adapter.layers: late")
             problems.append(
-                f"base.cache_states keeps what frozen first layers make, and adapter.kind {self.adapter.kind} with "
-                f"adapter.layers {self.adapter.layers} trains the first one; set {others}, or leave base.cache_states "
-                "out"
+                f"base.cache_states caches the output of frozen first layers, but adapter.kind {self.adapter.kind} "
+                f"with adapter.layers {self.adapter.layers} trains the first one; set {others}, or leave "
+                "base.cache_states out"
             )
         if self.model.sites:
             problems.append(
-                "base.cache_states needs a dense base, and this one has routers, whose decisions are counted in every "
+                "base.cache_states needs a dense base, but this one has routers, whose decisions are counted in every "
                 "step; leave it out"
             )
         if self.deepspeed.zero_stage == 3:
@@ -253,9 +253,9 @@ class TuneConfig(StageConfig):
             )
         if self.deepspeed.sequence_parallel > 1:
             problems.append(
-                "base.cache_states keeps the states of whole windows, and here "
-                f"deepspeed.sequence_parallel ({self.deepspeed.sequence_parallel}) ranks share each; set that to 1, or "
-                "leave base.cache_states out"
+                "base.cache_states caches the states of whole windows, but deepspeed.sequence_parallel "
+                f"({self.deepspeed.sequence_parallel}) divides each among ranks; set that to 1, or leave "
+                "base.cache_states out"
             )
         return problems
 

@@ -189,7 +189,7 @@ def _responses(
         choices = _own_choices(record, source)
         _refuse_alike(choices, tokenizer)
     if choices and response not in choices:
-        raise ValueError(f"the response {response!r} is none of the choices {choices}; correct one of them")
+        raise ValueError(f"the response {response!r} is not one of the choices {choices}; correct one of them")
     responses = choices if all_choices and choices else [response]
     return [_join([(prompt, False), (r, True)], tokenizer) for r in responses], responses.index(response)
 
@@ -238,7 +238,7 @@ def _chat(record: dict[str, Any], source: ExampleSource, chat: ChatConfig, token
     if not parts:
         raise ValueError("there is no assistant message, and so nothing to learn; remove the example")
     if role != "assistant":
-        raise ValueError(f"the last message must be an assistant's, not a {role}'s, which nothing is learned after")
+        raise ValueError(f"the last message must be an assistant's, not a {role}'s, after which nothing is learned")
     return _join(parts, tokenizer)
 
 
@@ -346,5 +346,5 @@ def _require_unicode(text: str, what: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{what} holds half a surrogate pair, or bytes of another encoding, which is no Unicode text; correct it"
+            f"{what} holds half a surrogate pair, or bytes of another encoding, which is not Unicode text; correct it"
         ) from None

@@ -23,8 +23,8 @@ def require_base(folder: Path) -> None:
     if "base" in blocks:
         fix = f"merge them first with: python -m tune.merge {folder} OUT, and give base.path that folder"
         if blocks.get("ensemble") is not None:
-            fix = "no second ensemble goes on top of its own, so give base.path what it was tuned from"
-        raise ValueError(f"{folder} is a stage-two run, whose weights lie on top of its own base; {fix}")
+            fix = "a second ensemble cannot be added to its own, so give base.path the model that it was tuned from"
+        raise ValueError(f"{folder} is a stage-two run, whose weights apply on top of its own base; {fix}")
 
 
 def require_apart(run_dir: Path, base: Path) -> None:
@@ -36,6 +36,6 @@ def require_apart(run_dir: Path, base: Path) -> None:
     run, folder = run_dir.resolve(), base.resolve()
     if run == folder or folder in run.parents or run in folder.parents:
         raise ValueError(
-            f"train.run_dir {run_dir} and the base's folder {base} are the same, or one lies in the other; give the "
+            f"train.run_dir {run_dir} and the base's folder {base} are the same, or one contains the other; give the "
             "tuned run a folder of its own"
         )

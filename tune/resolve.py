@@ -44,9 +44,9 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
         blocks["data"]["tokenizer"] = str(base.tokenizer_folder)
     if file.base.sha256 not in (None, base.fingerprint):
         raise ValueError(
-            f"the base {file.base.path} is not the one that this config was resolved with (base.sha256 "
-            f"{str(file.base.sha256)[:12]}, found {base.fingerprint[:12]}); give base.path that one, its checkpoint "
-            "for example, or leave base.sha256 out"
+            f"the base {file.base.path} differs from the one that this config was resolved with (base.sha256 "
+            f"{str(file.base.sha256)[:12]}, found {base.fingerprint[:12]}); give base.path that one, for example its "
+            "checkpoint, or leave base.sha256 out"
         )
     require_apart(Path(str(file.train.run_dir)), Path(file.base.path))
     blocks["base"]["sha256"] = base.fingerprint
@@ -66,8 +66,8 @@ def _refuse_another_model(written: ModelConfig, model: ModelConfig, path: str) -
     ]
     if differ:
         raise ValueError(
-            f"the base {path} holds another model than this config's model block ({'; '.join(differ)}); leave the "
-            "model block out, it is taken from the base"
+            f"the base {path} has a model that differs from this config's model block ({'; '.join(differ)}); leave the "
+            "model block out, as it is taken from the base"
         )
 
 

@@ -79,8 +79,8 @@ class StateCache:
         except OSError as error:
             self._writes = False
             logger_of_run().warning(
-                f"base.cache_states {self._folder} cannot be written ({error.strerror}); what is there is read, and "
-                "nothing more is kept"
+                f"base.cache_states {self._folder} cannot be written ({error.strerror}); states already there are "
+                "used, and no more are cached"
             )
 
 
@@ -91,5 +91,5 @@ def _read(path: Path, shape: tuple[int, int]) -> Tensor:
     except (SafetensorError, KeyError):
         states = None
     if states is None or states.shape[:2] != shape:
-        raise ValueError(f"{path} does not hold a window's states; remove it, and it is computed again") from None
+        raise ValueError(f"{path} does not hold a window's states; remove it, and they are computed again") from None
     return states

@@ -89,7 +89,7 @@ def test_a_tuned_folder_is_no_base(tmp_path: Path, weights: Path) -> None:
     model.add_ensemble(EnsembleConfig(layers=2))
     write_weights(model, weights, tmp_path, {})
     with pytest.raises(
-        ValueError, match=r"was tuned already: it has an ensemble of its last 2 layers, and no second one"
+        ValueError, match=r"was already tuned: it has an ensemble of its last 2 layers, and a second one cannot"
     ):
         load_base(weights)
 
@@ -112,7 +112,7 @@ def test_what_lies_elsewhere_is_told_how_to_get_here(tmp_path: Path, stage_one: 
     ):
         load_base(run)
     (run / "config.yaml").write_text(yaml.safe_dump({**blocks, "base": {"path": "x"}, "ensemble": {"layers": 2}}))
-    with pytest.raises(ValueError, match=r"is a stage-two run, .* so give base.path what it was tuned from"):
+    with pytest.raises(ValueError, match=r"is a stage-two run, .* so give base.path the model that it was tuned from"):
         load_base(run)
 
 

@@ -85,4 +85,4 @@ def test_a_checkpoint_from_hugging_face_is_imported_tuned_and_merged(
     again = run(
         "tune.train", str(tmp_path / "tune.yaml"), f"base.path={tmp_path}/merged", f"train.run_dir={tmp_path}/2"
     )
-    assert again.returncode == EXIT_MISTAKE and "was tuned already" in again.stdout and "Traceback" not in again.stdout
+    assert again.returncode == EXIT_MISTAKE and "was already tuned" in again.stdout and "Traceback" not in again.stdout

@@ -72,7 +72,7 @@ def test_nothing_is_written_over(checkpoint: Path, tmp_path: Path, capsys: pytes
         main([str(checkpoint), str(tmp_path)])
     assert (
         "error: " in (told := capsys.readouterr().err)
-        and "exists already and is no empty folder, and nothing is written over" in told
+        and "already exists and is not an empty folder; nothing is overwritten" in told
     )
 
 

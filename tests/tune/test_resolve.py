@@ -26,7 +26,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "all late layers": (
         ["adapter.kind=full", "adapter.layers=late"],
-        "adapter.layers late is of lora and dora, and adapter.kind is full; leave adapter.layers out",
+        "adapter.layers late applies to lora and dora, but adapter.kind is full; leave adapter.layers out",
     ),
     "no early layers": (["adapter.layers=early", "ensemble.layers=4"], "adapter.layers early means the layers before"),
     "unknown target": (["adapter.targets=[lm_head]"], "adapter.targets[0]: input should be 'q_proj', 'k_proj'"),
@@ -36,7 +36,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "another model": (
         ["model={vocab_size: 400, layers: 6, width: 32, heads: 2, kv_heads: 1, ffn_width: 48}"],
-        "holds another model than this config's model block (model.layers 4 there, 6 here",
+        "has a model that differs from this config's model block (model.layers 4 there, 6 here",
     ),
     "window beyond the base": (
         ["data.sequence_tokens=512"],
@@ -71,5 +71,5 @@ def test_a_mistake_is_one_sentence(
 def test_a_run_does_not_write_into_its_base(place: str, tuning: dict[str, Any], base_run: str) -> None:
     config = copy.deepcopy(tuning)
     config["train"]["run_dir"] = base_run + place
-    with pytest.raises(ValueError, match="are the same, or one lies in the other; give the tuned run a folder"):
+    with pytest.raises(ValueError, match="are the same, or one contains the other; give the tuned run a folder"):
         resolve(TuneFile.model_validate(config), load_base(base_run))

@@ -180,7 +180,7 @@ def test_the_command_keeps_states_for_the_runs_after_it(dense: str, tuning: dict
         ({"adapter": {"kind": "none"}, "deepspeed": {"zero_stage": 3}}, "needs deepspeed.zero_stage 0, 1 or 2"),
         (
             {"adapter": {"kind": "none"}, "deepspeed": {"sequence_parallel": 2}},
-            r"keeps the states of whole windows, and here deepspeed.sequence_parallel \(2\) ranks share each",
+            r"caches the states of whole windows, but deepspeed.sequence_parallel \(2\) divides each among ranks",
         ),
         ({"adapter": {"layers": "late"}, "ensemble": None}, "adapter.layers late means the ensemble's layers"),
     ],
@@ -196,5 +196,5 @@ def test_what_cannot_be_kept_is_refused(
 def test_a_routed_base_is_refused(tuning: dict[str, Any], base_run: str, tmp_path: Path) -> None:
     config = copy.deepcopy(tuning) | {"adapter": {"kind": "none"}}
     config["base"] |= {"cache_states": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"base\.cache_states needs a dense base, and this one has routers"):
+    with pytest.raises(ValueError, match=r"base\.cache_states needs a dense base, but this one has routers"):
         resolve(TuneFile.model_validate(config), load_base(base_run))

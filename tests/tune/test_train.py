@@ -225,7 +225,7 @@ def test_a_resume_with_another_method_is_refused(
     resolved = resolve(file, load_base(file.base.path))
     checkpoint = runs("1/lora") / "checkpoints/step-00000002"
     written = {**conditions(resolved, ALONE), "zero_stage": 2, "data_fingerprint": "same"}
-    with pytest.raises(ValueError, match="holds another model") as told:
+    with pytest.raises(ValueError, match="holds a different model") as told:
         _check_fit(written, peek(checkpoint / CONFIG), checkpoint, "same", resolved, ALONE)
     assert CHANGES[change] in str(told.value) and "resume with the blocks that the run was started with" in str(
         told.value
@@ -238,7 +238,7 @@ def test_another_base_is_noticed(runs: Callable[[str], Path], tuning: dict[str, 
     config = copy.deepcopy(tuning)
     config["base"]["sha256"] = "0" * 64
     file = TuneFile.model_validate(config)
-    with pytest.raises(ValueError, match="is not the one that this config was resolved with"):
+    with pytest.raises(ValueError, match="differs from the one that this config was resolved with"):
         resolve(file, load_base(file.base.path))
 
 
