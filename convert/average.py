@@ -123,7 +123,7 @@ def _opened(paths: Sequence[Path], last: int | None) -> list[Loaded]:
         )
     if last is not None and len(paths) > 1:
         raise ValueError(
-            f"--last {last} is of one run, and {counted(len(paths), 'path')} were given; leave it out to average those"
+            f"--last {last} takes one run, but {counted(len(paths), 'path')} were given; leave it out to average them"
         )
     found = (
         [load_empty(path) for path in paths]
@@ -145,13 +145,13 @@ def _newest(run: Path, last: int) -> list[Path]:
     if last < 2:
         raise ValueError(f"--last must be at least 2, got {last}; the mean of a checkpoint alone is itself")
     if not is_run(run):
-        raise ValueError(f"--last {last} is of a run, and {run} is none; give the folder that train.run_dir names")
+        raise ValueError(f"--last {last} takes a run, but {run} is not one; give the folder that train.run_dir names")
     whole, torn = manifest.newest_whole_ones(checkpoints_of(run), ALONE, last)
     manifest.report_torn(torn, ALONE)
     if len(whole) < last:
         there = ", ".join(path.name for path in whole) or "none"
         raise ValueError(
-            f"--last {last} asks for {last} whole checkpoints, and {run} has {len(whole)} ({there}); ask for fewer, or "
+            f"--last {last} asks for {last} whole checkpoints, but {run} has {len(whole)} ({there}); ask for fewer, or "
             "have a run keep more of them (train.checkpoint.keep, keep_every_steps)"
         )
     return whole
@@ -162,14 +162,18 @@ def _shared_out(found: Sequence[Loaded], decay: float | None) -> list[Member]:
     if decay is None:
         return [Member(loaded, 1 / len(found)) for loaded in found]
     if not 0 < decay < 1:
-        raise ValueError(f"--decay must be above 0 and below 1, got {decay:g}; leave it out to let all count alike")
+        raise ValueError(f"--decay must be above 0 and below 1, got {decay:g}; leave it out to weight all equally")
     without = [loaded.source for loaded in found if loaded.step is None]
     if without:
-        raise ValueError(f"--decay goes by optimiser steps, which {without[0]} does not tell; leave it out")
+        raise ValueError(
+            f"--decay needs the number of optimiser steps, which {without[0]} does not record; leave it out"
+        )
     steps = [loaded.step or 0 for loaded in found]
     last, interval = max(steps), (max(steps) - min(steps)) / (len(steps) - 1)
     if not interval:
-        raise ValueError(f"--decay goes by optimiser steps, and all have had {last}; leave it out")
+        raise ValueError(
+            f"--decay needs different numbers of optimiser steps, but all checkpoints have {last}; leave it out"
+        )
     weights = [decay ** ((last - step) / interval) for step in steps]
     return [Member(loaded, weight / sum(weights)) for loaded, weight in zip(found, weights, strict=True)]
 
@@ -183,7 +187,7 @@ def _require_open(loaded: Loaded) -> None:
     opened = math.ceil(loaded.config.ensemble.open_by * loaded.config.train.steps)
     if (loaded.step or 0) < opened:
         raise ValueError(
-            f"{loaded.source} is of step {loaded.step}, and its late layers vote freely from step {opened} on "
+            f"{loaded.source} is of step {loaded.step}, but its late layers vote freely only from step {opened} on "
             "(ensemble.open_by); average checkpoints from there on"
         )
 
@@ -193,8 +197,9 @@ def _require_no_adapters(loaded: Loaded) -> None:
 
     if isinstance(loaded.config, TuneConfig) and loaded.config.adapter.kind in ("lora", "dora"):
         raise ValueError(
-            f"{loaded.source} has {loaded.config.adapter.kind} adapters, and a product of means is no mean of "
-            f"products; merge each checkpoint (python -m tune.merge {loaded.source} OUT) and average those folders"
+            f"{loaded.source} has {loaded.config.adapter.kind} adapters, and the product of averaged factors is not "
+            f"the average of their products; merge each checkpoint (python -m tune.merge {loaded.source} OUT) and "
+            "average those folders"
         )
 
 
@@ -216,8 +221,8 @@ def _require_one_model(one: Loaded, newest: Loaded) -> None:
     changed += [f"{name} {there} there, {here} here" for name, (there, here) in facts.items() if there != here]
     if changed:
         raise ValueError(
-            f"{one.source} and {newest.source} are two models ({'; '.join(changed)}), whose weights have no mean; give "
-            "checkpoints of one run, or of forks of it"
+            f"{one.source} and {newest.source} are different models ({'; '.join(changed)}), whose weights cannot be "
+            "averaged; give checkpoints of one run, or of forks of it"
         )
 
 
@@ -257,7 +262,7 @@ def _fill(decoder: Any, members: Sequence[tuple[Weights, Member]]) -> None:
                 mean.add_(weight.double(), alpha=member.share)
                 if not torch.isfinite(weight).all():
                     raise ValueError(
-                        f"{name} in {member.loaded.source} is not finite, so the mean would not be; leave that "
+                        f"{name} in {member.loaded.source} is not finite, and the mean would not be either; leave that "
                         "checkpoint out"
                     )
             parameter.copy_(mean)
@@ -279,8 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--decay",
         type=float,
         metavar="D",
-        help="a checkpoint counts D times (above 0, below 1) what the next one does, where steps are evenly spaced, "
-        "else by its steps (default: all alike)",
+        help="weight of a checkpoint relative to the next one, above 0 and below 1; by optimiser steps where these are "
+        "not evenly spaced (default: equal weights)",
     )
     options = parser.parse_intermixed_args(arguments)
     with user_errors():

@@ -131,7 +131,7 @@ def compare(decoder: Decoder, folder: Path) -> Difference:
     if not largest <= TOLERANCE * span:  # NaN as well
         raise ValueError(
             f"logits of {folder} differ from transformers' by {largest:.2g}, above {TOLERANCE:g} of their range "
-            f"({span:.3g}), so nothing was written; the checkpoint has something that this import does not know"
+            f"({span:.3g}), so nothing was written; the checkpoint uses something that this import does not support"
         )
     return Difference(largest, span, tokens.numel(), int(positions.max()))
 
@@ -159,8 +159,8 @@ def import_checkpoint(
 
     if (folder / hf_compare.ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} keeps its adapters apart, in {hf_compare.ADAPTER_FOLDER}/, and they are not imported; export "
-            f"the run with --adapters merged, or give a copy of {folder} without them for the model below them"
+            f"{folder} has separate adapters in {hf_compare.ADAPTER_FOLDER}/, which cannot be imported; export the run with "
+            f"--adapters merged, or give a copy of {folder} without them to import the model alone"
         )
     decoder, family = read_checkpoint(folder, routers)
     ids = _checked_tokenizer(folder, decoder.config.vocab_size, family, with_comparison)
@@ -246,7 +246,7 @@ def _empty_decoder(raw: dict[str, Any], path: Path, routers: RouterConfig | None
     if routers is not None:
         if config.router is not None:
             raise ValueError(
-                f"{path.parent} has {config.router.kind} routers of density {config.router.density:g} already, and "
+                f"{path.parent} already has {config.router.kind} routers of density {config.router.density:g}, but "
                 "--routers adds them to a model without; leave it out"
             )
         config = config.model_copy(update={"router": routers})
@@ -302,12 +302,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     comparison.add_argument(
         "--no-compare",
         action="store_true",
-        help="do not compare logits, which takes memory for the model in fp32 (4 bytes a parameter) besides its files",
+        help="do not compare logits, which takes memory for the model in fp32 (4 bytes a parameter), besides its files",
     )
     comparison.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="compare what convert.to_hf wrote with a modelling file too, by running that Python file in HF_DIR",
+        help="if convert.to_hf wrote HF_DIR with a modelling file, compare logits by running that Python file",
     )
     parser.add_argument(
         "--routers",
@@ -318,14 +318,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--granularity",
         choices=("layer", "module"),
-        help="of the new routers: one a layer, or one for its attention and one for its feed-forward (default: layer)",
+        help="one new router per layer, or one for its attention and one for its feed-forward (default: layer)",
     )
     options = parser.parse_args(arguments)
     with user_errors():
         if options.granularity is not None and options.routers is None:
             raise ValueError(
-                f"--granularity {options.granularity} is of routers that are added; give --routers DENSITY with it, or "
-                "leave it out"
+                f"--granularity {options.granularity} applies to routers that are added; also give --routers DENSITY, "
+                "or leave it out"
             )
         routers = None if options.routers is None else new_routers(options.routers, options.granularity or "layer")
         lines = import_checkpoint(

@@ -70,7 +70,7 @@ def compare(reference: Reference, folder: Path) -> str:
     Raises:
         ValueError: if transformers cannot load it, or anything differs.
     """
-    kept = f"it stays in {folder} to be looked at, and nothing else was written"
+    kept = f"it is kept in {folder} for inspection, and nothing else was written"
     model = _load(folder, kept)
     logits, executed = _theirs(model, reference.tokens, reference.decisions)
     alike = _same_rows(reference.decisions, executed, kept)

@@ -66,7 +66,7 @@ def model_config(raw: dict[str, Any], where: Path) -> ModelConfig:
     """
     family = raw.get("model_type")
     if family not in FAMILIES:
-        why = ", it has biases in its attention and this decoder has none" if family == "qwen2" else ""
+        why = ", because its attention has biases and this decoder's has none" if family == "qwen2" else ""
         raise ValueError(
             f"{where}: model_type {family} cannot be imported{why}; take a checkpoint of {', '.join(FAMILIES)}"
         )
@@ -78,7 +78,7 @@ def model_config(raw: dict[str, Any], where: Path) -> ModelConfig:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     problems = [*_unsupported(config), *_unsupported_rope(config, rope)]
     if problems:
-        raise ValueError(f"{where} asks for what this decoder does not have: {'; '.join(problems)}")
+        raise ValueError(f"{where} asks for what this decoder does not support: {'; '.join(problems)}")
     sizes = {ours: config[theirs] for theirs, ours in _NEEDED.items()}
     try:
         return ModelConfig.model_validate(
@@ -115,7 +115,7 @@ def ensemble_config(raw: dict[str, Any], where: Path) -> EnsembleConfig | None:
         raise _impossible(error, where) from None
     if ensemble.layers > config["num_hidden_layers"]:
         raise ValueError(
-            f"{where} describes no possible model: ensemble_layers ({ensemble.layers}) exceeds num_hidden_layers "
+            f"{where} describes an invalid model: ensemble_layers ({ensemble.layers}) exceeds num_hidden_layers "
             f"({config['num_hidden_layers']}); restore it, or download it again"
         )
     return ensemble
@@ -130,8 +130,8 @@ def routing_seed(raw: dict[str, Any], where: Path) -> int:
     seed = raw.get("router_seed", 0) if raw["model_type"] == HOPSCOTCH else 0
     if not isinstance(seed, int) or not 0 <= seed < _SEEDS:
         raise ValueError(
-            f"{where} has router_seed {seed}, and a seed is a whole number from 0 to 2^62 - 1; restore it, or download "
-            "it again"
+            f"{where} has router_seed {seed}, but a seed must be a whole number from 0 to 2^62 - 1; restore it, or "
+            "download it again"
         )
     return seed
 
@@ -155,7 +155,7 @@ def routing_thresholds(raw: dict[str, Any], where: Path, sites: int) -> list[flo
 
 def _impossible(error: ValidationError, where: Path) -> ValueError:
     rules = "; ".join(" ".join([*map(str, e["loc"]), e["msg"].removeprefix("Value error, ")]) for e in error.errors())
-    return ValueError(f"{where} describes no possible model: {rules}; restore it, or download it again")
+    return ValueError(f"{where} describes an invalid model: {rules}; restore it, or download it again")
 
 
 def _router(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -187,8 +187,8 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
     window, reach = _sliding_window(config), config["max_position_embeddings"]
     if window is not None and window < reach:
         problems.append(
-            f"sliding_window {window} below max_position_embeddings {reach} (attention here sees everything; in a copy "
-            f"with max_position_embeddings lowered to {window} the sliding window hides nothing)"
+            f"sliding_window {window} below max_position_embeddings {reach} (attention here has no window; import a "
+            f"copy with max_position_embeddings lowered to {window}, where the window makes no difference)"
         )
     return problems
 
@@ -196,7 +196,9 @@ def _unsupported(config: dict[str, Any]) -> list[str]:
 def _unsupported_routing(config: dict[str, Any]) -> list[str]:
     problems = []
     if config["router_kind"] not in _KINDS:
-        problems.append(f"router_kind {config['router_kind']} ({', '.join(_KINDS[:-1])} and {_KINDS[-1]} are imported)")
+        problems.append(
+            f"router_kind {config['router_kind']} ({', '.join(_KINDS[:-1])} and {_KINDS[-1]} are supported)"
+        )
     if not config["skip_layers"]:
         problems.append("skip_layers false (routers here always decide; set it to true)")
     return problems
@@ -216,10 +218,10 @@ def _unsupported_rope(config: dict[str, Any], rope: dict[str, Any]) -> list[str]
         return [f"rotary parameters that differ by layer, {rope}"]
     problems = []
     if _rope_type(rope) not in ("default", "linear", "llama3"):
-        problems.append(f"rope_type {_rope_type(rope)} (default, linear and llama3 are there)")
+        problems.append(f"rope_type {_rope_type(rope)} (default, linear and llama3 are supported)")
     partial = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     if partial != 1:
-        problems.append(f"partial_rotary_factor {partial} (whole heads are turned)")
+        problems.append(f"partial_rotary_factor {partial} (here rotary embeddings cover whole heads)")
     return problems
 
 

@@ -82,8 +82,8 @@ def require_transformers_ids(tokenizer: TextTokenizer, folder: Path) -> str:
     _amend_config(folder, {"tokenizer_class": _AS_IT_IS})
     if left := _difference(tokenizer, folder, auto=True):
         raise ValueError(
-            f"the export's tokenizer is not the one in {tokenizer.file}: {left}; it stays in {folder} to be looked at; "
-            "--no-compare exports it all the same"
+            f"the export's tokenizer differs from the one in {tokenizer.file}: {left}; it is kept in {folder} for "
+            "inspection, and --no-compare exports it anyway"
         )
     return f"{_ALIKE}, as {CONFIG_NAME} asks for {_AS_IT_IS} now; before, {problem}"
 

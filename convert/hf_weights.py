@@ -39,7 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
         return files
     if any(folder.glob("pytorch_model*.bin")):
         raise ValueError(
-            f"{folder} has only pytorch_model.bin, and reading that runs code; convert it to safetensors first: "
+            f"{folder} has only pytorch_model.bin, and reading that file runs code; convert it to safetensors first: "
             "transformers' from_pretrained and save_pretrained do"
         )
     raise ValueError(f"{folder} has neither {_WHOLE} nor {_INDEX}; download the checkpoint's safetensors files")
@@ -51,8 +51,8 @@ def _inside(folder: Path, name: str) -> Path:
     steps_out = Path(name).is_absolute() or ".." in Path(name).parts
     if steps_out or not file.resolve().is_relative_to(folder.resolve()):
         raise ValueError(
-            f"{folder / _INDEX} names {name}, which leads out of {folder}, and only files in it are read; copy the "
-            "file itself there (cp -rL follows the links of a download cache), or download the checkpoint again"
+            f"{folder / _INDEX} names {name}, which is outside {folder}, and only files in it are read; copy the file "
+            "itself there (cp -rL follows the links of a download cache), or download the checkpoint again"
         )
     return file
 
@@ -76,7 +76,8 @@ def read_tensors(files: list[Path], share: tuple[int, int] = (0, 1)) -> dict[str
                     ours = our_name(name)
                     if ours in tensors:
                         raise ValueError(
-                            f"{path} holds {name} and {spelt[ours]}, which are names of one weight; keep one of them"
+                            f"{path} holds {name} and {spelt[ours]}, which are two names of one weight; keep one of "
+                            "them"
                         )
                     spelt[ours], tensors[ours] = name, _tensor(file, name, path)
                     if (len(tensors) - 1) % share[1] == share[0]:
@@ -99,7 +100,7 @@ def _tensor(file: Any, name: str, path: Path) -> Tensor:
     dtype = file.get_slice(name).get_dtype()
     if dtype not in _DTYPES:
         raise ValueError(
-            f"{name} in {path} is {dtype}, and weights must be {', '.join(_DTYPES.values())}; take a checkpoint that "
+            f"{name} in {path} is {dtype}, but weights must be {', '.join(_DTYPES.values())}; take a checkpoint that "
             "is not quantised"
         )
     tensor: Tensor = file.get_tensor(name)
@@ -112,8 +113,8 @@ def _require_finite(tensor: Tensor, name: str, path: Path) -> None:
     if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):  # a NaN makes both ends NaN
         bad = int((~torch.isfinite(tensor)).sum())
         raise ValueError(
-            f"{name} in {path} has {bad:,} of {tensor.numel():,} values that are NaN or infinite, and nothing computed "
-            "with them would be a number; take an earlier checkpoint, or download it again"
+            f"{name} in {path} has {bad:,} of {tensor.numel():,} values that are NaN or infinite; take an earlier "
+            "checkpoint, or download it again"
         )
 
 
@@ -126,7 +127,7 @@ def tie_head(tensors: dict[str, Tensor], folder: Path) -> None:
         tensors["embed_tokens.weight"] = head
     elif head is not None and embedding is not None and not torch.equal(head, embedding):
         raise ValueError(
-            f"{folder} holds a head of its own, but its config.json says tie_word_embeddings; set that to false if the "
+            f"{folder} has a separate head, but its config.json sets tie_word_embeddings; set that to false if the "
             "head was trained"
         )
 

@@ -39,7 +39,7 @@ SHARD_BYTES = 5_000_000_000
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 MODELING = "modeling_hopscotch.py"
 ADAPTERS = ("merged", "separate")
-NOT_COMPARED = "with nothing, as asked: nobody has seen this export give the model's logits"
+NOT_COMPARED = "with nothing, as requested: the export's logits were not checked"
 
 
 def export(
@@ -289,7 +289,7 @@ def _require_exportable(decoder: Decoder, path: Path, separate: bool) -> None:
     decoder.config.require_causal(f"{path} cannot generate and is not exported")
     if separate and not has_adapters(decoder):
         raise ValueError(
-            f"--adapters separate is for runs tuned with adapter.kind lora or dora, and {path} has no adapters; leave "
+            f"--adapters separate is for runs tuned with adapter.kind lora or dora, but {path} has no adapters; leave "
             "it out"
         )
 
@@ -306,12 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "out", type=path_argument, metavar="OUT", help="the folder to write; must not exist, or be empty"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights (default: fp32)")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="dtype of the weights (default: fp32)")
     parser.add_argument(
         "--tokenizer",
         type=path_argument,
         metavar="FOLDER",
-        help="holds tokenizer.model or tokenizer.json (default: the run's)",
+        help="folder with tokenizer.model or tokenizer.json (default: the run's)",
     )
     parser.add_argument(
         "--shard-gb",
@@ -323,14 +323,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--adapters",
         choices=ADAPTERS,
         default="merged",
-        help="of a tuned run: added to the weights, or in OUT/adapter for PEFT (default: merged)",
+        help="adapters of a tuned run: merged into the weights, or in OUT/adapter for PEFT (default: merged)",
     )
     parser.add_argument(
         "--no-compare",
         action="store_true",
         help="do not run the export in transformers: a forward pass and 64 greedy tokens of both models on the CPU",
     )
-    parser.add_argument("--copy-to", metavar="URL", help="an empty place such as s3://bucket/folder for a copy of OUT")
+    parser.add_argument("--copy-to", metavar="URL", help="also copy OUT to an empty place such as s3://bucket/folder")
     options = parser.parse_args(arguments)
     with user_errors():
         if options.copy_to is not None:

@@ -152,7 +152,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         main([str(argument) for argument in arguments])
     assert end.value.code == 1
     (sentence,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert not Path(str(arguments[-1])).exists() or "exists already" in sentence
+    assert not Path(str(arguments[-1])).exists() or "already exists" in sentence
     return sentence
 
 
@@ -174,7 +174,10 @@ def test_two_models(
     other = write_run(tmp_path / "other", make("layer"), corpus)
     out = tmp_path / "out"
     told = refused(capsys, saved[1], other, out)
-    assert "are two models (model.rope_scaling None there, {" in told or "are two models (model.rope_theta" in told
+    assert (
+        "are different models (model.rope_scaling None there, {" in told
+        or "are different models (model.rope_theta" in told
+    )
     assert "router kind learned there, None here" in told and "give checkpoints of one run, or of forks of it" in told
     change(saved[2], train={"seed": 5})
     assert "step-00000006 and " in (told := refused(capsys, run, "--last", 3, out)) and "(seed 5 there, 0 here)" in told
@@ -184,14 +187,14 @@ def test_two_models(
     tokenizer.mkdir()
     (tokenizer / "tokenizer.model").write_bytes((Path(corpus["dir"]) / "tokenizer.model").read_bytes() + b"\n")
     change(saved[1], data={"dir": str(tokenizer)})
-    assert "are two models (tokenizer " in refused(capsys, saved[0], saved[1], out)
+    assert "are different models (tokenizer " in refused(capsys, saved[0], saved[1], out)
 
 
 def test_tuned_from_two_bases(tmp_path: Path, corpus: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     run, saved, _ = runs_of(tmp_path / "run", "ensemble", corpus)
     for path, sha in zip(saved[2:], "ab", strict=True):
         change(path, base={"sha256": sha * 64})
-    assert "are two models (base aaaaaaaaaaaa there, bbbbbbbbbbbb here)" in refused(
+    assert "are different models (base aaaaaaaaaaaa there, bbbbbbbbbbbb here)" in refused(
         capsys, run, "--last", 2, tmp_path / "out"
     )
 
@@ -202,8 +205,8 @@ def test_adapters_are_merged_first(tmp_path: Path, corpus: dict[str, Any], capsy
     shutil.copytree(run, tmp_path / "copy")
     told = refused(capsys, run, tmp_path / "copy", tmp_path / "out")
     assert (
-        "has lora adapters, and a product of means is no mean of products; merge each checkpoint (python -m tune.m"
-        in told
+        "has lora adapters, and the product of averaged factors is not "
+        "the average of their products; merge each checkpoint (python -m tune.m" in told
     )
 
 
@@ -212,7 +215,7 @@ def test_fewer_than_asked_and_torn_ones(
 ) -> None:
     run, saved, weights = dense
     out = tmp_path / "out"
-    assert "--last 5 asks for 5 whole checkpoints, and " in (told := refused(capsys, run, "--last", 5, out))
+    assert "--last 5 asks for 5 whole checkpoints, but " in (told := refused(capsys, run, "--last", 5, out))
     assert "has 4 (step-00000007, step-00000006, step-00000005, step-00000003); ask for fewer" in told
     (saved[2] / "trainer.pt").write_bytes(b"x")  # in no manifest, so nobody's
     (saved[2] / "config.yaml").write_text("torn")
@@ -220,7 +223,7 @@ def test_fewer_than_asked_and_torn_ones(
     assert "step-00000006 is neither a run folder nor a whole checkpoint: config.yaml has 4 bytes instead of" in told
     assert "has 3 (step-00000007, step-00000005, step-00000003)" in refused(capsys, run, "--last", 4, out)
     assert main([str(run), "--last", "3", str(out)]) == 0
-    assert "passed over: step-00000006 is torn: config.yaml has 4 bytes" in capsys.readouterr().err
+    assert "skipped: step-00000006 is torn: config.yaml has 4 bytes" in capsys.readouterr().err
     assert close(read_weights(out)[0], mean([weights[n] for n in (0, 1, 3)], [1 / 3] * 3))
 
 
@@ -246,7 +249,7 @@ def test_weights_of_another_shape(
     torch.save({"module": less}, saved[3] / "deepspeed/mp_rank_00_model_states.pt")
     manifest.write(saved[3], {"step": 7, "world_size": 1})
     told = refused(capsys, run, "--last", 2, tmp_path / "out")
-    assert "do not match its config.yaml (norm.weight is missing); one of them was changed since" in told
+    assert "do not match its config.yaml (norm.weight is missing); one of them was changed after it was written" in told
 
 
 @pytest.mark.parametrize(
@@ -254,16 +257,16 @@ def test_weights_of_another_shape(
     [
         (["RUN", "OUT"], "alone is itself; give --last N with a run, or two or more checkpoints"),
         (["RUN", "--last", "1", "OUT"], "--last must be at least 2, got 1"),
-        (["A", "B", "--last", "2", "OUT"], "--last 2 is of one run, and 2 paths were given; leave it out"),
-        (["A", "--last", "2", "OUT"], "--last 2 is of a run, and "),
+        (["A", "B", "--last", "2", "OUT"], "--last 2 takes one run, but 2 paths were given; leave it out"),
+        (["A", "--last", "2", "OUT"], "--last 2 takes a run, but "),
         (["A", "A", "OUT"], "would be averaged with itself; give each checkpoint once"),
         (["RUN", "D", "OUT"], "would be averaged with itself; give each checkpoint once"),
         (["RUN", "--last", "2", "--decay", "1", "OUT"], "--decay must be above 0 and below 1, got 1"),
-        (["RUN", "--last", "2", "RUN"], "exists already and is no empty folder, and nothing is written over"),
+        (["RUN", "--last", "2", "RUN"], "already exists and is not an empty folder; nothing is overwritten"),
         (["nowhere", "A", "OUT"], "there is no folder nowhere"),
         (["A", "HF", "OUT"], "is a Hugging Face folder, not a run"),
-        (["A", "FOLDER", "--decay", "0.5", "OUT"], "--decay goes by optimiser steps, which "),
-        (["A", "SAME", "--decay", "0.5", "OUT"], "--decay goes by optimiser steps, and all have had 3; leave it out"),
+        (["A", "FOLDER", "--decay", "0.5", "OUT"], "--decay needs the number of optimiser steps, which "),
+        (["A", "SAME", "--decay", "0.5", "OUT"], "--decay needs different numbers of optimiser steps, but all "),
     ],
 )  # fmt: skip
 def test_arguments_that_make_no_mean(

@@ -120,7 +120,7 @@ def test_folders_that_are_no_checkpoint(edited: Edit, tmp_path: Path) -> None:
         read_checkpoint(folder)
     (folder / "pytorch_model.bin").touch()
     with pytest.raises(
-        ValueError, match=r"has only pytorch_model.bin, and reading that runs code; convert it to safet"
+        ValueError, match=r"has only pytorch_model.bin, and reading that file runs code; convert it to safet"
     ):
         read_checkpoint(folder)
     (folder / "config.json").write_text("{")
@@ -135,7 +135,7 @@ def test_out_must_be_new_and_a_tokenizer_is_needed(
     with pytest.raises(SystemExit, match="1"):
         main([str(folder), str(folder)])
     assert (
-        f"error: {folder} exists already and is no empty folder, and nothing is written over" in capsys.readouterr().err
+        f"error: {folder} already exists and is not an empty folder; nothing is overwritten" in capsys.readouterr().err
     )
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"hf has no tokenizer: it holds neither tokenizer.json nor tokenizer.model"):

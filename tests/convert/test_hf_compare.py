@@ -30,7 +30,7 @@ def test_ties(exported: Exported, reference: Reference) -> None:
     parted[0, 20:] += 1
     place = 20 - reference.prompt.shape[1]
     other = reference._replace(continued=parted, gaps=reference.gaps + 1)
-    with pytest.raises(ValueError, match=r"greedy continuation differs from its token \d+ of 64 on; it stays in"):
+    with pytest.raises(ValueError, match=r"greedy continuation differs from its token \d+ of 64 on; it is kept in"):
         # What follows the parting is another text, where routers decide otherwise: only before it do they count.
         compare(other, out)
     tie = other._replace(gaps=reference.gaps * 0)
@@ -38,7 +38,7 @@ def test_ties(exported: Exported, reference: Reference) -> None:
     tipped = tip(reference.continued_decisions, 0, 0, 3)
     said = compare(other._replace(continued_decisions=tipped), out)
     assert said.endswith(f"the same {place} tokens greedily, then a tie of two router logits")
-    with pytest.raises(ValueError, match=r"the export routes tokens differently: 1 of \d+ .*; it stays in"):
+    with pytest.raises(ValueError, match=r"the export routes tokens differently: 1 of \d+ .*; it is kept in"):
         compare(other._replace(continued_decisions=tipped._replace(ties=tipped.ties & False)), out)
 
 
@@ -56,7 +56,7 @@ def test_rows_in_which_a_router_tipped_over_are_left_out_but_not_all(exported: E
     decisions = tip(reference.decisions, 1, 2, 5)
     assert "on 7 of 8 rows" in compare(reference._replace(decisions=decisions, logits=logits), exported("layer")[1])
     decisions = tip(reference.decisions, 1, slice(None), 5)
-    with pytest.raises(ValueError, match=r"logits differ by inf, .* on 0 of 8 rows; it stays in"):
+    with pytest.raises(ValueError, match=r"logits differ by inf, .* on 0 of 8 rows; it is kept in"):
         compare(reference._replace(decisions=decisions), exported("layer")[1])
 
 
@@ -84,7 +84,7 @@ def test_what_transformers_cannot_load(exported: Exported, reference: Reference,
         compare(reference, out)
     config = json.loads((out / "config.json").read_text())
     (out / "config.json").write_text(json.dumps({**config, "model_type": "none", "auto_map": {}}))
-    with pytest.raises(ValueError, match=r"transformers cannot load the export \(.*; it stays in"):
+    with pytest.raises(ValueError, match=r"transformers cannot load the export \(.*; it is kept in"):
         compare(reference, out)
     assert torch.equal(
         weights["lm_head.weight"], load_file(exported("layer")[1] / "model.safetensors")["lm_head.weight"]

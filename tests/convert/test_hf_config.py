@@ -44,7 +44,7 @@ def test_two_names_of_one_activation(edited: Edit, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "fields", "sentence"),
     [
-        ("llama", {"model_type": "qwen2"}, "model_type qwen2 cannot be imported, it has biases in its attention and"),
+        ("llama", {"model_type": "qwen2"}, "model_type qwen2 cannot be imported, because its attention has biases and"),
         ("llama", {"model_type": "mixtral"}, "model_type mixtral cannot be imported; take a checkpoint of llama, mist"),
         ("llama", {"model_type": ...}, "model_type None cannot be imported"),
         (
@@ -55,11 +55,19 @@ def test_two_names_of_one_activation(edited: Edit, tmp_path: Path) -> None:
         (
             "llama",
             {"attention_bias": True, "mlp_bias": True},
-            "not have: attention_bias True (.* no biases); mlp_bias True (",
+            "not support: attention_bias True (.* no biases); mlp_bias True (",
         ),
-        ("llama", {"hidden_act": "gelu"}, "asks for what this decoder does not have: hidden_act gelu (the feed-forw"),
+        (
+            "llama",
+            {"hidden_act": "gelu"},
+            "asks for what this decoder does not support: hidden_act gelu (the feed-forw",
+        ),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config (weights must be float32, float16 or"),
-        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 (whole heads are turned)"),
+        (
+            "llama",
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor 0.5 (here rotary embeddings cover whole heads)",
+        ),
         ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type yarn (default, linear and llama3 are"),
         (
             "llama",
@@ -69,14 +77,18 @@ def test_two_names_of_one_activation(edited: Edit, tmp_path: Path) -> None:
         (
             "llama",
             {"rope_scaling": {"type": "linear"}},
-            "describes no possible model: rope_scaling factor Field required",
+            "describes an invalid model: rope_scaling factor Field required",
         ),
         (
             "llama",
             {"num_key_value_heads": 3},
             "model: model.heads (4) must be divisible by model.kv_heads (3); restore",
         ),
-        ("mistral", {"sliding_window": 32}, "sliding_window 32 below max_position_embeddings 96 (.* lowered to 32 the"),
+        (
+            "mistral",
+            {"sliding_window": 32},
+            "sliding_window 32 below max_position_embeddings 96 (.* lowered to 32, where",
+        ),
         (
             "mistral",
             {"sliding_window": ..., "max_position_embeddings": 8192},

@@ -61,7 +61,7 @@ def test_an_index_that_leads_out_of_the_folder(edited: Edit, tmp_path: Path) -> 
     for name in names:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
         with pytest.raises(
-            ValueError, match=rf"index.json names {re.escape(name)}, which leads out of .*hf, and only files in it"
+            ValueError, match=rf"index.json names {re.escape(name)}, which is outside .*hf, and only files in it"
         ):
             read_checkpoint(folder)
     (folder / "other.safetensors").symlink_to("inside.safetensors")
@@ -74,7 +74,7 @@ def test_a_tied_head_that_is_stored_as_well(edited: Edit) -> None:
     change_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
     assert read_checkpoint(folder)[0].config.tied_head
     change_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
-    with pytest.raises(ValueError, match=r"holds a head of its own, but its config.json says tie_word_embeddings; set"):
+    with pytest.raises(ValueError, match=r"has a separate head, but its config.json sets tie_word_embeddings; set"):
         read_checkpoint(folder)
 
 
@@ -121,7 +121,9 @@ def test_names_with_what_wrappers_put_into_them(edited: Edit, tmp_path: Path, sp
 def test_two_names_of_one_weight(edited: Edit) -> None:
     folder = edited()
     change_tensors(folder, lambda t: t.update({"_orig_mod.model.norm.weight": torch.ones(32)}))
-    with pytest.raises(ValueError, match=r"holds .*norm.weight and .*norm.weight, which are names of one weight; keep"):
+    with pytest.raises(
+        ValueError, match=r"holds .*norm.weight and .*norm.weight, which are two names of one weight; keep"
+    ):
         read_checkpoint(folder)
 
 
@@ -157,7 +159,7 @@ def test_buffers_of_old_versions_are_passed_over(edited: Edit) -> None:
         (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"norm.weight is \[3\] instead of \[32\]"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(32).char()}),
-            r"is I8, and weights must be float32, .*bfl",
+            r"is I8, but weights must be float32, .*bfl",
         ),
     ],
 )

@@ -104,12 +104,16 @@ def test_the_folders_own_code_runs_only_when_trusted(exported: Exported, tmp_pat
 @pytest.mark.parametrize(
     ("name", "fields", "sentence"),
     [
-        ("layer", {"router_kind": "expert_choice"}, r"router_kind expert_choice \(learned, random and stride are imp"),
+        ("layer", {"router_kind": "expert_choice"}, r"router_kind expert_choice \(learned, random and stride are sup"),
         ("layer", {"skip_layers": False}, r"skip_layers false \(routers here always decide; set it to true\)"),
         ("layer", {"router_end_layer": None}, "must give a number for router_end_layer; restore it"),
-        ("layer", {"router_first_layer": 3}, r"no possible model: router.always_on_first \(3\).*; restore it"),
-        ("layer", {"router_density": 0.0}, "describes no possible model: router density Input should be greater"),
-        ("layer", {"router_seed": -1}, r"has router_seed -1, and a seed is a whole number from 0 to 2\^62 - 1; rest"),
+        ("layer", {"router_first_layer": 3}, r"an invalid model: router.always_on_first \(3\).*; restore it"),
+        ("layer", {"router_density": 0.0}, "describes an invalid model: router density Input should be greater"),
+        (
+            "layer",
+            {"router_seed": -1},
+            r"has router_seed -1, but a seed must be a whole number from 0 to 2\^62 - 1; rest",
+        ),
         (
             "layer",
             {"router_thresholds": [0.1, 0.2]},
@@ -121,7 +125,7 @@ def test_the_folders_own_code_runs_only_when_trusted(exported: Exported, tmp_pat
             r"router_thresholds must be .*, got \[0, '1', 2\]; restore it, or",
         ),
         ("ensemble", {"ensemble_layers": 4}, r"ensemble_layers \(4\) exceeds num_hidden_layers \(3\); restore it"),
-        ("ensemble", {"ensemble_temperature": 0}, "describes no possible model: temperature Input should be gre"),
+        ("ensemble", {"ensemble_temperature": 0}, "describes an invalid model: temperature Input should be gre"),
         ("ensemble", {"ensemble_layers": 2}, r"weights in .* are not those .*: ensemble"),
     ],
 )
@@ -186,11 +190,13 @@ def test_a_density_that_is_no_share(exported: Exported, tmp_path: Path, density:
 def test_routers_are_added_to_a_model_without_only(
     exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(ValueError, match=r"layer-hf has learned routers of density 0.5 already, and --routers adds th"):
+    with pytest.raises(ValueError, match=r"layer-hf already has learned routers of density 0.5, but --routers adds th"):
         import_checkpoint(exported("layer")[1], tmp_path / "out", routers=new_routers(0.25))
     with pytest.raises(SystemExit, match="1"):
         main([str(exported("dense")[1]), str(tmp_path / "out"), "--granularity", "module"])
-    assert "--granularity module is of routers that are added; give --routers DENSITY" in capsys.readouterr().err
+    assert (
+        "--granularity module applies to routers that are added; also give --routers DENSITY" in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 

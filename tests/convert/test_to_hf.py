@@ -149,9 +149,7 @@ def test_adapters_kept_apart(
     flag = "" if name in NATIVE else ", trust_remote_code=True"
     usage = f'AutoModelForCausalLM.from_pretrained("THIS_FOLDER"{flag})\nmodel = PeftModel.from_pretrained(model, '
     assert usage + '"THIS_FOLDER/adapter")' in card and "from peft import PeftModel\n" in card
-    with pytest.raises(
-        ValueError, match=r"out keeps its adapters apart, in adapter/, .* with --adapters merged, or gi"
-    ):
+    with pytest.raises(ValueError, match=r"out has separate adapters in adapter/, .* with --adapters merged, or gi"):
         import_checkpoint(out, tmp_path / "back")
 
 
@@ -178,7 +176,7 @@ def test_an_adapter_that_is_not_ours_stays_to_be_looked_at(
     tuned, block = make_tuned(make("dense"), "lora")
     write = adapter_files._write
     monkeypatch.setattr(adapter_files, "_write", lambda path, tensors: write(path, spoil(tensors)))
-    with pytest.raises(ValueError, match=f"{sentence}.*; it stays in .*out.tmp to be looked at"):
+    with pytest.raises(ValueError, match=f"{sentence}.*; it is kept in .*out.tmp for inspection"):
         export(write_run(tmp_path / "run", tuned, corpus, adapter=block), tmp_path / "out", adapters="separate")
     assert (tmp_path / "out.tmp/adapter").is_dir() and not (tmp_path / "out").exists()
 
@@ -191,7 +189,7 @@ def test_a_run_without_adapters_has_none_to_keep_apart(
     with pytest.raises(SystemExit):
         main([str(run), str(tmp_path / "out"), "--adapters", "separate"])
     said = capsys.readouterr().err
-    assert f"--adapters separate is for runs tuned with adapter.kind lora or dora, and {run} has no adapters" in said
+    assert f"--adapters separate is for runs tuned with adapter.kind lora or dora, but {run} has no adapters" in said
     assert not list(tmp_path.glob("out*"))
 
 
@@ -268,7 +266,7 @@ def test_nothing_is_written_over(tmp_path: Path, exported: Exported, capsys: pyt
     (tmp_path / "full/mine.txt").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     for out in (tmp_path / "full", tmp_path / "full/mine.txt", tmp_path / "link"):
-        with pytest.raises(ValueError, match=r"exists already and is no empty folder, and nothing is written over"):
+        with pytest.raises(ValueError, match=r"already exists and is not an empty folder; nothing is overwritten"):
             export(weights, out)
     assert (tmp_path / "full/mine.txt").read_text() == "mine"
     for out in (tmp_path / "full/../other", Path(".")):
@@ -290,7 +288,7 @@ def test_what_differs_stays_to_be_looked_at(
 
     save = weights_folder.save_tensors
     monkeypatch.setattr(weights_folder, "save_tensors", spoil)
-    with pytest.raises(ValueError, match=r"the export's logits differ by .*; it stays in .*out.tmp to be looked at"):
+    with pytest.raises(ValueError, match=r"the export's logits differ by .*; it is kept in .*out.tmp for inspection"):
         export(exported("layer")[0], tmp_path / "out")
     assert (tmp_path / "out.tmp/config.json").exists() and not (tmp_path / "out").exists()
     monkeypatch.setattr(weights_folder, "save_tensors", save)
@@ -318,7 +316,9 @@ def test_a_tokenizer_json_is_compared_with_transformers(
     assert "asks for PreTrainedTokenizerFast now; before, " in found["other"]
     assert "asks for PreTrainedTokenizerFast now" in (tmp_path / "other-hf/README.md").read_text()
     monkeypatch.setattr("convert.hf_tokenizer._difference", lambda *_, **__: "other ids")
-    with pytest.raises(ValueError, match=r"the export's tokenizer is not the one in .*tokenizer.json: other ids; it "):
+    with pytest.raises(
+        ValueError, match=r"the export's tokenizer differs from the one in .*tokenizer.json: other ids; it "
+    ):
         export(exported("layer")[0], tmp_path / "out", tokenizer=folder)
     assert not (tmp_path / "out").exists()
     lines = export(exported("layer")[0], tmp_path / "out", tokenizer=folder, compared=False)
@@ -331,8 +331,8 @@ def test_an_export_that_nobody_has_compared_says_so(
     weights, compared = exported("layer")
     monkeypatch.setattr("convert.hf_compare.compare", lambda *_: pytest.fail("compared all the same"))
     assert main([str(weights), str(tmp_path / "out"), "--no-compare"]) == 0
-    assert "compared  with nothing, as asked" in capsys.readouterr().out
-    assert "nobody has seen this export give the model's logits" in (tmp_path / "out/README.md").read_text()
+    assert "compared  with nothing, as requested" in capsys.readouterr().out
+    assert "the export's logits were not checked" in (tmp_path / "out/README.md").read_text()
     assert (tmp_path / "out/model.safetensors").read_bytes() == (compared / "model.safetensors").read_bytes()
 
 
@@ -374,7 +374,7 @@ def test_what_cannot_be_exported(tmp_path: Path, corpus: dict[str, Any]) -> None
     write_weights(decoder(small), tmp_path / "small", Path(corpus["dir"]), {})
     with pytest.raises(
         ValueError,
-        match=r"has 400 pieces, the model's vocabulary is 399: there is no embedding for .*, whose id is 399; give",
+        match=r"has 400 pieces, but the model's vocabulary is 399: there is no embedding for .*, whose id is 399; give",
     ):
         export(tmp_path / "small", tmp_path / "out")
     with pytest.raises(

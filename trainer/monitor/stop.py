@@ -32,7 +32,7 @@ _NAMED = 8
 """Most ranks and samples that are named one by one; there may be thousands."""
 _CTRL_C = "Ctrl-C: the run finishes this step, saves and ends; press it again to end at once, unsaved"
 _CTRL_C_AT_THE_END = (
-    "Ctrl-C: all steps are saved; the run ends after the current test set; press it again to end at once"
+    "Ctrl-C: all steps are saved; the run finishes what is under way and ends; press it again to end at once"
 )
 _LAUNCHERS_OWN = (
     "\n(the deepspeed command ends before that, with a KeyboardInterrupt that is harmless; wait for 'asked to stop')"

@@ -130,7 +130,7 @@ def test_ctrl_c_is_answered_at_once_and_the_second_ends(capfd: pytest.CaptureFix
         at_the_end = StopRequest(tell=True)
         at_the_end.all_saved = True
         os.kill(os.getpid(), signal.SIGINT)
-        assert "Ctrl-C: all steps are saved; what runs now is finished" in capfd.readouterr().err
+        assert "Ctrl-C: all steps are saved; the run finishes what is under way" in capfd.readouterr().err
         silent = StopRequest()
         os.kill(os.getpid(), signal.SIGINT)
         assert silent.requested and capfd.readouterr().err == ""
