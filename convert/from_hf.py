@@ -159,8 +159,8 @@ def import_checkpoint(
 
     if (folder / hf_compare.ADAPTER_FOLDER / "adapter_config.json").is_file():
         raise ValueError(
-            f"{folder} has separate adapters in {hf_compare.ADAPTER_FOLDER}/, which cannot be imported; export the run with "
-            f"--adapters merged, or give a copy of {folder} without them to import the model alone"
+            f"{folder} has separate adapters in {hf_compare.ADAPTER_FOLDER}/, which cannot be imported; export the run "
+            f"with --adapters merged, or give a copy of {folder} without them to import the model alone"
         )
     decoder, family = read_checkpoint(folder, routers)
     ids = _checked_tokenizer(folder, decoder.config.vocab_size, family, with_comparison)

@@ -38,18 +38,18 @@ def go_back(run: Path, step: int) -> Path | None:
         owner = run_of(run)
         hint = f", here {owner}" if owner else ", for example runs/my"
         raise ValueError(
-            f"{run} is no run folder: it has no checkpoints; give the folder that train.run_dir names{hint}"
+            f"{run} is not a run folder: it has no checkpoints; give the folder that train.run_dir names{hint}"
         )
     there = newest_first(folder)
     named = ", ".join(str(step_of(found)) for found in reversed(there)) or "none"
     target = next((found for found in there if step_of(found) == step), None)
     if target is None:
-        raise ValueError(f"{run} has no checkpoint of step {step}; give one of the steps that are there: {named}")
+        raise ValueError(f"{run} has no checkpoint of step {step}; give one of the steps found there: {named}")
     from trainer.distributed import ALONE  # torch
 
     problem = manifest.problem_of(target, ALONE)
     if problem is not None:
-        raise ValueError(f"{target} is torn: {problem}; give another of the steps that are there: {named}")
+        raise ValueError(f"{target} is torn: {problem}; give another of the steps found there: {named}")
     _refuse_if_alive(run)
     with only_writer(run):  # a start that is still reading a checkpoint has no heartbeat yet
         return _move(run, there, step)
@@ -83,8 +83,8 @@ def _refuse_if_alive(run: Path) -> None:
     for beat in read_beats(run / "heartbeat"):
         if beat.rank in first and beat.beat != first[beat.rank].beat:
             raise ValueError(
-                f"{run} is going on: rank {beat.rank} (process {beat.pid} on {beat.host}) is {beat.doing} at step "
-                f"{beat.step:,}; stop it first (kill {beat.pid}), it saves and ends"
+                f"{run} is still running: rank {beat.rank} (process {beat.pid} on {beat.host}) is {beat.doing} at step "
+                f"{beat.step:,}; stop it first (kill {beat.pid}; it saves and ends)"
             )
 
 

@@ -105,7 +105,7 @@ def _measure(demo: Demo, ranks: int, commands: Commands, environment: dict[str, 
     Raises:
         ValueError: if it cannot be measured.
     """
-    print("looking how fast this machine is ...", flush=True)
+    print("measuring how fast this machine is ...", flush=True)
     screen = _Quiet("measuring")
     command = [sys.executable, "-m", "launch.demo.estimate", str(demo.config), "--ranks", str(ranks)]
     status = commands.run(command, environment, screen)
@@ -160,10 +160,9 @@ def _conclude(demo: Demo, stages: list[DemoStage], record: Record) -> None:
         print(f"{name:<10} {seconds:>7.1f}")
     logs = ",".join(f"{path.name}:{path}" for path in demo.run_dirs)
     print(
-        f"\nruns       {', '.join(map(str, demo.run_dirs))}; losses, densities, votes: "
-        f"{program_path('tensorboard')} --logdir_spec {logs}"
-        f"\nrouting    who uses which layers: {program_path('python')} -m evals.routing {demo.run_dirs[0]}"
-        f"\nexport     {demo.export}: transformers loads it"
+        f"\nruns       {', '.join(map(str, demo.run_dirs))}; losses, densities, votes: {program_path('tensorboard')} "
+        f"--logdir_spec {logs}\nrouting    which tokens use which layers: {program_path('python')} -m evals.routing "
+        f"{demo.run_dirs[0]}\nexport     {demo.export}: transformers loads it"
     )
 
 

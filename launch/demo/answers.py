@@ -72,7 +72,7 @@ def generator(folder: Path) -> Callable[[str], str]:
         ValueError: if there is no export.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} is no export: it has no config.json; write one with python -m convert.to_hf")
+        raise ValueError(f"{folder} is not an export: it has no config.json; write one with python -m convert.to_hf")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -66,7 +66,7 @@ class Commands:
                         self._log.numbers.append(signal.SIGHUP)
                 if self.signals and ending.go_on(at_once=self.signals > 1):
                     with suppress(OSError):
-                        screen.line("stopping; what was trained is being saved (again: at once, not saved)")
+                        screen.line("stopping and saving what was trained (stop again to end at once, unsaved)")
         finally:
             ending.kill()
         return process.wait()

@@ -58,7 +58,7 @@ def main() -> int:
     with user_errors():
         config = None if arguments.config is None else load_either(arguments.config, arguments.overrides)
         if rank_by_environment() == 0 and not arguments.json:
-            print("looking; torch takes some seconds to load", file=sys.stderr, flush=True)
+            print("checking; torch takes some seconds to load", file=sys.stderr, flush=True)
         from trainer.distributed import ALONE, join, leave
 
         world = join(_MEET_S) if _launched() else ALONE
@@ -215,9 +215,13 @@ def _as_json(findings: list[Finding]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("launch.doctor", __doc__)
-    parser.add_argument("config", nargs="?", help="YAML of a run of either stage; without it the machine only")
+    parser.add_argument(
+        "config", nargs="?", help="YAML of a run of either stage; without it only the machine is checked"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
-    parser.add_argument("--hostfile", type=path_argument, help="of the deepspeed launcher: every host is asked")
+    parser.add_argument(
+        "--hostfile", type=path_argument, help="hostfile of the deepspeed launcher, every host of which is checked"
+    )
     parser.add_argument("--json", action="store_true", help="findings as JSON: check, level, found, remedy")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser

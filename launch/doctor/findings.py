@@ -47,7 +47,7 @@ def run(checks: dict[str, Check]) -> list[Finding]:
             findings.append(Finding(name, "error", found, remedy))
         except Exception as error:
             what = f"the check itself failed ({type(error).__name__}: {one_line(error, 200)})"
-            findings.append(Finding(name, "warning", what, "look into it by hand"))
+            findings.append(Finding(name, "warning", what, "check it by hand"))
     return findings
 
 

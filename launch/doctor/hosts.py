@@ -59,7 +59,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
                 f"{path}, line {number}: {line!r} is not 'host slots=N'; write for example 'worker-1 slots=8'"
             )
         if match["host"] in slots:
-            raise ValueError(f"{path}, line {number}: {match['host']} stands twice; give all its slots in one line")
+            raise ValueError(f"{path}, line {number}: {match['host']} is listed twice; give all its slots in one line")
         slots[match["host"]] = int(match["slots"])
     if not slots:
         raise ValueError(f"{path} names no host; write one line 'host slots=GPUS' for every node")

@@ -33,7 +33,9 @@ def python() -> Iterator[Finding]:
     here = ".".join(map(str, sys.version_info[:3]))
     if sys.version_info[:2] < PYTHON:
         needed = ".".join(map(str, PYTHON))
-        yield Finding("python", "error", f"Python {here}, needed is {needed}", f"make setup PYTHON=python{needed}")
+        yield Finding(
+            "python", "error", f"Python {here}, but Hopscotch needs {needed}", f"make setup PYTHON=python{needed}"
+        )
     else:
         yield Finding("python", "ok", f"Python {here} in {sys.prefix}")
 
@@ -54,7 +56,7 @@ def packages(requirements: Path = ROOT / "requirements.txt") -> Iterator[Finding
         remedy = f"{sys.executable} -m pip install {' '.join(missing)}"
         yield Finding("packages", "error", f"not installed: {', '.join(missing)}", remedy)
     if other:
-        remedy = f"{install_command(requirements.name)}, unless you mean it"
+        remedy = f"{install_command(requirements.name)}, unless this is intended"
         yield Finding("packages", "warning", f"other versions than tested: {', '.join(other)}", remedy)
     if not missing and not other:
         versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed"))
@@ -72,10 +74,10 @@ def cuda() -> Iterator[Finding]:
         yield Finding("cuda", "ok" if meant else "warning", what, remedy)
     elif built is None:
         remedy = "pip install torch from the CUDA index of pytorch.org, into this environment"
-        yield Finding("cuda", "error", f"the driver knows CUDA {driver}, but this torch is a CPU build", remedy)
+        yield Finding("cuda", "error", f"the driver supports CUDA {driver}, but this torch is a CPU build", remedy)
     elif int(built.split(".")[0]) > int(driver.split(".")[0]):
         remedy = f"update the driver, or install a torch built for CUDA {driver.split('.')[0]}"
-        yield Finding("cuda", "error", f"torch needs CUDA {built}, the driver knows up to {driver}", remedy)
+        yield Finding("cuda", "error", f"torch needs CUDA {built}, but the driver supports up to {driver}", remedy)
     elif not torch.cuda.is_available():
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         what = f"torch sees no GPU though the driver is there (CUDA_VISIBLE_DEVICES is {seen!r})"
@@ -134,7 +136,12 @@ def locks() -> Iterator[Finding]:
     for path, age_s in found:
         what = f"{path} is {age_s / 60:.0f} min old"
         if age_s > _LOCK_OLD_S:
-            yield Finding("locks", "error", f"{what}: a killed build left it, and every rank would wait", f"rm {path}")
+            yield Finding(
+                "locks",
+                "error",
+                f"{what}: a killed build left it, and every rank would wait for it forever",
+                f"rm {path}",
+            )
         else:
             remedy = f"wait for the build that holds it, or rm {path} if there is none"
             yield Finding("locks", "warning", what, remedy)
@@ -147,7 +154,7 @@ def limits() -> Iterator[Finding]:
     files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if files < _OPEN_FILES:
         remedy = f"ulimit -n {min(most, 65_536)} in the job script"
-        yield Finding("open files", "warning", f"at most {files}, {_OPEN_FILES} are prudent", remedy)
+        yield Finding("open files", "warning", f"at most {files}, but {_OPEN_FILES} are recommended", remedy)
     else:
         yield Finding("open files", "ok", f"at most {files:,}")
     if uses_cuda():

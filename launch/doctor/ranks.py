@@ -98,7 +98,7 @@ def clocks(ranks: Sequence[Facts]) -> Iterator[Finding]:
     first, last = (pick(ranks, key=lambda one: one.clock_s) for pick in (min, max))
     skew = last.clock_s - first.clock_s
     if skew > _SKEW_S:
-        what = f"{last.host} is {skew:.1f} s ahead of {first.host}; logs and heartbeats would mislead"
+        what = f"{last.host} is {skew:.1f} s ahead of {first.host}; times in logs and heartbeats would be wrong"
         yield Finding("clocks", "warning", what, "run chronyd or ntpd on every node")
     else:
         yield Finding("clocks", "ok", f"within {skew * 1e3:.0f} ms")

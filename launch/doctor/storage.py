@@ -39,7 +39,7 @@ def run_folder(train: TrainConfig) -> Iterator[Finding]:
         return
     there = newest_name(folder)
     if train.checkpoint.mirror is not None and not newest_first(folder):
-        yield Finding("run folder", "ok", f"{train.run_dir}: {there}; the mirror is looked at")
+        yield Finding("run folder", "ok", f"{train.run_dir}: {there}; the mirror is checked")
         return
     if train.checkpoint.resume == "required" and not newest_first(folder):
         remedy = "check train.run_dir, or set train.checkpoint.resume=auto"

@@ -90,7 +90,7 @@ def _what(workload: Workload, arguments: argparse.Namespace) -> str:
         + (f"; without routers {_flops(dense)}" if workload.model.sites else ""),
     ]
     if weights.trained < weights.total:
-        lines.append("            (activations that frozen weights save are not taken off the memory below)")
+        lines.append("            (memory below does not subtract the activations that frozen weights save)")
     return "\n".join([*lines, *data_lines(config)])
 
 
@@ -121,8 +121,8 @@ def _memory(workload: Workload, arguments: argparse.Namespace) -> str:
     table.append([f"peak {'without' if recompute else 'with'} checkpointing", *(_gib(m.peak) for m in other)])
     table.append(["fits", *("yes" if m.fits(gpu.memory_gib) else "no" for m in other)])
     lines = [
-        f"memory of a GPU at its fullest moment, GiB of {gpu.memory_gib:g}; checkpointing "
-        f"{'on' if recompute else 'off'}, as in the config",
+        f"peak memory of a GPU, GiB of {gpu.memory_gib:g}; checkpointing {'on' if recompute else 'off'}, as in the "
+        "config",
         tables.columns(table),
         "* in the optimiser's step, when activations are gone: the peak has the larger of the two",
     ]
@@ -185,8 +185,8 @@ def _time(workload: Workload, arguments: argparse.Namespace, cluster: Cluster, m
             f"MFU         {_range(mfu, '.0%')} on executed FLOPs ({origin})",
             f"speed       {_range(rates, ',.0f')} tokens/s, communication included; a step takes "
             f"{_range((fast.best_s, slow.worst_s), '.3g')} s",
-            f"host        asks for a step's work for {slow.host_s:.3g} s"
-            + (", which is longer than the GPU works on it at the best: larger micro-batches" if host_bound else ""),
+            f"host        launches a step's work in {slow.host_s:.3g} s"
+            + (", longer than the GPU takes for it at best: use larger micro-batches" if host_bound else ""),
             f"run         {config.train.steps:,} steps, {workload.total_tokens:,} tokens: "
             f"{' to '.join(dict.fromkeys((duration(least_s), duration(most_s))))}, "
             f"{_range(gpu_hours, ',.0f' if gpu_hours[0] >= 10 else '.2g')} GPU-hours, "
@@ -208,11 +208,11 @@ def _failures(workload: Workload, arguments: argparse.Namespace, step_s: float) 
     failures = Failures(arguments.node_mtbf_days * 86_400 / nodes, arguments.restart_s, stall_s, write_s)
     own_s, best_s = interval_s(workload, step_s), max(failures.best_interval_s, write_s, step_s)
     return [
-        f"failures    one in {duration(failures.between_s)} with a node's in {arguments.node_mtbf_days:g} days,"
-        f" and {arguments.restart_s:g} s to the next step: --node-mtbf-days, --restart-s",
+        f"failures    one every {duration(failures.between_s)} if a node fails every {arguments.node_mtbf_days:g} "
+        f"days, {arguments.restart_s:g} s to the next step: --node-mtbf-days, --restart-s",
         f"            saving every {duration(own_s)}, for which training waits {stall_s:.2g} s, "
         f"{failures.lost(own_s):.2%} of the time is lost;",
-        f"            least is {failures.lost(best_s):.2%}, every {best_s / step_s:,.0f} steps: "
+        f"            the least is {failures.lost(best_s):.2%}, saving every {best_s / step_s:,.0f} steps: "
         f"train.checkpoint.every_minutes={max(best_s / 60, 0.1):.2g}",
     ]
 
@@ -289,7 +289,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("config", help="YAML of a run of either stage, for example configs/skip_1b.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of the config")
     parser.add_argument("--gpus", type=whole_number(), required=True, help="GPUs of the whole run")
-    parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="which; figures in launch/plan/gpus.py")
+    parser.add_argument("--gpu", required=True, choices=sorted(GPUS), help="kind of GPU, from launch/plan/gpus.py")
     parser.add_argument("--gpus-per-node", type=whole_number(), default=8, help="GPUs in a node (default 8)")
     parser.add_argument(
         "--network-gbps",
@@ -297,7 +297,7 @@ def _parser() -> argparse.ArgumentParser:
         help="network of a node, Gbit/s in one direction; the vendor's reference system's",
     )
     parser.add_argument(
-        "--mfu", type=positive_number(1), help="speed/mfu_executed of a run of yours, a share; a range unless given"
+        "--mfu", type=positive_number(1), help="speed/mfu_executed of a run of yours, at most 1 (default: a range)"
     )
     parser.add_argument(
         "--node-mtbf-days",

@@ -154,7 +154,7 @@ def main() -> int:
             raise ValueError(f"{arguments.config} has no router, so all ranks do the same; give a config that has one")
         spread = Spread(arguments.site_spread, arguments.mean_spread)
         print(
-            f"{arguments.config}: FLOPs of the rank that all wait for over the mean of all, forward; densities around "
+            f"{arguments.config}: forward FLOPs of the slowest rank over the mean of all; densities around "
             f"{workload.density:g} vary from window to window by {spread.site:g} at a site, {spread.mean:g} over all\n"
         )
         print(table(workload, spread, arguments.ranks, arguments.micro_batches))

@@ -49,15 +49,15 @@ def summed(path: Path) -> Sums:
     try:
         return Reader(read(path)).sums
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is no trace of torch.profiler ({error}); profile the steps again") from error
+        raise ValueError(f"{path} is not a trace of torch.profiler ({error}); profile the steps again") from error
 
 
 def main() -> int:
     """Print the page."""
     parser = command_parser("launch.profile", __doc__)
     parser.add_argument("run", type=path_argument, help="run folder: train.run_dir, for example runs/demo")
-    parser.add_argument("--rank", type=int, default=0, metavar="N", help="whose trace (0)")
-    parser.add_argument("--layers", action="store_true", help="every layer's sites on lines of their own")
+    parser.add_argument("--rank", type=int, default=0, metavar="N", help="rank whose trace is read (0)")
+    parser.add_argument("--layers", action="store_true", help="list the sites of every layer separately")
     parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write the rows, in ms and MB a step")
     arguments = parser.parse_args()
     with user_errors():

@@ -117,7 +117,7 @@ def _layers(sums: Sums) -> str:
     slow = {name: time / median for name, time in times.items() if time > _SLOW * median}
     named = ", ".join(f"{name} {ratio:.2f}" for name, ratio in sorted(slow.items(), key=lambda item: -item[1])[:8])
     beyond = f"; beyond {_SLOW:g} times that: {named}" if named else f"; none beyond {_SLOW:g} times that"
-    return f"a layer takes {median / sums.steps / 1e3:,.2f} ms of a step in the median{beyond} (--layers has all)"
+    return f"the median layer takes {median / sums.steps / 1e3:,.2f} ms of a step{beyond} (--layers has all)"
 
 
 def _operators(sums: Sums) -> str:

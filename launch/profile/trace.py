@@ -115,7 +115,9 @@ class Reader:
             if _is_collective(event):
                 self._collectives.append(event)
         if main is None:
-            raise ValueError("the trace has none of our phases; it is of another program, or of no whole step")
+            raise ValueError(
+                "the trace has none of Hopscotch's phases; it is from another program, or has no complete step"
+            )
         self._site_of: dict[int, str] = {}
         """By sequence number."""
         self._launched_at: dict[int, Place] = {}

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _refuse_of_a_run(options)
             given |= {"nodes": 1, "spare_nodes": 0, "gpus_per_node": 0, "tasks_per_node": 1}
         elif options.tasks is not None:
-            raise ValueError(f"--tasks {options.tasks} shares out a preparation; give --prepare, or leave it out")
+            raise ValueError(f"--tasks {options.tasks} divides a preparation; give --prepare, or leave it out")
         site = load_site(options.site, given | {"modules": modules})
         site = site.model_copy(update={"sbatch": [*site.sbatch, *options.sbatch]})
         stages = _preparation(options) if options.prepare else _stages(options, site)
@@ -86,8 +86,8 @@ def _refuse_of_a_run(options: argparse.Namespace) -> None:
     }  # fmt: skip
     if wrong := [name for name, value in given.items() if value not in (None, [])]:
         raise ValueError(
-            f"{', '.join(wrong)} is of a run, and --prepare submits none; submit the run by itself, with --after and "
-            "the preparation's job id"
+            f"{', '.join(wrong)} applies to a run, but --prepare submits none; submit the run separately, with --after "
+            "and the preparation's job id"
         )
     if options.tasks is None:
         raise ValueError("--prepare needs --tasks N, the number of jobs that share the preparation")
@@ -106,7 +106,7 @@ def _stages(options: argparse.Namespace, site: SlurmConfig) -> list[StageJob]:
     folders = [folder.resolve() for stage in stages for folder in stage.folders]
     twice = {str(folder) for folder in folders if folders.count(folder) > 1}
     if twice:
-        raise ValueError(f"two runs of the chain have the folder {', '.join(twice)}; give each its train.run_dir")
+        raise ValueError(f"two runs of the chain use the folder {', '.join(twice)}; give each its train.run_dir")
     return stages
 
 
@@ -139,7 +139,7 @@ def _jobs(options: argparse.Namespace, stages: Sequence[Stage], site: SlurmConfi
         for out in (Path(f"{export}{task}") for task in last.tasks):
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise ValueError(
-                    f"--export {out} exists already and is no empty folder, and nothing is written over; give "
+                    f"--export {out} already exists and is not an empty folder; nothing is overwritten, so give "
                     "another one"
                 )
         script = export_script(last, export, site, submission, options.job_name)
@@ -167,7 +167,7 @@ def _describe(jobs: list[BatchJob], ids: list[str], site: SlurmConfig) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("launch.slurm", __doc__)
-    parser.add_argument("config", help="YAML of a run of either stage; of a preparation its data block")
+    parser.add_argument("config", help="YAML of a run of either stage; for a preparation, with a data block")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a field of CONFIG")
     add = parser.add_argument
     add("--nodes", type=int, help="nodes of the job (default: 1)")

@@ -84,7 +84,7 @@ class SlurmConfig(Strict):
         problems = []
         if not self.gpus_per_node and not self.tasks_per_node:
             problems.append(
-                "how many ranks a node has is not said; give --gpus-per-node N, or --tasks-per-node N for CPUs"
+                "the number of ranks per node is not set; give --gpus-per-node N, or --tasks-per-node N for CPUs"
             )
         if self.gpus_per_node and self.tasks_per_node not in (None, self.gpus_per_node):
             problems.append(
@@ -95,7 +95,7 @@ class SlurmConfig(Strict):
             problems.append(f"venv ({self.venv}) and container ({self.container}) exclude each other; give one of them")
         if waits := [option for option in self.srun if re.match(r"--wait\b|-W", option)]:
             problems.append(
-                f"srun {waits[0]} is what wait_s says; set wait_s in the site file, and leave the option out"
+                f"srun {waits[0]} duplicates wait_s; set wait_s in the site file instead, and leave the option out"
             )
         if self.time is not None:
             problems += self._time_problems(self.time)

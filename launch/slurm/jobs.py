@@ -117,10 +117,12 @@ def load_next(
         ValueError: with one sentence for each mistake.
     """
     if not is_stage_two(file):
-        raise ValueError(f"--then {file} is no config of stage two, it has no base block; submit it by itself")
+        raise ValueError(f"--then {file} is not a config of stage two: it has no base block; submit it separately")
     given = next((text for text in overrides if text.startswith("base.path=")), None)
     if given is not None:
-        raise ValueError(f"--then tunes {before.run}, the run before it; leave {given} out, or submit {file} by itself")
+        raise ValueError(
+            f"--then tunes {before.run}, the run before it; leave {given} out, or submit {file} separately"
+        )
     run = str(Path(str(load_file(file, overrides).train.run_dir)))
     configs = tuple(
         load_file(file, [*overrides, f"base.path={before.run}{task}", f"train.run_dir={run}{task}"])
@@ -133,13 +135,13 @@ def require_plain(field: str, folder: str) -> None:
     """Raise ValueError if ``folder``, which ``field`` names, cannot be used in a batch script's options."""
     if re.search(r"[^\w./+=:@-]", folder):
         raise ValueError(
-            f"{field} '{folder}' stands in SLURM's options, which read more into some characters; use letters and "
-            "digits and . _ - / + = @"
+            f"{field} '{folder}' is used in SLURM's options, where some characters have a special meaning; use letters "
+            "and digits and . _ - / + = @"
         )
     if ":" in (place := str(Path(folder).resolve())):
         raise ValueError(
-            f"{field} {place} holds ':', at which PYTHONPATH is cut, by which a job finds its copy of the code there; "
-            "give a folder without it"
+            f"{field} {place} contains ':', the separator of PYTHONPATH, through which a job finds its copy of the "
+            "code there; give a folder without it"
         )
 
 
@@ -157,8 +159,8 @@ def _checked(stage: StageJob, site: SlurmConfig, prepared: bool = True) -> Stage
         if config.train.stall_timeout_s >= site.wait_s:
             raise ValueError(
                 f"train.stall_timeout_s ({config.train.stall_timeout_s:g}) must be below wait_s ({site.wait_s}) of the "
-                "site file, after which srun kills ranks that hang, before they have said where; lower the one or "
-                "raise the other"
+                "site file, after which srun kills hanging ranks, before they could report where they hang; lower the "
+                "one or raise the other"
             )
         if site.runs_here:
             require_libraries(config.train)

@@ -57,7 +57,7 @@ def load_preparation(file: Path, overrides: Sequence[str], shares: int) -> Prepa
     parts = [part for parts in parts_of(config, tokenizer_of(config)) for part in parts]
     if not 1 <= shares <= len(parts):
         raise ValueError(
-            f"--tasks {shares} must be from 1 to the number of parts, {len(parts):,}, as a part is the least that a "
-            f"task can do; lower data.part_bytes ({config.part_bytes:,}) for more parts"
+            f"--tasks {shares} must be from 1 to the number of parts, {len(parts):,}, because a task prepares at least "
+            f"one part; lower data.part_bytes ({config.part_bytes:,}) for more parts"
         )
     return PrepareJob(file, tuple(overrides), config.dir, (DataFile(data=config),), shares)

@@ -136,11 +136,11 @@ def decide(status: int, messages: str, job: Job, states: str, left_s: int | None
         save_before_s: how long before it the ranks are asked to save.
     """
     if is_mistake(status, messages):
-        return Next("end", "a mistake that every start would end with; correct it as the sentence above says")
+        return Next("end", "a mistake that would end every start; correct it as the message above says")
     if status == EXIT_PREEMPTED:
         return Next("requeue", "saved")
     if left_s is not None and left_s <= save_before_s + SIGNAL_EARLY_S:
-        return Next("requeue", f"the time limit is {left_s} s away, too near for another start here")
+        return Next("requeue", f"the time limit is {left_s} s away, too close for another start here")
     well = working(states) if states else set(job.nodes)
     chosen = choose(job, well)
     if chosen is not None:

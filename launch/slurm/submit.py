@@ -132,7 +132,7 @@ def _sbatch(job: BatchJob, script: Path, dependency: str | None) -> str:
     if done.returncode:
         said = "; ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
         raise ValueError(
-            f"sbatch refused the script of {job.stage.run} ({said}); nothing is submitted, correct what it names"
+            f"sbatch refused the script of {job.stage.run} ({said}); nothing was submitted; correct what it names"
         )
     return done.stdout.strip().split(";")[0]
 
@@ -174,6 +174,6 @@ def _refuse_queued(stages: Sequence[StageJob | PrepareJob]) -> None:
                 )
                 if asked.stdout.strip():  # SLURM forgets a job some minutes after its end, and then fails
                     raise ValueError(
-                        f"job {job} of {folder} is in the queue or running; wait for its end, cancel it with scancel "
+                        f"job {job} of {folder} is in the queue or running; wait until it ends, cancel it with scancel "
                         f"{job}, or give another {field}"
                     )

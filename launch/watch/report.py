@@ -105,7 +105,9 @@ def _troubles(report: Report) -> list[str]:
     """Which ranks are late, silent or gone, as far as the heartbeats show."""
     troubles = []
     if not report.beats:
-        troubles.append("no heartbeat yet: it starts, or died before its first step; see its terminal or job output")
+        troubles.append(
+            "no heartbeat yet: it is starting, or died before its first step; see its terminal or job output"
+        )
     late = [beat for beat in report.late if beat.rank not in report.silent]
     if late:
         troubles.append(f"late: {_names(late)}")
@@ -114,7 +116,7 @@ def _troubles(report: Report) -> list[str]:
         troubles.append(f"silent, so killed, frozen or cut off: {_names(silent)}")
     speechless = [beat for beat in report.beats if beat.phase not in FINAL and beat not in silent]
     if report.state in FINAL and speechless:
-        troubles.append(f"others have ended, without a last word: {_names(speechless)}")
+        troubles.append(f"others have ended, but these without reporting it: {_names(speechless)}")
     if report.state in _BAD and report.beats:
         troubles.append(f"why: {report.run}/logs/rank-N.log")
     return troubles

@@ -39,7 +39,9 @@ def read_steps(folder: Path) -> int:
     path = folder / CONFIG
     if not path.is_file():
         there = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
-        raise ValueError(f"{folder} is no run ({there}); give the folder that train.run_dir names, such as runs/demo")
+        raise ValueError(
+            f"{folder} is not a run ({there}); give the folder that train.run_dir names, such as runs/demo"
+        )
     try:
         train = peek(path)["train"]
         return min(int(train["steps"]), int(train.get("stop_at_step") or train["steps"]))

@@ -80,4 +80,4 @@ def test_no_export_and_no_examples_are_one_sentence_each(tmp_path: Path) -> None
     assert done.returncode == 1 and f"{examples} does not exist; write it with python -m launch.demo" in done.stdout
     examples.write_text('{"prompt": "f(x\\n", "response": ")"}\n')
     done = run("launch.demo.answers", "runs/no-such", str(examples))
-    assert done.returncode == 1 and "runs/no-such is no export: it has no config.json" in done.stdout
+    assert done.returncode == 1 and "runs/no-such is not an export: it has no config.json" in done.stdout

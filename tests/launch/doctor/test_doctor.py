@@ -20,7 +20,7 @@ def test_a_ready_run_is_told_so(
     status, out = examined(write_config(tiny))
     assert status == 0, out
     assert "ok       data" in out and "tokenizer and model agree on 400 ids" in out
-    assert "looking; torch takes some seconds to load\n" in out
+    assert "checking; torch takes some seconds to load\n" in out
     assert "error" not in out and out.splitlines()[-1]
 
 

@@ -16,7 +16,7 @@ from tests.launch.doctor.helpers import only, program
     [
         ("one slots=8\ntwo 8\n", "line 2: 'two 8' is not 'host slots=N'"),
         ("one slots=0\n", "line 1: 'one slots=0' is not"),
-        ("one slots=8\n\none slots=8\n", "line 3: one stands twice"),
+        ("one slots=8\n\none slots=8\n", "line 3: one is listed twice"),
         ("# nobody\n", "names no host"),
         (None, "does not exist"),
     ],

@@ -26,7 +26,7 @@ def test_shards_are_compared_with_tokenizer_and_model(tiny: dict[str, Any], tmp_
 
     assert finding().level == "ok"
     tiny["model"]["vocab_size"] = tiny["data"]["tokenizer"]["vocab_size"] = 500
-    assert "vocabulary of 400, data.tokenizer.vocab_size is 500" in finding().found
+    assert "vocabulary of 400, but data.tokenizer.vocab_size is 500" in finding().found
     tiny["model"]["vocab_size"] = tiny["data"]["tokenizer"]["vocab_size"] = 400
     tiny["data"]["validation"][0]["name"] = "absent"
     assert "absent/manifest.json does not exist" in finding().found
@@ -56,12 +56,12 @@ def test_stage_two_needs_its_base_its_tokenizer_and_its_files(
     tuned = tmp_path / "other"
     tuned.mkdir()
     (tuned / "config.yaml").write_text(f"base: {{path: x}}\n{(base / 'config.yaml').read_text()}")
-    assert "is a stage-two run, whose weights lie on top" in examined(str(path), f"base.path={tuned}")[1]
+    assert "is a stage-two run, whose weights apply on top" in examined(str(path), f"base.path={tuned}")[1]
     config = load_either(path)
     assert isinstance(config, TuneFile)
     small = ModelConfig.model_validate({**tiny["model"], "vocab_size": 300})
     finding = only(run({"data": lambda: inputs.examples(config.model_copy(update={"model": small}))}))
-    assert finding.level == "error" and "has 400 pieces, the model's vocabulary is 300" in finding.found
+    assert finding.level == "error" and "has 400 pieces, but the model's vocabulary is 300" in finding.found
 
 
 def test_settings_that_no_run_starts_with_are_errors(tiny: dict[str, Any]) -> None:

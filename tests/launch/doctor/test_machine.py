@@ -38,7 +38,7 @@ def test_packages_are_compared_with_the_requirements(tmp_path: Path) -> None:
     ("driver", "built", "level", "words"),
     [
         ("12.4", None, "error", "this torch is a CPU build"),
-        ("12.4", "13.0", "error", "torch needs CUDA 13.0, the driver knows up to 12.4"),
+        ("12.4", "13.0", "error", "torch needs CUDA 13.0, but the driver supports up to 12.4"),
         ("13.0", "12.8", "error", "torch sees no GPU though the driver is there (CUDA_VISIBLE_DEVICES is '')"),
         (None, "12.8", "warning", "no NVIDIA driver here"),
         (None, None, "ok", "no NVIDIA driver here"),

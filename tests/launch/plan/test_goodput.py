@@ -85,9 +85,9 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_plan_tells_what_failures_cost(told: Callable[..., str]) -> None:
     usual = told()
-    assert "one in 33 d 0 h with a node's in 264 days, and 240 s to the next step" in usual
+    assert "one every 33 d 0 h if a node fails every 264 days, 240 s to the next step" in usual
     worse = told("--node-mtbf-days", 1, "--restart-s", 600, "--save-stall-s", 10)
-    assert "one in 3 h 0 min with a node's in 1 days, and 600 s to the next step" in worse
+    assert "one every 3 h 0 min if a node fails every 1 days, 600 s to the next step" in worse
     assert "for which training waits 10 s" in worse and "train.checkpoint.every_minutes=7.6" in worse
 
 

@@ -188,7 +188,7 @@ def test_a_host_that_takes_longer_than_the_gpu_is_what_a_step_takes(planned: Cal
     assert found.efficiency[0] == found.compute_s / found.worst_s < 0.2
     slow = communication.step(read_workload(LARGE, small), 3, 64, H100, 0.4)
     assert slow.host_s / found.host_s == pytest.approx(14.8 / 11.1)
-    told = "which is longer than the GPU works on it at the best: larger micro-batches"
+    told = "longer than the GPU takes for it at best: use larger micro-batches"
     asked, shipped = ["--gpus", "64", "--gpu", "h100-80g"], "configs/skip_1b.yaml"
     assert told in planned(shipped, *small, *asked)[1] and told not in planned(shipped, *asked)[1]
 

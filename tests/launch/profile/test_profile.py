@@ -129,7 +129,7 @@ def test_mistakes_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     path = _write(tmp_path, _on_a_gpu(), rank=3)
     assert "has no trace of rank 0; give --rank one of 3" in refused()
     _write(tmp_path, [_event("cpu_op", "aten::mm", 0, 1)])
-    assert "the trace has none of our phases" in refused()
+    assert "the trace has none of Hopscotch's phases" in refused()
     path.write_bytes(path.read_bytes()[:100])
     assert "cannot be read as a trace" in refused("--rank", "3")
 

@@ -114,7 +114,7 @@ def test_a_run_that_is_over_is_told_at_once(
     got, told = watched(run, "--once")
     assert (got, time.monotonic() - began_s < 5) == (status, True) and f": {state}, step 400 of 1,000 (40%)" in told
     assert ("(while training)" in told) == (state in ("stalled", "failed"))
-    assert ("without a last word: rank 1 on " in told) == ("training" in phases)
+    assert ("without reporting it: rank 1 on " in told) == ("training" in phases)
     assert watched(run)[0] == status  # following it ends, too
 
 
@@ -202,7 +202,9 @@ def test_before_the_first_heartbeat(run: Path, watched: Watch) -> None:
     (run / "metrics.jsonl").unlink()
     (run / "checkpoints/step-00000300/manifest.json").unlink()
     status, told = watched(run, "--once", "--patience", "0.2")
-    assert status == 1 and "failed, step 0 of 1,000 (0%)" in told and "no heartbeat yet: it starts, or died" in told
+    assert (
+        status == 1 and "failed, step 0 of 1,000 (0%)" in told and "no heartbeat yet: it is starting, or died" in told
+    )
 
 
 @pytest.mark.parametrize(
