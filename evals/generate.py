@@ -103,7 +103,7 @@ def prompt_ids(
     positions = opened.decoder.config.max_positions
     if len(ids) + max_new_tokens > positions:
         raise ValueError(
-            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones go beyond the model's {positions} positions "
+            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones exceed the model's {positions} positions "
             f"(model.max_positions); shorten the prompt or lower {lower}"
         )
     return ids
@@ -184,12 +184,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="tokens (default 100)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="probability to sample from (default 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling (default 0)")
-    parser.add_argument("--density", type=float, metavar="RHO", help="mean density, as trained unless given")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the sampling (default 0)")
+    parser.add_argument("--density", type=float, metavar="RHO", help="mean density (default: as trained)")
     parser.add_argument(
-        "--dial", type=path_argument, metavar="FILE", help="for --density; RUN/dial/dial.json unless given"
+        "--dial", type=path_argument, metavar="FILE", help="thresholds for --density (default: RUN/dial/dial.json)"
     )
-    parser.add_argument("--bars", action="store_true", help="a line a token, with its share of layers as a bar")
+    parser.add_argument("--bars", action="store_true", help="one line per token, with its share of layers as a bar")
     add_placement(parser)
     return parser
 

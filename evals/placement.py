@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 """Tokens that run at once unless the user says otherwise."""
-IN_FP32 = "run it with --dtype fp32 if it was not, or take an earlier checkpoint"
+IN_FP32 = "run it with --dtype fp32, or if that was used, take an earlier checkpoint"
 """What to do about logits that are not finite."""
 NO_TOKEN = f"the model's logits are not finite (NaN or infinite), so there is no next token; {IN_FP32}"
 _TIMEOUT_S = 3600.0  # how long a rank may be ahead of another
@@ -64,7 +64,7 @@ class Placement:
 
 def add_placement(parser: argparse.ArgumentParser) -> None:
     """``--device`` and ``--dtype``, the same for every command that runs a model."""
-    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N; cuda where there is one unless given")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda or cuda:N (default: cuda if there is one)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="of weights and activations")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
@@ -89,9 +89,9 @@ def check_placement(options: argparse.Namespace, ranks: bool = False) -> None:
     check_device(options.device)
     count = ranks_by_environment()
     if count > 1 and not ranks:
-        raise ValueError(f"this command runs in one process, and a launcher has started {count}; start it with python")
+        raise ValueError(f"this command runs in one process, but a launcher has started {count}; start it with python")
     if count > 1 and ":" in (options.device or ""):
-        raise ValueError(f"--device {options.device} is one device, and there are {count} ranks; give --device cuda")
+        raise ValueError(f"--device {options.device} is one device, but there are {count} ranks; give --device cuda")
 
 
 @contextmanager

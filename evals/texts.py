@@ -16,9 +16,11 @@ from tune.config import TuneConfig
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """``--format`` and ``--text-field``, the same for every command that takes files of text."""
-    parser.add_argument("--format", choices=sorted(set(FORMATS.values())), help="inferred from the name unless given")
     parser.add_argument(
-        "--text-field", metavar="NAME", help="field or column with the text; that of the run's own data unless given"
+        "--format", choices=sorted(set(FORMATS.values())), help="format of the files (default: inferred from the name)"
+    )
+    parser.add_argument(
+        "--text-field", metavar="NAME", help="field or column with the text (default: that of the run's own data)"
     )
 
 
@@ -70,7 +72,7 @@ def _format(file: Path, kind: str | None) -> Any:
     found = kind or format_of(file)
     if found is None:
         raise ValueError(
-            f"the format of {file} cannot be inferred from its name (known endings: {' '.join(FORMATS)}); say it: "
+            f"the format of {file} cannot be inferred from its name (known endings: {' '.join(FORMATS)}); give it with "
             f"--format {' or '.join(sorted(set(FORMATS.values())))}"
         )
     return found

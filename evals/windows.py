@@ -33,7 +33,9 @@ def open_set(config: DataConfig, name: str | None) -> ValidationSet:
     """
     names = [source.name for source in config.validation]
     if not names:
-        raise ValueError("the run's config has no data.validation, and there is nothing else to measure on; add a set")
+        raise ValueError(
+            "the run's config has no data.validation, so there is nothing to measure on; add a validation set"
+        )
     if name is None or name in names:
         return ValidationSet(config, name or names[0])
     raise ValueError(f"there is no validation set '{name}'; {did_you_mean(name, names)}")

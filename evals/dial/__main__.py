@@ -151,7 +151,7 @@ def _folder_of(run_or_checkpoint: Path) -> Path:
     """``RUN/dial``, for a run or one of its checkpoints."""
     folder = folder_of(run_or_checkpoint)
     if folder is None:
-        raise ValueError(f"{run_or_checkpoint} lies in no run folder; say with --out where to write")
+        raise ValueError(f"{run_or_checkpoint} is not in a run folder; say with --out where to write")
     return folder
 
 
@@ -169,7 +169,9 @@ def table(dial: Dial) -> str:
             f"{point.loss:>9.4f}{against:>17}"
         )
     if any(point.flops_per_token > point.dense_flops_per_token for point in dial.points):
-        lines.append("above 100 % of dense: every token runs every layer and its router, which a dense model has not")
+        lines.append(
+            "above 100 % of dense: every token runs every layer and its router, which a dense model does not have"
+        )
     return "\n".join(lines)
 
 
@@ -182,17 +184,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--densities", type=float, nargs="+", default=list(DENSITIES), metavar="RHO", help="above 0 and at most 1"
     )
-    parser.add_argument("--set", metavar="NAME", help="validation set; the first one unless given")
+    parser.add_argument("--set", metavar="NAME", help="validation set (default: the first one)")
     parser.add_argument(
-        "--calibration-samples", type=int, metavar="N", help="windows; as many as --samples unless given"
+        "--calibration-samples", type=int, metavar="N", help="windows to calibrate on (default: as many as --samples)"
     )
     parser.add_argument(
         "--samples",
         type=int,
         metavar="N",
-        help="other windows to measure on; those of the training's evaluation, or half of the set, unless given",
+        help="other windows to measure on (default: those of the training's evaluation, or half of the set)",
     )
-    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="RUN/dial unless given")
+    parser.add_argument("--out", type=path_argument, metavar="FOLDER", help="folder to write (default: RUN/dial)")
     add_placement(parser)
     options = parser.parse_args(arguments)
     with user_errors():
@@ -206,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = loaded.config
         if not isinstance(config, PretrainConfig):
             raise ValueError(
-                f"{loaded.source} is not of a stage-one run, whose validation windows the dial is measured on; give a "
+                f"{loaded.source} is not from a stage-one run, on whose validation windows a dial is measured; give a "
                 "stage-one run or one of its checkpoints"
             )
         assert loaded.step is not None

@@ -118,8 +118,8 @@ class Dial(Strict):
         nearest = min(max(density, self.points[0].density), self.points[-1].density)
         if nearest != density:
             warnings.warn(
-                f"density {density:g} is outside of what was calibrated ({self.points[0].density:.3f} to "
-                f"{self.points[-1].density:.3f}), so the nearest point is taken; calibrate it with --densities",
+                f"density {density:g} is outside the calibrated range ({self.points[0].density:.3f} to "
+                f"{self.points[-1].density:.3f}), so the nearest point is used; calibrate it with --densities",
                 stacklevel=2,
             )
         if nearest == self.points[-1].density:

@@ -63,23 +63,27 @@ def _parser() -> argparse.ArgumentParser:
         "--data",
         type=path_argument,
         metavar="DATA",
-        help=f"folder that holds {BLIMP}/, tuning/, {QUESTIONS}/ and {TEXT}",
+        help=f"folder with {BLIMP}/, tuning/, {QUESTIONS}/ and {TEXT}",
     )
-    parser.add_argument("--text", type=path_argument, metavar="FILE", help=f"of {PERPLEXITY}, instead of DATA/{TEXT}")
+    parser.add_argument(
+        "--text", type=path_argument, metavar="FILE", help=f"text for {PERPLEXITY}, instead of DATA/{TEXT}"
+    )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="its field or column (default: text)")
-    parser.add_argument("--hub", action="store_true", help="know the harness's own tasks, whose data the Hub has")
-    parser.add_argument("--include", type=path_argument, metavar="FOLDER", help="of task files of your own")
+    parser.add_argument(
+        "--hub", action="store_true", help="also find the harness's own tasks, whose data is on the Hub"
+    )
+    parser.add_argument("--include", type=path_argument, metavar="FOLDER", help="folder with task files of your own")
     parser.add_argument(
         "--shots",
         type=int,
         metavar="N",
-        help="examples before each question (unless given 1 for classify and one_shot, else 0)",
+        help="examples before each question (default: 1 for classify and one_shot, else 0)",
     )
-    parser.add_argument("--window", type=int, metavar="N", help="tokens; those of the training's windows unless given")
-    parser.add_argument("--limit", type=int, metavar="N", help="first documents of each task; all unless given")
+    parser.add_argument("--window", type=int, metavar="N", help="tokens of a window (default: as in training)")
+    parser.add_argument("--limit", type=int, metavar="N", help="first documents of each task (default: all)")
     add_batch(parser)
     parser.add_argument("--against", type=path_argument, metavar="HF_DIR", help="an export to run the same tasks on")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that HF_DIR brings")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the modelling code in HF_DIR")
     add_placement(parser)
     parser.add_argument(
         "--json", type=path_argument, metavar="OUT", help="write metrics and log-likelihoods to this file, too"
@@ -148,7 +152,7 @@ def _known(options: argparse.Namespace, tasks: Sequence[dict[str, Any] | str]) -
     for name in names:
         if name not in known.all_tasks:
             others = [BLIMP, f"{CLASSIFY}NAME", ONE_SHOT, PERPLEXITY]
-            more = "--include names a folder of task files" + ("" if options.hub else ", --hub knows the harness's own")
+            more = "--include names a folder of task files" + ("" if options.hub else ", --hub finds the harness's own")
             raise ValueError(f"{no_such_task(name, known, others)}; {more}")
     return known
 

@@ -57,8 +57,8 @@ class Finished:
                     continue  # cut short by a kill
                 if not isinstance(line, dict) or not line.keys() >= _FIELDS:
                     raise ValueError(
-                        f"{self.path}, line {number} is no finished task of this command; move the file away, or give "
-                        "--json another name"
+                        f"{self.path}, line {number} is not a finished task of this command; move the file away, or "
+                        "give --json another name"
                     )
                 self._found[line["task"]] = line
 

@@ -58,15 +58,15 @@ def open_export(
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"{folder} is no Hugging Face folder: it has no config.json; write one with convert.to_hf")
+        raise ValueError(f"{folder} is not a Hugging Face folder: it has no config.json; write one with convert.to_hf")
     if (folder / ADAPTER_FOLDER).is_dir():
         raise ValueError(
-            f"{folder} keeps its adapters apart, in {ADAPTER_FOLDER}/, and would be scored without them; export the "
-            "run with: python -m convert.to_hf RUN OUT --adapters merged"
+            f"{folder} has separate adapters in {ADAPTER_FOLDER}/, and would be scored without them; export the run "
+            "with: python -m convert.to_hf RUN OUT --adapters merged"
         )
     if "auto_map" in json.loads(path.read_text(encoding="utf-8")) and not trust_remote_code:
         raise ValueError(
-            f"{folder} comes with modelling code of its own, which is not run unasked; if you trust who wrote it, add "
+            f"{folder} has its own modelling code, which runs only on request; if you trust its author, add "
             "--trust-remote-code"
         )
     return Export(

@@ -79,7 +79,7 @@ def local_tasks(
             if not questions:
                 where = "DATA, which --data names" if data is None else data
                 raise ValueError(
-                    f"{ONE_SHOT} reads {QUESTIONS}/*.jsonl in {where}, and there is none; see docs/evaluation.md, or "
+                    f"{ONE_SHOT} reads {QUESTIONS}/*.jsonl in {where}, but there is none; see docs/evaluation.md, or "
                     "read the harness's own from the Hub with --hub"
                 )
             few = shots if shots is not None else int(name == ONE_SHOT)
@@ -143,8 +143,8 @@ def _classify(name: str, test: Path, shots: int) -> dict[str, Any]:
     labels = sorted({fields["response"] for fields in rows})
     if not 2 <= len(labels) <= MOST_LABELS:
         raise ValueError(
-            f"{name}: {test} has {len(labels)} different responses, and labels to choose from are 2 to {MOST_LABELS}; "
-            "take a set with a few labels"
+            f"{name}: {test} has {len(labels)} different responses, but labels to choose from must be 2 to "
+            f"{MOST_LABELS}; take a set with few labels"
         )
     if shots:
         files.append(test.with_name(test.name.removesuffix("-test.jsonl") + "-train.jsonl"))

@@ -45,11 +45,19 @@ _STOP_S = 5
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser("evals.play", __doc__)
     parser.add_argument("model", type=path_argument, metavar="MODEL", help="a run, a checkpoint or a folder of weights")
-    parser.add_argument("--dial", type=path_argument, metavar="FILE", help="RUN/dial/dial.json unless given")
-    parser.add_argument("--host", default=HOST, metavar="ADDRESS", help=f"to listen on ({HOST} unless given)")
-    parser.add_argument("--port", type=int, default=PORT, metavar="N", help=f"{PORT} unless given; 0 takes a free one")
     parser.add_argument(
-        "--max-new-tokens", type=int, default=NEW_TOKENS, metavar="N", help=f"most of a request (default {NEW_TOKENS})"
+        "--dial", type=path_argument, metavar="FILE", help="thresholds for densities (default: RUN/dial/dial.json)"
+    )
+    parser.add_argument("--host", default=HOST, metavar="ADDRESS", help=f"address to listen on (default {HOST})")
+    parser.add_argument(
+        "--port", type=int, default=PORT, metavar="N", help=f"port to listen on, 0 for a free one (default {PORT})"
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=NEW_TOKENS,
+        metavar="N",
+        help=f"largest max_tokens of a request (default {NEW_TOKENS})",
     )
     parser.add_argument(
         "--waiting",
@@ -116,7 +124,7 @@ def _dial(options: argparse.Namespace, opened: Opened) -> tuple[Dial | None, str
         return None, "the compute dial is for models of stage one, and this one was tuned"
     folder = folder_of(options.model)
     if folder is None:
-        return None, "this model lies in no run; give its dial with --dial, from python -m evals.dial RUN"
+        return None, "this model is not in a run; give its dial with --dial, from python -m evals.dial RUN"
     try:
         return Dial.load(folder / JSON, config, step), ""
     except ValueError as error:
@@ -155,8 +163,8 @@ def _serve(options: argparse.Namespace, placement: Placement, listening: socket.
     server = uvicorn.Server(how)
     if not alone:
         print(
-            f"warning: {options.host} lets other machines in, and there is no password: whoever reaches port "
-            f"{port} can use the model",
+            f"warning: {options.host} lets other machines in without a password: anyone who reaches port {port} can "
+            "use the model",
             file=sys.stderr,
         )
     shown = f"[{address}]" if ":" in address else address

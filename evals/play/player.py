@@ -98,7 +98,7 @@ class Player:
             beyond = next((token for token in prompt if token >= self.config.vocab_size), None)
             if beyond is not None:
                 raise RequestError(
-                    f"prompt: the id {beyond} is none of the model's {self.config.vocab_size}; correct it", "prompt"
+                    f"prompt: the id {beyond} is not one of the model's {self.config.vocab_size}; correct it", "prompt"
                 )
         try:
             ids = prompt_ids(self.opened, prompt, request.max_tokens, "max_tokens")

@@ -130,7 +130,7 @@ def read_request(body: bytes) -> CompletionRequest:
 
 def _fix(field: str) -> str:
     description = CompletionRequest.model_fields[field].description
-    return f"{field} is: {description}" if description else "it has no meaning here; leave it out"
+    return f"{field} is: {description}" if description else "it is not supported; leave it out"
 
 
 class Answer:

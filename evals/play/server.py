@@ -96,8 +96,7 @@ class Completions:
     def _seat(self) -> Iterator[None]:
         if self._here > self._waiting:
             raise RequestError(
-                f"one request is being answered and {self._waiting} wait, which is the most (--waiting); try again "
-                "later",
+                f"one request is being answered and {self._waiting} wait, the maximum (--waiting); try again later",
                 status=429,
             )
         self._here += 1
@@ -204,5 +203,5 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _fault(_: Request, error: Exception) -> Response:
-    body = {"message": f"a fault of the server ({type(error).__name__}); its output has the traceback"}
+    body = {"message": f"internal error of the server ({type(error).__name__}); its output has the traceback"}
     return JSONResponse({"error": {**body, "type": "server_error", "param": None, "code": None}}, 500)

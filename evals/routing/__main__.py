@@ -40,7 +40,7 @@ def _out(path: Path, given: Path | None) -> Path:
     if out is None:
         run = run_of(path)
         if run is None:
-            raise ValueError(f"{path} lies in no run folder; say with --out where to write")
+            raise ValueError(f"{path} is not in a run folder; say with --out where to write")
         out = run / NAME
     if out.suffix.lower() not in (".html", ".htm"):
         raise ValueError(f"--out must end in .html, got {out}; a report is a page for a browser")
@@ -57,18 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="MODEL",
         help="a run of either stage, one of its checkpoints, or a folder of weights",
     )
-    parser.add_argument("files", nargs="*", metavar="FILES", help="texts; the run's validation set if none")
+    parser.add_argument("files", nargs="*", metavar="FILES", help="text files (default: the run's validation set)")
     parser.add_argument(
-        "--tokens", type=int, default=TOKENS, metavar="N", help=f"how many tokens to run, about; {TOKENS} unless given"
+        "--tokens", type=int, default=TOKENS, metavar="N", help=f"about how many tokens to run (default {TOKENS})"
     )
     add_text_options(parser)
-    parser.add_argument("--out", type=path_argument, metavar="FILE", help=f"an .html file; RUN/{NAME} unless given")
+    parser.add_argument("--out", type=path_argument, metavar="FILE", help=f"an .html file (default: RUN/{NAME})")
     add_placement(parser)
     options = parser.parse_args(arguments)
     with user_errors():
         check_placement(options)
         if options.tokens < FEWEST:
-            raise ValueError(f"--tokens must be at least {FEWEST} to say anything, got {options.tokens}; raise it")
+            raise ValueError(
+                f"--tokens must be at least {FEWEST} for a meaningful report, got {options.tokens}; raise it"
+            )
         preflight.open_model(options.path)
         out = _out(options.path, options.out)
         files = text_files(options.files, options.format) if options.files else []

@@ -75,8 +75,8 @@ def observe(decoder: Decoder, batches: Sequence[Batch]) -> Observed:
     tokens = torch.cat([torch.zeros(0, dtype=torch.int64), *(batch.tokens[0] for batch in batches)])
     if len(tokens) < FEWEST:
         raise ValueError(
-            f"the text has {len(tokens)} tokens, and a report needs at least {FEWEST} to say anything; give longer "
-            "files, or raise --tokens"
+            f"the text has {len(tokens)} tokens, but a meaningful report needs at least {FEWEST}; give longer files, "
+            "or raise --tokens"
         )
     if int(tokens.max()) >= decoder.config.vocab_size:
         raise ValueError(

@@ -78,7 +78,7 @@ def own_windows(config: PretrainConfig | TuneConfig, tokenizer: TextTokenizer, t
         batches = list(opened.batches(0, 1, 1, max(tokens // config.data.sequence_tokens, 1)))
         return f"validation set {opened.name}", batches
     if not config.data.validation:
-        raise ValueError("the run's config has no data.validation, and there is nothing else to read; give text files")
+        raise ValueError("the run's config has no data.validation, so there is nothing to read; give text files")
     source = config.data.validation[0]
     examples = read_examples(source, config.data, tokenizer)
     wanted = min(max(int(tokens / examples.inputs.mean()), 1), len(examples))

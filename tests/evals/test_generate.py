@@ -186,7 +186,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("options", "sentence"),
     [
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["--max-new-tokens", str(POSITIONS)], f"go beyond the model's {POSITIONS} positions"),
+        (["--max-new-tokens", str(POSITIONS)], f"exceed the model's {POSITIONS} positions"),
         (["--temperature", "-1"], "--temperature must be 0 (greedy) or a positive number"),
         (["--temperature", "nan"], "--temperature must be 0 (greedy) or a positive number"),
         (["--top-p", "0"], "--top-p must be above 0"),

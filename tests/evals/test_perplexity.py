@@ -83,7 +83,7 @@ def test_the_text_field_is_that_of_the_runs_own_data(
     assert json.loads(out.read_text())["results"][0]["bytes"] == len((TEXTS[0] + TEXTS[1]).encode())
     capsys.readouterr()
     error = _refused(capsys, str(weights), str(file), "--text-field", "titel")
-    assert "line 1 has no field 'titel' (there: body, text); name the one with the text" in error
+    assert "line 1 has no field 'titel' (found: body, text); name the one with the text" in error
     assert "--text-field on a command line" in error
 
 
@@ -214,4 +214,4 @@ def test_models_that_cannot_be(
     assert "expert_choice" in _refused(capsys, str(looking_ahead), str(jsonl))
     torn = Path(shutil.copytree(weights, tmp_path / "torn"))
     (torn / "model.safetensors").write_bytes(b"")
-    assert "not a whole folder" in _refused(capsys, str(torn), str(jsonl))
+    assert "not a complete folder" in _refused(capsys, str(torn), str(jsonl))

@@ -261,10 +261,10 @@ def test_thresholds_between_the_points(dial: Dial, decoder: Decoder, windows: Wi
 
 
 def test_a_density_outside_of_the_points_gives_the_nearest_and_a_warning(dial: Dial) -> None:
-    with pytest.warns(UserWarning, match=r"density 0.1 is outside of what was calibrated \(0.200 to 1.000\), so the"):
+    with pytest.warns(UserWarning, match=r"density 0.1 is outside the calibrated range \(0.200 to 1.000\), so the"):
         assert dial.thresholds(0.1).tolist() == pytest.approx(dial.points[0].thresholds)
     short = dial.model_copy(update={"points": dial.points[:-1]})
-    with pytest.warns(UserWarning, match=r"outside of what was calibrated \(0.200 to 0.900\)"):
+    with pytest.warns(UserWarning, match=r"outside the calibrated range \(0.200 to 0.900\)"):
         assert short.thresholds(1.0).tolist() == pytest.approx(short.points[-1].thresholds)
     for density in (0.0, -0.5, 1.01):
         with pytest.raises(ValueError, match=r"a density must be above 0 and at most 1, got "):
@@ -339,7 +339,7 @@ def test_what_the_command_refuses(trained_run: Path, tmp_path: Path, capsys: pyt
 
 def test_a_run_without_validation_sets(loaded: Loaded) -> None:
     data = loaded[1].data.model_copy(update={"validation": []})
-    with pytest.raises(ValueError, match=r"the run's config has no data.validation, and there is nothing else"):
+    with pytest.raises(ValueError, match=r"the run's config has no data.validation, so there is nothing to measure"):
         open_set(data, None)
 
 
@@ -347,7 +347,7 @@ def test_more_than_a_dense_model_takes_is_explained(dial: Dial) -> None:
     assert all(point.flops_per_token <= point.dense_flops_per_token for point in dial.points[:-1])
     full = dial.points[-1].model_copy(update={"flops_per_token": 1.01 * dial.points[-1].dense_flops_per_token})
     more = dial.model_copy(update={"points": [*dial.points[:-1], full]})
-    assert "101.0%" in table(more) and table(more).endswith("its router, which a dense model has not")
+    assert "101.0%" in table(more) and table(more).endswith("its router, which a dense model does not have")
 
 
 def test_the_picture_shows_every_point(dial: Dial) -> None:
@@ -375,5 +375,5 @@ def test_what_is_not_of_stage_one_has_no_dial(
     with pytest.raises(SystemExit):
         main([str(tmp_path / "weights"), "--out", str(tmp_path)])
     assert (
-        "weights is not of a stage-one run, whose validation windows the dial is measured on" in capsys.readouterr().err
+        "weights is not from a stage-one run, on whose validation windows a dial is measured" in capsys.readouterr().err
     )

@@ -91,7 +91,7 @@ def test_a_rerun_takes_what_is_finished(
     kept.write_text('{"task": "choose"}\n')
     with pytest.raises(SystemExit):
         main([*options, "--tasks", "choose"])
-    assert "scores.tasks.jsonl, line 1 is no finished task of this command; move the" in capsys.readouterr().err
+    assert "scores.tasks.jsonl, line 1 is not a finished task of this command; move the" in capsys.readouterr().err
 
 
 def test_bf16_is_near_fp32(weights: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -148,7 +148,7 @@ def test_a_task_of_the_hub_that_is_misspelt_or_out_of_reach(
     with pytest.raises(SystemExit):
         main([str(weights), "--tasks", "piqa", "--hub"])
     assert "error: task 'piqa' cannot be loaded (" in (error := capsys.readouterr().err.splitlines()[-1])
-    assert "see that it can be reached, or leave the task out" in error
+    assert "check that it can be reached, or leave the task out" in error
     with pytest.raises(ValueError, match=r"train.evaluation.tasks: there is no task 'piqaa'; did you mean 'piqa'\?"):
         harness.HarnessTasks(["piqaa"], None, 0)
 
@@ -157,7 +157,7 @@ def test_a_task_of_the_hub_that_is_misspelt_or_out_of_reach(
     ("options", "ranks", "sentence"),
     [
         (["--device", "tpu"], "1", "--device must be cpu or cuda (or cuda:N), got tpu"),
-        (["--device", "cuda:1"], "2", "--device cuda:1 is one device, and there are 2 ranks; give --device cuda"),
+        (["--device", "cuda:1"], "2", "--device cuda:1 is one device, but there are 2 ranks; give --device cuda"),
         (["--against", "x"], "2", "--against runs the harness's own loader, in one process; start it with python"),
     ],
 )

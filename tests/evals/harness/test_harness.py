@@ -221,15 +221,15 @@ def test_an_export_that_keeps_its_adapters_apart(
     (tmp_path / "adapter").mkdir()
     (tmp_path / "config.json").write_text("{}")
     options = ["--tasks", "blimp", "--data", str(data), "--against", str(tmp_path)]
-    assert "keeps its adapters apart, in adapter/, and would be" in refused(capsys, str(weights), *options)
+    assert "has separate adapters in adapter/, and would be" in refused(capsys, str(weights), *options)
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["--tasks", "blimp"], "say with --data where DATA is"),
-        (["--tasks", "one_shot"], "one_shot reads tasks/*.jsonl in DATA, which --data names, and there is none"),
-        (["--tasks", "one_shot", "--data", "DATA"], "and there is none; see docs/evaluation.md"),
+        (["--tasks", "one_shot"], "one_shot reads tasks/*.jsonl in DATA, which --data names, but there is none"),
+        (["--tasks", "one_shot", "--data", "DATA"], "but there is none; see docs/evaluation.md"),
         (["--tasks", "perplexity"], "name it with --text"),
         (["--tasks", "blimp", "--data", "/nowhere"], "holds no *.jsonl with minimal pairs"),
         (["--tasks", "perplexity", "--data", "DATA"], "there is no file"),

@@ -90,7 +90,7 @@ def test_texts_are_read_by_their_names(weights: Path, tmp_path: Path, capsys: py
         ("plain", b"", "plain cannot be inferred from its name; rename it"),
         ("latin.txt", b"na\xefve", "latin.txt cannot be read: document 1 is not valid Unicode"),
         ("empty.jsonl", b'{"text": ""}\n', "empty.jsonl holds no text to score; name another with --text"),
-        ("field.jsonl", b'{"body": "x"}\n', "line 1 has no field 'text' (there: body); name the one with the text"),
+        ("field.jsonl", b'{"body": "x"}\n', "line 1 has no field 'text' (found: body); name the one with the text"),
     ):
         (tmp_path / name).write_bytes(content)
         assert told in refused(capsys, str(weights), "--tasks", "perplexity", "--text", str(tmp_path / name))

@@ -84,7 +84,7 @@ def test_other_machines_get_in_only_if_asked(tmp_path: Path, tiny: dict[str, Any
     run = run_folder(tmp_path / "mine", tiny)
     with Processes("evals.play", str(run), "--port", "0", "--host", "0.0.0.0", "--dtype", "bf16") as server:
         address = _served(server).replace("0.0.0.0", "127.0.0.1")
-        assert "warning: 0.0.0.0 lets other machines in, and there is no password" in server.output
+        assert "warning: 0.0.0.0 lets other machines in without a password" in server.output
         connection = http.client.HTTPConnection(address, timeout=30)
         connection.request("GET", "/v1/models", headers={"host": "my-server:8000"})
         (model,) = json.loads(connection.getresponse().read())["data"]

@@ -134,7 +134,7 @@ def test_stopping_and_refusals_are_told(corpus: dict[str, Any]) -> None:
         await page.js("document.getElementById('go').click()")
         await page.until("!document.getElementById('error').hidden")
         told = await page.js("document.getElementById('error').textContent")
-        assert told.startswith("a prompt of 1 tokens and 4000 new ones go beyond the model's 64 positions")
+        assert told.startswith("a prompt of 1 tokens and 4000 new ones exceed the model's 64 positions")
         page.problems.clear()  # the console says 400, too
 
     with served(made) as address:

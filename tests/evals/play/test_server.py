@@ -160,19 +160,19 @@ REFUSED = {
     "unknown field": (b'{"densty": 1}', "densty", "there is no field 'densty'; did you mean 'density'?"),
     "another type": (b'{"prompt": {"a": 1}}', "prompt", "prompt: input should be a valid string"),
     "two prompts": (b'{"prompt": ["a", "b"]}', "prompt", "prompt is: To continue: one text"),
-    "an id beyond": (b'{"prompt": [1, 99999]}', "prompt", "the id 99999 is none of the model's 400; correct it"),
+    "an id beyond": (b'{"prompt": [1, 99999]}', "prompt", "the id 99999 is not one of the model's 400; correct it"),
     "no tokens": (b'{"max_tokens": 0}', "max_tokens", "greater than or equal to 1, got 0; max_tokens is: New tokens"),
     "too many": (b'{"max_tokens": 1001}', "max_tokens", "at most 1000, got 1001; ask for fewer, or start the server"),
     "too hot": (b'{"temperature": -1}', "temperature", "got -1; temperature is: 0 is greedy"),
-    "several": (b'{"n": 2}', "n", "n: input should be less than or equal to 1, got 2; it has no meaning here"),
-    "log-probabilities": (b'{"logprobs": 3}', "logprobs", "it has no meaning here; leave it out"),
+    "several": (b'{"n": 2}', "n", "n: input should be less than or equal to 1, got 2; it is not supported"),
+    "log-probabilities": (b'{"logprobs": 3}', "logprobs", "it is not supported; leave it out"),
     "density 0": (b'{"density": 0}', "density", "greater than 0, got 0; density is: The compute dial"),
     "density beyond": (b'{"density": 0.1}', "density", "density must be from 0.250 to 1.000"),
     "another model": (b'{"model": "tni"}', "model", "there is no model 'tni'; did you mean 'tiny'?"),
     "beyond the window": (
         json.dumps({"prompt": [5] * 4090, "max_tokens": 7}).encode(),
         "prompt",
-        "a prompt of 4090 tokens and 7 new ones go beyond the model's 4096 positions (model.max_positions); shorten "
+        "a prompt of 4090 tokens and 7 new ones exceed the model's 4096 positions (model.max_positions); shorten "
         "the prompt or lower max_tokens",
     ),
 }
@@ -216,7 +216,7 @@ def test_one_is_answered_at_a_time_and_one_too_many_is_sent_away(tiny: Player, c
         first = client.completions.create(**asked, max_tokens=1000, stream=True)
         next(iter(first))
         second = client.completions.create(**asked | {"prompt": [40, 41]}, max_tokens=3, stream=True)
-        with pytest.raises(openai.RateLimitError, match="one request is being answered and 1 wait, which is the most"):
+        with pytest.raises(openai.RateLimitError, match="one request is being answered and 1 wait, the maximum"):
             client.completions.create(**asked)
         assert passes.count(2) == 0  # the second one's prompt has not run
         first.close()  # the client goes away
@@ -254,4 +254,4 @@ def test_a_fault_of_ours_is_500_in_the_same_form(corpus: dict[str, Any], monkeyp
     monkeypatch.setattr(made, "answer", lambda asked: 1 / 0)
     with served(made) as there:
         status, answer = post(there, b"{}")
-    assert status == 500 and answer["error"]["message"].startswith("a fault of the server (ZeroDivisionError)")
+    assert status == 500 and answer["error"]["message"].startswith("internal error of the server (ZeroDivisionError)")

@@ -322,7 +322,7 @@ def test_windows_of_a_tuning_run(tokenizer: TextTokenizer, corpus: dict[str, Any
     loaded = Loaded(_decoder(ensemble=True), config, 1, tmp_path)
     report = report_on(loaded, [], 100, "tuned")
     assert report.votes is not None and report.votes.tokens[-1] == int(sum((b.targets >= 0).sum() for b in windows))
-    with pytest.raises(ValueError, match=r"has no data.validation, and there is nothing else to read; give text files"):
+    with pytest.raises(ValueError, match=r"has no data.validation, so there is nothing to read; give text files"):
         own_windows(config.model_copy(update={"data": config.data.model_copy(update={"validation": []})}), tokenizer, 9)
 
 
@@ -353,12 +353,12 @@ def test_what_the_command_refuses(
         ([str(tmp_path / "none"), *out], f"there is no folder {tmp_path / 'none'}; give a run, a checkpoint or"),
         ([str(tmp_path), *out], "is neither a run folder nor a whole checkpoint"),
         ([model, *out], "is a folder of weights, without a validation set; give text files"),
-        ([model, text], f"{folder} lies in no run folder; say with --out where to write"),
+        ([model, text], f"{folder} is not in a run folder; say with --out where to write"),
         ([model, str(tmp_path / "no.txt"), *out], f"no file matches '{tmp_path / 'no.txt'}'; correct"),
-        ([model, str(empty), *out], f"the text has 0 tokens, and a report needs at least {FEWEST} to say anything;"),
-        ([model, str(short), *out], "tokens, and a report needs at least 64 to say anything; give longer files"),
+        ([model, str(empty), *out], f"the text has 0 tokens, but a meaningful report needs at least {FEWEST};"),
+        ([model, str(short), *out], "tokens, but a meaningful report needs at least 64; give longer files"),
         ([model, str(tmp_path / "broken.jsonl"), *out], "broken.jsonl cannot be read: document 0: field 'text' must"),
-        ([model, text, "--tokens", "3", *out], "--tokens must be at least 64 to say anything, got 3; raise it"),
+        ([model, text, "--tokens", "3", *out], "--tokens must be at least 64 for a meaningful report, got 3; raise it"),
         (
             [model, text, "--out", str(tmp_path / "no/report.html")],
             "to write report.html in; create it, or give another",
