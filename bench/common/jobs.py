@@ -78,7 +78,7 @@ def device_sets(at_once: int, ranks: int) -> list[str | None]:
     if not count:
         return [None] * at_once
     if ranks > count:
-        raise ValueError(f"--ranks {ranks} needs as many GPUs, and there are {count}; take fewer ranks")
+        raise ValueError(f"--ranks {ranks} needs as many GPUs, but there are {count}; take fewer ranks")
     names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
     return [",".join(names[(place * ranks + rank) % count] for rank in range(ranks)) for place in range(at_once)]
 

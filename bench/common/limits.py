@@ -103,8 +103,8 @@ def require(verdicts: list[Verdict]) -> None:
     """
     if not verdicts:
         raise ValueError(
-            "--check found nothing to judge: nothing that bench/common/limits.py sets a limit for was measured; keep "
-            "the default densities and batches"
+            "--check has nothing to check: nothing with a limit in bench/common/limits.py was measured; keep the "
+            "default densities and batches"
         )
     missed = [f"{v.metric} is {v.value:.4g} ({v.sense} {v.limit:g})" for v in verdicts if not v.holds]
     if missed:

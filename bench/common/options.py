@@ -62,7 +62,9 @@ def add_densities(parser: argparse.ArgumentParser, default: Sequence[float] = (1
 def add_run(parser: argparse.ArgumentParser, repeats: int, check: bool = True) -> None:
     """Device, dtype, rounds and outputs."""
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda if there is one)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of weights and activations (default: fp32 on cpu, else bf16)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of weights and activations (default: fp32 on cpu, else bf16)"
+    )
     parser.add_argument("--repeats", type=int, default=repeats, help="measured rounds (default: %(default)s)")
     parser.add_argument("--json", type=path_argument, help="write the rows to this file")
     if check:

@@ -93,10 +93,10 @@ def _make_room(out: Path) -> None:
     from bench.gpu.summary import JSON
 
     if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} must be a folder and is a file; give another name")
+        raise ValueError(f"--out {out} must be a folder, but is a file; give another name")
     if out.is_dir() and any(out.iterdir()):
         if not (out / JSON).is_file():
-            raise ValueError(f"--out {out} holds something else than an earlier summary; give another folder")
+            raise ValueError(f"--out {out} holds something other than an earlier summary; give another folder")
         out.rename(out.with_name(f"{out.name}-before-{time.strftime('%Y%m%d-%H%M%S')}"))
     out.mkdir(parents=True, exist_ok=True)
 
@@ -137,12 +137,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of wall time, all in all (default: %(default)g)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/gpu"), help="folder for everything that is found (default: %(default)s)"
+        "--minutes", type=float, default=10.0, help="minutes of wall time in all (default: %(default)g)"
     )
-    parser.add_argument("--wheels", type=Path, help="folder of wheels to install from what is missing")
-    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="these parts (default: all)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/gpu"), help="folder for all results (default: %(default)s)"
+    )
+    parser.add_argument("--wheels", type=Path, help="folder of wheels from which missing packages are installed")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="run only these parts (default: all)")
     return parser.parse_args(arguments)
 
 

@@ -206,7 +206,7 @@ class Schedule:
         if found is not None or (not writes and outcome.status == PASSED):
             outcome.figures = outcome.part.read(found, text)
         elif outcome.status == PASSED:
-            outcome.status, outcome.reason = FAILED, f"ended well without {path.name}"
+            outcome.status, outcome.reason = FAILED, f"ended without an error, but without {path.name}"
         if outcome.status != PASSED:
             lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines() if line.strip()]
             outcome.last_lines = lines[-_LAST_LINES:]

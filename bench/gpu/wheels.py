@@ -107,7 +107,7 @@ def _closure(requirements: Sequence[str], python: str, glibc: int, root: Path) -
     words += ["--python-platform", f"x86_64-manylinux_2_{glibc}", "--constraint", str(root / "requirements.lock"), "-"]
     done = subprocess.run(words, input="\n".join(requirements), text=True, capture_output=True, check=False)
     if done.returncode:
-        raise ValueError(f"uv cannot resolve what is needed there: {done.stderr.strip()}")
+        raise ValueError(f"uv cannot resolve the requirements: {done.stderr.strip()}")
     return {normal(name): pin for name, pin in _LINE.findall(done.stdout)}
 
 
@@ -122,8 +122,8 @@ def _build(source: Path, out: Path) -> None:
         (wheel,) = Path(folder).glob("*.whl")
         if not wheel.name.endswith("-none-any.whl"):
             raise ValueError(
-                f"{source.name} is published as source only, and what it builds here, {wheel.name}, need not run on "
-                f"another machine; build it on one like that and put it into {out}"
+                f"{source.name} is published as source only, and the wheel built here, {wheel.name}, may not run on "
+                f"another machine; build it on a machine like that one and put it into {out}"
             )
         (out / wheel.name).write_bytes(wheel.read_bytes())
     source.unlink()

@@ -72,7 +72,7 @@ def _chosen(suite: Suite, runs: Sequence[Run], only: Sequence[str] | None, seeds
     chosen = [r for r in runs if (only is None or r.variant in only) and (seeds is None or r.seed in seeds)]
     if not chosen:
         there = ", ".join(map(str, dict.fromkeys(r.seed for r in runs)))
-        raise ValueError(f"--seeds leaves no run; the suite's seeds are {there}, and seeds=[...] gives it others")
+        raise ValueError(f"--seeds leaves no run; the suite's seeds are {there}, and seeds=[...] sets others")
     return chosen
 
 
@@ -112,12 +112,12 @@ def _refuse_impossible(suite: Suite, runs: Sequence[Run], ranks: int) -> None:
         return
     if not Path(suite.downstream.data).is_dir():
         raise ValueError(
-            f"downstream.data {suite.downstream.data} is no folder; name the one with blimp/ and books/ "
-            f"({{texts}} is what {TEXTS_VARIABLE} names, see docs/data.md)"
+            f"downstream.data {suite.downstream.data} is not a folder; name the one with blimp/ and books/ ({{texts}} "
+            f"is what {TEXTS_VARIABLE} names, see docs/data.md)"
         )
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(
-            "the suite has downstream tasks, and lm_eval is not installed; install it with: "
+            "the suite has downstream tasks, but lm_eval is not installed; install it with: "
             f"{install_command('requirements-dev.txt')}, or leave them out with downstream=null"
         )
 
@@ -201,16 +201,17 @@ def _parser() -> argparse.ArgumentParser:
         "--against",
         type=path_argument,
         metavar="FOLDER",
-        help="compare with the results.csv there, all but time; exit 1 where a figure is off by more than "
-        f"{TOLERANCE:g} relative. Same machine type, threads, ranks: else rounding alone is more",
+        help="compare with the results.csv there, except times; exit 1 if a figure differs by more than "
+        f"{TOLERANCE:g} relative. Needs the same machine type, threads and ranks: otherwise rounding alone "
+        "exceeds that",
     )
     add("--table", action="store_true", help="run nothing; write tables and pictures of what is there")
     add(
         "--slurm",
         nargs=argparse.REMAINDER,
         metavar="OPTION",
-        help="last: submit every run that is not done with launch.slurm and these options of it, --dry-run among them; "
-        "it refuses a run whose job is in the queue",
+        help="must be last: submit every run that is not done with launch.slurm and these of its options, such as "
+        "--dry-run; it refuses a run whose job is in the queue",
     )
     return made
 

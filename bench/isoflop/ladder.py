@@ -239,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
         "--at",
         type=positive_number(1e15),
         default=160e6,
-        help="what does the line say about so many parameters (default: %(default)g)",
+        help="number of parameters at which to evaluate the line (default: %(default)g)",
     )
     made.add_argument(
         "--out", type=path_argument, default=Path("runs/ladder"), help="for table and picture (default: %(default)s)"

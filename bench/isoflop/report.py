@@ -125,8 +125,8 @@ def whole_report(suite: Suite, results: Sequence[FinishedRun], planned_runs: int
             "",
             "## Time on this machine",
             "",
-            f"Relative to {suite.title(suite.reference)}; steps only, evaluations and saves left out. Runs that went "
-            "side by side, or beside anything else, have disturbed each other.",
+            f"Relative to {suite.title(suite.reference)}; steps only, evaluations and saves left out. Runs side by "
+            "side, or beside other work, have slowed each other down.",
             "",
             time_table(suite, results),
             "",
@@ -173,8 +173,8 @@ def compare(table: Sequence[dict[str, str]], other: Path) -> str:
                 largest, place = difference, f"{column} of {variant} with seed {seed}"
     if largest > TOLERANCE:
         raise ValueError(
-            f"{place} differs from {path} by {largest:.1e} relative, and at most {TOLERANCE:g} is the same; look for "
-            "another config, version, number of threads or ranks, or machine"
+            f"{place} differs from {path} by {largest:.1e} relative, more than the allowed {TOLERANCE:g}; look for a "
+            "different config, version, number of threads or ranks, or machine"
         )
     outcome = f"the largest relative difference is {largest:.1e} ({place})" if place else "they are the same"
     return f"{compared} figures of {len(ours)} runs agree with {path}: {outcome}"

@@ -104,13 +104,15 @@ class Suite(Strict):
         for name, variant in self.variants.items():
             if not re.fullmatch(_NAME, name):
                 problems.append(
-                    f"variant '{name}': a name is part of a folder's, so it must begin with a letter or digit and have "
-                    "letters, digits, _ and - only"
+                    f"variant '{name}': a name is part of a folder name, so it must begin with a letter or digit and "
+                    "have letters, digits, _ and - only"
                 )
             problems += _forbidden(variant.set, f"variant {name}: set", _OF_THE_SUITE | _THE_SAME_FOR_ALL, _OWN_DATA)
             problems += _twice(variant.seeds or [], f"variant {name}: ")
         if self.reference not in self.variants:
-            problems.append(f"reference '{self.reference}' is no variant; it must be one of {', '.join(self.variants)}")
+            problems.append(
+                f"reference '{self.reference}' is not a variant; it must be one of {', '.join(self.variants)}"
+            )
         elif self.variants[self.reference].equal_flops != "none":
             problems.append(f"variant {self.reference} is the reference, to which others are matched; leave out its "
                             "equal_flops")  # fmt: skip
@@ -188,10 +190,10 @@ def plan(suite: Suite, out: Path) -> list[Run]:
             config = _resolve(suite, name, keys)
             runs.append(Run(name, seed, folder, tuple(_overrides(keys)), config, planned_flops(config)))
     if not runs[0].config.data.validation:
-        raise ValueError(f"{suite.backbone} has no data.validation, and validation losses are what a suite compares")
+        raise ValueError(f"{suite.backbone} has no data.validation, but a suite compares validation losses")
     if mirror := next((run.config.train.checkpoint.mirror for run in runs if run.config.train.checkpoint.mirror), None):
         raise ValueError(
-            f"train.checkpoint.mirror {mirror} belongs to one run, and a suite has {len(runs)}; set it to null in the "
+            f"train.checkpoint.mirror {mirror} belongs to one run, but a suite has {len(runs)}; set it to null in the "
             "suite's set"
         )
     return runs
@@ -233,7 +235,7 @@ def _matched_density(suite: Suite, name: str, keys: Keys, config: PretrainConfig
     """The target density at which the planned FLOPs are ``reference``; they are linear in it."""
     if config.model.router is None:
         raise ValueError(
-            f"variant {name}: equal_flops density chooses the density of a router, and this model is dense; give it a "
+            f"variant {name}: equal_flops density chooses the density of a router, but this model is dense; give it a "
             "model.router, or take equal_flops: tokens"
         )
 
@@ -299,4 +301,4 @@ def _forbidden(
 
 def _twice(seeds: list[int], where: str) -> list[str]:
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
-    return [f"{where}seed {seed} stands twice, and two runs cannot share a folder; name it once" for seed in twice]
+    return [f"{where}seed {seed} is listed twice, but two runs cannot share a folder; list it once" for seed in twice]

@@ -318,7 +318,7 @@ def refuse_contestants(options: argparse.Namespace) -> None:
         if not 0 <= explore <= 1:
             raise ValueError(f"--explore must lie between 0 and 1, got {explore:g}")
     if not options.disk.is_dir():
-        raise ValueError(f"--disk {options.disk} is no folder; create it first")
+        raise ValueError(f"--disk {options.disk} is not a folder; create it first")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--per-token",
         action="store_true",
-        help="compare a question's choices by their nats a token, not by the sum, so that longer ones lose nothing",
+        help="compare a question's choices by nats per token instead of by the sum, which favours short ones",
     )
     made.add_argument("--markdown", type=path_argument, help="write the table there, too")
     options = made.parse_intermixed_args(arguments)

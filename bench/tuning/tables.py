@@ -15,8 +15,8 @@ from bench.tuning.runs import COMPARED, Runs, outcome
 from settings.tables import markdown
 
 PAIRED = (
-    "Intervals are a bootstrap over examples and seeds at once (bench/common/paired.py), the number of seeds behind "
-    "them; one that holds 0 tells no difference."
+    "Intervals come from a bootstrap over both examples and seeds (bench/common/paired.py), with the number of seeds "
+    "after them; an interval that contains 0 shows no difference."
 )
 
 

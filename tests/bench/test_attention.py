@@ -77,7 +77,7 @@ def test_the_check_needs_the_stated_lengths(capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit) as exit_info:
         attention.main([*TOY, "--check"])
     assert exit_info.value.code == 1
-    assert "--check found nothing to judge" in capsys.readouterr().err
+    assert "--check has nothing to check" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_the_check_judges_default_batches_only(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as exit_info:
         decode.main([*TOY[:-2], "3", "--densities", "0.5", "--check"])
     assert exit_info.value.code == 1
-    assert "--check found nothing to judge" in capsys.readouterr().err
+    assert "--check has nothing to check" in capsys.readouterr().err
     measured = decode.measure(decode.parse([*TOY, "--densities", "0.5"])).measured
     assert "decode/batch_1/routed_0.5" in measured
 

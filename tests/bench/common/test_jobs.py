@@ -17,5 +17,5 @@ def test_jobs_share_out_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert device_sets(3, 2) == ["0,1", "2,3", "0,1"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     assert device_sets(4, 1) == ["4", "5", "6", "7"]
-    with pytest.raises(ValueError, match="--ranks 5 needs as many GPUs, and there are 4"):
+    with pytest.raises(ValueError, match="--ranks 5 needs as many GPUs, but there are 4"):
         device_sets(1, 5)

@@ -54,7 +54,7 @@ def test_only_what_was_measured_is_judged() -> None:
 
 
 def test_nothing_to_judge_is_no_pass() -> None:
-    with pytest.raises(ValueError, match="found nothing to judge"):
+    with pytest.raises(ValueError, match="has nothing to check"):
         require([])
 
 

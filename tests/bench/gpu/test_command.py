@@ -56,8 +56,8 @@ def _main(words: list[str]) -> None:
         (["--minutes", "0"], "--minutes must be a number above 0, got 0"),
         (["--minutes", "nan"], "--minutes must be a number above 0, got nan"),
         (["--only", "decoding"], "--only decoding: there is no such part; the parts are facts, tests, training, step-"),
-        (["--out", "{folder}/file"], "must be a folder and is a file; give another name"),
-        (["--out", "{folder}"], "holds something else than an earlier summary; give another folder"),
+        (["--out", "{folder}/file"], "must be a folder, but is a file; give another name"),
+        (["--out", "{folder}"], "holds something other than an earlier summary; give another folder"),
     ],
 )
 def test_a_mistake_is_one_sentence(

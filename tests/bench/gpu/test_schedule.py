@@ -85,7 +85,7 @@ def test_a_part_that_fails_is_told_and_the_next_goes_on(run, tmp_path: Path) -> 
     assert not found.passed
     assert (bad.status, bad.reason, bad.last_lines) == ("failed", "exit status 3", ["first", "the end"])
     assert (good.status, good.reason) == ("passed", "") and good.figures == Figures("found 7", [{"x": 7}])
-    assert (silent.status, silent.reason) == ("failed", "ended well without silent.json")
+    assert (silent.status, silent.reason) == ("failed", "ended without an error, but without silent.json")
     assert judged.status == "failed" and judged.figures == Figures("found 7", [{"x": 7}])  # a missed limit's figures
     assert cut.status == "failed" and cut.figures is None
     assert plain.status == "passed" and plain.figures == Figures("a line")

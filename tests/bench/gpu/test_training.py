@@ -79,4 +79,4 @@ def test_a_gpu_that_is_not_there_is_one_sentence(
 
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     said = refused(import_module(f"bench.gpu.{module}").main, ["--device", "cuda"], capsys)
-    assert "--device cuda asks for a CUDA device and there is none" in said
+    assert "--device cuda asks for a CUDA device, but there is none" in said

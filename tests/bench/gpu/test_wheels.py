@@ -101,7 +101,7 @@ def test_a_wheel_for_a_newer_glibc_is_not_taken(index: Path, project: Path, tmp_
 
 
 def test_a_missing_package_is_told(index: Path, project: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"uv cannot resolve what is needed there: (?s:.*)torch"):
+    with pytest.raises(ValueError, match=r"uv cannot resolve the requirements: (?s:.*)torch"):
         wheels.collect(tmp_path / "out", "3.12", 35, frozenset(), project)
 
 
@@ -119,7 +119,7 @@ def test_what_would_hold_code_for_this_machine_is_refused(tmp_path: Path, monkey
     monkeypatch.setattr(wheels, "_pip", pip)
     (tmp_path / "zoo_c-1.0.tar.gz").touch()
     with pytest.raises(
-        ValueError, match=r"zoo_c-1.0.tar.gz is published as source only, and what it builds here, zoo_c-1"
+        ValueError, match=r"zoo_c-1.0.tar.gz is published as source only, and the wheel built here, zoo_c-1"
     ):
         wheels._build(tmp_path / "zoo_c-1.0.tar.gz", tmp_path)
 

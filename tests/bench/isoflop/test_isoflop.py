@@ -301,11 +301,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "jobs": (["--jobs", "0"], "--jobs must be at least 1, got 0"),
     "variant": (["--only", "skp"], "--only: the suite has no variant 'skp'; did you mean 'skip'?"),
     "no variant": (["--only", "zzz"], "the suite has no variant 'zzz'; there are: dense, skip"),
-    "seeds": (["--seeds", "7"], "--seeds leaves no run; the suite's seeds are 0, 1, and seeds=[...] gives it others"),
+    "seeds": (["--seeds", "7"], "--seeds leaves no run; the suite's seeds are 0, 1, and seeds=[...] sets others"),
     "override": (["tokns=5"], "unknown key 'tokns'; did you mean 'tokens'?"),
     "ranks": (["--ranks", "3"], "variant dense: train.global_batch_samples (8) must be divisible by"),
     "table": (["--table"], "no run of the suite is done below"),
-    "downstream": (["downstream={tasks: [blimp], data: /no/such}"], "downstream.data /no/such is no folder"),
+    "downstream": (["downstream={tasks: [blimp], data: /no/such}"], "downstream.data /no/such is not a folder"),
     "against": (["--against", "/no/such", "--only", "dense"], "there is no /no/such/results.csv"),
 }
 

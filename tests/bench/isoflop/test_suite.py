@@ -98,17 +98,17 @@ def test_a_key_of_the_command_line_wins_over_the_files(tiny: dict[str, Any], tmp
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "reference": ({"reference": "dnse"}, "reference 'dnse' is no variant; it must be one of dense, skip"),
+    "reference": ({"reference": "dnse"}, "reference 'dnse' is not a variant; it must be one of dense, skip"),
     "matched reference": ({"reference": "skip"}, "variant skip is the reference, .* leave out its equal_flops"),
     "no variants": ({"variants": {}}, "variants: dictionary should have at least 1 item"),
-    "name": ({"variants": {"dense": {}, "a/b": {}}}, "variant 'a/b': a name is part of a folder's"),
+    "name": ({"variants": {"dense": {}, "a/b": {}}}, "variant 'a/b': a name is part of a folder name"),
     "unknown key": ({"variants": {"dense": {"sett": {}}}}, "unknown key 'variants.dense.sett'; did you mean 'vari"),
     "unknown key of a run": (
         {"variants": {"dense": {"set": {"model.layer": 2}}}},
         "variant dense: .*did you mean 'model.l",
     ),
-    "seeds": ({"seeds": [3, 3]}, "seed 3 stands twice, and two runs cannot share a folder"),
-    "own seeds": ({"variants": {"dense": {"seeds": [1, 1]}}}, "variant dense: seed 1 stands twice"),
+    "seeds": ({"seeds": [3, 3]}, "seed 3 is listed twice, but two runs cannot share a folder"),
+    "own seeds": ({"variants": {"dense": {"seeds": [1, 1]}}}, "variant dense: seed 1 is listed twice"),
     "steps": (
         {"set": {"train": {"steps": 5}}},
         "set must not have train.steps, because it follows from the suite's tok",
@@ -121,7 +121,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "windows": ({"variants": {"dense": {"set": {"train.evaluation.samples": 5}}}}, "the same windows"),
     "no router": (
         {"variants": {"dense": {"set": DENSE}, "d2": {"set": DENSE, "equal_flops": "density"}}},
-        "variant d2: equal_flops density chooses the density of a router, and this model is dense",
+        "variant d2: equal_flops density chooses the density of a router, but this model is dense",
     ),
     "too deep": (
         {"variants": {"dense": {"set": DENSE}, "skip": {"set": {"model.layers": 90}, "equal_flops": "density"}}},
@@ -140,8 +140,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
         "a task must be blimp, blimp_NAME, classify_NAME or perplexity, got 'squ",
     ),
     "tokens": ({"tokens": 0}, "tokens: input should be greater than 0"),
-    "mirror": ({"set": {"train.checkpoint.mirror": "s3://b/run"}}, "mirror s3://b/run belongs to one run, and a suite"),
-    "validation": ({"set": {"data.validation": []}}, "has no data.validation, and validation losses are what"),
+    "mirror": ({"set": {"train.checkpoint.mirror": "s3://b/run"}}, "mirror s3://b/run belongs to one run, but a suite"),
+    "validation": ({"set": {"data.validation": []}}, "has no data.validation, but a suite compares validation losses"),
     "backbone": ({"backbone": "configs/dem.yaml"}, "variant dense: config file configs/dem.yaml does not exist"),
 }
 
