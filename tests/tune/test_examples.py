@@ -266,7 +266,7 @@ def test_a_line_can_bring_its_own_choices(tmp_path: Path, ours: TextTokenizer) -
 @pytest.mark.parametrize(
     ("choices", "expected"),
     [
-        ([" b", " c"], r"line 1: the response ' a' is none of the choices \[' b', ' c'\]"),
+        ([" b", " c"], r"line 1: the response ' a' is not one of the choices \[' b', ' c'\]"),
         ([" a", " a"], r"line 1: the choices ' a' and ' a' tokenize to the same; change one"),
         ([" a", " \ud83d"], r"line 1: the choice ' \\ud83d' holds half a surrogate pair, .* correct it"),
         ({"text": [" a"]}, r"line 1: field 'choices' must be a list of texts, .* set the source's choices_field"),
@@ -370,7 +370,7 @@ def test_a_wrong_chat(tmp_path: Path, ours: TextTokenizer, messages: Any, expect
     [
         ({"choices": ["b", ""]}, r"'it': the choice '' tokenizes to nothing; remove it"),
         ({"choices": ["b", "c", "b"]}, r"'it': the choices 'b' and 'b' tokenize to the same; change one"),
-        ({"choices": ["c", "d"]}, r"line 1: the response 'b' is none of the choices \['c', 'd'\]"),
+        ({"choices": ["c", "d"]}, r"line 1: the response 'b' is not one of the choices \['c', 'd'\]"),
         ({"choices": ["b"], "format": "text"}, r"'it': choices need format: response, not text; remove them"),
         ({"format": "text"}, r"source 'it': .* no field 'text'"),
     ],

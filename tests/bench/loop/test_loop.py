@@ -125,7 +125,7 @@ def test_tokens_a_second_have_the_checkpoint_in_them_and_the_limits_get_them() -
         (["--explore", "0.1", "0.1"], "--explore must differ"),
         (["--vocab", "3"], "--vocab must be at least 300, got 3"),
         (["--heads", "3"], "must be divisible by"),
-        (["--disk", "no/such/folder"], "--disk no/such/folder is no folder"),
+        (["--disk", "no/such/folder"], "--disk no/such/folder is not a folder"),
     ],
 )
 def test_a_bad_argument_is_one_sentence(

@@ -218,8 +218,8 @@ def test_what_it_does_is_its_state(phase: str, state: str) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (lambda run: run.rename(run.with_name("moved")), "is no run (there is no such folder); give the folder"),
-        (lambda run: (run / "config.yaml").unlink(), "is no run (it has no config.yaml); give the folder"),
+        (lambda run: run.rename(run.with_name("moved")), "is not a run (there is no such folder); give the folder"),
+        (lambda run: (run / "config.yaml").unlink(), "is not a run (it has no config.yaml); give the folder"),
         (lambda run: (run / "config.yaml").write_text("train: 3"), "names no train.steps, so it is not the config"),
     ],
 )

@@ -159,7 +159,7 @@ def test_the_next_start_copies_what_the_last_one_left(place: Place, monkeypatch:
         broken.setattr(Bucket, "put", lambda *_: time.sleep(60))
         start = time.monotonic()
         assert place.start().close(0.1) == [NAMES[1]] and time.monotonic() - start < 5
-        assert "train.checkpoint.mirror_wait_s (0.1) was over" in place.warned[0]
+        assert "train.checkpoint.mirror_wait_s (0.1) has passed" in place.warned[0]
     assert place.mirror() == [] and place.whole == [NAMES[1]]
 
 
@@ -238,7 +238,9 @@ def test_a_bucket_from_which_nothing_may_be_removed_fills_up(place: Place, monke
         mirror.wake(fake(place.checkpoints, step).name)
         until(lambda step=step: NAMES[step] in place.whole)
     assert mirror.close(20.0) == [] and place.whole == [NAMES[3], NAMES[2], NAMES[1]]
-    assert place.warned == [f"{place.url}: what is no longer kept there cannot be removed (PermissionError: Forbidden)"]
+    assert place.warned == [
+        f"{place.url}: checkpoints no longer kept there cannot be removed (PermissionError: Forbidden)"
+    ]
 
 
 def test_the_end_of_a_run_does_not_wait_out_a_long_pause(

@@ -86,4 +86,4 @@ def test_what_cannot_be_set_aside_yet_pushes_nothing_out(place: Place, monkeypat
     works.set()
     mirror.wake(fake(place.checkpoints, 5).name)
     assert mirror.close(20.0) == [] and place.whole == [NAMES[5], NAMES[4]]
-    assert place.warned == [f"{place.url}: what is no longer kept there cannot be removed (ConnectionError: gone)"]
+    assert place.warned == [f"{place.url}: checkpoints no longer kept there cannot be removed (ConnectionError: gone)"]
