@@ -62,8 +62,8 @@ class TrackerSender:
         if not self._reported_loss:
             self._reported_loss = True
             self.tell(
-                f"{self._name} accepts no reports: {self._room:,} are queued and further ones are dropped; the run goes "
-                "on, and metrics.jsonl has all metrics"
+                f"{self._name} accepts no reports: {self._room:,} are queued and further ones are dropped; the run "
+                "goes on, and metrics.jsonl has all metrics"
             )
 
     def begin_close(self, phase: str) -> None:
