@@ -165,7 +165,7 @@ class TrainingData(MixedStream):
             raise ValueError(
                 f"the shards in {self._config.dir} have a vocabulary of {self.vocab_size}, but "
                 f"data.tokenizer.vocab_size is {vocab_size}; set model.vocab_size and data.tokenizer.vocab_size to "
-                f"{self.vocab_size}, or prepare the data again"
+                f"{self.vocab_size}, or prepare the data in another data.dir"
             )
 
     @property

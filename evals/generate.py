@@ -238,11 +238,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         from evals.dial.file import Dial
         from evals.scoring import open_model
+        from tune.config import TuneConfig
 
         with placed(options) as placement:
             opened = open_model(options.model, placement)
         decoder, thresholds, device = opened.decoder, None, opened.world.device
         if options.density is not None:
+            if options.dial is None and isinstance(opened.loaded.config, TuneConfig):
+                raise ValueError(
+                    f"--density needs a compute dial, which only models of stage one have, and {options.model} was "
+                    "tuned; leave it out, or give a dial with --dial"
+                )
             path = options.dial or dial_of(options.model)
             thresholds = Dial.load(path, decoder.config, opened.loaded.step).thresholds(options.density)
         ids = prompt_ids(opened, prompt, options.max_new_tokens)

@@ -73,6 +73,6 @@ def _format(file: Path, kind: str | None) -> Any:
     if found is None:
         raise ValueError(
             f"the format of {file} cannot be inferred from its name (known endings: {' '.join(FORMATS)}); give it with "
-            f"--format {' or '.join(sorted(set(FORMATS.values())))}"
+            f"--format text (or {', '.join(sorted(set(FORMATS.values()) - {'text'}))})"
         )
     return found

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from convert.hf_config import ensemble_config, model_config, routing_thresholds
 from convert.hf_weights import read_tensors, tie_head, weight_files
 from data.files import read_json
-from data.tokenization import load_text_tokenizer, tokenizer_sha256
+from data.tokenization import SentencePiece, load_text_tokenizer, tokenizer_sha256
 from model.config import ModelConfig, RouterConfig
 from model.router import thresholds_of
 from settings import load
@@ -162,9 +162,11 @@ def _another_tokenizer(theirs: Path, ours: Path) -> str | None:
         if differs is None
         else f"id {differs} is {there.piece(differs)!r} there, {here.piece(differs)!r} here"
     )
+    kind = "sentencepiece" if isinstance(there, SentencePiece) else "huggingface"
     return (
         f"the weights in init.path were trained with the tokenizer in {theirs}, but data.dir {ours} has another one "
-        f"({what}); prepare the data with theirs: data.tokenizer.path: {theirs}, and another data.dir"
+        f"({what}); prepare the data with theirs in another data.dir: data.tokenizer: "
+        f"{{kind: {kind}, path: {theirs}, vocab_size: {there.vocab_size}}}"
     )
 
 

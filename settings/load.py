@@ -212,5 +212,6 @@ def _sentence(error: Any, prefix: str) -> str:
         message = "must be a whole number"
     elif error["type"] in ("float_parsing", "float_type"):
         message = "must be a number"
-    quote = "; YAML reads yes, no, on and off as true and false: quote a word"
-    return f"{key}: {message}, got {error['input']!r}{quote if isinstance(error['input'], bool) else ''}"
+    is_word = isinstance(error["input"], bool) and error["type"] != "literal_error"
+    quote = "; YAML reads yes, no, on and off as true and false: quote a word" if is_word else ""
+    return f"{key}: {message}, got {error['input']!r}{quote}"

@@ -69,7 +69,7 @@ class StageConfig(Strict):
             return []
         return [
             f"data.sequence_tokens ({self.data.sequence_tokens}) must not exceed model.max_positions "
-            f"({self.model.max_positions}); raise max_positions or shorten the windows"
+            f"({self.model.max_positions}); lower data.sequence_tokens, or in stage one raise model.max_positions"
         ]
 
     def _optimizer_against_zero(self) -> list[str]:

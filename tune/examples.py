@@ -126,9 +126,12 @@ def read_examples(
             "others several to choose from; give choices to all lines of a set, or to none"
         )
     if not len(examples):
-        left_out = f"{examples.left_out} were left out, too long for a window or empty" if examples.left_out else "none"
+        where = f"source '{source.name}' has no examples in {', '.join(source.files)}"
+        if not examples.left_out:
+            raise ValueError(f"{where}; check these files")
         raise ValueError(
-            f"source '{source.name}' gives no example ({left_out}); correct its files, or raise data.sequence_tokens"
+            f"{where}: {examples.left_out} were left out, too long for a window or empty; raise data.sequence_tokens, "
+            "or check these files"
         )
     return examples
 

@@ -81,23 +81,23 @@ class Dial(Strict):
             ValueError: if it is not such a file, or one of another model or checkpoint.
         """
         if not path.is_file():
-            raise ValueError(f"there is no dial {path}; calibrate one with python -m evals.dial RUN")
+            raise ValueError(f"there is no dial {path}; calibrate one with {_calibrate(path)}")
         try:
             dial = Dial.model_validate(read_json(path))
         except (ValidationError, ValueError) as error:
             raise ValueError(
                 f"{path} is not a dial of this version ({str(error).splitlines()[0]}); calibrate it again with "
-                "python -m evals.dial RUN"
+                f"{_calibrate(path)}"
             ) from None
         if model is not None and dial.model != fingerprint(model):
             raise ValueError(
                 f"{path} is the dial of another model (its config's fingerprint is {dial.model[:12]}, this one's is "
-                f"{fingerprint(model)[:12]}); calibrate this model's with python -m evals.dial RUN"
+                f"{fingerprint(model)[:12]}); calibrate this model's with {_calibrate(path)}"
             )
         if step is not None and dial.step != step:
             raise ValueError(
                 f"{path} was calibrated at step {dial.step}, these weights are of step {step}; calibrate them with "
-                "python -m evals.dial RUN"
+                f"{_calibrate(path)}"
             )
         return dial
 
@@ -152,3 +152,11 @@ def fingerprint(model: ModelConfig) -> str:
 
 def _log_odds(share: float) -> float:
     return math.log(share / (1 - share))
+
+
+def _calibrate(path: Path) -> str:
+    """The command that writes a dial to ``path``, in a run or in another folder."""
+    folder = path.parent  # a run's own is RUN/dial
+    return (
+        f"python -m evals.dial {folder.parent}" if folder.name == "dial" else f"python -m evals.dial RUN --out {folder}"
+    )

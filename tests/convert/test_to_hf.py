@@ -284,7 +284,7 @@ def test_what_differs_stays_to_be_looked_at(
     tmp_path: Path, exported: Exported, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        save({name: tensor + 0.01 if "q_proj" in name else tensor for name, tensor in tensors.items()}, path, metadata)
+        save({name: tensor + 0.01 if "lm_head" in name else tensor for name, tensor in tensors.items()}, path, metadata)
 
     save = weights_folder.save_tensors
     monkeypatch.setattr(weights_folder, "save_tensors", spoil)

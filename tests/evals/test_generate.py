@@ -20,6 +20,7 @@ from evals.generate import Token, bar, main, shaded, show, stream, summary
 from evals.scoring import layer_shares, open_model
 from model.config import ModelConfig
 from model.generate import generate
+from tests.convert.exports import make, write_run
 from tests.evals.tiny import POSITIONS, ROUTERS, SIZES, broken_weights, model, run_folder, weights_folder
 
 PROMPT = [40, 41, 42, 43, 44]
@@ -161,11 +162,17 @@ def _dial(step: int) -> Dial:
     )  # fmt: skip
 
 
+def test_a_tuned_model_has_no_dial(corpus: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "tuned", make("layer-ensemble"), corpus)
+    refused = _refused(capsys, str(run), "--prompt", "def f", "--density", "0.5")
+    assert f"only models of stage one have, and {run} was tuned; leave it out" in refused
+
+
 def test_the_dial_of_a_run(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = run_folder(tmp_path / "one-run", tiny)
     (run / "dial").mkdir()
     options = ["--prompt", "def f", "--max-new-tokens", "5", "--density", "1"]
-    assert "calibrate one with" in _refused(capsys, str(run), *options)
+    assert f"calibrate one with python -m evals.dial {run}\n" in _refused(capsys, str(run), *options)
     (run / "dial/dial.json").write_text(_dial(7).model_dump_json())
     for path in (run, run / "checkpoints/step-00000007"):
         main([str(path), *options])

@@ -48,6 +48,8 @@ class Train(Strict):
     betas: tuple[float, float] | None = None
     """Decay."""
     stage: Literal[0, 1] = 0
+    resume: Literal["auto", "never"] = "auto"
+    """Whether to."""
     """Stage."""
 
     @model_validator(mode="after")
@@ -146,7 +148,7 @@ def test_override_with_bad_value(write) -> None:
         ("train: {stepps: 10}", [], "unknown key 'train.stepps'; did you mean 'train.steps'?"),
         (GOOD, ["warmup=3"], "unknown key 'warmup'; did you mean 'train.warmup'?"),
         (GOOD, ["train.warm_up=3"], "unknown key 'train.warm_up'; did you mean 'train.warmup'?"),
-        ("train: {zzz: 10}", [], "unknown key 'train.zzz'; valid keys: steps, warmup, rate, betas, stage"),
+        ("train: {zzz: 10}", [], "unknown key 'train.zzz'; valid keys: steps, warmup, rate, betas, stage, resume"),
         (
             "train: {steps: 1}\ndata: {sources: [{name: a}, {nam: b}]}",
             [],
@@ -193,6 +195,11 @@ def test_every_unknown_key_is_told(write) -> None:
 def test_bad_values(write, text: str, expected: str) -> None:
     path = write(text)
     assert sentence(path).startswith(f"{path}: {expected}")
+
+
+def test_a_quoted_yes_would_be_no_choice_either(write) -> None:
+    path = write("train: {steps: 1, resume: yes}")
+    assert sentence(path) == f"{path}: train.resume: input should be 'auto' or 'never', got True"
 
 
 def test_every_bad_value_is_told(write) -> None:

@@ -177,7 +177,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "vocabulary": ({"vocab_size": 401}, r"model.vocab_size 400 there, 401 here\); set the model block to its values"),
     "head size": ({"head_width": 8}, r"model.head_width 6 there, 8 here"),
     "rotation": ({"rope_theta": 5000.0}, r"model.rope_theta 10000.0 there, 5000.0 here"),
-    "routers lost": ({"router": None}, r"router granularity layer there, None here; router kind learned there"),
+    "routers lost": ({"router": None}, "model.router set there, null here"),
     "other routers": (
         {"router": {"density": 0.5, "granularity": "module"}},
         r"router granularity layer there, module here",

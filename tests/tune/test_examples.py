@@ -383,10 +383,12 @@ def test_wrong_choices_and_formats(tmp_path: Path, ours: TextTokenizer, changes:
 def test_nothing_to_read(tmp_path: Path, ours: TextTokenizer) -> None:
     with pytest.raises(ValueError, match=r"source 'it': no file matches '.*none-\*.jsonl'"):
         read(tmp_path / "none-*.jsonl", ours)
-    with pytest.raises(ValueError, match=r"source 'it' gives no example \(none\); correct its files"):
+    with pytest.raises(ValueError, match=r"source 'it' has no examples in .*empty.jsonl; check these files"):
         read(write_lines(tmp_path / "empty.jsonl", []), ours)
     long = write_lines(tmp_path / "long.jsonl", [pair(prompt="a b c d e f g h i")])
-    with pytest.raises(ValueError, match=r"gives no example \(1 were left out, too long for a window or empty\)"):
+    with pytest.raises(
+        ValueError, match=r"has no examples in .*long.jsonl: 1 were left out, too long for a window or empty; raise"
+    ):
         read(long, ours, window=4, too_long="leave_out")
 
 

@@ -31,8 +31,8 @@ def refuse_taken(folder: Path | str, there: Sequence[str], resume: str, setting:
         )
     if not there and resume == "required":
         raise ValueError(
-            f"cannot resume from {folder}: there is no checkpoint; check {setting}, or remove that folder and "
-            "start from scratch with train.checkpoint.resume=never"
+            f"cannot resume from {folder}: there is no checkpoint; check {setting}, or start from scratch "
+            "with train.checkpoint.resume=never"
         )
 
 
@@ -63,9 +63,14 @@ def differences(there: dict[str, Any], here: ModelConfig) -> list[str]:
         if key != "router" and there.get(key) != value
     ]
     routers = there["router"] or {}, sizes["router"] or {}
+    if bool(routers[0]) != bool(routers[1]):
+        return [
+            *changed,
+            f"model.router {'set' if routers[0] else 'null'} there, {'set' if routers[1] else 'null'} here",
+        ]
     for key in ("granularity", "kind", "input", "always_on_first", "always_on_last", "layers"):
         default = RouterConfig.model_fields[key].default  # for a field that is newer than the checkpoint
-        then, now = (router.get(key, default) if router else None for router in routers)
+        then, now = (router.get(key, default) for router in routers)
         if then != now:
             changed.append(f"router {key} {then} there, {now} here")
     return changed

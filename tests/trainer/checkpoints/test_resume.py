@@ -240,7 +240,7 @@ MISFITS = [
     (["model.ffn_width=64"], {}, "holds a different model (model.ffn_width 48 there, 64 here)"),
     (["model.layers=2", "model.tied_head=true"], {}, "model.layers 3 there, 2 here; model.tied_head False there, True"),
     (["model.router.granularity=module"], {}, "router granularity layer there, module here"),
-    (["model.router=null"], {}, "router granularity layer there, None here"),
+    (["model.router=null"], {}, "model.router set there, null here"),
     (["model.router.always_on_first=1"], {}, "router always_on_first 0 there, 1 here"),
     (["model.router.input=raw"], {}, "router input normed there, raw here"),
     (["model.router.kind=random"], {}, "router kind learned there, random here"),
