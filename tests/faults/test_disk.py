@@ -103,7 +103,7 @@ def test_a_run_folder_that_becomes_read_only_and_one_that_is(tiny, write_config,
         ranks.wait_until(lambda: ranks.output.count("saved ") == 2)
         disk.read_only()
         error = ranks.error()
-        assert ranks.output.count("tracker tensorboard did not take figures (OSError") == 1
+        assert ranks.output.count("tracker tensorboard did not take scalars (OSError") == 1
     checkpoints = Path(tiny["train"]["run_dir"]) / "checkpoints"
     newest, _ = manifest.newest_whole(checkpoints, ALONE)
     assert newest is not None and "Read-only file system" in error and newest.name in error

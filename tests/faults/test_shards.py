@@ -51,7 +51,7 @@ def test_a_shard_that_is_changed_ends_the_run_and_the_next_start(
         assert f"error: {shard} " in ranks.output and "Traceback" not in ranks.output
     shard.write_bytes(whole)  # restored: newer than the manifest, and the bytes that it counts
     with Ranks(config) as ranks:
-        ranks.wait_until(lambda: f"at step {int(newest.name[5:])}" in ranks.output)
+        ranks.wait_until(lambda: "with its SHA-256, because it was modified" in ranks.output)
         ranks.processes[0].terminate()
         ranks.end()
-        assert "with its SHA-256, because it was modified" in ranks.output
+        assert f"at step {int(newest.name[5:])}" in ranks.output
