@@ -210,7 +210,7 @@ def _draw(rungs: Sequence[Rung], found: Fit, at: float) -> Figure:
     measured = sizes <= largest
     axes.fill_between(sizes, line - error, line + error, color="0.88", label="one standard error of the line")
     axes.plot(sizes[measured], line[measured], color="black", label="fit")
-    axes.plot(sizes[~measured], line[~measured], color="black", linestyle=":", label="the line beyond what was trained")
+    axes.plot(sizes[~measured], line[~measured], color="black", linestyle=":", label="extrapolation")
     for rung in rungs:
         axes.plot([rung.parameters] * len(rung.leads), rung.leads, "o", color="black", markerfacecolor="white")
         axes.annotate(
@@ -224,8 +224,8 @@ def _draw(rungs: Sequence[Rung], found: Fit, at: float) -> Figure:
         )
     axes.axhline(0, color="0.5", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set(xlabel="parameters of the reference without embedding", ylabel="loss less the reference's, nats per token")
-    axes.set_title("Lead at equal executed training FLOPs, a point a seed; below 0 is better", fontsize=10)
+    axes.set(xlabel="parameters of the reference without embedding", ylabel="loss minus the reference's, nats per token")
+    axes.set_title("Lead at equal executed training FLOPs, one point per seed; below 0 is better", fontsize=10)
     axes.grid(color="0.92", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
     return figure
