@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.roles import role_of
 from model.router import LearnedRouter, Router
 from trainer.checkpoints.reshard import put
 from trainer.checkpoints.zero_files import StoredParameter, whole_weights
@@ -70,3 +71,10 @@ class GivenWeights:
 
 
 Initial = Fork | GivenWeights
+
+
+def weights_to_draw(checkpoint: Path | None, given: Initial | None) -> Callable[[str], bool]:
+    """Which weights, by name, are initialised randomly at the start: those that are not read from files."""
+    if isinstance(given, GivenWeights):
+        return lambda name: role_of(name) == "router"  # theirs may have none
+    return lambda name: checkpoint is None

@@ -16,7 +16,6 @@ from data.skip_ranges import refuse_other_past
 from model.budget import Budget
 from model.decoder import Decoder
 from model.ensemble import Balance
-from model.roles import role_of
 from trainer.checkpoints import resume, retention
 from trainer.checkpoints.layout import checkpoint_at
 from trainer.checkpoints.mirror import open_mirror
@@ -27,7 +26,7 @@ from trainer.config import StageConfig
 from trainer.distributed import World
 from trainer.engine import build_engine, set_learning_rate
 from trainer.evaluate import Evaluation, ValidationStream, evaluate
-from trainer.initial import Fork, GivenWeights, Initial
+from trainer.initial import Fork, GivenWeights, Initial, weights_to_draw
 from trainer.log import open_log
 from trainer.monitor.metrics import Metrics
 from trainer.monitor.orphan import command_again
@@ -91,7 +90,7 @@ class Trainer:
         self._hold = ExitStack()  # until the end no other command may write here
         try:
             source, given, precision_message = self._choose(config, initial)
-            self.engine = build_engine(self.config, world, decoder, _drawn(source, given))
+            self.engine = build_engine(self.config, world, decoder, weights_to_draw(source, given))
         except BaseException as error:
             self._hold.close()
             if sentence := self._lack_of_memory(error, "while the engine was built"):
@@ -401,10 +400,3 @@ class Trainer:
         data = state["data"]
         if data["fingerprint"] == self.fingerprint:
             refuse_other_past(data["skip_ranges"], self.config.data.skip_ranges, self.samples)
-
-
-def _drawn(checkpoint: Path | None, given: Initial | None) -> Callable[[str], bool]:
-    """Which weights are initialised randomly: those that are not read from files."""
-    if isinstance(given, GivenWeights):
-        return lambda name: role_of(name) == "router"  # theirs may have none
-    return lambda name: checkpoint is None

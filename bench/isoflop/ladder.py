@@ -224,7 +224,9 @@ def _draw(rungs: Sequence[Rung], found: Fit, at: float) -> Figure:
         )
     axes.axhline(0, color="0.5", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set(xlabel="parameters of the reference without embedding", ylabel="loss minus the reference's, nats per token")
+    axes.set(
+        xlabel="parameters of the reference without embedding", ylabel="loss minus the reference's, nats per token"
+    )
     axes.set_title("Lead at equal executed training FLOPs, one point per seed; below 0 is better", fontsize=10)
     axes.grid(color="0.92", linewidth=0.6)
     figure.legend(loc="outside lower center", ncols=3, frameon=False)
