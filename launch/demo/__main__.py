@@ -43,13 +43,23 @@ def main() -> int:
 
 
 def run(demo: Demo, ranks: int) -> int:
-    """Run all stages that are not done yet; returns the exit status."""
+    """Run all stages that are not done yet; returns the exit status.
+
+    Raises:
+        ValueError: if the batches cannot be divided among ``ranks``, or this machine's speed cannot be measured.
+    """
+    possible = demo.possible_ranks()
+    if ranks not in possible:
+        raise ValueError(
+            f"--processes (PROCESSES of make) must be {' or '.join(map(str, possible))}, got {ranks}, because "
+            "train.global_batch_samples of both configs must be divisible by micro_batch_samples x ranks"
+        )
     commands, environment = Commands(), _environment()
     speed = _measure(demo, ranks, commands, environment)
     if speed is None:
         return _stopped("before it began")
     if speed.gpus:
-        ranks = min(ranks, speed.gpus)
+        ranks = max((count for count in possible if count <= min(ranks, speed.gpus)), default=1)
     else:
         environment["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would detect it by itself, with warnings
     stages = demo.stages(ranks, free_port(), visible_gpus(ranks) if speed.gpus else None)

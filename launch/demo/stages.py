@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,18 @@ class Demo:
         run = self.run_dirs[0]
         folders = [run, Path(self.stage_one.data.dir), self.run_dirs[1], self.export]
         return [folder for folder in folders if folder == run or str(folder).startswith(f"{run}-")]
+
+    def possible_ranks(self) -> list[int]:
+        """The numbers of ranks among which the global batches of both stages can be divided."""
+        one, two = self.stage_one, self.stage_two
+
+        def divides(ranks: int) -> bool:
+            with suppress(ValueError):
+                return one.accumulation(ranks) > 0 and two.train.accumulation(ranks, two.deepspeed) > 0
+            return False
+
+        most = one.train.global_batch_samples * one.deepspeed.sequence_parallel
+        return [ranks for ranks in range(1, most + 1) if divides(ranks)]
 
     def stages(self, processes: int, port: int, gpus: str | None = None) -> list[DemoStage]:
         """All stages in order; ``processes`` ranks meet at ``port``, on ``gpus`` if given."""

@@ -99,11 +99,13 @@ def start(
     tiny["data"]["dir"] = str(tmp_path / "run-data")
     tuned = yaml.safe_load((ROOT / "configs/tune_demo.yaml").read_text())
     tuned["train"]["run_dir"] = str(tmp_path / "run-tuned")
+    for config in (tiny, tuned):
+        config["train"] |= {"global_batch_samples": 12, "micro_batch_samples": 2}
     configs = [write_config(tiny), write_config(tuned, "tune.yaml")]
 
-    def started(machine: Machine) -> int:
+    def started(machine: Machine, processes: int = 3) -> int:
         monkeypatch.setattr(demo, "Commands", lambda: machine)
-        monkeypatch.setattr(sys, "argv", ["launch.demo", *configs, "--processes", "3"])
+        monkeypatch.setattr(sys, "argv", ["launch.demo", *configs, "--processes", str(processes)])
         return demo.main()
 
     return started
@@ -192,6 +194,21 @@ def test_no_more_ranks_than_gpus_and_on_those_that_are_visible(
     assert "--num_gpus 1" in said and "1 GPUs" in said  # a rank more than there are GPUs would only wait
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
     assert start(machine) == 0 and "--include localhost:5 " in capsys.readouterr().out
+
+
+def test_processes_that_cannot_share_the_batches_are_refused_before_anything_is_moved(
+    start: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start(Machine()) == 0
+    before = sorted(tmp_path.iterdir())
+    machine = Machine()
+    with pytest.raises(SystemExit, match="1"):
+        start(machine, processes=4)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: --processes (PROCESSES of make) must be 1 or 2 or 3 or 6, got 4, because ")
+    assert machine.ran == [] and sorted(tmp_path.iterdir()) == before
+    machine.gpus = 5
+    assert start(machine, processes=6) == 0 and "--num_gpus 3" in capsys.readouterr().out
 
 
 def test_a_machine_that_cannot_be_measured_is_one_sentence(
