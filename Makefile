@@ -43,7 +43,7 @@ $(VENV)/.tools: $(VENV)/.installed requirements-dev.txt
 	@touch $@
 
 demo: setup
-	@$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES)
+	@$(BIN)/python -m launch.demo $(DEMO) --processes $(PROCESSES) --again "$(strip make demo $(MAKEOVERRIDES))"
 
 # Three workers on two cores: tests spend much of their time waiting for ranks to start and daemons to answer.
 quick: tools

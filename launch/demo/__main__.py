@@ -9,6 +9,7 @@ and the same command resumes from there; after a completed demo it starts from s
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -34,16 +35,22 @@ def main() -> int:
     parser.add_argument("config", type=path_argument, help="YAML of stage one")
     parser.add_argument("tune_config", type=path_argument, help="YAML of stage two")
     parser.add_argument("--processes", type=whole_number(), default=2, help="ranks on this machine (at most one a GPU)")
+    parser.add_argument("--again", default=shlex.join(sys.orig_argv), help=argparse.SUPPRESS)  # make passes its own
     arguments = parser.parse_args()
     with user_errors():
         one, two = load_run(arguments.config), load(arguments.tune_config, [], TuneFile)
         two = two.model_copy(update={"train": name_run(two.train, arguments.tune_config)})
         demo = Demo(arguments.config, arguments.tune_config, one, two)
-        return run(demo, arguments.processes)
+        return run(demo, arguments.processes, arguments.again)
 
 
-def run(demo: Demo, ranks: int) -> int:
+def run(demo: Demo, ranks: int, again: str) -> int:
     """Run all stages that are not done yet; returns the exit status.
+
+    Args:
+        demo: what to run.
+        ranks: number of processes asked for.
+        again: the command that resumes a stopped demo.
 
     Raises:
         ValueError: if the batches cannot be divided among ``ranks``, or this machine's speed cannot be measured.
@@ -57,7 +64,7 @@ def run(demo: Demo, ranks: int) -> int:
     commands, environment = Commands(), _environment()
     speed = _measure(demo, ranks, commands, environment)
     if speed is None:
-        return _stopped("before it began")
+        return _stopped("before it began", again)
     if speed.gpus:
         ranks = max((count for count in possible if count <= min(ranks, speed.gpus)), default=1)
     else:
@@ -77,7 +84,7 @@ def run(demo: Demo, ranks: int) -> int:
             continue
         status = _run(stage, record, commands, environment)
         if commands.signals:
-            return _stopped(f"in {stage.name}")
+            return _stopped(f"in {stage.name}", again)
         if status:
             return status
     _conclude(demo, stages, record)
@@ -156,8 +163,8 @@ def _minutes(seconds: float) -> str:
     return " ".join(part for part in (f"{minutes} min" * (minutes > 0), f"{rest} s" * (rest > 0)) if part)
 
 
-def _stopped(where: str) -> int:
-    print(f"\nstopped {where}; the same command goes on from there", flush=True)
+def _stopped(where: str, again: str) -> int:
+    print(f"\nstopped {where}; go on with: {again}", flush=True)
     return EXIT_PREEMPTED
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -17,12 +18,18 @@ from contextlib import suppress
 from typing import IO
 
 from launch.demo.screen import Screen
+from trainer.exit_status import EXIT_PREEMPTED
 from trainer.sessions import ENDING_SIGNALS, Ending, SignalLog
 
 _TICK_S = 0.25
 _LAST_RESORT_S = 30.0
 """Processes that have not ended this long after the request are killed."""
 _PR_SET_PDEATHSIG = 1
+_SAVING = "stopping; what was trained is being saved (again: at once, not saved)"
+_STOPPING = "stopping (again: at once)"
+_OWN_ENDING = re.compile(rf"; go on with: .*|.*sigkill_handler\].* return code = {EXIT_PREEMPTED}$")
+"""In the output of a command that was asked to stop: how to resume that command alone, and the ``deepspeed`` launcher's
+report that a rank has stopped. The demo says itself how it is resumed."""
 
 
 class Commands:
@@ -59,6 +66,8 @@ class Commands:
         try:
             # The pipe closes when the last process that holds it has ended, including ranks whose launcher is gone.
             while (line := self._next(lines)) is not None:
+                if self.signals:
+                    line = _OWN_ENDING.sub("", line)
                 try:
                     screen.line(line) if line else screen.tick()
                 except OSError:  # no reader: the terminal, or the other end of the pipe, is closed
@@ -66,7 +75,7 @@ class Commands:
                         self._log.numbers.append(signal.SIGHUP)
                 if self.signals and ending.go_on(at_once=self.signals > 1):
                     with suppress(OSError):
-                        screen.line("stopping and saving what was trained (stop again to end at once, unsaved)")
+                        screen.line(_SAVING if screen.has_advanced else _STOPPING)
         finally:
             ending.kill()
         return process.wait()

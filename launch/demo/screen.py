@@ -24,7 +24,7 @@ class Screen:
     """
 
     def __init__(self, title: str, steps: int = 0, step: Callable[[], int] = lambda: 0):
-        self._title, self._step = title, step
+        self._title, self._step, self._first = title, step, step()
         self._started_s = self._said_s = time.monotonic()
         self._bar = tqdm(
             desc=f"  {title}",
@@ -40,6 +40,11 @@ class Screen:
     def took_s(self) -> float:
         """Seconds since the start."""
         return time.monotonic() - self._started_s
+
+    @property
+    def has_advanced(self) -> bool:
+        """True once more steps are done than at the start."""
+        return self._step() > self._first
 
     def line(self, text: str) -> None:
         """Show a line of the command."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -105,7 +106,7 @@ def start(
 
     def started(machine: Machine, processes: int = 3) -> int:
         monkeypatch.setattr(demo, "Commands", lambda: machine)
-        monkeypatch.setattr(sys, "argv", ["launch.demo", *configs, "--processes", str(processes)])
+        monkeypatch.setattr(sys, "argv", ["launch.demo", *configs, f"--processes={processes}", "--again=make demo"])
         return demo.main()
 
     return started
@@ -143,7 +144,7 @@ def test_it_goes_on_where_it_was_stopped(
     first, second = Machine(), Machine()
     first.stopped_in = stopped_in
     assert start(first) == 75 and first.ran == ALL[: ALL.index(stopped_in) + 1]
-    assert f"stopped in {NAMES[ALL.index(stopped_in)]}; the same command goes on" in capsys.readouterr().out
+    assert f"\nstopped in {NAMES[ALL.index(stopped_in)]}; go on with: make demo\n" in capsys.readouterr().out
     assert start(second) == 0
     done = ALL[: ALL.index(stopped_in)]
     # What takes a while is not done twice; what is quick is, since it makes sure that nothing has changed.
@@ -209,6 +210,13 @@ def test_processes_that_cannot_share_the_batches_are_refused_before_anything_is_
     assert machine.ran == [] and sorted(tmp_path.iterdir()) == before
     machine.gpus = 5
     assert start(machine, processes=6) == 0 and "--num_gpus 3" in capsys.readouterr().out
+
+
+def test_make_tells_the_demo_how_it_was_called() -> None:
+    # "-o setup": nothing is installed.
+    words = ["make", "-n", "-o", "setup", "demo", "PROCESSES=1"]
+    done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout.strip().endswith('--processes 1 --again "make demo PROCESSES=1"')
 
 
 def test_a_machine_that_cannot_be_measured_is_one_sentence(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,6 +131,39 @@ def test_nobody_reading_is_a_signal_too() -> None:
     wait_until_ended([psutil.Process(int(pid)) for pid in pids if psutil.pid_exists(int(pid))])
 
 
+@pytest.mark.parametrize(
+    ("screen", "said"),
+    [
+        ('Screen("family")', "stopping (again: at once)"),
+        ('Screen("family", 9, iter([4, 4]).__next__)', "stopping (again: at once)"),
+        ('Screen("family", 9, iter([4, 5]).__next__)', "stopping; what was trained is being saved (again: "),
+    ],
+)
+def test_only_steps_that_were_done_are_said_to_be_saved(screen: str, said: str) -> None:
+    talks = "print('up', flush=True); import time; time.sleep(600)"
+    started = Started([sys.executable, "-c", RUN.replace('Screen("family")', screen), talks])
+    started.wait_for("up")
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end() == 0 and started.lines[1].strip().startswith(said), started.said
+
+
+def test_a_stopped_command_does_not_say_how_it_alone_would_be_resumed() -> None:
+    launcher = "[2026-12-01 15:03:07,380] [ERROR] [launch.py:259:sigkill_handler] ['python'] exits with return code ="
+    lines = ["asked to stop: step 9 is saved; go on with: deepspeed my.yaml", f"{launcher} 75", f"{launcher} 70"]
+    talks = f"""
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: print(*{lines}, sep="\\n", flush=True) or sys.exit())
+print(*{lines}, sep="\\n", flush=True)
+time.sleep(600)
+"""
+    started = Started([sys.executable, "-c", RUN, talks])
+    started.wait_for("= 70")
+    started.process.send_signal(signal.SIGTERM)
+    assert started.end() == 0
+    said = [line.strip() for line in started.lines]
+    assert said[:3] == lines and said[3:-1] == ["stopping (again: at once)", lines[0].partition(";")[0], lines[2]]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not hear that its parent has died")
 def test_the_command_does_not_outlive_a_demo_that_is_killed() -> None:
     started, processes = family("SIG_DFL")
@@ -177,7 +211,8 @@ def test_stopped_in_every_stage_it_goes_on_to_the_end(configs: list[str], tmp_pa
         assert started.end() == 75, started.said
         took_s.append(time.monotonic() - began_s)
         print(f"{stage}: all ended {took_s[-1]:.1f} s after {number.name}")
-        assert f"stopped in {stage}; the same command goes on from there" in started.said, started.said
+        assert started.lines[-1] == f"stopped in {stage}; go on with: {shlex.join(command)}", started.said
+        assert started.said.count("go on with") == 1, started.said
         left = [process for process in psutil.process_iter() if str(tmp_path) in " ".join(_command_line(process))]
         assert left == []
     started = Started(command)
