@@ -43,7 +43,7 @@ MAY_IMPORT_WITHIN = {
     | {"trainer.heartbeat", "trainer.log", "trainer.run_folder", "trainer.tally"},
     "trainer.tasks": {"trainer.config", "trainer.distributed", "trainer.preflight"},
     "data.prepare": {"data.config", "data.discovery", "data.files", "data.shards", "data.sources"}
-    | {"data.store", "data.token_files", "data.tokenization", "data.tokenizer", "data.tokenizer_json"},
+    | {"data.store", "data.token_files", "data.tokenization", "data.tokenizer", "data.tokenizer_json", "data.urls"},
     "bench.common": set(),
     "bench.gpu": {"bench.common"},
     "bench.isoflop": {"bench.common"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from data.shards import (
     token_dtype,
 )
 from data.sources import Document
+from settings import counted
 
 BATCH_BYTES = 1 << 19
 """Text handed to a tokenizing process at once, or token ids to the writer."""
@@ -127,10 +128,7 @@ def require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any])
         if old == new:
             continue
         if key == "files" and old and new:
-            pairs = list(zip_longest(old, new))
-            first = next((a or {}, b or {}) for a, b in pairs if a != b)
-            names = " -> ".join(str(file.get("name", "none")) for file in first)
-            changes.append(f"{sum(a != b for a, b in pairs)} source files (first: {names})")
+            changes.append(changed_files(old, new))
         elif key == "tokenizer_sha256":
             changes.append("the tokenizer")
         else:
@@ -141,3 +139,26 @@ def require_unchanged(folder: Path, before: dict[str, Any], now: dict[str, Any])
         f"{folder} was prepared from something else; changed since: {', '.join(changes)}. Undo the change, "
         f"choose another data.dir, or remove {folder} to prepare it again"
     )
+
+
+def changed_files(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> str:
+    """``2 source files (first: a.md: 67,396 -> 67,417 bytes)``; empty if none has changed.
+
+    Args:
+        before, now: name and size of each file, or its :func:`data.discovery.fingerprint`.
+    """
+    changes = [_change(old, new) for old, new in zip_longest(before, now) if old != new]
+    first = "first: " if len(changes) > 1 else ""
+    return f"{counted(len(changes), 'source file')} ({first}{changes[0]})" if changes else ""
+
+
+def _change(old: Any, new: Any) -> str:
+    if old is None:
+        return f"{new['name']} is new"
+    if new is None:
+        return f"{old['name']} is gone"
+    if old["name"] != new["name"]:
+        return f"{old['name']} -> {new['name']}"
+    if old["bytes"] != new["bytes"]:
+        return f"{new['name']}: {old['bytes']:,} -> {new['bytes']:,} bytes"
+    return f"{new['name']}: other content of the same size"

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from data.config import DataConfig, SourceConfig
-from data.discovery import find_files
+from data.discovery import find_files, fingerprint
 from data.files import only_writer, read_json, write_json
 from data.prepare.duplicates import find_duplicates, hash_part, remove_hashes
 from data.prepare.join import join, missing, outline, outline_of
-from data.prepare.one_part import Output, begun_with, prepare_part, require_unchanged
+from data.prepare.one_part import Output, begun_with, changed_files, prepare_part, require_unchanged
 from data.prepare.parts import Part, cut, share
 from data.prepare.processes import work_through
 from data.prepare.tasks import ONLY_TASK, Task
@@ -23,6 +23,7 @@ from data.token_files import Vocabulary
 from data.tokenization import SentencePiece, TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer import is_ours, require_configured
 from data.tokenizer_json import require_same_ids
+from data.urls import is_url
 from settings import counted, shown
 
 
@@ -195,3 +196,25 @@ def files_twice(config: DataConfig) -> list[str]:
         )
         for (one, other), paths in shared.items()
     ]
+
+
+def changed_since(config: DataConfig) -> dict[Path, str]:
+    """Shards' folders whose local source files are other ones now, with what :func:`changed_files` says of them.
+
+    Only files newer than the manifest are opened. Sources on the Hub, at URLs, or without files are not compared.
+    """
+    found: dict[Path, str] = {}
+    for source, folder in _all_folders(config):
+        path = folder / MANIFEST_NAME
+        before = read_model(path, Manifest).made_from.get("files") if path.exists() else None
+        if not before or source.hub or any(map(is_url, source.files)):
+            continue
+        with suppress(ValueError):  # the files may be gone
+            opened = Source(source)
+            now = opened.outline()["files"]
+            for old, new, file in zip(before, now, opened.files, strict=False):
+                is_newer = file.stat().st_mtime_ns > path.stat().st_mtime_ns
+                new["edges_sha256"] = (fingerprint(file) if is_newer else old)["edges_sha256"]
+            if changes := changed_files(before, now):
+                found[folder] = changes
+    return found

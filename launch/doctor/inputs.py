@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data.batches import open_all
+from data.prepare.run import changed_since
 from data.questions import find_tasks, read_questions
 from data.tokenization import load_text_tokenizer, require_vocabulary
 from launch.configs import model_of, tokenizer_folder
@@ -34,6 +35,8 @@ def settings(config: PretrainConfig | TuneFile) -> Iterator[Finding]:
 def shards(config: PretrainConfig) -> Iterator[Finding]:
     """Check every source and validation set: all files exist, have the manifest's size, and use this tokenizer.
 
+    That the text has changed since is a warning: a run reads the shards.
+
     Raises:
         ValueError: with the loader's own message, for the first that fails.
     """
@@ -43,6 +46,9 @@ def shards(config: PretrainConfig) -> Iterator[Finding]:
     yield Finding(
         "data", "ok", f"{mixture}; tokenizer and model agree on {data.vocab_size:,} ids, sizes as in the manifests"
     )
+    for folder, changes in changed_since(config.data).items():
+        remedy = f"remove {folder} and prepare it again; a run reads the shards as they are"
+        yield Finding("data", "warning", f"{folder} was prepared from other text; changed since: {changes}", remedy)
 
 
 def tasks(names: Sequence[str]) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import yaml
 from data.config import DataConfig
 from data.files import only_writer
 from data.prepare.__main__ import main
-from data.prepare.run import files_twice, prepare, verify
+from data.prepare.run import changed_since, files_twice, prepare, verify
 from data.sentencepiece_file import load_tokenizer
 from data.shards import Manifest, read_model
 from data.tokenizer import train_tokenizer
@@ -169,7 +170,7 @@ def test_touched_sources_are_the_same_but_edited_ones_are_not(tmp_path: Path) ->
     os.utime(tmp_path / "raw.jsonl", (1, 1))
     prepare(config, workers=1)
     write_jsonl(tmp_path / "raw.jsonl", documents(201))
-    with pytest.raises(ValueError, match=r"train/main was prepared from something else.*1 source files.*raw\.jsonl"):
+    with pytest.raises(ValueError, match=r"train/main was prepared from something else.*1 source file .*raw\.jsonl"):
         prepare(config, workers=1)
 
 
@@ -188,6 +189,43 @@ def test_changes_since_an_interrupted_run_are_refused(tmp_path: Path) -> None:
     train_tokenizer(other)
     with pytest.raises(ValueError, match="changed since: the tokenizer"):
         prepare(other, workers=1)
+
+
+def test_changed_text_is_named_with_what_changed(tmp_path: Path) -> None:
+    for name in "abc":
+        write_jsonl(tmp_path / f"{name}.jsonl", documents(60, seed=ord(name)))
+    config = config_of(tmp_path, sources=[{"name": "main", "files": [str(tmp_path / "[abd].jsonl")]}])
+    train_tokenizer(config)
+    assert changed_since(config) == {}  # nothing is prepared yet
+    prepare(config, workers=1)
+
+    def changes() -> str:
+        (said,) = changed_since(config).values()
+        return said
+
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    text, status = first.read_text(), first.stat()
+    os.utime(first)
+    assert changed_since(config) == {}  # newer, but the same
+    first.write_text(text + "\n" * 1000)
+    os.utime(first, ns=(0, 0))
+    assert changes() == f"1 source file (a.jsonl: {status.st_size:,} -> {status.st_size + 1000:,} bytes)"
+    with pytest.raises(ValueError, match=re.escape(f"; changed since: {changes()}. ")):
+        prepare(config, workers=1)
+    first.write_text(text.swapcase())
+    assert changes() == "1 source file (a.jsonl: other content of the same size)"
+    with pytest.raises(ValueError, match=re.escape(f"; changed since: {changes()}. ")):
+        prepare(config, workers=1)
+    (tmp_path / "d.jsonl").write_text(second.read_text())
+    assert changes() == "2 source files (first: a.jsonl: other content of the same size)"
+    first.write_text(text)
+    assert changes() == "1 source file (d.jsonl is new)"
+    second.unlink()
+    assert changes() == "1 source file (b.jsonl -> d.jsonl)"
+    (tmp_path / "d.jsonl").unlink()
+    assert changes() == "1 source file (b.jsonl is gone)"
+    first.unlink()
+    assert changed_since(config) == {}  # shards do not need it
 
 
 def test_another_format_of_the_same_files_is_another_source(tmp_path: Path) -> None:

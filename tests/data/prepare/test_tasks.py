@@ -271,12 +271,12 @@ def test_a_part_whose_files_changed_is_refused_by_every_task(changing: tuple[Dat
     file.write_bytes(content + b'{"text": "more"}\n')
     for number in range(3):  # by its size, before any file is opened
         with pytest.raises(
-            ValueError, match=rf"train/main was prepared from something else.*1 source files.*{file.name}"
+            ValueError, match=rf"train/main was prepared from something else.*1 source file .*{file.name}"
         ):
             prepare(config, 1, Task(number, 3, "a test"))
     file.write_bytes(content.replace(b"quick", b"QUICK"))  # of the same size: whoever joins notices at the latest
     with pytest.raises(
-        ValueError, match=rf"main/part-0000. was prepared from something else.*1 source files.*{file.name}"
+        ValueError, match=rf"main/part-0000. was prepared from something else.*1 source file .*{file.name}"
     ):
         for number in range(3):
             prepare(config, 1, Task(number, 3, "a test"))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from data.prepare.run import prepare
 from launch.configs import load_either
 from launch.doctor import inputs
 from launch.doctor.findings import Finding, run
@@ -32,6 +34,23 @@ def test_shards_are_compared_with_tokenizer_and_model(tiny: dict[str, Any], tmp_
     assert "absent/manifest.json does not exist" in finding().found
     tiny["data"]["dir"] = str(tmp_path / "nowhere")
     assert finding().level == "error" and "has no tokenizer: it holds neither" in finding().found
+
+
+def test_text_changed_since_its_preparation_is_a_warning(tiny: dict[str, Any], tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("one line\n" * 200)
+    data = tiny["data"]
+    tokenizer = Path(data["dir"]) / "tokenizer.model"
+    data |= {"dir": str(tmp_path / "own"), "sources": [{"name": "own", "files": [str(own)]}], "validation": []}
+    Path(data["dir"]).mkdir()
+    shutil.copy(tokenizer, data["dir"])
+    config = PretrainConfig.model_validate(tiny)
+    prepare(config.data, workers=1)
+    own.write_text("one line\n" * 201)
+    ok, changed = run({"data": lambda: inputs.shards(config)})
+    assert (ok.level, changed.level) == ("ok", "warning")
+    assert changed.found.endswith("changed since: 1 source file (own.txt: 1,800 -> 1,809 bytes)")
+    assert changed.remedy.startswith(f"remove {tmp_path / 'own/train/own'} and prepare it again; ")
 
 
 def test_stage_two_needs_its_base_its_tokenizer_and_its_files(
