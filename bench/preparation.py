@@ -25,13 +25,13 @@ import yaml
 
 from bench.common.children import Children
 from bench.common.turns import last_words
-from data.config import DataConfig
+from data.config import DataConfig, load_data
 from data.files import sha256_of
 from data.prepare.parts import Part, Report
 from data.prepare.processes import work_through
 from data.prepare.run import parts_of, tokenizer_of, verify
 from data.shards import Manifest
-from settings import command_parser, counted, load, parse_arguments, path_argument, user_errors, whole_number
+from settings import command_parser, counted, parse_arguments, path_argument, user_errors, whole_number
 
 _REPORT_BYTES = 1 << 20
 _READINGS = 8
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=path_argument, help="also write the figures as JSON")
     options = parse_arguments(parser, arguments)
     with user_errors():
-        config = load(options.config, options.overrides, DataConfig, block="data")
+        config = load_data(options.config, options.overrides)
         figures = measure(config, options.workers, options.tasks, options.disk)
         print(report(figures), flush=True)
         if options.out:

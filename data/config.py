@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from data.placeholders import fill_in_texts
 from data.stages import MixtureStage, Stage, require_known_sources, require_one_after_the_other
-from settings import PathText, Strict
+from settings import PathText, Strict, load, peek
 
 File = Annotated[PathText, AfterValidator(fill_in_texts)]
 """A path, a URL or a glob pattern of them; ``{texts}`` is the folder of the shipped experiments' texts."""
@@ -198,3 +199,17 @@ class DataConfig(StreamConfig):
         stages = [stage.in_tokens(run_samples, self.sequence_tokens) for stage in self.stages]
         require_one_after_the_other(stages, self.sequence_tokens)
         return self.model_copy(update={"stages": stages})
+
+
+def load_data(path: Path, overrides: Sequence[str]) -> DataConfig:
+    """The ``data`` block of a stage-one config, with ``overrides``.
+
+    Raises:
+        ValueError: with one sentence for each mistake; also for a config of stage two.
+    """
+    if "base" in peek(path):
+        raise ValueError(
+            f"{path} is a config of stage two, as it has a block 'base', and needs no preparation; tune.train reads "
+            "its examples as they are"
+        )
+    return load(path, overrides, DataConfig, block="data")

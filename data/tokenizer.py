@@ -14,14 +14,14 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from data.config import DataConfig, TokenizerConfig
+from data.config import DataConfig, TokenizerConfig, load_data
 from data.files import read_json, sha256_of, write_atomically, write_json
 from data.sentencepiece_file import MODEL_NAME
 from data.sources import Source
 from data.tokenization import CONFIG_NAME, JSON_NAME, TextTokenizer, load_text_tokenizer, tokenizer_sha256
 from data.tokenizer_files import copy_tokenizer, tokenizer_contents, tokenizer_names
 from data.tokenizer_training import BYTE_LEVEL_CONFIG, train_byte_level, train_sentencepiece
-from settings import command_parser, load, parse_arguments, user_errors
+from settings import command_parser, parse_arguments, user_errors
 
 MANIFEST_NAME = "tokenizer.manifest.json"
 _HUB_FILES = 100
@@ -225,7 +225,7 @@ def main() -> None:
     )
     arguments = parse_arguments(parser)
     with user_errors():
-        print(train_tokenizer(load(arguments.config, arguments.overrides, DataConfig, block="data")), flush=True)
+        print(train_tokenizer(load_data(arguments.config, arguments.overrides)), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import argparse
 import os
 import sys
 
-from data.config import DataConfig
+from data.config import load_data
 from data.prepare.run import files_twice, prepare, verify
 from data.prepare.tasks import task_of
 from data.shards import Manifest
-from settings import command_parser, counted, load, parse_arguments, user_errors, whole_number
+from settings import command_parser, counted, parse_arguments, user_errors, whole_number
 
 
 def _report(made: list[tuple[str, Manifest]], sequence_tokens: int) -> str:
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="write nothing; check the SHA-256 of every prepared file")
     arguments = parse_arguments(parser)
     with user_errors():
-        config = load(arguments.config, arguments.overrides, DataConfig, block="data")
+        config = load_data(arguments.config, arguments.overrides)
         if arguments.verify:
             print(_report(verify(config), config.sequence_tokens))
             print("verified: every file has the size and SHA-256 of its manifest")

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.config import DataConfig
+from data.config import DataConfig, load_data
 from data.prepare.run import parts_of, tokenizer_of
 from launch.slurm.jobs import require_plain
-from settings import Strict, load
+from settings import Strict
 
 
 class DataFile(Strict):
@@ -52,7 +52,7 @@ def load_preparation(file: Path, overrides: Sequence[str], shares: int) -> Prepa
     Raises:
         ValueError: with one sentence for each mistake; also if there are fewer parts than tasks.
     """
-    config = load(file, overrides, DataConfig, block="data")
+    config = load_data(file, overrides)
     require_plain("data.dir", config.dir)
     parts = [part for parts in parts_of(config, tokenizer_of(config)) for part in parts]
     if not 1 <= shares <= len(parts):

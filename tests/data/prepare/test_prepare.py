@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
 
+from data import tokenizer
 from data.config import DataConfig
 from data.files import only_writer
 from data.prepare.__main__ import main
@@ -311,6 +313,20 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert stopped.value.code == 1
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [main, tokenizer.main])
+@pytest.mark.parametrize("config", ["configs/tune_mine.yaml", "configs/tune_lora.yaml"])
+def test_a_config_of_stage_two_needs_no_preparation(
+    command: Callable[[], None], config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["data", str(ROOT / config)])
+    with pytest.raises(SystemExit, match="1"):
+        command()
+    assert capsys.readouterr().err == (
+        f"error: {ROOT / config} is a config of stage two, as it has a block 'base', and needs no preparation; "
+        "tune.train reads its examples as they are\n"
+    )
 
 
 def test_a_killed_worker_is_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
