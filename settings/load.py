@@ -42,7 +42,8 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
 
 
 def _load(path: Path, overrides: Sequence[str], schema: type[Schema], block: str | None) -> Schema:
-    raw = _read_yaml(path, [block] if block else schema.model_fields)
+    required = [name for name, field in schema.model_fields.items() if field.is_required()]
+    raw = _read_yaml(path, [block] if block else required)
     if block is not None:
         _require_blocks(path, overrides, [block, *(str(name) for name in raw if name != block)])
     for override in overrides:
@@ -87,9 +88,10 @@ def to_yaml(config: BaseModel) -> str:
 
 def _read_yaml(path: Path, blocks: Iterable[str]) -> dict[str, Any]:
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        hint = f"; files there: {', '.join(there)}" if there else ""
-        raise ValueError(f"config file {path} does not exist{hint}")
+        folder = path if path.is_dir() else path.parent
+        there = sorted(file.name for file in folder.glob("*.y*ml"))
+        wrong = f"{path} is a folder, not a config file" if path.is_dir() else f"config file {path} does not exist"
+        raise ValueError(wrong + (f"; files there: {', '.join(there)}" if there else ""))
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -227,7 +227,9 @@ def test_missing_file_lists_what_is_there(write, tmp_path: Path) -> None:
     assert sentence(path) == f"config file {path} does not exist; files there: other.yml, run.yaml"
     nowhere = tmp_path / "no" / "run.yaml"
     assert sentence(nowhere) == f"config file {nowhere} does not exist"
-    assert sentence(tmp_path).startswith(f"config file {tmp_path} does not exist")
+    assert sentence(tmp_path) == f"{tmp_path} is a folder, not a config file; files there: other.yml, run.yaml"
+    (tmp_path / "empty").mkdir()
+    assert sentence(tmp_path / "empty") == f"{tmp_path / 'empty'} is a folder, not a config file"
 
 
 @pytest.mark.parametrize("text", ["train: {steps: 1", "a: b: c", "? [1, 2]\n: 3", "a: !!python/object:os.system {}"])
@@ -262,12 +264,12 @@ def test_not_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "kind"), [("- a\n", "list"), ("hello", "str")])
 def test_not_a_mapping(write, text: str, kind: str) -> None:
     path = write(text)
-    assert sentence(path) == f"{path} must hold keys (train, data, name), got a {kind}"
+    assert sentence(path) == f"{path} must hold keys (train), got a {kind}"
 
 
 def test_an_empty_file(write) -> None:
     path = write("# nothing yet\n")
-    assert sentence(path) == f"{path} is empty; it must hold: train, data, name"
+    assert sentence(path) == f"{path} is empty; it must hold: train"
 
 
 def test_one_block(write) -> None:
