@@ -43,7 +43,7 @@ def load(path: str | Path, overrides: Sequence[str], schema: type[Schema], block
 
 def _load(path: Path, overrides: Sequence[str], schema: type[Schema], block: str | None) -> Schema:
     required = [name for name, field in schema.model_fields.items() if field.is_required()]
-    raw = _read_yaml(path, [block] if block else required)
+    raw = _read_yaml(path, [block] if block else required or schema.model_fields)
     if block is not None:
         _require_blocks(path, overrides, [block, *(str(name) for name in raw if name != block)])
     for override in overrides:

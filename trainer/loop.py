@@ -57,7 +57,7 @@ def train_loop(trainer: Trainer, data: TrainingStream) -> bool:
     trainer.metrics.close_bar()
     if resumed_at >= last_step:
         field = "train.steps" if last_step == train.steps else "train.stop_at_step"
-        trainer.log.info(f"all {last_step:,} steps were done already; raise {field} to go on")
+        trainer.log.info(f"nothing to do: the run is at step {trainer.step:,} already; raise {field} ({last_step:,})")
     return True
 
 

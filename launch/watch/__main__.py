@@ -116,7 +116,7 @@ def time_left_s(steps: int, beats: list[Beat], figures: Figures) -> float | None
     """Seconds to the last step at the median pace of the last log lines, without saving and evaluating."""
     if not beats or not figures.step_s:
         return None
-    return (steps - min(beat.step for beat in beats)) * statistics.median(figures.step_s)
+    return max(steps - min(beat.step for beat in beats), 0) * statistics.median(figures.step_s)
 
 
 def main() -> int:

@@ -80,7 +80,11 @@ def page(report: Report) -> str:
 
 
 def _headline(report: Report) -> str:
-    text = f"{report.state}, step {report.step:,} of {report.steps:,} ({report.step / report.steps:.0%})"
+    text = f"{report.state}, step {report.step:,} "
+    if report.step > report.steps:  # the last start was to end before the checkpoint that it found
+        text += f"(the config's last step is {report.steps:,})"
+    else:
+        text += f"of {report.steps:,} ({report.step / report.steps:.0%})"
     return text if report.left_s is None else f"{text}, {duration(report.left_s)} to go"
 
 

@@ -214,8 +214,9 @@ def test_rank_0s_clock_says_when_a_checkpoint_is_due_and_a_resume_from_there_is_
 def test_a_finished_run_says_so(tiny, write_config):
     config = write_config(tiny)
     assert run(TRAIN, config).returncode == 0
-    again = run(TRAIN, config, "train.checkpoint.resume=auto")
-    assert again.returncode == 0 and "all 4 steps were done already; raise train.steps" in again.stdout
+    for fewer, field in (("train.steps=3", "train.steps (3)"), ("train.stop_at_step=1", "train.stop_at_step (1)")):
+        again = run(TRAIN, config, "train.checkpoint.resume=auto", fewer)
+        assert again.returncode == 0 and f"the run is at step 4 already; raise {field}" in again.stdout
 
 
 def test_a_port_that_is_taken_is_one_sentence(tiny, write_config):

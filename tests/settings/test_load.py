@@ -270,6 +270,8 @@ def test_not_a_mapping(write, text: str, kind: str) -> None:
 def test_an_empty_file(write) -> None:
     path = write("# nothing yet\n")
     assert sentence(path) == f"{path} is empty; it must hold: train"
+    with pytest.raises(ValueError, match=r"is empty; it must hold: sources, extra, shuffle$"):
+        load(path, [], Data)
 
 
 def test_one_block(write) -> None:

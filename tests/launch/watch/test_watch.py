@@ -118,6 +118,16 @@ def test_a_run_that_is_over_is_told_at_once(
     assert watched(run)[0] == status  # following it ends, too
 
 
+@pytest.mark.parametrize("train", [{"steps": 40}, {"steps": 1000, "stop_at_step": 40}])
+def test_a_run_past_the_last_step_of_its_config(run: Path, watched: Watch, train: dict[str, int]) -> None:
+    (run / "config.yaml").write_text(yaml.safe_dump({"train": train}))
+    rank = say(run, 0, (400, "loading"))
+    with beating(rank):
+        assert f"{run}: running, step 400 (the config's last step is 40), 0 s to go\n" in watched(run, "--once")[1]
+    say(run, 0, (400, "ended"))
+    assert f"{run}: ended, step 400 (the config's last step is 40)\n" in watched(run, "--once")[1]
+
+
 def test_who_is_late_and_in_which_phase(run: Path, watched: Watch) -> None:
     late = say(run, 1, (400, "training"), (400, "loading"))
     late._progress_s -= 63
