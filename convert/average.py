@@ -139,13 +139,14 @@ def _opened(paths: Sequence[Path], last: int | None) -> list[Loaded]:
 def _newest(run: Path, last: int) -> list[Path]:
     """The newest ``last`` whole checkpoints of ``run``; torn ones are reported on stderr and skipped."""
     from trainer.checkpoints import manifest
-    from trainer.checkpoints.layout import checkpoints_of, is_run
+    from trainer.checkpoints.layout import checkpoints_of, is_run, what_is_there
     from trainer.distributed import ALONE
 
     if last < 2:
         raise ValueError(f"--last must be at least 2, got {last}; the mean of a checkpoint alone is itself")
     if not is_run(run):
-        raise ValueError(f"--last {last} takes a run, but {run} is not one; give the folder that train.run_dir names")
+        what = f"give the folder that train.run_dir names{what_is_there(run)}"
+        raise ValueError(f"--last {last} takes a run, but {run} is not one; {what}")
     whole, torn = manifest.newest_whole_ones(checkpoints_of(run), ALONE, last)
     manifest.report_torn(torn, ALONE)
     if len(whole) < last:

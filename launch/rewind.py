@@ -17,7 +17,15 @@ from pathlib import Path
 from data.files import only_writer, write_atomically
 from settings import command_parser, path_argument, user_errors, whole_number
 from trainer.checkpoints import manifest
-from trainer.checkpoints.layout import checkpoints_of, is_run, newest_first, next_abandoned, run_of, step_of
+from trainer.checkpoints.layout import (
+    checkpoints_of,
+    is_run,
+    newest_first,
+    next_abandoned,
+    run_of,
+    step_of,
+    what_is_there,
+)
 from trainer.heartbeat import FINAL, read_beats
 from trainer.monitor import metrics_file
 
@@ -36,7 +44,7 @@ def go_back(run: Path, step: int) -> Path | None:
     folder = checkpoints_of(run)
     if not is_run(run):
         owner = run_of(run)
-        hint = f", here {owner}" if owner else ", for example runs/my"
+        hint = f", here {owner}" if owner else f", for example runs/my{what_is_there(run)}"
         raise ValueError(
             f"{run} is not a run folder: it has no checkpoints; give the folder that train.run_dir names{hint}"
         )

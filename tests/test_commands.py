@@ -125,14 +125,16 @@ def test_a_count_of_zero_is_refused_before_anything_heavy(module: str, words: li
 
 def test_data_that_is_not_prepared_is_told_before_anything_heavy(tmp_path: Path, tiny, write_config) -> None:
     (tmp_path / "tokenizer.model").touch()
+    (tmp_path / "my/checkpoints").mkdir(parents=True)
     bare, unprepared, no_initial = run_light(
         "pretrain.train",
         ["configs/demo.yaml", "data.dir=/nowhere", f"train.run_dir={tmp_path}"],
         ["configs/demo.yaml", f"data.dir={tmp_path}", f"train.run_dir={tmp_path}"],
-        [write_config(tiny), "init.path=nowhere"],
+        [write_config(tiny), f"init.path={tmp_path}/nowhere"],
     )
     assert bare[0] == unprepared[0] == no_initial[0] == 78
-    assert "there is no folder nowhere; give init.path a stage-one run" in no_initial[1]
+    assert f"there is no folder {tmp_path}/nowhere; give init.path a stage-one run" in no_initial[1]
+    assert no_initial[1].endswith(f"; {tmp_path} holds my\n")
     assert (
         "/nowhere has no tokenizer: " in bare[1]
         and "python -m data.tokenizer configs/demo.yaml data.dir=/nowhere " in bare[1]

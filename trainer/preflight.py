@@ -11,7 +11,7 @@ from data.urls import require_reachable
 from settings import looks_first, rank_by_environment
 from settings.project import install_command
 from trainer.checkpoints.compatibility import refuse_taken
-from trainer.checkpoints.layout import checkpoints_of, newest_first
+from trainer.checkpoints.layout import checkpoints_of, newest_first, what_is_there
 from trainer.config import PretrainConfig
 from trainer.config_blocks import TrainConfig
 from trainer.monitor.trackers.check import refuse_unusable
@@ -26,7 +26,8 @@ def open_model(path: Path) -> None:
         ValueError: if ``path`` is not a folder.
     """
     if not path.is_dir():
-        raise ValueError(f"there is no folder {path}; give a run, a checkpoint or a folder of weights")
+        what = "give a run, a checkpoint or a folder of weights"
+        raise ValueError(f"there is no folder {path}; {what}{what_is_there(path)}")
     if sys.stderr.isatty():
         print(f"{path}: reading; torch takes some seconds to load", file=sys.stderr, flush=True)
 
@@ -108,4 +109,5 @@ def require_initial(config: PretrainConfig) -> None:
     """
     resumes = config.train.checkpoint.mirror is not None or newest_first(checkpoints_of(str(config.train.run_dir)))
     if config.init is not None and not resumes and not Path(config.init.path).is_dir():
-        raise ValueError(f"there is no folder {config.init.path}; {WHAT_INIT_TAKES}")
+        there = what_is_there(Path(config.init.path))
+        raise ValueError(f"there is no folder {config.init.path}; {WHAT_INIT_TAKES}{there}")

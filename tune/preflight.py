@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from settings import peek
-from trainer.checkpoints.layout import CONFIG
+from trainer.checkpoints.layout import CONFIG, what_is_there
 
 
 def require_base(folder: Path) -> None:
@@ -17,7 +17,7 @@ def require_base(folder: Path) -> None:
     if not folder.is_dir():
         raise ValueError(
             f"there is no folder {folder}; give base.path a stage-one run, one of its checkpoints, or what "
-            "convert.from_hf wrote"
+            f"convert.from_hf wrote{what_is_there(folder)}"
         )
     blocks = peek(folder / CONFIG)
     if "base" in blocks:

@@ -25,8 +25,8 @@ _TICK_S = 0.25
 _LAST_RESORT_S = 30.0
 """Processes that have not ended this long after the request are killed."""
 _PR_SET_PDEATHSIG = 1
-_SAVING = "stopping; what was trained is being saved (again: at once, not saved)"
-_STOPPING = "stopping (again: at once)"
+_SAVING = "stopping and saving what was trained (stop again to end at once, unsaved)"
+_STOPPING = "stopping (stop again to end at once)"
 _OWN_ENDING = re.compile(rf"; go on with: .*|.*sigkill_handler\].* return code = {EXIT_PREEMPTED}$")
 """In the output of a command that was asked to stop: how to resume that command alone, and the ``deepspeed`` launcher's
 report that a rank has stopped. The demo says itself how it is resumed."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from settings import peek
 from trainer.checkpoints import manifest
-from trainer.checkpoints.layout import CONFIG, checkpoints_of, newest_first
+from trainer.checkpoints.layout import CONFIG, checkpoints_of, newest_first, what_is_there
 from trainer.monitor import metrics_file
 
 _TAIL_BYTES = 1 << 18
@@ -39,9 +39,8 @@ def read_steps(folder: Path) -> int:
     path = folder / CONFIG
     if not path.is_file():
         there = f"it has no {CONFIG}" if folder.is_dir() else "there is no such folder"
-        raise ValueError(
-            f"{folder} is not a run ({there}); give the folder that train.run_dir names, such as runs/demo"
-        )
+        what = "give the folder that train.run_dir names, such as runs/demo"
+        raise ValueError(f"{folder} is not a run ({there}); {what}{what_is_there(folder)}")
     try:
         train = peek(path)["train"]
         return min(int(train["steps"]), int(train.get("stop_at_step") or train["steps"]))

@@ -259,6 +259,7 @@ def test_weights_of_another_shape(
         (["RUN", "--last", "1", "OUT"], "--last must be at least 2, got 1"),
         (["A", "B", "--last", "2", "OUT"], "--last 2 takes one run, but 2 paths were given; leave it out"),
         (["A", "--last", "2", "OUT"], "--last 2 takes a run, but "),
+        (["RUNS", "--last", "2", "OUT"], "give the folder that train.run_dir names; "),
         (["A", "A", "OUT"], "would be averaged with itself; give each checkpoint once"),
         (["RUN", "D", "OUT"], "would be averaged with itself; give each checkpoint once"),
         (["RUN", "--last", "2", "--decay", "1", "OUT"], "--decay must be above 0 and below 1, got 1"),
@@ -280,6 +281,6 @@ def test_arguments_that_make_no_mean(
     run, saved, _ = dense
     weights, hf = exported("dense")
     places = {"RUN": run, "OUT": tmp_path / "out", "A": saved[0], "B": saved[1], "D": saved[3]}
-    places |= {"HF": hf, "FOLDER": weights, "SAME": tmp_path / "same"}
+    places |= {"RUNS": run.parent, "HF": hf, "FOLDER": weights, "SAME": tmp_path / "same"}
     shutil.copytree(saved[0], tmp_path / "same")
     assert sentence in refused(capsys, *(places.get(word, word) for word in arguments))

@@ -13,6 +13,9 @@ from trainer.preflight import open_model
 def test_a_model_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .*none; give a run, a checkpoint or a folder of weights"):
         open_model(tmp_path / "none")
+    (tmp_path / "my/checkpoints/step-00000064").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"weights; .*/my/checkpoints holds step-00000064$"):
+        open_model(tmp_path / "my/checkpoints/step-00000020")
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -199,7 +199,10 @@ def test_a_checkpoint_that_is_not_there_or_torn_is_refused(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == everything
 
 
-@pytest.mark.parametrize(("given", "hint"), [("checkpoints/step-00000004", "here RUN"), ("heartbeat", "runs/my")])
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [("checkpoints/step-00000004", "here RUN"), ("heartbeat", "runs/my\n"), ("..", "; RUN/.. holds a run\n")],
+)
 def test_another_folder_than_the_runs_is_refused(
     run: Path, capsys: pytest.CaptureFixture[str], given: str, hint: str
 ) -> None:

@@ -97,6 +97,8 @@ def test_a_tuned_folder_is_no_base(tmp_path: Path, weights: Path) -> None:
 def test_what_lies_elsewhere_is_told_how_to_get_here(tmp_path: Path, stage_one: tuple[Path, Decoder]) -> None:
     with pytest.raises(ValueError, match=r"there is no folder none; give base.path a stage-one run, one of its checkp"):
         load_base("none")
+    with pytest.raises(ValueError, match=rf"convert.from_hf wrote; {tmp_path} holds run$"):
+        load_base(str(tmp_path / "none"))
     hf = tmp_path / "hf"
     hf.mkdir()
     (hf / "config.json").write_text(json.dumps({"model_type": "llama"}))

@@ -77,6 +77,16 @@ def newest_name(folder: Path) -> str:
     return f"the newest checkpoint is {names[0]}" if names else "no earlier checkpoint was written"
 
 
+def what_is_there(path: Path) -> str:
+    """For the end of an error: the runs or checkpoints in ``path`` or, if it does not exist, beside it, at most three.
+
+    Such as ``; runs/my/checkpoints holds step-00000064, step-00000040``; empty if there are none.
+    """
+    folder = path if path.is_dir() else path.parent
+    names = [p.name for p in newest_first(folder) or sorted(filter(is_run, folder.glob("*")))]
+    return f"; {folder} holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+
+
 def step_of(checkpoint: Path) -> int:
     """Optimiser steps done, according to its name."""
     return int(checkpoint.name.removeprefix(_STEP))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.checkpoints import manifest
-from trainer.checkpoints.layout import ENGINE, STATE, checkpoints_of, is_run
+from trainer.checkpoints.layout import ENGINE, STATE, checkpoints_of, is_run, what_is_there
 from trainer.checkpoints.weights_folder import mismatch
 from trainer.checkpoints.zero_files import MASTER, StoredParameter, only_tensors, stored
 from trainer.deepspeed_internals import import_deepspeed
@@ -101,11 +101,12 @@ def checkpoint_of(path: Path, world: World = ALONE, what: str = _WHAT) -> Path:
         ValueError: if there is none, or it is torn. On every rank.
     """
     if not path.is_dir():
-        raise ValueError(f"there is no folder {path}; {what}")
+        raise ValueError(f"there is no folder {path}; {what}{what_is_there(path)}")
     if not is_run(path):
         problem = manifest.problem_of(path, world)
         if problem is not None:
-            raise ValueError(f"{path} is neither a run folder nor a whole checkpoint: {problem}; {what}")
+            there = what_is_there(path)
+            raise ValueError(f"{path} is neither a run folder nor a whole checkpoint: {problem}; {what}{there}")
         return path
     folder = checkpoints_of(path)
     found, torn = manifest.newest_whole(folder, world)

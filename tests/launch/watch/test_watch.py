@@ -239,6 +239,10 @@ def test_a_mistake_is_one_sentence(run: Path, watched: Watch, spoil: Callable[[P
     assert status == 1 and told.startswith("error: ") and sentence in told and told.count("\n") == 1
 
 
+def test_a_folder_of_runs_is_told_with_the_runs_in_it(run: Path, watched: Watch) -> None:
+    assert watched(run.parent)[1].endswith(f", such as runs/demo; {run.parent} holds run\n")
+
+
 @pytest.mark.parametrize("option", ["--interval", "--patience"])
 @pytest.mark.parametrize("seconds", ["0", "-1", "inf", "nan"])
 def test_a_time_is_above_zero_and_at_most_a_day(option: str, seconds: str, run: Path, watched: Watch) -> None:

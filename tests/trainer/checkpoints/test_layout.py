@@ -64,3 +64,18 @@ def test_metrics_of_a_run_that_was_killed(tmp_path: Path) -> None:
     assert metrics_file.read(path, tail_bytes=40) == lines[2:]
     assert metrics_file.latest(path) == {"step": 3, "a": 2.5, "b": None}
     assert metrics_file.latest(path, 2) == {"step": 2, "a": 1.5, "b": None}
+
+
+def test_what_is_there_instead_of_a_run_or_checkpoint(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    assert layout.what_is_there(runs) == layout.what_is_there(runs / "my") == ""
+    for name in ("my", "demo"):
+        layout.checkpoints_of(runs / name).mkdir(parents=True)
+    (runs / "demo-data").mkdir()
+    assert layout.what_is_there(runs) == layout.what_is_there(runs / "ym") == f"; {runs} holds demo, my"
+    checkpoints = layout.checkpoints_of(runs / "my")
+    for step in (20, 40, 60, 80):
+        layout.checkpoint_at(checkpoints, step).mkdir()
+    listed = f"; {checkpoints} holds step-00000080, step-00000060, step-00000040, ..."
+    assert layout.what_is_there(checkpoints) == layout.what_is_there(checkpoints / "step-00000019") == listed
+    assert layout.what_is_there(checkpoints / "step-00000020") == ""  # exists, and holds neither

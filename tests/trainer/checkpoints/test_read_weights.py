@@ -81,6 +81,10 @@ def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
         load_model(tmp_path / "none")
     with pytest.raises(ValueError, match=r"is neither a run folder nor a whole checkpoint: it has no manifest.json"):
         load_model(tmp_path)
+    (tmp_path / "my/checkpoints").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(ValueError, match=rf"; {tmp_path} holds my$"):
+            load_model(path)
 
 
 @pytest.mark.parametrize("name", ["fp32-0", "bf16-1", "fp32-3"])
