@@ -127,15 +127,20 @@ class TextTokenizer(ABC):
         return [whole[start:end] for start, end in pairwise([0, *accumulate(ends, max), len(whole)])]
 
 
+def find_tokenizer(folder: str | Path) -> Path | None:
+    """:func:`tokenizer_file`, or None if there is none, or no such folder."""
+    files = (Path(folder) / name for name in (JSON_NAME, MODEL_NAME))
+    return next((file for file in files if file.is_file()), None)
+
+
 def tokenizer_file(folder: str | Path) -> Path:
     """The file in ``folder`` that decides a text's ids.
 
     Raises:
         ValueError: there is none.
     """
-    for name in (JSON_NAME, MODEL_NAME):
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
+    if found := find_tokenizer(folder):
+        return found
     fix = (
         "copy there the one that the model or the shards were made with, train one with: python -m data.tokenizer "
         "CONFIG, or name a folder with one of them: data.dir in stage one, data.tokenizer in stage two"

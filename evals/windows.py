@@ -7,6 +7,7 @@ its metrics. The calibration part is evenly spread over what is left.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,12 +30,18 @@ def open_set(config: DataConfig, name: str | None) -> ValidationSet:
     """The validation set called ``name``, or the first one.
 
     Raises:
-        ValueError: if there is none of that name, or none at all.
+        ValueError: if there is none of that name, or none at all; if the folder of the data is not there.
     """
     names = [source.name for source in config.validation]
     if not names:
         raise ValueError(
             "the run's config has no data.validation, so there is nothing to measure on; add a validation set"
+        )
+    if not Path(config.dir).is_dir():
+        raise ValueError(
+            f"there is no folder {config.dir}, which holds the validation sets: data.dir in the run's config, relative "
+            "to the folder in which the run was started unless its path is absolute; run the command there, or copy "
+            "the data to that path"
         )
     if name is None or name in names:
         return ValidationSet(config, name or names[0])

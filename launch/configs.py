@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from model.config import ModelConfig
 from settings import load, peek
 from trainer.checkpoints.layout import CONFIG
-from trainer.config import PretrainConfig, StageConfig, is_stage_two, load_run
+from trainer.checkpoints.run_tokenizer import tokenizer_of
+from trainer.config import PretrainConfig, StageConfig, WeightsConfig, is_stage_two, load_run
 from tune.config import TuneFile
 from tune.resolve import load_file, resolve
 
@@ -48,11 +49,16 @@ def model_of(config: PretrainConfig | TuneFile) -> ModelConfig:
 
 
 def tokenizer_folder(file: TuneFile) -> Path:
-    """Folder of stage two's tokenizer: from its config, or else its base's."""
+    """Folder of stage two's tokenizer: from its config, or else its base's.
+
+    Raises:
+        ValueError: if the base is a run or a checkpoint, and its tokenizer is not found.
+    """
     if file.data.tokenizer is not None:
         return Path(file.data.tokenizer)
-    data = peek(Path(file.base.path) / CONFIG).get("data")
-    return Path(data["dir"]) if isinstance(data, dict) and "dir" in data else Path(file.base.path)
+    base = Path(file.base.path)
+    data = peek(base / CONFIG).get("data")
+    return tokenizer_of(base, Path(data["dir"])) if isinstance(data, dict) and "dir" in data else base
 
 
 def without_storage(config: PretrainConfig | TuneFile) -> tuple[StageConfig, Decoder]:
@@ -72,8 +78,10 @@ def without_storage(config: PretrainConfig | TuneFile) -> tuple[StageConfig, Dec
         return config, decoder
     from tune.adapters import prepare  # PEFT and transformers: doubles the import time
     from tune.base import Base
+    from tune.load import Loaded
 
-    resolved = resolve(config, Base(decoder, model, Path(config.base.path), "", config.base.sha256 or ""))
+    loaded = Loaded(decoder, WeightsConfig(model=model), None, Path(config.base.path))
+    resolved = resolve(config, Base(loaded, "", config.base.sha256 or ""))
     if resolved.ensemble is not None:
         decoder.add_ensemble(resolved.ensemble)
     prepare(decoder, resolved.adapter, resolved.base.routers, resolved.train.seed)

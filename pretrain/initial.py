@@ -27,6 +27,7 @@ from trainer.checkpoints.compatibility import differences
 from trainer.checkpoints.empty_decoder import without_memory
 from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.read_weights import checkpoint_of, thresholds_in, weights_of
+from trainer.checkpoints.run_tokenizer import kept_tokenizer
 from trainer.checkpoints.weights_folder import WEIGHTS, is_weights_folder, read_config
 from trainer.checkpoints.zero_files import whole_weights
 from trainer.config import InitConfig, PretrainConfig, is_stage_two
@@ -86,8 +87,9 @@ def _checkpoint(folder: Path, world: World) -> GivenWeights:
     step = manifest.read(found, world)["step"]
     config = load(found / CONFIG, [], PretrainConfig)
     read = partial(weights_of, without_memory(config.model), found, config.deepspeed.zero_stage)
+    tokenizer = kept_tokenizer(found) or config.tokenizer_folder
     description = f"weights of {found}, step {step:,}"
-    return GivenWeights(config.model, found, Path(config.data.dir), read, description, thresholds_in(found))
+    return GivenWeights(config.model, found, tokenizer, read, description, thresholds_in(found))
 
 
 def _weights_folder(folder: Path, world: World) -> GivenWeights:
@@ -144,7 +146,7 @@ def _refuse_another_model(given: GivenWeights, model: ModelConfig) -> None:
 def _another_tokenizer(theirs: Path, ours: Path) -> str | None:
     """Why tokens of ``ours`` do not fit weights trained with ``theirs``; None if they do, or if that is unknown.
 
-    A copied run has no tokenizer beside it, and a Hugging Face folder may have none.
+    A checkpoint that was copied out of its run has none beside it, and a Hugging Face folder may have none.
     """
     try:
         shas = [tokenizer_sha256(folder) for folder in (theirs, ours)]

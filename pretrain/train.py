@@ -43,10 +43,10 @@ def train(config: PretrainConfig, config_path: Path, world: World) -> int:
     from trainer.trainer import Trainer
 
     data, validation_sets = open_data(config, world)
-    tasks = open_tasks(config, Path(config.data.dir), world)
+    tasks = open_tasks(config, config.tokenizer_folder, world)
     initial = None
     if config.init is not None:
-        initial = partial(open_initial, config.init, config.model, Path(config.data.dir), world)
+        initial = partial(open_initial, config.init, config.model, config.tokenizer_folder, world)
     with Trainer(
         config, config_path, data.fingerprint, validation_sets, world, initial=initial, tasks=tasks
     ) as trainer:

@@ -34,6 +34,11 @@ class StageConfig(Strict):
         """Fields outside ``model`` that decide what is trained, by ``block.field``; the same in every resume."""
         return {}
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder of the tokenizer, as the config names it: relative to where the run is started."""
+        raise NotImplementedError
+
     def in_precision(self, precision: str) -> Self:
         """The same config with ``train.precision`` decided.
 
@@ -195,6 +200,11 @@ class PretrainConfig(StageConfig):
     """What the run starts from; randomly initialised weights unless given."""
     data: DataConfig
     """Text, tokenizer, shards, order."""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """See :class:`StageConfig`."""
+        return Path(self.data.dir)
 
     def _model_against_data(self) -> list[str]:
         problems = super()._model_against_data()

@@ -3,6 +3,7 @@
 runs/NAME/
   config.yaml             as resolved: can be run again as it is
   config.original.yaml    as written, with its comments
+  tokenizer/              a copy of the tokenizer's files: see trainer/checkpoints/run_tokenizer.py
   code.commit, code.diff  commit of the code, and uncommitted changes to tracked files, if any, at the last start
   metrics.jsonl           one line per logged step
   tensorboard/            the same, for TensorBoard
@@ -27,6 +28,7 @@ from settings import to_yaml
 from trainer import git_state
 from trainer.checkpoints.layout import CONFIG, checkpoints_of
 from trainer.checkpoints.retention import unwritable
+from trainer.checkpoints.run_tokenizer import keep_tokenizer
 from trainer.config import StageConfig
 from trainer.heartbeat import Heartbeat
 from trainer.monitor import metrics_file
@@ -90,12 +92,13 @@ class RunFolder:
             raise ValueError(unwritable(self.path, error)) from error
 
     def create(self, config: StageConfig, original: str | Path) -> None:
-        """Create the folders; write the configs and the state of the code (rank 0 only)."""
+        """Create the folders; write the configs, the tokenizer and the state of the code (rank 0 only)."""
         beats = self.heartbeat.path.parent
         for folder in (self.checkpoints, self.tensorboard, beats, self.log.parent):
             folder.mkdir(parents=True, exist_ok=True)
         for old in beats.iterdir():
             old.unlink()  # of an earlier start, which may have had more ranks
+        keep_tokenizer(config.tokenizer_folder, self.path)
         copy = self.path / ORIGINAL
         if not (copy.exists() and self._is_own(Path(original))):
             write_atomically(copy, Path(original).read_bytes())  # before config.yaml, which may be what was written

@@ -12,23 +12,29 @@ from model.schedules import Ramp
 from trainer.checkpoints import manifest
 from trainer.distributed import ALONE, World
 from tune.config import BaseConfig
-from tune.load import chosen, load_model
+from tune.load import Loaded, chosen, load_model
 from tune.preflight import require_base
 
 
 class Base(NamedTuple):
     """A decoder to tune."""
 
-    decoder: Decoder
-    """fp32, on the CPU, in evaluation mode."""
-    model: ModelConfig
-    """Its config, as it was trained."""
-    tokenizer_folder: Path
-    """Holds ``tokenizer.model`` or ``tokenizer.json``."""
+    loaded: Loaded
+    """The decoder, and the checkpoint or folder of weights that it was read from."""
     description: str
     """One line for the log."""
     fingerprint: str
     """SHA-256 of the manifest that holds the hashes of all its files."""
+
+    @property
+    def decoder(self) -> Decoder:
+        """fp32, on the CPU, in evaluation mode."""
+        return self.loaded.decoder
+
+    @property
+    def model(self) -> ModelConfig:
+        """The decoder's config, as it was trained."""
+        return self.decoder.config
 
 
 def load_base(path: str | Path, world: World = ALONE) -> Base:
@@ -55,7 +61,7 @@ def load_base(path: str | Path, world: World = ALONE) -> Base:
         routers = f"{model.router.kind} routers at density {model.router.density} on {len(model.sites)} sites"
     parameters = sum(parameter.numel() for parameter in decoder.parameters())
     description = f"{what}: {parameters:,} parameters, {model.layers} layers, {routers}"
-    return Base(decoder, model, loaded.tokenizer_folder, description, sha256_of(loaded.source / manifest.NAME))
+    return Base(loaded, description, sha256_of(loaded.source / manifest.NAME))
 
 
 def stage_two_model(model: ModelConfig, base: BaseConfig) -> ModelConfig:

@@ -6,6 +6,7 @@ run again as it is.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -157,6 +158,12 @@ class TuneConfig(StageConfig):
     """Which weights are trained, and how."""
     data: ExamplesConfig
     """Examples and their order."""
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """See :class:`StageConfig`."""
+        assert self.data.tokenizer is not None  # filled in when the run starts
+        return Path(self.data.tokenizer)
 
     def structure(self) -> dict[str, Any]:
         """Fields that determine base, adapter and what the ensemble computes."""

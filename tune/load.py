@@ -13,13 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from data.store import require_tokenizer_of_shards
 from model.decoder import Decoder
 from settings import load
 from trainer.checkpoints import manifest
 from trainer.checkpoints.empty_decoder import allocate, without_memory
 from trainer.checkpoints.layout import CONFIG, is_run
 from trainer.checkpoints.read_weights import checkpoint_of, fill, thresholds_in
+from trainer.checkpoints.run_tokenizer import tokenizer_of
 from trainer.checkpoints.weights_folder import is_weights_folder, read_empty, read_weights
 from trainer.config import PretrainConfig, WeightsConfig, is_stage_two
 from trainer.distributed import ALONE, World
@@ -40,17 +40,14 @@ class Loaded(NamedTuple):
 
     @property
     def tokenizer_folder(self) -> Path:
-        """Should hold ``tokenizer.model`` or ``tokenizer.json``; whether it does is not checked.
+        """Holds ``tokenizer.model`` or ``tokenizer.json``; in a folder of weights that is not checked.
 
         Raises:
-            ValueError: if it also holds shards that were made with another tokenizer.
+            ValueError: see :func:`trainer.checkpoints.run_tokenizer.tokenizer_of`.
         """
         if isinstance(self.config, WeightsConfig):
             return self.source
-        folder = self.config.data.dir if isinstance(self.config, PretrainConfig) else self.config.data.tokenizer
-        assert folder is not None  # filled in when the run started
-        require_tokenizer_of_shards(Path(folder))
-        return Path(folder)
+        return tokenizer_of(self.source, self.config.tokenizer_folder)
 
 
 def load_model(path: Path, merged: bool = True, disk: Path | None = None) -> Loaded:

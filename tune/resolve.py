@@ -41,7 +41,7 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
         _refuse_another_model(file.model, model, file.base.path)
     blocks = file.model_dump(mode="json") | {"model": model.model_dump(mode="json")}
     if blocks["data"]["tokenizer"] is None:
-        blocks["data"]["tokenizer"] = str(base.tokenizer_folder)
+        blocks["data"]["tokenizer"] = str(base.loaded.tokenizer_folder)
     if file.base.sha256 not in (None, base.fingerprint):
         raise ValueError(
             f"the base {file.base.path} differs from the one that this config was resolved with (base.sha256 "

@@ -47,7 +47,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
 
     base = load_base(file.base.path, world)
     config = resolve(file, base)
-    tokenizer = load_text_tokenizer(str(config.data.tokenizer))
+    tokenizer = load_text_tokenizer(config.tokenizer_folder)
     data = TuningData(config.data, tokenizer, pin_memory=world.device.type == "cuda")
     require_vocabulary(tokenizer, config.model.vocab_size)
     sets = [ExampleSet(config.data, source, tokenizer) for source in config.data.validation]
@@ -60,7 +60,7 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     peft = prepare(decoder, config.adapter, config.base.routers, config.train.seed)
     if config.base.cache_states is not None:
         decoder.frozen = StateCache(Path(config.base.cache_states), base.fingerprint, config.frozen_layers)
-    tasks = open_tasks(config, Path(str(config.data.tokenizer)), world)
+    tasks = open_tasks(config, config.tokenizer_folder, world)
     with Tuner(config, config_path, data, sets, world, decoder, tokenizer, tasks) as trainer:
         trainer.log.info(describe_start(trainer.config, base, data, [*sets, *tests], decoder, world))
         trained, total = trainable_counts(decoder)

@@ -45,7 +45,7 @@ def test_the_saved_config_is_the_run_and_can_be_started_from(
     assert (run.path / "config.original.yaml").read_text() == Path(write_config(tiny)).read_text()
     assert load_run(run.path / "config.yaml") == configure()
     folders = {p.name for p in run.path.iterdir() if p.is_dir()}
-    assert folders == {"checkpoints", "heartbeat", "logs", "tensorboard"}
+    assert folders == {"checkpoints", "heartbeat", "logs", "tensorboard", "tokenizer"}
 
 
 def test_a_run_resumed_from_its_own_config_keeps_what_the_user_wrote(

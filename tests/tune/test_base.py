@@ -62,7 +62,7 @@ def test_a_stage_one_run_or_checkpoint(stage_one: tuple[Path, Decoder], tiny: di
     for path in (run, str(run), checkpoint):
         base = load_base(path)
         assert same(base.decoder, model) and base.model == base.decoder.config and not base.decoder.training
-        assert base.tokenizer_folder == Path(tiny["data"]["dir"])
+        assert base.loaded.tokenizer_folder == Path(tiny["data"]["dir"])
         parameters = sum(p.numel() for p in model.parameters())
         assert base.description == (
             f"stage-one checkpoint {checkpoint}, step 7: {parameters:,} parameters, 3 layers, learned routers at "
@@ -75,7 +75,7 @@ def test_a_folder_of_weights(tmp_path: Path, weights: Path) -> None:
     model = decoder(config("dense"))
     write_weights(model, weights, tmp_path, {"source": "Hugging Face llama checkpoint x"})
     base = load_base(weights)
-    assert same(base.decoder, model) and base.tokenizer_folder == weights
+    assert same(base.decoder, model) and base.loaded.tokenizer_folder == weights
     assert base.description.startswith(f"Hugging Face llama checkpoint x in {weights}: ")
     assert base.description.endswith(" parameters, 3 layers, dense")
     # Other weights are another base.

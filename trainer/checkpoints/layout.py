@@ -20,6 +20,8 @@ from pathlib import Path
 
 CONFIG = "config.yaml"
 """The config's file name in a run, a checkpoint and a folder of weights."""
+TOKENIZER = "tokenizer"
+"""In a run folder: its copy of the tokenizer's files."""
 STARTS = "starts.txt"
 """In a run folder and its mirror: which run and start own the mirror."""
 ENGINE, STATE = "deepspeed", "trainer.pt"

@@ -343,6 +343,12 @@ def test_a_run_without_validation_sets(loaded: Loaded) -> None:
         open_set(data, None)
 
 
+def test_validation_sets_are_looked_for_where_the_run_was_started(loaded: Loaded) -> None:
+    data = loaded[1].data.model_copy(update={"dir": "runs/x-data"})
+    with pytest.raises(ValueError, match=r"there is no folder runs/x-data, .* in which the run was started"):
+        open_set(data, None)
+
+
 def test_more_than_a_dense_model_takes_is_explained(dial: Dial) -> None:
     assert all(point.flops_per_token <= point.dense_flops_per_token for point in dial.points[:-1])
     full = dial.points[-1].model_copy(update={"flops_per_token": 1.01 * dial.points[-1].dense_flops_per_token})

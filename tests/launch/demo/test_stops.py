@@ -134,9 +134,9 @@ def test_nobody_reading_is_a_signal_too() -> None:
 @pytest.mark.parametrize(
     ("screen", "said"),
     [
-        ('Screen("family")', "stopping (again: at once)"),
-        ('Screen("family", 9, iter([4, 4]).__next__)', "stopping (again: at once)"),
-        ('Screen("family", 9, iter([4, 5]).__next__)', "stopping; what was trained is being saved (again: "),
+        ('Screen("family")', "stopping (stop again to end at once)"),
+        ('Screen("family", 9, iter([4, 4]).__next__)', "stopping (stop again to end at once)"),
+        ('Screen("family", 9, iter([4, 5]).__next__)', "stopping and saving what was trained (stop again"),
     ],
 )
 def test_only_steps_that_were_done_are_said_to_be_saved(screen: str, said: str) -> None:
@@ -161,7 +161,7 @@ time.sleep(600)
     started.process.send_signal(signal.SIGTERM)
     assert started.end() == 0
     said = [line.strip() for line in started.lines]
-    assert said[:3] == lines and said[3:-1] == ["stopping (again: at once)", lines[0].partition(";")[0], lines[2]]
+    assert said[:3] == lines and said[3:-1] == ["stopping (stop again to end at once)", lines[0].partition(";")[0], lines[2]]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not hear that its parent has died")
