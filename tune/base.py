@@ -11,9 +11,9 @@ from model.decoder import Decoder
 from model.schedules import Ramp
 from trainer.checkpoints import manifest
 from trainer.distributed import ALONE, World
-from tune.config import BaseConfig
+from tune.config import BaseConfig, TuneFile
 from tune.load import Loaded, chosen, load_model
-from tune.preflight import require_base
+from tune.preflight import base_folder, require_base
 
 
 class Base(NamedTuple):
@@ -35,6 +35,24 @@ class Base(NamedTuple):
     def model(self) -> ModelConfig:
         """The decoder's config, as it was trained."""
         return self.decoder.config
+
+
+def base_of(file: TuneFile, world: World) -> Base:
+    """The base of a start of ``file``, fresh or resumed; collective.
+
+    Raises:
+        ValueError: as :func:`load_base`; if the checkpoint that the run was tuned from is gone.
+    """
+    folder, problem = None, None
+    if world.is_main:
+        try:
+            folder = base_folder(file)
+        except ValueError as error:
+            problem = str(error)
+    folder, problem = world.broadcast_object((folder, problem))
+    if problem:
+        raise ValueError(problem)
+    return load_base(folder, world)
 
 
 def load_base(path: str | Path, world: World = ALONE) -> Base:

@@ -26,7 +26,8 @@ class BaseConfig(Strict):
     """What is tuned."""
 
     path: PathText
-    """A stage-one run (its newest whole checkpoint), one of its checkpoints, or what ``convert.from_hf`` wrote."""
+    """A stage-one run (its newest whole checkpoint; in a resume, the one that was tuned), one of its checkpoints, or
+    what ``convert.from_hf`` wrote."""
     routers: Literal["frozen", "tuned"] = "frozen"
     """Skip routers stay as they are and decide greedily, or keep learning under the budget, at their schedules' end."""
     density: float | None = Field(None, gt=0, le=1)

@@ -49,7 +49,7 @@ def resolve(file: TuneFile, base: Base) -> TuneConfig:
             "checkpoint, or leave base.sha256 out"
         )
     require_apart(Path(str(file.train.run_dir)), Path(file.base.path))
-    blocks["base"]["sha256"] = base.fingerprint
+    blocks["base"] |= {"path": str(base.loaded.source), "sha256": base.fingerprint}
     if blocks["base"]["seed"] is None:
         blocks["base"]["seed"] = base.decoder.seed
     try:

@@ -22,7 +22,7 @@ from trainer.command import run_stage
 from trainer.exit_status import EXIT_PREEMPTED
 from tune.config import TuneFile
 from tune.examples import all_files
-from tune.preflight import require_apart, require_base
+from tune.preflight import base_folder, require_apart, require_base
 from tune.resolve import load_file, resolve
 
 if TYPE_CHECKING:
@@ -39,13 +39,13 @@ def train(file: TuneFile, config_path: Path, world: World) -> int:
     from trainer.monitor.summary import describe_end
     from trainer.tasks.live import open_tasks
     from tune.adapters import prepare, trainable_counts
-    from tune.base import load_base
+    from tune.base import base_of
     from tune.batches import ExampleSet, TuningData
     from tune.describe import describe_start
     from tune.state_cache import StateCache
     from tune.tuner import Tuner
 
-    base = load_base(file.base.path, world)
+    base = base_of(file, world)
     config = resolve(file, base)
     tokenizer = load_text_tokenizer(config.tokenizer_folder)
     data = TuningData(config.data, tokenizer, pin_memory=world.device.type == "cuda")
@@ -83,7 +83,7 @@ def load_checked(path: Path, overrides: Sequence[str]) -> TuneFile:
     """
     file = load_file(path, overrides)
     if looks_first():
-        require_base(Path(file.base.path))
+        require_base(base_folder(file))
         require_apart(Path(str(file.train.run_dir)), Path(file.base.path))
         all_files(file.data)
     return file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,9 @@ from bench.common.jobs import Job, side_by_side
 from bench.common.run_folders import refuse_other
 from data.files import write_atomically
 from settings.project import resolve_shipped
-from trainer.checkpoints.layout import CONFIG
+from trainer.checkpoints.layout import CONFIG, checkpoints_of
 from trainer.monitor import metrics_file
+from tune.config import TuneFile
 from tune.resolve import load_file
 
 METHODS: dict[str, tuple[str, list[str]]] = {
@@ -139,11 +141,20 @@ def job_of(run: TuningRun, options: argparse.Namespace) -> Job | None:
     """
     folder, config = run.folder(options.out), config_of(run.method)
     if (folder / CONFIG).is_file():
-        refuse_other(folder, load_file, load_file(config, overrides(run, options)), _FILLED_IN)
+        read = partial(_read_saved, base=options.base)
+        refuse_other(folder, read, load_file(config, overrides(run, options)), _FILLED_IN)
     if outcome(folder, run.task) is not None:
         return None
     arguments = [config, *overrides(run, options), "train.checkpoint.resume=auto"]
     return Job(folder.name, ("tune.train", *arguments), options.out / "logs" / f"{folder.name}.log")
+
+
+def _read_saved(path: Path, base: str) -> TuneFile:
+    """A run's config; as ``base.path`` the run ``base``, if a start has filled in which checkpoint of it was tuned."""
+    file = load_file(path)
+    if Path(file.base.path).parent != checkpoints_of(base):
+        return file
+    return file.model_copy(update={"base": file.base.model_copy(update={"path": base})})
 
 
 def outcome(folder: Path, task: str, per_token: bool = False) -> Outcome | None:

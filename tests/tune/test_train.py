@@ -18,6 +18,7 @@ from model.decoder import Decoder
 from settings.load import _apply_override, peek
 from tests.launching import run
 from tests.logged import figures_of
+from trainer.checkpoints import manifest
 from trainer.checkpoints.layout import CONFIG
 from trainer.checkpoints.resume import _check_fit
 from trainer.checkpoints.save import conditions
@@ -230,6 +231,28 @@ def test_a_resume_with_another_method_is_refused(
     assert CHANGES[change] in str(told.value) and "resume with the blocks that the run was started with" in str(
         told.value
     )
+
+
+def test_a_run_is_resumed_after_its_base_has_trained_on(
+    runs: Callable[[str], Path], tuning: dict[str, Any], base_run: str, tmp_path: Path
+) -> None:
+    straight, again, base = runs("1/lora"), tmp_path / "again", tmp_path / "base"
+    shutil.copytree(straight, again)
+    shutil.rmtree(again / "checkpoints/step-00000004")
+    shutil.rmtree(again / "adapter")
+    shutil.copytree(base_run, base)
+    newer = shutil.copytree(base / "checkpoints/step-00000004", base / "checkpoints/step-00000005")
+    facts = manifest.read(newer, ALONE) | {"step": 5}
+    (newer / manifest.NAME).unlink()
+    manifest.write(newer, {name: facts[name] for name in facts if name not in ("files", "format")})
+    config = tmp_path / "tune.yaml"
+    config.write_text(yaml.safe_dump(tuning | {"base": {"path": str(base)}}))
+    done = run("tune.train", str(config), *ONE_RANK["lora"], f"train.run_dir={again}", "train.checkpoint.resume=auto")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert f"stage-one checkpoint {base}/checkpoints/step-00000004, step 4" in done.stdout
+    assert figures_of(again)[4]["train/loss"] == figures_of(straight)[4]["train/loss"]
+    saved = yaml.safe_load((again / "config.yaml").read_text())
+    assert saved["base"]["path"] == str(base / "checkpoints/step-00000004")
 
 
 def test_another_base_is_noticed(runs: Callable[[str], Path], tuning: dict[str, Any]) -> None:

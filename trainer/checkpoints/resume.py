@@ -214,9 +214,7 @@ def _refuse_other_model(blocks: dict[str, Any], checkpoint: Path, config: StageC
         block, _, field = name.partition(".")
         before = (blocks.get(block) or {}).get(field)
         if before != value and name == "base.sha256":
-            changed.append(
-                f"another base: the run was tuned from base.path {blocks['base']['path']}, whose weights differ now"
-            )
+            changed.append(f"another base: base.path has other weights than {blocks['base']['path']}, which was tuned")
         elif before != value:
             changed.append(f"{name} {before} there, {value} here")
     if changed:
