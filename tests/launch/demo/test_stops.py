@@ -161,7 +161,11 @@ time.sleep(600)
     started.process.send_signal(signal.SIGTERM)
     assert started.end() == 0
     said = [line.strip() for line in started.lines]
-    assert said[:3] == lines and said[3:-1] == ["stopping (stop again to end at once)", lines[0].partition(";")[0], lines[2]]
+    assert said[:3] == lines and said[3:-1] == [
+        "stopping (stop again to end at once)",
+        lines[0].partition(";")[0],
+        lines[2],
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process does not hear that its parent has died")
