@@ -42,8 +42,10 @@ def run_of(path: Path) -> Path | None:
     """The run that ``path`` is, or is a checkpoint of; None for anything else, such as a checkpoint that was copied."""
     if is_run(path):
         return path
-    parent = path.resolve().parent
-    return parent.parent if parent.name == _CHECKPOINTS else None
+    parent, given = path.resolve().parent, path.parent.parent
+    if parent.name != _CHECKPOINTS:
+        return None
+    return given if given.resolve() == parent.parent else parent.parent  # relative where it was given so
 
 
 def checkpoint_at(folder: Path, step: int) -> Path:

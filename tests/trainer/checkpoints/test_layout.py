@@ -55,6 +55,17 @@ def test_names_of_a_run(tmp_path: Path) -> None:
     assert layout.next_abandoned(folder).name == "abandoned-8"
 
 
+def test_the_run_of_a_checkpoint_is_named_as_the_checkpoint_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "runs/my/checkpoints/step-00001000"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(checkpoint)
+    monkeypatch.chdir(tmp_path)
+    assert layout.run_of(checkpoint.relative_to(tmp_path)) == Path("runs/my")  # right where all is moved, too
+    assert layout.run_of(Path("linked")) == tmp_path.resolve() / "runs/my"
+    monkeypatch.chdir(checkpoint)
+    assert layout.run_of(Path()) == tmp_path.resolve() / "runs/my"
+
+
 def test_metrics_of_a_run_that_was_killed(tmp_path: Path) -> None:
     path = tmp_path / metrics_file.NAME
     assert metrics_file.read(path) == [] and metrics_file.latest(path) == {}

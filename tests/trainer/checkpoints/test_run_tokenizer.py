@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -47,15 +46,15 @@ def moved(tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_a_copied_run_is_read_from_another_folder(moved: Path, corpus: dict[str, Any], world: World) -> None:
     for path in (moved, moved / STEP, moved.absolute()):
         opened = open_model(path)
-        assert opened.loaded.tokenizer_folder.resolve() == (moved / "tokenizer").resolve()
+        assert opened.loaded.tokenizer_folder.samefile(moved / "tokenizer")
         assert opened.tokenizer.sha256 == tokenizer_sha256(corpus["dir"])
-    assert load_base(moved).loaded.tokenizer_folder.resolve() == (moved / "tokenizer").resolve()
+    assert load_base(moved).loaded.tokenizer_folder == moved / "tokenizer"  # relative, as base.path is
     stage_two: dict[str, Any] = {"base": {"path": str(moved)}, "train": {"steps": 1, "global_batch_samples": 1}}
     stage_two["data"] = {"sequence_tokens": 8, "sources": [{"name": "x", "files": ["x.jsonl"]}]}
     stage_two["train"] |= {"micro_batch_samples": 1, "optimizer": {"lr": 0.1}}
     assert tokenizer_folder(TuneFile.model_validate(stage_two)) == moved / "tokenizer"
     given = open_initial(InitConfig(path=str(moved)), opened.decoder.config, Path(corpus["dir"]), world)
-    assert getattr(given, "tokenizer", None) == (moved / STEP).resolve().parents[1] / "tokenizer"
+    assert getattr(given, "tokenizer", None) == moved / "tokenizer"
 
 
 def test_a_run_of_an_earlier_version_is_read_with_what_its_config_names(
@@ -75,7 +74,7 @@ def test_what_to_do_where_neither_is_found(moved: Path, tmp_path: Path) -> None:
             open_model(path)
         assert str(told.value).startswith(str(step))
         assert "relative to the folder in which the run was started" in str(told.value)
-        assert re.search(r"run the command in that folder, or copy .* into \S+/copied/tokenizer \(con", str(told.value))
+        assert "in that folder, or copy the tokenizer's files into copied/tokenizer (convert.to_hf" in str(told.value)
         assert "--tokenizer FOLDER" in str(told.value) and "data.tokenizer CONFIG" not in str(told.value)
     taken_out = shutil.copytree(step, tmp_path / "elsewhere/taken-out")
     with pytest.raises(ValueError, match="or copy the tokenizer's files into my-data "):
