@@ -263,6 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         before = time.perf_counter()
         shown = show(tokens, detokenizer, layers, sys.stdout, options.bars, sys.stdout.isatty())
         print(summary(shown, layers, time.perf_counter() - before), file=sys.stderr, flush=True)
+        if options.density is not None:
+            print(f"density {options.density:g} is a mean over validation text; these tokens differ", file=sys.stderr)
     return 0
 
 

@@ -176,7 +176,10 @@ def test_the_dial_of_a_run(tiny: dict[str, Any], tmp_path: Path, capsys: pytest.
     (run / "dial/dial.json").write_text(_dial(7).model_dump_json())
     for path in (run, run / "checkpoints/step-00000007"):
         main([str(path), *options])
-        assert "mean 4.00 of 4 (100%)" in capsys.readouterr().err
+        told = capsys.readouterr().err
+        assert "mean 4.00 of 4 (100%)" in told and told.endswith(
+            "density 1 is a mean over validation text; these tokens differ\n"
+        )
     (tmp_path / "other.json").write_text(_dial(8).model_dump_json())
     assert "step 8" in _refused(capsys, str(run), *options, "--dial", str(tmp_path / "other.json"))
 
