@@ -178,7 +178,7 @@ def test_two_models(
         "are different models (model.rope_scaling None there, {" in told
         or "are different models (model.rope_theta" in told
     )
-    assert "router kind learned there, None here" in told and "give checkpoints of one run, or of forks of it" in told
+    assert "model.router set there, null here" in told and "give checkpoints of one run, or of forks of it" in told
     change(saved[2], train={"seed": 5})
     assert "step-00000006 and " in (told := refused(capsys, run, "--last", 3, out)) and "(seed 5 there, 0 here)" in told
     vote = write_run(tmp_path / "vote", make("ensemble"), corpus)

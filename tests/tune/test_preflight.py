@@ -95,7 +95,7 @@ def test_another_base_is_refused_with_the_name_of_the_tuned_one(base: Path, tuni
     older, newer = (resolve(file, load_base(file.base.path)) for file in _both(base, tuning))
     blocks = older.model_dump(mode="json")
     with pytest.raises(
-        ValueError, match=r"holds another model \(another base: .* than \S*/step-00000007, which was tun"
+        ValueError, match=r"holds a different model \(another base: .* than \S*/step-00000007, which was tun"
     ):
         _refuse_other_model(blocks, Path("tuned"), newer)
     _refuse_other_model(blocks, Path("tuned"), older)
@@ -108,5 +108,5 @@ def _both(base: Path, tuning: dict[str, Any]) -> list[TuneFile]:
 
 def test_a_hash_that_no_checkpoint_has_is_refused_in_a_fresh_start(base: Path, tuning: dict[str, Any]) -> None:
     file = TuneFile.model_validate(tuning | {"base": {"path": str(base), "sha256": "0" * 64}})
-    with pytest.raises(ValueError, match=r"is not the one that this config was resolved with .* leave base.sha256 out"):
+    with pytest.raises(ValueError, match=r"differs from the one that this config was resolved with .* leave base.sha256 out"):
         resolve(file, load_base(base_folder(file)))

@@ -214,7 +214,7 @@ def test_processes_that_cannot_share_the_batches_are_refused_before_anything_is_
 
 def test_make_tells_the_demo_how_it_was_called() -> None:
     # "-o setup": nothing is installed.
-    words = ["make", "-n", "-o", "setup", "demo", "PROCESSES=1"]
+    words = ["make", "--no-print-directory", "-n", "-o", "setup", "demo", "PROCESSES=1"]
     done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, check=True)
     assert done.stdout.strip().endswith('--processes 1 --again "make demo PROCESSES=1"')
 
