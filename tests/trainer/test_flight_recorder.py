@@ -44,7 +44,7 @@ def test_one_that_hangs_or_is_missing_holds_nothing_up(
 ) -> None:
     never = threading.Event()
     monkeypatch.setattr(flight_recorder, "_PATIENCE_S", 0.1)
-    monkeypatch.setattr(flight_recorder, "_recorded", never.wait)
+    monkeypatch.setattr(flight_recorder, "_recorded", lambda: b"late" if never.wait() else b"")
     assert flight_recorder.dump(tmp_path, 0) is None
     never.set()
     monkeypatch.undo()
